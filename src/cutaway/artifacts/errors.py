@@ -1,0 +1,8 @@
+"""Errors a user can act on."""
+
+
+class CutawayError(Exception):
+    """What was asked cannot be done, and the message says in one sentence why and what to do instead.
+
+    The command line prints the message and exits with code 2; no traceback is shown.
+    """
