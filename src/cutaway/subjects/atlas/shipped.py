@@ -1,0 +1,47 @@
+"""Where the shipped atlas lies, and whether it is whole.
+
+Atlas is a Hugging Face folder like any other; its place inside the package is all that is special about it.
+"""
+
+import hashlib
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from cutaway.artifacts.errors import CutawayError
+
+MANIFEST = "manifest.json"
+
+
+def atlas_folder() -> Path:
+    """The folder of the shipped weights: config, tokenizer, chat template, safetensors, manifest.
+
+    Raises `CutawayError` when the package was installed without them.
+    """
+    folder = Path(str(files("cutaway.subjects.atlas"))) / "weights"
+    if not (folder / "model.safetensors").is_file():
+        raise CutawayError(f"the weights of atlas are missing from {folder}: install cutaway again")
+    return folder
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file's bytes."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What the weights in `folder` are: corpus, seed, tokens, recipe, and a SHA-256 for each file beside it."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise CutawayError(f"{folder} has no {MANIFEST}: it was not written by `cutaway subjects train`")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def altered_files(folder: Path) -> list[str]:
+    """Names of files that differ from the folder's manifest or are missing; an empty list means all is as written."""
+    recorded = read_manifest(folder)["files"]
+    return [
+        name for name, digest in recorded.items() if not (folder / name).is_file() or sha256(folder / name) != digest
+    ]
