@@ -1,0 +1,190 @@
+"""Files that are either whole or not there.
+
+Everything is written to a temporary name in the same folder, flushed to the disk and then renamed, so a reader never
+sees half a file, whatever stops the writer. A disk that is full or a folder that may not be written to is the user's to
+mend: it raises `CutawayError` with the path and the way out.
+"""
+
+import contextlib
+import errno
+import json
+import math
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cutaway.artifacts.errors import CutawayError
+
+if TYPE_CHECKING:
+    import pyarrow
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
+_OBSTRUCTED = {errno.ENOTDIR, errno.EEXIST, errno.EISDIR}
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn the operating system's refusals while writing `path` into a `CutawayError` that names the way out."""
+    try:
+        yield
+    except OSError as error:
+        if not _concerns(error, path):
+            raise
+        if error.errno in _FULL:
+            raise CutawayError(
+                f"{path} could not be written: the disk is full (free some space, or name a folder on another disk)"
+            ) from error
+        if error.errno in _FORBIDDEN:
+            raise CutawayError(
+                f"{path} could not be written: the folder may not be written to (change its rights, or name another)"
+            ) from error
+        if error.errno in _OBSTRUCTED:
+            raise CutawayError(
+                f"{path} could not be written: a file is where a folder should be, or a folder where the file should be"
+                " (move it, or name another path)"
+            ) from error
+        raise
+
+
+def _concerns(error: OSError, path: Path) -> bool:
+    """Whether the refusal is about `path`, its folders or a temporary file beside it, and not some other file."""
+    if not isinstance(error.filename, (str, os.PathLike)):
+        return True
+    refused, path = Path(error.filename).absolute(), path.absolute()
+    return refused.parent == path.parent or refused in path.parents
+
+
+def make_folder(path: Path) -> Path:
+    """Create `path` and its parents where they are missing; `CutawayError` when that is refused."""
+    with disk_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+@contextlib.contextmanager
+def atomic_path(final: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `final`; when the body ends well, it becomes `final`.
+
+    The body creates the file under the yielded path. On any exception, Ctrl-C included, the temporary file is removed
+    and whatever `final` held before stays as it was. Raises `CutawayError` when the disk is full or the folder may not
+    be written to.
+    """
+    final = Path(final)
+    temporary = final.with_name(f".{final.name}.{secrets.token_hex(4)}.tmp")
+    with disk_errors(final):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, final)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _sync_folder(final.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` as UTF-8 with the line endings it has."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(text.encode())
+
+
+def plain(value: Any) -> Any:
+    """`value` as JSON can hold it: dicts, lists, strings, numbers, booleans, null.
+
+    Arrays and tensors become lists, paths strings, objects with `to_json` what that returns. JSON has no infinities and
+    no NaN: a float that is not finite becomes null. Raises `TypeError` for anything else.
+    """
+    if value is None or isinstance(value, (str, bool, int)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {_key(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(value, "to_json"):
+        return plain(value.to_json())
+    if hasattr(value, "tolist"):  # numpy and torch, without importing either
+        return plain(value.tolist())
+    raise TypeError(f"{type(value).__name__} cannot be written as JSON")
+
+
+def _key(key: object) -> str:
+    if isinstance(key, str):
+        return key
+    if isinstance(key, int) and not isinstance(key, bool):
+        return str(key)
+    raise TypeError(f"a JSON object's keys are strings, not {type(key).__name__}")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `plain(value)`, indented, keys in their order."""
+    write_text(path, json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """What the JSON file holds; `CutawayError` when it is absent, unreadable or not JSON."""
+    try:
+        return json.loads(Path(path).read_bytes())
+    except FileNotFoundError as error:
+        raise CutawayError(f"{path} does not exist") from error
+    except OSError as error:
+        raise CutawayError(f"{path} could not be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise CutawayError(f"{path} is not JSON: byte {error.start} is not UTF-8") from error
+    except json.JSONDecodeError as error:
+        raise CutawayError(f"{path} is not JSON: line {error.lineno}, column {error.colno}: {error.msg}") from error
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
+    """Write named torch tensors, or named numpy arrays, as safetensors; views are made contiguous first."""
+    if any(type(tensor).__module__.partition(".")[0] == "torch" for tensor in tensors.values()):
+        from safetensors.torch import save_file
+
+        whole: dict[str, Any] = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    else:
+        import numpy as np
+        from safetensors.numpy import save_file
+
+        whole = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+    with atomic_path(path) as temporary, _safetensors_errors():
+        save_file(whole, temporary, metadata=None if metadata is None else dict(metadata))
+
+
+def write_parquet(path: Path, table: "pyarrow.Table") -> None:
+    """Write a pyarrow table as Parquet, zstd-compressed."""
+    import pyarrow.parquet
+
+    with atomic_path(path) as temporary:
+        pyarrow.parquet.write_table(table, temporary, compression="zstd")
+
+
+@contextlib.contextmanager
+def _safetensors_errors() -> Iterator[None]:
+    """safetensors wraps the operating system's error in its own class, with the number only in the text."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        for number in _FULL | _FORBIDDEN | _OBSTRUCTED:
+            if f"os error {number})" in str(error):
+                raise OSError(number, os.strerror(number)) from error
+        raise
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename durable. Some file systems refuse to sync a folder; the file itself is safe there too."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,190 @@
+"""Where an artifact came from: enough to make it again, and to notice that it is another one.
+
+A `Manifest` names the model (id, revision, hash of its weights), the corpus, the configuration, the seed, the version
+of the code and the artifacts it was made from. Its id is a hash of all that determines the result, so two artifacts
+made in the same way have the same id, whenever and by whomever.
+"""
+
+import hashlib
+import json
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.files import plain
+
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """Which model: its name (hub id or folder), the hub revision if there is one, and the hash of its weights."""
+
+    id: str
+    revision: str | None
+    weight_hash: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The record that lies beside an artifact; make one with `Manifest.create`.
+
+    `kind` says what the artifact is ("dictionary", "tour", "corpus"), `parents` are ids of the manifests it was made
+    from, `created` is UTC in ISO 8601, `command` the command line.
+    """
+
+    id: str
+    kind: str
+    model: ModelIdentity | None
+    corpus_hash: str | None
+    configuration: Mapping[str, Any]
+    seed: int | None
+    version: str
+    parents: tuple[str, ...]
+    created: str
+    command: str | None
+
+    @classmethod
+    def create(
+        cls,
+        kind: str,
+        *,
+        model: ModelIdentity | None = None,
+        corpus_hash: str | None = None,
+        configuration: Mapping[str, Any] | None = None,
+        seed: int | None = None,
+        parents: Sequence[str] = (),
+        command: str | None = None,
+    ) -> "Manifest":
+        """A manifest of something made now by this version of the code. `configuration` must be plain JSON."""
+        settings = plain(configuration or {})
+        version = code_version()
+        return cls(
+            id=manifest_id(
+                kind=kind,
+                model=model,
+                corpus_hash=corpus_hash,
+                configuration=settings,
+                seed=seed,
+                version=version,
+                parents=parents,
+            ),
+            kind=kind,
+            model=model,
+            corpus_hash=corpus_hash,
+            configuration=settings,
+            seed=seed,
+            version=version,
+            parents=tuple(parents),
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            command=command,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The manifest as JSON."""
+        return {**asdict(self), "parents": list(self.parents)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Manifest":
+        """The manifest that `to_json` wrote; `CutawayError` when its id does not fit what it says."""
+        model = None if data["model"] is None else ModelIdentity(**data["model"])
+        manifest = cls(**{**data, "model": model, "parents": tuple(data["parents"])})
+        if manifest.id != manifest.recomputed_id():
+            raise CutawayError(f"the manifest {manifest.id[:12]} was changed after it was written: its id does not fit")
+        return manifest
+
+    def recomputed_id(self) -> str:
+        """The id that the other fields give."""
+        return manifest_id(
+            kind=self.kind,
+            model=self.model,
+            corpus_hash=self.corpus_hash,
+            configuration=self.configuration,
+            seed=self.seed,
+            version=self.version,
+            parents=self.parents,
+        )
+
+
+def manifest_id(
+    *,
+    kind: str,
+    model: ModelIdentity | None,
+    corpus_hash: str | None,
+    configuration: Mapping[str, Any],
+    seed: int | None,
+    version: str,
+    parents: Sequence[str],
+) -> str:
+    """SHA-256 of the canonical JSON of what determines a result: neither the time nor the command line."""
+    return json_hash(
+        {
+            "kind": kind,
+            "model": None if model is None else asdict(model),
+            "corpus_hash": corpus_hash,
+            "configuration": configuration,
+            "seed": seed,
+            "version": version,
+            "parents": list(parents),
+        }
+    )
+
+
+def json_hash(value: Any) -> str:
+    """SHA-256 (hex) of the canonical JSON of `value`: keys sorted, no white space, UTF-8."""
+    text = json.dumps(plain(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 (hex) of a file's bytes."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def weight_hash(weights: Path | Iterable[tuple[str, bytes]]) -> str:
+    """SHA-256 (hex) of a model's weights: of a safetensors file, of a folder of them, or of (name, bytes) pairs.
+
+    A folder gives the hash over its `*.safetensors` files in the order of their names, each name included. Pairs are
+    sorted by name, so the order in which a model lists its parameters does not matter. The three forms hash different
+    bytes: compare like with like. Raises `CutawayError` when a path has no safetensors.
+    """
+    if not isinstance(weights, Path):
+        return json_hash({name: hashlib.sha256(data).hexdigest() for name, data in weights})
+    if weights.is_file():
+        return file_hash(weights)
+    files = sorted(weights.glob("*.safetensors"))
+    if not files:
+        raise CutawayError(f"{weights} has no safetensors weights to hash")
+    return json_hash({file.name: file_hash(file) for file in files})
+
+
+@cache
+def code_version() -> str:
+    """The version, with the git commit when run from a checkout: "0.1.0+g1a2b3c4d", and ".dirty" if changed since."""
+    from cutaway import __version__
+
+    source = Path(__file__).resolve().parents[3]
+    if not (source / ".git").exists():
+        return __version__
+    try:
+        commit = _git(source, "rev-parse", "--short=8", "HEAD")
+        changed = _git(source, "status", "--porcelain", "--untracked-files=no", "--", "src")
+    except (OSError, subprocess.SubprocessError):
+        return __version__
+    return f"{__version__}+g{commit}{'.dirty' if changed else ''}"
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(
+        ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True, timeout=10
+    )
+    return done.stdout.strip()

@@ -1,0 +1,116 @@
+"""What a method returns: a number beside the evidence that it is one.
+
+An `Effect` is a measured value with its number of examples, its interval, the controls it stands beside and the
+ablation that was used. A page or a report calls `require_controls` and so refuses an effect that has none.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from cutaway.artifacts.errors import CutawayError
+
+Interval = tuple[float, float]
+
+
+class MissingControls(CutawayError):
+    """An effect was to be shown without anything to compare it with."""
+
+
+@dataclass(frozen=True)
+class Control:
+    """What the same measurement gives where no effect is expected: a random direction, shuffled labels, ...
+
+    `interval` is the 95 % interval of `value` over `n` draws or examples, None where there is none.
+    """
+
+    name: str
+    value: float
+    interval: Interval | None = None
+    n: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The control as JSON; a value that is not finite is a string, so that nothing is lost."""
+        return {
+            "name": self.name,
+            "value": _number(self.value),
+            "interval": _interval(self.interval),
+            "n": self.n,
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Control":
+        """The control that `to_json` wrote."""
+        return cls(data["name"], _float(data["value"]), _interval_from(data["interval"]), data["n"])
+
+
+@dataclass(frozen=True)
+class Effect:
+    """A measured effect and its evidence.
+
+    `value` is in `units` (such as "nats", "logit difference", "probability"), the mean over `n` examples, with its 95 %
+    `interval`; `ablation` names what was done to the model ("mean ablation", "patch from the corrupt run", "none");
+    `command` is the command line that measures it again.
+    """
+
+    name: str
+    value: float
+    n: int
+    interval: Interval | None
+    controls: tuple[Control, ...]
+    ablation: str
+    units: str
+    command: str | None = None
+
+    def require_controls(self) -> "Effect":
+        """The effect itself; raises `MissingControls` when it stands alone."""
+        if not self.controls:
+            raise MissingControls(f"the effect “{self.name}” has no controls: measure at least one before showing it")
+        return self
+
+    def to_json(self) -> dict[str, Any]:
+        """The effect as JSON; a value that is not finite is a string, so that nothing is lost."""
+        return {
+            "name": self.name,
+            "value": _number(self.value),
+            "n": self.n,
+            "interval": _interval(self.interval),
+            "controls": [control.to_json() for control in self.controls],
+            "ablation": self.ablation,
+            "units": self.units,
+            "command": self.command,
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Effect":
+        """The effect that `to_json` wrote."""
+        return cls(
+            name=data["name"],
+            value=_float(data["value"]),
+            n=data["n"],
+            interval=_interval_from(data["interval"]),
+            controls=tuple(Control.from_json(control) for control in data["controls"]),
+            ablation=data["ablation"],
+            units=data["units"],
+            command=data["command"],
+        )
+
+
+def _number(value: float) -> float | str:
+    return float(value) if math.isfinite(value) else str(float(value))
+
+
+def _float(value: float | str) -> float:
+    return float(value)
+
+
+def _interval(interval: Interval | None) -> list[float | str] | None:
+    return None if interval is None else [_number(end) for end in interval]
+
+
+def _interval_from(ends: list[float | str] | None) -> Interval | None:
+    if ends is None:
+        return None
+    low, high = ends
+    return _float(low), _float(high)

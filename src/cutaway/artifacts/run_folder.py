@@ -1,0 +1,183 @@
+"""The folder that one run of a command fills, so that an interrupted run goes on where it stopped.
+
+    run.json            command, configuration, version of the code: what the folder belongs to
+    steps/NAME.json     the result of each finished step
+    .lock               held by the process that is writing
+
+A folder belongs to one command and one configuration. The same ones resume it; others are refused rather than mixed.
+"""
+
+import contextlib
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.files import disk_errors, make_folder, plain, read_json, write_json
+from cutaway.artifacts.manifest import code_version
+
+_RUN = "run.json"
+_LOCK = ".lock"
+_STEP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+class RunFolder:
+    """An open run folder; use it as a context manager, so that the lock is given back.
+
+    with RunFolder.open(out, command="tour", configuration={"model": model, "seed": 0}) as folder:
+        lens = folder.step("lens")
+        if lens is None:
+            lens = folder.save_step("lens", logit_lens(...))
+    """
+
+    def __init__(self, path: Path, lock: int | None) -> None:
+        self.path = path
+        self._lock = lock
+
+    @classmethod
+    def open(cls, path: Path, *, command: str, configuration: Mapping[str, Any], resume: bool = True) -> "RunFolder":
+        """Create a run folder, or go on with one.
+
+        `command` is the verb ("tour"); `configuration` is everything that determines the result: put the hashes of the
+        model and of the corpus into it, not only their paths. `resume=False` removes what an earlier run left and
+        begins again.
+
+        Raises `CutawayError` when the folder holds another command, configuration or release's run; when it holds
+        something that is no run at all; when another process is at work in it; when it cannot be written to.
+        """
+        path = Path(path)
+        record = {
+            "cutaway": _release(),
+            "code": code_version(),
+            "command": command,
+            "configuration": plain(configuration),
+        }
+        if _is_of_someone_else(path):
+            raise CutawayError(f"{path} exists and is not a run folder: name an empty or a new folder")
+        make_folder(path)
+        lock = _acquire(path)
+        try:
+            if not resume:
+                _clear(path)
+            if (path / _RUN).exists():
+                _check(path, read_json(path / _RUN), record)
+            else:
+                write_json(path / _RUN, record)
+            make_folder(path / "steps")
+        except BaseException:
+            _unlock(lock)
+            raise
+        return cls(path, lock)
+
+    def step(self, name: str) -> Any | None:
+        """What the step saved when it finished, None if it has not."""
+        file = self._step_file(name)
+        return read_json(file) if file.exists() else None
+
+    def save_step(self, name: str, payload: Any) -> Any:
+        """Record that the step finished with `payload`, and return it as `step` will: through JSON and back.
+
+        Anything but None; what is not plain JSON goes through `files.plain`.
+        """
+        if payload is None:
+            raise ValueError(f"step {name!r}: None would read as a step that has not finished")
+        file = self._step_file(name)
+        write_json(file, payload)
+        return read_json(file)
+
+    def file(self, *parts: str) -> Path:
+        """A path inside the folder; the folders above it are made."""
+        path = self.path.joinpath(*parts)
+        make_folder(path.parent)
+        return path
+
+    def close(self) -> None:
+        """Give the lock back. Closing twice is harmless."""
+        lock, self._lock = self._lock, None
+        _unlock(lock)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _step_file(self, name: str) -> Path:
+        if not _STEP_NAME.fullmatch(name):
+            raise ValueError(f"{name!r} is not a step's name: letters, digits, '.', '_' and '-'")
+        return self.path / "steps" / f"{name}.json"
+
+
+def _release() -> str:
+    from cutaway import __version__
+
+    return __version__
+
+
+def _is_of_someone_else(path: Path) -> bool:
+    """Whether the folder holds files but no run: not even one that was killed while its record was being written."""
+    if not path.is_dir() or (path / _RUN).exists():
+        return False
+    with disk_errors(path):
+        return any(name != _LOCK and not name.startswith(f".{_RUN}.") for name in os.listdir(path))
+
+
+def _check(path: Path, found: Any, wanted: Mapping[str, Any]) -> None:
+    """Raise unless the folder's record is of the same command, configuration and release."""
+    way_out = "add --overwrite to begin again, or name another folder with --out"
+    if not isinstance(found, dict) or not {"command", "configuration", "cutaway"} <= found.keys():
+        raise CutawayError(f"{path / _RUN} is not a run's record: {way_out}")
+    if found["command"] != wanted["command"]:
+        raise CutawayError(f"{path} holds a run of “{found['command']}”, not of “{wanted['command']}”: {way_out}")
+    if found["cutaway"] != wanted["cutaway"]:
+        raise CutawayError(f"{path} was made by cutaway {found['cutaway']}, this is {wanted['cutaway']}: {way_out}")
+    if found["configuration"] != wanted["configuration"]:
+        old, new = found["configuration"], wanted["configuration"]
+        differing = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+        raise CutawayError(f"{path} holds a run with another configuration ({', '.join(differing)}): {way_out}")
+
+
+def _clear(path: Path) -> None:
+    with disk_errors(path / _RUN):
+        # the record goes last: until then the folder is still known as a run's
+        for entry in sorted(path.iterdir(), key=lambda entry: entry.name == _RUN):
+            if entry.name == _LOCK:
+                continue
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
+
+
+def _acquire(path: Path) -> int | None:
+    """Lock the folder for this process. The kernel frees the lock when its holder dies, however it dies."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    file = path / _LOCK
+    with disk_errors(file):
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        holder = os.read(descriptor, 32).decode(errors="replace").strip()
+        os.close(descriptor)
+        who = f" (process {holder})" if holder else ""
+        raise CutawayError(f"another process{who} is at work in {path}: wait for it, or name another folder") from error
+    except OSError:  # a file system without locks
+        os.close(descriptor)
+        return None
+    with contextlib.suppress(OSError):  # the number is for the message above; the lock holds without it
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+    return descriptor
+
+
+def _unlock(lock: int | None) -> None:
+    # The file stays: removing it would let a third process lock a new file while a second one holds the old.
+    if lock is not None:
+        os.close(lock)

@@ -1,0 +1,85 @@
+"""Intervals and rank statistics that results are reported with."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import ArrayLike
+
+
+def bootstrap_interval(
+    values: "ArrayLike",
+    statistic: Callable[["np.ndarray"], Any] | None = None,
+    *,
+    level: float = 0.95,
+    n_resamples: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of a statistic of independent examples (Efron 1979).
+
+    `values` is [n] or [n, ...], one example a row; rows are drawn with replacement. `statistic` takes such an array and
+    returns one number (default: the mean). Fewer than two examples have no interval: (nan, nan). The same seed gives
+    the same interval.
+    """
+    import numpy as np
+
+    rows = np.asarray(values, dtype=np.float64)
+    n = len(rows)
+    if n < 2:
+        return float("nan"), float("nan")
+    generator = np.random.default_rng(seed)
+    measure = np.mean if statistic is None else statistic
+    drawn = [float(measure(rows[generator.integers(0, n, n)])) for _ in range(n_resamples)]
+    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def wilson_interval(successes: int, n: int, *, level: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval of a proportion (Wilson 1927): right also near 0 and 1, where the normal one is not.
+
+    Without examples nothing is known: (0, 1). Raises `ValueError` unless 0 <= successes <= n.
+    """
+    if not 0 <= successes <= n:
+        raise ValueError(f"{successes} successes of {n}")
+    if n == 0:
+        return 0.0, 1.0
+    from statistics import NormalDist
+
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    share = successes / n
+    middle = share + z * z / (2 * n)
+    half = z * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
+    denominator = 1 + z * z / n
+    # the ends are exact where every example, or none, is a success; rounding would leave 0.9999999
+    low = 0.0 if successes == 0 else (middle - half) / denominator
+    high = 1.0 if successes == n else (middle + half) / denominator
+    return low, high
+
+
+def auroc(scores: "ArrayLike", labels: "ArrayLike") -> float:
+    """Area under the ROC curve: P(a positive scores above a negative) + ½ P(they tie).
+
+    `scores` [n], `labels` [n] of booleans. NaN when there is no positive or no negative: nothing can be ranked.
+    """
+    import numpy as np
+
+    return float(auroc_columns(np.asarray(scores)[:, None], labels)[0])
+
+
+def auroc_columns(scores: "ArrayLike", labels: "ArrayLike") -> "np.ndarray":
+    """`auroc` of each column of `scores` [n, k] against the same `labels` [n]: float64 [k]."""
+    import numpy as np
+    from scipy.stats import rankdata
+
+    table = np.asarray(scores)
+    positive = np.asarray(labels, dtype=bool)
+    if positive.shape != table.shape[:1]:
+        raise ValueError(f"{table.shape[0]} scores but labels of shape {positive.shape}")
+    n_positive = int(positive.sum())
+    n_negative = len(positive) - n_positive
+    if n_positive == 0 or n_negative == 0:
+        return np.full(table.shape[1], np.nan)
+    ranks = rankdata(table, axis=0)  # ties get their mean rank: the ½ of the definition
+    u = ranks[positive].sum(axis=0) - n_positive * (n_positive + 1) / 2
+    return u / (n_positive * n_negative)
