@@ -12,7 +12,9 @@ Lists may be passed wherever a tuple is declared.
 import math
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+from cutaway.artifacts.files import plain
 
 
 def _finite(value: Any) -> Any:
@@ -30,28 +32,29 @@ def _finite_or_whole(value: Any) -> Any:
     return int(value) if hasattr(value, "__index__") and not isinstance(value, bool) else _finite(value)
 
 
-def _plain(value: Any) -> Any:
-    """Values as JSON would give them back: lists for tuples, `None` for numbers that are not finite."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if value is None or isinstance(value, str | bool):
-        return value
-    if hasattr(value, "__index__") or hasattr(value, "__float__"):
-        return _finite_or_whole(value)
-    return str(value)  # a path, a dtype, a time
-
-
 Number = Annotated[float | None, BeforeValidator(_finite)]
 Value = Annotated[int | float | str | None, BeforeValidator(_finite_or_whole)]
-Json = Annotated[dict[str, Any], BeforeValidator(_plain)]
+Json = Annotated[dict[str, Any], BeforeValidator(plain)]
 EffectJson = Json
-"""`cutaway.artifacts.results.Effect` as JSON: name, value, n, interval, controls, ablation, units, command."""
+"""`cutaway.artifacts.results.Effect` as JSON (an `Effect` itself is turned into it)."""
+
+
+def _encodable(value: Any) -> Any:
+    """Strings without lone surrogates (a file name's undecodable byte, say), which no UTF-8 file can hold."""
+    if isinstance(value, str):
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, dict):
+        return {_encodable(key): _encodable(item) for key, item in value.items()}
+    return [_encodable(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 class _Data(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _utf8(cls, value: Any) -> Any:
+        return _encodable(value)
 
 
 def _same(what: str, got: int, expected: int) -> None:

@@ -1,0 +1,281 @@
+"""Curves, bars, and effects beside their controls. A control is always grey, and dashed, hatched or hollow."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NotRequired, TypedDict
+
+from markupsafe import Markup
+
+from cutaway.artifacts.errors import CutawayError
+from cutaway.draw.text import escape, interval, number
+
+Numbers = Sequence[float | None]
+
+
+class Series(TypedDict):
+    """One curve: `low` and `high` bound its interval point by point."""
+
+    name: str
+    x: Sequence[float]
+    y: Numbers
+    low: NotRequired[Numbers | None]
+    high: NotRequired[Numbers | None]
+    control: NotRequired[bool]
+
+
+class Bar(TypedDict):
+    label: str
+    value: float | None
+    low: NotRequired[float | None]
+    high: NotRequired[float | None]
+    control: NotRequired[bool]
+
+
+# Curves -------------------------------------------------------------------------------------------------------------
+
+_WIDTH, _HEIGHT = 600, 300
+_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 30, 50
+COLOURS = 6
+
+
+def line_svg(*, series: Sequence[Series], title: str, x_label: str = "", y_label: str = "") -> Markup:
+    """Curves on one pair of axes; a missing value breaks its curve, an interval is a band around it.
+
+    It scales with the box it stands in. Colours and marker shapes follow the order of the series; `line_legend`
+    names them.
+    """
+    xs = _range(x for one in series for x in one["x"])
+    ys = _range(y for one in series for key in ("y", "low", "high") for y in (one.get(key) or ()))
+    y_ticks, x_ticks = _ticks(*ys), _ticks(*xs, whole=all(float(x).is_integer() for one in series for x in one["x"]))
+    ys = (min(ys[0], y_ticks[0]), max(ys[1], y_ticks[-1]))
+
+    def px(x: float) -> float:
+        return _LEFT + (x - xs[0]) / (xs[1] - xs[0]) * (_WIDTH - _LEFT - _RIGHT)
+
+    def py(y: float) -> float:
+        return _HEIGHT - _BOTTOM - (y - ys[0]) / (ys[1] - ys[0]) * (_HEIGHT - _TOP - _BOTTOM)
+
+    parts = [
+        f'<svg class="cw-line" role="img" viewBox="0 0 {_WIDTH} {_HEIGHT}">',
+        f"<title>{escape(title)}</title><desc>{escape(_described(series))}</desc>",
+    ]
+    for tick in y_ticks:
+        zero = " cw-zero" if tick == 0 else ""
+        parts.append(
+            f'<line class="cw-rule{zero}" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{py(tick):.1f}" y2="{py(tick):.1f}"/>'
+            f'<text x="{_LEFT - 8}" y="{py(tick) + 5:.1f}" text-anchor="end">{number(tick)}</text>'
+        )
+    for tick in x_ticks:
+        parts.append(
+            f'<text x="{px(tick):.1f}" y="{_HEIGHT - _BOTTOM + 20}" text-anchor="middle">{number(tick)}</text>'
+        )
+    if x_label:
+        middle = (_LEFT + _WIDTH - _RIGHT) / 2
+        parts.append(
+            f'<text class="cw-axis" x="{middle:.0f}" y="{_HEIGHT - 7}" text-anchor="middle">{escape(x_label)}</text>'
+        )
+    if y_label:
+        parts.append(f'<text class="cw-axis" x="0" y="13">{escape(y_label)}</text>')
+    looks = _looks(series)
+    order = sorted(range(len(series)), key=lambda place: not series[place].get("control"))  # results are drawn on top
+    for place in order:
+        parts.append(_curve(series[place], looks[place], px, py))
+    parts.append("</svg>")
+    return Markup("".join(parts))
+
+
+def line_legend(series: Sequence[Series]) -> Markup:
+    """The names of `line_svg`'s curves, each with its stroke and marker; controls say so."""
+    items = []
+    for one, look in zip(series, _looks(series), strict=True):
+        word = ' <em class="cw-tag">control</em>' if one.get("control") else ""
+        items.append(
+            f'<li><svg class="cw-line {look}" width="30" height="12" aria-hidden="true"><path class="cw-curve" '
+            f'd="M1 6H29"/>{_marker(look, 15, 6)}</svg>{escape(one["name"])}{word}</li>'
+        )
+    return Markup(f'<ul class="cw-series">{"".join(items)}</ul>')
+
+
+def _looks(series: Sequence[Series]) -> list[str]:
+    """The CSS class of each curve: results take the colours in turn, controls are grey."""
+    looks, results = [], 0
+    for one in series:
+        if one.get("control"):
+            looks.append("cw-control")
+        else:
+            looks.append(f"cw-c{results % COLOURS}")
+            results += 1
+    return looks
+
+
+def _curve(one: Series, look: str, px: Any, py: Any) -> str:
+    parts = [f'<g class="{look}">']
+    low, high = one.get("low"), one.get("high")
+    if low and high:
+        for run in _runs(zip(one["x"], low, high, strict=True)):
+            edge = [f"{px(x):.1f} {py(top):.1f}" for x, _, top in run]
+            edge += [f"{px(x):.1f} {py(bottom):.1f}" for x, bottom, _ in reversed(run)]
+            parts.append(f'<path class="cw-band" d="M{"L".join(edge)}Z"/>')
+    for run in _runs(zip(one["x"], one["y"], strict=True)):
+        points = "L".join(f"{px(x):.1f} {py(y):.1f}" for x, y in run)
+        parts.append(f'<path class="cw-curve" d="M{points}"/>')
+        if len(one["x"]) <= 40:
+            for x, y in run:
+                tip = f"{one['name']}{' (control)' if one.get('control') else ''} at {number(x)}: {number(y)}"
+                parts.append(
+                    f'<g class="cw-point"><title>{escape(tip)}</title>{_marker(look, px(x), py(y))}'
+                    f'<circle class="cw-hit" cx="{px(x):.1f}" cy="{py(y):.1f}" r="9"/></g>'
+                )
+    parts.append("</g>")
+    return "".join(parts)
+
+
+def _runs(points: Iterable[tuple[Any, ...]]) -> list[list[tuple[Any, ...]]]:
+    """Stretches of points in which nothing is missing."""
+    runs: list[list[tuple[Any, ...]]] = [[]]
+    for point in points:
+        if all(_known(part) for part in point):
+            runs[-1].append(point)
+        elif runs[-1]:
+            runs.append([])
+    return [run for run in runs if run]
+
+
+def _marker(look: str, x: float, y: float) -> str:
+    """A shape by series as well as a colour: circle, square, triangle, diamond; controls are hollow circles."""
+    outline = {
+        "cw-c1": "m-4 -4l8 0 0 8 -8 0z",
+        "cw-c2": "m0 -5l5 9 -10 0z",
+        "cw-c3": "m0 -5l5 5 -5 5 -5 -5z",
+        "cw-c4": "m0 5l5 -9 -10 0z",
+    }
+    if look not in outline:
+        return f'<circle class="cw-dot" cx="{x:.1f}" cy="{y:.1f}" r="3.8"/>'
+    return f'<path class="cw-dot" d="M{x:.1f} {y:.1f}{outline[look]}"/>'
+
+
+def _described(series: Sequence[Series]) -> str:
+    told = []
+    for one in series:
+        ys = [y for y in one["y"] if y is not None and math.isfinite(y)]
+        if ys:
+            name = one["name"] + (" (control)" if one.get("control") else "")
+            told.append(f"{name}: from {number(ys[0])} to {number(ys[-1])}, highest {number(max(ys))}")
+    return "; ".join(told) + "." if told else "No values."
+
+
+def _known(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def _range(values: Iterable[float | None]) -> tuple[float, float]:
+    known = [float(value) for value in values if value is not None and math.isfinite(value)]
+    if not known:
+        return 0.0, 1.0
+    low, high = min(known), max(known)
+    return (low, high) if high > low else (low - 0.5, high + 0.5)
+
+
+def _ticks(low: float, high: float, whole: bool = False) -> list[float]:
+    """About five round numbers from just outside `low` to `high` (inside them when `whole`)."""
+    step = 10.0 ** math.floor(math.log10((high - low) / 5))
+    step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= 6)
+    if whole:
+        step = max(1.0, step)
+        first, last = math.ceil(low / step), math.floor(high / step)
+    else:
+        first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [float(f"{place * step:.12g}") for place in range(first, last + 1)]
+
+
+# Bars and effects ---------------------------------------------------------------------------------------------------
+
+
+def bars_html(*, items: Sequence[Bar], units: str = "") -> Markup:
+    """Horizontal bars from zero on one scale, each with its label and number in text; controls are hatched."""
+    place = _percent(x for item in items for x in (0.0, item["value"], item.get("low"), item.get("high")))
+    rows = []
+    for item in items:
+        value, low, high = item["value"], item.get("low"), item.get("high")
+        marks = ""
+        if value is not None and _known(value):
+            start, end = sorted((place(0.0), place(value)))
+            marks = f'<rect class="cw-fill" x="{start:.2f}%" width="{end - start:.2f}%" y="3" height="14"/>'
+            if item.get("control"):
+                marks += f'<line class="cw-hatch" x1="{start:.2f}%" x2="{end:.2f}%" y1="10" y2="10"/>'
+            marks += _whisker(place, low, high)
+        rows.append(_row(item["label"], interval(value, low, high, units), bool(item.get("control")), marks, place))
+    return Markup(f'<div class="cw-bars">{"".join(rows)}</div>')
+
+
+def effect_html(effect: Mapping[str, Any]) -> Markup:
+    """An effect and each of its controls on one scale, as points with their intervals.
+
+    `effect` is `cutaway.artifacts.results.Effect` as JSON: name, value, n, interval, controls (each with name, value,
+    n, interval), ablation, units.
+
+    Raises:
+        CutawayError: the effect has no controls: it is not a result yet, and is not drawn as one.
+    """
+    check_effect(effect)
+    controls = effect["controls"]
+    units = effect.get("units") or ""
+    measured = [[_float(x) for x in (one.get("value"), *(one.get("interval") or ()))] for one in (effect, *controls)]
+    place = _percent(x for numbers in measured for x in numbers)
+    rows = []
+    for one, (value, *ends) in zip((effect, *controls), measured, strict=True):
+        control = one is not effect
+        low, high = ends or (None, None)
+        marks = _whisker(place, low, high)
+        if value is not None and _known(value):
+            marks += f'<circle class="cw-dot" cx="{place(value):.2f}%" cy="10" r="5.5"/>'
+        written = interval(value, low, high, units)
+        rows.append(_row(one.get("name") or "effect", written, control, marks, place, one.get("n")))
+    about = []
+    if effect.get("ablation"):
+        about.append(f"Edit: {escape(effect['ablation'])}.")
+    if effect.get("n") is not None:
+        about.append(f"n = {number(effect['n'])}.")
+    foot = f'<p class="cw-small">{" ".join(about)}</p>' if about else ""
+    return Markup(f'<div class="cw-bars cw-effect">{"".join(rows)}{foot}</div>')
+
+
+def check_effect(effect: Mapping[str, Any]) -> None:
+    """Raise `CutawayError` unless the effect stands beside at least one control."""
+    if not effect.get("controls"):
+        raise CutawayError(
+            f"the effect {effect.get('name') or '(without a name)'!r} has no controls, so it cannot be shown as a "
+            "result; measure it on a control too (a random direction, a random position, shuffled labels)"
+        )
+
+
+def _float(value: float | str | None) -> float | None:
+    """A number of an effect's JSON, where those that are not finite are strings."""
+    return None if value is None else float(value)
+
+
+def _row(label: str, written: str, control: bool, marks: str, place: Any, n: int | None = None) -> str:
+    tag = ' <em class="cw-tag">control</em>' if control else ""
+    count = f' <span class="cw-n">n = {number(n)}</span>' if n is not None and control else ""
+    zero = f'<line class="cw-zero" x1="{place(0.0):.2f}%" x2="{place(0.0):.2f}%" y1="0" y2="20"/>'
+    css = "cw-control" if control else "cw-result"
+    return (
+        f'<div class="cw-bar {css}"><span class="cw-bar-label">{escape(label)}{tag}</span>'
+        f'<svg width="100%" height="20" aria-hidden="true">{zero}{marks}</svg>'
+        f'<span class="cw-bar-value">{escape(written)}{count}</span></div>'
+    )
+
+
+def _whisker(place: Any, low: float | None, high: float | None) -> str:
+    if low is None or high is None or not (_known(low) and _known(high)):
+        return ""
+    a, b = f"{place(low):.2f}%", f"{place(high):.2f}%"
+    ends = "".join(f'<line x1="{x}" x2="{x}" y1="6" y2="14"/>' for x in (a, b))
+    return f'<g class="cw-whisker"><line x1="{a}" x2="{b}" y1="10" y2="10"/>{ends}</g>'
+
+
+def _percent(values: Iterable[float | None]) -> Any:
+    """A function from a number to its place across the drawing in percent, with room at both ends for a mark."""
+    low, high = _range([0.0, *values])
+    inner = 2.0 if low < 0 else 0.5
+    return lambda value: inner + (value - low) / (high - low) * (98.0 - inner)

@@ -1,0 +1,134 @@
+"""Heatmaps: a number in every cell, coloured by its size."""
+
+import math
+from collections.abc import Sequence
+
+from markupsafe import Markup
+
+from cutaway.draw.scale import Scale, scale_for
+from cutaway.draw.text import NOTHING, escape, number, same_decimals, shorten, visible
+
+_ROW = 26
+_CHARACTER = 7.0  # an upper estimate of a label's width a character, at 12 px
+_LABEL = 16  # characters of a label that are written; the tooltip has the whole of it
+_WIDTH = 700
+
+
+def heatmap_scale(values: Sequence[Sequence[float | None]], diverging: bool = False) -> Scale:
+    """The scale that `heatmap_svg` colours by, for its legend."""
+    return scale_for((value for row in values for value in row), diverging)
+
+
+def heatmap_svg(
+    *,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    values: Sequence[Sequence[float | None]],
+    title: str,
+    units: str = "",
+    diverging: bool = False,
+    cell_text: Sequence[Sequence[str]] | None = None,
+    row_axis: str = "",
+    column_axis: str = "",
+    marks: Sequence[tuple[int, int]] = (),
+) -> Markup:
+    """An SVG grid of `values[row][column]`, each cell printed and tinted; `None` is an empty cell with "–".
+
+    `marks` are (row, column) cells to outline. Every cell has a tooltip with its row, column and value; the
+    description names the extremes. At most 700 px wide where the columns allow it; the cells never get narrower than
+    their text, so a wide grid belongs in a box that scrolls.
+    """
+    values = [[None if value is None or not math.isfinite(value) else value for value in row] for row in values]
+    scale = heatmap_scale(values, diverging)
+    printed = cell_text if cell_text is not None else _cells(values)
+    row_names, column_names = [visible(row) for row in rows], [visible(column) for column in columns]
+    labels = [shorten(name, _LABEL) for name in column_names]
+    longest = max((len(text) for row in printed for text in row), default=1)
+    left = 12 + _CHARACTER * max(len(shorten(name, _LABEL)) for name in row_names) + (18 if row_axis else 0)
+    slanted = max(len(label) for label in labels)
+    narrowest = max(30.0, 6.8 * longest + 8)
+    width = min(max((_WIDTH - left) / len(columns), narrowest), max(64.0, narrowest))
+    level = slanted * _CHARACTER <= width
+    top = (18 if column_axis else 0) + (22 if level else 14 + slanted * _CHARACTER * 0.64)
+    right = 6 if level else max(6.0, slanted * _CHARACTER * 0.77 - width / 2)
+    total_width = round(left + width * len(columns) + right)
+    total_height = round(top + _ROW * len(rows) + 4)
+
+    parts = [
+        f'<svg class="cw-heatmap" role="img" tabindex="0" width="{total_width}" height="{total_height}" '
+        f'viewBox="0 0 {total_width} {total_height}" data-columns="{len(columns)}">',
+        f"<title>{escape(title)}</title>",
+        f"<desc>{escape(_description(values, row_names, column_names, row_axis, column_axis, units))}</desc>",
+    ]
+    if column_axis:
+        parts.append(f'<text class="cw-axis" x="{_p(left)}" y="12">{escape(column_axis)} →</text>')
+    if row_axis:
+        middle = top + _ROW * len(rows) / 2
+        parts.append(
+            f'<text class="cw-axis" text-anchor="middle" transform="translate(11 {_p(middle)}) rotate(-90)">'
+            f"{escape(row_axis)}</text>"
+        )
+    for place, label in enumerate(labels):
+        x = left + width * (place + 0.5)
+        where = f'x="{_p(x)}" y="{_p(top - 7)}" text-anchor="middle"'
+        if not level:
+            where = f'transform="translate({_p(x + 4)} {_p(top - 7)}) rotate(-40)"'
+        parts.append(f'<text class="cw-mono" {where}>{escape(label)}</text>')
+    for r, name in enumerate(row_names):
+        y = top + _ROW * r
+        parts.append(
+            f'<text class="cw-mono" x="{_p(left - 7)}" y="{_p(y + 17)}" text-anchor="end">'
+            f"{escape(shorten(name, _LABEL))}</text>"
+        )
+        for c, value in enumerate(values[r]):
+            x = left + width * c
+            parts.append(
+                f'<g class="cw-cell {scale.css(value)}"><title>{escape(name)} · {escape(column_names[c])}: '
+                f'{escape(number(value, units, 4))}</title><rect x="{_p(x)}" y="{_p(y)}" width="{_p(width - 1.5)}" '
+                f'height="{_ROW - 1.5}" rx="2"/><text x="{_p(x + width / 2 - 0.75)}" y="{_p(y + 16.5)}">'
+                f"{escape(printed[r][c])}</text></g>"
+            )
+    for r, c in marks:
+        parts.append(
+            f'<rect class="cw-mark" x="{_p(left + width * c)}" y="{_p(top + _ROW * r)}" width="{_p(width - 1.5)}" '
+            f'height="{_ROW - 1.5}" rx="2"/>'
+        )
+    parts.append("</svg>")
+    return Markup("".join(parts))
+
+
+def _p(pixels: float) -> str:
+    """Pixels with at most one decimal."""
+    return f"{pixels:.1f}".removesuffix(".0")
+
+
+def _cells(values: Sequence[Sequence[float | None]]) -> list[list[str]]:
+    """Every value with the same decimals, as few as tell them apart at a glance."""
+    known = [value for row in values for value in row if value is not None]
+    largest = max((abs(value) for value in known), default=1.0) or 1.0
+    if largest >= 1e4 or largest < 1e-3:
+        return [[number(value, digits=2) for value in row] for row in values]
+    decimals = 2 if largest >= 0.1 else 1 - math.floor(math.log10(largest))
+    decimals = decimals if largest < 10 else 1 if largest < 100 else 0
+    written = iter(same_decimals(known, decimals))
+    return [[NOTHING if value is None else next(written) for value in row] for row in values]
+
+
+def _description(
+    values: Sequence[Sequence[float | None]],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    row_axis: str,
+    column_axis: str,
+    units: str,
+) -> str:
+    cells = [(value, r, c) for r, row in enumerate(values) for c, value in enumerate(row) if value is not None]
+    size = f"{len(rows)} rows{f' ({row_axis})' if row_axis else ''} by {len(columns)} columns"
+    size += f" ({column_axis})" if column_axis else ""
+    if not cells:
+        return f"{size}; no values."
+    most, least = max(cells), min(cells)
+    return (
+        f"{size}. Highest {number(most[0], units)} at {rows[most[1]]}, {columns[most[2]]}; "
+        f"lowest {number(least[0], units)} at {rows[least[1]]}, {columns[least[2]]}."
+    )

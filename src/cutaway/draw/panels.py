@@ -1,0 +1,144 @@
+"""Stat tiles, tables, texts side by side, and dictionary latents."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NotRequired, TypedDict
+
+from markupsafe import Markup
+
+from cutaway.draw.scale import scale_for
+from cutaway.draw.text import escape, number, token_html
+from cutaway.draw.tokens import token_run
+
+
+class Figure(TypedDict):
+    """One number with its name."""
+
+    label: str
+    value: float | int | str | None
+    units: NotRequired[str]
+    detail: NotRequired[str]
+
+
+class Continuation(TypedDict):
+    """One text of a comparison; every occurrence of a `highlight` string in it is marked."""
+
+    label: str
+    text: str
+    note: NotRequired[str]
+    control: NotRequired[bool]
+    highlight: NotRequired[Sequence[str]]
+
+
+def figures_html(*, items: Sequence[Figure]) -> Markup:
+    """Stat tiles: a number, what it is, and a line about it."""
+    tiles = []
+    for item in items:
+        detail = f'<span class="cw-small">{escape(item.get("detail"))}</span>' if item.get("detail") else ""
+        tiles.append(
+            f'<div class="cw-tile"><dt>{escape(item["label"])}</dt>'
+            f"<dd>{figure_html(item['value'], item.get('units', ''))}{detail}</dd></div>"
+        )
+    return Markup(f'<dl class="cw-tiles">{"".join(tiles)}</dl>')
+
+
+def figure_html(value: float | int | str | None, units: str = "") -> Markup:
+    """A number set large, its units set small."""
+    small = f"<small>{'' if units in {'%', '×'} else ' '}{escape(units)}</small>" if units and value is not None else ""
+    return Markup(f'<span class="cw-figure">{escape(number(value))}{small}</span>')
+
+
+def table_html(
+    *, columns: Sequence[str], rows: Sequence[Sequence[Any]], title: str, align: Sequence[str] | None = None
+) -> Markup:
+    """A table; without `align` a column whose cells are all numbers is right-aligned."""
+    sides = align or [_side([row[c] for row in rows]) for c in range(len(columns))]
+    css = ["cw-right" if side == "right" else "cw-left" for side in sides]
+    heads = "".join(f'<th scope="col" class="{css[c]}">{escape(name)}</th>' for c, name in enumerate(columns))
+    body = "".join(
+        "<tr>" + "".join(f'<td class="{css[c]}">{escape(number(cell))}</td>' for c, cell in enumerate(row)) + "</tr>"
+        for row in rows
+    )
+    return Markup(
+        f'<table class="cw-table"><caption class="cw-hidden">{escape(title)}</caption><thead><tr>{heads}</tr></thead>'
+        f"<tbody>{body}</tbody></table>"
+    )
+
+
+def _side(cells: Sequence[Any]) -> str:
+    numbers = [cell for cell in cells if cell is not None]
+    return "right" if numbers and all(isinstance(cell, int | float) for cell in numbers) else "left"
+
+
+def compare_html(*, items: Sequence[Continuation], prompt: str = "") -> Markup:
+    """Texts side by side under the prompt they continue; controls are hatched and say so."""
+    asked = (
+        f'<div class="cw-prompt"><span class="cw-over">Prompt</span><pre>{escape(prompt)}</pre></div>' if prompt else ""
+    )
+    cards = []
+    for item in items:
+        control = bool(item.get("control"))
+        tag = ' <em class="cw-tag">control</em>' if control else ""
+        note = f'<p class="cw-small">{escape(item.get("note"))}</p>' if item.get("note") else ""
+        text = _marked(item["text"], item.get("highlight") or ())
+        cards.append(
+            f'<div class="cw-text {"cw-control" if control else "cw-result"}"><div class="cw-over">'
+            f"{escape(item['label'])}{tag}</div><pre>{text}</pre>{note}</div>"
+        )
+    return Markup(f'{asked}<div class="cw-texts">{"".join(cards)}</div>')
+
+
+def _marked(text: str, highlight: Sequence[str]) -> str:
+    """`text` escaped, with every occurrence of a highlight string inside <mark>; the longest string wins."""
+    wanted = sorted((word for word in set(highlight) if word), key=lambda word: (-len(word), word))
+    if not text:
+        return '<span class="cw-ws">(no text)</span>'
+    if not wanted:
+        return escape(text)
+    pieces = re.split("(" + "|".join(map(re.escape, wanted)) + ")", text)
+    return "".join(
+        f"<mark>{escape(piece)}</mark>" if place % 2 else escape(piece) for place, piece in enumerate(pieces)
+    )
+
+
+def features_html(*, items: Sequence[Mapping[str, Any]], opened: int = 1) -> Markup:
+    """Dictionary latents, one folded panel each, the first `opened` of them open.
+
+    An item has id, label, density (share of tokens on which it fires), top_examples (tokens and values), promotes and
+    suppresses (token, value), and where they apply label_note, auroc, concept.
+    """
+    panels = []
+    for place, item in enumerate(items):
+        about = [f"fires on {number(_percent(item['density']), '%')} of tokens"]
+        if item.get("auroc") is not None:
+            concept = f" for {escape(item['concept'])}" if item.get("concept") else ""
+            about.append(f"AUROC {number(item['auroc'])}{concept}")
+        note = f' <span class="cw-small">{escape(item["label_note"])}</span>' if item.get("label_note") else ""
+        scale = scale_for([value for example in item["top_examples"] for value in example["values"]] + [0.0])
+        examples = "".join(token_run(example, scale) for example in item["top_examples"])
+        columns = _logits("Promotes", item.get("promotes") or ())
+        columns += _logits("Suppresses", item.get("suppresses") or ())
+        panels.append(
+            f'<details class="cw-latent"{" open" if place < opened else ""}><summary>'
+            f'<span class="cw-id">#{item["id"]}</span>'
+            f'<span class="cw-latent-label">{escape(item["label"])}{note}</span>'
+            f'<span class="cw-latent-about">{" · ".join(about)}</span></summary>'
+            f'<div class="cw-latent-body"><div class="cw-latent-examples"><div class="cw-over">Top examples</div>'
+            f"{examples or '<p>none recorded</p>'}</div>{columns}</div></details>"
+        )
+    return Markup(f'<div class="cw-latents">{"".join(panels)}</div>')
+
+
+def _percent(share: float | None) -> float | None:
+    return None if share is None else 100.0 * share
+
+
+def _logits(title: str, effects: Sequence[Mapping[str, Any]]) -> str:
+    if not effects:
+        return ""
+    items = "".join(
+        f'<li><span class="cw-token">{token_html(effect["token"])}</span><span>{number(effect["value"], digits=2)}'
+        "</span></li>"
+        for effect in effects
+    )
+    return f'<div class="cw-logits"><div class="cw-over">{title}</div><ol>{items}</ol></div>'

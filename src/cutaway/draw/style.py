@@ -1,0 +1,15 @@
+"""The style sheet of all drawings."""
+
+from importlib.resources import files
+
+from markupsafe import Markup
+
+
+def stylesheet() -> str:
+    """The CSS that every drawing needs, light and dark."""
+    return files("cutaway.draw").joinpath("cutaway.css").read_text(encoding="utf-8")
+
+
+def standalone(drawing: Markup) -> Markup:
+    """A drawing with its style sheet, for a notebook's `display(HTML(...))`."""
+    return Markup(f"<style>{stylesheet()}</style><div>{drawing}</div>")

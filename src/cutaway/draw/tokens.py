@@ -1,0 +1,89 @@
+"""Drawings whose parts are tokens: tinted texts and the logit-lens grid."""
+
+from collections.abc import Sequence
+from typing import NotRequired, TypedDict
+
+from markupsafe import Markup
+
+from cutaway.draw.scale import Scale, scale_for
+from cutaway.draw.text import escape, number, shorten, token_html, visible
+
+
+class TokenRow(TypedDict):
+    """A text as tokens, each tinted by its value (`None`: no tint)."""
+
+    tokens: Sequence[str]
+    values: Sequence[float | None]
+    label: NotRequired[str]
+    detail: NotRequired[str]
+
+
+def tokens_scale(rows: Sequence[TokenRow]) -> Scale:
+    """The scale of `tokens_html`, over all rows: diverging when any value is negative."""
+    values = [value for row in rows for value in row["values"]]
+    return scale_for(values, diverging=any(value is not None and value < 0 for value in values))
+
+
+def tokens_html(*, rows: Sequence[TokenRow], units: str = "", scale: Scale | None = None) -> Markup:
+    """Texts token by token, whitespace and invisible characters shown, each token tinted by its value."""
+    scale = scale or tokens_scale(rows)
+    parts = []
+    for row in rows:
+        label = f'<div class="cw-token-label">{escape(row.get("label"))}</div>' if row.get("label") else ""
+        detail = f'<div class="cw-small">{escape(row.get("detail"))}</div>' if row.get("detail") else ""
+        parts.append(f'<div class="cw-token-row">{label}{token_run(row, scale, units)}{detail}</div>')
+    return Markup(f'<div class="cw-tokens">{"".join(parts)}</div>')
+
+
+def token_run(row: TokenRow, scale: Scale, units: str = "") -> Markup:
+    """One text of `tokens_html`, without its label: a paragraph of tinted tokens."""
+    spans = []
+    for token, value in zip(row["tokens"], row["values"], strict=True):
+        shown = token_html(token)
+        if value is None:
+            spans.append(f'<span class="cw-token">{shown}</span>')
+        else:
+            tip = escape(f"{visible(token)}: {number(value, units)}")
+            spans.append(f'<span class="cw-token {scale.css(value)}" title="{tip}">{shown}</span>')
+        if "\n" in token:
+            spans.append("<br>")
+    return Markup(f'<p class="cw-token-run">{"<wbr>".join(spans)}</p>')
+
+
+LENS_SCALE = Scale(0.0, 1.0)
+
+
+def lens_html(
+    *,
+    layers: Sequence[str],
+    tokens: Sequence[str],
+    top: Sequence[Sequence[str]],
+    probability: Sequence[Sequence[float | None]],
+    title: str,
+) -> Markup:
+    """A logit-lens grid as a table: each cell has the top token at that layer and position, and its probability.
+
+    The colour is the probability on a scale from 0 to 1 (`LENS_SCALE`).
+    """
+    heads = "".join(f'<th scope="col" title="{escape(visible(token))}">{_short(token)}</th>' for token in tokens)
+    body = []
+    for layer, words, chances in zip(layers, top, probability, strict=True):
+        cells = []
+        for token, word, chance in zip(tokens, words, chances, strict=True):
+            tip = escape(f"{layer} at {visible(token)}: {visible(word)}, probability {number(chance)}")
+            tint = LENS_SCALE.css(chance)
+            cells.append(f'<td class="{tint}" title="{tip}">{_short(word)}<small>{_chance(chance)}</small></td>')
+        body.append(f'<tr><th scope="row">{escape(layer)}</th>{"".join(cells)}</tr>')
+    return Markup(
+        f'<table class="cw-lens"><caption class="cw-hidden">{escape(title)}</caption><thead><tr><th scope="col">'
+        f'<span class="cw-hidden">layer</span></th>{heads}</tr></thead><tbody>{"".join(body)}</tbody></table>'
+    )
+
+
+def _short(token: str) -> str:
+    """A token of at most ten characters, whitespace shown."""
+    return token_html(shorten(token, 10)) if len(visible(token)) <= 40 else escape(shorten(visible(token), 10))
+
+
+def _chance(value: float | None) -> str:
+    return number(value) if value is None else f"{value:.2f}".removeprefix("0")

@@ -1,0 +1,229 @@
+"""The tour's page: one `index.html` that holds everything it needs and asks the network for nothing."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from cutaway.artifacts.files import write_text
+from cutaway.draw import charts, heatmap, panels, tokens
+from cutaway.draw.style import stylesheet
+from cutaway.draw.text import compact, escape, interval, number
+from cutaway.tour.glossary import Linker
+from cutaway.tour.section import (
+    Bars,
+    Block,
+    Compare,
+    EffectBlock,
+    EffectJson,
+    Features,
+    Figures,
+    Heatmap,
+    Lens,
+    Line,
+    Section,
+    Table,
+    Text,
+    Tokens,
+    TourResult,
+)
+
+
+def render(result: TourResult) -> str:
+    """The whole page as HTML.
+
+    Raises:
+        CutawayError: an effect has no controls.
+    """
+    for section in result.sections:
+        for effect in _effects(section):
+            charts.check_effect(effect)
+    link = Linker()
+    template = _environment().get_template("index.html.j2")
+    sections = [_section(place, section, link) for place, section in enumerate(result.sections, start=1)]
+    return template.render(
+        result=result,
+        sections=sections,
+        in_short=[(view, _key_figure(view["data"])) for view in sections],
+        facts=_facts(result),
+        provenance=_provenance(result),
+        glossary=link.glossary(),
+        css=Markup(_compact_css(stylesheet() + _asset("page.css"))),
+        script=Markup(_asset("page.js")),
+        configuration=json.dumps(result.configuration, indent=2, ensure_ascii=False),
+        duration=_duration(result.total_seconds),
+    )
+
+
+def write_page(result: TourResult, path: Path) -> None:
+    """Write `render(result)` to `path`, whole or not at all; `CutawayError` as `render`, or when the disk refuses."""
+    write_text(path, render(result))
+
+
+def draw_block(block: Block, link: Callable[[str], Markup] = lambda text: Markup(escape(text))) -> Markup:
+    """One block as an HTML fragment: its drawing, legend and caption. `link` turns prose into HTML.
+
+    Raises:
+        CutawayError: the block is an effect without controls.
+    """
+    match block:
+        case Text():
+            paragraphs = [part for part in re.split(r"\n\s*\n", block.text) if part.strip()]
+            return Markup("").join(Markup("<p>{}</p>").format(link(part)) for part in paragraphs)
+        case Figures():
+            return panels.figures_html(**_data(block))
+        case EffectBlock():
+            return charts.effect_html(block.effect)
+        case Features():
+            return panels.features_html(**_data(block))
+        case Table():
+            drawn = _wide(panels.table_html(**_data(block), title=block.caption or "Table"), "table")
+            return _figure(drawn, link(block.caption))
+        case Heatmap():
+            # the drawing itself takes the focus: its arrow keys go from cell to cell
+            drawn = Markup('<div class="wide">{}</div>').format(
+                heatmap.heatmap_svg(**_data(block), title=block.caption or "Heatmap")
+            )
+            legend = heatmap.heatmap_scale(block.values, block.diverging).legend(block.units)
+            return _figure(drawn + legend, link(block.caption))
+        case Line():
+            series = _data(block)["series"]
+            drawn = charts.line_svg(
+                series=series, title=block.caption or block.y_label, x_label=block.x_label, y_label=block.y_label
+            )
+            return _figure(charts.line_legend(series) + drawn, link(block.caption))
+        case Bars():
+            return _figure(charts.bars_html(**_data(block)), link(block.caption))
+        case Tokens():
+            data = _data(block)
+            legend = tokens.tokens_scale(data["rows"]).legend(block.units)
+            return _figure(tokens.tokens_html(**data) + legend, link(block.caption))
+        case Lens():
+            drawn = _wide(tokens.lens_html(**_data(block), title=block.caption or "Logit lens"), "logit lens")
+            return _figure(drawn + tokens.LENS_SCALE.legend("probability of the token shown"), link(block.caption))
+        case Compare():
+            return _figure(panels.compare_html(**_data(block)), link(block.caption))
+
+
+def _data(block: Block) -> dict[str, Any]:
+    return block.model_dump(exclude={"kind", "caption"})
+
+
+def _figure(drawn: Markup, caption: Markup) -> Markup:
+    if not caption:
+        return Markup("<figure>{}</figure>").format(drawn)
+    return Markup("<figure>{}<figcaption>{}</figcaption></figure>").format(drawn, caption)
+
+
+def _wide(drawn: Markup, what: str) -> Markup:
+    """A box that scrolls sideways by itself, by keyboard too, so that the page never does."""
+    return Markup('<div class="wide" tabindex="0" role="group" aria-label="{} (scrolls sideways)">{}</div>').format(
+        what, drawn
+    )
+
+
+def _section(place: int, section: Section, link: Linker) -> dict[str, Any]:
+    """What the template shows of a section, in the order in which it is read."""
+    link.new_section()
+    lead = link(section.lead)
+    blocks = [draw_block(block, link) for block in section.blocks]
+    drawn = [block.effect for block in section.blocks if isinstance(block, EffectBlock)]
+    blocks += [charts.effect_html(effect) for effect in section.effects if effect not in drawn]
+    commands = [section.command, *(effect.get("command") for effect in _effects(section))]
+    return {
+        "place": place,
+        "data": section,
+        "lead": lead,
+        "blocks": blocks,
+        "note": link(section.note),
+        "commands": [Markup(escape(command)) for command in dict.fromkeys(commands) if command],
+        "seconds": _duration(section.seconds),
+        "status": section.status.replace(" ", "-"),
+    }
+
+
+def _effects(section: Section) -> list[EffectJson]:
+    return [*section.effects, *(block.effect for block in section.blocks if isinstance(block, EffectBlock))]
+
+
+def _key_figure(section: Section) -> tuple[Markup, str] | None:
+    """The section in one number: its first stat tile, else its first effect; None where it was not shown."""
+    if section.status == "not shown":
+        return None
+    for block in section.blocks:
+        if isinstance(block, Figures):
+            first = block.items[0]
+            return panels.figure_html(first.value, first.units), first.label
+    for effect in _effects(section):
+        low, high = effect.get("interval") or (None, None)
+        value = effect.get("value")
+        written = interval(
+            None if value is None else float(value), _bound(low), _bound(high), effect.get("units") or ""
+        )
+        return Markup(escape(written)), effect.get("name") or "effect"
+    return None
+
+
+def _bound(value: float | str | None) -> float | None:
+    return None if value is None else float(value)
+
+
+def _facts(result: TourResult) -> list[tuple[str, Markup]]:
+    card = result.card
+    facts = [("parameters", Markup(escape(compact(card.parameters))))]
+    if card.context is not None:
+        facts.append(("context", Markup(escape(number(card.context, "tokens")))))
+    facts += [(fact.label, Markup(escape(number(fact.value, fact.units)))) for fact in card.facts]
+    return facts
+
+
+def _provenance(result: TourResult) -> list[tuple[str, str]]:
+    """What the footer names: enough to find the run and to make it again. Absent entries are left out."""
+    manifest = result.manifest
+    model = manifest.get("model")
+    model = model if isinstance(model, dict) else {"id": model}
+    entries = [
+        ("manifest", manifest.get("id")),
+        ("model", model.get("id") or result.card.identity),
+        ("revision", model.get("revision")),
+        ("weight hash", model.get("weight_hash") or manifest.get("weight_hash")),
+        ("corpus hash", manifest.get("corpus_hash")),
+        ("seed", manifest.get("seed", result.configuration.get("seed"))),
+        ("cutaway", result.version),
+        ("made", result.created),
+        ("command", manifest.get("command")),
+    ]
+    return [(name, str(value)) for name, value in entries if value is not None and value != ""]
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 10:
+        return number(float(seconds), "s", digits=2)
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def _environment() -> Environment:
+    return Environment(
+        loader=PackageLoader("cutaway.tour"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def _asset(name: str) -> str:
+    loader = _environment().loader
+    assert loader is not None
+    return loader.get_source(_environment(), name)[0]
+
+
+def _compact_css(css: str) -> str:
+    """The style sheet without comments and indentation."""
+    css = re.sub(r"/\*.*?\*/", "", css, flags=re.DOTALL)
+    return "\n".join(line.strip() for line in css.splitlines() if line.strip())
