@@ -12,7 +12,7 @@ Lists may be passed wherever a tuple is declared.
 import math
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from cutaway.artifacts.files import plain
 
@@ -51,10 +51,10 @@ def _encodable(value: Any) -> Any:
 class _Data(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    @field_validator("*", mode="before")
+    @model_validator(mode="before")
     @classmethod
-    def _utf8(cls, value: Any) -> Any:
-        return _encodable(value)
+    def _utf8(cls, data: Any) -> Any:
+        return _encodable(data)
 
 
 def _same(what: str, got: int, expected: int) -> None:
