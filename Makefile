@@ -1,0 +1,50 @@
+# Needed: make and Python 3.11 or newer with venv (Debian: apt-get install make python3-venv).
+# Every target makes its own environment, .venv; see `make help`.
+
+PYTHON ?= python3
+OUT ?= runs/tour
+PYTEST_ARGS ?=
+SHELL := /bin/sh
+RUN := .venv/bin/python -m
+export PYTHON TORCH_INDEX
+
+.DEFAULT_GOAL := help
+.PHONY: help environment demo test test-slow lint parity bench docs clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
+	@echo "Variables: PYTHON=python3.12, TORCH_INDEX=URL of an index with torch for CPUs, OUT=folder of the demo,"
+	@echo "           PYTEST_ARGS='-k lens'"
+
+environment: ## make or update .venv; the other targets do it themselves
+	@sh tools/environment.sh
+
+demo: environment ## a tour of the shipped model, and where its page is
+	@$(RUN) cutaway tour atlas --out "$(OUT)"
+
+test: environment ## the tests, but for the slow ones
+	$(RUN) pytest -m "not slow" $(PYTEST_ARGS)
+
+test-slow: environment ## the slow tests
+	@# pytest's 5 means that nothing was collected: as long as no test is slow, that is as it should be
+	@$(RUN) pytest -m "slow and not parity" $(PYTEST_ARGS) || { code=$$?; \
+	  if [ $$code = 5 ]; then echo "there are no slow tests"; else exit $$code; fi; }
+
+lint: environment ## ruff, pyright and the contract between the floors
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+	$(RUN) pyright
+	.venv/bin/python tools/lint_imports.py
+
+parity: environment ## build the peers' environments (.venvs), run the tests against them
+	.venv/bin/python tools/parity.py
+
+bench: environment ## measure speed; results go to runs/bench
+	.venv/bin/python benchmarks/run.py
+
+docs: environment ## make the figures and tables of docs/ again
+	.venv/bin/python tools/docs.py
+
+clean: ## remove what tools leave behind; environments and runs stay
+	find src tests tools benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -rf build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache

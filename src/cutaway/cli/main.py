@@ -1,0 +1,78 @@
+"""The command `cutaway`: parses, calls, and turns what goes wrong into one sentence and an exit code.
+
+    0    done
+    1    a check failed (`cutaway check`)
+    2    bad input: one sentence on stderr says what and the way out
+    130  Ctrl-C; the same command resumes
+
+Nothing here, nor at the top of a command's module, imports torch or transformers: help must be instant.
+"""
+
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+
+from cyclopts import App, CycloptsError
+
+from cutaway import __version__
+from cutaway.artifacts.errors import CutawayError
+from cutaway.cli.check import check
+from cutaway.cli.sites import sites
+from cutaway.cli.subjects import app as subjects
+from cutaway.cli.tour import tour
+
+app = App(
+    name="cutaway",
+    help="Look inside language models: see, find causes, name features, change.",
+    version=__version__,
+    help_format="plaintext",
+    result_action="return_value",
+    suppress_keyboard_interrupt=False,
+    help_epilogue="MODEL is “atlas” (the model that comes along), a Hugging Face folder, or a hub id.",
+)
+for command in (tour, check, sites, subjects):
+    app.command(command)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line (default: this process's) and return its exit code."""
+    silence_libraries()
+    try:
+        code = app(arguments, exit_on_error=False, print_error=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except CycloptsError as error:
+        return _fail(f"{error} (see cutaway --help)")
+    except CutawayError as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        print("cutaway: interrupted; the same command resumes", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # the reader went away (`| head`); point stdout elsewhere, or the interpreter complains when it exits
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def silence_libraries() -> None:
+    """Keep transformers, tokenizers and the hub client from writing between our lines; the user's settings win."""
+    for name, value in {
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }.items():
+        os.environ.setdefault(name, value)
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+
+
+def _fail(message: str) -> int:
+    print(f"cutaway: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,52 @@
+"""`cutaway tour`: from a model to a page that shows its insides."""
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter, validators
+
+
+def tour(
+    model: str = "atlas",
+    /,
+    *,
+    out: Path | None = None,
+    corpus: Annotated[Path | None, Parameter(validator=validators.Path(exists=True))] = None,
+    seed: int = 0,
+    overwrite: Annotated[bool, Parameter(negative="")] = False,
+    json: Annotated[bool, Parameter(negative="")] = False,
+) -> None:
+    """Look, find causes, train a dictionary, name features, steer; leave a page about it.
+
+    An interrupted tour goes on when the same command is given again.
+
+    Parameters
+    ----------
+    model
+        “atlas”, a Hugging Face folder, or a hub id.
+    out
+        Folder for the page and everything behind it; runs/tour-MODEL if not given.
+    corpus
+        A text file, or a folder of them, to train the dictionary on instead of the built-in text.
+    seed
+        Of everything drawn at random.
+    overwrite
+        Begin again in a folder that holds another run.
+    json
+        Print the figures as JSON on stdout, and nothing else.
+    """
+    from cutaway.tour import run_tour
+
+    out = out or Path("runs") / f"tour-{_slug(model)}"
+    result = run_tour(model, out=out, corpus=corpus, seed=seed, overwrite=overwrite)
+    if json:
+        print(result.model_dump_json(indent=2))
+    else:
+        print(f"open {(out / 'index.html').resolve()} in a browser")
+
+
+def _slug(model: str) -> str:
+    """The last part of a folder or hub id, as a folder's name."""
+    name = Path(model).resolve().name if Path(model).is_dir() else model.rsplit("/", 1)[-1]
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"
