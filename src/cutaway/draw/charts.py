@@ -7,7 +7,7 @@ from typing import Any, NotRequired, TypedDict
 from markupsafe import Markup
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.draw.text import escape, interval, number
+from cutaway.draw.text import escape, interval, number, short
 
 Numbers = Sequence[float | None]
 
@@ -178,6 +178,8 @@ def _range(values: Iterable[float | None]) -> tuple[float, float]:
 
 def _ticks(low: float, high: float, whole: bool = False) -> list[float]:
     """About five round numbers from just outside `low` to `high` (inside them when `whole`)."""
+    if whole and high - low <= 12:
+        return [float(place) for place in range(math.ceil(low), math.floor(high) + 1)]
     step = 10.0 ** math.floor(math.log10((high - low) / 5))
     step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= 6)
     if whole:
@@ -193,6 +195,7 @@ def _ticks(low: float, high: float, whole: bool = False) -> list[float]:
 
 def bars_html(*, items: Sequence[Bar], units: str = "") -> Markup:
     """Horizontal bars from zero on one scale, each with its label and number in text; controls are hatched."""
+    unit = units if short(units) else ""
     place = _percent(x for item in items for x in (0.0, item["value"], item.get("low"), item.get("high")))
     rows = []
     for item in items:
@@ -204,8 +207,9 @@ def bars_html(*, items: Sequence[Bar], units: str = "") -> Markup:
             if item.get("control"):
                 marks += f'<line class="cw-hatch" x1="{start:.2f}%" x2="{end:.2f}%" y1="10" y2="10"/>'
             marks += _whisker(place, low, high)
-        rows.append(_row(item["label"], interval(value, low, high, units), bool(item.get("control")), marks, place))
-    return Markup(f'<div class="cw-bars">{"".join(rows)}</div>')
+        rows.append(_row(item["label"], interval(value, low, high, unit), bool(item.get("control")), marks, place))
+    foot = "" if unit == units else f'<p class="cw-small">In {escape(units)}.</p>'
+    return Markup(f'<div class="cw-bars">{"".join(rows)}{foot}</div>')
 
 
 def effect_html(effect: Mapping[str, Any]) -> Markup:
@@ -220,6 +224,7 @@ def effect_html(effect: Mapping[str, Any]) -> Markup:
     check_effect(effect)
     controls = effect["controls"]
     units = effect.get("units") or ""
+    unit = units if short(units) else ""
     measured = [[_float(x) for x in (one.get("value"), *(one.get("interval") or ()))] for one in (effect, *controls)]
     place = _percent(x for numbers in measured for x in numbers)
     rows = []
@@ -229,13 +234,13 @@ def effect_html(effect: Mapping[str, Any]) -> Markup:
         marks = _whisker(place, low, high)
         if value is not None and _known(value):
             marks += f'<circle class="cw-dot" cx="{place(value):.2f}%" cy="10" r="5.5"/>'
-        written = interval(value, low, high, units)
+        written = interval(value, low, high, unit)
         rows.append(_row(one.get("name") or "effect", written, control, marks, place, one.get("n")))
     about = []
+    if units != unit:
+        about.append(f"In {escape(units)}.")
     if effect.get("ablation"):
         about.append(f"Edit: {escape(effect['ablation'])}.")
-    if effect.get("n") is not None:
-        about.append(f"n = {number(effect['n'])}.")
     foot = f'<p class="cw-small">{" ".join(about)}</p>' if about else ""
     return Markup(f'<div class="cw-bars cw-effect">{"".join(rows)}{foot}</div>')
 
@@ -256,12 +261,13 @@ def _float(value: float | str | None) -> float | None:
 
 def _row(label: str, written: str, control: bool, marks: str, place: Any, n: int | None = None) -> str:
     tag = ' <em class="cw-tag">control</em>' if control else ""
-    count = f' <span class="cw-n">n = {number(n)}</span>' if n is not None and control else ""
+    count = f' <span class="cw-n">n = {number(n)}</span>' if n is not None else ""
+    track = '<line class="cw-track" x1="0" x2="100%" y1="10" y2="10"/>'
     zero = f'<line class="cw-zero" x1="{place(0.0):.2f}%" x2="{place(0.0):.2f}%" y1="0" y2="20"/>'
     css = "cw-control" if control else "cw-result"
     return (
         f'<div class="cw-bar {css}"><span class="cw-bar-label">{escape(label)}{tag}</span>'
-        f'<svg width="100%" height="20" aria-hidden="true">{zero}{marks}</svg>'
+        f'<svg width="100%" height="20" aria-hidden="true">{track}{zero}{marks}</svg>'
         f'<span class="cw-bar-value">{escape(written)}{count}</span></div>'
     )
 

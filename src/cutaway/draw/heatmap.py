@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from markupsafe import Markup
 
 from cutaway.draw.scale import Scale, scale_for
-from cutaway.draw.text import NOTHING, escape, number, same_decimals, shorten, visible
+from cutaway.draw.text import NOTHING, escape, label, number, same_decimals, shorten
 
 _ROW = 26
 _CHARACTER = 7.0  # an upper estimate of a label's width a character, at 12 px
@@ -41,11 +41,11 @@ def heatmap_svg(
     values = [[None if value is None or not math.isfinite(value) else value for value in row] for row in values]
     scale = heatmap_scale(values, diverging)
     printed = cell_text if cell_text is not None else _cells(values)
-    row_names, column_names = [visible(row) for row in rows], [visible(column) for column in columns]
-    labels = [shorten(name, _LABEL) for name in column_names]
+    row_names, column_names = [label(row) for row in rows], [label(column) for column in columns]
+    short_names = [shorten(name, _LABEL) for name in column_names]
     longest = max((len(text) for row in printed for text in row), default=1)
     left = 12 + _CHARACTER * max(len(shorten(name, _LABEL)) for name in row_names) + (18 if row_axis else 0)
-    slanted = max(len(label) for label in labels)
+    slanted = max(len(name) for name in short_names)
     narrowest = max(30.0, 6.8 * longest + 8)
     width = min(max((_WIDTH - left) / len(columns), narrowest), max(64.0, narrowest))
     level = slanted * _CHARACTER <= width
@@ -68,12 +68,12 @@ def heatmap_svg(
             f'<text class="cw-axis" text-anchor="middle" transform="translate(11 {_p(middle)}) rotate(-90)">'
             f"{escape(row_axis)}</text>"
         )
-    for place, label in enumerate(labels):
+    for place, name in enumerate(short_names):
         x = left + width * (place + 0.5)
         where = f'x="{_p(x)}" y="{_p(top - 7)}" text-anchor="middle"'
         if not level:
             where = f'transform="translate({_p(x + 4)} {_p(top - 7)}) rotate(-40)"'
-        parts.append(f'<text class="cw-mono" {where}>{escape(label)}</text>')
+        parts.append(f'<text class="cw-mono" {where}>{escape(name)}</text>')
     for r, name in enumerate(row_names):
         y = top + _ROW * r
         parts.append(

@@ -18,6 +18,7 @@ class Figure(TypedDict):
     value: float | int | str | None
     units: NotRequired[str]
     detail: NotRequired[str]
+    control: NotRequired[bool]
 
 
 class Continuation(TypedDict):
@@ -35,8 +36,9 @@ def figures_html(*, items: Sequence[Figure]) -> Markup:
     tiles = []
     for item in items:
         detail = f'<span class="cw-small">{escape(item.get("detail"))}</span>' if item.get("detail") else ""
+        tag = ' <em class="cw-tag">control</em>' if item.get("control") else ""
         tiles.append(
-            f'<div class="cw-tile"><dt>{escape(item["label"])}</dt>'
+            f'<div class="cw-tile {"cw-control" if tag else "cw-result"}"><dt>{escape(item["label"])}{tag}</dt>'
             f"<dd>{figure_html(item['value'], item.get('units', ''))}{detail}</dd></div>"
         )
     return Markup(f'<dl class="cw-tiles">{"".join(tiles)}</dl>')
@@ -115,7 +117,7 @@ def features_html(*, items: Sequence[Mapping[str, Any]], opened: int = 1) -> Mar
             about.append(f"AUROC {number(item['auroc'])}{concept}")
         note = f' <span class="cw-small">{escape(item["label_note"])}</span>' if item.get("label_note") else ""
         scale = scale_for([value for example in item["top_examples"] for value in example["values"]] + [0.0])
-        examples = "".join(token_run(example, scale) for example in item["top_examples"])
+        examples = "".join(token_run(example, scale, breaks=False) for example in item["top_examples"])
         columns = _logits("Promotes", item.get("promotes") or ())
         columns += _logits("Suppresses", item.get("suppresses") or ())
         panels.append(

@@ -8,17 +8,12 @@ from collections.abc import Iterator, Sequence
 NOTHING = "–"
 """How a missing number (`None` or NaN) is written."""
 
-_SHOWN_SPACE = {" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍"}
+_SHOWN_SPACE = {" ": "·", "\n": "⏎", "\t": "⇥"}
 
 
 def _picture(character: str) -> str:
     """A visible stand-in for a character that would be invisible, reorder its neighbours or break the document."""
-    code = ord(character)
-    if code < 0x20:
-        return chr(0x2400 + code)
-    if code == 0x7F:
-        return "␡"
-    return f"‹U+{code:04X}›"
+    return f"‹U+{ord(character):04X}›"
 
 
 def _breaks(character: str) -> bool:
@@ -67,6 +62,16 @@ def visible(token: str) -> str:
     return "".join(shown for shown, _ in _pieces(token)) or "∅"
 
 
+def label(text: str) -> str:
+    """As `visible`, for the name of a row or column, which may be a token or words: spaces between words stay."""
+    words = text.strip(" ")
+    if not words:
+        return visible(text)
+    start = len(text) - len(text.lstrip(" "))
+    shown = " ".join(visible(word) if word else "" for word in words.split(" "))
+    return "·" * start + shown + "·" * (len(text) - start - len(words))
+
+
 def token_html(token: str) -> str:
     """`visible(token)` escaped, with the stand-ins for whitespace muted."""
     parts = [
@@ -97,6 +102,11 @@ def number(value: object, units: str = "", digits: int = 3) -> str:
     else:
         written = str(value)
     return with_units(written, units)
+
+
+def short(units: str) -> bool:
+    """Whether units are short enough to stand behind every number; longer ones are said once."""
+    return len(units) <= 6
 
 
 def with_units(written: str, units: str) -> str:

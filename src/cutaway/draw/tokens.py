@@ -35,8 +35,8 @@ def tokens_html(*, rows: Sequence[TokenRow], units: str = "", scale: Scale | Non
     return Markup(f'<div class="cw-tokens">{"".join(parts)}</div>')
 
 
-def token_run(row: TokenRow, scale: Scale, units: str = "") -> Markup:
-    """One text of `tokens_html`, without its label: a paragraph of tinted tokens."""
+def token_run(row: TokenRow, scale: Scale, units: str = "", breaks: bool = True) -> Markup:
+    """One text of `tokens_html`, without its label: a paragraph of tinted tokens, broken where the text is."""
     spans = []
     for token, value in zip(row["tokens"], row["values"], strict=True):
         shown = token_html(token)
@@ -45,7 +45,7 @@ def token_run(row: TokenRow, scale: Scale, units: str = "") -> Markup:
         else:
             tip = escape(f"{visible(token)}: {number(value, units)}")
             spans.append(f'<span class="cw-token {scale.css(value)}" title="{tip}">{shown}</span>')
-        if "\n" in token:
+        if breaks and "\n" in token:
             spans.append("<br>")
     return Markup(f'<p class="cw-token-run">{"<wbr>".join(spans)}</p>')
 

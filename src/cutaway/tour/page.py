@@ -12,7 +12,7 @@ from markupsafe import Markup
 from cutaway.artifacts.files import write_text
 from cutaway.draw import charts, heatmap, panels, tokens
 from cutaway.draw.style import stylesheet
-from cutaway.draw.text import compact, escape, interval, number
+from cutaway.draw.text import compact, escape, interval, number, short
 from cutaway.tour.glossary import Linker
 from cutaway.tour.section import (
     Bars,
@@ -139,11 +139,16 @@ def _section(place: int, section: Section, link: Linker) -> dict[str, Any]:
         "data": section,
         "lead": lead,
         "blocks": blocks,
-        "note": link(section.note),
+        "note": link(_not_shown(section.note) if section.status == "not shown" else section.note),
         "commands": [Markup(escape(command)) for command in dict.fromkeys(commands) if command],
         "seconds": _duration(section.seconds),
         "status": section.status.replace(" ", "-"),
     }
+
+
+def _not_shown(note: str) -> str:
+    """The note behind the words "Not shown", which it may already begin with."""
+    return re.sub(r"^not shown[:;,.]?\s*", "", note, flags=re.IGNORECASE) or note
 
 
 def _effects(section: Section) -> list[EffectJson]:
@@ -151,24 +156,27 @@ def _effects(section: Section) -> list[EffectJson]:
 
 
 def _key_figure(section: Section) -> tuple[Markup, str] | None:
-    """The section in one number: its first stat tile, else its first effect; None where it was not shown."""
+    """The section in one number and its name: the first stat tile, else the first effect; None where not shown."""
     if section.status == "not shown":
         return None
     for block in section.blocks:
         if isinstance(block, Figures):
             first = block.items[0]
-            return panels.figure_html(first.value, first.units), first.label
+            return _key(number(first.value), first.units, first.label)
     for effect in _effects(section):
-        low, high = effect.get("interval") or (None, None)
-        value = effect.get("value")
-        written = interval(
-            None if value is None else float(value), _bound(low), _bound(high), effect.get("units") or ""
-        )
-        return Markup(escape(written)), effect.get("name") or "effect"
+        value, *ends = (_float(x) for x in (effect.get("value"), *(effect.get("interval") or ())))
+        low, high = ends or (None, None)
+        return _key(interval(value, low, high), effect.get("units") or "", effect.get("name") or "effect")
     return None
 
 
-def _bound(value: float | str | None) -> float | None:
+def _key(written: str, units: str, name: str) -> tuple[Markup, str]:
+    if short(units):
+        return panels.figure_html(written, units), name
+    return panels.figure_html(written), f"{name} ({units})"
+
+
+def _float(value: float | str | None) -> float | None:
     return None if value is None else float(value)
 
 

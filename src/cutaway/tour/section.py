@@ -33,7 +33,7 @@ def _finite_or_whole(value: Any) -> Any:
 
 
 Number = Annotated[float | None, BeforeValidator(_finite)]
-Value = Annotated[int | float | str | None, BeforeValidator(_finite_or_whole)]
+Value = Annotated[bool | int | float | str | None, BeforeValidator(_finite_or_whole)]
 Json = Annotated[dict[str, Any], BeforeValidator(plain)]
 EffectJson = Json
 """`cutaway.artifacts.results.Effect` as JSON (an `Effect` itself is turned into it)."""
@@ -70,12 +70,13 @@ class Text(_Data):
 
 
 class Figure(_Data):
-    """One number with its name: `value` may also be a short string ("L3H7")."""
+    """One number with its name: `value` may also be a short string ("L3H7"). A `control` is drawn as one."""
 
     label: str
     value: Value
     units: str = ""
     detail: str = ""
+    control: bool = False
 
 
 class Figures(_Data):
