@@ -126,7 +126,15 @@ def _key(key: object) -> str:
 
 def write_json(path: Path, value: Any) -> None:
     """Write `plain(value)`, indented, keys in their order."""
-    write_text(path, json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    content = plain(value)
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+    if not text.isascii() and _has_lone_surrogate(text):  # of a file name that is not UTF-8, say
+        text = json.dumps(content, indent=2, allow_nan=False)
+    write_text(path, text + "\n")
+
+
+def _has_lone_surrogate(text: str) -> bool:
+    return any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def read_json(path: Path) -> Any:

@@ -119,9 +119,9 @@ def _release() -> str:
 
 def _is_of_someone_else(path: Path) -> bool:
     """Whether the folder holds files but no run: not even one that was killed while its record was being written."""
-    if not path.is_dir() or (path / _RUN).exists():
-        return False
-    with disk_errors(path):
+    with disk_errors(path / _RUN):
+        if not path.is_dir() or (path / _RUN).exists():
+            return False
         return any(name != _LOCK and not name.startswith(f".{_RUN}.") for name in os.listdir(path))
 
 

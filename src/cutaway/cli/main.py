@@ -8,6 +8,7 @@
 Nothing here, nor at the top of a command's module, imports torch or transformers: help must be instant.
 """
 
+import io
 import os
 import sys
 import warnings
@@ -38,6 +39,9 @@ for command in (tour, check, sites, subjects):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line (default: this process's) and return its exit code."""
     silence_libraries()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a sign is no reason to stop
     try:
         code = app(arguments, exit_on_error=False, print_error=False)
         sys.stdout.flush()

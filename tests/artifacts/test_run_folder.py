@@ -1,0 +1,181 @@
+"""A run folder resumes its own run, and refuses to mix it with anything else."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cutaway.artifacts import run_folder as module
+from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.files import read_json, write_json
+from cutaway.artifacts.run_folder import RunFolder
+
+CONFIGURATION = {"model": "atlas", "seed": 0}
+
+
+def open_tour(path: Path, configuration: dict = CONFIGURATION, command: str = "tour", resume: bool = True) -> RunFolder:
+    return RunFolder.open(path, command=command, configuration=configuration, resume=resume)
+
+
+def test_a_finished_step_is_found_again_just_as_it_was_returned(tmp_path: Path) -> None:
+    path = tmp_path / "runs" / "tour"
+    with open_tour(path) as folder:
+        assert folder.step("lens") is None
+        saved = folder.save_step("lens", {"values": np.array([1.0, np.nan]), "rows": (1, 2)})
+        assert saved == {"values": [1.0, None], "rows": [1, 2]}
+    with open_tour(path) as folder:
+        assert folder.step("lens") == saved
+        assert folder.step("heads") is None
+        assert folder.file("tables", "a.parquet").parent.is_dir()
+
+
+def test_the_order_of_settings_does_not_matter_but_tuples_and_arrays_compare_as_json(tmp_path: Path) -> None:
+    with open_tour(tmp_path / "r", {"a": (1, 2), "b": Path("x")}):
+        pass
+    with open_tour(tmp_path / "r", {"b": "x", "a": [1, 2]}):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("configuration", "command", "says"),
+    [
+        ({"model": "atlas", "seed": 1}, "tour", r"another configuration \(seed\)"),
+        ({"model": "atlas"}, "tour", r"another configuration \(seed\)"),
+        (CONFIGURATION, "train", "holds a run of “tour”, not of “train”"),
+    ],
+)
+def test_another_run_is_refused_with_both_ways_out(
+    tmp_path: Path, configuration: dict, command: str, says: str
+) -> None:
+    with open_tour(tmp_path / "r") as folder:
+        folder.save_step("lens", 1)
+    with pytest.raises(CutawayError, match=says + ".*--overwrite.*--out"):
+        open_tour(tmp_path / "r", configuration, command)
+    with open_tour(tmp_path / "r") as folder:  # the refusal changed nothing and gave its lock back
+        assert folder.step("lens") == 1
+
+
+def test_a_run_of_another_release_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_tour(tmp_path / "r"):
+        pass
+    monkeypatch.setattr(module, "_release", lambda: "9.0")
+    with pytest.raises(CutawayError, match=r"this is 9\.0"):
+        open_tour(tmp_path / "r")
+
+
+def test_overwriting_begins_again_but_only_in_a_run_folder(tmp_path: Path) -> None:
+    with open_tour(tmp_path / "r") as folder:
+        folder.save_step("lens", 1)
+        folder.file("deep", "er", "page.html").write_text("old")
+        os.symlink(tmp_path, folder.path / "link")
+    with open_tour(tmp_path / "r", {"model": "other"}, resume=False) as folder:
+        assert folder.step("lens") is None
+        assert sorted(os.listdir(folder.path)) == [".lock", "run.json", "steps"]
+    assert tmp_path.is_dir()
+
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.tex").write_text("years of work")
+    for resume in (True, False):
+        with pytest.raises(CutawayError, match="is not a run folder: name an empty or a new folder"):
+            open_tour(mine, resume=resume)
+    assert os.listdir(mine) == ["thesis.tex"]
+
+
+def test_an_empty_folder_and_one_of_a_run_killed_at_its_start_are_taken(tmp_path: Path) -> None:
+    (tmp_path / ".run.json.0123.tmp").write_text("{")
+    (tmp_path / ".lock").write_text("12345")
+    with open_tour(tmp_path) as folder:
+        assert folder.step("lens") is None
+
+
+def test_a_damaged_record_is_refused_not_guessed(tmp_path: Path) -> None:
+    with open_tour(tmp_path / "r"):
+        pass
+    write_json(tmp_path / "r" / "run.json", [1])
+    with pytest.raises(CutawayError, match="is not a run's record"):
+        open_tour(tmp_path / "r")
+
+
+def test_the_folder_says_what_it_is(tmp_path: Path) -> None:
+    with open_tour(tmp_path / "r"):
+        record = read_json(tmp_path / "r" / "run.json")
+    assert record["command"] == "tour"
+    assert record["configuration"] == CONFIGURATION
+    assert record["code"].startswith(record["cutaway"])
+
+
+def test_two_at_once_are_refused_even_in_one_process(tmp_path: Path) -> None:
+    with (
+        open_tour(tmp_path / "r"),
+        pytest.raises(CutawayError, match=rf"another process \(process {os.getpid()}\) is at work"),
+    ):
+        open_tour(tmp_path / "r")
+    open_tour(tmp_path / "r").close()
+
+
+def test_the_lock_of_a_killed_process_is_taken_over(tmp_path: Path) -> None:
+    code = """
+        import sys, time
+        from pathlib import Path
+        from cutaway.artifacts.run_folder import RunFolder
+        folder = RunFolder.open(Path(sys.argv[1]), command="tour", configuration={"model": "atlas", "seed": 0})
+        folder.save_step("lens", {"done": True})
+        print("open", flush=True)
+        time.sleep(60)
+    """
+    holder = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code), str(tmp_path / "r")], stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "open\n"
+    with pytest.raises(CutawayError, match=rf"process {holder.pid}\) is at work"):
+        open_tour(tmp_path / "r")
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    with open_tour(tmp_path / "r") as folder:
+        assert folder.step("lens") == {"done": True}
+
+
+def test_a_failing_body_gives_the_lock_back(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), open_tour(tmp_path / "r"):
+        raise KeyboardInterrupt
+    open_tour(tmp_path / "r").close()
+
+
+@pytest.mark.parametrize("name", ["", "../up", "a/b", ".hidden", "a b"])
+def test_a_step_cannot_leave_its_folder(tmp_path: Path, name: str) -> None:
+    with open_tour(tmp_path / "r") as folder, pytest.raises(ValueError, match="not a step's name"):
+        folder.save_step(name, 1)
+
+
+def test_none_is_no_result(tmp_path: Path) -> None:
+    with open_tour(tmp_path / "r") as folder, pytest.raises(ValueError, match="None"):
+        folder.save_step("lens", None)
+
+
+@pytest.mark.parametrize("rights", [0o555, 0o500])
+def test_a_place_that_may_not_be_written_to_is_one_sentence(rights: int) -> None:
+    locked = Path(tempfile.mkdtemp())  # pytest's own folders are closed to nobody, whatever rights they are given
+    (locked / "r").mkdir()
+    for path in (locked / "r", locked):
+        path.chmod(rights)
+    was = os.geteuid()
+    if was == 0:
+        os.seteuid(65534)
+    try:
+        for path in (locked / "new", locked / "r"):
+            with pytest.raises(CutawayError, match="the folder may not be written to"):
+                open_tour(path)
+    finally:
+        if was == 0:
+            os.seteuid(0)
+        locked.chmod(0o700)
+        shutil.rmtree(locked)

@@ -1,0 +1,102 @@
+"""Intervals and AUROC against their definitions."""
+
+import math
+from itertools import product
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+from sklearn.metrics import roc_auc_score
+
+from cutaway.artifacts.statistics import auroc, auroc_columns, bootstrap_interval, wilson_interval
+
+
+def auroc_by_counting(scores: list[float], labels: list[bool]) -> float:
+    """The definition: pairs of a positive and a negative that are in order, ties for a half."""
+    positive = [score for score, label in zip(scores, labels, strict=True) if label]
+    negative = [score for score, label in zip(scores, labels, strict=True) if not label]
+    wins = sum(1.0 if p > n else 0.5 if p == n else 0.0 for p, n in product(positive, negative))
+    return wins / (len(positive) * len(negative))
+
+
+@given(st.lists(st.tuples(st.integers(-3, 3), st.booleans()), min_size=2, max_size=30))
+def test_auroc_equals_counting_pairs_ties_included(items: list[tuple[int, bool]]) -> None:
+    scores, labels = [float(s) for s, _ in items], [label for _, label in items]
+    if all(labels) or not any(labels):
+        assert math.isnan(auroc(scores, labels))
+        return
+    assert auroc(scores, labels) == pytest.approx(auroc_by_counting(scores, labels), abs=1e-12)
+    assert auroc(scores, labels) == pytest.approx(roc_auc_score(labels, scores), abs=1e-12)
+
+
+def test_auroc_of_columns_is_that_of_each() -> None:
+    generator = np.random.default_rng(0)
+    labels = generator.random(500) < 0.1
+    # mostly zero, as a sparse latent's activations are
+    scores = np.maximum(generator.standard_normal((500, 7)) + labels[:, None] * np.arange(7), 0.0).astype(np.float32)
+    columns = auroc_columns(scores, labels)
+    assert columns.shape == (7,)
+    for k in range(7):
+        assert columns[k] == pytest.approx(roc_auc_score(labels, scores[:, k]), abs=1e-12)
+    with pytest.raises(ValueError, match="500 scores"):
+        auroc_columns(scores, labels[:-1])
+
+
+@given(st.integers(1, 200).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_wilson_equals_scipy(counts: tuple[int, int]) -> None:
+    successes, n = counts
+    expected = stats.binomtest(successes, n).proportion_ci(0.95, method="wilson")
+    low, high = wilson_interval(successes, n)
+    assert (low, high) == pytest.approx((expected.low, expected.high), abs=1e-12)
+    assert 0.0 <= low <= successes / n <= high <= 1.0
+
+
+def test_wilson_at_its_edges() -> None:
+    assert wilson_interval(0, 0) == (0.0, 1.0)
+    assert wilson_interval(20, 20)[1] == 1.0
+    assert wilson_interval(0, 20)[0] == 0.0
+    low, high = wilson_interval(5, 20, level=0.5)
+    assert high - low < wilson_interval(5, 20)[1] - wilson_interval(5, 20)[0]
+    with pytest.raises(ValueError, match="21 successes of 20"):
+        wilson_interval(21, 20)
+
+
+def test_bootstrap_of_a_mean_agrees_with_scipy_and_with_theory() -> None:
+    values = np.random.default_rng(1).standard_normal(400) * 3 + 5
+    low, high = bootstrap_interval(values, n_resamples=4000)
+    expected = stats.bootstrap(
+        (values,), np.mean, n_resamples=4000, method="percentile", rng=np.random.default_rng(2)
+    ).confidence_interval
+    standard_error = values.std(ddof=1) / 20
+    assert (low, high) == pytest.approx((expected.low, expected.high), abs=0.15 * standard_error)
+    assert (low, high) == pytest.approx(
+        (values.mean() - 1.96 * standard_error, values.mean() + 1.96 * standard_error), abs=0.2 * standard_error
+    )
+
+
+def test_bootstrap_covers_the_truth_as_often_as_it_says() -> None:
+    generator = np.random.default_rng(3)
+    hits = 0
+    for seed in range(200):
+        low, high = bootstrap_interval(generator.exponential(1.0, 100), n_resamples=300, seed=seed)
+        hits += low <= 1.0 <= high
+    assert 0.86 <= hits / 200 <= 0.99
+
+
+def test_bootstrap_draws_whole_rows_for_any_statistic() -> None:
+    generator = np.random.default_rng(4)
+    x = generator.standard_normal(300)
+    rows = np.stack([x, 2 * x + generator.standard_normal(300)], axis=1)
+    low, high = bootstrap_interval(rows, lambda r: np.polyfit(r[:, 0], r[:, 1], 1)[0], n_resamples=400)
+    assert 1.7 < low < 2.0 < high < 2.3
+
+
+def test_bootstrap_is_the_same_for_a_seed_and_absent_for_one_value() -> None:
+    values = np.random.default_rng(5).standard_normal(50)
+    assert bootstrap_interval(values) == bootstrap_interval(values)
+    assert bootstrap_interval(values, seed=1) != bootstrap_interval(values, seed=2)
+    assert bootstrap_interval([3.0] * 10) == (3.0, 3.0)
+    assert all(math.isnan(end) for end in bootstrap_interval([3.0]))
+    assert all(math.isnan(end) for end in bootstrap_interval([]))
