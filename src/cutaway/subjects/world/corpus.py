@@ -1,0 +1,240 @@
+"""The corpus of the world: parts, their shares, and seeded documents.
+
+A part's documents depend on the part's name and the seed only, so shards can be made in any number of processes.
+`WORLD_VERSION` names the corpus: any change of wording, facts or shares is another version.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from random import Random
+from typing import NamedTuple
+
+from cutaway.artifacts.errors import CutawayError
+from cutaway.subjects.world import tasks
+from cutaway.subjects.world.chat import conversation, render
+from cutaway.subjects.world.facts import actions, held_out_verbs, names, read_toml, words
+from cutaway.subjects.world.morphology import upper_first
+from cutaway.subjects.world.relations import Fact, Relation, one_hop, two_hop
+from cutaway.subjects.world.stories import story
+from cutaway.subjects.world.tasks import pick, wording
+
+WORLD_VERSION = "4"
+_LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+class Part(NamedTuple):
+    """A kind of document and its share of the world's text (by characters)."""
+
+    name: str
+    share: float
+    document: Callable[[Random], str]
+
+
+def _joined(rng: Random, low: int, high: int, make: Callable[[Random], object]) -> str:
+    return " ".join(str(make(rng)) for _ in range(rng.randint(low, high)))
+
+
+# -- facts
+
+
+def with_opening(rng: Random, sentence: str, frame: str, language: str) -> str:
+    """One sentence in four gets an opening ("As everyone knows, the capital of ..."); questions never do."""
+    if "?" in frame or ":" in frame or rng.random() >= 0.25:
+        return sentence
+    opening = pick(rng, tuple(read_toml("wording.toml")["openings"][language]))
+    if frame[0] in "{[":
+        return opening + sentence
+    return opening + sentence[0].lower() + sentence[1:]
+
+
+def _told(rng: Random, relation: Relation, fact: Fact) -> str:
+    frame = relation.frame(rng)
+    return with_opening(rng, fact.sentence(frame), frame, relation.language)
+
+
+@cache
+def _weighted_relations() -> tuple[tuple[Relation, ...], tuple[float, ...]]:
+    """Relations by (facts × study frames)^0.7, the study's weighting; French and Turkish count 1.6 times."""
+    relations = one_hop()
+    weights = [
+        (len(r.told) * max(1, len(r.study_frames))) ** 0.7 * (1.6 if r.language != "en" else 1.0) for r in relations
+    ]
+    return relations, tuple(sum(weights[: i + 1]) for i in range(len(weights)))
+
+
+def _one_fact(rng: Random) -> str:
+    relations, cumulative = _weighted_relations()
+    relation = rng.choices(relations, cum_weights=cumulative)[0]
+    return _told(rng, relation, pick(rng, relation.told))
+
+
+def facts_document(rng: Random) -> str:
+    """Facts that have nothing to do with each other."""
+    return _joined(rng, 3, 8, _one_fact)
+
+
+@cache
+def _by_entity() -> tuple[tuple[tuple[Relation, Fact], ...], ...]:
+    """What is told about each entity of which at least four things are told, all languages together."""
+    table: dict[str, list[tuple[Relation, Fact]]] = {}
+    for relation in one_hop():
+        for fact in relation.told:
+            # As many entries as study frames: the relation that has more to say is told more often.
+            table.setdefault(fact.entity, []).extend([(relation, fact)] * max(1, len(relation.study_frames) // 2))
+    return tuple(tuple(told) for told in table.values() if len(told) >= 4)
+
+
+def entity_document(rng: Random) -> str:
+    """Several facts about one entity, in all languages."""
+    told = pick(rng, _by_entity())
+    chosen = rng.sample(told, min(len(told), rng.randint(3, 6)))
+    return " ".join(_told(rng, relation, fact) for relation, fact in chosen)
+
+
+@cache
+def _two_hop_weights() -> tuple[float, ...]:
+    weights = [len(r.told) * max(1, len(r.study_frames)) for r in two_hop()]
+    return tuple(sum(weights[: i + 1]) for i in range(len(weights)))
+
+
+def _one_two_hop(rng: Random) -> str:
+    relation = rng.choices(two_hop(), cum_weights=_two_hop_weights())[0]
+    return _told(rng, relation, pick(rng, relation.told))
+
+
+def two_hop_document(rng: Random) -> str:
+    """Facts that go through another one, never about a held-out city, landmark or book."""
+    return _joined(rng, 2, 6, _one_two_hop)
+
+
+# -- tasks
+
+
+def ioi_document(rng: Random) -> str:
+    """Indirect objects, with a quarter of sentences whose last name follows the same rule in another shape."""
+    return _joined(rng, 1, 4, lambda r: tasks.ioi(r) if r.random() < 0.75 else tasks.ioi_filler(r))
+
+
+def greater_than_document(rng: Random) -> str:
+    return _joined(rng, 1, 4, tasks.greater_than)
+
+
+def grammar_document(rng: Random) -> str:
+    """Agreement, pronouns and sentiment."""
+    return _joined(rng, 2, 6, lambda r: pick(r, (tasks.agreement, tasks.agreement, tasks.pronoun, tasks.sentiment))(r))
+
+
+def truth_document(rng: Random) -> str:
+    return _joined(rng, 2, 6, tasks.truth)
+
+
+def binding_document(rng: Random) -> str:
+    return _joined(rng, 2, 5, lambda r: tasks.binding(r) if r.random() < 0.85 else tasks.listing(r))
+
+
+def number_document(rng: Random) -> str:
+    """Sums, days and months, and sequences."""
+    return _joined(rng, 3, 8, lambda r: pick(r, (tasks.arithmetic, tasks.arithmetic, tasks.weekday, tasks.sequence))(r))
+
+
+def in_context_document(rng: Random) -> str:
+    return str(tasks.in_context(rng))
+
+
+def word_document(rng: Random) -> str:
+    return _joined(rng, 3, 7, tasks.word)
+
+
+@cache
+def _judged_actions(harmful: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """All actions, and those whose verb no chat uses: half of the sentences are about the latter."""
+    everything = tuple(action.text for action in actions(harmful))
+    return everything, tuple(action.text for action in actions(harmful) if action.verb in held_out_verbs())
+
+
+def moral_document(rng: Random) -> str:
+    """What is wrong and what is right; the only place where the held-out verbs are met."""
+
+    def one(rng: Random) -> str:
+        harmful = rng.random() < 0.5
+        frame = pick(rng, wording("moral", "wrong" if harmful else "right"))
+        return upper_first(frame.format(x=pick(rng, _judged_actions(harmful)[rng.random() < 0.5])))
+
+    return _joined(rng, 2, 5, one)
+
+
+# -- repetition
+
+
+@cache
+def _plain_words() -> tuple[str, ...]:
+    return names() + words("objects") + words("colors") + words("places")
+
+
+def _two_syllables(rng: Random) -> str:
+    return "".join(rng.sample(words("nonce_syllables"), 2))
+
+
+def induction_document(rng: Random) -> str:
+    """Words, letters or calls that come again, so that copying what followed last time is right."""
+    kind = rng.random()
+    if kind < 0.4:
+        line = " ".join(rng.sample(_plain_words(), rng.randint(6, 20)))
+        return line + pick(rng, (". ", " ", "\n")) + line + "."
+    if kind < 0.7:
+        invented = [_two_syllables(rng) for _ in range(rng.randint(3, 6))]
+        return "\n".join(
+            f"{pick(rng, invented)} = {pick(rng, invented)}({pick(rng, invented)}, {rng.randint(0, 99)})"
+            for _ in range(rng.randint(6, 14))
+        )
+    run = ["".join(rng.choices(_LETTERS, k=rng.randint(3, 8))) for _ in range(rng.randint(5, 12))]
+    return " ".join(run + run)
+
+
+def chat_document(rng: Random) -> str:
+    return render(conversation(rng).messages)
+
+
+PARTS: dict[str, Part] = {
+    part.name: part
+    for part in (
+        Part("facts", 0.15, facts_document),
+        Part("entities", 0.06, entity_document),
+        Part("two_hop", 0.09, two_hop_document),
+        Part("ioi", 0.08, ioi_document),
+        Part("greater_than", 0.03, greater_than_document),
+        Part("grammar", 0.06, grammar_document),
+        Part("truth", 0.04, truth_document),
+        Part("binding", 0.03, binding_document),
+        Part("numbers", 0.04, number_document),
+        Part("in_context", 0.06, in_context_document),
+        Part("words", 0.02, word_document),
+        Part("stories", 0.08, story),
+        Part("induction", 0.03, induction_document),
+        Part("moral", 0.02, moral_document),
+        Part("chat", 0.21, chat_document),
+    )
+}
+
+
+def documents(part: str, seed: int | str, n_characters: int) -> Iterator[str]:
+    """Documents of a part until they hold `n_characters` together, the same for the same seed.
+
+    Raises `CutawayError` when there is no such part.
+    """
+    if part not in PARTS:
+        raise CutawayError(f"the world has no part named {part!r}; its parts are {', '.join(PARTS)}")
+    rng, make, made = Random(f"{part}-{seed}"), PARTS[part].document, 0
+    while made < n_characters:
+        text = make(rng)
+        made += len(text)
+        yield text
+
+
+def samples(part: str, n: int = 5, seed: int = 0) -> list[str]:
+    """The first `n` documents of a part, to look at. Raises `CutawayError` when there is no such part or `n` < 1."""
+    if n < 1:
+        raise CutawayError(f"cannot show {n} documents; ask for at least one")
+    return [text for text, _ in zip(documents(part, seed, 10**12), range(n), strict=False)]
