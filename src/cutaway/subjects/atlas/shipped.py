@@ -1,15 +1,15 @@
-"""Where the shipped atlas lies, and whether it is whole.
+"""Where the shipped atlas lies, and whether a folder of such weights is whole.
 
 Atlas is a Hugging Face folder like any other; its place inside the package is all that is special about it.
 """
 
-import hashlib
-import json
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.files import read_json
+from cutaway.artifacts.manifest import file_hash
 
 MANIFEST = "manifest.json"
 
@@ -25,23 +25,15 @@ def atlas_folder() -> Path:
     return folder
 
 
-def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file's bytes."""
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
 def read_manifest(folder: Path) -> dict[str, Any]:
     """What the weights in `folder` are: corpus, seed, tokens, recipe, and a SHA-256 for each file beside it."""
     path = folder / MANIFEST
     if not path.is_file():
         raise CutawayError(f"{folder} has no {MANIFEST}: it was not written by `cutaway subjects train`")
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_json(path)
 
 
 def altered_files(folder: Path) -> list[str]:
     """Names of files that differ from the folder's manifest or are missing; an empty list means all is as written."""
-    recorded = read_manifest(folder)["files"]
-    return [
-        name for name, digest in recorded.items() if not (folder / name).is_file() or sha256(folder / name) != digest
-    ]
+    recorded: dict[str, str] = read_manifest(folder)["files"]
+    return [name for name, sha in recorded.items() if not (folder / name).is_file() or file_hash(folder / name) != sha]
