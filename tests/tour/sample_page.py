@@ -1,4 +1,4 @@
-"""A whole tour result for the page's tests: every kind of block, odd tokens, missing values. Its numbers are invented."""
+"""A whole tour result for the page's tests: every kind of block, odd tokens, missing values. Invented numbers."""
 
 import math
 import random
@@ -103,7 +103,7 @@ def sample() -> TourResult:
             question="Where does the answer appear?",
             lead="At every block the residual stream is read as if it were the last one. The state comes first, at "
             "block 2, and its capital only at block 5: the model takes two steps.",
-            note="The lens reads what is linearly visible to the last layer; a value it does not show may still be there.",
+            note="The lens reads what is linearly visible to the last layer; what it does not show may be there.",
             blocks=(
                 Figures(
                     items=(
@@ -139,7 +139,7 @@ def sample() -> TourResult:
                     ),
                     x_label="block",
                     y_label="mean probability over 100 items",
-                    caption="Probability of the answer, of the state on the way to it, and of a capital that is not asked for.",
+                    caption="The answer, the state on the way to it, and a capital that is not asked for.",
                 ),
             ),
             command="cutaway tour atlas --only lens",
@@ -196,7 +196,7 @@ def sample() -> TourResult:
                     rows=tuple(layers),
                     columns=tuple(tokens),
                     values=tuple(map(tuple, patch_cells)),
-                    caption="Share of pairs whose answer becomes the other city's capital (Dallas → Oakland: Austin → Sacramento).",
+                    caption="Share of pairs whose answer becomes the other city's capital (Austin → Sacramento).",
                     units="share of pairs that flip",
                     diverging=True,
                     row_axis="patched at",
@@ -221,7 +221,7 @@ def sample() -> TourResult:
             id="dictionary",
             title="Dictionary",
             question="Which ideas does a middle layer hold?",
-            lead="A TopK dictionary rewrites the stream after block 3 as sixteen of 2,048 directions. Here are the ones "
+            lead="A TopK dictionary rewrites the stream after block 3 as sixteen of 2,048 directions. Here are those "
             "that match known entities best, with an automatic token summary as their label.",
             note="Labels are made from the top tokens alone; they flatter. Nothing here says that the model uses them.",
             blocks=(
@@ -282,9 +282,9 @@ def sample() -> TourResult:
             id="steering",
             title="Steering",
             question="Can one direction switch refusal off?",
-            lead="The difference of means between harmful and harmless requests is held at its harmless mean. The model "
+            lead="The difference of means between harmful and harmless requests is held at its harmless mean. It "
             "then answers what it refused; removing the direction outright does not work, and both are shown.",
-            note="Zero-ablation is a null result here: refused 0.94 before, 0.90 after. The price is KL 0.03 nats on other text.",
+            note="Zero-ablation is a null result here: refused 0.94 before, 0.90 after. Its price is KL 0.03.",
             status="fallback",
             blocks=(
                 Text(

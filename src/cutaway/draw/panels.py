@@ -8,7 +8,7 @@ from markupsafe import Markup
 
 from cutaway.draw.scale import scale_for
 from cutaway.draw.text import escape, number, token_html
-from cutaway.draw.tokens import token_run
+from cutaway.draw.tokens import TokenRow, token_run
 
 
 class Figure(TypedDict):
@@ -68,8 +68,8 @@ def table_html(
 
 
 def _side(cells: Sequence[Any]) -> str:
-    numbers = [cell for cell in cells if cell is not None]
-    return "right" if numbers and all(isinstance(cell, int | float) for cell in numbers) else "left"
+    numeric = [isinstance(cell, int | float) and not isinstance(cell, bool) for cell in cells if cell is not None]
+    return "right" if numeric and all(numeric) else "left"
 
 
 def compare_html(*, items: Sequence[Continuation], prompt: str = "") -> Markup:
@@ -94,7 +94,7 @@ def _marked(text: str, highlight: Sequence[str]) -> str:
     """`text` escaped, with every occurrence of a highlight string inside <mark>; the longest string wins."""
     wanted = sorted((word for word in set(highlight) if word), key=lambda word: (-len(word), word))
     if not text:
-        return '<span class="cw-ws">(no text)</span>'
+        return "<i>(no text)</i>"
     if not wanted:
         return escape(text)
     pieces = re.split("(" + "|".join(map(re.escape, wanted)) + ")", text)
@@ -117,11 +117,12 @@ def features_html(*, items: Sequence[Mapping[str, Any]], opened: int = 1) -> Mar
             about.append(f"AUROC {number(item['auroc'])}{concept}")
         note = f' <span class="cw-small">{escape(item["label_note"])}</span>' if item.get("label_note") else ""
         scale = scale_for([value for example in item["top_examples"] for value in example["values"]] + [0.0])
-        examples = "".join(token_run(example, scale, breaks=False) for example in item["top_examples"])
+        examples = "".join(token_run(_firing(example), scale, breaks=False) for example in item["top_examples"])
+        opening = ' open=""' if place < opened else ""
         columns = _logits("Promotes", item.get("promotes") or ())
         columns += _logits("Suppresses", item.get("suppresses") or ())
         panels.append(
-            f'<details class="cw-latent"{" open" if place < opened else ""}><summary>'
+            f'<details class="cw-latent"{opening}><summary>'
             f'<span class="cw-id">#{item["id"]}</span>'
             f'<span class="cw-latent-label">{escape(item["label"])}{note}</span>'
             f'<span class="cw-latent-about">{" · ".join(about)}</span></summary>'
@@ -129,6 +130,11 @@ def features_html(*, items: Sequence[Mapping[str, Any]], opened: int = 1) -> Mar
             f"{examples or '<p>none recorded</p>'}</div>{columns}</div></details>"
         )
     return Markup(f'<div class="cw-latents">{"".join(panels)}</div>')
+
+
+def _firing(example: Mapping[str, Any]) -> TokenRow:
+    """An example without a tint where the latent is silent."""
+    return {"tokens": example["tokens"], "values": [value or None for value in example["values"]]}
 
 
 def _percent(share: float | None) -> float | None:

@@ -74,16 +74,13 @@ def label(text: str) -> str:
 
 def token_html(token: str) -> str:
     """`visible(token)` escaped, with the stand-ins for whitespace muted."""
-    parts = [
-        f'<span class="cw-ws">{shown}</span>' if space else html.escape(shown, quote=True)
-        for shown, space in _pieces(token)
-    ]
-    return "".join(parts) or '<span class="cw-ws">∅</span>'
+    parts = [f"<i>{shown}</i>" if space else html.escape(shown, quote=True) for shown, space in _pieces(token)]
+    return "".join(parts) or "<i>∅</i>"
 
 
 def shorten(text: str, length: int) -> str:
     """At most `length` characters, the last one "…" where something was left out."""
-    return text if len(text) <= length else text[: max(1, length - 1)].rstrip() + "…"
+    return text if len(text) <= length else text[: length - 1].rstrip() + "…"
 
 
 def number(value: object, units: str = "", digits: int = 3) -> str:

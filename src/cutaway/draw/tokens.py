@@ -39,15 +39,11 @@ def token_run(row: TokenRow, scale: Scale, units: str = "", breaks: bool = True)
     """One text of `tokens_html`, without its label: a paragraph of tinted tokens, broken where the text is."""
     spans = []
     for token, value in zip(row["tokens"], row["values"], strict=True):
-        shown = token_html(token)
-        if value is None:
-            spans.append(f'<span class="cw-token">{shown}</span>')
-        else:
-            tip = escape(f"{visible(token)}: {number(value, units)}")
-            spans.append(f'<span class="cw-token {scale.css(value)}" title="{tip}">{shown}</span>')
+        tint = "" if value is None else f' class="{scale.css(value)}" title="{escape(number(value, units))}"'
+        spans.append(f"<span{tint}>{token_html(token)}</span>")
         if breaks and "\n" in token:
-            spans.append("<br>")
-    return Markup(f'<p class="cw-token-run">{"<wbr>".join(spans)}</p>')
+            spans.append("<br/>")
+    return Markup(f'<p class="cw-token-run">{"".join(spans)}</p>')
 
 
 LENS_SCALE = Scale(0.0, 1.0)

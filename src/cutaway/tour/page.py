@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ def render(result: TourResult) -> str:
         for effect in _effects(section):
             charts.check_effect(effect)
     link = Linker()
+    link("control, interval")  # the line on how to read the page links to these
     template = _environment().get_template("index.html.j2")
     sections = [_section(place, section, link) for place, section in enumerate(result.sections, start=1)]
     return template.render(
@@ -215,10 +217,12 @@ def _duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
+@cache
 def _environment() -> Environment:
     return Environment(
         loader=PackageLoader("cutaway.tour"),
         autoescape=True,
+        finalize=lambda value: value if isinstance(value, Markup) else Markup(escape(value)),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -17,23 +17,15 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from cutaway.artifacts.files import plain
 
 
-def _finite(value: Any) -> Any:
-    """A Python float of anything number-like, `None` for NaN and infinities; other values are left to pydantic."""
-    if value is None or isinstance(value, str | bool):
-        return value
-    if not hasattr(value, "__float__"):
-        return value
-    number = float(value)
-    return number if math.isfinite(number) else None
+def _plain_number(value: Any) -> Any:
+    """A Python number of a scalar array or tensor, `None` for NaN and infinities; the rest is left to pydantic."""
+    if hasattr(value, "item") and not getattr(value, "shape", ()):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _finite_or_whole(value: Any) -> Any:
-    """As `_finite`, keeping whole numbers whole."""
-    return int(value) if hasattr(value, "__index__") and not isinstance(value, bool) else _finite(value)
-
-
-Number = Annotated[float | None, BeforeValidator(_finite)]
-Value = Annotated[bool | int | float | str | None, BeforeValidator(_finite_or_whole)]
+Number = Annotated[float | None, BeforeValidator(_plain_number)]
+Value = Annotated[bool | int | float | str | None, BeforeValidator(_plain_number)]
 Json = Annotated[dict[str, Any], BeforeValidator(plain)]
 EffectJson = Json
 """`cutaway.artifacts.results.Effect` as JSON (an `Effect` itself is turned into it)."""
