@@ -23,7 +23,7 @@ class Page(HTMLParser):
         self.raw: list[tuple[str, str]] = []
         self._text: list[str] = []
         for character in set(source):
-            if character != "\n" and unicodedata.category(character) in {"Cc", "Cs"}:
+            if character not in "\n\t" and unicodedata.category(character) in {"Cc", "Cs"}:
                 self.problems.append(f"control character {character!r}")
         self.feed(source)
         self.close()
