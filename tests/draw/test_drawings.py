@@ -270,7 +270,7 @@ def test_latents_show_what_is_known_and_fold():
 
 
 TAGS = """div svg title desc g rect text line path circle ul ol li em span p dl dt dd small table caption thead tbody tr
-th td pre mark i details summary"""
+th td pre mark i wbr details summary"""
 
 
 @settings(max_examples=200, deadline=None)

@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 
 VOID = {"meta", "link", "br", "wbr", "hr", "img", "input"}
 RAW = {"script", "style"}
-SVG = {"rect", "line", "path", "circle", "br"}
+SINGLE = {"rect", "line", "path", "circle", "br", "wbr"}
 
 
 class Page(HTMLParser):
@@ -49,7 +49,7 @@ class Page(HTMLParser):
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self._take(tag, attrs)
-        if tag not in SVG:
+        if tag not in SINGLE:
             self.problems.append(f"<{tag}/> does not close itself in HTML")
 
     def _take(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:

@@ -40,6 +40,8 @@ def token_run(row: TokenRow, scale: Scale, units: str = "", breaks: bool = True)
     spans = []
     for token, value in zip(row["tokens"], row["values"], strict=True):
         tint = "" if value is None else f' class="{scale.css(value)}" title="{escape(number(value, units))}"'
+        if spans and token[:1].isspace():
+            spans.append("<wbr/>")  # its space is drawn as a sign, so say that the line may break here
         spans.append(f"<span{tint}>{token_html(token)}</span>")
         if breaks and "\n" in token:
             spans.append("<br/>")
