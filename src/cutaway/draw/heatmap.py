@@ -85,13 +85,13 @@ def heatmap_svg(
             parts.append(
                 f'<g class="cw-cell {scale.css(value)}"><title>{escape(name)} · {escape(column_names[c])}: '
                 f'{escape(number(value, units, 4))}</title><rect x="{_p(x)}" y="{_p(y)}" width="{_p(width - 1.5)}" '
-                f'height="{_ROW - 1.5}" rx="2"/><text x="{_p(x + width / 2 - 0.75)}" y="{_p(y + 16.5)}">'
+                f'height="{_ROW - 1.5}"/><text x="{_p(x + width / 2 - 0.75)}" y="{_p(y + 16.5)}">'
                 f"{escape(printed[r][c])}</text></g>"
             )
     for r, c in marks:
         parts.append(
             f'<rect class="cw-mark" x="{_p(left + width * c)}" y="{_p(top + _ROW * r)}" width="{_p(width - 1.5)}" '
-            f'height="{_ROW - 1.5}" rx="2"/>'
+            f'height="{_ROW - 1.5}"/>'
         )
     parts.append("</svg>")
     return Markup("".join(parts))
