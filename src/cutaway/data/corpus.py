@@ -1,0 +1,196 @@
+"""Text that a user has, as documents and as rows of tokens.
+
+corpus = read_corpus("texts/")
+rows = token_rows(lm, corpus.documents, context=256, seed=0)
+split = split_rows(rows, held_out=64, seed=0)
+"""
+
+import hashlib
+import json
+import random
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from cutaway.artifacts.errors import CutawayError
+
+SUFFIXES = (".txt", ".md", ".py", ".jsonl")
+_BLANK_LINES = re.compile(r"\n[ \t]*\n\s*")
+_DOCUMENTS_AT_ONCE = 256
+
+
+class Tokenizing(Protocol):
+    """What is needed of a language model here; `cutaway.model.LanguageModel` has it."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def tokenizer(self) -> Any: ...
+    @property
+    def bos_id(self) -> int | None: ...
+    @property
+    def context_length(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents in the order of their files, where they came from, and a hash of the documents alone."""
+
+    documents: tuple[str, ...]
+    source: str
+    hash: str
+
+    @property
+    def characters(self) -> int:
+        """Characters in all documents."""
+        return sum(map(len, self.documents))
+
+
+def read_corpus(path: str | Path) -> Corpus:
+    """Read a file, or every .txt, .md, .py and .jsonl file below a folder (hidden ones left out), as UTF-8.
+
+    Documents of a .txt file are separated by blank lines; each line of a .jsonl file is an object with a `text`; other
+    files are one document. Raises `CutawayError` when the path does not exist, a file is not UTF-8 or not as its suffix
+    says, or when there is no text at all.
+    """
+    path = Path(path)
+    if path.is_dir():
+        files = sorted(
+            file
+            for file in path.rglob("*")
+            if file.is_file() and file.suffix in SUFFIXES and not _hidden(file.relative_to(path))
+        )
+        if not files:
+            raise CutawayError(f"{path} holds no {', '.join(SUFFIXES)} file: name a folder of texts, or one text file")
+    elif path.exists():
+        files = [path]
+    else:
+        raise CutawayError(f"{path} does not exist: name a text file or a folder of text files")
+    documents = tuple(document for file in files for document in _documents(file))
+    if not documents:
+        raise CutawayError(f"{path} holds no text: an empty corpus cannot be used")
+    return Corpus(documents, str(path), corpus_hash(documents))
+
+
+def corpus_hash(documents: Sequence[str]) -> str:
+    """SHA-256 (hex) of the documents and where each ends; their files and their paths do not matter."""
+    digest = hashlib.sha256()
+    for document in documents:
+        text = document.encode()
+        digest.update(len(text).to_bytes(8, "little"))
+        digest.update(text)
+    return digest.hexdigest()
+
+
+def token_rows(
+    lm: Tokenizing, documents: Sequence[str], context: int, seed: int = 0, limit: int | None = None
+) -> Tensor:
+    """Rows of `context` tokens, int64 [n, context], no two the same.
+
+    Documents are shuffled by `seed`, joined by the separator (the tokenizer's BOS, or EOS without one) and cut; with a
+    BOS every row begins with it, as rows do in training. What is left over at the end is dropped. At most `limit` rows;
+    only as much text as they need is tokenised. Raises `CutawayError` when the text does not fill one row.
+    """
+    if context < 2:
+        raise CutawayError(f"a context of {context} tokens is too short: it takes at least 2")
+    if context > lm.context_length:
+        raise CutawayError(f"a context of {context} tokens is longer than the {lm.context_length} of {lm.name}")
+    if lm.tokenizer is None:
+        raise CutawayError(f"{lm.name} has no tokenizer: text cannot be made into tokens")
+    body = context if lm.bos_id is None else context - 1
+    rows: list[Tensor] = []
+    seen: set[bytes] = set()
+    rest: list[int] = []
+    for ids in _token_stream(lm, documents, seed):
+        rest += ids
+        whole = len(rest) // body
+        for row in range(whole):
+            piece = rest[row * body : (row + 1) * body]
+            tokens = torch.tensor(piece if lm.bos_id is None else [lm.bos_id, *piece])
+            key = tokens.numpy().tobytes()
+            if key not in seen:
+                seen.add(key)
+                rows.append(tokens)
+            if len(rows) == limit:
+                return torch.stack(rows)
+        rest = rest[whole * body :]
+    if not rows:
+        raise CutawayError(
+            f"the corpus has {len(rest)} tokens, too few for one row of {context}: give more text or a shorter context"
+        )
+    return torch.stack(rows)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Rows to train on and rows to judge on; no row is in both."""
+
+    train: Tensor
+    held_out: Tensor
+
+
+def split_rows(rows: Tensor, held_out: int, seed: int = 0) -> Split:
+    """Put `held_out` rows of [n, context], drawn by `seed`, aside.
+
+    Raises `CutawayError` when no row would be left to train on.
+    """
+    if not 0 < held_out < len(rows):
+        raise CutawayError(
+            f"{held_out} rows cannot be held out of {len(rows)}: give a longer corpus, or a shorter context"
+        )
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+    return Split(train=rows[order[held_out:]], held_out=rows[order[:held_out]])
+
+
+def _token_stream(lm: Tokenizing, documents: Sequence[str], seed: int) -> Iterator[list[int]]:
+    """Token ids of some documents at a time, each document behind or before a separator."""
+    order = list(range(len(documents)))
+    random.Random(seed).shuffle(order)
+    separator = lm.bos_id if lm.bos_id is not None else getattr(lm.tokenizer, "eos_token_id", None)
+    join = [] if separator is None else [separator]
+    for start in range(0, len(order), _DOCUMENTS_AT_ONCE):
+        texts = [documents[place] for place in order[start : start + _DOCUMENTS_AT_ONCE]]
+        encoded = lm.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        yield [token for ids in encoded["input_ids"] for token in (*ids, *join)]
+
+
+def _documents(file: Path) -> Iterator[str]:
+    data = file.read_bytes()
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise CutawayError(
+            f"{file} is not UTF-8: byte {error.start} is 0x{data[error.start]:02x}; save it as UTF-8, for example with "
+            f"`iconv -f WINDOWS-1252 -t UTF-8`, or leave it out"
+        ) from error
+    if file.suffix == ".jsonl":
+        pieces: Iterator[str] = _json_lines(file, text)
+    elif file.suffix == ".txt":
+        pieces = iter(_BLANK_LINES.split(text.replace("\r\n", "\n")))
+    else:
+        pieces = iter([text])
+    for piece in pieces:
+        if piece.strip():
+            yield piece.strip("\n") if file.suffix == ".txt" else piece
+
+
+def _json_lines(file: Path, text: str) -> Iterator[str]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise CutawayError(f"{file}, line {number}, is not JSON: {error.msg}") from error
+        if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+            raise CutawayError(f'{file}, line {number}, is not an object with a "text"')
+        yield record["text"]
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
