@@ -13,6 +13,7 @@ from cutaway.artifacts.errors import CutawayError
 from cutaway.draw.charts import _ticks, bars_html, effect_html, line_legend, line_svg
 from cutaway.draw.heatmap import heatmap_svg
 from cutaway.draw.panels import compare_html, features_html, figures_html, table_html
+from cutaway.draw.stack import stack_svg
 from cutaway.draw.style import standalone
 from cutaway.draw.text import escape, number, visible
 from cutaway.draw.tokens import lens_html, tokens_html
@@ -295,6 +296,21 @@ def test_no_string_breaks_any_drawing(a, b, value):
         assert names <= set(TAGS.split())
 
 
+@pytest.mark.parametrize(("blocks", "drawn"), [(1, 2), (2, 2), (8, 8), (16, 16), (80, 16)])
+def test_the_stack_has_its_blocks_inside_its_frame(blocks, drawn):
+    root = parse(stack_svg(blocks))
+    assert len(classed(root, "cw-top")) == drawn
+    assert len(classed(root, "cw-inside")) == 2 * drawn
+    corners = [
+        (float(x), float(y))
+        for path in classed(root, "cw-top") + classed(root, "cw-left") + classed(root, "cw-right")
+        for x, y in (corner.split() for corner in path.get("d", "")[1:-1].split("L"))
+    ]
+    frame = root[0]
+    assert 0 <= min(x for x, _ in corners) <= max(x for x, _ in corners) <= float(frame.get("width", ""))
+    assert 0 <= min(y for _, y in corners) <= max(y for _, y in corners) <= float(frame.get("height", ""))
+
+
 def test_every_picture_has_a_name_or_is_decoration():
     pictures = [
         heatmap_svg(**HEATMAP),
@@ -302,6 +318,7 @@ def test_every_picture_has_a_name_or_is_decoration():
         line_legend([{"name": "a", "x": [0], "y": [0]}]),
         bars_html(items=[{"label": "a", "value": 1}]),
         effect_html(EFFECT),
+        stack_svg(8),
     ]
     for drawing in pictures:
         for svg in parse(drawing).iter("svg"):

@@ -215,6 +215,11 @@ def test_a_failed_self_test_is_not_hidden():
     assert "✗</span> Self-test: 211 of 212" in page
 
 
+def test_the_stack_is_drawn_when_the_depth_is_known():
+    assert render(sample()).count('class="cw-stack"') == 1
+    assert 'class="cw-stack"' not in render(with_block(Text(text="no facts")))
+
+
 def test_the_smallest_tour_has_a_page():
     result = with_block(Text(text="Nothing but text."))
     assert Page(render(result)).problems == []

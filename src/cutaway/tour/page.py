@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from cutaway.artifacts.files import write_text
 from cutaway.draw import charts, heatmap, panels, tokens
+from cutaway.draw.stack import stack_svg
 from cutaway.draw.style import stylesheet
 from cutaway.draw.text import compact, escape, interval, number, short
 from cutaway.tour.glossary import Linker
@@ -52,6 +53,7 @@ def render(result: TourResult) -> str:
         sections=sections,
         in_short=[(view, _key_figure(view["data"])) for view in sections],
         facts=_facts(result),
+        stack=_stack(result),
         provenance=_provenance(result),
         glossary=link.glossary(),
         css=Markup(_compact_css(stylesheet() + _asset("page.css"))),
@@ -189,6 +191,14 @@ def _facts(result: TourResult) -> list[tuple[str, Markup]]:
         facts.append(("context", Markup(escape(number(card.context, "tokens")))))
     facts += [(fact.label, Markup(escape(number(fact.value, fact.units)))) for fact in card.facts]
     return facts
+
+
+def _stack(result: TourResult) -> Markup:
+    """The drawing of the model's blocks, when the card says how many there are."""
+    for fact in result.card.facts:
+        if fact.label.lower() in {"layers", "blocks"} and isinstance(fact.value, int):
+            return stack_svg(fact.value)
+    return Markup("")
 
 
 def _provenance(result: TourResult) -> list[tuple[str, str]]:
