@@ -34,7 +34,8 @@ lint: environment ## ruff, pyright and the contract between the floors
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
 	$(RUN) pyright
-	.venv/bin/python tools/lint_imports.py
+	.venv/bin/lint-imports --no-logo
+	.venv/bin/python tools/check_files.py
 
 parity: environment ## build the peers' environments (.venvs), run the tests against them
 	.venv/bin/python tools/parity.py
@@ -42,7 +43,7 @@ parity: environment ## build the peers' environments (.venvs), run the tests aga
 bench: environment ## measure speed; results go to runs/bench
 	.venv/bin/python benchmarks/run.py
 
-docs: environment ## make the figures and tables of docs/ again
+docs: environment ## write the generated pages of docs/ again
 	.venv/bin/python tools/docs.py
 
 clean: ## remove what tools leave behind; environments and runs stay

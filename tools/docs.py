@@ -1,0 +1,64 @@
+"""Write the generated pages of docs/ again: the command reference and the site contract.
+
+    python tools/docs.py [--check]
+
+With --check nothing is written; exit code 1 says that a page is out of date.
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
+
+
+def commands() -> str:
+    """Every command with its options, from the command line's own help."""
+    from cutaway.cli.main import app
+
+    text = app.generate_docs(output_format="markdown", recursive=True, include_hidden=False, heading_level=1)
+    return text.replace("# cutaway\n", "# The command line\n", 1)
+
+
+def sites() -> str:
+    """The site contract as a table."""
+    from cutaway.model.sites import KINDS
+
+    lines = [
+        "# Sites",
+        "",
+        "The names under which tensors inside a model are read and edited, in the order of a forward pass. `{l}` is",
+        "a layer; `blocks.*.resid_post` and `blocks.{3..7}.resid_post` name several. `cutaway sites MODEL` prints",
+        "which of them a model has, and why one is absent.",
+        "",
+        "Dimensions: b batch, p position, d model width, H heads, KV key-value heads, h head width, q and k",
+        "destination and source position, m MLP width, V vocabulary.",
+        "",
+        "| site | dimensions | meaning |",
+        "|---|---|---|",
+        *(f"| `{kind.name}` | {kind.dims} | {kind.meaning} |" for kind in KINDS.values()),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+PAGES = {"commands.md": commands, "sites.md": sites}
+
+
+def main(arguments: list[str]) -> int:
+    """Write each page, or compare it with what is there."""
+    outdated = 0
+    for name, make in PAGES.items():
+        path, text = DOCS / name, make().rstrip() + "\n"
+        if path.is_file() and path.read_text() == text:
+            continue
+        if "--check" in arguments:
+            print(f"docs/{name} is out of date: make docs")
+            outdated += 1
+        else:
+            path.write_text(text)
+            print(f"docs/{name} written")
+    return 1 if outdated else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
