@@ -1,0 +1,179 @@
+"""One forward pass under observation: its state, what is skipped, where it stops, and the hooks that serve it.
+
+State is per call. Hooks belong to one execution and ignore every forward that is not its own, so threads, nested runs
+and the user's hooks do not mix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from cutaway.artifacts.errors import CutawayError
+from cutaway.model.addressing import Resolved
+from cutaway.model.attention import private_config
+from cutaway.model.edits import NothingEdited, Receipt
+from cutaway.model.shadow import shadowed
+from cutaway.model.sites import layer_of
+from cutaway.model.taps import install
+
+if TYPE_CHECKING:
+    from cutaway.model.language_model import LanguageModel
+
+_active: ContextVar[Execution | None] = ContextVar("cutaway_execution", default=None)
+_IN_ATTENTION = (".attn.rot_q", ".attn.rot_k", ".attn.scores", ".attn.pattern")
+
+
+def active() -> Execution | None:
+    """The execution that the current forward belongs to."""
+    return _active.get()
+
+
+class _Stop(BaseException):
+    """Raised inside a forward once the last wanted value is in hand."""
+
+
+class Execution:
+    """The state of one observed call; every value is edited and captured through `touch`."""
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        capture: Sequence[str],
+        edits: Sequence[Resolved],
+        mask: Tensor,
+        *,
+        stop: bool = False,
+        gradients: bool = False,
+        first_layer: int = 0,
+        resumed: Tensor | None = None,
+        last_only: bool = False,
+    ) -> None:
+        self.lm = lm
+        self.capture = frozenset(capture)
+        self.edits: dict[str, list[Resolved]] = {}
+        for edit in edits:
+            self.edits.setdefault(edit.site.name, []).append(edit)
+        self.mask = mask
+        self.stop = stop
+        self.gradients = gradients
+        self.first_layer = first_layer
+        self.resumed = resumed
+        self.last_only = last_only
+        self.offset = 0
+        self.values: dict[str, Tensor] = {}
+        self.attention_layers: dict[int, int] = {}
+
+    def wants(self, *names: str) -> bool:
+        """Whether any of these sites is captured or edited."""
+        return any(name in self.capture or name in self.edits for name in names)
+
+    def editing(self, name: str) -> bool:
+        return name in self.edits
+
+    def live(self, *names: str) -> bool:
+        """Whether a derived value must be put back into the forward: it is edited, or its gradient is asked for."""
+        return any(name in self.edits or (self.gradients and name in self.capture) for name in names)
+
+    def edit(self, name: str, value: Tensor, *, keys: bool = False) -> Tensor:
+        """The value after the edits at a site. Positions are in dimension 1, or 2 for scores and pattern.
+
+        `keys` marks a value that spans all columns so far (cached keys), not only the current ones.
+        """
+        resolved = self.edits.get(name)
+        if not resolved:
+            return value
+        grid = name.endswith((".scores", ".pattern"))
+        x = value.transpose(1, 2) if grid else value
+        for edit in resolved:
+            x = edit.apply(x, 0 if keys else self.offset)
+        return x.transpose(1, 2) if grid else x
+
+    def record(self, name: str, value: Tensor) -> Tensor:
+        """Capture a value if it is asked for, and stop the forward once it was the last one wanted."""
+        if name in self.capture:
+            self.values[name] = value if self.gradients else value.detach().clone()
+            if self.stop and len(self.values) == len(self.capture):
+                raise _Stop
+        return value
+
+    def touch(self, name: str, value: Tensor, *, keys: bool = False) -> Tensor:
+        """Apply the edits at a site, then capture it."""
+        return self.record(name, self.edit(name, value, keys=keys))
+
+    @contextmanager
+    def observing(self) -> Iterator[None]:
+        """Install what this execution needs, and take it away again whatever happens."""
+        with ExitStack() as stack:
+            layers = self.lm.family.layers
+            for name in {*self.capture, *self.edits}:
+                index = layer_of(name)
+                if index is not None and name.endswith(_IN_ATTENTION):
+                    module = layers[index].attention
+                    if id(module) not in self.attention_layers:
+                        self.attention_layers[id(module)] = index
+                        stack.enter_context(shadowed(module, "config", lambda m=module: private_config(m)))
+            for index in range(self.first_layer):
+                stack.enter_context(shadowed(layers[index].module, "forward", lambda i=index: self.lm.skipper(i)))
+            for handle in install(self):
+                stack.callback(handle.remove)
+            token = _active.set(self)
+            stack.callback(_active.reset, token)
+            yield
+
+    def forward(self, call: Callable[[], Any]) -> Any:
+        """Run `call` observed; returns its result, or None where it was stopped early."""
+        with self.observing():
+            try:
+                return call()
+            except _Stop:
+                return None
+
+    def receipts(self, tokens_first: Tensor) -> tuple[Receipt, ...]:
+        """What every edit did. Raises NothingEdited where one did nothing."""
+        made = []
+        for resolved in sorted((r for rs in self.edits.values() for r in rs), key=lambda r: r.index):
+            touched = resolved.touched.cpu()
+            if not bool(touched.any()):
+                raise NothingEdited(
+                    f"'{resolved.edit}' touched nothing at '{resolved.site.name}': the run ended before it, or "
+                    "the tokens it addresses were never processed."
+                )
+            rows = touched.any(1).nonzero()[:, 0].tolist()
+            first = tokens_first.cpu()
+            positions = tuple(tuple((touched[r].nonzero()[:, 0] - first[r]).tolist()) for r in rows)
+            delta, before, after, count = resolved.sums.cpu().tolist()
+            count = max(count, 1.0)
+            made.append(
+                Receipt(
+                    edit=resolved.index,
+                    kind=resolved.edit.kind,
+                    site=resolved.site.name,
+                    layer=resolved.site.layer,
+                    rows=tuple(rows),
+                    positions=positions,
+                    heads=resolved.edit.heads,
+                    n_tokens=int(touched.sum()),
+                    mean_abs_delta=delta / count,
+                    mean_abs_before=before / count,
+                    mean_abs_after=after / count,
+                )
+            )
+        return tuple(made)
+
+    def gradients_of(self, metric: Tensor) -> dict[str, Tensor]:
+        """d metric / d value for every captured site; zeros where the metric does not depend on it."""
+        names = list(self.values)
+        inputs = [self.values[name] for name in names]
+        if not metric.requires_grad:
+            raise CutawayError("The metric does not depend on the logits through anything differentiable.")
+        found = torch.autograd.grad(metric.sum(), inputs, allow_unused=True)
+        return {
+            name: torch.zeros_like(value) if grad is None else grad.detach()
+            for name, value, grad in zip(names, inputs, found, strict=True)
+        }

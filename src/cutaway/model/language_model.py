@@ -1,0 +1,462 @@
+"""A causal language model you can look into.
+
+`load` and `attach` give a `LanguageModel` around a Hugging Face model that stays exactly what it was: the same
+modules, the same `state_dict`, bit-equal logits when nothing is captured or edited.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.manifest import ModelIdentity
+from cutaway.model import generation, loading
+from cutaway.model.addressing import resolve
+from cutaway.model.attention import check_dispatch
+from cutaway.model.edits import Edit
+from cutaway.model.execution import Execution, active
+from cutaway.model.families import find_family, weight_matrix
+from cutaway.model.run import Generation, Run, capture_bytes
+from cutaway.model.selftest import SelfTest, run_selftest
+from cutaway.model.sites import KINDS, Site, SiteTable, layer_of
+from cutaway.model.tokens import Tokens, pad_rows, token_string
+
+Inputs = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor | Tokens
+Message = Mapping[str, str]
+CAPTURE_LIMIT = 4 * 2**30
+
+
+class LanguageModel:
+    """A Hugging Face causal language model with named sites, edits and receipts. Make one with `load` or `attach`."""
+
+    def __init__(
+        self,
+        hf: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None,
+        name: str,
+        identify: Callable[[], ModelIdentity],
+    ) -> None:
+        self.hf = hf
+        self.tokenizer = tokenizer
+        self.name = name
+        self._identify = identify
+        self._identity: ModelIdentity | None = None
+        self.family = find_family(hf)
+        for layer in self.family.layers:
+            check_dispatch(hf, layer.attention)
+        self.n_layers = len(self.family.layers)
+        self.d_model = self.family.d_model
+        self.n_heads = self.family.n_heads
+        self.n_kv_heads = self.family.n_kv_heads
+        self.d_head = self.family.d_head
+        self.d_mlp = self.family.d_mlp
+        self.d_vocab = self.family.d_vocab
+        self.context_length = self.family.context_length
+        self.n_parameters = sum(p.numel() for p in hf.parameters())
+        self._sites = self._site_table()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.hf.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go: the device of the embedding."""
+        return next(self.family.embed.parameters()).device
+
+    @property
+    def bos_id(self) -> int | None:
+        return _single(None if self.tokenizer is None else self.tokenizer.bos_token_id)
+
+    @property
+    def pad_id(self) -> int | None:
+        return _single(None if self.tokenizer is None else self.tokenizer.pad_token_id)
+
+    def identity(self) -> ModelIdentity:
+        """Name, revision and weight hash (of the files of a loaded model, of the parameters of an attached one)."""
+        if self._identity is None:
+            self._identity = self._identify()
+        return self._identity
+
+    def sites(self) -> SiteTable:
+        """Every site with its dimensions, shape and meaning; those that this model lacks say why."""
+        return self._sites
+
+    def selftest(self) -> SelfTest:
+        """Check the algebra of every site and edit on every layer, in three short forwards."""
+        return run_selftest(self)
+
+    # Tokens
+
+    def tokens(self, inputs: Inputs, *, bos: bool | None = None) -> Tokens:
+        """Text(s), ids or Tokens as a padded batch on the model's device.
+
+        Text is tokenised exactly as the model's tokenizer does it (`bos=None`); `bos=True` makes sure that each row
+        starts with one beginning-of-text token and `bos=False` that none does. Raises CutawayError for a doubled
+        beginning-of-text, ids outside the vocabulary, and rows longer than the context.
+        """
+        if isinstance(inputs, Tokens):
+            tokens = inputs.to(self.device)
+        else:
+            rows = self._rows(inputs)
+            rows = [self._with_bos(row, bos) for row in rows]
+            if not rows or any(not row for row in rows):
+                raise CutawayError("There is an empty prompt; every prompt needs at least one token.")
+            ids, mask = pad_rows(rows, self._padding())
+            strings = tuple(tuple(self.token_strings(row)) for row in rows)
+            tokens = Tokens(ids.to(self.device), mask.to(self.device), strings)
+        real = tokens.ids[tokens.mask]
+        if bool((real < 0).any()) or bool((real >= self.d_vocab).any()):
+            raise CutawayError(f"Token ids must be between 0 and {self.d_vocab - 1}, the vocabulary of {self.name}.")
+        longest = int(tokens.lengths.max())
+        if longest > self.context_length:
+            raise CutawayError(
+                f"A prompt has {longest} tokens, but {self.name} reads at most {self.context_length}; shorten it."
+            )
+        return tokens
+
+    def token_strings(self, ids: Iterable[int] | Tensor) -> list[str]:
+        """One printable string a token, spaces kept."""
+        values = ids.tolist() if isinstance(ids, Tensor) else ids
+        return [token_string(self.tokenizer, int(i)) for i in values]
+
+    def _rows(self, inputs: Any) -> list[list[int]]:
+        if isinstance(inputs, Tensor):
+            inputs = inputs.tolist()
+        if isinstance(inputs, str):
+            inputs = [inputs]
+        inputs = list(inputs)
+        if inputs and all(isinstance(item, str) for item in inputs):
+            if self.tokenizer is None:
+                raise CutawayError(
+                    "This model has no tokenizer, so it takes token ids, not text; attach one to use text."
+                )
+            return [self._encode(text) for text in inputs]
+        if inputs and all(isinstance(item, int) for item in inputs):
+            return [inputs]
+        if all(not isinstance(item, (str, int)) for item in inputs):
+            return [[int(i) for i in row] for row in inputs]
+        raise CutawayError(
+            "Inputs are a text, a list of texts, token ids, or a list of rows of token ids, not a mixture."
+        )
+
+    def _encode(self, text: str) -> list[int]:
+        assert self.tokenizer is not None
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise CutawayError(
+                f"The prompt is not valid Unicode text ({error.reason} at character {error.start})."
+            ) from error
+        ids = self.tokenizer(text, verbose=False)["input_ids"]
+        assert isinstance(ids, list)
+        return [int(i) for i in ids]
+
+    def _with_bos(self, row: list[int], bos: bool | None) -> list[int]:
+        start = self.bos_id
+        if bos is True and start is None:
+            raise CutawayError(f"{self.name} has no beginning-of-text token; leave bos out.")
+        if start is not None and len(row) > 1 and row[0] == row[1] == start:
+            raise CutawayError(
+                "The prompt starts with two beginning-of-text tokens: the tokenizer adds one, so leave it out."
+            )
+        has = start is not None and bool(row) and row[0] == start
+        if bos is True and not has:
+            assert start is not None
+            return [start, *row]
+        return row[1:] if bos is False and has else row
+
+    def _padding(self) -> int:
+        return next((i for i in (self.pad_id, self.bos_id) if i is not None and i < self.d_vocab), 0)
+
+    # Running
+
+    def run(
+        self,
+        inputs: Inputs,
+        *,
+        capture: str | Sequence[str] | None = None,
+        edits: Edit | Sequence[Edit] = (),
+        logits: Literal["all", "last"] | None = "all",
+        grad: Callable[[Tensor], Tensor] | None = None,
+        bos: bool | None = None,
+        resume: Run | None = None,
+        limit_bytes: int | None = None,
+    ) -> Run:
+        """One forward pass.
+
+        Parameters: `capture` names sites or wildcards; `edits` are applied in order; `logits` is "all" [b, p, V],
+        "last" [b, 1, V] (each row's last real token) or None, which stops after the last captured site; `grad` maps
+        the logits to a scalar or one number a row and gives its gradient at every captured site; `resume` is a run of
+        the same tokens (or of one row, repeated) whose stream is taken over below the first edited or captured layer;
+        `limit_bytes` bounds what the captures may hold (default 4 GiB).
+
+        Raises CutawayError: an unknown or absent site, an edit that does not fit or touches nothing, a capture above
+        the limit, a prompt longer than the context.
+        """
+        tokens = self.tokens(inputs, bos=bos)
+        if logits not in ("all", "last", None):
+            raise CutawayError(f"logits={logits!r} is not 'all', 'last' or None.")
+        if grad is not None and logits is None:
+            raise CutawayError("grad= needs logits: ask for logits='last' or 'all'.")
+        names = self._sites.expand_all(capture) if capture is not None else []
+        edits = (edits,) if isinstance(edits, Edit) else tuple(edits)
+        resolved = [
+            resolve(i, edit, self._sites[name], tokens)
+            for i, edit in enumerate(edits)
+            for name in self._sites.expand(edit.site)
+        ]
+        touched = {*names, *(r.site.name for r in resolved)}
+        last_only = logits == "last" and not touched & {"logits", "logits_precap"}
+        self._check_size(names, tokens, limit_bytes or CAPTURE_LIMIT)
+        first_layer, stream = self._resume_point(resume, touched, tokens) if resume is not None else (0, None)
+        execution = Execution(
+            self,
+            names,
+            resolved,
+            tokens.mask,
+            stop=logits is None and bool(names),
+            gradients=grad is not None,
+            first_layer=first_layer,
+            resumed=stream,
+            last_only=last_only,
+        )
+        with torch.enable_grad() if grad is not None else torch.no_grad():
+            out = execution.forward(
+                lambda: self.hf(
+                    input_ids=tokens.ids,
+                    attention_mask=tokens.mask.long(),
+                    position_ids=tokens.position_ids,
+                    use_cache=False,
+                )
+            )
+            result = None if out is None else execution.touch("logits", out.logits)
+            grads: dict[str, Tensor] = {}
+            if grad is not None:
+                assert result is not None
+                asked = result if last_only or logits == "all" else self._last(result, tokens)
+                grads = execution.gradients_of(grad(asked))
+        if logits == "last" and result is not None and not last_only:
+            result = self._last(result, tokens)
+        values = {name: execution.values[name].detach() for name in names}
+        return Run(
+            tokens=tokens,
+            logits=None if result is None or logits is None else result.detach(),
+            values={name: v.clone() for name, v in values.items()} if grad is not None else values,
+            grads={name: grads[name] for name in names} if grad is not None else {},
+            receipts=execution.receipts(tokens.first),
+            edits=edits,
+            site_table=self._sites,
+            model=self.name,
+            identity=self.identity,
+        )
+
+    @staticmethod
+    def _last(logits: Tensor, tokens: Tokens) -> Tensor:
+        return logits[torch.arange(len(logits), device=logits.device), tokens.last.to(logits.device)][:, None]
+
+    def _check_size(self, names: list[str], tokens: Tokens, limit: int) -> None:
+        batch, positions = tokens.ids.shape
+        needed = capture_bytes(self._sites, names, batch, positions, self.dtype.itemsize, True)
+        if needed > limit:
+            largest = max(names, key=lambda n: capture_bytes(self._sites, [n], batch, positions, 1, True))
+            raise CutawayError(
+                f"This capture would hold {needed / 2**30:.2f} GiB, above the limit of {limit / 2**30:.2f} GiB ("
+                f"largest: '{largest}'); capture fewer sites, use fewer or shorter prompts, or raise limit_bytes."
+            )
+
+    def _resume_point(self, source: Run, touched: set[str], tokens: Tokens) -> tuple[int, Tensor | None]:
+        """The deepest layer that a run of the same tokens lets us start at, and the stream there."""
+        if len(source.tokens) not in (1, len(tokens)) or source.tokens.ids.shape[1] != tokens.ids.shape[1]:
+            raise CutawayError("resume= needs a run of the same tokens, or of one row of the same length.")
+        if not torch.equal(source.tokens.ids.expand_as(tokens.ids), tokens.ids):
+            raise CutawayError("resume= needs a run of the same tokens; these differ.")
+        layers = [layer_of(name) for name in touched]
+        outside = [name for name in touched if layer_of(name) is None and name in ("embed", "pos_embed")]
+        inside = [layer for layer in layers if layer is not None]
+        deepest = 0 if outside else min(inside, default=self.n_layers - 1)
+        for layer in range(deepest, 0, -1):
+            for name in (f"blocks.{layer}.resid_pre", f"blocks.{layer - 1}.resid_post"):
+                if name in source:
+                    return layer, source[name].expand(len(tokens), -1, -1).clone()
+        return 0, None
+
+    def skipper(self, layer: int) -> Callable[..., Any]:
+        """A decoder layer's forward that returns its input in runs which resume above it."""
+        original = self.family.layers[layer].module.forward
+
+        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            execution = active()
+            if execution is not None and execution.lm is self and execution.first_layer > layer:
+                return hidden_states
+            return original(hidden_states, *args, **kwargs)
+
+        return forward
+
+    def generate(
+        self,
+        inputs: Inputs,
+        *,
+        max_new_tokens: int = 40,
+        edits: Edit | Sequence[Edit] = (),
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+        num_return_sequences: int = 1,
+        use_cache: bool = True,
+        bos: bool | None = None,
+    ) -> Generation:
+        """Continue prompts, greedily at temperature 0, else by sampling with `seed`.
+
+        Positions of an edit are resolved once on the prompt and hold in the cache; with `use_cache=False` the same
+        set is applied again at every step. Row edits follow `num_return_sequences`.
+        """
+        return generation.generate(
+            self,
+            self.tokens(inputs, bos=bos),
+            (edits,) if isinstance(edits, Edit) else tuple(edits),
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            num_return_sequences=num_return_sequences,
+            use_cache=use_cache,
+        )
+
+    def chat_tokens(self, messages: Sequence[Message] | Sequence[Sequence[Message]], *, answer: bool = True) -> Tokens:
+        """A conversation, or a list of them, through the model's chat template; with `answer` the assistant's turn is
+        open.
+        """
+        if self.tokenizer is None or getattr(self.tokenizer, "chat_template", None) is None:
+            raise CutawayError(f"{self.name} has no chat template; give it plain text with lm.generate.")
+        conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        rows = []
+        for conversation in conversations:
+            try:
+                ids = self.tokenizer.apply_chat_template(
+                    [dict(m) for m in conversation],  # type: ignore[arg-type]
+                    tokenize=True,
+                    add_generation_prompt=answer,
+                    return_dict=False,
+                )
+            except Exception as error:  # the template is the model's own program and may raise anything
+                raise CutawayError(f"The chat template of {self.name} refuses these messages: {error}") from error
+            rows.append([int(i) for i in ids])  # type: ignore[union-attr]
+        return self.tokens(rows)
+
+    def chat(self, messages: Sequence[Message] | Sequence[Sequence[Message]], **options: Any) -> Generation:
+        """Answer a conversation (a list of {"role", "content"}) or a list of them; options as in `generate`."""
+        return self.generate(self.chat_tokens(messages), **options)
+
+    # Weights, by name and orientation
+
+    def unembed(self, residual: Tensor) -> Tensor:
+        """What the model would answer from a stream [..., d]: final norm, unembedding and softcap, [..., V]."""
+        with torch.no_grad():
+            module = self.family.ln_final.module
+            logits = self.family.unembed(module(residual.to(device=self.device, dtype=self.dtype)))
+            cap = self.family.final_softcap
+            return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def output_directions(self, ids: Sequence[int] | Tensor) -> Tensor:
+        """Rows of the unembedding, [n, d]: the direction in the normalised stream that raises each token's logit."""
+        chosen = ids if isinstance(ids, Tensor) else torch.as_tensor(list(ids), dtype=torch.long)
+        return weight_matrix(self.family.unembed).detach().T[chosen.to(self.device)]
+
+    def w_o(self, layer: int) -> Tensor:
+        """Output projection by head, [H, h, d]."""
+        return weight_matrix(self.family.layers[layer].output).detach().unflatten(0, (self.n_heads, -1))
+
+    def _w(self, layer: int, part: str) -> Tensor:
+        projections = self.family.layers[layer].projections
+        if projections.split is None:
+            weight = weight_matrix(projections.modules[part])
+            heads = self.n_heads if part == "q" else self.n_kv_heads
+            by_head = weight.unflatten(-1, (heads, -1))
+        else:
+            by_head = projections.split(weight_matrix(projections.modules["qkv"]))[part]
+        return by_head.detach().transpose(0, 1)
+
+    def w_q(self, layer: int) -> Tensor:
+        """Query projection by head, [H, d, h] (before QK-norm and rotary)."""
+        return self._w(layer, "q")
+
+    def w_k(self, layer: int) -> Tensor:
+        """Key projection by key-value head, [KV, d, h]."""
+        return self._w(layer, "k")
+
+    def w_v(self, layer: int) -> Tensor:
+        """Value projection by key-value head, [KV, d, h]."""
+        return self._w(layer, "v")
+
+    def _site_table(self) -> SiteTable:
+        family = self.family
+        sizes: dict[str, int] = {
+            "d": family.d_model,
+            "H": family.n_heads,
+            "KV": family.n_kv_heads,
+            "h": family.d_head,
+            "m": family.d_mlp,
+            "V": family.d_vocab,
+            "1": 1,
+        }
+        sites = []
+        kinds = list(KINDS.values())
+        inside = [kind for kind in kinds if kind.per_layer]
+        first = kinds.index(inside[0])
+        order = [(kind, None) for kind in kinds[:first]]
+        order += [(kind, layer) for layer in range(self.n_layers) for kind in inside]
+        order += [(kind, None) for kind in kinds[first + len(inside) :]]
+        for kind, layer in order:
+            name = kind.name if layer is None else kind.name.replace("{l}", str(layer))
+            shape = tuple(sizes.get(part, part) for part in kind.dims.split())
+            sites.append(Site(name, kind, layer, shape, family.absent(kind.name)))
+        return SiteTable(sites, self.n_layers)
+
+    def __repr__(self) -> str:
+        size = f"{self.n_parameters / 1e6:.1f} M" if self.n_parameters < 1e9 else f"{self.n_parameters / 1e9:.2f} B"
+        heads = f"{self.n_heads} heads" + (f" ({self.n_kv_heads} kv)" if self.n_kv_heads != self.n_heads else "")
+        dtype = str(self.dtype).removeprefix("torch.")
+        return (
+            f"LanguageModel {self.name}: {type(self.hf).__name__}, {size} parameters, {self.n_layers} layers x "
+            f"d {self.d_model} x {heads}, vocabulary {self.d_vocab}, {dtype} on {self.device}"
+        )
+
+
+def _single(index: Any) -> int | None:
+    return index if isinstance(index, int) else None
+
+
+def load(
+    model: str | Path,
+    *,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    revision: str | None = None,
+) -> LanguageModel:
+    """Load a model: "atlas" (shipped), a local folder, or a hub id.
+
+    `dtype` is fp32 by default on a CPU and the checkpoint's own on a GPU; `device` is a GPU if there is one. Raises
+    CutawayError: no such model, a folder without weights or with damaged ones, missing weights, an unsupported family.
+    """
+    hf, tokenizer, name, identify = loading.load_parts(model, dtype=dtype, device=device, revision=revision)
+    return LanguageModel(hf, tokenizer, name, identify)
+
+
+def attach(
+    hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, *, name: str | None = None
+) -> LanguageModel:
+    """Look into a model that is already in memory. Nothing is changed, copied or looked up anywhere.
+
+    Raises CutawayError if its family is not supported, with the reason.
+    """
+    chosen = name or getattr(hf_model.config, "name_or_path", "") or type(hf_model).__name__
+    return LanguageModel(hf_model, tokenizer, chosen, lambda: loading.identity_of_parameters(hf_model, chosen))

@@ -1,0 +1,150 @@
+"""What a forward pass returned: logits, captured values, gradients, receipts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.files import make_folder, write_json, write_safetensors
+from cutaway.artifacts.manifest import Manifest, ModelIdentity
+from cutaway.model.edits import Edit, Receipt
+from cutaway.model.sites import SiteTable, template_of
+from cutaway.model.tokens import Tokens
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One forward pass. `run[site]` is a captured value; sites are listed in `run.sites`.
+
+    `logits` is [b, p, V], or [b, 1, V] at each row's last real token with logits="last", or None. Values at padded
+    columns are whatever the model computes there: use `tokens.mask`. Captures are copies and alias nothing.
+    """
+
+    tokens: Tokens
+    logits: Tensor | None
+    values: Mapping[str, Tensor] = field(repr=False)
+    grads: Mapping[str, Tensor] = field(repr=False)
+    receipts: tuple[Receipt, ...]
+    edits: tuple[Edit, ...]
+    site_table: SiteTable = field(repr=False)
+    model: str
+    identity: Callable[[], ModelIdentity] = field(repr=False)
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Names of the captured sites, in the order of the forward pass."""
+        return tuple(self.values)
+
+    def __contains__(self, site: str) -> bool:
+        return site in self.values
+
+    def __getitem__(self, site: str) -> Tensor:
+        if site in self.values:
+            return self.values[site]
+        name = self.site_table.resolve(site)
+        if name not in self.values:
+            held = ", ".join(self.sites[:4]) + (", …" if len(self.values) > 4 else "") if self.values else "nothing"
+            raise CutawayError(f"This run did not capture '{name}' (it holds {held}); add it to capture=.")
+        return self.values[name]
+
+    def stack(self, pattern: str) -> Tensor:
+        """The captured values that a wildcard names, stacked by layer: [layers, b, ...]."""
+        return torch.stack([self[name] for name in self.site_table.expand(pattern)])
+
+    def last(self, site: str) -> Tensor:
+        """A site at each row's last real token: [b, ...]."""
+        value = self[site]
+        if template_of(self.site_table.resolve(site)).endswith((".scores", ".pattern")):
+            value = value.transpose(1, 2)
+        if value.shape[1] == 1:
+            return value[:, 0]
+        return value[torch.arange(len(value), device=value.device), self.tokens.last.to(value.device)]
+
+    def save(self, folder: str | Path) -> Path:
+        """Write logits, captures and gradients (`run.safetensors`) with tokens, edits, receipts and manifest
+        (`run.json`).
+        """
+        folder = Path(folder)
+        make_folder(folder)
+        tensors = {"tokens.ids": self.tokens.ids, "tokens.mask": self.tokens.mask}
+        tensors |= {} if self.logits is None else {"logits": self.logits}
+        tensors |= {f"value:{name}": value for name, value in self.values.items()}
+        tensors |= {f"grad:{name}": value for name, value in self.grads.items()}
+        write_safetensors(folder / "run.safetensors", {k: v.contiguous().cpu() for k, v in tensors.items()}, {})
+        edits = [str(edit) for edit in self.edits]
+        manifest = Manifest.create(
+            "run", model=self.identity(), configuration={"edits": edits, "sites": list(self.sites)}
+        )
+        record = {
+            "manifest": manifest.to_json(),
+            "tokens": [list(row) for row in self.tokens.strings],
+            "edits": edits,
+            "receipts": [asdict(receipt) for receipt in self.receipts],
+        }
+        write_json(folder / "run.json", record)
+        return folder
+
+    def __repr__(self) -> str:
+        n, width = self.tokens.ids.shape
+        lines = [f"Run of {self.model}: {n} row{'s' if n != 1 else ''} x {width} tokens"]
+        shown = self.tokens.strings[0]
+        text = "".join(shown).replace("\n", "⏎")
+        lines.append(f"  row 0   {text if len(text) <= 90 else text[:60] + ' … ' + text[-27:]}")
+        if self.logits is not None:
+            last = self.logits[0, -1 if self.logits.shape[1] == 1 else int(self.tokens.last[0])].detach().float()
+            top = last.softmax(-1).topk(min(3, len(last)))
+            ids = ", ".join(f"id {i} {p:.2f}" for p, i in zip(top.values.tolist(), top.indices.tolist(), strict=True))
+            lines.append(f"  logits  {list(self.logits.shape)}; next after row 0: {ids}")
+        groups: dict[str, list[str]] = {}
+        for name in self.values:
+            groups.setdefault(template_of(name), []).append(name)
+        for template, names in groups.items():
+            first = names[0] if len(names) == 1 else f"{template.replace('{l}', '*')} ({len(names)} layers)"
+            grad = " + gradient" if names[0] in self.grads else ""
+            lines.append(f"  site    {first} {list(self.values[names[0]].shape)}{grad}")
+        lines += [f"  edit    {receipt}" for receipt in self.receipts[:6]]
+        if len(self.receipts) > 6:
+            lines.append(f"  edit    … and {len(self.receipts) - 6} more receipts")
+        return "\n".join(lines)
+
+
+def capture_bytes(
+    table: SiteTable, names: list[str], batch: int, positions: int, itemsize: int, full_vocab: bool
+) -> int:
+    """Bytes that a capture will hold, from the site table alone."""
+    sizes = {"b": batch, "p": positions, "q": positions, "k": positions}
+    total = 0
+    for name in names:
+        site = table[name]
+        shape = [sizes.get(part, part) if isinstance(part, str) else part for part in site.shape]
+        if name.startswith("logits") and not full_vocab:
+            shape[1] = 1
+        wide = 4 if name.endswith((".scale", ".normalized")) else itemsize
+        total += math.prod(int(part) for part in shape) * wide
+    return total
+
+
+@dataclass(frozen=True, eq=False)
+class Generation:
+    """What a model wrote. `texts` and `new_ids` hold only what is new, up to the end-of-text token.
+
+    Rows are the prompts, each `num_return_sequences` times in a row. `tokens` is prompt and new tokens together.
+    """
+
+    texts: tuple[str, ...]
+    new_ids: tuple[tuple[int, ...], ...]
+    prompts: Tokens
+    tokens: Tokens
+    receipts: tuple[Receipt, ...]
+
+    def __repr__(self) -> str:
+        lines = [f"Generation of {len(self.texts)} texts"]
+        lines += [f"  {i}: {text!r}" for i, text in enumerate(self.texts[:6])]
+        lines += [f"  edit {receipt}" for receipt in self.receipts[:4]]
+        return "\n".join(lines)

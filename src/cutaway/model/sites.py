@@ -1,0 +1,234 @@
+"""The site contract: what each tensor inside a model is called, its dimensions, its meaning, and why one may be
+absent.
+
+Dimensions are written b (batch), p (position), d (model width), H (heads), KV (key-value heads), h (head width), q
+and k (destination and source position), m (MLP width), V (vocabulary). Names are frozen: one tensor, one name.
+TransformerLens spellings resolve when looking up and are never stored.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cutaway.artifacts.errors import CutawayError
+
+
+@dataclass(frozen=True)
+class SiteKind:
+    """A row of the contract. `name` has `{l}` where a layer number goes."""
+
+    name: str
+    dims: str
+    meaning: str
+
+    @property
+    def per_layer(self) -> bool:
+        return "{l}" in self.name
+
+    @property
+    def has_heads(self) -> bool:
+        return " H" in self.dims or " KV" in self.dims
+
+
+def _norm_kinds(prefix: str, where: str) -> list[SiteKind]:
+    return [
+        SiteKind(f"{prefix}.scale", "b p 1", f"the divisor of {where}: sqrt(variance + eps), or the root mean square"),
+        SiteKind(f"{prefix}.normalized", "b p d", f"{where} after the division and before the gain"),
+    ]
+
+
+# In the order in which a forward pass reaches them (parallel models reach ln2 and the MLP from resid_pre).
+_BLOCK = [
+    SiteKind("blocks.{l}.resid_pre", "b p d", "the stream as the layer receives it"),
+    *_norm_kinds("blocks.{l}.ln1", "the norm before attention"),
+    SiteKind("blocks.{l}.attn.in", "b p d", "what enters attention: after norm and gain"),
+    SiteKind("blocks.{l}.attn.q", "b p H h", "queries as projected, before QK-norm and rotary"),
+    SiteKind("blocks.{l}.attn.k", "b p KV h", "keys as projected, before QK-norm and rotary; grouped"),
+    SiteKind("blocks.{l}.attn.v", "b p KV h", "values; grouped"),
+    SiteKind("blocks.{l}.attn.rot_q", "b p H h", "queries as the attention function receives them"),
+    SiteKind("blocks.{l}.attn.rot_k", "b p KV h", "keys as the attention function receives them; grouped"),
+    SiteKind("blocks.{l}.attn.scores", "b H q k", "after scale, softcap and mask; masked cells are -inf"),
+    SiteKind("blocks.{l}.attn.pattern", "b H q k", "the softmax of the scores"),
+    SiteKind("blocks.{l}.attn.z", "b p H h", "input of the output projection, by head"),
+    SiteKind("blocks.{l}.attn.result", "b p H d", "z W_O by head, without the bias"),
+    *_norm_kinds("blocks.{l}.ln1_post", "the norm of what attention writes"),
+    SiteKind("blocks.{l}.attn.out", "b p d", "what attention adds to the stream"),
+    SiteKind("blocks.{l}.resid_mid", "b p d", "the stream between attention and MLP"),
+    *_norm_kinds("blocks.{l}.ln2", "the norm before the MLP"),
+    SiteKind("blocks.{l}.mlp.in", "b p d", "what enters the MLP: after norm and gain"),
+    SiteKind("blocks.{l}.mlp.pre", "b p m", "input of the activation function (the gate of a gated MLP)"),
+    SiteKind("blocks.{l}.mlp.pre_linear", "b p m", "the ungated half of a gated MLP (up projection)"),
+    SiteKind("blocks.{l}.mlp.post", "b p m", "the neurons: act(pre), or act(pre) * pre_linear"),
+    *_norm_kinds("blocks.{l}.ln2_post", "the norm of what the MLP writes"),
+    SiteKind("blocks.{l}.mlp.out", "b p d", "what the MLP adds to the stream"),
+    SiteKind("blocks.{l}.resid_post", "b p d", "the stream as the layer leaves it"),
+]
+_BEFORE = [
+    SiteKind("embed", "b p d", "what token embeddings put into the stream (after an embedding scale)"),
+    SiteKind("pos_embed", "b p d", "what learned positions add to the stream"),
+]
+_AFTER = [
+    *_norm_kinds("ln_final", "the norm before the unembedding"),
+    SiteKind("logits_precap", "b p V", "logits before the final softcap"),
+    SiteKind("logits", "b p V", "what the model returns"),
+]
+KINDS: dict[str, SiteKind] = {kind.name: kind for kind in [*_BEFORE, *_BLOCK, *_AFTER]}
+
+# TransformerLens spelling -> ours. hook_mlp_in is the stream before ln2, which is resid_mid and never mlp.in.
+_ALIASES = {
+    "hook_embed": "embed",
+    "hook_pos_embed": "pos_embed",
+    "ln_final.hook_scale": "ln_final.scale",
+    "ln_final.hook_normalized": "ln_final.normalized",
+    "unembed.hook_out": "logits_precap",
+    **{f"blocks.{{l}}.hook_{s}": f"blocks.{{l}}.{s}" for s in ("resid_pre", "resid_mid", "resid_post")},
+    "blocks.{l}.hook_mlp_in": "blocks.{l}.resid_mid",
+    "blocks.{l}.hook_attn_out": "blocks.{l}.attn.out",
+    "blocks.{l}.hook_mlp_out": "blocks.{l}.mlp.out",
+    **{
+        f"blocks.{{l}}.{norm}.hook_{part}": f"blocks.{{l}}.{norm}.{part}"
+        for norm in ("ln1", "ln2", "ln1_post", "ln2_post")
+        for part in ("scale", "normalized")
+    },
+    **{
+        f"blocks.{{l}}.attn.hook_{s}": f"blocks.{{l}}.attn.{s}"
+        for s in ("q", "k", "v", "rot_q", "rot_k", "z", "result")
+    },
+    "blocks.{l}.attn.hook_attn_scores": "blocks.{l}.attn.scores",
+    "blocks.{l}.attn.hook_pattern": "blocks.{l}.attn.pattern",
+    **{f"blocks.{{l}}.mlp.hook_{s}": f"blocks.{{l}}.mlp.{s}" for s in ("pre", "pre_linear", "post")},
+}
+_LAYER = re.compile(r"^blocks\.(\d+|\*|\{\d+\.\.\d+\})\.(.+)$")
+
+
+@dataclass(frozen=True)
+class Site:
+    """One site of one model. `absent` is None, or the reason why this model has no such tensor."""
+
+    name: str
+    kind: SiteKind
+    layer: int | None
+    shape: tuple[str | int, ...]
+    absent: str | None = None
+
+    @property
+    def dims(self) -> str:
+        return self.kind.dims
+
+    @property
+    def meaning(self) -> str:
+        return self.kind.meaning
+
+
+class SiteTable(Sequence[Site]):
+    """Every site of a model, in the order of the forward pass, absent ones included with their reason."""
+
+    def __init__(self, sites: Iterable[Site], n_layers: int) -> None:
+        self._sites = tuple(sites)
+        self._by_name = {site.name: site for site in self._sites}
+        self._order = {site.name: i for i, site in enumerate(self._sites)}
+        self.n_layers = n_layers
+
+    def __len__(self) -> int:
+        return len(self._sites)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._by_name[self.resolve(index)] if isinstance(index, str) else self._sites[index]
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self._sites)
+
+    def order(self, name: str) -> int:
+        """The rank of a canonical name in the forward pass."""
+        return self._order[name]
+
+    def present(self) -> list[str]:
+        """Names of the sites that this model has."""
+        return [site.name for site in self._sites if site.absent is None]
+
+    def resolve(self, name: str) -> str:
+        """The canonical name of one site that this model has. Raises CutawayError with the reason otherwise."""
+        names = self.expand(name)
+        if len(names) != 1:
+            raise CutawayError(f"'{name}' names {len(names)} sites where one is needed; name a single layer.")
+        return names[0]
+
+    def expand(self, pattern: str) -> list[str]:
+        """Canonical names that a name or wildcard stands for (`blocks.*.mlp.out`, `blocks.{3..7}.attn.z`).
+
+        A wildcard skips layers that lack the site and raises when every layer does; a plain name that is absent
+        raises.
+        """
+        match = _LAYER.match(pattern)
+        if match is None:
+            return [self._require(_ALIASES.get(pattern, pattern), pattern)]
+        which, rest = match.groups()
+        template = "blocks.{l}." + rest
+        template = _ALIASES.get(template, template)
+        if template not in KINDS:
+            raise self._unknown(pattern)
+        if which == "*":
+            layers: Sequence[int] = range(self.n_layers)
+        elif which.startswith("{"):
+            low, high = (int(part) for part in which[1:-1].split(".."))
+            if low > high:
+                raise CutawayError(f"'{pattern}' counts downwards; write the lower layer first.")
+            layers = range(low, high + 1)
+        else:
+            layers = [int(which)]
+        for layer in layers:
+            if layer >= self.n_layers:
+                raise CutawayError(
+                    f"'{pattern}' asks for layer {layer}, but this model's layers are 0 to {self.n_layers - 1}."
+                )
+        names = [template.replace("{l}", str(layer)) for layer in layers]
+        if which == "*" or which.startswith("{"):
+            present = [name for name in names if self._by_name[name].absent is None]
+            if present:
+                return present
+        return [self._require(name, pattern) for name in names]
+
+    def expand_all(self, patterns: str | Iterable[str]) -> list[str]:
+        """Canonical names of several patterns, without repeats, in the order of the forward pass."""
+        patterns = [patterns] if isinstance(patterns, str) else patterns
+        names = {name for pattern in patterns for name in self.expand(pattern)}
+        return sorted(names, key=self.order)
+
+    def _require(self, name: str, asked: str) -> str:
+        site = self._by_name.get(name)
+        if site is None:
+            raise self._unknown(asked)
+        if site.absent is not None:
+            raise CutawayError(f"This model has no site '{asked}': {site.absent}.")
+        return name
+
+    def _unknown(self, asked: str) -> CutawayError:
+        import difflib
+
+        template = re.sub(r"^blocks\.(\d+|\*|\{[^}]*\})\.", "blocks.{l}.", asked)
+        close = difflib.get_close_matches(template, [*KINDS, *_ALIASES], n=1, cutoff=0.6)
+        hint = f"; did you mean '{close[0]}'?" if close else "; `lm.sites()` lists them."
+        return CutawayError(f"There is no site '{asked}'{hint}")
+
+    def __repr__(self) -> str:
+        lines = [f"{'site':<28} {'dims':<9} {'shape':<22} meaning, or why absent"]
+        shown = [s for s in self._sites if s.layer in (None, 0)]
+        for site in shown:
+            shape = " ".join(str(part) for part in site.shape)
+            text = site.meaning if site.absent is None else f"absent: {site.absent}"
+            name = site.name.replace("blocks.0.", "blocks.{l}.")
+            lines.append(f"{name:<28} {site.dims:<9} {shape:<22} {text}")
+        lines.append(f"(layers 0 to {self.n_layers - 1})")
+        return "\n".join(lines)
+
+
+def layer_of(name: str) -> int | None:
+    """The layer number in a canonical site name, or None."""
+    match = _LAYER.match(name)
+    return int(match.group(1)) if match and match.group(1).isdigit() else None
+
+
+def template_of(name: str) -> str:
+    """The contract row of a canonical site name: `blocks.3.attn.z` -> `blocks.{l}.attn.z`."""
+    return re.sub(r"^blocks\.\d+\.", "blocks.{l}.", name)
