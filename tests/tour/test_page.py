@@ -1,6 +1,8 @@
 """The page: sound HTML that holds everything, says everything and refuses a result without its controls."""
 
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from itertools import pairwise
 
@@ -105,8 +107,8 @@ def test_a_section_says_what_it_is(page):
         assert section.command in text
         if section.status != "not shown":
             assert section.lead.replace("`", "") in text
-    assert "Fallback" in text
-    assert "Not shownright on 3 of 20 landmark prompts, and 16 are needed." in text
+    assert "Fallback: Zero-ablation" in text
+    assert "Not shown: right on 3 of 20 landmark prompts, and 16 are needed." in text
     assert "Not asked of this model." not in text
 
 
@@ -265,6 +267,12 @@ def test_no_string_and_no_number_breaks_the_page(a, b, x, make):
     assert page.problems == []
     assert page.tags.count("script") == 2
     assert not [name for _, name, _ in page.attributes if name.startswith("on")]
+
+
+def test_drawing_needs_neither_torch_nor_transformers():
+    code = "import sys, cutaway.tour.page; print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_a_block_can_be_drawn_alone():

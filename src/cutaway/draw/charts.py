@@ -221,8 +221,12 @@ def effect_html(effect: Mapping[str, Any]) -> Markup:
     Raises:
         CutawayError: the effect has no controls: it is not a result yet, and is not drawn as one.
     """
-    check_effect(effect)
-    controls = effect["controls"]
+    controls = effect.get("controls")
+    if not controls:
+        raise CutawayError(
+            f"the effect {effect.get('name') or '(without a name)'!r} has no controls, so it cannot be shown as a "
+            "result; measure it on a control too (a random direction, a random position, shuffled labels)"
+        )
     units = effect.get("units") or ""
     unit = units if short(units) else ""
     measured = [[_float(x) for x in (one.get("value"), *(one.get("interval") or ()))] for one in (effect, *controls)]
@@ -243,15 +247,6 @@ def effect_html(effect: Mapping[str, Any]) -> Markup:
         about.append(f"Edit: {escape(effect['ablation'])}.")
     foot = f'<p class="cw-small">{" ".join(about)}</p>' if about else ""
     return Markup(f'<div class="cw-bars cw-effect">{"".join(rows)}{foot}</div>')
-
-
-def check_effect(effect: Mapping[str, Any]) -> None:
-    """Raise `CutawayError` unless the effect stands beside at least one control."""
-    if not effect.get("controls"):
-        raise CutawayError(
-            f"the effect {effect.get('name') or '(without a name)'!r} has no controls, so it cannot be shown as a "
-            "result; measure it on a control too (a random direction, a random position, shuffled labels)"
-        )
 
 
 def _float(value: float | str | None) -> float | None:

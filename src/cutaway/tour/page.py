@@ -41,9 +41,6 @@ def render(result: TourResult) -> str:
     Raises:
         CutawayError: an effect has no controls.
     """
-    for section in result.sections:
-        for effect in _effects(section):
-            charts.check_effect(effect)
     link = Linker()
     link("control, interval")  # the line on how to read the page links to these
     template = _environment().get_template("index.html.j2")
