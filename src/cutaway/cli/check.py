@@ -1,9 +1,8 @@
 """`cutaway check`: is this model what the library takes it for?"""
 
-from typing import Annotated, Any
+from typing import Any
 
-from cyclopts import Parameter
-
+from cutaway.cli.options import Flag
 from cutaway.cli.output import print_json
 
 
@@ -13,7 +12,7 @@ def check(
     *,
     dtype: str | None = None,
     device: str | None = None,
-    json: Annotated[bool, Parameter(negative="")] = False,
+    json: Flag = False,
 ) -> int:
     """Load a model, print its card, and test on every layer that its parts add up. Exit code 1 if one does not.
 

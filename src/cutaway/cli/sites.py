@@ -1,13 +1,10 @@
 """`cutaway sites`: which tensors of a model can be read and edited, and under which names."""
 
-from typing import Annotated
-
-from cyclopts import Parameter
-
+from cutaway.cli.options import Flag
 from cutaway.cli.output import print_json, print_table
 
 
-def sites(model: str, /, *, json: Annotated[bool, Parameter(negative="")] = False) -> None:
+def sites(model: str, /, *, json: Flag = False) -> None:
     """Print the names, dimensions and meanings of a model's sites; an absent one says why.
 
     Parameters

@@ -1,9 +1,11 @@
 """`cutaway subjects`: make, judge and read the models whose world we know."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-from cyclopts import App, Parameter
+from cyclopts import App
+
+from cutaway.cli.options import Count, ExistingFolder, Flag
 
 app = App(name="subjects", help="Make, judge and read the models whose world we know.", result_action="return_value")
 
@@ -14,10 +16,15 @@ def train(
     /,
     *,
     out: Path = Path("runs/atlas"),
-    tokens: int = 130_000_000,
+    tokens: Count = 130_000_000,
     seed: int = 0,
     device: str | None = None,
-    overwrite: Annotated[bool, Parameter(negative="")] = False,
+    rows: Count | None = None,
+    context: Count = 256,
+    corpus: Path | None = None,
+    processes: Count | None = None,
+    compiled: Flag = False,
+    overwrite: Flag = False,
 ) -> None:
     """Train a subject's weights from nothing; the same command resumes an interrupted training.
 
@@ -33,12 +40,33 @@ def train(
         Of the corpus and of the initial weights.
     device
         cpu, cuda, ...; a GPU if there is one, when not given.
+    rows
+        Texts in a step; 128 on a GPU and 16 elsewhere if not given.
+    context
+        Tokens in a text.
+    corpus
+        Folder of the generated corpus; made inside --out if not given.
+    processes
+        How many processes generate the corpus; one a core if not given.
+    compiled
+        Train with torch.compile.
     overwrite
         Begin again in a folder that holds another training.
     """
     from cutaway.subjects.atlas.train import train_command
 
-    train_command(out=out, tokens=tokens, seed=seed, device=device, overwrite=overwrite)
+    train_command(
+        out=out,
+        tokens=tokens,
+        seed=seed,
+        device=device,
+        rows=rows,
+        context=context,
+        corpus=corpus,
+        processes=processes,
+        compiled=compiled,
+        overwrite=overwrite,
+    )
 
 
 @app.command
@@ -47,8 +75,12 @@ def evaluate(
     /,
     *,
     model: str = "atlas",
+    n: Count = 200,
+    quick: Flag = False,
+    outside: ExistingFolder | None = None,
+    against: str | None = None,
     out: Path | None = None,
-    json: Annotated[bool, Parameter(negative="")] = False,
+    json: Flag = False,
 ) -> None:
     """Measure what a model can do on the subject's held-out items, with n and intervals.
 
@@ -58,6 +90,14 @@ def evaluate(
         Whose tasks.
     model
         Which weights: “atlas” (the shipped ones), or a folder such as training leaves.
+    n
+        Items of each set.
+    quick
+        24 items of each set, and no causal checks.
+    outside
+        A folder of prompts by others: eap-ig/ and relations/ in it are asked about atlas's world.
+    against
+        Other weights, measured too; says which are better.
     out
         Write the tables as Markdown into this file too.
     json
@@ -65,11 +105,11 @@ def evaluate(
     """
     from cutaway.subjects.atlas.evaluate import evaluate_command
 
-    evaluate_command(model=model, out=out, json=json)
+    evaluate_command(model=model, n=n, quick=quick, outside=outside, against=against, out=out, json=json)
 
 
 @app.command
-def samples(part: str, /, *, n: int = 10, seed: int = 0) -> None:
+def samples(part: str, /, *, n: Count = 10, seed: int = 0) -> None:
     """Print samples of one part of the atlas corpus.
 
     Parameters

@@ -2,9 +2,8 @@
 
 import re
 from pathlib import Path
-from typing import Annotated
 
-from cyclopts import Parameter, validators
+from cutaway.cli.options import ExistingPath, Flag
 
 
 def tour(
@@ -12,10 +11,10 @@ def tour(
     /,
     *,
     out: Path | None = None,
-    corpus: Annotated[Path | None, Parameter(validator=validators.Path(exists=True))] = None,
+    corpus: ExistingPath | None = None,
     seed: int = 0,
-    overwrite: Annotated[bool, Parameter(negative="")] = False,
-    json: Annotated[bool, Parameter(negative="")] = False,
+    overwrite: Flag = False,
+    json: Flag = False,
 ) -> None:
     """Look, find causes, train a dictionary, name features, steer; leave a page about it.
 
