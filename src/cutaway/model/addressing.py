@@ -189,12 +189,12 @@ def resolve(index: int, edit: Edit, site: Site, tokens: Tokens, n_new: int = 0, 
             if not 0 <= head < n:
                 kind = "key-value heads" if " KV" in site.dims else "heads"
                 raise CutawayError(f"'{edit}' asks for head {head}, but '{site.name}' has {n} {kind} (0 to {n - 1}).")
-    tail = (int(site.shape[2]), site.shape[3]) if len(site.shape) == 4 else (site.shape[2],)
+    width = site.shape[-1]
     for name in ("direction", "encoder", "decoder", "offset"):
         vector = edit.tensors.get(name)
-        if vector is not None and vector.ndim == 1 and vector.shape[0] not in (tail[-1], 1):
+        if vector is not None and vector.ndim == 1 and vector.shape[0] not in (width, 1):
             raise CutawayError(
-                f"'{edit}': the {name} has {vector.shape[0]} entries, but '{site.name}' is {tail[-1]} wide."
+                f"'{edit}': the {name} has {vector.shape[0]} entries, but '{site.name}' is {width} wide."
             )
     ordinal = _cells(edit, tokens, rows, n_new)
     source = _patch_source(edit, site.name, tokens, rows, ordinal) if edit.kind == "patch" else None

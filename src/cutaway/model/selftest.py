@@ -248,17 +248,18 @@ def _edit_checks(lm: LanguageModel, layer: int, delta: Tensor, head: int) -> Ite
 
 def run_selftest(lm: LanguageModel) -> SelfTest:
     """See `LanguageModel.selftest`."""
+    with torch.no_grad():
+        return _selftest(lm)
+
+
+def _selftest(lm: LanguageModel) -> SelfTest:
     generator = torch.Generator().manual_seed(0)
     row = torch.randint(0, lm.d_vocab, (1, _LENGTH), generator=generator)
     tokens = lm.tokens(Tokens(row, torch.ones_like(row, dtype=torch.bool), (tuple(lm.token_strings(row[0])),)))
     checks = _Checks(lm)
-    with torch.no_grad():
-        plain = lm.hf(
-            input_ids=tokens.ids,
-            attention_mask=tokens.mask.long(),
-            position_ids=tokens.position_ids,
-            use_cache=False,
-        ).logits
+    plain = lm.hf(
+        input_ids=tokens.ids, attention_mask=tokens.mask.long(), position_ids=tokens.position_ids, use_cache=False
+    ).logits
     untouched = lm.run(tokens)
     assert untouched.logits is not None
     exact = 0.0 if torch.equal(plain, untouched.logits) else float("inf")
