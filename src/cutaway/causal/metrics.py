@@ -1,0 +1,62 @@
+"""What a patch is judged by: one number an example, from the logits at the last position.
+
+A metric is a function `(logits [b, V], targets) -> [b]`; anything of that form can stand where these do.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the logits of b examples are compared with: token ids [b], and the clean run's logits [b, V]."""
+
+    answer: Tensor
+    wrong: Tensor
+    clean: Tensor
+
+    def __getitem__(self, rows: Tensor) -> "Targets":
+        return Targets(self.answer[rows], self.wrong[rows], self.clean[rows])
+
+
+Metric = Callable[[Tensor, Targets], Tensor]
+
+
+def logit_difference(logits: Tensor, targets: Targets) -> Tensor:
+    """Logit of the answer minus logit of the wrong answer [b]."""
+    right = logits.gather(-1, targets.answer[:, None])[:, 0]
+    wrong = logits.gather(-1, targets.wrong[:, None])[:, 0]
+    return (right - wrong).float()
+
+
+def probability(logits: Tensor, targets: Targets) -> Tensor:
+    """Probability of the answer's first distinguishing token [b]."""
+    return logits.float().softmax(-1).gather(-1, targets.answer[:, None])[:, 0]
+
+
+def kl_from_clean(logits: Tensor, targets: Targets) -> Tensor:
+    """KL(clean || these) in nats over the whole vocabulary [b]. Its gradient at the clean point is zero."""
+    clean = targets.clean.float().log_softmax(-1)
+    return (clean.exp() * (clean - logits.float().log_softmax(-1))).sum(-1).clamp(min=0)
+
+
+METRICS: dict[str, Metric] = {
+    "logit_difference": logit_difference,
+    "probability": probability,
+    "kl": kl_from_clean,
+}
+
+
+def recovery(patched: Tensor, clean: Tensor, corrupt: Tensor, *, guard: float = 0.1) -> tuple[Tensor, Tensor]:
+    """Per-example recovery (patched - corrupt) / (clean - corrupt), and which examples can be judged.
+
+    `patched` [..., n]; `clean`, `corrupt` [n]. An example whose denominator is below `guard` times the median
+    denominator (or 1e-6) says nothing, since its two prompts hardly differ: it is NaN, and False in the mask [n].
+    """
+    denominator = clean - corrupt
+    usable = denominator.abs() >= max(1e-6, guard * denominator.abs().median().item())
+    safe = torch.where(usable, denominator, torch.ones_like(denominator))
+    return torch.where(usable, (patched - corrupt) / safe, torch.full_like(patched, float("nan"))), usable

@@ -1,0 +1,232 @@
+"""Which latent tells a known concept best, without reporting the winner of a lottery.
+
+Among thousands of latents the best one for *any* labels looks good. So the latent is chosen on one half of the rows and
+measured on the other, and the same search is made for shuffled labels. Telling a concept is not yet using it: whether
+the latent does anything is for `cutaway.steering` to show.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.results import Control, Effect
+from cutaway.dictionaries.dictionary import Dictionary
+from cutaway.features.activations import Firing, Rows, fires, width_of
+from cutaway.model.language_model import LanguageModel
+
+
+@dataclass(frozen=True)
+class ConceptMatch:
+    """The latent that tells a concept best, chosen on even rows; every other number is from odd rows.
+
+    `effect` holds the AUROC with its bootstrap interval over rows, beside shuffled labels. `precision`: share of the
+    tokens on which the latent fires that are the concept; `recall`: share of the concept's tokens on which it fires.
+    """
+
+    concept: str
+    latent: int
+    selected_auroc: float
+    effect: Effect
+    precision: float
+    recall: float
+    n_positive: int
+
+    @property
+    def auroc(self) -> float:
+        return self.effect.value
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "concept": self.concept,
+            "latent": self.latent,
+            "selected_auroc": self.selected_auroc,
+            "effect": self.effect.to_json(),
+            "precision": self.precision,
+            "recall": self.recall,
+            "n_positive": self.n_positive,
+        }
+
+    def __str__(self) -> str:
+        low, high = self.effect.interval or (float("nan"), float("nan"))
+        return (
+            f"{self.concept}: latent {self.latent}, AUROC {self.auroc:.3f} [{low:.3f}, {high:.3f}] on held-out rows, "
+            f"precision {self.precision:.2f}, recall {self.recall:.2f} (n {self.n_positive}; "
+            f"shuffled labels {self.effect.controls[0].value:.3f})"
+        )
+
+
+class SortedFiring:
+    """A sparse table sorted by latent and value, from which every latent's AUROC for any labels takes a few cumsums."""
+
+    def __init__(self, parts: Sequence[Firing], n_latents: int) -> None:
+        self.tokens = torch.cat([part.kept for part in parts])
+        latent = torch.cat([part.latent for part in parts])
+        value = torch.cat([part.value for part in parts])
+        at = torch.cat([part.at for part in parts])
+        order = value.argsort(stable=True)
+        order = order[latent[order].argsort(stable=True)]
+        self.n_latents = n_latents
+        self.latent, self.value, self.at = latent[order], value[order], at[order]
+        self.token = torch.searchsorted(self.tokens, self.at)  # place -> index into tokens (tokens are in order)
+        change = torch.ones(len(self.latent), dtype=torch.bool)
+        change[1:] = (self.latent[1:] != self.latent[:-1]) | (self.value[1:] != self.value[:-1])
+        self._run = change.cumsum(0) - 1  # entries of one latent with equal values tie
+        self._run_start = change.nonzero()[:, 0]
+
+    def auroc(self, labels: Tensor) -> Tensor:
+        """AUROC of every latent [F] for boolean labels over `tokens`; a latent that does not fire counts as 0 there."""
+        p, n = int(labels.sum()), int((~labels).sum())
+        if p == 0 or n == 0:
+            return torch.full((self.n_latents,), float("nan"), dtype=torch.float64)
+        positive = labels[self.token].double()
+        negative = 1 - positive
+        zeros = torch.zeros(self.n_latents, dtype=torch.float64)
+        active_p = zeros.index_add(0, self.latent, positive)
+        active_n = zeros.index_add(0, self.latent, negative)
+        quiet_p, quiet_n = p - active_p, n - active_n
+        before = negative.cumsum(0) - negative
+        below = before[self._run_start][self._run]  # negatives in the table before this run of ties
+        group = active_n.cumsum(0) - active_n  # negatives of latents before this one
+        ties = torch.zeros(len(self._run_start), dtype=torch.float64).index_add(0, self._run, negative)[self._run]
+        wins = positive * (quiet_n[self.latent] + below - group[self.latent] + ties / 2)
+        return (zeros.index_add(0, self.latent, wins) + quiet_p * quiet_n / 2) / (p * n)
+
+    def of(self, latent: int) -> tuple[Tensor, Tensor]:
+        """The activations of one latent and the tokens (indices) where they are."""
+        chosen = self.latent == latent
+        return self.value[chosen], self.token[chosen]
+
+
+def mentions(lm: LanguageModel, rows: Rows, words: Sequence[str]) -> Tensor:
+    """True where a word's last token stands [N, width]; words are matched as the tokenizer writes them after a space
+    and at the start of a text."""
+    spelled = set()
+    for word in words:
+        for text in (f" {word}", word):
+            tokens = lm.tokens(text, bos=False)
+            spelled.add(tuple(tokens.ids[0][tokens.mask[0]].tolist()))
+    found = torch.zeros(len(rows), width_of(rows), dtype=torch.bool)
+    for length in {len(ids) for ids in spelled}:
+        wanted = {ids for ids in spelled if len(ids) == length}
+        for i, row in enumerate(rows):
+            ids = list(map(int, row))
+            for end in range(length - 1, len(ids)):
+                if tuple(ids[end - length + 1 : end + 1]) in wanted:
+                    found[i, end] = True
+    return found
+
+
+def match_concepts(
+    lm: LanguageModel,
+    dictionary: Dictionary,
+    rows: Rows,
+    labelled: Mapping[str, Tensor],
+    *,
+    shuffles: int = 10,
+    batch_rows: int = 16,
+    seed: int = 0,
+    command: str | None = None,
+) -> list[ConceptMatch]:
+    """For each concept (True at its tokens, [N, width]) the latent that tells it best on even rows, tested on odd rows.
+
+    The control makes the same search for shuffled labels (as many tokens, drawn anew in both halves): its AUROC on the
+    rows it was chosen on shows what luck alone finds among all latents. Raises `CutawayError` for a concept with fewer
+    than 4 tokens in either half.
+    """
+    width = width_of(rows)
+    halves = [
+        SortedFiring(list(fires(lm, dictionary, rows, range(half, len(rows), 2), batch_rows)), dictionary.d_sae)
+        for half in (0, 1)
+    ]
+    generator = torch.Generator().manual_seed(seed)
+    matches = []
+    for concept, mask in labelled.items():
+        if mask.shape != (len(rows), width):
+            raise CutawayError(f"the labels of {concept!r} are {tuple(mask.shape)}, the rows {(len(rows), width)}")
+        labels = [mask.flatten()[half.tokens] for half in halves]
+        counts = [int(label.sum()) for label in labels]
+        if min(counts) < 4:
+            raise CutawayError(
+                f"{concept!r} has {counts[0]} and {counts[1]} tokens in the two halves of the rows; 4 are needed"
+            )
+        scores = halves[0].auroc(labels[0])
+        latent = int(scores.argmax())
+        held = halves[1].auroc(labels[1])[latent].item()
+        lucky, unlucky = [], []
+        for _ in range(shuffles):
+            first, second = (label[torch.randperm(len(label), generator=generator)] for label in labels)
+            by_chance = halves[0].auroc(first)
+            winner = int(by_chance.argmax())
+            lucky.append(by_chance[winner].item())
+            unlucky.append(halves[1].auroc(second)[winner].item())
+        values, tokens = halves[1].of(latent)
+        hits = int(labels[1][tokens].sum())
+        effect = Effect(
+            name=f"latent {latent} tells {concept!r}",
+            value=held,
+            n=counts[1],
+            interval=_interval(values, tokens, labels[1], halves[1].tokens // width, seed),
+            controls=(
+                Control(
+                    "best latent for shuffled labels, held-out rows", float(np.mean(unlucky)), _range(unlucky), shuffles
+                ),
+                Control(
+                    "best latent for shuffled labels, where chosen", float(np.mean(lucky)), _range(lucky), shuffles
+                ),
+            ),
+            ablation="none",
+            units="AUROC",
+            command=command,
+        )
+        matches.append(
+            ConceptMatch(
+                concept=concept,
+                latent=latent,
+                selected_auroc=scores[latent].item(),
+                effect=effect,
+                precision=hits / len(tokens) if len(tokens) else float("nan"),
+                recall=hits / counts[1],
+                n_positive=counts[1],
+            )
+        )
+    return matches
+
+
+def _range(values: Sequence[float]) -> tuple[float, float]:
+    low, high = np.quantile(values, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def _interval(
+    values: Tensor, tokens: Tensor, labels: Tensor, row: Tensor, seed: int, n_resamples: int = 500
+) -> tuple[float, float]:
+    """95 % bootstrap interval of one latent's AUROC, resampling rows, since tokens of one row are not independent."""
+    _, row = row.unique(return_inverse=True)
+    n_rows = int(row.max()) + 1
+    order = values.argsort(stable=True)
+    token = tokens[order]
+    positive = labels[token].double().numpy()
+    run = np.unique(values[order].numpy(), return_inverse=True)[1]
+    of_row = row[token].numpy()
+    p_row = np.bincount(row.numpy(), weights=labels.double().numpy(), minlength=n_rows)
+    n_row = np.bincount(row.numpy(), weights=(~labels).double().numpy(), minlength=n_rows)
+    generator = np.random.default_rng(seed)
+    drawn = []
+    for _ in range(n_resamples):
+        weight = np.bincount(generator.integers(0, n_rows, n_rows), minlength=n_rows).astype(float)
+        p, n = weight @ p_row, weight @ n_row
+        if p == 0 or n == 0:
+            continue
+        w = weight[of_row]
+        wp, wn = w * positive, w * (1 - positive)
+        negatives = np.bincount(run, weights=wn) if len(run) else np.zeros(0)
+        below = np.cumsum(negatives) - negatives
+        quiet_n = n - wn.sum()
+        wins = (wp * (quiet_n + below[run] + negatives[run] / 2)).sum() if len(run) else 0.0
+        drawn.append((wins + (p - wp.sum()) * quiet_n / 2) / (p * n))
+    return _range(drawn)

@@ -1,0 +1,209 @@
+"""Clamping one latent of a dictionary, over a range of doses, beside latents of like density at the same dose.
+
+Rows of W_dec have length 1, so every latent clamped to a value moves the stream by about as much: the random latents
+are controls of matched norm. The edit adds to the stream and leaves the dictionary's error alone.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.results import Control, Effect
+from cutaway.artifacts.statistics import bootstrap_interval
+from cutaway.dictionaries.dictionary import Dictionary
+from cutaway.model.edits import Edit, clamp_latent
+from cutaway.model.language_model import LanguageModel
+from cutaway.model.tokens import Tokens
+from cutaway.steering.price import Price, price
+
+
+def latent_edit(dictionary: Dictionary, latent: int, value: float, **where: Any) -> Edit:
+    """Clamp one latent to a value wherever `where` says (positions=, rows=, phase=; default every token).
+
+    The current activation is taken as relu of the pre-activation: whether TopK would have kept it is not asked.
+    """
+    return clamp_latent(
+        dictionary.site,
+        encoder=dictionary.W_enc[:, latent],
+        bias=float(dictionary.b_enc[latent]),
+        decoder=dictionary.W_dec[latent],
+        value=value,
+        offset=dictionary.b_dec,
+        **where,
+    )
+
+
+def similar_latents(density: Tensor, latent: int, k: int, seed: int = 0, without: Sequence[int] = ()) -> list[int]:
+    """k random latents out of the 50 whose density is nearest to this one's (on a log scale), never this one."""
+    banned = {latent, *without}
+    live = [i for i in (density > 0).nonzero()[:, 0].tolist() if i not in banned]
+    if len(live) < k:
+        raise CutawayError(f"only {len(live)} other latents fire, too few to draw {k} as a control")
+    at = float(density[latent].clamp(min=float(density[density > 0].min())).log())
+    nearest = sorted(live, key=lambda i: abs(float(density[i].log()) - at))[: max(50, k)]
+    return [nearest[i] for i in np.random.default_rng(seed).choice(len(nearest), size=k, replace=False)]
+
+
+@dataclass(frozen=True)
+class Dose:
+    """One dose: the latent held at `value` (`multiple` × its maximum in the corpus).
+
+    `effect` is the concept's next-token probability, mean over prompts, beside unsteered and random latents at the same
+    value. `price` is on neutral text.
+    """
+
+    multiple: float
+    value: float
+    effect: Effect
+    price: Price | None
+    random_price: float | None
+    text: str
+    random_text: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "multiple": self.multiple,
+            "value": self.value,
+            "effect": self.effect.to_json(),
+            "price": None if self.price is None else self.price.to_json(),
+            "random_price": self.random_price,
+            "text": self.text,
+            "random_text": self.random_text,
+        }
+
+
+@dataclass(frozen=True)
+class LatentSteering:
+    """A dose curve. `moved` is the dose with the largest effect whose interval lies above its random latents'."""
+
+    latent: int
+    concept: str
+    prompts: tuple[str, ...]
+    unsteered_text: str
+    random_latents: tuple[int, ...]
+    doses: tuple[Dose, ...]
+
+    @property
+    def moved(self) -> Dose | None:
+        above = [
+            dose
+            for dose in self.doses
+            if dose.effect.interval is not None and dose.effect.interval[0] > _top(dose.effect.controls)
+        ]
+        return max(above, key=lambda dose: dose.effect.value) if above else None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "latent": self.latent,
+            "concept": self.concept,
+            "prompts": list(self.prompts),
+            "unsteered_text": self.unsteered_text,
+            "random_latents": list(self.random_latents),
+            "doses": [dose.to_json() for dose in self.doses],
+        }
+
+    def __str__(self) -> str:
+        lines = [f"latent {self.latent} clamped, P({self.concept}) over {len(self.prompts)} prompts"]
+        for dose in self.doses:
+            low, high = dose.effect.interval or (float("nan"), float("nan"))
+            cost = "" if dose.price is None else f", KL {dose.price.kl:.2f} (random {dose.random_price:.2f})"
+            controls = ", ".join(f"{c.name} {c.value:.3f}" for c in dose.effect.controls)
+            lines.append(f"  ×{dose.multiple:<4g} {dose.effect.value:.3f} [{low:.3f}, {high:.3f}] ({controls}){cost}")
+        return "\n".join(lines)
+
+
+def _top(controls: Sequence[Control]) -> float:
+    ends = [control.interval[1] if control.interval is not None else control.value for control in controls]
+    return max(end for end in ends if end == end)
+
+
+def steer_latent(
+    lm: LanguageModel,
+    dictionary: Dictionary,
+    latent: int,
+    prompts: Any,
+    concept_ids: Sequence[int],
+    *,
+    maximum: float,
+    density: Tensor,
+    concept: str = "the concept",
+    multiples: Sequence[float] = (0.5, 1.0, 2.0, 4.0),
+    draws: int = 5,
+    neutral: Any = None,
+    max_new_tokens: int = 20,
+    seed: int = 0,
+    command: str | None = None,
+) -> LatentSteering:
+    """Clamp a latent at several multiples of its corpus maximum and watch the probability of the concept's tokens.
+
+    `concept_ids` are the first tokens of the concept's names; their probabilities at each prompt's end are summed.
+    `density` [F] gives the control: `draws` random latents of like density, clamped to the same value. Every dose also
+    has its price on `neutral` text and a greedy continuation of the first prompt.
+    """
+    tokens = lm.tokens(prompts)
+    ids = torch.tensor(sorted(set(concept_ids)))
+    if len(ids) == 0:
+        raise CutawayError("no tokens were given for the concept, so nothing can be watched")
+    others = similar_latents(density, latent, draws, seed)
+    plain = _probability(lm, tokens, (), ids)
+    text = None if neutral is None else lm.tokens(neutral)
+    first = tokens[[0]]
+    doses = []
+    for multiple in multiples:
+        value = multiple * maximum
+        edit = latent_edit(dictionary, latent, value)
+        control_edits = [latent_edit(dictionary, other, value) for other in others]
+        steered = _probability(lm, tokens, edit, ids)
+        control = [_probability(lm, tokens, e, ids).mean().item() for e in control_edits]
+        effect = Effect(
+            name=f"latent {latent} at ×{multiple:g}: P({concept})",
+            value=steered.mean().item(),
+            n=len(steered),
+            interval=bootstrap_interval(steered.numpy()),
+            controls=(
+                Control("unsteered", plain.mean().item(), bootstrap_interval(plain.numpy()), len(plain)),
+                Control(
+                    f"{draws} random latents of like density",
+                    float(np.mean(control)),
+                    bootstrap_interval(control),
+                    draws,
+                ),
+            ),
+            ablation="clamp latent",
+            units="probability",
+            command=command,
+        )
+        doses.append(
+            Dose(
+                multiple=multiple,
+                value=value,
+                effect=effect,
+                price=None if text is None else price(lm, text, edit),
+                random_price=None
+                if text is None
+                else float(np.mean([price(lm, text, e).kl for e in control_edits[:2]])),
+                text=lm.generate(first, max_new_tokens=max_new_tokens, edits=edit).texts[0],
+                random_text=lm.generate(first, max_new_tokens=max_new_tokens, edits=control_edits[0]).texts[0],
+            )
+        )
+    return LatentSteering(
+        latent=latent,
+        concept=concept,
+        prompts=tuple("".join(strings) for strings in tokens.strings),
+        unsteered_text=lm.generate(first, max_new_tokens=max_new_tokens).texts[0],
+        random_latents=tuple(others),
+        doses=tuple(doses),
+    )
+
+
+def _probability(lm: LanguageModel, tokens: Tokens, edits: Edit | Sequence[Edit], ids: Tensor) -> Tensor:
+    """Summed probability of some tokens at each prompt's end [b]."""
+    logits = lm.run(tokens, edits=edits, logits="last").logits
+    assert logits is not None
+    p = logits[:, 0].float().softmax(-1)
+    return p[:, ids.to(p.device)].sum(-1).cpu()
