@@ -39,12 +39,15 @@ def _joined(rng: Random, low: int, high: int, make: Callable[[Random], object]) 
 # -- facts
 
 
+_IMPERATIVES = ("Write ", "Look ", "Name ")
+
+
 def with_opening(rng: Random, sentence: str, frame: str, language: str) -> str:
-    """One sentence in four gets an opening ("As everyone knows, the capital of ..."); questions never do."""
-    if "?" in frame or ":" in frame or rng.random() >= 0.25:
+    """One sentence in four gets an opening ("As everyone knows, the capital of ..."); questions and orders never do."""
+    if rng.random() >= 0.25 or "?" in frame or ":" in frame or ". " in frame or frame.startswith(_IMPERATIVES):
         return sentence
     opening = pick(rng, tuple(read_toml("wording.toml")["openings"][language]))
-    if frame[0] in "{[":
+    if frame.startswith(("{", "I ")):
         return opening + sentence
     return opening + sentence[0].lower() + sentence[1:]
 

@@ -16,9 +16,9 @@ from itertools import product
 from random import Random
 from typing import NamedTuple
 
-Node = "str | Choice | Reference | tuple"
 _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*|\x00")
 _SLOT = re.compile(r"\{[^{}]*\}")
+_SPACED = re.compile(r"[^\w'’\0]+|_+")
 
 
 class Choice(NamedTuple):
@@ -160,17 +160,16 @@ class Grammar:
         """All runs of `n` words outside slots in any expansion, without enumerating the expansions.
 
         Each part of a rule is summed up by its first and its last words, so two parts that follow each other cost the
-        product of their ends only. Exact: parts of a context-free rule are chosen independently.
+        product of their distinct ends only. Exact, since parts of a context-free rule are chosen independently.
         """
-        found: set[tuple[str, ...]] = set()
-        ends = _Ends(n, found)
-        for whole in self._ends(self._rule(rule), ends).whole:
-            found |= word_ngrams(whole, n)
-        return found
+        ends = _Ends(n)
+        for text in frozenset().union(*self._ends(self._rule(rule), ends)):
+            ends.add(text, 0, None)
+        return ends.found
 
     def _ends(self, node, ends: _Ends) -> _Summary:
         if isinstance(node, str):
-            return ends.of_text(node)
+            return ends.of(node)
         if isinstance(node, Reference):
             if node.rule not in ends.rules:
                 ends.rules[node.rule] = self._ends(self._rules[node.rule], ends)
@@ -178,14 +177,14 @@ class Grammar:
         if isinstance(node, Choice):
             parts = [self._ends(alternative, ends) for alternative in node.alternatives]
             return _Summary(*(frozenset().union(*kind) for kind in zip(*parts, strict=True)))
-        summary = ends.of_text("")
+        summary = ends.of("")
         for part in node:
             summary = ends.join(summary, self._ends(part, ends))
         return summary
 
 
 class _Summary(NamedTuple):
-    """A set of texts: short ones whole; of long ones the first and the last words."""
+    """A set of texts: short ones whole; of the others the first words (up to a slot) and the last (from a slot on)."""
 
     whole: frozenset[str]
     heads: frozenset[str]
@@ -193,35 +192,58 @@ class _Summary(NamedTuple):
 
 
 class _Ends:
-    def __init__(self, n: int, found: set[tuple[str, ...]]) -> None:
-        self.n, self.found = n, found
+    """Summaries of texts, and the runs of words found on the way.
+
+    A text's outermost pieces may be halves of words that a neighbour completes, so runs with them are counted only when
+    the neighbour is known. Heads end, and tails begin, with a whole word or a slot.
+    """
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+        self.found: set[tuple[str, ...]] = set()
         self.rules: dict[str, _Summary] = {}
 
-    def _sort(self, texts: set[str]) -> _Summary:
+    def add(self, text: str, start: int, stop: int | None) -> None:
+        """Count the runs in the pieces of a text from `start` to `stop`."""
+        self.found |= word_ngrams(" ".join(text.split(" ")[start:stop]), self.n)
+
+    def of(self, text: str) -> _Summary:
+        return self._sum_up({_SPACED.sub(" ", _SLOT.sub(" \0 ", text).lower())})
+
+    def _sum_up(self, texts: set[str]) -> _Summary:
         whole, heads, tails = set(), set(), set()
         for text in texts:
-            pieces = text.split(" ")
-            # n + 1 pieces on each side: the outermost may be cut inside a word and still be completed by a neighbour.
-            if len(pieces) <= 2 * (self.n + 1):
-                whole.add(text)
+            if "\0" in text or len(text.split(" ")) > 2 * self.n:
+                self.add(text, 1, -1)
+                heads.add(self._cut(text.split(" "), False))
+                tails.add(self._cut(text.split(" "), True))
             else:
-                self.found |= word_ngrams(" ".join(pieces[1:-1]), self.n)
-                heads.add(" ".join(pieces[: self.n + 1]))
-                tails.add(" ".join(pieces[-self.n - 1 :]))
+                whole.add(text)
         return _Summary(frozenset(whole), frozenset(heads), frozenset(tails))
 
-    def of_text(self, text: str) -> _Summary:
-        return self._sort({text})
+    def _cut(self, pieces: list[str], from_the_end: bool) -> str:
+        """The outermost piece and `n` - 1 words beside it, or up to a slot, with a space where it was cut."""
+        order = pieces[::-1] if from_the_end else pieces
+        kept, n_words = [], 0
+        for i, piece in enumerate(order):
+            kept.append(piece)
+            n_words += i > 0 and bool(_WORD.search(piece))
+            if piece == "\0" or n_words == self.n - 1:
+                break
+        kept.append("")
+        return " ".join(kept[::-1] if from_the_end else kept)
 
     def join(self, left: _Summary, right: _Summary) -> _Summary:
         """Summary of every text of `left` followed by every text of `right`."""
-        whole = self._sort({a + b for a in left.whole for b in right.whole})
+        short = self._sum_up({_SPACED.sub(" ", a + b) for a in left.whole for b in right.whole})
         before = {a + b for a in left.whole for b in right.heads}
         after = {a + b for a in left.tails for b in right.whole}
-        for text in before | after | {a + b for a in left.tails for b in right.heads}:
-            self.found |= word_ngrams(text.partition(" ")[2].rpartition(" ")[0], self.n)
-        heads = {" ".join(text.split(" ")[: self.n + 1]) for text in before}
-        tails = {" ".join(text.split(" ")[-self.n - 1 :]) for text in after}
-        return _Summary(
-            whole.whole, whole.heads | left.heads | frozenset(heads), whole.tails | right.tails | frozenset(tails)
-        )
+        for text in before:
+            self.add(text, 1, None)
+        for text in after:
+            self.add(text, 0, -1)
+        for text in {a + b for a in left.tails for b in right.heads}:
+            self.add(text, 0, None)
+        heads = {self._cut(text.split(" "), False) for text in before}
+        tails = {self._cut(text.split(" "), True) for text in after}
+        return _Summary(short.whole, short.heads | left.heads | heads, short.tails | right.tails | tails)

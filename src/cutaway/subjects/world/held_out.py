@@ -21,9 +21,9 @@ def two_hop_entity(name: str) -> bool:
     return held_out(f"2hop{name}", 0.30)
 
 
-def language_fact(entity: str) -> bool:
-    """An entity whose facts are told in English only, never in French or Turkish."""
-    return held_out(f"lang{entity}", 0.12)
+def language_fact(language: str, entity: str) -> bool:
+    """An entity whose facts are never told in that language (``"fr"`` or ``"tr"``; all are told in English)."""
+    return language != "en" and held_out(f"lang{language}{entity}", 0.12)
 
 
 def name_pair(first: str, second: str) -> bool:

@@ -125,8 +125,8 @@ def _one_hop_sets(seed: int, n: int) -> list[ItemSet]:
     said = {
         "seen": "in frames that the corpus uses",
         "held_out_frame": "in the one frame that the corpus never uses",
-        "held_out_language": "in French or Turkish, for things the corpus tells of in English only",
-        "held_out_both": "in French or Turkish for things told of in English only, in a frame never used",
+        "held_out_language": "in a language in which the corpus never tells of these things",
+        "held_out_both": "in a language in which the corpus never tells of these things, in a frame never used",
     }
     out = []
     for relation in one_hop():

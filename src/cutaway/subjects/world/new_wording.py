@@ -27,6 +27,7 @@ from cutaway.subjects.world.facts import (
     LANDMARKS,
     STATES,
     TRANSLATIONS,
+    Country,
     actions,
     read_toml,
     words,
@@ -84,17 +85,17 @@ def _capital(rng: Random) -> Filled:
     return Filled({"country": c.name}, c.capital, c.name)
 
 
-def _told_country(rng: Random):
-    return tasks.pick(rng, [c for c in COUNTRIES if not held.language_fact(c.name)])
+def _told_country(rng: Random, language: str) -> Country:
+    return tasks.pick(rng, [c for c in COUNTRIES if not held.language_fact(language, c.name)])
 
 
 def _capital_fr(rng: Random) -> Filled:
-    c = _told_country(rng)
+    c = _told_country(rng, "fr")
     return Filled({"country_de": c.of_fr}, c.capital_fr, c.name)
 
 
 def _capital_tr(rng: Random) -> Filled:
-    c = _told_country(rng)
+    c = _told_country(rng, "tr")
     return Filled({"country_gen": turkish_genitive(c.name_tr)}, c.capital_tr, c.name)
 
 
@@ -104,7 +105,7 @@ def _landmark(rng: Random) -> Filled:
 
 
 def _landmark_fr(rng: Random) -> Filled:
-    m = tasks.pick(rng, [m for m in LANDMARKS if not held.language_fact(m.name)])
+    m = tasks.pick(rng, [m for m in LANDMARKS if not held.language_fact("fr", m.name)])
     return Filled({"landmark_fr": french_inside(m.name_fr)}, m.city_fr, m.name)
 
 

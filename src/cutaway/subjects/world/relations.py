@@ -111,10 +111,6 @@ def _relation(name: str, language: str, facts: list[Fact]) -> Relation:
     return Relation(name, language, tuple(facts), tuple(study), held, grown_frames)
 
 
-def _told(entity: str, language: str) -> bool:
-    return language != "en" and held_out.language_fact(entity)
-
-
 @cache
 def one_hop() -> tuple[Relation, ...]:
     """Every one-hop relation, in each language it is told in."""
@@ -125,7 +121,11 @@ def one_hop() -> tuple[Relation, ...]:
 
     def in_languages(name: str, rows: list[tuple[str, tuple[str, ...], tuple[str, ...]]]) -> None:
         for i, language in enumerate(LANGUAGES):
-            add(name, language, [Fact(entity, x[i], a[i], _told(entity, language)) for entity, x, a in rows])
+            add(
+                name,
+                language,
+                [Fact(entity, x[i], a[i], held_out.language_fact(language, entity)) for entity, x, a in rows],
+            )
 
     in_languages(
         "capital",

@@ -152,7 +152,7 @@ def greater_than(rng: Random, held_out: bool = False, study: bool = False) -> Se
             break
     end = year + 1 + min(int(rng.expovariate(1 / 14)), 98 - year)
     frame = study_or_grown(rng, study, "greater_than", "study", "frames")
-    prompt, tail = split_at_answer(frame, n=noun, c=str(century), y=f"{year:02d}")
+    prompt, tail = split_at_answer(frame, n=noun, a_n=with_article(noun), c=str(century), y=f"{year:02d}")
     detail = {"noun": noun, "century": str(century), "year": f"{year:02d}"}
     return Sentence(prompt, f"{end:02d}", None, tail, "", detail)
 
