@@ -9,14 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.dictionaries.dictionary import Dictionary, TopK, random_dictionary
+from cutaway.dictionaries.dictionary import Dictionary, TopK, log_sparsity, random_dictionary
 from cutaway.dictionaries.saelens_format import (
     CFG,
     SPARSITY,
     WEIGHTS,
     hook_name,
     load_dictionary,
-    log_sparsity,
     save_dictionary,
     site_name,
 )

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.data.allocator import keep_freed_memory
+from cutaway.model.tokens import Tokens
 
 _ROWS_A_FORWARD = 16
 
@@ -34,6 +35,11 @@ def counted(rows: Tensor, bos_id: int | None) -> Tensor:
     return keep if bos_id is None else keep & (rows != bos_id)
 
 
+def as_tokens(rows: Tensor) -> Tokens:
+    """Rows [n, p] without padding as a model's input. Strings are left out: making them costs more than a forward."""
+    return Tokens(rows, torch.ones_like(rows, dtype=torch.bool), ((),) * len(rows))
+
+
 def harvest(lm: Running, rows: Tensor, site: str, *, low_precision: bool = False) -> Tensor:
     """Activations at `site` of the positions of rows [n, p] that count, in their order: float32 [m, d].
 
@@ -46,7 +52,7 @@ def harvest(lm: Running, rows: Tensor, site: str, *, low_precision: bool = False
     for start in range(0, len(rows), _ROWS_A_FORWARD):
         part = slice(start, start + _ROWS_A_FORWARD)
         with torch.autocast(lm.device.type, dtype=torch.bfloat16, enabled=low_precision):
-            captured = lm.run(rows[part], capture=site, logits=None)[site]
+            captured = lm.run(as_tokens(rows[part]), capture=site, logits=None)[site]
         if captured.ndim != 3:
             raise CutawayError(
                 f"{site} has shape {list(captured.shape)}: a dictionary needs one vector a position, [batch, pos, d]"

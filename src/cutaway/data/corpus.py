@@ -87,6 +87,13 @@ def corpus_hash(documents: Sequence[str]) -> str:
     return digest.hexdigest()
 
 
+def rows_hash(rows: Tensor) -> str:
+    """SHA-256 (hex) of rows of tokens [n, p] in their order."""
+    digest = hashlib.sha256(str(tuple(rows.shape)).encode())
+    digest.update(rows.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def token_rows(
     lm: Tokenizing, documents: Sequence[str], context: int, seed: int = 0, limit: int | None = None
 ) -> Tensor:
@@ -108,9 +115,14 @@ def token_rows(
     rest: list[int] = []
     for ids in _token_stream(lm, documents, seed):
         rest += ids
-        whole = len(rest) // body
-        for row in range(whole):
-            piece = rest[row * body : (row + 1) * body]
+        begin = 0
+        while True:
+            if begin < len(rest) and rest[begin] == lm.bos_id:  # the row's own BOS stands there already
+                begin += 1
+            if len(rest) - begin < body:
+                break
+            piece = rest[begin : begin + body]
+            begin += body
             tokens = torch.tensor(piece if lm.bos_id is None else [lm.bos_id, *piece])
             key = tokens.numpy().tobytes()
             if key not in seen:
@@ -118,7 +130,7 @@ def token_rows(
                 rows.append(tokens)
             if len(rows) == limit:
                 return torch.stack(rows)
-        rest = rest[whole * body :]
+        rest = rest[begin:]
     if not rows:
         raise CutawayError(
             f"the corpus has {len(rest)} tokens, too few for one row of {context}: give more text or a shorter context"

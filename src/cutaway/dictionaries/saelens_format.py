@@ -24,7 +24,6 @@ from cutaway.dictionaries.dictionary import Dictionary, TopK
 CFG, WEIGHTS, SPARSITY = "cfg.json", "sae_weights.safetensors", "sparsity.safetensors"
 _WRITTEN_FOR = "6.54.0"
 _TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec")
-_LEAST_LOG_SPARSITY = -10.0  # log10 of "never": SAELens too writes a finite number
 
 _HOOKS = {
     "resid_pre": "hook_resid_pre",
@@ -138,11 +137,6 @@ def load_dictionary(folder: str | Path, device: str | torch.device = "cpu") -> D
         )
     except CutawayError as error:
         raise CutawayError(f"{folder}: {error}") from error
-
-
-def log_sparsity(frequency: Tensor) -> Tensor:
-    """log10 of firing frequencies [F], with a floor of −10 for latents that never fired."""
-    return frequency.double().clamp_min(10**_LEAST_LOG_SPARSITY).log10().float()
 
 
 def _configuration(dictionary: Dictionary) -> dict[str, Any]:

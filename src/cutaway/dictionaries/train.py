@@ -1,7 +1,8 @@
 """Training a TopK dictionary on a stream of activations, resumable bit for bit.
 
-    batches = functools.partial(activation_batches, lm, rows, site, batch_tokens=512, seed=0)
-    trained = train(lambda start: batches(start=start), TrainConfig(d_sae=4096, k=32), site=site)
+    trained = train(partial(tensor_batches, activations, 512, 0), TrainConfig(d_sae=4096, k=32), site=site)
+
+`from_model.py` does the same from a model and rows of tokens.
 
 Loss and reductions are in `step.py`. Activations are scaled so that the mean distance from their centre is √d, b_dec
 starts as the geometric median of the first batch, decoder rows are unit vectors with the encoder their transpose; the
@@ -26,7 +27,7 @@ from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.files import write_safetensors
 from cutaway.artifacts.manifest import json_hash
 from cutaway.artifacts.progress import Progress
-from cutaway.dictionaries.dictionary import Dictionary, TopK
+from cutaway.dictionaries.dictionary import Dictionary, TopK, log_sparsity
 from cutaway.dictionaries.step import Parameters, StepResult, topk_step
 
 CHECKPOINT = "trainer.safetensors"
@@ -140,10 +141,15 @@ class Trainer:
         self.adam.step()
         parameters.decoder.div_(torch.linalg.vector_norm(parameters.decoder, dim=1, keepdim=True))
         self.silent.add_(len(x)).masked_fill_(result.fired > 0, 0)
-        if self.steps_done >= config.steps * 3 // 4:  # frequencies of the latents as they end, not as they began
+        if self.steps_done >= self._counting_from:
             self.fired += result.fired
         self.steps_done += 1
         return result
+
+    @property
+    def _counting_from(self) -> int:
+        """Firings are counted in the last quarter of the steps: of the latents as they end, not as they began."""
+        return self.config.steps * 3 // 4
 
     def dead(self) -> Tensor:
         """Latents that have been silent for `dead_after` tokens: [m]."""
@@ -156,6 +162,7 @@ class Trainer:
         divides every activation by s and changes neither the directions nor which latents are chosen.
         """
         parameters = self.parameters
+        counted = (self.steps_done - self._counting_from) * self.config.batch
         return Dictionary(
             W_enc=parameters.encoder.T.contiguous(),
             b_enc=parameters.encoder_bias / self.scale,
@@ -164,6 +171,7 @@ class Trainer:
             selector=TopK(self.config.k),
             site=site,
             model=dict(model),
+            sparsity=log_sparsity(self.fired / counted) if counted > 0 else None,
             metadata=dict(metadata),
         )
 
