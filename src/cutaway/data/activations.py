@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.data.allocator import keep_freed_memory
+from cutaway.data.hardware import keep_freed_memory
 from cutaway.model.tokens import Tokens
 
 _ROWS_A_FORWARD = 16

@@ -246,17 +246,17 @@ def train(
     path = None if folder is None else Path(folder) / CHECKPOINT
     source = json_hash({"source": source, "site": site})
     stream: Iterator[Tensor] | None = None
-    if path is not None and path.exists():
-        trainer = Trainer.load(path, config, source)
-    else:
-        stream = batches(0)
-        first = next(stream, None)
-        if first is None:
-            raise CutawayError("there is not one batch of activations: give a longer corpus or a smaller batch")
-        trainer = Trainer(config, first)
-        stream = _prepend(first, stream)
     every = max(1, config.steps // 100)
-    with Progress(f"dictionary at {site}", total=config.tokens, unit="tokens") as progress:
+    with Progress(f"dictionary at {site}", total=config.steps * config.batch, unit="tokens") as progress:
+        if path is not None and path.exists():
+            trainer = Trainer.load(path, config, source)
+        else:
+            stream = batches(0)
+            first = next(stream, None)
+            if first is None:
+                raise CutawayError("there is not one batch of activations: give a longer corpus or a smaller batch")
+            trainer = Trainer(config, first)
+            stream = _prepend(first, stream)
         progress.advance(trainer.steps_done * config.batch)
         saved = time.monotonic()
         try:
