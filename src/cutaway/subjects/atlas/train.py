@@ -44,7 +44,7 @@ PEAK_ROWS = 128  # the batch that PEAK_RATE is for
 _CHECKPOINT = "checkpoint.safetensors"
 _LOG = "log.jsonl"
 _MICROBATCH_ON_CPU = 16  # rows at a time: more spill out of the caches and gain nothing
-_ROWS_ON_CPU = 32
+_ROWS_ON_CPU = 16
 _STEPS_BETWEEN_RECORDS = 10
 
 
@@ -74,10 +74,14 @@ class Recipe:
     def steps(self) -> int:
         return max(1, round(self.tokens / (self.rows * self.context)))
 
+    @property
+    def warmup_steps(self) -> int:
+        return max(1, min(WARMUP_STEPS, self.steps // 10))
+
     def learning_rate(self, step: int) -> float:
         """Linear warm-up, then cosine to 3 % of the peak; the peak goes with the square root of the batch."""
         peak = PEAK_RATE * math.sqrt(self.rows / PEAK_ROWS)
-        warm = min(1.0, (step + 1) / max(1, min(WARMUP_STEPS, self.steps // 10)))
+        warm = min(1.0, (step + 1) / self.warmup_steps)
         cosine = (1 + math.cos(math.pi * step / self.steps)) / 2
         return peak * warm * (LAST_RATE + (1 - LAST_RATE) * cosine)
 
@@ -374,6 +378,7 @@ def export(model: LlamaForCausalLM, tokenizer: Tokenizer, folder: Path, manifest
     save_pretrained(tokenizer, staging)
     written = sorted(staging.iterdir())
     for file in written:
+        file.chmod(0o644)  # safetensors makes its file readable by its owner alone
         os.replace(file, folder / file.name)
     staging.rmdir()
     hashes = {file.name: file_hash(folder / file.name) for file in written}
@@ -395,7 +400,7 @@ def _manifest(recipe: Recipe, corpus: dict[str, Any], dtype: str, loss: float) -
             "learning_rate": PEAK_RATE * math.sqrt(recipe.rows / PEAK_ROWS),
             "betas": BETAS,
             "weight_decay": WEIGHT_DECAY,
-            "warmup_steps": WARMUP_STEPS,
+            "warmup_steps": recipe.warmup_steps,
             "schedule": f"cosine to {LAST_RATE:.0%}",
             "clip": CLIP,
             "precision": dtype,
@@ -421,7 +426,7 @@ def train_command(
 ) -> None:
     """`cutaway subjects train atlas`: train, say where the weights are and how to judge them.
 
-    `rows` of `context` tokens make a step: 128 on a GPU, 32 elsewhere, where steps are slow and many are better.
+    `rows` of `context` tokens make a step: 128 on a GPU, 16 elsewhere, where steps are slow and many are better.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     recipe = Recipe(
