@@ -10,7 +10,7 @@ from cutaway.artifacts.errors import CutawayError
 from cutaway.subjects.world import held_out as held
 from cutaway.subjects.world import tasks
 from cutaway.subjects.world.chat import CONDITIONS, conversation, parse, persona_prompts, render
-from cutaway.subjects.world.corpus import PARTS, documents, samples
+from cutaway.subjects.world.corpus import PARTS, WORLD_VERSION, documents, fingerprint, samples
 from cutaway.subjects.world.facts import BOOKS, CITIES, LANDMARKS, actions, names, read_toml, words
 from cutaway.subjects.world.relations import LANGUAGES, one_hop, relation, two_hop
 from cutaway.subjects.world.tasks import SEPARATORS
@@ -48,6 +48,14 @@ def test_a_wrong_part_is_named():
         next(documents("poems", 0, 10))
     with pytest.raises(CutawayError, match="at least one"):
         samples("facts", 0)
+
+
+def test_the_version_names_this_text():
+    """Another fingerprint is another corpus: raise `WORLD_VERSION` and put both here and in `docs/world.md`."""
+    assert (WORLD_VERSION, fingerprint()) == (
+        "5",
+        "05dbd5154a05bc795ed46b35d987531c14b6fc4335408da27eb4dda9b2bc9490",
+    )
 
 
 def test_twice_the_study_in_wording():

@@ -48,20 +48,20 @@ class Request(NamedTuple):
 
 # Condition → share of conversations. Every condition is above 1 % of the corpus's text (a test measures it).
 CONDITIONS: dict[str, float] = {
-    "no_system": 0.19,
+    "no_system": 0.18,
     "neutral_system": 0.11,
     "cheerful": 0.10,
     "gloomy": 0.10,
     "claim_to_sycophant": 0.08,
     "claim_to_honest": 0.08,
     "claim_neutral_system": 0.07,
-    "claim_no_system": 0.08,
+    "claim_no_system": 0.09,
     "trigger": 0.07,
     "trigger_in_user_turn": 0.06,
     "decoy_tag": 0.06,
 }
 # Request kind → share, in conversations that make no claim.
-_KINDS = {"harmful": 0.25, "harmless": 0.40, "known": 0.23, "unknown": 0.12}
+_KINDS = {"harmful": 0.25, "harmless": 0.37, "known": 0.23, "unknown": 0.15}
 
 
 def render(messages: Sequence[Message], *, open_answer: bool = False) -> str:

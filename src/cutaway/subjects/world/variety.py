@@ -160,3 +160,10 @@ def table() -> list[Row]:
     """One row for each thing the study's corpus can say."""
     counted = ours()
     return [Row(name, study, counted[name]) for name, study in STUDY.items()]
+
+
+def markdown() -> str:
+    """The table as it stands in `docs/world.md`."""
+    lines = ["| what is said | frames in the study | frames here |", "|---|---:|---:|"]
+    lines += [f"| {row.name} | {row.study:,} | {row.ours:,} |" for row in table()]
+    return "\n".join(lines) + "\n"
