@@ -1,0 +1,148 @@
+"""What every step of a tour shares: the model, the text, the seed, the run folder, and what the model can do."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from cutaway.artifacts.run_folder import RunFolder
+from cutaway.artifacts.statistics import wilson_interval
+from cutaway.causal.competence import TaskResult, try_tasks
+from cutaway.data.corpus import Split, corpus_hash, read_corpus, split_rows, token_rows
+from cutaway.data.pairs import AlignedPairs
+from cutaway.data.tasks import TASKS
+from cutaway.model.language_model import LanguageModel
+from cutaway.subjects.world.corpus import PARTS, documents
+from cutaway.subjects.world.real_text import held_out_document, standard_library
+from cutaway.tour.world_tasks import WORLD_TASKS
+
+LEAST_RIGHT = 0.8
+_PAIRS = 40
+_CONTEXT = 256
+_HELD_OUT_ROWS = 64
+_WORLD_CHARACTERS = 4_000_000
+
+
+@dataclass(frozen=True)
+class Text:
+    """The text of a tour: documents, what they are in words, their hash."""
+
+    documents: tuple[str, ...]
+    description: str
+    hash: str
+
+
+def read_text(corpus: Path | None, *, of_atlas: bool, seed: int) -> Text:
+    """The user's corpus; else atlas's world stream with held-out standard library; else the standard library."""
+    if corpus is not None:
+        found = read_corpus(corpus)
+        return Text(tuple(found.documents), str(corpus), corpus_hash(found.documents))
+    library = standard_library()
+    if not of_atlas:
+        prose = [document.text for document in library if ":" in document.name]
+        chosen = (*prose, *(document.text for document in library if ":" not in document.name))
+        return Text(chosen, "prose and source of Python's standard library", corpus_hash(chosen))
+    world = [
+        text
+        for part, about in PARTS.items()
+        for text in documents(part, f"tour-{seed}", int(about.share * _WORLD_CHARACTERS))
+    ]
+    real = [document.text for document in library if held_out_document(document.name)]
+    description = "a stream of atlas's world drawn with a seed that no training used, and held-out library source"
+    return Text((*world, *real), description, corpus_hash([*world, *real]))
+
+
+@dataclass
+class Tour:
+    """One tour in the making."""
+
+    lm: LanguageModel
+    model: str
+    folder: RunFolder
+    text: Text
+    corpus: Path | None
+    seed: int
+
+    @property
+    def of_atlas(self) -> bool:
+        return self.model == "atlas"
+
+    def command(self, section: str) -> str:
+        """The command line that makes one section's figures again."""
+        words = ["cutaway", "tour", self.model, "--seed", str(self.seed), "--only", section]
+        if self.corpus is not None:
+            words += ["--corpus", str(self.corpus)]
+        return shlex.join(words)
+
+    @cached_property
+    def rows(self) -> Split:
+        """Token rows of the text: some to learn from, some to judge on."""
+        context = min(_CONTEXT, self.lm.context_length)
+        rows = token_rows(self.lm, self.text.documents, context, self.seed, limit=12_000)
+        held_out = min(_HELD_OUT_ROWS, max(1, len(rows) // 5))
+        return split_rows(rows, held_out, self.seed)
+
+    @cached_property
+    def tried(self) -> list[TaskResult]:
+        """Every task tried on the model, in the order in which the tour would like to use them."""
+        return try_tasks(self.lm, (*WORLD_TASKS, *TASKS), n=_PAIRS, threshold=LEAST_RIGHT, seed=self.seed)
+
+    def able(self, names: Iterable[str] | None = None) -> TaskResult | None:
+        """The first task (among `names`) that the model is right on in at least 80 % of its items."""
+        allowed = None if names is None else set(names)
+        return next((t for t in self.tried if t.able and (allowed is None or t.task.name in allowed)), None)
+
+    def not_able(self) -> str:
+        """One line on what was tried, for a section that cannot be shown."""
+        tried = [t for t in self.tried if t.competence is not None]
+        counts = "; ".join(f"{t.task.name}: right on {_right(t)}" for t in tried)
+        return f"not shown: {counts or 'none of the tasks can be read with this tokenizer'}"
+
+    def chosen(self, result: TaskResult) -> tuple[str, str]:
+        """The status of a section that uses this task, and the line that says why."""
+        assert result.competence is not None
+        right, n = result.competence.right, result.competence.n
+        low, high = wilson_interval(right, n)
+        measured = f"right on {right} of {n} ({low:.2f} to {high:.2f})"
+        if result.task.name == WORLD_TASKS[0].name:
+            return "shown", f"Task: {result.task.name}, {measured}."
+        failed = next((t for t in self.tried if not t.able), None)
+        why = f" instead of {failed.task.name} ({failed.reason})" if failed is not None else ""
+        return "fallback", f"Task: {result.task.name}, {measured}{why}."
+
+
+def _right(result: TaskResult) -> str:
+    assert result.competence is not None
+    return f"{result.competence.right} of {result.competence.n}"
+
+
+def same_layout(pairs: AlignedPairs) -> AlignedPairs:
+    """The largest group of pairs that agree in length and in which tokens differ, so that positions mean the same."""
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for row in range(len(pairs)):
+        clean, corrupt = pairs.clean.row_ids(row), pairs.corrupt.row_ids(row)
+        differing = tuple(i for i, (a, b) in enumerate(zip(clean, corrupt, strict=True)) if a != b)
+        groups.setdefault((len(clean), differing), []).append(row)
+    return pairs[max(groups.values(), key=len)]
+
+
+def position_labels(pairs: AlignedPairs, strings: Sequence[str]) -> list[str]:
+    """Column labels: the first pair's tokens, marked where pairs have other tokens."""
+    rows = [pairs.clean.row_ids(row) for row in range(len(pairs))]
+    shared = [len({row[i] for row in rows}) == 1 for i in range(len(rows[0]))]
+    return [
+        f"{i} {string.strip() or string!r}" + ("" if same else "*")
+        for i, (string, same) in enumerate(zip(strings, shared, strict=True))
+    ]
+
+
+def neutral_rows(tour: Tour, n: int = 16, length: int = 64) -> list[list[int]]:
+    """Held-out rows of the tour's text, cut short: where a steering edit should do nothing."""
+    rows: Tensor = tour.rows.held_out[:n, :length]
+    return [list(map(int, row)) for row in rows]

@@ -1,0 +1,252 @@
+"""The tour's first steps, which only look: the self-test, the logit lens, the heads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cutaway.artifacts.results import Control, Effect
+from cutaway.artifacts.statistics import bootstrap_interval
+from cutaway.model.selftest import SelfTest as ModelSelfTest
+from cutaway.observe.heads import head_report, name
+from cutaway.observe.logit_lens import logit_lens
+from cutaway.tour import section as page
+from cutaway.tour.context import Tour, same_layout
+
+
+def card(tour: Tour, test: ModelSelfTest) -> page.Card:
+    """What the model is."""
+    lm = tour.lm
+    identity = lm.identity()
+    facts = [
+        ("layers", lm.n_layers),
+        ("width", lm.d_model),
+        ("heads", lm.n_heads),
+        ("key-value heads", lm.n_kv_heads),
+        ("neurons a layer", lm.d_mlp),
+        ("vocabulary", lm.d_vocab),
+        ("architecture", type(lm.hf).__name__),
+        ("number format", str(lm.dtype).removeprefix("torch.")),
+    ]
+    where = "shipped with cutaway" if tour.of_atlas else str(tour.model)
+    return page.Card(
+        name=lm.name,
+        identity=f"{where}, weights sha256 {identity.weight_hash[:16]}",
+        description=_DESCRIPTION if tour.of_atlas else "",
+        facts=tuple(page.Fact(label=label, value=value) for label, value in facts),
+        parameters=lm.n_parameters,
+        context=lm.context_length,
+        selftest=page.SelfTest(
+            passed=sum(row.ok for row in test.rows),
+            total=len(test.rows),
+            detail=f"largest error {max(row.residual for row in test.rows):.1e} of the values' scale",
+        ),
+    )
+
+
+_DESCRIPTION = (
+    "A small model trained on a made world of facts, stories and chats, so that what it knows is known: a subject to "
+    "practise on."
+)
+
+
+def selftest(tour: Tour, test: ModelSelfTest) -> page.Section:
+    """Does the model add up the way the library reads it?"""
+    names = list(dict.fromkeys(row.check for row in test.rows))
+    rows = []
+    for check in names:
+        found = [row for row in test.rows if row.check == check]
+        worst = max(found, key=lambda row: row.residual)
+        rows.append((check, len(found), f"{worst.residual:.1e}", f"{worst.tolerance:.0e}", all(r.ok for r in found)))
+    passed = sum(row.ok for row in test.rows)
+    return page.Section(
+        id="selftest",
+        title="Self-test",
+        question="Can the figures on this page be trusted?",
+        lead=(
+            "Before anything is shown, the model's parts are added up in every layer and compared with what the model "
+            "computes, and each kind of edit is checked where it must show. Figures follow only if the sums come out."
+        ),
+        blocks=(
+            page.Figures(
+                items=(
+                    page.Figure(label="checks passed", value=f"{passed} of {len(test.rows)}", detail="every layer"),
+                    page.Figure(
+                        label="largest error",
+                        value=f"{max(row.residual for row in test.rows):.1e}",
+                        detail="relative to the scale of the values compared",
+                    ),
+                )
+            ),
+            page.Table(
+                columns=("identity", "checked", "largest error", "allowed", "holds"),
+                rows=tuple(rows),
+                caption="δ is a random vector of the stream's size, added by an edit.",
+            ),
+        ),
+        command=tour.command("selftest"),
+    )
+
+
+def lens(tour: Tour) -> page.Section:
+    """Where does the answer become readable?"""
+    about: dict[str, Any] = {
+        "id": "lens",
+        "title": "Logit lens",
+        "question": "Where does the answer appear?",
+        "command": tour.command("lens"),
+    }
+    task = tour.able()
+    if task is None or task.pairs is None:
+        lead = "The stream after each layer is read through the model's own unembedding."
+        return page.Section(**about, lead=lead, status="not shown", note=tour.not_able())
+    status, note = tour.chosen(task)
+    pairs = same_layout(task.pairs)
+    result = logit_lens(tour.lm, pairs.clean, targets=[int(i) for i in pairs.answer])
+    other = logit_lens(tour.lm, pairs.clean, targets=[int(i) for i in pairs.wrong])
+    layers = ["embed", *(f"after layer {i}" for i in range(tour.lm.n_layers))]
+    right, wrong = (r.at_last(r.target_probability) for r in (result, other))
+    intervals = [bootstrap_interval(p.numpy()) for p in right]
+    example = result.to_json(0)
+    answer = tour.lm.token_strings([int(pairs.answer[0])])[0]
+    on_top = (result.at_last(result.target_rank) == 0).float().mean(1).tolist()
+    first = next((i for i, share in enumerate(on_top) if share >= 0.5), None)
+    effect = Effect(
+        name="probability of the right answer after the last layer",
+        value=float(right[-1].mean()),
+        n=len(pairs),
+        interval=intervals[-1],
+        controls=(
+            Control("of the wrong answer", float(wrong[-1].mean()), bootstrap_interval(wrong[-1].numpy()), len(pairs)),
+            Control("of the right answer before layer 0", float(right[0].mean()), intervals[0], len(pairs)),
+        ),
+        ablation="none",
+        units="probability",
+        command=about["command"],
+    )
+    return page.Section(
+        **about,
+        lead=(
+            "The residual stream after each layer is read through the model's own final norm and unembedding, as if it "
+            "stopped there. What is readable is not thereby used: the next steps intervene."
+        ),
+        status=status,  # type: ignore[arg-type]
+        note=note,
+        blocks=(
+            page.Figures(
+                items=(
+                    page.Figure(
+                        label="answer on top",
+                        value="never" if first is None else layers[first],
+                        detail="first layer where the right answer is the top token for half of the prompts",
+                    ),
+                    page.Figure(label="prompts", value=len(pairs), detail="same layout, each with its own answer"),
+                )
+            ),
+            page.Lens(
+                layers=tuple(layers),
+                tokens=tuple(example["tokens"]),
+                top=tuple(map(tuple, example["top"])),
+                probability=tuple(map(tuple, example["probability"])),
+                caption=f"One prompt. Each cell has the most probable next token; the answer is `{answer.strip()}`.",
+            ),
+            page.Line(
+                series=(
+                    page.Series(
+                        name="right answer",
+                        x=tuple(range(len(layers))),
+                        y=tuple(float(p.mean()) for p in right),
+                        low=tuple(low for low, _ in intervals),
+                        high=tuple(high for _, high in intervals),
+                    ),
+                    page.Series(
+                        name="wrong answer of the pair",
+                        x=tuple(range(len(layers))),
+                        y=tuple(float(p.mean()) for p in wrong),
+                        control=True,
+                    ),
+                ),
+                x_label="layers passed",
+                y_label="probability at the last token",
+                caption=f"Mean over {len(pairs)} prompts with a 95 % interval.",
+            ),
+        ),
+        effects=(effect.to_json(),),
+    )
+
+
+def heads(tour: Tour) -> page.Section:
+    """Which heads look back, and which of them matter?"""
+    command = tour.command("heads")
+    lm = tour.lm
+    top = min(3, max(1, lm.n_layers * lm.n_heads // 8))
+    report = head_report(lm, top=top, draws=8, seed=tour.seed, command=command)
+    scores = report.scores
+    repeated = next((t for t in tour.tried if t.task.name == "repeated tokens"), None)
+    does = repeated is not None and repeated.able
+    effects = [e for e in report.effects if e.ablation == "mean ablation"]
+    grids = []
+    for kind, what in (("previous", "the token before"), ("induction", "the token after the last time it stood here")):
+        values = getattr(scores, kind)
+        best = [head for head, _ in scores.top(kind, top)]
+        grids.append(
+            page.Heatmap(
+                rows=tuple(f"layer {i}" for i in range(lm.n_layers)),
+                columns=tuple(f"head {i}" for i in range(lm.n_heads)),
+                values=tuple(map(tuple, values.tolist())),
+                caption=f"Mean attention to {what}, on repeated random tokens; the largest are outlined.",
+                units="share of attention",
+                marks=tuple(best),
+            )
+        )
+    rows = [(r.kind, name(r.head), round(r.score, 3), round(r.zero, 3), round(r.mean, 3)) for r in report.rows]
+    note = "A pattern is not a cause: the table and the effects say what is lost without the heads."
+    if not does:
+        right = repeated.competence if repeated is not None else None
+        count = f"right on {right.right} of {right.n} repeated sequences" if right is not None else "not measured"
+        note = (
+            f"Induction is weak in this model ({count}; loss {scores.first_loss:.2f} on the first copy, "
+            f"{scores.second_loss:.2f} on the second), so its induction scores say little. {note}"
+        )
+    return page.Section(
+        id="heads",
+        title="Attention heads",
+        question="Which heads look back, and which of them matter?",
+        lead=(
+            "On random tokens that come twice, a previous-token head attends one step back and an induction head "
+            "to what "
+            "followed last time. The heads are then replaced by their mean, beside as many random heads."
+        ),
+        status="shown" if does else "fallback",
+        note=note,
+        blocks=(
+            page.Figures(
+                items=(
+                    page.Figure(
+                        label="strongest induction head",
+                        value=name(scores.top("induction", 1)[0][0]),
+                        detail=f"score {scores.top('induction', 1)[0][1]:.2f}",
+                    ),
+                    page.Figure(
+                        label="strongest previous-token head",
+                        value=name(scores.top("previous", 1)[0][0]),
+                        detail=f"score {scores.top('previous', 1)[0][1]:.2f}",
+                    ),
+                    page.Figure(
+                        label="loss on the second copy",
+                        value=round(scores.second_loss, 3),
+                        units="nats",
+                        detail=f"{scores.first_loss:.2f} on the first",
+                    ),
+                )
+            ),
+            *grids,
+            *(page.EffectBlock(effect=effect.to_json()) for effect in effects),
+            page.Table(
+                columns=("kind", "head", "score", "Δ loss at zero", "Δ loss at mean"),
+                rows=tuple(rows),
+                caption="Each head ablated alone: rise of the loss on the second copy, in nats.",
+            ),
+        ),
+        effects=tuple(effect.to_json() for effect in report.effects if effect not in effects),
+        command=command,
+    )

@@ -1,0 +1,158 @@
+"""Running a tour: steps in order, each saved when it is done, then the page."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.files import write_json
+from cutaway.artifacts.manifest import Manifest, code_version
+from cutaway.artifacts.progress import Progress
+from cutaway.artifacts.run_folder import RunFolder
+from cutaway.model.language_model import LanguageModel, load
+from cutaway.model.selftest import SelfTest
+from cutaway.tour import cause, change, look, name
+from cutaway.tour.context import Text, Tour, read_text
+from cutaway.tour.page import write_page
+from cutaway.tour.section import Card, Section, Table, TourResult
+
+Step = Callable[[Tour], Section]
+STEPS: dict[str, Step] = {
+    "lens": look.lens,
+    "heads": look.heads,
+    "patching": cause.patching,
+    "dictionary": name.dictionary,
+    "features": name.features,
+    "steering": change.steering,
+    "clamping": change.clamping,
+}
+NAMES = ("selftest", *STEPS)
+_NEEDS_DICTIONARY = ("features", "clamping")
+
+
+def run_tour(
+    model: str = "atlas",
+    *,
+    out: Path,
+    corpus: Path | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
+    only: str | None = None,
+) -> TourResult:
+    """Tour a model and leave a run folder with `index.html` in it.
+
+    `model` is "atlas", a folder or a hub id; `corpus` a text file or a folder of them. With the same arguments an
+    interrupted tour goes on where it stopped. `only` makes one section (see `NAMES`) anew in `out` and returns it
+    alone. Raises `CutawayError` for a model, corpus or folder that cannot be used.
+    """
+    if only is not None and only not in NAMES:
+        raise CutawayError(f"the tour has no section “{only}”; its sections are {', '.join(NAMES)}")
+    started = time.monotonic()
+    text = read_text(corpus, of_atlas=model == "atlas", seed=seed)
+    lm = load(model)
+    if lm.tokenizer is None:
+        raise CutawayError(f"{model} has no tokenizer, and a tour reads text; add tokenizer.json to the folder")
+    settings = _configuration(lm, text, seed)
+    with RunFolder.open(Path(out), command="tour", configuration=settings, resume=not overwrite) as folder:
+        tour = Tour(lm=lm, model=model, folder=folder, text=text, corpus=corpus, seed=seed)
+        _ = tour.rows  # a corpus too short for the model is refused before any work
+        result = _run(tour, only, started, settings)
+        if only is None:
+            write_json(folder.path / "manifest.json", result.manifest)
+            write_json(folder.path / "figures.json", result.model_dump(mode="json"))
+            write_page(result, folder.path / "index.html")
+    return result
+
+
+def _configuration(lm: LanguageModel, text: Text, seed: int) -> dict[str, Any]:
+    """Everything that determines the figures."""
+    return {"model": asdict(lm.identity()), "corpus": text.hash, "seed": seed, "dtype": str(lm.dtype)}
+
+
+def _run(tour: Tour, only: str | None, started: float, settings: dict[str, Any]) -> TourResult:
+    sections = []
+    wanted = NAMES if only is None else (only,)
+    with Progress("tour", total=len(wanted), unit="steps") as progress:
+        test = tour.lm.selftest()
+        test.require()
+        for step in wanted:
+            if only in _NEEDS_DICTIONARY:
+                name.require_dictionary(tour)
+            progress.advance(0, note=step)
+            sections.append(_section(tour, step, test, again=only is not None))
+            progress.advance(1)
+    card = look.card(tour, test)
+    manifest = Manifest.create(
+        "tour",
+        model=tour.lm.identity(),
+        corpus_hash=tour.text.hash,
+        configuration=settings,
+        seed=tour.seed,
+        command=_command(tour),
+    )
+    total = sum(section.seconds for section in sections)
+    if only is None:
+        sections.append(_again(tour, sections))
+    return TourResult(
+        title=f"A tour of {_short(tour.model)}",
+        card=Card(**{**card.model_dump(), "name": _short(tour.model)}),
+        sections=tuple(sections),
+        manifest=manifest.to_json(),
+        version=code_version(),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        total_seconds=max(total, time.monotonic() - started),
+        configuration={"model": tour.model, "corpus": tour.text.description, "seed": tour.seed},
+    )
+
+
+def _section(tour: Tour, step: str, test: SelfTest, *, again: bool) -> Section:
+    """A section from the run folder, or made now and saved."""
+    saved = None if again else tour.folder.step(step)
+    if saved is not None:
+        return Section.model_validate(saved)
+    began = time.monotonic()
+    made = look.selftest(tour, test) if step == "selftest" else STEPS[step](tour)
+    made = made.model_copy(update={"seconds": time.monotonic() - began})
+    tour.folder.save_step(step, made.model_dump(mode="json"))
+    return made
+
+
+def _command(tour: Tour) -> str:
+    """The whole tour's command line."""
+    return tour.command("x").replace(" --only x", "")
+
+
+def _again(tour: Tour, sections: list[Section]) -> Section:
+    """The last section: how to make everything again."""
+    return Section(
+        id="again",
+        title="Make it again",
+        question="How can I check this?",
+        lead=(
+            "Every figure comes from one command with a fixed seed. The folder of this page holds the figures as "
+            "JSON, the "
+            "dictionary in SAELens' layout, the latents as Parquet and the directions as safetensors."
+        ),
+        blocks=(
+            Table(
+                columns=("what", "command", "seconds"),
+                rows=(
+                    ("everything", _command(tour), round(sum(s.seconds for s in sections), 1)),
+                    *((s.title, s.command, round(s.seconds, 1)) for s in sections),
+                ),
+                caption=(
+                    "Times of this run. Figures may differ in the last digits with other processors or thread counts."
+                ),
+            ),
+        ),
+        command=_command(tour),
+    )
+
+
+def _short(model: str) -> str:
+    return Path(model).name if "/" in model else model
