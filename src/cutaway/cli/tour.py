@@ -14,6 +14,7 @@ def tour(
     corpus: ExistingPath | None = None,
     seed: int = 0,
     overwrite: Flag = False,
+    only: str | None = None,
     json: Flag = False,
 ) -> None:
     """Look, find causes, train a dictionary, name features, steer; leave a page about it.
@@ -32,14 +33,17 @@ def tour(
         Of everything drawn at random.
     overwrite
         Begin again in a folder that holds another run.
+    only
+        Make one section's figures again, and print them: selftest, lens, heads, patching, dictionary, features,
+        steering or clamping. The dictionary that features and clamping need is the folder's own.
     json
         Print the figures as JSON on stdout, and nothing else.
     """
     from cutaway.tour import run_tour
 
     out = out or Path("runs") / f"tour-{_slug(model)}"
-    result = run_tour(model, out=out, corpus=corpus, seed=seed, overwrite=overwrite)
-    if json:
+    result = run_tour(model, out=out, corpus=corpus, seed=seed, overwrite=overwrite, only=only)
+    if json or only is not None:
         print(result.model_dump_json(indent=2))
     else:
         print(f"open {(out / 'index.html').resolve()} in a browser")

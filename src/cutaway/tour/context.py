@@ -75,7 +75,11 @@ class Tour:
 
     def command(self, section: str) -> str:
         """The command line that makes one section's figures again."""
-        words = ["cutaway", "tour", self.model, "--seed", str(self.seed), "--only", section]
+        return f"{self.whole_command()} --only {section}"
+
+    def whole_command(self) -> str:
+        """The command line of the whole tour."""
+        words = ["cutaway", "tour", self.model, "--seed", str(self.seed), "--out", str(self.folder.path)]
         if self.corpus is not None:
             words += ["--corpus", str(self.corpus)]
         return shlex.join(words)

@@ -93,7 +93,7 @@ def _run(tour: Tour, only: str | None, started: float, settings: dict[str, Any])
         corpus_hash=tour.text.hash,
         configuration=settings,
         seed=tour.seed,
-        command=_command(tour),
+        command=tour.whole_command(),
     )
     total = sum(section.seconds for section in sections)
     if only is None:
@@ -122,11 +122,6 @@ def _section(tour: Tour, step: str, test: SelfTest, *, again: bool) -> Section:
     return made
 
 
-def _command(tour: Tour) -> str:
-    """The whole tour's command line."""
-    return tour.command("x").replace(" --only x", "")
-
-
 def _again(tour: Tour, sections: list[Section]) -> Section:
     """The last section: how to make everything again."""
     return Section(
@@ -142,7 +137,7 @@ def _again(tour: Tour, sections: list[Section]) -> Section:
             Table(
                 columns=("what", "command", "seconds"),
                 rows=(
-                    ("everything", _command(tour), round(sum(s.seconds for s in sections), 1)),
+                    ("everything", tour.whole_command(), round(sum(s.seconds for s in sections), 1)),
                     *((s.title, s.command, round(s.seconds, 1)) for s in sections),
                 ),
                 caption=(
@@ -150,7 +145,7 @@ def _again(tour: Tour, sections: list[Section]) -> Section:
                 ),
             ),
         ),
-        command=_command(tour),
+        command=tour.whole_command(),
     )
 
 
