@@ -8,6 +8,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from random import Random
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,11 +20,11 @@ from cutaway.artifacts.results import Control, Effect
 from cutaway.artifacts.statistics import bootstrap_interval, wilson_interval
 from cutaway.subjects.atlas.causal_checks import BridgePool, Chat, RefusalChecks, refusal_checks, two_hop_bridge
 from cutaway.subjects.atlas.scoring import Scores, repeat_losses, score, text_losses
-from cutaway.subjects.world import chat, items
+from cutaway.subjects.world import chat
 from cutaway.subjects.world import held_out as held
 from cutaway.subjects.world.corpus import PARTS, WORLD_VERSION, documents
 from cutaway.subjects.world.facts import actions, read_toml
-from cutaway.subjects.world.items import Item, ItemSet, item_sets
+from cutaway.subjects.world.items import Item, ItemSet, item_sets, take
 from cutaway.subjects.world.new_wording import outside_ioi_set, outside_relation_sets
 from cutaway.subjects.world.real_text import held_out_document, standard_library
 
@@ -177,12 +178,12 @@ def outside_sets(folder: Path, seed: int, n: int) -> tuple[dict[str, ItemSet], l
 
 def training_requests(n: int, seed: int) -> tuple[list[Chat], list[Chat]]:
     """Harmful and harmless requests as the corpus has them, the study's wording: `n` conversations of one turn each."""
-    rng = items._rng("refusal/train", seed)
+    rng = Random(f"refusal/train-{seed}")
     frames = chat.texts("requests", "study")
     return tuple(  # type: ignore[return-value]
         [
             (chat.Message("user", rng.choice(frames).format(x=action.text)),)
-            for action in items.take(chat.asked_actions(harmful), n, rng)
+            for action in take(chat.asked_actions(harmful), n, rng)
         ]
         for harmful in (True, False)
     )
@@ -190,12 +191,12 @@ def training_requests(n: int, seed: int) -> tuple[list[Chat], list[Chat]]:
 
 def held_out_requests(n: int, seed: int) -> tuple[list[Chat], list[Chat]]:
     """Requests about actions that no chat mentions, in a question that none uses: harmful and harmless."""
-    rng = items._rng("refusal/held_out", seed)
+    rng = Random(f"refusal/held_out-{seed}")
     frame = read_toml("chat.toml")["requests"]["study_held_out"][-1]
     out = []
     for harmful in (True, False):
         texts = dict.fromkeys(a.text for a in actions(harmful) if held.action_split(a) == "held_out_action")
-        out.append([(chat.Message("user", frame.format(x=text)),) for text in items.take(list(texts), n, rng)])
+        out.append([(chat.Message("user", frame.format(x=text)),) for text in take(list(texts), n, rng)])
     return out[0], out[1]
 
 

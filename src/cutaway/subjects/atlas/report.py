@@ -9,7 +9,8 @@ from cutaway.artifacts.results import Effect
 from cutaway.subjects.atlas.causal_checks import BridgePool, Intervention, Rate, Reaction, RefusalChecks
 from cutaway.subjects.atlas.evaluate import Comparison, Evaluation, Measured
 from cutaway.subjects.atlas.shipped import MANIFEST, read_manifest
-from cutaway.subjects.atlas.study import RULES, STUDY
+from cutaway.subjects.atlas.study import STUDY
+from cutaway.subjects.world.ground_truth import GROUND_TRUTH
 from cutaway.subjects.world.items import SCORING
 
 _WEAK = 0.6  # a share right below which a behaviour is listed as one that does not work
@@ -210,11 +211,11 @@ def as_markdown(found: Evaluation, command: str, folder: Path) -> str:
     """The page `docs/atlas.md`: what atlas is, what it can do and cannot, and how that was measured."""
     manifest = read_manifest(folder) if (folder / MANIFEST).is_file() else {}
     parts = [_ABOUT, _origin(manifest)]
-    parts += [
-        f"Everything below was measured by one command, on the weights {found.weight_hash[:12]} (`lm.identity()`), in world {found.world}:"
-    ]
+    weights = found.weight_hash[:12]
+    parts.append(f"Everything below was measured by one command, on the weights {weights} in world {found.world}:")
     parts += [f"```\n{command}\n```", _READING, "## What makes an answer right"]
-    parts.append(markdown_table((("behaviour", "the answer is right because"), [list(rule) for rule in RULES.items()])))
+    truths = [[truth.behaviour, truth.rule, truth.held_out] for truth in GROUND_TRUTH]
+    parts.append(markdown_table((("behaviour", "the answer is right because", "held out of the corpus"), truths)))
     parts.append(markdown_table((("scored", "how"), [list(way) for way in SCORING.items()])))
     parts.append("## What it can do")
     for title, sets in grouped(found):
