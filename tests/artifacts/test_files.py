@@ -255,3 +255,13 @@ def test_safetensors_and_parquet_hold_what_was_written(tmp_path: Path) -> None:
     table = pa.table({"text": ["a", "ü", None], "value": [1.0, 2.0, 3.0]})
     write_parquet(tmp_path / "c.parquet", table)
     assert pq.read_table(tmp_path / "c.parquet").equals(table)
+
+
+def test_two_names_of_one_memory_are_both_written(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import load_file
+
+    rows = torch.arange(6.0).view(2, 3)
+    write_safetensors(tmp_path / "shared.safetensors", {"a": rows, "b": rows, "c": rows[1]})
+    loaded = load_file(tmp_path / "shared.safetensors")
+    assert all(torch.equal(loaded[name], value) for name, value in {"a": rows, "b": rows, "c": rows[1]}.items())

@@ -38,8 +38,9 @@ def test_selection_separates_and_prefers_the_gentle(selection: Selection) -> Non
     assert selection.positive_score > 2 > -2 > selection.negative_score
     assert selection.remove.score < 0
     assert selection.induce.score > 0
-    assert selection.best("clamp").score == min(c.score for c in selection.candidates if c.method == "clamp")
     assert len(selection.candidates) == 8 * 4
+    assert {c.direction.layer for c in selection.eligible} == {3, 5, 6}, "layer 7 is too near the unembedding"
+    assert selection.best("clamp").score == min(c.score for c in selection.eligible if c.method == "clamp")
     assert "remove" in str(selection)
 
 

@@ -152,11 +152,17 @@ def read_json(path: Path) -> Any:
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
-    """Write named torch tensors, or named numpy arrays, as safetensors; views are made contiguous first."""
+    """Write named torch tensors, or named numpy arrays, as safetensors; views and names of one memory are copied."""
     if any(type(tensor).__module__.partition(".")[0] == "torch" for tensor in tensors.values()):
         from safetensors.torch import save_file
 
-        whole: dict[str, Any] = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+        whole: dict[str, Any] = {}
+        seen: set[int] = set()
+        for name, tensor in tensors.items():
+            tensor = tensor.detach().contiguous()
+            memory = tensor.untyped_storage().data_ptr()
+            whole[name] = tensor.clone() if memory in seen else tensor
+            seen.add(memory)
     else:
         import numpy as np
         from safetensors.numpy import save_file

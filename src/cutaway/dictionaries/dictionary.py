@@ -88,7 +88,8 @@ class Dictionary:
 
     def pre_activations(self, x: Tensor) -> Tensor:
         """h: [..., d] -> [..., F]."""
-        return (x.to(self.W_enc) - self.b_dec) @ self.W_enc + self.b_enc
+        centred = x.to(self.W_enc) - self.b_dec
+        return torch.addmm(self.b_enc, centred.reshape(-1, self.d_in), self.W_enc).view(*x.shape[:-1], self.d_sae)
 
     @torch.no_grad()
     def encode_topk(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
+from cutaway.data.activations import counted
 from cutaway.dictionaries.dictionary import Dictionary
 from cutaway.model.language_model import LanguageModel
 
@@ -41,8 +42,7 @@ def fires(
 ) -> Iterator[Firing]:
     """The active latents of a corpus, a few rows at a time. `index` chooses rows.
 
-    BOS and padding are left out: their stream has a norm that no other token has, and dictionaries are trained
-    without them.
+    A row's first token, BOS and padding are left out, as they are in training (`cutaway.data.activations.counted`).
     """
     width = width_of(rows)
     chosen = list(range(len(rows))) if index is None else list(index)
@@ -53,10 +53,9 @@ def fires(
         ids = [list(map(int, rows[i])) for i in part]
         tokens = lm.tokens(ids)
         run = lm.run(tokens, capture=dictionary.site, logits=None)
-        keep = tokens.mask.clone()
-        for skipped in (lm.bos_id, lm.pad_id):
-            if skipped is not None:
-                keep &= tokens.ids != skipped
+        keep = tokens.mask & counted(tokens.ids, lm.bos_id)
+        if lm.pad_id is not None:
+            keep &= tokens.ids != lm.pad_id
         r, c = keep.nonzero(as_tuple=True)
         values, latents = dictionary.encode_topk(run[dictionary.site][keep])
         at = (torch.tensor(part)[r.cpu()] * width + c.cpu())[:, None].expand(-1, values.shape[1])

@@ -77,9 +77,9 @@ class LatentExamples:
 class FeatureExamples:
     """What one pass over a corpus says of every latent.
 
-    `density` and `maximum` [F] over `n_tokens` tokens of all rows. `shown_at`, `held_at` [F, m] are places (row * width
-    + column, or -1) drawn at random from each latent's activations in even and in odd rows; `held_active` [F] counts
-    its activations in odd rows. `latents` has the windows of the latents asked for.
+    `density` and `maximum` [F] over `n_tokens` tokens of all rows, at the places `kept`. `shown_at`, `held_at` [F, m]
+    are places (row * width + column, or -1) of each latent's activations in even and in odd rows, drawn at random in
+    proportion to the squared activation. `latents` has the windows of the latents asked for.
     """
 
     site: str
@@ -88,10 +88,8 @@ class FeatureExamples:
     density: Tensor
     maximum: Tensor
     latents: dict[int, LatentExamples]
-    top_at: Tensor
     shown_at: Tensor
     held_at: Tensor
-    held_active: Tensor
     kept: Tensor
 
     @property
@@ -123,18 +121,19 @@ def top_examples(
     *,
     lower: int = 3,
     sample: int = 32,
-    batch_rows: int = 16,
+    batch_rows: int = 32,
     seed: int = 0,
 ) -> FeatureExamples:
     """Stream rows of token ids [N, p] through the model and keep each latent's strongest contexts.
 
-    `n` top examples a latent, each from another row, and `lower` at evenly spaced quantiles of `sample` random
-    activations; `window` tokens before and after. `latents` limits the windows that are written out (default: all that
-    fire); densities are counted for every latent. Memory is O(F · sample), whatever the number of rows.
+    `n` top examples a latent, each from another row, and `lower` at evenly spaced quantiles of `8 * lower` random
+    activations; `window` tokens before and after; `sample` activations a half for labels. `latents` limits the windows
+    that are written out (default: all that fire); densities are counted for every latent. Memory is O(F · sample),
+    whatever the number of rows.
     """
     f, width = dictionary.d_sae, width_of(rows)
-    top, shown, held = Keeper(f, n), Keeper(f, sample), Keeper(f, sample)
-    counts, held_active, maximum = torch.zeros(f), torch.zeros(f), torch.zeros(f)
+    top, uniform, shown, held = Keeper(f, n), Keeper(f, 8 * lower), Keeper(f, sample), Keeper(f, sample)
+    counts, maximum = torch.zeros(f), torch.zeros(f)
     generator = torch.Generator().manual_seed(seed)
     kept: list[Tensor] = []
     for firing in fires(lm, dictionary, rows, batch_rows=batch_rows):
@@ -143,8 +142,10 @@ def top_examples(
         counts += torch.bincount(latent, minlength=f)
         maximum.scatter_reduce_(0, latent, value, "amax")
         odd = (at // width) % 2 == 1
-        held_active += torch.bincount(latent[odd], minlength=f)
-        key = torch.rand(len(latent), generator=generator)  # the largest keys are a uniform sample without replacement
+        # the largest keys are a sample without replacement: uniform, or by squared value (Efraimidis & Spirakis 2006)
+        chance = torch.rand(len(latent), generator=generator).clamp(min=1e-30)
+        key = chance.log() / value.square().clamp(min=1e-12)
+        uniform.add(latent[~odd], chance[~odd], value[~odd], at[~odd])
         shown.add(latent[~odd], key[~odd], value[~odd], at[~odd])
         held.add(latent[odd], key[odd], value[odd], at[odd])
         best = strongest_per_row(latent[~odd], value[~odd], at[~odd], width)
@@ -154,8 +155,8 @@ def top_examples(
     wanted: list[tuple[int, int, float]] = []  # latent, place, quantile
     for latent in asked:
         wanted += [(latent, at, 1.0) for at in top.at[latent].tolist() if at >= 0]
-        values, order = shown.value[latent][shown.at[latent] >= 0].sort()
-        places = shown.at[latent][shown.at[latent] >= 0][order].tolist()
+        values, order = uniform.value[latent][uniform.at[latent] >= 0].sort()
+        places = uniform.at[latent][uniform.at[latent] >= 0][order].tolist()
         for step in range(lower):
             quantile = (step + 0.5) / lower
             if len(values) >= 2 * lower:
@@ -181,10 +182,8 @@ def top_examples(
             )
             for latent, examples in found.items()
         },
-        top_at=top.at,
         shown_at=shown.at,
         held_at=held.at,
-        held_active=held_active,
         kept=seen,
     )
 

@@ -5,6 +5,7 @@ latent's activations share most, beyond how common the property is. It is a desc
 says so; its precision is measured on activations in rows that it was not read from.
 """
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,16 +28,17 @@ CLASSES: dict[str, Callable[[str], bool]] = {
     "piece inside a word": lambda t: bool(re.fullmatch(r"[a-z]+", t)),
 }
 ROLES = ("system", "user", "assistant")
+NO_LABEL = "no shared token property"
 
 
 @dataclass(frozen=True)
 class TokenSummary:
     """An automatic label and how well it holds.
 
-    `precision` is the share of `n` held-out activations of the latent (drawn at random over all their strengths) on
-    which the property holds, with its 95 % interval; `base_rate` the same share over all tokens; `recall` the share of
-    held-out tokens with the property on which the latent fires. `label` is "no shared token property" when nothing
-    simple covers 60 % of the activations.
+    `precision` is the share of `n` held-out activations of the latent on which the property holds, with its 95 %
+    interval; they are drawn by squared activation, so that a strong one counts as much as it moves the stream.
+    `base_rate` is the same share over all tokens. `label` is "no shared token property" when nothing simple covers
+    60 % of the activations.
     """
 
     latent: int
@@ -45,7 +47,6 @@ class TokenSummary:
     interval: tuple[float, float]
     n: int
     base_rate: float
-    recall: float
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -55,10 +56,11 @@ class TokenSummary:
             "interval": list(self.interval),
             "n": self.n,
             "base_rate": self.base_rate,
-            "recall": self.recall,
         }
 
     def __str__(self) -> str:
+        if self.label == NO_LABEL:
+            return f"{NO_LABEL} (automatic)"
         return (
             f"{self.label} (automatic; holds on {self.precision:.2f} of {self.n} held-out activations, "
             f"on {self.base_rate:.3f} of all tokens)"
@@ -66,78 +68,84 @@ class TokenSummary:
 
 
 @dataclass(frozen=True)
-class _Property:
-    """A yes/no question about a token in its row: `places` are the looked-up answers of every place of the corpus."""
+class Property:
+    """A yes/no question about a token in its row: `holds(places)` answers it, `base` is its share of all tokens."""
 
     label: str
-    holds: Tensor
+    holds: Callable[[Tensor], Tensor]
+    base: float
+
+
+AROUND = {"": "", "after": "after ", "before": "before "}
 
 
 class CorpusProperties:
-    """Every simple property of every token of some rows, as masks over places (row * width + column)."""
+    """Simple properties of the tokens of some rows; a place is row * width + column, `kept` the places that count."""
 
-    def __init__(self, lm: LanguageModel, rows: Rows) -> None:
+    def __init__(self, lm: LanguageModel, rows: Rows, kept: Tensor | None = None) -> None:
         self.width = width_of(rows)
         ids = torch.full((len(rows), self.width), -1, dtype=torch.long)
         for i, row in enumerate(rows):
             values = torch.as_tensor(row, dtype=torch.long)
             ids[i, : len(values)] = values
-        self._words, self._classes = _vocabulary(lm)
-        none = torch.full_like(ids[:, :1], -1)
-        around = {"": ids, "before": torch.cat([none, ids[:, :-1]], 1), "after": torch.cat([ids[:, 1:], none], 1)}
-        self._around = {where: values.flatten() for where, values in around.items()}
-        names = sorted(set(self._words))
+        kept = (ids.flatten() >= 0).nonzero()[:, 0] if kept is None else kept
+        strings = lm.token_strings(range(lm.d_vocab))
+        words = [text.strip().lower() or repr(text)[1:-1] for text in strings]
+        names = sorted(set(words))
         number = {word: i for i, word in enumerate(names)}
+        table = torch.tensor([*(number[word] for word in words), len(names)])  # -1 (no token) is the last
+        none = torch.full_like(ids[:, :1], -1)
+        near = {"": ids, "after": torch.cat([none, ids[:, :-1]], 1), "before": torch.cat([ids[:, 1:], none], 1)}
         self._names = [*names, ""]
-        table = torch.tensor([*(number[word] for word in self._words), len(names)])  # -1 (no token) is the last
-        self._word = {where: table[values] for where, values in self._around.items()}
-        self._role = _roles(lm, ids).flatten()
-
-    def candidates(self, places: Tensor) -> list[_Property]:
-        """The properties worth asking about tokens at `places`: those that several of them have."""
-        found: list[_Property] = []
-        for where in ("", "before", "after"):
-            words, counts = self._word[where][places].unique(return_counts=True)
-            order = counts.argsort(descending=True, stable=True)
-            common = [int(w) for w in words[order][:4] if self._names[int(w)]]
-            for size in range(1, len(common) + 1):
-                shown = ", ".join(f"“{self._names[w]}”" for w in common[:size])
-                prefix = {"": "", "before": "after ", "after": "before "}[where]
-                holds = torch.isin(self._word[where], torch.tensor(common[:size]))
-                found.append(_Property(f"{prefix}{shown}" if size == 1 else f"{prefix}one of {shown}", holds))
-            for name, table in self._classes.items():
-                prefix = {"": "", "before": "after ", "after": "before "}[where]
-                found.append(_Property(prefix + name, table[self._around[where]]))
+        self._word = {where: table[values.flatten()] for where, values in near.items()}
+        self._share = {
+            where: torch.bincount(of[kept], minlength=len(self._names)) / len(kept) for where, of in self._word.items()
+        }
+        self._fixed: list[Property] = []
+        for kind, test in CLASSES.items():
+            belongs = torch.tensor([*(test(text) for text in strings), False])
+            for where, values in near.items():
+                self._add(AROUND[where] + kind, belongs[values.flatten()], kept)
+        roles = _roles(strings, ids).flatten()
         for i, role in enumerate(ROLES):
-            if (self._role == i).any():
-                found.append(_Property(f"inside the {role}'s turn", self._role == i))
+            self._add(f"inside the {role}'s turn", roles == i, kept)
+
+    def _add(self, label: str, mask: Tensor, kept: Tensor) -> None:
+        base = mask[kept].float().mean().item()
+        if base > 0:
+            self._fixed.append(Property(label, mask.__getitem__, base))
+
+    def candidates(self, places: Tensor) -> list[Property]:
+        """The properties worth asking about tokens at `places`: classes, roles, and the words most common there."""
+        found = list(self._fixed)
+        for where, prefix in AROUND.items():
+            of, share = self._word[where], self._share[where]
+            words, counts = of[places].unique(return_counts=True)
+            common = [int(w) for w in words[counts.argsort(descending=True, stable=True)][:4] if self._names[int(w)]]
+            for size in range(1, len(common) + 1):
+                chosen = torch.tensor(common[:size])
+                shown = ", ".join(f"“{self._names[w]}”" for w in common[:size])
+                label = prefix + (shown if size == 1 else f"one of {shown}")
+                base = share[chosen].sum().item()
+                found.append(Property(label, lambda at, of=of, chosen=chosen: torch.isin(of[at], chosen), base))
         return found
 
 
-def _vocabulary(lm: LanguageModel) -> tuple[list[str], dict[str, Tensor]]:
-    """Each id's word (stripped, lower case), and for each class whether the id is in it [V + 1] (last: no token)."""
-    strings = lm.token_strings(list(range(lm.d_vocab)))
-    classes = {name: torch.tensor([*(test(text) for text in strings), False]) for name, test in CLASSES.items()}
-    return [text.strip().lower() or repr(text)[1:-1] for text in strings], classes
-
-
-def _roles(lm: LanguageModel, ids: Tensor) -> Tensor:
+def _roles(strings: Sequence[str], ids: Tensor) -> Tensor:
     """Which chat turn each token stands in: index into ROLES, or -1."""
     opens = {}
-    strings = lm.token_strings(list(range(lm.d_vocab)))
     for token, text in enumerate(strings):
         for i, role in enumerate(ROLES):
-            if re.fullmatch(rf"<\W*{role}\W*>|\[{role.upper()}\]", text.strip()):
+            if re.fullmatch(rf"<\W*{role}\W*>", text.strip()):
                 opens[token] = i
     roles = torch.full_like(ids, -1)
     if not opens:
         return roles
-    ends = {
-        i for i, text in enumerate(strings) if re.fullmatch(r"<\W*(end|endoftext|im_end|eot_id|/?s)\W*>", text.strip())
-    }
-    for row in range(len(ids)):
+    closing = re.compile(r"<\W*(end|endoftext|im_end|eot_id|s)\W*>")
+    ends = {i for i, text in enumerate(strings) if closing.fullmatch(text.strip())}
+    for row, of in enumerate(ids.tolist()):
         now = -1
-        for column, token in enumerate(ids[row].tolist()):
+        for column, token in enumerate(of):
             if token in opens:
                 now = opens[token]
             elif token in ends:
@@ -153,39 +161,32 @@ def token_summary(
     """An automatic label for each latent, from even rows, with its precision on odd rows.
 
     Of the properties that at least `cover` of the latent's activations share, the label is the one with the largest
-    share · log(share / base rate): the most surprising to hold so often.
+    share · log(share / base rate): the most surprising to hold so often. A property of a neighbouring token counts four
+    fifths.
     """
-    corpus = CorpusProperties(lm, rows)
-    kept = examples.kept
-    odd = kept[(kept // corpus.width) % 2 == 1]
+    corpus = CorpusProperties(lm, rows, examples.kept)
     found = {}
     for latent in examples.latents if latents is None else latents:
-        shown = torch.cat([examples.top_at[latent], examples.shown_at[latent]])
-        shown, held = shown[shown >= 0], examples.held_at[latent]
-        held = held[held >= 0]
-        best: tuple[float, float, _Property] | None = None
+        shown, held = (places[latent][places[latent] >= 0] for places in (examples.shown_at, examples.held_at))
+        best: tuple[float, Property] | None = None
         for candidate in corpus.candidates(shown) if len(shown) else []:
-            share = candidate.holds[shown].float().mean().item()
-            base = max(candidate.holds[kept].float().mean().item(), 1 / len(kept))
-            score = share * torch.log(torch.tensor(share / base)).item() if share >= cover else 0.0
-            if score > 0.05 and (best is None or score > best[0] + 1e-9):
-                best = (score, base, candidate)
+            share = candidate.holds(shown).float().mean().item()
+            if share < cover:
+                continue
+            near = candidate.label.startswith(("after ", "before "))
+            score = share * math.log(share / candidate.base) * (0.8 if near else 1.0)
+            if score > 0.3 and (best is None or score > best[0] + 1e-9):
+                best = score, candidate
         if best is None:
-            found[latent] = TokenSummary(
-                latent, "no shared token property", float("nan"), (0.0, 1.0), len(held), 1.0, 1.0
-            )
+            found[latent] = TokenSummary(latent, NO_LABEL, float("nan"), (0.0, 1.0), len(held), 1.0)
             continue
-        _, base, chosen = best
-        right = int(chosen.holds[held].sum())
-        having = int(chosen.holds[odd].sum())
-        active = right / max(1, len(held)) * examples.held_active[latent].item()
+        right = int(best[1].holds(held).sum())
         found[latent] = TokenSummary(
             latent=latent,
-            label=chosen.label,
+            label=best[1].label,
             precision=right / len(held) if len(held) else float("nan"),
             interval=wilson_interval(right, len(held)),
             n=len(held),
-            base_rate=base,
-            recall=min(1.0, active / having) if having else float("nan"),
+            base_rate=best[1].base,
         )
     return found

@@ -140,7 +140,7 @@ def _identities(lm: LanguageModel, run: Run, layer: int, checks: _Checks) -> Non
     equal("mlp.post W_out + bias = what the MLP writes", written, writes)
     act = getattr(parts.mlp, "act_fn", None) or getattr(parts.mlp, "act", None)
     if callable(act):
-        activated = act(at("mlp.pre"))
+        activated: Tensor = act(at("mlp.pre"))  # pyright: ignore[reportAssignmentType]
         equal(
             "act(mlp.pre) [* mlp.pre_linear] = mlp.post",
             activated if parts.mlp_linear is None else activated * at("mlp.pre_linear"),

@@ -190,12 +190,13 @@ def ablate_heads(
     head's mean over `tokens` in its place; "zero" puts zero, which may be far from anything the model ever sees.
     """
     data = repeated_tokens(lm) if tokens is None else tokens
-    before = metric(lm.run(data, logits="all"))
+    base = lm.run(data, capture="blocks.*.resid_pre", logits="all")
+    before = metric(base)
     means = head_means(lm, data) if ablation == "mean" else None
     generator = np.random.default_rng(seed)
 
     def change(chosen: Sequence[Head]) -> Tensor:
-        return metric(lm.run(data, edits=ablation_edits(lm, chosen, means), logits="all")) - before
+        return metric(lm.run(data, edits=ablation_edits(lm, chosen, means), logits="all", resume=base)) - before
 
     found = change(heads)
     banned = [*heads, *without]
@@ -277,7 +278,8 @@ def head_report(
     scores = head_scores(lm, n_batch, length, seed)
     tokens = repeated_tokens(lm, n_batch, length, seed + 1)
     means = head_means(lm, tokens)
-    before = second_half_loss(lm.run(tokens, logits="all")).mean().item()
+    base = lm.run(tokens, capture="blocks.*.resid_pre", logits="all")
+    before = second_half_loss(base).mean().item()
     named = [head for kind in kinds for head, _ in scores.top(kind, top)]
     rows: list[HeadRow] = []
     effects: list[Effect] = []
@@ -285,9 +287,8 @@ def head_report(
         chosen = scores.top(kind, top)
         for head, score in chosen:
             alone = [
-                second_half_loss(lm.run(tokens, edits=ablation_edits(lm, [head], m), logits="all")).mean().item()
-                - before
-                for m in (None, means)
+                second_half_loss(lm.run(tokens, edits=edits, logits="all", resume=base)).mean().item() - before
+                for edits in (ablation_edits(lm, [head]), ablation_edits(lm, [head], means))
             ]
             rows.append(HeadRow(kind, head, score, *alone))
         for ablation in ("zero", "mean"):

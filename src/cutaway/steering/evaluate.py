@@ -11,7 +11,7 @@ from cutaway.model.language_model import LanguageModel
 from cutaway.model.tokens import Tokens
 from cutaway.steering.directions import Direction
 from cutaway.steering.judge import Judge, refusal
-from cutaway.steering.price import Price, price
+from cutaway.steering.price import Price, prices
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def evaluate_steering(
     steered = judged(lm, tokens, apply(direction), judge, max_new_tokens=max_new_tokens)
     drawn = [direction.random(seed) for seed in seeds]
     random = tuple(judged(lm, tokens, apply(other), judge, max_new_tokens=max_new_tokens) for other in drawn)
-    text = None if neutral is None else lm.tokens(neutral)
+    costs = [] if neutral is None else prices(lm, neutral, [apply(each) for each in (direction, *drawn)])
     effects = {}
     for label in labels:
         pooled, total = sum(replies.counts.get(label, 0) for replies in random), sum(replies.n for replies in random)
@@ -151,7 +151,7 @@ def evaluate_steering(
         steered=steered,
         unsteered=plain,
         random=random,
-        price=None if text is None else price(lm, text, apply(direction)),
-        random_price=() if text is None else tuple(price(lm, text, apply(other)) for other in drawn),
+        price=costs[0] if costs else None,
+        random_price=tuple(costs[1:]),
         effects=effects,
     )

@@ -19,7 +19,7 @@ from cutaway.dictionaries.dictionary import Dictionary
 from cutaway.model.edits import Edit, clamp_latent
 from cutaway.model.language_model import LanguageModel
 from cutaway.model.tokens import Tokens
-from cutaway.steering.price import Price, price
+from cutaway.steering.price import Price, prices
 
 
 def latent_edit(dictionary: Dictionary, latent: int, value: float, **where: Any) -> Edit:
@@ -135,6 +135,7 @@ def steer_latent(
     multiples: Sequence[float] = (0.5, 1.0, 2.0, 4.0),
     draws: int = 5,
     neutral: Any = None,
+    positions: Sequence[Sequence[int]] | None = None,
     max_new_tokens: int = 20,
     seed: int = 0,
     command: str | None = None,
@@ -143,23 +144,31 @@ def steer_latent(
 
     `concept_ids` are the first tokens of the concept's names; their probabilities at each prompt's end are summed.
     `density` [F] gives the control: `draws` random latents of like density, clamped to the same value. Every dose also
-    has its price on `neutral` text and a greedy continuation of the first prompt.
+    has its price on `neutral` text (clamped at every token) and a greedy continuation of the first prompt. `positions`,
+    a list for each prompt, clamps only there, for instance at a noun that may stand for the concept; by default every
+    token is clamped, new ones too.
     """
     tokens = lm.tokens(prompts)
     ids = torch.tensor(sorted(set(concept_ids)))
     if len(ids) == 0:
         raise CutawayError("no tokens were given for the concept, so nothing can be watched")
     others = similar_latents(density, latent, draws, seed)
+    at = {} if positions is None else {"positions": [list(row) for row in positions]}
+    at_first = {} if positions is None else {"positions": [list(positions[0])]}
     plain = _probability(lm, tokens, (), ids)
-    text = None if neutral is None else lm.tokens(neutral)
     first = tokens[[0]]
     doses = []
+
+    def say(which: int, value: float) -> str:
+        edit = latent_edit(dictionary, which, value, **at_first)
+        return lm.generate(first, max_new_tokens=max_new_tokens, edits=edit).texts[0]
+
     for multiple in multiples:
         value = multiple * maximum
-        edit = latent_edit(dictionary, latent, value)
-        control_edits = [latent_edit(dictionary, other, value) for other in others]
-        steered = _probability(lm, tokens, edit, ids)
-        control = [_probability(lm, tokens, e, ids).mean().item() for e in control_edits]
+        steered = _probability(lm, tokens, latent_edit(dictionary, latent, value, **at), ids)
+        control = [
+            _probability(lm, tokens, latent_edit(dictionary, other, value, **at), ids).mean().item() for other in others
+        ]
         effect = Effect(
             name=f"latent {latent} at ×{multiple:g}: P({concept})",
             value=steered.mean().item(),
@@ -178,17 +187,20 @@ def steer_latent(
             units="probability",
             command=command,
         )
+        costs = (
+            []
+            if neutral is None
+            else prices(lm, neutral, [latent_edit(dictionary, i, value) for i in (latent, *others[:2])])
+        )
         doses.append(
             Dose(
                 multiple=multiple,
                 value=value,
                 effect=effect,
-                price=None if text is None else price(lm, text, edit),
-                random_price=None
-                if text is None
-                else float(np.mean([price(lm, text, e).kl for e in control_edits[:2]])),
-                text=lm.generate(first, max_new_tokens=max_new_tokens, edits=edit).texts[0],
-                random_text=lm.generate(first, max_new_tokens=max_new_tokens, edits=control_edits[0]).texts[0],
+                price=costs[0] if costs else None,
+                random_price=float(np.mean([cost.kl for cost in costs[1:]])) if costs else None,
+                text=say(latent, value),
+                random_text=say(others[0], value),
             )
         )
     return LatentSteering(

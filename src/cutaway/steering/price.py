@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from cutaway.artifacts.statistics import bootstrap_interval
 from cutaway.model.edits import Edit
 from cutaway.model.language_model import LanguageModel
@@ -14,7 +12,10 @@ from cutaway.model.tokens import Tokens
 
 @dataclass(frozen=True)
 class Price:
-    """KL(unedited || edited) in nats per token, with a 95 % interval over rows, and the loss before and after."""
+    """KL(unedited || edited) in nats a token: the mean over rows of each row's mean, with its 95 % interval over rows.
+
+    `loss`, `loss_edited` are the next-token loss before and after, over `n_tokens` predictions.
+    """
 
     kl: float
     interval: tuple[float, float]
@@ -39,29 +40,42 @@ class Price:
 
 def price(lm: LanguageModel, text: Any, edits: Edit | Sequence[Edit], *, batch_rows: int = 16) -> Price:
     """Run neutral text with and without the edits. `text`: texts, ids or `Tokens`, of at least two tokens a row."""
+    return prices(lm, text, [edits], batch_rows=batch_rows)[0]
+
+
+def prices(
+    lm: LanguageModel, text: Any, choices: Sequence[Edit | Sequence[Edit]], *, batch_rows: int = 16
+) -> list[Price]:
+    """The price of several sets of edits on the same text; the unedited run is made once."""
     tokens: Tokens = lm.tokens(text)
-    kls: list[float] = []
-    before = after = 0.0
-    count = 0
-    for first in range(0, len(tokens.ids), batch_rows):
-        part = tokens[list(range(first, min(first + batch_rows, len(tokens.ids))))]
-        plain, edited = (lm.run(part, edits=e, logits="all").logits for e in ((), edits))
+    kls: list[list[float]] = [[] for _ in choices]
+    after = [0.0] * len(choices)
+    before, count = 0.0, 0
+    for first in range(0, len(tokens), batch_rows):
+        part = tokens[list(range(first, min(first + batch_rows, len(tokens))))]
+        plain = lm.run(part, logits="all").logits
         assert plain is not None
-        assert edited is not None
-        p, q = plain.float().log_softmax(-1), edited.float().log_softmax(-1)
-        kl = (p.exp() * (p - q)).sum(-1)
-        mask = part.mask.to(kl)
-        kls += ((kl * mask).sum(1) / mask.sum(1)).tolist()
+        p = plain.float().log_softmax(-1)
+        mask = part.mask.to(p)
         both = part.mask[:, 1:] & part.mask[:, :-1]
-        following = part.ids[:, 1:, None].to(p.device)
+        following = part.ids[:, 1:, None]
         before -= p[:, :-1].gather(-1, following)[..., 0][both].sum().item()
-        after -= q[:, :-1].gather(-1, following)[..., 0][both].sum().item()
         count += int(both.sum())
-    return Price(
-        kl=float(torch.tensor(kls).mean()),
-        interval=bootstrap_interval(kls),
-        loss=before / max(1, count),
-        loss_edited=after / max(1, count),
-        n_tokens=count,
-        n_rows=len(kls),
-    )
+        for i, edits in enumerate(choices):
+            edited = lm.run(part, edits=edits, logits="all").logits
+            assert edited is not None
+            q = edited.float().log_softmax(-1)
+            kl = (p.exp() * (p - q)).sum(-1)
+            kls[i] += ((kl * mask).sum(1) / mask.sum(1)).tolist()
+            after[i] -= q[:, :-1].gather(-1, following)[..., 0][both].sum().item()
+    return [
+        Price(
+            kl=sum(of) / len(of),
+            interval=bootstrap_interval(of),
+            loss=before / max(1, count),
+            loss_edited=loss / max(1, count),
+            n_tokens=count,
+            n_rows=len(of),
+        )
+        for of, loss in zip(kls, after, strict=True)
+    ]

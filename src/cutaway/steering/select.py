@@ -15,6 +15,7 @@ from torch import Tensor
 from cutaway.artifacts.errors import CutawayError
 from cutaway.model.edits import Edit
 from cutaway.model.language_model import LanguageModel
+from cutaway.model.run import Run
 from cutaway.model.tokens import Tokens
 from cutaway.steering.directions import Direction, Directions, ablate, clamp_to_negative, describe, push
 from cutaway.steering.judge import Judge, refusal
@@ -91,9 +92,10 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Selection:
-    """All candidates, and the best one to remove and to induce the behaviour. Unsteered scores for comparison."""
+    """All candidates, those early enough to be chosen, and the best one to remove and to induce the behaviour."""
 
     candidates: tuple[Candidate, ...]
+    eligible: tuple[Candidate, ...]
     remove: Candidate
     induce: Candidate
     positive_score: float
@@ -112,7 +114,7 @@ class Selection:
 
     def best(self, method: str) -> Candidate:
         """The best candidate of one method: lowest score for a method that removes, highest for one that adds."""
-        of = [candidate for candidate in self.candidates if candidate.method == method]
+        of = [candidate for candidate in self.eligible if candidate.method == method]
         if not of:
             raise CutawayError(f"no candidate uses the method {method!r}")
         return max(of, key=lambda c: c.score) if method.startswith("add") else min(of, key=lambda c: c.score)
@@ -137,32 +139,37 @@ def select_direction(
     *,
     scales: Sequence[float] = (1.0, 2.0),
     max_kl: float = 0.5,
+    max_depth: float = 0.8,
 ) -> Selection:
     """Try every direction with every method on validation prompts and choose one to remove, one to induce.
 
     Removing (ablate, clamp) is scored on the positive prompts, lowest is best; inducing (add × scale) on the negative
     prompts, highest is best. A removing candidate that moves the negative prompts' next-token distribution by more than
-    `max_kl` nats is not chosen while a gentler one brings the log-odds below 0.
+    `max_kl` nats is not chosen while a gentler one brings the log-odds below 0. Layers from `max_depth` of the model's
+    depth on are listed but not chosen: so near the unembedding an edit just writes the answer's logits.
     """
     plus, minus = lm.tokens(positive), lm.tokens(negative)
     words = openings(lm, plus, minus) if words is None else words
-    base_plus, base_minus = _last_logits(lm, plus, ()), _last_logits(lm, minus, ())
+    # the stream of the unedited runs is where every edited run of a later layer can start
+    base_plus, base_minus = (lm.run(side, capture="blocks.*.resid_pre", logits="last") for side in (plus, minus))
     found: list[Candidate] = []
     for direction in directions:
         for name, method in REMOVING.items():
             edits = method(lm, direction)
-            found.append(_candidate(lm, direction, name, edits, plus, words, minus, base_minus))
+            found.append(_candidate(lm, direction, name, edits, base_plus, words, base_minus))
         for scale in scales:
             name = f"add ×{scale:g}"
-            found.append(_candidate(lm, direction, name, push(direction, scale), minus, words, None, base_minus))
-    removing = [c for c in found if c.method in REMOVING]
+            found.append(_candidate(lm, direction, name, push(direction, scale), base_minus, words, None))
+    early = [c for c in found if c.direction.layer < max_depth * lm.n_layers] or found
+    removing = [c for c in early if c.method in REMOVING]
     gentle = [c for c in removing if c.kl <= max_kl and c.score < 0]
     return Selection(
         candidates=tuple(found),
+        eligible=tuple(early),
         remove=min(gentle or removing, key=lambda c: c.score),
-        induce=max((c for c in found if c.method not in REMOVING), key=lambda c: c.score),
-        positive_score=words.score(base_plus).mean().item(),
-        negative_score=words.score(base_minus).mean().item(),
+        induce=max((c for c in early if c.method not in REMOVING), key=lambda c: c.score),
+        positive_score=words.score(_last(base_plus)).mean().item(),
+        negative_score=words.score(_last(base_minus)).mean().item(),
         n=(len(plus.ids), len(minus.ids)),
     )
 
@@ -172,20 +179,22 @@ def _candidate(
     direction: Direction,
     method: str,
     edits: Sequence[Edit],
-    prompts: Tokens,
+    prompts: Run,
     words: Openings,
-    bystanders: Tokens | None,
-    base: Tensor,
+    bystanders: Run | None,
 ) -> Candidate:
-    scores = words.score(_last_logits(lm, prompts, edits))
+    scores = words.score(_edited(lm, prompts, edits))
     kl = float("nan")
     if bystanders is not None:
-        p, q = base.log_softmax(-1), _last_logits(lm, bystanders, edits).log_softmax(-1)
+        p, q = _last(bystanders).log_softmax(-1), _edited(lm, bystanders, edits).log_softmax(-1)
         kl = (p.exp() * (p - q)).sum(-1).mean().item()
     return Candidate(direction, method, scores.mean().item(), (scores > 0).float().mean().item(), kl)
 
 
-def _last_logits(lm: LanguageModel, tokens: Tokens, edits: Sequence[Edit]) -> Tensor:
-    logits = lm.run(tokens, edits=edits, logits="last").logits
-    assert logits is not None
-    return logits[:, 0].float()
+def _last(run: Run) -> Tensor:
+    assert run.logits is not None
+    return run.logits[:, 0].float()
+
+
+def _edited(lm: LanguageModel, base: Run, edits: Sequence[Edit]) -> Tensor:
+    return _last(lm.run(base.tokens, edits=edits, logits="last", resume=base))

@@ -100,7 +100,7 @@ def _refusal(tour: Tour, prompts: dict[str, Tokens], refused: float, answered: f
             command=command,
         )
         results.append((kind, words, result))
-    vectors = {f"{kind} {words}": r.direction.vector.contiguous() for kind, words, r in results}
+    vectors = {f"{kind} {words}": r.direction.vector for kind, words, r in results}
     write_safetensors(tour.folder.path / "directions.safetensors", vectors)
     clamp = results[1][2]
     return page.Section(
