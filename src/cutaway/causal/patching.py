@@ -84,40 +84,56 @@ class PatchGrid:
         return self.layers.index(layer), self.columns.index(column)
 
     def effect(
-        self, layer: int, column: str, *, command: str | None = None, rows: Sequence[int] | None = None
+        self,
+        layer: int,
+        column: str,
+        *,
+        of: Literal["metric", "flips"] = "metric",
+        command: str | None = None,
+        rows: Sequence[int] | None = None,
     ) -> Effect:
         """One cell as an effect, beside patching a random other position of the same prompt in the same layer.
 
-        The random position is drawn for each pair among those that can carry a difference: from the first token in
-        which clean and corrupt differ, without the cells' own.
+        `of` says what is moved: the share of the metric's difference, or the share of pairs whose top token becomes the
+        source's answer ("flips"). The random position is drawn for each pair among those that can carry a difference:
+        from the first token in which clean and corrupt differ, without the cells' own.
         """
         i, j = self._cell(layer, column)
         pick = torch.arange(self.n) if rows is None else torch.as_tensor(list(rows))
+        name = f"{self.direction} {self.site.format(l=layer)} at {column!r}"
+        ablation = f"patch from the {'clean' if self.direction == 'denoise' else 'corrupt'} run"
+        if of == "flips":
+            flips, untouched = self.flips[i, j, pick], self.base_flips[pick]
+            random = self.random_flips[i, j, pick].float()
+            right, before, n = int(flips.sum()), int(untouched.sum()), len(pick)
+            return Effect(
+                name=f"{name}: answers flipped",
+                value=right / n,
+                n=n,
+                interval=wilson_interval(right, n),
+                controls=(
+                    Control(RANDOM, random.mean().item(), bootstrap_interval(random.numpy()), n),
+                    Control("not patched", before / n, wilson_interval(before, n), n),
+                ),
+                ablation=ablation,
+                units="share of pairs",
+                command=command,
+            )
         value, control = self.values[i, j, pick], self.random_values[i, j, pick]
         value, control = value[~value.isnan()], control[~control.isnan()]
-        flips = self.flips[i, j, pick]
         return Effect(
-            name=f"{self.direction} {self.site.format(l=layer)} at {column!r}",
+            name=name,
             value=value.mean().item(),
             n=len(value),
             interval=bootstrap_interval(value.numpy()),
-            controls=(
-                Control(RANDOM, control.mean().item(), bootstrap_interval(control.numpy()), len(control)),
-                Control(
-                    "flips: patched",
-                    flips.float().mean().item(),
-                    wilson_interval(int(flips.sum()), len(flips)),
-                    len(flips),
-                ),
-                Control("flips: " + RANDOM, self.random_flips[i, j, pick].float().mean().item(), None, len(flips)),
-            )[: 1 if column == RANDOM else 3],
-            ablation=f"patch from the {'clean' if self.direction == 'denoise' else 'corrupt'} run",
+            controls=(Control(RANDOM, control.mean().item(), bootstrap_interval(control.numpy()), len(control)),),
+            ablation=ablation,
             units=f"share of the {self.metric.replace('_', ' ')} between the two runs",
             command=command,
         )
 
-    def best(self, *, command: str | None = None) -> Effect:
-        """The cell with the largest mean, chosen on every second pair and measured on the others.
+    def best(self, *, of: Literal["metric", "flips"] = "metric", command: str | None = None) -> Effect:
+        """The cell with the largest mean of the metric, chosen on every second pair and measured on the others.
 
         Choosing and measuring on the same pairs would report the luckiest of many cells. Needs at least 8 pairs.
         """
@@ -127,7 +143,7 @@ class PatchGrid:
             )
         chosen = self.values[..., 0::2].nanmean(-1)
         i, j = divmod(int(chosen.nan_to_num(-torch.inf).argmax()), len(self.columns))
-        return self.effect(self.layers[i], self.columns[j], command=command, rows=range(1, self.n, 2))
+        return self.effect(self.layers[i], self.columns[j], of=of, command=command, rows=range(1, self.n, 2))
 
     def to_json(self) -> dict[str, Any]:
         low, high = self.interval()
@@ -210,6 +226,7 @@ def patch_grid(
     direction: Direction = "denoise",
     metric: str | Metric = logit_difference,
     roles: Sequence[str] | None = None,
+    names: Sequence[str] | None = None,
     layers: Sequence[int] | None = None,
     draws: int = 3,
     batch_rows: int = 256,
@@ -219,9 +236,9 @@ def patch_grid(
 
     `site` has `{l}` where the layer stands: resid_pre, resid_mid, resid_post, attn.out, mlp.out. Without `roles`, all
     pairs must be equally long and the columns are token positions; with roles (`["city", "last"]`), they may differ in
-    length and layout, and a role may even stand at different positions of clean and corrupt. `metric` is a name
-    ("logit_difference", "probability", "kl") or a function `(logits [b, V], targets) -> [b]`. The control patches
-    `draws` random other positions a pair.
+    length and layout, and a role may even stand at different positions of clean and corrupt. `names` are names of
+    your own for the columns. `metric` is a name ("logit_difference", "probability", "kl") or a function
+    `(logits [b, V], targets) -> [b]`. The control patches `draws` random other positions a pair.
 
     Raises `CutawayError` for pairs that do not line up, or prompts that the metric cannot tell apart.
     """
@@ -233,6 +250,10 @@ def patch_grid(
     noise = direction == "noise"
     base, source = (aligned.clean, aligned.corrupt) if noise else (aligned.corrupt, aligned.clean)
     columns, in_clean, in_corrupt = _columns(aligned, roles)
+    if names is not None:
+        if len(names) != len(columns) or len(set(names)) != len(names):
+            raise CutawayError(f"{len(names)} names were given for {len(columns)} columns; give each its own")
+        columns = list(names)
     to, frm = (in_clean, in_corrupt) if noise else (in_corrupt, in_clean)
     if roles is not None:
         drawn = _random_positions(aligned, torch.cat([in_clean, in_corrupt]), draws, seed)

@@ -64,6 +64,15 @@ def fires(
         yield Firing(latents[active], values[active], at[active], at[:, 0])
 
 
+def of_rows(firings: Sequence[Firing], width: int, parity: int) -> list[Firing]:
+    """What lies in even rows (`parity` 0) or in odd ones (1)."""
+    parts = []
+    for firing in firings:
+        entries, kept = (firing.at // width) % 2 == parity, (firing.kept // width) % 2 == parity
+        parts.append(Firing(firing.latent[entries], firing.value[entries], firing.at[entries], firing.kept[kept]))
+    return parts
+
+
 @dataclass
 class Keeper:
     """For each of F latents the m entries of largest score so far: `score`, `value` [F, m], `at` [F, m] (or -1)."""

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.results import Control, Effect
 from cutaway.dictionaries.dictionary import Dictionary
-from cutaway.features.activations import Firing, Rows, fires, width_of
+from cutaway.features.activations import Firing, Rows, fires, of_rows, width_of
 from cutaway.model.language_model import LanguageModel
 
 
@@ -105,19 +106,18 @@ class SortedFiring:
 def mentions(lm: LanguageModel, rows: Rows, words: Sequence[str]) -> Tensor:
     """True where a word's last token stands [N, width]; words are matched as the tokenizer writes them after a space
     and at the start of a text."""
-    spelled = set()
-    for word in words:
-        for text in (f" {word}", word):
-            tokens = lm.tokens(text, bos=False)
-            spelled.add(tuple(tokens.ids[0][tokens.mask[0]].tolist()))
-    found = torch.zeros(len(rows), width_of(rows), dtype=torch.bool)
-    for length in {len(ids) for ids in spelled}:
-        wanted = {ids for ids in spelled if len(ids) == length}
-        for i, row in enumerate(rows):
-            ids = list(map(int, row))
-            for end in range(length - 1, len(ids)):
-                if tuple(ids[end - length + 1 : end + 1]) in wanted:
-                    found[i, end] = True
+    if isinstance(rows, Tensor):
+        ids = rows
+    else:
+        ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=-1)
+    found = torch.zeros(ids.shape, dtype=torch.bool)
+    for text in (form for word in words for form in (f" {word}", word)):
+        tokens = lm.tokens(text, bos=False)
+        spelled = tokens.ids[0][tokens.mask[0]].tolist()
+        starts = ids.shape[1] - len(spelled) + 1
+        if starts > 0:
+            here = [ids[:, i : i + starts] == token for i, token in enumerate(spelled)]
+            found[:, len(spelled) - 1 :] |= torch.stack(here).all(0)
     return found
 
 
@@ -131,18 +131,17 @@ def match_concepts(
     batch_rows: int = 16,
     seed: int = 0,
     command: str | None = None,
+    firings: Sequence[Firing] | None = None,
 ) -> list[ConceptMatch]:
     """For each concept (True at its tokens, [N, width]) the latent that tells it best on even rows, tested on odd rows.
 
     The control makes the same search for shuffled labels (as many tokens, drawn anew in both halves): its AUROC on the
-    rows it was chosen on shows what luck alone finds among all latents. Raises `CutawayError` for a concept with fewer
-    than 4 tokens in either half.
+    rows it was chosen on shows what luck alone finds among all latents. `firings` is `fires(lm, dictionary, rows)` for
+    those who have made that pass already. Raises `CutawayError` for a concept with fewer than 4 tokens in either half.
     """
     width = width_of(rows)
-    halves = [
-        SortedFiring(list(fires(lm, dictionary, rows, range(half, len(rows), 2), batch_rows)), dictionary.d_sae)
-        for half in (0, 1)
-    ]
+    found = list(fires(lm, dictionary, rows, batch_rows=batch_rows)) if firings is None else firings
+    halves = [SortedFiring(of_rows(found, width, half), dictionary.d_sae) for half in (0, 1)]
     generator = torch.Generator().manual_seed(seed)
     matches = []
     for concept, mask in labelled.items():

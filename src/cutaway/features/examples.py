@@ -5,7 +5,7 @@ over all its activations and shown by quantile. Rows are split in halves: even r
 label is read from), odd rows are held out to test it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.dictionaries.dictionary import Dictionary
-from cutaway.features.activations import Keeper, Rows, fires, strongest_per_row, width_of
+from cutaway.features.activations import Firing, Keeper, Rows, fires, strongest_per_row, width_of
 from cutaway.model.language_model import LanguageModel
 
 
@@ -123,20 +123,21 @@ def top_examples(
     sample: int = 32,
     batch_rows: int = 32,
     seed: int = 0,
+    firings: Iterable[Firing] | None = None,
 ) -> FeatureExamples:
     """Stream rows of token ids [N, p] through the model and keep each latent's strongest contexts.
 
     `n` top examples a latent, each from another row, and `lower` at evenly spaced quantiles of `8 * lower` random
     activations; `window` tokens before and after; `sample` activations a half for labels. `latents` limits the windows
     that are written out (default: all that fire); densities are counted for every latent. Memory is O(F · sample),
-    whatever the number of rows.
+    whatever the number of rows. `firings` is `fires(lm, dictionary, rows)`, for those who have made that pass already.
     """
     f, width = dictionary.d_sae, width_of(rows)
     top, uniform, shown, held = Keeper(f, n), Keeper(f, 8 * lower), Keeper(f, sample), Keeper(f, sample)
     counts, maximum = torch.zeros(f), torch.zeros(f)
     generator = torch.Generator().manual_seed(seed)
     kept: list[Tensor] = []
-    for firing in fires(lm, dictionary, rows, batch_rows=batch_rows):
+    for firing in fires(lm, dictionary, rows, batch_rows=batch_rows) if firings is None else firings:
         kept.append(firing.kept)
         latent, value, at = firing.latent, firing.value, firing.at
         counts += torch.bincount(latent, minlength=f)

@@ -33,13 +33,11 @@ def patching(tour: Tour) -> page.Section:
             status="not shown",
             note=f"not shown: only {len(pairs)} prompt pairs of {task.task.name} share a layout, and 8 are needed.",
         )
-    grid = patch_grid(lm, pairs, seed=tour.seed)
-    tokens = pairs.clean.strings[0]
-    effect = grid.best(command=tour.command("patching"))
+    names = position_labels(pairs, pairs.clean.strings[0])
+    grid = patch_grid(lm, pairs, seed=tour.seed, names=names)
+    effects = [grid.best(of=of, command=tour.command("patching")) for of in ("metric", "flips")]
     first = pairs.pairs[0]
-    flips = grid.flip_rate
-    i, j = divmod(int(flips.argmax()), flips.shape[1])
-    labels = position_labels(pairs, tokens)
+    labels = list(grid.columns)
     moves = [int(row.argmax()) for row in grid.mean]
     texts = {"clean": _text(first.clean), "corrupt": _text(first.corrupt)}
     single = [grid.flips[layer, moves[layer], 0].item() for layer in range(len(moves))]
@@ -53,9 +51,9 @@ def patching(tour: Tour) -> page.Section:
                 items=(
                     page.Figure(
                         label="answers flipped at the best place",
-                        value=round(float(flips[i, j]), 3),
+                        value=round(effects[1].value, 3),
                         units="share",
-                        detail=f"layer {grid.layers[i]}, {labels[j]}, n {grid.n}",
+                        detail=f"{effects[0].name}, n {effects[1].n}",
                     ),
                     page.Figure(
                         label="flipped without a patch",
@@ -91,7 +89,7 @@ def patching(tour: Tour) -> page.Section:
                 row_axis="layer",
                 column_axis="position",
             ),
-            page.EffectBlock(effect=effect.to_json()),
+            *(page.EffectBlock(effect=effect.to_json()) for effect in effects),
         ),
     )
 

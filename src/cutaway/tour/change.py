@@ -12,8 +12,6 @@ from cutaway.artifacts.files import write_safetensors
 from cutaway.artifacts.results import Control, Effect
 from cutaway.artifacts.statistics import bootstrap_interval
 from cutaway.causal.competence import TaskResult
-from cutaway.features.concepts import ConceptMatch
-from cutaway.features.examples import top_examples
 from cutaway.model.edits import Edit
 from cutaway.model.tokens import Tokens
 from cutaway.steering.directions import Direction, ablate, clamp_to_negative, describe, difference_of_means, push
@@ -24,12 +22,13 @@ from cutaway.steering.select import Selection, select_direction
 from cutaway.subjects.world.items import item_sets
 from cutaway.tour import section as page
 from cutaway.tour.context import LEAST_RIGHT, Tour, neutral_rows
-from cutaway.tour.name import matches, study_rows, trained_dictionary
+from cutaway.tour.name import Told, told, trained_dictionary
 from cutaway.tour.world_tasks import GENERAL_CONCEPTS, LANDMARKS, OPEN_PROMPTS
 
 _TEST = 40
 _FIT = 64
 _CHOOSE = 24
+_LEAST_AUROC = 0.8
 _CONTRASTS = ("pronoun", "subject–verb agreement", "determiner–noun agreement", "reflexive agreement", "closing quote")
 
 
@@ -353,14 +352,13 @@ def clamping(tour: Tour) -> page.Section:
         "latents that "
         "fire as often. Watched: the probability of the entity's word on prompts that do not mention it.",
     )
-    learned, rows = trained_dictionary(tour), study_rows(tour)
-    found = {m.concept: m for m in matches(tour, learned, rows)}
-    picked = _steerable(tour, found)
+    learned = trained_dictionary(tour)
+    found, density = told(tour)
+    picked = _steerable(found)
     if picked is None:
         note = "not shown: no entity that could be watched is told by a latent with AUROC of 0.8 or more in this text."
         return page.Section(**about, status="not shown", note=note)
     match, words, prompts = picked
-    density = top_examples(lm, learned, rows, latents=[], seed=tour.seed)
     ids = [int(lm.tokens(f" {word}", bos=False).ids[0, 0]) for word in words]
     try:
         result = steer_latent(
@@ -369,8 +367,8 @@ def clamping(tour: Tour) -> page.Section:
             match.latent,
             list(prompts),
             ids,
-            maximum=float(density.maximum[match.latent]),
-            density=density.density,
+            maximum=match.maximum,
+            density=density,
             concept=" or ".join(words[:3]),
             neutral=neutral_rows(tour, n=8),
             seed=tour.seed,
@@ -381,24 +379,21 @@ def clamping(tour: Tour) -> page.Section:
     return _clamping(about, match, words, result)
 
 
-def _steerable(
-    tour: Tour, found: dict[str, ConceptMatch]
-) -> tuple[ConceptMatch, tuple[str, ...], tuple[str, ...]] | None:
-    """A landmark and its city on atlas; elsewhere the best told entity whose own words can be watched."""
-    for landmark, city in LANDMARKS.items():
-        if landmark in found and found[landmark].auroc >= 0.8:
-            return found[landmark], (city,), OPEN_PROMPTS
-    usable = [m for m in found.values() if m.concept in GENERAL_CONCEPTS and m.auroc >= 0.8]
+def _steerable(found: list[Told]) -> tuple[Told, tuple[str, ...], tuple[str, ...]] | None:
+    """The landmark whose latent is its own most (by precision) and its city; else the best told entity that has words
+    which can be watched."""
+    landmarks = [t for t in found if t.concept in LANDMARKS and t.auroc >= _LEAST_AUROC]
+    if landmarks:
+        best = max(landmarks, key=lambda t: t.precision)
+        return best, (LANDMARKS[best.concept],), OPEN_PROMPTS
+    usable = [t for t in found if t.concept in GENERAL_CONCEPTS and t.auroc >= _LEAST_AUROC]
     if not usable:
         return None
-    best = max(usable, key=lambda m: m.auroc)
     prompts = ("Once upon a time, there was a", "One day, the", "He said that", "They went to the", "It was", "The")
-    return best, GENERAL_CONCEPTS[best.concept], prompts
+    return usable[0], GENERAL_CONCEPTS[usable[0].concept], prompts
 
 
-def _clamping(
-    about: dict[str, Any], match: ConceptMatch, words: tuple[str, ...], result: LatentSteering
-) -> page.Section:
+def _clamping(about: dict[str, Any], match: Told, words: tuple[str, ...], result: LatentSteering) -> page.Section:
     moved = result.moved
     doses = result.doses
     strongest = max(doses, key=lambda dose: dose.effect.value)

@@ -25,8 +25,8 @@ from cutaway.tour.world_tasks import WORLD_TASKS
 LEAST_RIGHT = 0.8
 _PAIRS = 40
 _CONTEXT = 256
-_HELD_OUT_ROWS = 64
-_WORLD_CHARACTERS = 4_000_000
+_JUDGED_ROWS = 64
+_WORLD_CHARACTERS = 6_000_000
 
 
 @dataclass(frozen=True)
@@ -86,11 +86,15 @@ class Tour:
 
     @cached_property
     def rows(self) -> Split:
-        """Token rows of the text: some to learn from, some to judge on."""
+        """Token rows of the text: three quarters to learn from, the rest to judge on and to look for features in."""
         context = min(_CONTEXT, self.lm.context_length)
         rows = token_rows(self.lm, self.text.documents, context, self.seed, limit=12_000)
-        held_out = min(_HELD_OUT_ROWS, max(1, len(rows) // 5))
-        return split_rows(rows, held_out, self.seed)
+        return split_rows(rows, max(1, len(rows) // 4), self.seed)
+
+    @property
+    def judged_rows(self) -> Tensor:
+        """Held-out rows on which dictionaries are judged and edits priced."""
+        return self.rows.held_out[:_JUDGED_ROWS]
 
     @cached_property
     def tried(self) -> list[TaskResult]:
@@ -141,12 +145,12 @@ def position_labels(pairs: AlignedPairs, strings: Sequence[str]) -> list[str]:
     rows = [pairs.clean.row_ids(row) for row in range(len(pairs))]
     shared = [len({row[i] for row in rows}) == 1 for i in range(len(rows[0]))]
     return [
-        f"{i} {string.strip() or string!r}" + ("" if same else "*")
+        f"{i} {string.strip() or repr(string)}{'' if same else '*'}"
         for i, (string, same) in enumerate(zip(strings, shared, strict=True))
     ]
 
 
 def neutral_rows(tour: Tour, n: int = 16, length: int = 64) -> list[list[int]]:
     """Held-out rows of the tour's text, cut short: where a steering edit should do nothing."""
-    rows: Tensor = tour.rows.held_out[:n, :length]
+    rows: Tensor = tour.judged_rows[:n, :length]
     return [list(map(int, row)) for row in rows]

@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 import itertools
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
+from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.files import write_parquet
+from cutaway.artifacts.progress import Progress
 from cutaway.dictionaries.dictionary import Dictionary
 from cutaway.dictionaries.evaluate import evaluate
 from cutaway.dictionaries.from_model import train_on_model
 from cutaway.dictionaries.saelens_format import load_dictionary, save_dictionary
 from cutaway.dictionaries.train import TrainConfig
+from cutaway.features.activations import Firing, fires
 from cutaway.features.concepts import ConceptMatch, match_concepts, mentions
 from cutaway.features.effects import logit_effects
 from cutaway.features.examples import FeatureExamples, top_examples
 from cutaway.features.summary import token_summary
 from cutaway.tour import section as page
 from cutaway.tour.context import Tour
-from cutaway.tour.world_tasks import GENERAL_CONCEPTS, world_concepts
+from cutaway.tour.world_tasks import GENERAL_CONCEPTS, LANDMARKS, world_concepts
 
-_TOKENS = 1_200_000  # as many as two cores read and train on in about a minute and a half
+_TOKENS = 2_000_000  # as many as two cores read and train on in about two minutes
 _SHOWN = 8
+_STUDY_ROWS = 512
 _LEAST_MENTIONS = 12
 
 
@@ -60,7 +67,7 @@ def dictionary(tour: Tour) -> page.Section:
         _remove(dictionary_folder(tour))
     save_dictionary(trained.dictionary, dictionary_folder(tour))
     _remove(work)
-    judged = evaluate(tour.lm, trained.dictionary, tour.rows.held_out, seed=tour.seed, command=command)
+    judged = evaluate(tour.lm, trained.dictionary, tour.judged_rows, seed=tour.seed, command=command)
     effects = judged.effects
     history = trained.history
     bins = torch.tensor([0.0, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0])
@@ -125,8 +132,6 @@ def dictionary(tour: Tour) -> page.Section:
 
 
 def _remove(folder: Path) -> None:
-    import shutil
-
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -140,8 +145,22 @@ def concepts(tour: Tour) -> dict[str, tuple[str, ...]]:
     return {**world_concepts(), **GENERAL_CONCEPTS} if tour.of_atlas else GENERAL_CONCEPTS
 
 
-def matches(tour: Tour, learned: Dictionary, rows: torch.Tensor) -> list[ConceptMatch]:
-    """The best latent of every concept that the rows mention often enough."""
+def study_rows(tour: Tour) -> Tensor:
+    """Held-out rows in which latents are looked at; on atlas those that mention a landmark come first.
+
+    A landmark makes up one token in ten thousand, and its latent can be told only where it is mentioned.
+    """
+    rows = tour.rows.held_out
+    if tour.of_atlas:
+        wanted = mentions(tour.lm, rows, tuple(LANDMARKS)).any(1)
+        rows = torch.cat([rows[wanted], rows[~wanted]])[:_STUDY_ROWS]
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(tour.seed))
+        return rows[order]  # even and odd rows are the halves that features are chosen and measured on
+    return rows[:_STUDY_ROWS]
+
+
+def _matches(tour: Tour, learned: Dictionary, rows: Tensor, firings: list[Firing]) -> list[ConceptMatch]:
+    """The best latent of every concept that the rows mention often enough, best first."""
     labelled = {}
     for concept, words in concepts(tour).items():
         mask = mentions(tour.lm, rows, words)
@@ -149,25 +168,27 @@ def matches(tour: Tour, learned: Dictionary, rows: torch.Tensor) -> list[Concept
             labelled[concept] = mask
     if not labelled:
         return []
-    return match_concepts(
-        tour.lm, learned, rows, labelled, shuffles=5, seed=tour.seed, command=tour.command("features")
+    command = tour.command("features")
+    found = match_concepts(
+        tour.lm, learned, rows, labelled, shuffles=5, seed=tour.seed, command=command, firings=firings
     )
-
-
-def study_rows(tour: Tour) -> torch.Tensor:
-    """Rows in which latents are looked at: held out first, then as many of the rest as a minute allows."""
-    return torch.cat([tour.rows.held_out, tour.rows.train[:128]])
+    return sorted(found, key=lambda m: -m.auroc)
 
 
 def features(tour: Tour) -> page.Section:
     """What do single latents respond to, and which stand for things we know?"""
     lm, learned, rows = tour.lm, trained_dictionary(tour), study_rows(tour)
-    examples = top_examples(lm, learned, rows, latents=[], seed=tour.seed)
-    found = matches(tour, learned, rows)
-    best = sorted(found, key=lambda m: -m.auroc)[: _SHOWN // 2]
+    with Progress("features", total=rows.numel(), unit="tokens") as progress:
+        firings = []
+        for firing in fires(lm, learned, rows):
+            firings.append(firing)
+            progress.advance(len(firing.kept))
+    examples = top_examples(lm, learned, rows, latents=[], seed=tour.seed, firings=firings)
+    found = _matches(tour, learned, rows, firings)
+    best = _shown(found)
     chosen = list(dict.fromkeys([m.latent for m in best]))
-    chosen += [i for i in _typical(examples, _SHOWN - len(chosen), tour.seed) if i not in chosen]
-    examples = top_examples(lm, learned, rows, latents=chosen, n=4, lower=0, seed=tour.seed)
+    chosen += [i for i in _typical(examples, _SHOWN, tour.seed) if i not in chosen][: _SHOWN - len(chosen)]
+    examples = top_examples(lm, learned, rows, latents=chosen, n=4, lower=0, seed=tour.seed, firings=firings)
     summaries = token_summary(lm, rows, examples)
     effects = {e.latent: e for e in logit_effects(lm, learned, chosen, k=6)}
     known = {m.latent: m for m in reversed(best)}
@@ -206,12 +227,11 @@ def features(tour: Tour) -> page.Section:
                 round(m.recall, 3),
                 m.n_positive,
             )
-            for m in sorted(found, key=lambda m: -m.auroc)
+            for m in found
         ),
         caption=(
-            "The latent that tells an entity best, chosen on every second row and measured on the others. "
-            "Control: the same "
-            "search for shuffled labels."
+            "The latent that tells an entity best, chosen on every second row and measured on the others. Control: "
+            "the same search for shuffled labels." + (_LANDMARKS_FIRST if tour.of_atlas else "")
         ),
     )
     figures = [page.Figure(label="latents that fire", value=round(1 - examples.dead, 3), units="share")]
@@ -239,6 +259,18 @@ def features(tour: Tour) -> page.Section:
     )
 
 
+_LANDMARKS_FIRST = " Rows that mention a landmark were taken first, so landmarks are commoner here than in the text."
+
+
+def _shown(found: list[ConceptMatch]) -> list[ConceptMatch]:
+    """The best told entities for half of the examples; a landmark among them where one is told."""
+    best = found[: _SHOWN // 2]
+    landmarks = [m for m in found if m.concept in LANDMARKS]
+    if landmarks and not any(m.concept in LANDMARKS for m in best):
+        best = [*best[:-1], landmarks[0]]
+    return best
+
+
 def _typical(examples: FeatureExamples, n: int, seed: int) -> list[int]:
     """Latents drawn at random from those that fire on at least 30 tokens: no picking of pretty ones."""
     able = (examples.density * examples.n_tokens >= 30).nonzero()[:, 0]
@@ -252,18 +284,44 @@ def _write_table(tour: Tour, examples: FeatureExamples, found: list[ConceptMatch
     for match in found:
         matched.setdefault(match.latent, []).append(match)
     count = len(examples.density)
-    table = pa.table(
-        {
-            "latent": pa.array(range(count), pa.int32()),
-            "density": pa.array(examples.density.tolist(), pa.float32()),
-            "maximum": pa.array(examples.maximum.tolist(), pa.float32()),
-            "concepts": pa.array(
-                [[m.concept for m in matched.get(i, [])] for i in range(count)], pa.list_(pa.string())
-            ),
-            "auroc": pa.array([[m.auroc for m in matched.get(i, [])] for i in range(count)], pa.list_(pa.float32())),
-        }
-    )
-    write_parquet(tour.folder.path / "latents.parquet", table)
+    columns: dict[str, pa.Array] = {
+        "latent": pa.array(range(count), pa.int32()),
+        "density": pa.array(examples.density.tolist(), pa.float32()),
+        "maximum": pa.array(examples.maximum.tolist(), pa.float32()),
+        "concepts": pa.array([[m.concept for m in matched.get(i, [])] for i in range(count)], pa.list_(pa.string())),
+    }
+    for name in ("auroc", "precision", "recall"):
+        values = [[getattr(m, name) for m in matched.get(i, [])] for i in range(count)]
+        columns[name] = pa.array(values, pa.list_(pa.float64()))
+    write_parquet(tour.folder.path / "latents.parquet", pa.table(columns))
+
+
+@dataclass(frozen=True)
+class Told:
+    """A known entity and the latent that tells it best, with its density and maximum: a row of latents.parquet."""
+
+    concept: str
+    latent: int
+    auroc: float
+    precision: float
+    recall: float
+    maximum: float
+
+
+def told(tour: Tour) -> tuple[list[Told], Tensor]:
+    """What the features step has found, best first, and every latent's density [F]."""
+    path = tour.folder.path / "latents.parquet"
+    if not path.is_file():
+        raise CutawayError(f"{path} does not exist: run the tour, or `--only features` first")
+    records = pq.read_table(path).to_pylist()
+    found = [
+        Told(concept, record["latent"], auroc, precision, recall, record["maximum"])
+        for record in records
+        for concept, auroc, precision, recall in zip(
+            record["concepts"], record["auroc"], record["precision"], record["recall"], strict=True
+        )
+    ]
+    return sorted(found, key=lambda t: -t.auroc), torch.tensor([record["density"] for record in records])
 
 
 def require_dictionary(tour: Tour) -> None:

@@ -78,13 +78,15 @@ def _run(tour: Tour, only: str | None, started: float, settings: dict[str, Any])
     sections = []
     wanted = NAMES if only is None else (only,)
     with Progress("tour", total=len(wanted), unit="steps") as progress:
+        began = time.monotonic()
         test = tour.lm.selftest()
         test.require()
+        tested = time.monotonic() - began
         for step in wanted:
             if only in _NEEDS_DICTIONARY:
                 name.require_dictionary(tour)
             progress.advance(0, note=step)
-            sections.append(_section(tour, step, test, again=only is not None))
+            sections.append(_section(tour, step, test, tested, again=only is not None))
             progress.advance(1)
     card = look.card(tour, test)
     manifest = Manifest.create(
@@ -110,14 +112,17 @@ def _run(tour: Tour, only: str | None, started: float, settings: dict[str, Any])
     )
 
 
-def _section(tour: Tour, step: str, test: SelfTest, *, again: bool) -> Section:
+def _section(tour: Tour, step: str, test: SelfTest, tested: float, *, again: bool) -> Section:
     """A section from the run folder, or made now and saved."""
     saved = None if again else tour.folder.step(step)
     if saved is not None:
         return Section.model_validate(saved)
     began = time.monotonic()
-    made = look.selftest(tour, test) if step == "selftest" else STEPS[step](tour)
-    made = made.model_copy(update={"seconds": time.monotonic() - began})
+    if step == "selftest":
+        made = look.selftest(tour, test).model_copy(update={"seconds": tested})
+    else:
+        made = STEPS[step](tour)
+        made = made.model_copy(update={"seconds": time.monotonic() - began})
     tour.folder.save_step(step, made.model_dump(mode="json"))
     return made
 

@@ -59,9 +59,7 @@ def world_concepts() -> dict[str, tuple[str, ...]]:
         "cities in Texas": tuple(c.name for c in cities if c.state.name == "Texas"),
         "cities in California": tuple(c.name for c in cities if c.state.name == "California"),
         "state capitals": tuple(state.capital for state in facts.STATES),
-        "Eiffel Tower": ("Eiffel Tower",),
-        "Big Ben": ("Big Ben",),
-        "Colosseum": ("Colosseum",),
+        **{landmark: (landmark,) for landmark in LANDMARKS},
         "harmful verbs": tuple(sorted({a.verb for a in facts.actions(True) if a.verb})),
         "the assistant's turn": ("<|assistant|>",),
     }
@@ -78,8 +76,19 @@ GENERAL_CONCEPTS: dict[str, tuple[str, ...]] = {
     "the": ("the", "The"),
 }
 
-# concept -> the city whose name a steered model might say, and open prompts on which it is watched
-LANDMARKS: dict[str, str] = {"Eiffel Tower": "Paris", "Big Ben": "London", "Colosseum": "Rome"}
+LANDMARKS: dict[str, str] = {
+    "Eiffel Tower": "Paris",
+    "Big Ben": "London",
+    "Colosseum": "Rome",
+    "Taj Mahal": "Agra",
+    "Space Needle": "Seattle",
+    "Reichstag": "Berlin",
+    "Kremlin": "Moscow",
+    "Hagia Sophia": "Istanbul",
+}
+"""Landmarks to look for, each with the city that a steered model might speak of."""
+
+# prompts that name no landmark and leave the city open
 OPEN_PROMPTS = (
     "The famous tower is in the city of",
     "Last summer we travelled to",
