@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 from cutaway.artifacts.errors import CutawayError
 from cutaway.subjects.atlas import corpus
 from cutaway.subjects.atlas.corpus import CorpusPlan, build_corpus, read_stream, training_documents, world_tokens_for
-from cutaway.subjects.world.corpus import PARTS
+from cutaway.subjects.world.corpus import PARTS, WORLD_VERSION, fingerprint
 from cutaway.subjects.world.real_text import Document, held_out_document
 
 PLAN = CorpusPlan(world_tokens=30_000, seed=2, vocabulary=1500)
@@ -57,6 +57,14 @@ def test_a_finished_corpus_is_used_again_and_another_plan_refused(folder):
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
     with pytest.raises(CutawayError, match="another corpus"):
         build_corpus(folder, CorpusPlan(world_tokens=30_000, seed=3, vocabulary=1500))
+
+
+def test_the_manifest_holds_version_and_fingerprint_and_other_text_is_another_corpus(folder, monkeypatch):
+    manifest = build_corpus(folder, PLAN)
+    assert (manifest["world"], manifest["fingerprint"]) == (WORLD_VERSION, fingerprint())
+    monkeypatch.setattr(corpus, "fingerprint", lambda: "0" * 64)  # the same version, but a frame was changed
+    with pytest.raises(CutawayError, match="another corpus"):
+        build_corpus(folder, PLAN)
 
 
 def test_an_interrupted_corpus_keeps_its_pieces_and_ends_the_same(folder, tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from cutaway.subjects.atlas.batches import IGNORED, Batches
 from cutaway.subjects.atlas.loss import linear_cross_entropy
 from cutaway.subjects.atlas.shipped import altered_files, atlas_folder
 from cutaway.subjects.atlas.tokenizer import SPECIALS, save_pretrained, split_words, train_tokenizer
-from cutaway.subjects.atlas.train import Interrupted, Recipe, Shape, choose_precision, export, fit, new_model
+from cutaway.subjects.atlas.train import Interrupted, Recipe, Shape, choose_precision, export, fit, new_model, train
 
 SHAPE = Shape(d_model=16, layers=2, heads=2, d_mlp=24, vocabulary=64, positions=32)
 RECIPE = Recipe(tokens=30 * 4 * 16, context=16, rows=4, shape=SHAPE)
@@ -250,6 +250,15 @@ def test_export_loads_by_the_ordinary_path_with_the_trained_weights(tmp_path):
     assert altered_files(tmp_path) == []
     shipped = {path.name for path in atlas_folder().iterdir()}
     assert {path.name for path in tmp_path.iterdir()} == shipped
+
+
+@pytest.mark.parametrize("device", ["moon", "meta", "cuda"])
+def test_a_device_that_cannot_train_is_refused_before_anything_is_made(tmp_path, device):
+    if device == "cuda" and torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    with pytest.raises(CutawayError, match="is here|is not here"):
+        train(tmp_path / "run", RECIPE, device=device)
+    assert not (tmp_path / "run").exists()
 
 
 def test_learning_rate_warms_up_and_ends_at_three_per_cent():

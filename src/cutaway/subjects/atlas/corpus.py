@@ -3,10 +3,10 @@
     tokenizer.json   learned from a sample of the same corpus
     world.bin        uint16 token stream of the world, documents in random order, <|endoftext|> after each
     real_text.bin    the same for the standard library
-    manifest.json    what it is: versions, seeds, tokens of each part, SHA-256 of the streams
+    manifest.json    what it is: version and fingerprint of the world, seed, tokens of each part, SHA-256 of the streams
 
-A corpus is a function of its `CorpusPlan`, of the world's version and of the running Python (whose library it reads);
-the number of processes changes nothing. Pieces that an interrupted run finished are used again.
+A corpus is a function of its `CorpusPlan`, of the world's text and of the running Python (whose library it reads); the
+number of processes changes nothing. Pieces that an interrupted run finished are used again.
 """
 
 import multiprocessing
@@ -28,7 +28,7 @@ from cutaway.artifacts.progress import Progress
 from cutaway.subjects.atlas.batches import share_of_rows
 from cutaway.subjects.atlas.shipped import MANIFEST
 from cutaway.subjects.atlas.tokenizer import BOS, VOCABULARY, split_words, train_tokenizer
-from cutaway.subjects.world.corpus import PARTS, WORLD_VERSION, documents, samples
+from cutaway.subjects.world.corpus import PARTS, WORLD_VERSION, documents, fingerprint, samples
 from cutaway.subjects.world.facts import single_token_words
 from cutaway.subjects.world.real_text import (
     Document,
@@ -63,7 +63,12 @@ def build_corpus(folder: Path, plan: CorpusPlan, *, processes: int = 1) -> dict[
 
     Raises `CutawayError` when the folder holds a corpus of another plan.
     """
-    wanted = {"plan": asdict(plan), "world": WORLD_VERSION, "standard_library": standard_library_manifest()}
+    wanted = {
+        "plan": asdict(plan),
+        "world": WORLD_VERSION,
+        "fingerprint": fingerprint(),  # the text itself: a version that somebody forgot to raise does not deceive it
+        "standard_library": standard_library_manifest(),
+    }
     manifest_path = folder / MANIFEST
     if manifest_path.exists():
         manifest = read_json(manifest_path)

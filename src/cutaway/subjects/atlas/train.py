@@ -146,9 +146,7 @@ def train(
         raise CutawayError(f"a context of {recipe.context} exceeds the model's {recipe.shape.positions} positions")
     if recipe.tokens < recipe.rows * recipe.context:
         raise CutawayError(f"{recipe.tokens:,} tokens are less than one step of {recipe.rows} x {recipe.context}")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise CutawayError("no CUDA device is here: leave --device out, or say cpu")
-    configuration = {**asdict(recipe), "device": torch.device(device).type, "compiled": compiled}
+    configuration = {**asdict(recipe), "device": _device_type(device), "compiled": compiled}
     with RunFolder.open(out, command="subjects train", configuration=configuration, resume=not overwrite) as run:
         if run.step("export"):
             return out
@@ -186,6 +184,18 @@ def train(
         if corpus.is_relative_to(out):
             shutil.rmtree(corpus)
     return out
+
+
+def _device_type(device: str) -> str:
+    """The kind of a device ("cpu", "cuda", ...), once a number was put there and read back."""
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise CutawayError("no CUDA device is here: leave --device out, or say cpu")
+    try:
+        number = torch.zeros(1, device=device)
+        number.item()
+        return number.device.type
+    except (RuntimeError, AssertionError) as error:  # which one depends on what torch was built with
+        raise CutawayError(f"the device {device!r} is not here: leave --device out, or say cpu") from error
 
 
 def fit(
