@@ -46,6 +46,10 @@ def disk_errors(path: Path) -> Iterator[None]:
                 f"{path} could not be written: a file is where a folder should be, or a folder where the file should be"
                 " (move it, or name another path)"
             ) from error
+        if error.errno == errno.ENOENT:
+            raise CutawayError(
+                f"{path} could not be written: its folder is gone, or cannot be made there (name another folder)"
+            ) from error
         raise
 
 

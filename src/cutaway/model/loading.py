@@ -19,6 +19,7 @@ Parts = tuple[PreTrainedModel, PreTrainedTokenizerBase | None, str, Callable[[],
 _PACKAGE = Path(str(cutaway.__file__)).parent
 SHIPPED = {"atlas": _PACKAGE / "subjects" / "atlas" / "weights"}
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+_TOKENIZERS = ("tokenizer*", "vocab*", "*.model")
 
 
 def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> str | torch.dtype:
@@ -136,8 +137,10 @@ def _read(
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, local_files_only=local)
-    except Exception:  # no tokenizer files, or none that this version reads: the model still takes ids
-        tokenizer = None
+    except Exception as error:
+        if local and any(path for pattern in _TOKENIZERS for path in Path(source).glob(pattern)):
+            raise CutawayError(f"The tokenizer of {name} cannot be read: {_short(error)}") from error
+        tokenizer = None  # no tokenizer files: the model still takes ids
     return hf, tokenizer
 
 

@@ -58,6 +58,12 @@ def read_text(corpus: Path | None, *, of_atlas: bool, seed: int) -> Text:
     return Text((*world, *real), description, corpus_hash([*world, *real]))
 
 
+def split_text(lm: LanguageModel, text: Text, seed: int) -> Split:
+    """Token rows of the text: three quarters to learn from, the rest to judge on and to look for features in."""
+    rows = token_rows(lm, text.documents, min(_CONTEXT, lm.context_length), seed, limit=12_000)
+    return split_rows(rows, max(1, len(rows) // 4), seed)
+
+
 @dataclass
 class Tour:
     """One tour in the making."""
@@ -66,6 +72,7 @@ class Tour:
     model: str
     folder: RunFolder
     text: Text
+    rows: Split
     corpus: Path | None
     seed: int
 
@@ -83,13 +90,6 @@ class Tour:
         if self.corpus is not None:
             words += ["--corpus", str(self.corpus)]
         return shlex.join(words)
-
-    @cached_property
-    def rows(self) -> Split:
-        """Token rows of the text: three quarters to learn from, the rest to judge on and to look for features in."""
-        context = min(_CONTEXT, self.lm.context_length)
-        rows = token_rows(self.lm, self.text.documents, context, self.seed, limit=12_000)
-        return split_rows(rows, max(1, len(rows) // 4), self.seed)
 
     @property
     def judged_rows(self) -> Tensor:

@@ -17,7 +17,7 @@ from cutaway.artifacts.run_folder import RunFolder
 from cutaway.model.language_model import LanguageModel, load
 from cutaway.model.selftest import SelfTest
 from cutaway.tour import cause, change, look, name
-from cutaway.tour.context import Text, Tour, read_text
+from cutaway.tour.context import Text, Tour, read_text, split_text
 from cutaway.tour.page import write_page
 from cutaway.tour.section import Card, Section, Table, TourResult
 
@@ -57,10 +57,10 @@ def run_tour(
     lm = load(model)
     if lm.tokenizer is None:
         raise CutawayError(f"{model} has no tokenizer, and a tour reads text; add tokenizer.json to the folder")
+    rows = split_text(lm, text, seed)
     settings = _configuration(lm, text, seed)
     with RunFolder.open(Path(out), command="tour", configuration=settings, resume=not overwrite) as folder:
-        tour = Tour(lm=lm, model=model, folder=folder, text=text, corpus=corpus, seed=seed)
-        _ = tour.rows  # a corpus too short for the model is refused before any work
+        tour = Tour(lm=lm, model=model, folder=folder, text=text, rows=rows, corpus=corpus, seed=seed)
         result = _run(tour, only, started, settings)
         if only is None:
             write_json(folder.path / "manifest.json", result.manifest)
