@@ -53,10 +53,12 @@ def run_tour(
     if only is not None and only not in NAMES:
         raise CutawayError(f"the tour has no section “{only}”; its sections are {', '.join(NAMES)}")
     started = time.monotonic()
-    text = read_text(corpus, of_atlas=model == "atlas", seed=seed)
+    of_atlas = model == "atlas"
+    given = None if corpus is None else read_text(corpus, of_atlas=of_atlas, seed=seed)
     lm = load(model)
     if lm.tokenizer is None:
         raise CutawayError(f"{model} has no tokenizer, and a tour reads text; add tokenizer.json to the folder")
+    text = given or read_text(None, of_atlas=of_atlas, seed=seed)  # seconds of work, so only for a model that loads
     rows = split_text(lm, text, seed)
     settings = _configuration(lm, text, seed)
     with RunFolder.open(Path(out), command="tour", configuration=settings, resume=not overwrite) as folder:
