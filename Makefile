@@ -40,8 +40,10 @@ lint: environment ## ruff, pyright and the contract between the floors
 parity: environment ## build the peers' environments (.venvs), run the tests against them
 	.venv/bin/python tools/parity.py
 
-bench: environment ## measure speed; results go to runs/bench
+bench: environment ## measure speed beside the peers (minutes); results go to runs/bench
+	.venv/bin/python tools/parity.py --build-only
 	.venv/bin/python benchmarks/run.py
+	.venv/bin/python benchmarks/dictionaries.py
 
 docs: environment ## write the generated pages of docs/ again
 	.venv/bin/python tools/docs.py

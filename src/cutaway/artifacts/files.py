@@ -43,8 +43,8 @@ def disk_errors(path: Path) -> Iterator[None]:
             ) from error
         if error.errno in _OBSTRUCTED:
             raise CutawayError(
-                f"{path} could not be written: a file is where a folder should be, or a folder where the file should be"
-                " (move it, or name another path)"
+                f"{path} could not be written: a file is where a folder should be, or a folder where the file should "
+                "be (move it, or name another path)"
             ) from error
         if error.errno == errno.ENOENT:
             raise CutawayError(

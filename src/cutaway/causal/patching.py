@@ -169,8 +169,8 @@ class PatchGrid:
     def __str__(self) -> str:
         width = max(7, *(len(column) + 1 for column in self.columns))
         head = (
-            f"{self.direction} {self.site}, {self.metric}: clean {self.clean.mean():.2f}, "
-            f"corrupt {self.corrupt.mean():.2f}, n {self.n}"
+            f"{self.direction} {self.site}, {self.metric}: clean {self.clean.mean():.2f}, corrupt "
+            f"{self.corrupt.mean():.2f}, n {self.n}"
         )
         lines = [head, " " * 6 + "".join(f"{column:>{width}}" for column in self.columns)]
         for layer, row in zip(self.layers, self.mean.tolist(), strict=True):

@@ -88,8 +88,8 @@ def activation_batches(
     lengths = counted(rows, lm.bos_id).sum(1)
     if int(lengths.sum()) < batch_tokens:
         raise CutawayError(
-            f"the corpus has {int(lengths.sum())} tokens, less than one batch of {batch_tokens}: "
-            "give a longer corpus or a smaller batch"
+            f"the corpus has {int(lengths.sum())} tokens, less than one batch of {batch_tokens}: give a longer corpus "
+            "or a smaller batch"
         )
     number, turn = 0, 0
     while True:

@@ -178,7 +178,7 @@ def _documents(file: Path) -> Iterator[str]:
     except UnicodeDecodeError as error:
         raise CutawayError(
             f"{file} is not UTF-8: byte {error.start} is 0x{data[error.start]:02x}; save it as UTF-8, for example with "
-            f"`iconv -f WINDOWS-1252 -t UTF-8`, or leave it out"
+            "`iconv -f WINDOWS-1252 -t UTF-8`, or leave it out"
         ) from error
     if file.suffix == ".jsonl":
         pieces: Iterator[str] = _json_lines(file, text)

@@ -60,8 +60,8 @@ class Evaluation:
         for effect in self.effects.values():
             low, high = effect.interval or (float("nan"), float("nan"))
             lines.append(
-                f"  {effect.name}: {effect.value:.4f} [{low:.4f}, {high:.4f}] {effect.units}; "
-                f"random directions {effect.controls[0].value:.4f}"
+                f"  {effect.name}: {effect.value:.4f} [{low:.4f}, {high:.4f}] {effect.units}; random directions "
+                f"{effect.controls[0].value:.4f}"
             )
         return "\n".join([*lines, "  cross-entropy: " + ", ".join(f"{name} {ce:.3f}" for name, ce in self.ce.items())])
 

@@ -129,6 +129,6 @@ def _description(
         return f"{size}; no values."
     most, least = max(cells), min(cells)
     return (
-        f"{size}. Highest {number(most[0], units)} at {rows[most[1]]}, {columns[most[2]]}; "
-        f"lowest {number(least[0], units)} at {rows[least[1]]}, {columns[least[2]]}."
+        f"{size}. Highest {number(most[0], units)} at {rows[most[1]]}, {columns[most[2]]}; lowest "
+        f"{number(least[0], units)} at {rows[least[1]]}, {columns[least[2]]}."
     )

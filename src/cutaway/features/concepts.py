@@ -56,8 +56,8 @@ class ConceptMatch:
         low, high = self.effect.interval or (float("nan"), float("nan"))
         return (
             f"{self.concept}: latent {self.latent}, AUROC {self.auroc:.3f} [{low:.3f}, {high:.3f}] on held-out rows, "
-            f"precision {self.precision:.2f}, recall {self.recall:.2f} (n {self.n_positive}; "
-            f"shuffled labels {self.effect.controls[0].value:.3f})"
+            f"precision {self.precision:.2f}, recall {self.recall:.2f} (n {self.n_positive}; shuffled labels "
+            f"{self.effect.controls[0].value:.3f})"
         )
 
 

@@ -62,8 +62,8 @@ class TokenSummary:
         if self.label == NO_LABEL:
             return f"{NO_LABEL} (automatic)"
         return (
-            f"{self.label} (automatic; holds on {self.precision:.2f} of {self.n} held-out activations, "
-            f"on {self.base_rate:.3f} of all tokens)"
+            f"{self.label} (automatic; holds on {self.precision:.2f} of {self.n} held-out activations, on "
+            f"{self.base_rate:.3f} of all tokens)"
         )
 
 

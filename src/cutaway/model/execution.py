@@ -141,8 +141,8 @@ class Execution:
             touched = resolved.touched.cpu()
             if not bool(touched.any()):
                 raise NothingEdited(
-                    f"'{resolved.edit}' touched nothing at '{resolved.site.name}': the run ended before it, or "
-                    "the tokens it addresses were never processed."
+                    f"'{resolved.edit}' touched nothing at '{resolved.site.name}': the run ended before it, or the "
+                    "tokens it addresses were never processed."
                 )
             rows = touched.any(1).nonzero()[:, 0].tolist()
             first = tokens_first.cpu()

@@ -267,8 +267,8 @@ class LanguageModel:
         if needed > limit:
             largest = max(names, key=lambda n: capture_bytes(self._sites, [n], batch, positions, 1, True))
             raise CutawayError(
-                f"This capture would hold {needed / 2**30:.2f} GiB, above the limit of {limit / 2**30:.2f} GiB ("
-                f"largest: '{largest}'); capture fewer sites, use fewer or shorter prompts, or raise limit_bytes."
+                f"This capture would hold {needed / 2**30:.2f} GiB, above the limit of {limit / 2**30:.2f} GiB "
+                f"(largest: '{largest}'); capture fewer sites, use fewer or shorter prompts, or raise limit_bytes."
             )
 
     def _resume_point(self, source: Run, touched: set[str], tokens: Tokens) -> tuple[int, Tensor | None]:
@@ -426,8 +426,8 @@ class LanguageModel:
         heads = f"{self.n_heads} heads" + (f" ({self.n_kv_heads} kv)" if self.n_kv_heads != self.n_heads else "")
         dtype = str(self.dtype).removeprefix("torch.")
         return (
-            f"LanguageModel {self.name}: {type(self.hf).__name__}, {size} parameters, {self.n_layers} layers x "
-            f"d {self.d_model} x {heads}, vocabulary {self.d_vocab}, {dtype} on {self.device}"
+            f"LanguageModel {self.name}: {type(self.hf).__name__}, {size} parameters, {self.n_layers} layers x d "
+            f"{self.d_model} x {heads}, vocabulary {self.d_vocab}, {dtype} on {self.device}"
         )
 
 

@@ -253,8 +253,8 @@ class HeadReport:
             control = effect.controls[0]
             low, high = effect.interval or (float("nan"), float("nan"))
             lines.append(
-                f"  {effect.name} ({effect.ablation}): {effect.value:.2f} [{low:.2f}, {high:.2f}], "
-                f"{control.name} {control.value:.2f}"
+                f"  {effect.name} ({effect.ablation}): {effect.value:.2f} [{low:.2f}, {high:.2f}], {control.name} "
+                f"{control.value:.2f}"
             )
         return "\n".join(lines)
 

@@ -80,7 +80,7 @@ def patching(tour: Tour) -> page.Section:
                 columns=tuple(labels),
                 values=tuple(map(tuple, grid.mean.tolist())),
                 caption=(
-                    f"Share of the logit difference moved by patching the stream at one layer and position; mean over "
+                    "Share of the logit difference moved by patching the stream at one layer and position; mean over "
                     f"{grid.n} pairs. 0: as the second prompt alone, 1: as the first. Words with * differ between "
                     "pairs."
                 ),

@@ -108,13 +108,13 @@ def _refusal(tour: Tour, prompts: dict[str, Tokens], refused: float, answered: f
             "steering",
             "Steering along a direction",
             "Can refusal be switched off, and on?",
-            "The difference between mean activations on harmful and harmless requests gives a direction. It is removed "
-            "while the model reads harmful requests, and added while it reads harmless ones, beside random directions.",
+            "The difference between mean activations on harmful and harmless requests gives a direction. It is "
+            "removed while the model reads harmful requests, and added while it reads harmless ones, beside random "
+            "directions.",
         ),
         note=(
-            f"Unsteered, {refused:.0%} of harmful requests are refused and {answered:.0%} of harmless ones "
-            f"answered (n {_TEST} "
-            "each, actions never asked about in training). Position, layer and method were chosen on other "
+            f"Unsteered, {refused:.0%} of harmful requests are refused and {answered:.0%} of harmless ones answered (n "
+            f"{_TEST} each, actions never asked about in training). Position, layer and method were chosen on other "
             "requests. Replies "
             "are judged by their first words, so an answer may still be wrong." + _verdict(results)
         ),
@@ -224,8 +224,7 @@ def _map(tour: Tour, choice: Selection) -> page.Heatmap:
         units="log-odds",
         caption=(
             "Log-odds of a refusing first word on harmful requests with the direction of each layer and position "
-            "clamped; "
-            f"unsteered {choice.positive_score:+.1f}, harmless requests {choice.negative_score:+.1f}."
+            f"clamped; unsteered {choice.positive_score:+.1f}, harmless requests {choice.negative_score:+.1f}."
         ),
         row_axis="direction from",
         column_axis="position",
@@ -252,9 +251,8 @@ def _contrast(tour: Tour, task: TaskResult) -> page.Section:
         "steering",
         "Steering along a direction",
         f"Can “{names[1]}” be turned into “{names[0]}”?",
-        f"The difference between mean activations on prompts that go on with “{names[0]}” and with “{names[1]}” "
-        "is added to "
-        "the second kind, beside random directions of the same length.",
+        f"The difference between mean activations on prompts that go on with “{names[0]}” and with “{names[1]}” is "
+        "added to the second kind, beside random directions of the same length.",
     )
     if len(first) < 12:
         note = f"not shown: {len(first)} prompt pairs for “{names[0]}” against “{names[1]}” are too few; 12 are needed."
@@ -348,9 +346,8 @@ def clamping(tour: Tour) -> page.Section:
         "clamping",
         "Holding one latent high",
         "Does the model speak of what a latent stands for, when it is held high?",
-        "The latent that best tells a known entity is clamped at multiples of its largest activation, beside "
-        "latents that "
-        "fire as often. Watched: the probability of the entity's word on prompts that do not mention it.",
+        "The latent that best tells a known entity is clamped at multiples of its largest activation, beside latents "
+        "that fire as often. Watched: the probability of the entity's word on prompts that do not mention it.",
     )
     learned = trained_dictionary(tour)
     found, density = told(tour)

@@ -212,9 +212,8 @@ def heads(tour: Tour) -> page.Section:
         title="Attention heads",
         question="Which heads look back, and which of them matter?",
         lead=(
-            "On random tokens that come twice, a previous-token head attends one step back and an induction head "
-            "to what "
-            "followed last time. The heads are then replaced by their mean, beside as many random heads."
+            "On random tokens that come twice, a previous-token head attends one step back and an induction head to "
+            "what followed last time. The heads are then replaced by their mean, beside as many random heads."
         ),
         status="shown" if does else "fallback",
         note=note,

@@ -85,9 +85,8 @@ def dictionary(tour: Tour) -> page.Section:
             "directions and by putting its output back into the model."
         ),
         note=(
-            f"Trained on {config.tokens:,} tokens ({tour.text.description}), judged on {judged.n_tokens:,} "
-            "others; one seed. "
-            "A few minutes of training: a longer run explains more."
+            f"Trained on {config.tokens:,} tokens ({tour.text.description}), judged on {judged.n_tokens:,} others; one "
+            "seed. A few minutes of training: a longer run explains more."
         ),
         blocks=(
             page.Figures(
@@ -243,9 +242,8 @@ def features(tour: Tour) -> page.Section:
         title="What the latents stand for",
         question="What do single features respond to?",
         lead=(
-            "Each latent is shown with the places where it fires most, and the tokens its direction raises and "
-            "lowers on the "
-            "direct path to the output. Labels are automatic token summaries, not explanations."
+            "Each latent is shown with the places where it fires most, and the tokens its direction raises and lowers "
+            "on the direct path to the output. Labels are automatic token summaries, not explanations."
         ),
         status="shown" if found else "fallback",
         note=(

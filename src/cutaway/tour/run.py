@@ -136,9 +136,8 @@ def _again(tour: Tour, sections: list[Section]) -> Section:
         title="Make it again",
         question="How can I check this?",
         lead=(
-            "Every figure comes from one command with a fixed seed. The folder of this page holds the figures as "
-            "JSON, the "
-            "dictionary in SAELens' layout, the latents as Parquet and the directions as safetensors."
+            "Every figure comes from one command with a fixed seed. The folder of this page holds the figures as JSON, "
+            "the dictionary in SAELens' layout, the latents as Parquet and the directions as safetensors."
         ),
         blocks=(
             Table(

@@ -174,8 +174,8 @@ def agreement(rng: Random, study: bool = False) -> Sentence:
     opening = pick(rng, table["study_openings"] if own else table["openings"])
     preposition = pick(rng, table["study_prepositions"] if own else table["prepositions"])
     prompt = (
-        f"{opening} {plural(subject) if many else subject} {preposition} "
-        f"the {plural(attractor) if attractor_many else attractor}"
+        f"{opening} {plural(subject) if many else subject} {preposition} the "
+        f"{plural(attractor) if attractor_many else attractor}"
     )
     detail = {"attractor": "differs" if many != attractor_many else "agrees", "subject": subject}
     return Sentence(prompt, verbs[many], verbs[not many], f" {rest}.", detail=detail)
