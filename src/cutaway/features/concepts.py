@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.results import Control, Effect
+from cutaway.artifacts.statistics import auroc
 from cutaway.dictionaries.dictionary import Dictionary
 from cutaway.features.activations import Firing, Rows, fires, of_rows, width_of
 from cutaway.model.language_model import LanguageModel
@@ -97,6 +98,12 @@ class SortedFiring:
         wins = positive * (quiet_n[self.latent] + below - group[self.latent] + ties / 2)
         return (zeros.index_add(0, self.latent, wins) + quiet_p * quiet_n / 2) / (p * n)
 
+    def auroc_of(self, latent: int, labels: Tensor) -> float:
+        """The same for one latent."""
+        values, token = self.of(latent)
+        dense = torch.zeros(len(self.tokens)).index_put((token,), values)
+        return auroc(dense.numpy(), labels.numpy())
+
     def of(self, latent: int) -> tuple[Tensor, Tensor]:
         """The activations of one latent and the tokens (indices) where they are."""
         chosen = self.latent == latent
@@ -155,14 +162,14 @@ def match_concepts(
             )
         scores = halves[0].auroc(labels[0])
         latent = int(scores.argmax())
-        held = halves[1].auroc(labels[1])[latent].item()
+        held = halves[1].auroc_of(latent, labels[1])
         lucky, unlucky = [], []
         for _ in range(shuffles):
             first, second = (label[torch.randperm(len(label), generator=generator)] for label in labels)
             by_chance = halves[0].auroc(first)
             winner = int(by_chance.argmax())
             lucky.append(by_chance[winner].item())
-            unlucky.append(halves[1].auroc(second)[winner].item())
+            unlucky.append(halves[1].auroc_of(winner, second))
         values, tokens = halves[1].of(latent)
         hits = int(labels[1][tokens].sum())
         effect = Effect(

@@ -182,11 +182,10 @@ def features(tour: Tour) -> page.Section:
         for firing in fires(lm, learned, rows):
             firings.append(firing)
             progress.advance(len(firing.kept))
-    examples = top_examples(lm, learned, rows, latents=[], seed=tour.seed, firings=firings)
     found = _matches(tour, learned, rows, firings)
     best = _shown(found)
     chosen = list(dict.fromkeys([m.latent for m in best]))
-    chosen += [i for i in _typical(examples, _SHOWN, tour.seed) if i not in chosen][: _SHOWN - len(chosen)]
+    chosen += [i for i in _typical(firings, learned, tour.seed) if i not in chosen][: _SHOWN - len(chosen)]
     examples = top_examples(lm, learned, rows, latents=chosen, n=4, lower=0, seed=tour.seed, firings=firings)
     summaries = token_summary(lm, rows, examples)
     effects = {e.latent: e for e in logit_effects(lm, learned, chosen, k=6)}
@@ -269,11 +268,12 @@ def _shown(found: list[ConceptMatch]) -> list[ConceptMatch]:
     return best
 
 
-def _typical(examples: FeatureExamples, n: int, seed: int) -> list[int]:
+def _typical(firings: list[Firing], learned: Dictionary, seed: int) -> list[int]:
     """Latents drawn at random from those that fire on at least 30 tokens: no picking of pretty ones."""
-    able = (examples.density * examples.n_tokens >= 30).nonzero()[:, 0]
+    counts = torch.bincount(torch.cat([firing.latent for firing in firings]), minlength=learned.d_sae)
+    able = (counts >= 30).nonzero()[:, 0]
     order = torch.randperm(len(able), generator=torch.Generator().manual_seed(seed))
-    return [int(i) for i in able[order][:n]]
+    return [int(i) for i in able[order][:_SHOWN]]
 
 
 def _write_table(tour: Tour, examples: FeatureExamples, found: list[ConceptMatch]) -> None:
