@@ -48,7 +48,12 @@ class Resolved:
         plain = self.everything and heads is None and self.value is None and self.source is None
         block = x if plain else x[rows, columns]
         part = block if heads is None else block[..., list(heads), :]
-        new = changed(self.edit, part, self._values(part, rows, columns + offset, window[rows, columns]))
+        values = self._values(part, rows, columns + offset, window[rows, columns])
+        if self.site.name.endswith(".scores"):
+            hidden = part == -torch.inf  # masked cells stay masked, whatever the edit does to the others
+            new = changed(self.edit, part.masked_fill(hidden, 0.0), values).masked_fill(hidden, -torch.inf)
+        else:
+            new = changed(self.edit, part, values)
         self.touched[:, offset : offset + x.shape[1]] |= selected
         with torch.no_grad():
             finite = torch.isfinite(part) & torch.isfinite(new)  # scores hold -inf at masked cells
@@ -67,19 +72,26 @@ class Resolved:
             r, c = (self.ordinal >= 0).nonzero(as_tuple=True)
             cells[r, c] = torch.arange(len(r), device=cells.device)
             taken = self.source[cells[rows, columns]].to(part.device)
-            return taken if self.edit.heads is None else taken[..., list(self.edit.heads), :]
+            taken = taken if self.edit.heads is None else taken[..., list(self.edit.heads), :]
+            if taken.shape != part.shape:
+                raise CutawayError(
+                    f"The source of '{self.edit}' has the shape {tuple(taken.shape[1:])} for one token, where "
+                    f"'{self.site.name}' has {tuple(part.shape[1:])}."
+                )
+            return taken
         if self.value is None:
             return None
         value, tail = self.value.to(part.device), part.ndim - 1
-        if value.ndim <= tail:
-            return value
         per_position = int(self.ordinal.max()) + 1
-        lead = value.shape[:-tail]
-        if len(lead) == 1 and lead[0] == per_position:
-            return value[ordinals]
-        if len(lead) == 2 and lead[0] == self.ordinal.shape[0] and lead[1] in (per_position, self.ordinal.shape[1]):
-            # [row, position], the form in which captures come; with every position it follows columns of the batch
-            return value[rows, ordinals if lead[1] == per_position else columns]
+        lead = value.shape[: max(value.ndim - tail, 0)]
+        if all(given in (1, size) for given, size in zip(value.shape[::-1], part.shape[:0:-1], strict=False)):
+            if not lead:
+                return value
+            if len(lead) == 1 and lead[0] == per_position:
+                return value[ordinals]
+            if len(lead) == 2 and lead[0] == self.ordinal.shape[0] and lead[1] in (per_position, self.ordinal.shape[1]):
+                # [row, position], the form in which captures come; with every position it follows columns of the batch
+                return value[rows, ordinals if lead[1] == per_position else columns]
         raise CutawayError(
             f"The value of '{self.edit}' has shape {tuple(value.shape)}, which fits neither one token's value "
             f"{tuple(part.shape[1:])}, nor one entry for each of {per_position} positions, nor [row, position]."
@@ -124,16 +136,18 @@ def _cells(edit: Edit, tokens: Tokens, rows: Sequence[int], n_new: int) -> Tenso
     return ordinal
 
 
-def _patch_source(edit: Edit, site: str, tokens: Tokens, rows: Sequence[int], ordinal: Tensor) -> Tensor:
+def _patch_source(edit: Edit, site: Site, tokens: Tokens, rows: Sequence[int], ordinal: Tensor) -> Tensor:
     """The source's values at the touched cells, [number of cells, ...], in row-major order of the cells."""
-    if edit.source is not None:
-        values, source_tokens = edit.source[site], edit.source.tokens
-        if values.shape[1] != source_tokens.ids.shape[1]:
-            raise CutawayError(f"'{edit}': the source run holds '{site}' at its last position only.")
-    else:
-        values, source_tokens = edit.tensors["value"], None
-    if site.endswith((".scores", ".pattern")):
+    values = edit.tensors["value"] if edit.source is None else edit.source[site.name]
+    source_tokens = None if edit.source is None else edit.source.tokens
+    if values.ndim != len(site.shape):
+        raise CutawayError(
+            f"The source of '{edit}' has shape {tuple(values.shape)}, but '{site.name}' has the dimensions {site.dims}."
+        )
+    if site.dims == "b H q k":
         values = values.transpose(1, 2)
+    if source_tokens is not None and values.shape[1] != source_tokens.ids.shape[1]:
+        raise CutawayError(f"'{edit}': the source run holds '{site.name}' at its last position only.")
     if edit.source_rows is not None:
         if len(edit.source_rows) != len(rows):
             raise CutawayError(f"'{edit}': {len(edit.source_rows)} source rows for {len(rows)} rows.")
@@ -144,7 +158,7 @@ def _patch_source(edit: Edit, site: str, tokens: Tokens, rows: Sequence[int], or
         from_row = {row: row for row in rows}
     lists = None if edit.source_positions is None else _position_lists(edit.source_positions, rows, f"{edit} (source)")
     taken = []
-    for i, row in enumerate(rows):
+    for i, row in sorted(enumerate(rows), key=lambda pair: pair[1]):
         origin = from_row[row]
         if not 0 <= origin < len(values):
             raise CutawayError(f"'{edit}': the source has {len(values)} rows, and row {row} asks for its row {origin}.")
@@ -178,6 +192,8 @@ def resolve(index: int, edit: Edit, site: Site, tokens: Tokens, n_new: int = 0, 
     """
     n_rows = len(tokens)
     rows = list(range(n_rows)) if edit.rows is None else list(edit.rows)
+    if len({*rows}) != len(rows) or (edit.heads is not None and len({*edit.heads}) != len(edit.heads)):
+        raise CutawayError(f"'{edit}' names a row or a head twice.")
     for row in rows:
         if not 0 <= row < n_rows:
             raise CutawayError(f"'{edit}' asks for row {row}, but the run has {n_rows} rows (0 to {n_rows - 1}).")
@@ -192,12 +208,13 @@ def resolve(index: int, edit: Edit, site: Site, tokens: Tokens, n_new: int = 0, 
     width = site.shape[-1]
     for name in ("direction", "encoder", "decoder", "offset"):
         vector = edit.tensors.get(name)
-        if vector is not None and vector.ndim == 1 and vector.shape[0] not in (width, 1):
+        fits = (width, 1) if edit.kind == "add" else (width,)
+        if vector is not None and vector.ndim == 1 and isinstance(width, int) and vector.shape[0] not in fits:
             raise CutawayError(
                 f"'{edit}': the {name} has {vector.shape[0]} entries, but '{site.name}' is {width} wide."
             )
     ordinal = _cells(edit, tokens, rows, n_new)
-    source = _patch_source(edit, site.name, tokens, rows, ordinal) if edit.kind == "patch" else None
+    source = _patch_source(edit, site, tokens, rows, ordinal) if edit.kind == "patch" else None
     value = edit.tensors.get("value", edit.tensors.get("direction") if edit.kind == "add" else None)
     device = tokens.ids.device
     ordinal = ordinal.to(device)

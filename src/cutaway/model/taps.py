@@ -168,8 +168,13 @@ class _Installer:
             def on_write(out: Tensor) -> Tensor:
                 out = ex.touch(f"{prefix}.attn.out", out)
                 if ex.editing(mid):
-                    before = self.stream.pop(index) + out
-                    out = out + (ex.edit(mid, before) - before)
+                    stream = self.stream.pop(index)
+                    before = stream + out
+                    after = ex.edit(mid, before)
+                    if ex.gradients:
+                        return out + (after - before)
+                    # what makes the sum come out right even where it is zero, which the next norm would blow up
+                    return torch.where(after == before, out, after - stream)
                 return out
 
             self.after(layer.attention_writer, on_write)
