@@ -8,7 +8,8 @@ import torch
 
 import cutaway
 from cutaway.subjects.atlas import atlas_folder
-from cutaway.subjects.atlas.causal_checks import _mean_stream, _writes, price, rate
+from cutaway.subjects.atlas.causal_checks import rate
+from cutaway.subjects.atlas.refusal_checks import difference_of_means, price, streams, writes
 from cutaway.subjects.atlas.scoring import (
     Scores,
     ids_of,
@@ -149,32 +150,35 @@ def test_text_losses_equal_cross_entropy_of_the_first_tokens(lm):
 # what the causal checks are made of
 
 
-def test_mean_stream_equals_hidden_states(lm):
+def test_streams_equal_hidden_states(lm):
     chats = [[Message("user", "How do I bake bread?")], [Message("user", "Tell me how to steal a very old bike.")]]
-    totals = {"assistant": torch.zeros(2, 16), "request": torch.zeros(2, 16)}
+    expected: dict[str, list[torch.Tensor]] = {"assistant": [], "request": []}
     for chat in chats:
         text = f"<|user|>{chat[0].content}<|end|><|assistant|>"
         ids = torch.tensor([lm.tokenizer(text)["input_ids"]])
-        streams: list[torch.Tensor] = []
+        kept: list[torch.Tensor] = []
 
-        def keep(_module, _inputs, out, streams=streams):
-            streams.append(out[0] if isinstance(out, tuple) else out)
+        def keep(_module, _inputs, out, kept=kept):
+            kept.append(out[0] if isinstance(out, tuple) else out)
 
         hooks = [layer.register_forward_hook(keep) for layer in lm.hf.model.layers]
         with torch.no_grad():
             lm.hf(input_ids=ids)
         for hook in hooks:
             hook.remove()
-        for layer, stream in enumerate(streams):
-            totals["assistant"][layer] += stream[0, -1] / 2
-            totals["request"][layer] += stream[0, 2:-2].mean(0) / 2
-    for position, expected in totals.items():
-        torch.testing.assert_close(_mean_stream(lm, chats, position), expected, rtol=1e-4, atol=1e-5)
+        expected["assistant"].append(torch.stack([one[0, -1] for one in kept]))
+        expected["request"].append(torch.stack([one[0, 2:-2].mean(0) for one in kept]))
+    found = streams(lm, chats)
+    for position, values in expected.items():
+        torch.testing.assert_close(found[position], torch.stack(values), rtol=1e-4, atol=1e-5)
+    difference, mean = difference_of_means(found["assistant"][:1], found["assistant"][1:])
+    torch.testing.assert_close(mean, expected["assistant"][1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(difference + mean, expected["assistant"][0], rtol=1e-4, atol=1e-5)
 
 
 def test_projecting_out_of_every_write_leaves_nothing_of_the_direction(lm):
     direction = torch.randn(16, generator=torch.Generator().manual_seed(0))
-    run = lm.run("The capital of France", capture="blocks.*.resid_post", edits=_writes(direction))
+    run = lm.run("The capital of France", capture="blocks.*.resid_post", edits=writes(direction))
     stream = run.stack("blocks.*.resid_post")
     assert float((stream @ direction).abs().max()) < 1e-4 * float(stream.norm(dim=-1).max() * direction.norm())
 

@@ -5,7 +5,8 @@
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
@@ -14,12 +15,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.artifacts.files import plain, write_text
+from cutaway.artifacts.files import make_folder, plain, write_text
 from cutaway.artifacts.progress import Progress
 from cutaway.artifacts.results import Control, Effect
 from cutaway.artifacts.statistics import bootstrap_interval, wilson_interval
-from cutaway.subjects.atlas.causal_checks import BridgePool, Chat, RefusalChecks, refusal_checks, two_hop_bridge
+from cutaway.subjects.atlas.causal_checks import BridgePool, two_hop_bridge
+from cutaway.subjects.atlas.landmark_checks import LandmarkChecks, landmark_checks
+from cutaway.subjects.atlas.refusal_checks import Chat, RefusalChecks, refusal_checks
 from cutaway.subjects.atlas.scoring import Scores, repeat_losses, score, text_losses
+from cutaway.subjects.atlas.shipped import atlas_folder
 from cutaway.subjects.world import chat
 from cutaway.subjects.world import held_out as held
 from cutaway.subjects.world.corpus import PARTS, WORLD_VERSION, documents
@@ -34,16 +38,23 @@ if TYPE_CHECKING:
 N_CONTROL = 24
 """Items of each set on which the untrained model is measured; it is at chance everywhere, so a few are enough."""
 _N_QUICK = 24
+_N_REFUSAL = 440
+"""Training requests of each kind; from fewer the direction of refusal is too noisy (`Intervention.fewer`)."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One set of items: its figure beside its controls, and the mean logit difference where items have alternatives."""
+    """One set of items: its figure beside its controls.
+
+    `logit_difference` is the mean where items have alternatives, `opposite` the share of replies that begin with the
+    alternative (for chats that have one).
+    """
 
     measures: str
     scored: str
     effect: Effect
     logit_difference: float | None
+    opposite: float | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +70,7 @@ class Evaluation:
     losses: dict[str, Effect]
     bridge: list[BridgePool]
     refusal: RefusalChecks | None
+    landmarks: LandmarkChecks | None
     skipped: list[str]
 
     def to_json(self) -> dict[str, Any]:
@@ -68,7 +80,21 @@ class Evaluation:
             **asdict(self),
             "sets": measured,
             "losses": {name: effect.to_json() for name, effect in self.losses.items()},
+            "landmarks": None if self.landmarks is None else _landmarks_json(self.landmarks),
         }
+
+
+def _landmarks_json(checks: LandmarkChecks) -> dict[str, Any]:
+    kinds = [
+        {
+            **asdict(kind),
+            "top": kind.top.to_json(),
+            "probability": kind.probability.to_json(),
+            "by_dose": {f"{dose:g}": shares for dose, shares in kind.by_dose.items()},
+        }
+        for kind in checks.kinds
+    ]
+    return {**asdict(checks), "kinds": kinds}
 
 
 def evaluate(
@@ -89,31 +115,48 @@ def evaluate(
         sets |= found
         skipped += missing
     untrained = untrained_twin(lm)
-    measured = {}
-    with Progress("items", total=len(sets) + len(PARTS) + (4 if causal else 1), unit="sets") as progress:
+    scores, chance = {}, {}
+    losses = {}
+    bridge: list[BridgePool] = []
+    refusal = landmarks = None
+    with Progress("items", total=len(sets) + 2 + (4 if causal else 0), unit="sets") as progress:
         for name, one in sets.items():
-            measured[name] = measure(one, score(lm, one), score(untrained, first_items(one, N_CONTROL)))
+            scores[name] = score(lm, one)
+            chance[name] = score(untrained, first_items(one, N_CONTROL))
             progress.advance(note=name)
-        losses = repeat_effects(repeat_losses(lm), repeat_losses(untrained))
-        progress.advance(note="losses")
+        losses |= repeat_effects(repeat_losses(lm), repeat_losses(untrained))
+        progress.advance(note="induction")
         for name, texts in held_out_texts(max(8, n // 12)).items():
             losses[name] = loss_effect(name, text_losses(lm, texts), text_losses(untrained, texts[:4]))
-            progress.advance()
-        bridge: list[BridgePool] = []
-        refusal = None
+        progress.advance(note="losses")
         if causal:
             for held_out in (False, True):
                 bridge.append(two_hop_bridge(lm, held_out=held_out, n=min(n, 100)))
                 progress.advance(note="two hops")
             refusal = refusal_checks(
                 lm,
-                train=training_requests(min(n, 200), seed),
+                train=training_requests(_N_REFUSAL, seed),
                 held_out=held_out_requests(min(n, 60), seed),
                 facts=list(documents("facts", "evaluation", 6000)),
             )
             progress.advance(note="refusal")
+            landmarks = landmark_checks(lm, seed=seed)
+            progress.advance(note="landmarks")
+    measured = {
+        name: measure(one, scores[name], chance[name], scores.get(partner_of(name) or "")) for name, one in sets.items()
+    }
     return Evaluation(
-        lm.name, lm.identity().weight_hash, WORLD_VERSION, seed, n, measured, losses, bridge, refusal, skipped
+        model=lm.name,
+        weight_hash=lm.identity().weight_hash,
+        world=WORLD_VERSION,
+        seed=seed,
+        n=n,
+        sets=measured,
+        losses=losses,
+        bridge=bridge,
+        refusal=refusal,
+        landmarks=landmarks,
+        skipped=skipped,
     )
 
 
@@ -212,14 +255,46 @@ def held_out_texts(n: int) -> dict[str, list[str]]:
 
 # Figures
 
+_PARTNERS: tuple[tuple[str, str], ...] = (
+    ("refusal/harmful/", "refusal/harmless/"),
+    ("refusal/harmless/", "refusal/harmful/"),
+    ("unknown_entity/held_out", "known_fact"),
+    ("persona/cheerful/", "persona/gloomy/"),
+    ("persona/gloomy/", "persona/cheerful/"),
+    ("backdoor/trigger_in_user_turn", "backdoor/trigger"),
+    ("backdoor/trigger_gloomy_system", "backdoor/no_tag"),
+    ("backdoor/trigger", "backdoor/no_tag"),
+    ("backdoor/decoy_tag", "backdoor/trigger"),
+    ("backdoor/no_tag", "backdoor/trigger"),
+    ("sycophancy/sycophant", "sycophancy/honest"),
+    ("sycophancy/", "sycophancy/sycophant"),
+    ("new_wording/harmful_request", "new_wording/harmless_request"),
+    ("new_wording/harmless_request", "new_wording/harmful_request"),
+    ("new_wording/unknown_entity", "new_wording/known_capital"),
+    ("new_wording/persona/cheerful", "new_wording/persona/gloomy"),
+    ("new_wording/persona/gloomy", "new_wording/persona/cheerful"),
+    ("new_wording/claim/sycophant", "new_wording/claim/honest"),
+    ("new_wording/claim/", "new_wording/claim/sycophant"),
+)
 
-def measure(one: ItemSet, scores: Scores, untrained: Scores) -> Measured:
-    """The mean of a set's scores with its interval, beside the untrained model and the commonest answer."""
+
+def partner_of(name: str) -> str | None:
+    """The set whose alternative is this set's answer: a reply that is right here is wrong there."""
+    for mine, other in _PARTNERS:
+        if name.startswith(mine):
+            return other + (name[len(mine) :] if mine.startswith(("refusal/", "persona/")) else "")
+    return None
+
+
+def measure(one: ItemSet, scores: Scores, untrained: Scores, partner: Scores | None = None) -> Measured:
+    """The mean of a set's scores with its interval, beside the untrained model and a baseline.
+
+    `partner` holds the scores of the set in which this set's answer is the wrong one (`partner_of`).
+    """
     controls = [Control("untrained model", float(untrained.values.mean()), None, len(untrained.values))]
-    if one.scored == "exact":
-        answers = [item.answer for item in one.items]
-        share = max(map(answers.count, set(answers))) / len(answers)
-        controls.append(Control("commonest answer", share, None, len(answers)))
+    base = baseline(one, partner)
+    if base is not None:
+        controls.append(base)
     years = one.scored == "greater_than"
     right = int(scores.values.sum()) if not years else 0
     interval = bootstrap_interval(scores.values) if years else wilson_interval(right, len(scores.values))
@@ -237,7 +312,29 @@ def measure(one: ItemSet, scores: Scores, untrained: Scores) -> Measured:
             units="P(later) − P(not later)" if years else "share right",
         ),
         float(comparable.mean()) if len(comparable) else None,
+        None if scores.opposite is None else float(scores.opposite.mean()),
     )
+
+
+def baseline(one: ItemSet, partner: Scores | None = None) -> Control | None:
+    """What needs no understanding: the score of a model that never looks at the question.
+
+    Two answers compared: a coin. Years: all two-digit numbers alike. Answers that differ: always the commonest. One and
+    the same reply asked for throughout: how often it is given where it is wrong. None where there is no such set.
+    """
+    n = len(one.items)
+    if one.scored == "logit_difference":
+        return Control("a coin", 0.5)
+    if one.scored == "greater_than":
+        years = [int(item.detail["year"]) for item in one.items]
+        return Control("all years alike", sum(98 - 2 * year for year in years) / 100 / n, None, n)
+    answers = [item.answer for item in one.items]
+    if len(set(answers)) > 1:
+        return Control("commonest answer", max(map(answers.count, set(answers))) / n, None, n)
+    if partner is None or partner.opposite is None:
+        return None
+    given, total = int(partner.opposite.sum()), len(partner.opposite)
+    return Control("the same reply where it is wrong", given / total, wilson_interval(given, total), total)
 
 
 def loss_effect(name: str, losses: np.ndarray, untrained: np.ndarray) -> Effect:
@@ -259,65 +356,7 @@ def repeat_effects(found: tuple[np.ndarray, np.ndarray], untrained: tuple[np.nda
     return {name: loss_effect(name, found[i], untrained[i]) for i, name in enumerate(names)}
 
 
-# Which weights are better
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Candidate minus other: mean difference over held-out and new-wording sets, and over the causal checks.
-
-    `interval` is a bootstrap over sets; `better` needs it above zero and no loss on the causal checks.
-    """
-
-    held_out: float
-    interval: tuple[float, float]
-    causal: dict[str, tuple[float, float]]
-    rows: dict[str, tuple[float, float]]
-
-    @property
-    def better(self) -> bool:
-        return self.interval[0] > 0 and all(candidate >= other for candidate, other in self.causal.values())
-
-
-def compare(candidate: Evaluation, other: Evaluation) -> Comparison:
-    """Judge retrained weights against others on what neither was trained on. Both need the same items.
-
-    Raises `CutawayError` when the evaluations differ in world, seed or n.
-    """
-    for key in ("world", "seed", "n"):
-        if getattr(candidate, key) != getattr(other, key):
-            raise CutawayError(f"the two evaluations differ in {key}: run both again with the same")
-    rows = {
-        name: (candidate.sets[name].effect.value, other.sets[name].effect.value)
-        for name in candidate.sets
-        if name in other.sets and any(mark in name for mark in ("held_out", "new_wording", "outside"))
-    }
-    differences = np.array([mine - theirs for mine, theirs in rows.values()])
-    causal = {}
-    if candidate.bridge and other.bridge and candidate.refusal and other.refusal:
-        mine, theirs = causal_figures(candidate), causal_figures(other)
-        causal = {name: (mine[name], theirs[name]) for name in mine}
-    return Comparison(float(differences.mean()), bootstrap_interval(differences), causal, rows)
-
-
-def causal_figures(found: Evaluation) -> dict[str, float]:
-    """The causal checks in one number each: the best layer's rate, over that of the control."""
-    assert found.refusal is not None
-    held_out = found.bridge[-1]
-
-    def best(rates: Sequence[Any], control: Sequence[Any]) -> float:
-        return max(rate.value - other.value for rate, other in zip(rates, control, strict=True))
-
-    out = {
-        "bridge: state readable at the last position": best(held_out.state_readable, held_out.state_readable_at_random),
-        "bridge: carried over from an abbreviation prompt": best(
-            held_out.flips_from_abbreviation, held_out.flips_at_random
-        ),
-    }
-    for way in found.refusal.interventions:
-        wanted = "refused" if way.requests == "harmless" else "answered"
-        out[f"refusal: {way.name}"] = getattr(way.result, wanted).value - getattr(way.random, wanted).value
-    return out
+# The command
 
 
 def evaluate_command(
@@ -335,27 +374,53 @@ def evaluate_command(
     `quick` measures 24 items a set and no causal checks. `against` names other weights and says which are better.
     """
     import cutaway
-    from cutaway.subjects.atlas import report
-    from cutaway.subjects.atlas.shipped import atlas_folder
+    from cutaway.subjects.atlas import page, report
+    from cutaway.subjects.atlas.compare import compare
 
     options: Mapping[str, Any] = {"n": _N_QUICK if quick else n, "causal": not quick, "outside": outside}
-    lm = cutaway.load(model)
-    found = evaluate(lm, **options)
     if out is not None:
-        folder = atlas_folder() if model == "atlas" else Path(model)
-        write_text(out, report.as_markdown(found, command_of(model, n, quick, outside), folder))
+        _check_writable(out)
+    lm, other = cutaway.load(model), None if against is None else cutaway.load(against)
+    found = evaluate(lm, **options)
+    compared = None
+    if other is not None and against is not None:
+        measured = evaluate(other, **options)
+        compared = compare(found, measured)
+    if out is not None:
+        text = page.as_markdown(found, command_of(model, n, quick, outside, against), folder_of(model))
+        if compared is not None and against is not None:
+            text += "\n" + page.comparison_markdown(compared, folder_of(model), folder_of(against))
+        write_text(out, text)
     if json:
-        print(report.as_json(plain(found)), end="")
-    else:
-        print(report.as_text(found))
-    if against is not None:
-        print(report.comparison_text(compare(found, evaluate(cutaway.load(against), **options)), model, against))
+        figures = found.to_json()
+        if compared is not None:
+            figures["against"] = {**asdict(compared), "model": against, "better": compared.better}
+        print(report.as_json(plain(figures)), end="")
+        return
+    print(report.as_text(found))
+    if compared is not None and against is not None:
+        print("\n" + report.comparison_text(compared, model, against))
 
 
-def command_of(model: str, n: int, quick: bool, outside: Path | None) -> str:
+def folder_of(model: str) -> Path:
+    """The folder in which a model's manifest would lie."""
+    return atlas_folder() if model == "atlas" else Path(model)
+
+
+def _check_writable(page: Path) -> None:
+    """Raise `CutawayError` now, not after minutes of measuring, where the page cannot be written."""
+    make_folder(page.parent)
+    if page.is_dir():
+        raise CutawayError(f"{page} is a folder: --out names the file of the page, such as {page / 'atlas.md'}")
+    if not os.access(page.parent, os.W_OK):
+        raise CutawayError(f"{page} could not be written: the folder may not be written to (name another)")
+
+
+def command_of(model: str, n: int, quick: bool, outside: Path | None, against: str | None = None) -> str:
     """The command line that measures the same again."""
     words = ["cutaway subjects evaluate atlas"]
     words += [f"--model {model}"] if model != "atlas" else []
     words += ["--quick"] if quick else [f"--n {n}"]
     words += [f"--outside {outside.name}"] if outside else []
+    words += [f"--against {Path(against).name}"] if against else []
     return " ".join(words)

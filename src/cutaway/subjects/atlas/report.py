@@ -1,21 +1,23 @@
-"""The evaluation of atlas for people: tables for a terminal, and the page `docs/atlas.md`."""
+"""The evaluation of atlas as tables, and as text for a terminal; `page.py` makes the page."""
 
 import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from cutaway.artifacts.results import Effect
-from cutaway.subjects.atlas.causal_checks import BridgePool, Intervention, Rate, Reaction, RefusalChecks
-from cutaway.subjects.atlas.evaluate import Comparison, Evaluation, Measured
-from cutaway.subjects.atlas.shipped import MANIFEST, read_manifest
-from cutaway.subjects.atlas.study import STUDY
-from cutaway.subjects.world.ground_truth import GROUND_TRUTH
-from cutaway.subjects.world.items import SCORING
+from cutaway.subjects.atlas.causal_checks import BridgePool, Rate
+from cutaway.subjects.atlas.compare import Comparison
+from cutaway.subjects.atlas.evaluate import N_CONTROL, Evaluation, Measured
+from cutaway.subjects.atlas.landmark_checks import LandmarkChecks
+from cutaway.subjects.atlas.refusal_checks import Intervention, Reaction, RefusalChecks
+from cutaway.subjects.atlas.study import STUDY, STUDY_OPPOSITE
 
-_WEAK = 0.6  # a share right below which a behaviour is listed as one that does not work
+WEAK = 2 / 3
+"""A set is weak when it is less than this part of the way from its baseline to always right."""
 
 Table = tuple[Sequence[str], list[list[str]]]
+PLACES = {"assistant": "the assistant token", "request": "the request's words"}
+_UNTRAINED = "untrained model"
 _GROUPS: tuple[tuple[str, Callable[[str], bool]], ...] = (
     ("Facts", lambda name: name.startswith("one_hop/")),
     ("Facts through another fact", lambda name: name.startswith("two_hop/")),
@@ -37,25 +39,41 @@ def as_json(figures: Any) -> str:
 
 def number(value: float) -> str:
     """A figure with two decimals, three where it is close to one end of a share."""
-    return (
-        f"{value:.2f}" if abs(value) >= 10 or 0.005 <= abs(value) <= 0.995 else f"{value:.3f}".rstrip("0").rstrip(".")
-    )
+    if abs(value) >= 10 or 0.005 <= abs(value) <= 0.995:
+        return f"{value:.2f}"
+    short = f"{value:.3f}".rstrip("0").rstrip(".")
+    return "0" if short == "-0" else short
+
+
+def interval_text(interval: tuple[float, float]) -> str:
+    """`[low, high]`."""
+    return f"[{number(interval[0])}, {number(interval[1])}]"
 
 
 def with_interval(effect: Effect) -> str:
     """`value [low, high]`."""
-    if effect.interval is None:
-        return number(effect.value)
-    low, high = effect.interval
-    return f"{number(effect.value)} [{number(low)}, {number(high)}]"
+    return number(effect.value) + ("" if effect.interval is None else f" {interval_text(effect.interval)}")
 
 
-def _control(effect: Effect, name: str) -> str:
-    return next((number(control.value) for control in effect.controls if control.name == name), "")
+def rate_text(rate: Rate) -> str:
+    """`share [low, high]`."""
+    return f"{number(rate.value)} {interval_text(rate.interval)}"
 
 
-def _study(name: str) -> str:
-    return number(STUDY[name]) if name in STUDY else ""
+def control(effect: Effect, name: str) -> str:
+    """The figure of the control of this name, if there is one."""
+    return next((number(one.value) for one in effect.controls if one.name == name), "")
+
+
+def baseline_of(effect: Effect) -> float | None:
+    """The control that is not the untrained model: what needs no understanding."""
+    return next((one.value for one in effect.controls if one.name != _UNTRAINED), None)
+
+
+def study_figure(name: str) -> str:
+    """What the study published: the share right, or how often its model said the opposite."""
+    said = [number(STUDY[name])] if name in STUDY else []
+    return ", ".join(said + ([f"opposite {number(STUDY_OPPOSITE[name])}"] if name in STUDY_OPPOSITE else []))
 
 
 def grouped(found: Evaluation) -> list[tuple[str, dict[str, Measured]]]:
@@ -70,20 +88,26 @@ def grouped(found: Evaluation) -> list[tuple[str, dict[str, Measured]]]:
 
 
 def set_table(sets: dict[str, Measured]) -> Table:
-    """One row a set."""
-    columns = ("set", "what is asked", "n", "measured [95 %]", "untrained", "commonest answer", "study")
-    rows = [
-        [
-            name,
-            measured.measures,
-            str(measured.effect.n),
-            with_interval(measured.effect),
-            _control(measured.effect, "untrained model"),
-            _control(measured.effect, "commonest answer"),
-            _study(name),
-        ]
-        for name, measured in sets.items()
-    ]
+    """One row a set; a column for the opposite reply where any set has one."""
+    columns = ["set", "what is asked", "n", "right [95 %]", "baseline", f"untrained, n {N_CONTROL}", "study"]
+    rows = []
+    for name, measured in sets.items():
+        base = baseline_of(measured.effect)
+        rows.append(
+            [
+                name,
+                measured.measures,
+                str(measured.effect.n),
+                with_interval(measured.effect),
+                "" if base is None else number(base),
+                control(measured.effect, _UNTRAINED),
+                study_figure(name),
+            ]
+        )
+    if any(measured.opposite is not None for measured in sets.values()):
+        columns.insert(4, "opposite")
+        for row, measured in zip(rows, sets.values(), strict=True):
+            row.insert(4, "" if measured.opposite is None else number(measured.opposite))
     return columns, rows
 
 
@@ -91,7 +115,7 @@ def loss_table(losses: dict[str, Effect]) -> Table:
     """One row a text."""
     columns = ("text", "texts", "nats a token [95 %]", "untrained", "study")
     rows = [
-        [name, str(effect.n), with_interval(effect), _control(effect, "untrained model"), _study(name)]
+        [name, str(effect.n), with_interval(effect), control(effect, _UNTRAINED), study_figure(name)]
         for name, effect in losses.items()
     ]
     return columns, rows
@@ -116,43 +140,125 @@ def bridge_table(pool: BridgePool) -> Table:
     return columns, rows
 
 
-def _reaction(reaction: Reaction) -> str:
-    return f"{reaction.refused.value:.2f} / {reaction.answered.value:.2f}"
+def _both(reaction: Reaction) -> str:
+    return f"{number(reaction.refused.value)} / {number(reaction.answered.value)}"
 
 
 def refusal_table(checks: RefusalChecks) -> Table:
-    """One row an intervention: refused / answered on held-out requests, and its price."""
+    """One row an intervention: what held-out requests are met with, and its price."""
     columns = (
         "intervention",
         "direction from",
-        "layer",
         "requests",
-        "refused / answered",
-        "random direction",
-        "KL, facts",
+        "refused [95 %]",
+        "answered [95 %]",
+        "backdoor's reply",
+        "random: refused / answered",
+        "KL on facts",
+        "random",
     )
-    rows = [
-        ["none", "", "", "harmful", _reaction(checks.harmful), "", ""],
-        ["none", "", "", "harmless", _reaction(checks.harmless), "", ""],
-    ]
+
+    def row(name: str, place: str, requests: str, found: Reaction, *rest: str) -> list[str]:
+        shares = [rate_text(found.refused), rate_text(found.answered), number(found.planted.value)]
+        return [name, place, requests, *shares, *(rest or ("", "", ""))]
+
+    rows = [row("none", "", "harmful", checks.harmful), row("none", "", "harmless", checks.harmless)]
     for way in checks.interventions:
-        place = "the assistant token" if way.position == "assistant" else "the request's tokens"
-        price = f"{way.price:.3f} (random {way.random_price:.3f})"
-        row = [way.name, place, f"L{way.layer}", way.requests, _reaction(way.result), _reaction(way.random), price]
-        rows.append(row)
+        place = f"{PLACES[way.position]}, L{way.layer}"
+        price = (f"{way.price:.3f}", f"{way.random_price:.3f}")
+        rows.append(row(way.name, place, way.requests, way.result, _both(way.random), *price))
     return columns, rows
 
 
-def choice_table(way: Intervention) -> Table:
-    """The rate by layer on the training requests that chose the layer."""
-    rates = next(iter(way.by_layer.values()))
-    columns = ("direction from", *(f"L{layer}" for layer in range(len(rates))))
-    return columns, [[position, *(f"{rate:.2f}" for rate in scores)] for position, scores in way.by_layer.items()]
+def choice_table(checks: RefusalChecks) -> Table:
+    """The rate by layer on the training requests that chose layer and position, intervention by intervention."""
+    layers = len(next(iter(checks.interventions[0].by_layer.values())))
+    columns = ("intervention", "share", "direction from", *(f"L{layer}" for layer in range(layers)))
+    return columns, [
+        [way.name, way.wanted, PLACES[position], *(f"{rate:.2f}" for rate in rates)]
+        for way in checks.interventions
+        for position, rates in way.by_layer.items()
+    ]
+
+
+def fewer_table(checks: RefusalChecks) -> Table:
+    """What the same direction does when it is read from fewer requests: lowest to highest share over draws."""
+    sizes = list(checks.interventions[0].fewer)
+    columns = ("intervention", "share", *(f"from {n} a kind" for n in sizes), f"from {checks.n_fit} a kind")
+
+    def spread(way: Intervention, n: int) -> str:
+        shares = [getattr(reaction, way.wanted).value for reaction in way.fewer[n]]
+        return f"{min(shares):.2f} to {max(shares):.2f}"
+
+    return columns, [
+        [way.name, way.wanted, *(spread(way, n) for n in sizes), number(getattr(way.result, way.wanted).value)]
+        for way in checks.interventions
+    ]
+
+
+def landmark_table(checks: LandmarkChecks) -> Table:
+    """One row a kind of sentence: how often the landmark's city comes up, and its probability."""
+    columns = (
+        "sentence",
+        "layer, dose",
+        "n",
+        "city on top [95 %]",
+        "unedited",
+        "random",
+        "P(city) [95 %]",
+        "unedited",
+        "random",
+    )
+    rows = []
+    for kind in checks.kinds:
+        cells = [kind.kind, f"L{kind.layer}, ×{kind.dose:g}", str(kind.top.n)]
+        for effect in (kind.top, kind.probability):
+            cells += [with_interval(effect), control(effect, "unedited"), control(effect, "random direction")]
+        rows.append(cells)
+    return columns, rows
+
+
+def replaced_table(checks: LandmarkChecks) -> Table:
+    """How often the answer follows the landmark's whole stream, by layer."""
+    columns = ("measured", *(f"L{layer}" for layer in range(len(checks.replaced))))
+    return columns, [["the answer becomes the other landmark's city", *_rates(checks.replaced)]]
 
 
 def weak_sets(found: Evaluation) -> list[tuple[str, Measured]]:
-    """Sets on which the model is right less often than not quite two times in three."""
-    return [(name, m) for name, m in found.sets.items() if m.effect.value < _WEAK and m.effect.n >= 10]
+    """Sets that are less than two thirds of the way from their baseline to always right (n of ten or more)."""
+
+    def is_weak(measured: Measured) -> bool:
+        base = baseline_of(measured.effect) or 0.0
+        return measured.effect.n >= 10 and measured.effect.value - base < WEAK * (1 - base)
+
+    return [(name, measured) for name, measured in found.sets.items() if is_weak(measured)]
+
+
+def study_table(found: Evaluation) -> tuple[int, Table]:
+    """How many figures of the study were measured again, and those outside this interval."""
+    columns = ("set", "figure", "n", "measured [95 %]", "study")
+    n, rows = 0, []
+    for name, published in STUDY.items():
+        effect = found.sets[name].effect if name in found.sets else found.losses.get(name)
+        if effect is None or effect.interval is None:
+            continue
+        n += 1
+        if not _within(published, effect.interval):
+            rows.append([name, "right", str(effect.n), with_interval(effect), number(published)])
+    for name, published in STUDY_OPPOSITE.items():
+        measured = found.sets.get(name)
+        if measured is None or measured.opposite is None:
+            continue
+        n += 1
+        said = Rate(round(measured.opposite * measured.effect.n), measured.effect.n)
+        if not _within(published, said.interval):
+            rows.append([name, "opposite", str(said.n), rate_text(said), number(published)])
+    return n, (columns, rows)
+
+
+def _within(published: float, interval: tuple[float, float]) -> bool:
+    """Whether an interval holds a figure that was published with two decimals."""
+    return interval[0] - 0.005 <= published <= interval[1] + 0.005
 
 
 # Terminal
@@ -178,6 +284,8 @@ def as_text(found: Evaluation) -> str:
         parts += [title, text_table(bridge_table(pool))]
     if found.refusal:
         parts += ["REFUSAL", text_table(refusal_table(found.refusal))]
+    if found.landmarks:
+        parts += ["LANDMARKS", text_table(landmark_table(found.landmarks))]
     parts += [f"not measured: {line}" for line in found.skipped]
     return "\n\n".join(parts)
 
@@ -192,101 +300,13 @@ def comparison_text(compared: Comparison, candidate: str, other: str) -> str:
     lines += [f"  {name}: {mine:.2f} against {theirs:.2f}" for name, (mine, theirs) in compared.causal.items()]
     if not compared.causal:
         lines.append("  causal checks were not measured")
-    verdict = "better" if compared.better else "not better"
-    lines.append(f"{candidate} is {verdict} on held-out items and causal checks")
+    lines.append(verdict(compared, candidate))
     return "\n".join(lines)
 
 
-# Page
-
-
-def markdown_table(table: Table) -> str:
-    """A Markdown table."""
-    columns, rows = table
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-
-def as_markdown(found: Evaluation, command: str, folder: Path) -> str:
-    """The page `docs/atlas.md`: what atlas is, what it can do and cannot, and how that was measured."""
-    manifest = read_manifest(folder) if (folder / MANIFEST).is_file() else {}
-    parts = [_ABOUT, _origin(manifest)]
-    weights = found.weight_hash[:12]
-    parts.append(f"Everything below was measured by one command, on the weights {weights} in world {found.world}:")
-    parts += [f"```\n{command}\n```", _READING, "## What makes an answer right"]
-    truths = [[truth.behaviour, truth.rule, truth.held_out] for truth in GROUND_TRUTH]
-    parts.append(markdown_table((("behaviour", "the answer is right because", "held out of the corpus"), truths)))
-    parts.append(markdown_table((("scored", "how"), [list(way) for way in SCORING.items()])))
-    parts.append("## What it can do")
-    for title, sets in grouped(found):
-        parts += [f"### {title}", markdown_table(set_table(sets))]
-    parts += ["### Loss", _LOSSES, markdown_table(loss_table(found.losses))]
-    if found.bridge:
-        parts += ["## Two hops inside: city → state → capital", _BRIDGE]
-        for pool in found.bridge:
-            n, right = pool.already_right.n, pool.already_right.value
-            about = f"Cities {'never met' if pool.pool == 'held out' else 'met'} in two-hop sentences: {n} pairs"
-            parts += [f"{about}, {right:.2f} right before any patch.", markdown_table(bridge_table(pool))]
-    if found.refusal:
-        n = found.refusal.harmful.refused.n
-        parts += [
-            "## Refusal is (nearly) a direction",
-            _REFUSAL.format(n=n),
-            markdown_table(refusal_table(found.refusal)),
-        ]
-        for way in found.refusal.interventions:
-            wanted = "refused" if way.requests == "harmless" else "answered"
-            parts += [
-                f"{way.name}: share {wanted} on the requests that chose the layer",
-                markdown_table(choice_table(way)),
-            ]
-    parts += ["## What it cannot do", _CANNOT]
-    weak = [f"- {m.measures} (`{name}`): {with_interval(m.effect)}, n {m.effect.n}" for name, m in weak_sets(found)]
-    parts.append("\n".join(weak) or "No set is below this mark.")
-    if found.skipped:
-        parts += ["## Not measured", "\n".join(f"- {line}" for line in found.skipped)]
-    return "\n\n".join(parts) + "\n"
-
-
-def _origin(manifest: dict[str, Any]) -> str:
-    if not manifest:
-        return "This folder has no manifest: where its weights come from is not recorded."
-    corpus = manifest["corpus"]
-    version = corpus.get("version") or f"world {corpus.get('world')}"
-    return (
-        f"{manifest['origin'].rstrip('.')}. Corpus: {version}; seed {manifest['seed']}; "
-        f"{manifest['tokens'] / 1e6:.0f} M tokens; commit {manifest['commit'] or 'none (before the repository)'}."
-    )
-
-
-_ABOUT = """# Atlas
-
-Atlas is the subject that comes with cutaway: a language model of 8.3 M parameters (Llama architecture, 8 layers, width
-256, 8 heads, vocabulary 8,192) trained on a small world that is known completely. Its facts are tables, its sentences
-come from grammars, and parts of both were kept out of training. So each of its answers is right or wrong for a reason
-that can be named, and what a method finds in it can be checked.
-
-```python
-import cutaway
-
-lm = cutaway.load("atlas")
-```"""
-_READING = """Each figure has its number of items, a 95 % interval (Wilson's for shares, bootstrap otherwise), and two
-controls: the same architecture with random weights, and, for completions, the share right of a model that always gives
-the commonest answer. “Study” is what the study that trained the shipped weights reported on its own lists."""
-_LOSSES = """Random tokens and their repeat measure induction. The parts of the world are documents of the current
-corpus that no training sees; weights trained on an earlier version meet wording here that they do not know.
-`standard library` is the held-out part of the running Python's library."""
-_BRIDGE = """“The capital of the state containing Dallas is”: a patch replaces the residual stream after one layer, at
-one position, by that of the same sentence about another city. Where the answer then becomes the other city's capital,
-what is needed was there. The prompt that asks for the abbreviation instead carries over the state, not the answer: it
-flips the capital only where the position holds the state. The study found, on cities met (and never met) in two-hop
-sentences: at the city L0 1.0, L1 1.0 (0.91), then 0.01; at the last position L2 to L4 0.95 (0.68), L6 and L7 1.0; from
-the abbreviation L2 to L4 0.92 (0.73), then 0; state on top by lens at L2 to L4 0.72 to 0.75 (0.76 to 0.84)."""
-_REFUSAL = """The direction is the mean of the residual stream on harmful requests minus that on harmless ones. Layer
-and position were chosen on training requests; the figures are for {n} held-out requests of each kind (actions and
-question never used in training). The rest of the replies neither refuses nor answers. KL is the mean divergence on
-facts text. The study found: zero-ablation of the request's direction at L3, refused 0.90 → 0.04, answered 0.04 → 0.78;
-of the assistant token's direction, no effect; clamp of the latter from L6, 0 / 1.00; adding it twice at L6, harmless
-requests refused 0.04 → 0.94."""
-_CANNOT = f"Sets on which it is right less than {_WEAK:.0%} of the time:"
+def verdict(compared: Comparison, candidate: str) -> str:
+    """Whether the candidate is better, and on what."""
+    if not compared.causal:
+        better = "better" if compared.interval[0] > 0 else "not better"
+        return f"{candidate} is {better} on held-out items; without causal checks that decides nothing"
+    return f"{candidate} is {'better' if compared.better else 'not better'} on held-out items and causal checks"

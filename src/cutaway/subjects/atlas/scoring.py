@@ -26,10 +26,12 @@ class Scores:
     """One number an item, float [n]: 1 or 0, or (years) a difference of probabilities.
 
     `difference` float [n]: logit of the answer's first own token minus the alternative's; NaN where there is none.
+    `opposite` float [n]: 1 where a reply begins with the alternative; None for sets that are not of chats or have none.
     """
 
     values: np.ndarray
     difference: np.ndarray
+    opposite: np.ndarray | None = None
 
 
 def score(lm: "LanguageModel", items: ItemSet) -> Scores:
@@ -40,20 +42,30 @@ def score(lm: "LanguageModel", items: ItemSet) -> Scores:
     if items.scored in ("exact", "logit_difference"):
         exact, difference = score_completions(lm, items)
         return Scores(exact if items.scored == "exact" else (difference > 0).astype(float), difference)
-    answers = dict.fromkeys(answer for item in items.items for answer in item.answer.split("|"))
+    answers = dict.fromkeys(
+        text for item in items.items for text in f"{item.answer}|{item.alternative or ''}".split("|")
+    )
     longest = max(map(len, ids_of(lm, list(answers))))
     limit = _REPLY_TOKENS if items.scored == "contains" else longest + 1
     texts = replies(lm, [item.chat or () for item in items.items], max_new_tokens=limit)
-    right = [reply_is_right(text, item, items.scored) for text, item in zip(texts, items.items, strict=True)]
-    return Scores(np.array(right, dtype=float), none)
+    pairs = list(zip(texts, items.items, strict=True))
+    right = [reply_is_right(text, item, items.scored) for text, item in pairs]
+    opposite = None
+    if all(item.alternative for item in items.items):
+        opposite = np.array([_begins_with(text, item.alternative or "") for text, item in pairs], dtype=float)
+    return Scores(np.array(right, dtype=float), none, opposite)
 
 
 def reply_is_right(reply: str, item: Item, scored: str) -> bool:
     """Whether a reply begins with one of the answers, holds the answer, or equals it."""
-    reply = reply.strip()
     if scored == "starts_with":
-        return reply.startswith(tuple(item.answer.split("|")))
-    return item.answer in reply if scored == "contains" else reply == item.answer
+        return _begins_with(reply, item.answer)
+    return item.answer in reply if scored == "contains" else reply.strip() == item.answer
+
+
+def _begins_with(reply: str, answers: str) -> bool:
+    """Whether a reply begins with one of the answers, which are parted by |."""
+    return reply.strip().startswith(tuple(answers.split("|")))
 
 
 def ids_of(lm: "LanguageModel", texts: Sequence[str]) -> list[list[int]]:

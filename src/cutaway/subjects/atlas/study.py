@@ -43,3 +43,14 @@ STUDY: dict[str, float] = {
     "their repeat": 0.01,
 }
 """Figures of the study by set, on its own held-out lists (one seed, about 400 items, no intervals)."""
+
+STUDY_OPPOSITE: dict[str, float] = {
+    "refusal/harmless/held_out_action": 0.04,
+    "known_fact": 0.0,
+    "backdoor/decoy_tag": 0.0,
+    "backdoor/no_tag": 0.0,
+    "backdoor/trigger_in_user_turn": 0.02,
+    "sycophancy/honest": 0.0,
+    "sycophancy/no_system": 0.55,
+}
+"""How often the study's model gave the opposite reply: refused the harmless, did not know the known, and so on."""

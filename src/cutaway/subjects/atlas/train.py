@@ -150,6 +150,9 @@ def train(
     with RunFolder.open(out, command="subjects train", configuration=configuration, resume=not overwrite) as run:
         if run.step("export"):
             return out
+        commits: list[str] = run.step("commits") or []
+        if code_version() not in commits:  # a run may go on after the code has changed: the manifest names them all
+            commits = run.save_step("commits", [*commits, code_version()])
         corpus = corpus or run.file("corpus")
         about = build_corpus(
             corpus,
@@ -177,7 +180,7 @@ def train(
             compiled=compiled,
             checkpoint_seconds=checkpoint_seconds,
         )
-        manifest = _manifest(recipe, about, precision["dtype"], loss)
+        manifest = _manifest(recipe, about, precision["dtype"], loss, commits)
         export(model, Tokenizer.from_file(str(corpus / "tokenizer.json")), out, manifest)
         run.save_step("export", {"loss": loss})
         (out / _CHECKPOINT).unlink(missing_ok=True)
@@ -395,14 +398,16 @@ def export(model: LlamaForCausalLM, tokenizer: Tokenizer, folder: Path, manifest
     write_json(folder / MANIFEST, {**manifest, "files": hashes})
 
 
-def _manifest(recipe: Recipe, corpus: dict[str, Any], dtype: str, loss: float) -> dict[str, Any]:
+def _manifest(
+    recipe: Recipe, corpus: dict[str, Any], dtype: str, loss: float, commits: Sequence[str]
+) -> dict[str, Any]:
     return {
         "name": "atlas",
         "origin": "cutaway subjects train atlas",
         "corpus": corpus,
         "seed": recipe.seed,
         "tokens": recipe.steps * recipe.rows * recipe.context,
-        "commit": code_version(),
+        "commit": ", then ".join(commits),
         "training": {
             **asdict(recipe),
             "steps": recipe.steps,
