@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded: as the command line does
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 

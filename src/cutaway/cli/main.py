@@ -39,6 +39,8 @@ for command in (tour, check, sites, subjects):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line (default: this process's) and return its exit code."""
     silence_libraries()
+    # waiting threads that spin starve each other when other programs use the cores too (ten times slower and more)
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a sign is no reason to stop

@@ -410,7 +410,7 @@ def _clamping(about: dict[str, Any], match: Told, words: tuple[str, ...], result
             page.Figures(
                 items=(
                     page.Figure(
-                        label=f"P({words[0]}), latent clamped",
+                        label=f"P({words[0]}), latent clamped" + ("" if moved is not None else " (null result)"),
                         value=strongest.effect.value,
                         detail=f"at ×{strongest.multiple:g} its maximum, mean of {strongest.effect.n} prompts",
                     ),
