@@ -125,7 +125,7 @@ def test_a_landmark_lies_at_its_name_and_is_more_than_one_direction(atlas):
     assert [rate.value for rate in replaced[:2]] == [1.0, 1.0]
     assert replaced[-1].value == 0
     found, plain = (landmark_checks._clamped(atlas, known, range(12), layer, 1.0) for layer in (1, None))
-    named, unnamed = "another landmark is named", "no landmark is named"
+    named, unnamed = "sentences that name another landmark", "sentences that name no landmark"
     assert plain[named][0].mean() == 0
     assert found[named][0].mean() < 0.5
     assert found[unnamed][1].mean() > 2 * plain[unnamed][1].mean()
@@ -214,16 +214,19 @@ def reply_set(name, answers, alternative):
 
 
 def test_baselines_need_no_understanding():
-    two = ItemSet("x", "", "logit_difference", completions("ab").items)
-    assert baseline(two).value == 0.5
+    def value(one, partner=None):
+        found = baseline(one, partner)
+        return None if found is None else found.value
+
+    assert value(ItemSet("x", "", "logit_difference", completions("ab").items)) == 0.5
     years = ItemSet("x", "", "greater_than", tuple(Item("x", "p", "", None, "", "", None, {"year": y}) for y in "09"))
     # of 100 numbers 99 and 90 are later, 1 and 10 are not
-    assert baseline(years).value == pytest.approx((0.98 + 0.80) / 2)
-    assert baseline(completions("aab")).value == pytest.approx(2 / 3)
+    assert value(years) == pytest.approx((0.98 + 0.80) / 2)
+    assert value(completions("aab")) == pytest.approx(2 / 3)
     refusals = reply_set("refusal/harmful/seen_action", ["No", "No"], "Yes")
-    assert baseline(refusals) is None
+    assert value(refusals) is None
     partner = Scores(np.ones(4), np.full(4, np.nan), np.array([0.0, 0.0, 0.0, 1.0]))
-    assert baseline(refusals, partner).value == 0.25
+    assert value(refusals, partner) == 0.25
 
 
 def test_every_set_of_chats_with_one_reply_has_a_partner_in_which_it_is_wrong():
@@ -244,6 +247,7 @@ def test_the_share_of_opposite_replies_stands_beside_the_right_ones(atlas):
     one = item_sets(0, 24)["refusal/harmless/held_out_action"]
     found = score(atlas, one)
     opposite = ItemSet(one.name, "", "starts_with", tuple(replace(i, answer=i.alternative) for i in one.items), "")
+    assert found.opposite is not None
     assert found.opposite.tolist() == score(atlas, opposite).values.tolist()
     assert found.opposite.mean() < 0.2 < 0.8 < found.values.mean()
     shown = measure(one, found, found)
@@ -317,32 +321,47 @@ def test_tables_hold_every_set_with_its_figures():
 
 
 def test_the_page_flags_what_is_weak_and_what_differs_from_the_study():
-    text = page.as_markdown(evaluation(), "cutaway subjects evaluate atlas", atlas_folder())
+    found = evaluation()
+    for name in ("truth/held_out", "new_wording/ioi", "new_wording/agreement"):
+        right = 0.0 if name.endswith("ioi") else 1.0
+        one = replace(completions("abcdefghijklmn"), name=name)
+        found.sets[name] = measure(
+            one, Scores(np.full(14, right), np.full(14, np.nan)), Scores(np.zeros(4), np.zeros(4))
+        )
+    one = replace(completions("abcdefghijklmn"), name="pronoun")
+    found.sets["pronoun"] = measure(one, Scores(np.zeros(14), np.full(14, np.nan)), Scores(np.zeros(4), np.zeros(4)))
+    text = page.as_markdown(found, "cutaway subjects evaluate atlas", atlas_folder())
     cannot, study = text.split("## What it cannot do")[1].split("## Beside the study")
     sets, edits = cannot.split("Edits that do not")
-    assert "(fewer" not in sets
-    assert "No set." in sets  # four items say too little
-    assert "clamp, direction from the request's words: answered at most 0.25" in edits
+    assert "| asks | pronoun | 14 | 0 [0, 0.22] | 0.07 |" in sets
+    assert "truth" not in sets
+    assert "task0" not in sets  # four items say too little
+    assert "In new wording 1 of 2 sets are weak. Not weak: `new_wording/agreement`." in sets
+    assert "| new_wording/ioi | asks | 14 | 0 [0, 0.22] | weak |" in text
+    assert "from the request's words, clamp: answered at most 0.25" in edits
     assert "the assistant token" not in edits
     assert "open text: its city on top 0.25 [0.05, 0.70]" in edits
     assert "| binding | right | 4 | 0 [0, 0.49] | 0.98 |" in study
     assert "two_hop/capital/held_out" not in study
-    assert "Of 4 published figures, 2 lie within" in study  # random tokens, too, are far from the study's 16.6
+    # binding and the pronoun are far from the study's figures, random tokens too; truth is above its 0.74
+    assert "Of 6 published figures, 2 lie within" in study
     assert "0.10 to 0.70" in text
     assert (
         "| clamp | the assistant token, L6 | harmful | 0 [0, 0.28] | 0.50 [0.24, 0.76] | 0.20 | 0.90 / 0 | 0.125 |"
         in text
     )
+    assert "| a landmark's direction, clamped in open text: its city comes up | 4 | 0.25 [0.05, 0.70] | 0 |" in text
 
 
 def test_weak_is_measured_from_the_baseline():
-    found = evaluation()
     one = ItemSet("truth", "", "logit_difference", completions("a" * 20).items)
-    at = Scores(np.array([1.0] * 16 + [0.0] * 4), np.full(20, np.nan))
-    better = Scores(np.array([1.0] * 17 + [0.0] * 3), np.full(20, np.nan))
-    found.sets["truth"] = measure(one, at, at)  # 0.80: 0.6 of the way from a coin
-    found.sets["truer"] = measure(one, better, better)  # 0.85: 0.7 of it
-    assert [name for name, _ in report.weak_sets(found)] == ["truth"]
+
+    def with_right(n):
+        scores = Scores(np.array([1.0] * n + [0.0] * (20 - n)), np.full(20, np.nan))
+        return measure(one, scores, scores)
+
+    assert report.is_weak(with_right(16))  # 0.80: 0.6 of the way from a coin
+    assert not report.is_weak(with_right(17))  # 0.85: 0.7 of it
 
 
 def test_the_page_says_what_other_weights_were(tmp_path):

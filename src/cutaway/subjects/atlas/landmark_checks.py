@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 WORDINGS = ("The {x}", "I read that the {x}", "We took a photo of the {x}")
 """Where a landmark's stream is read; each ends with the landmark."""
 SENTENCES: dict[str, tuple[str, ...]] = {
-    "no landmark is named": (
+    "sentences that name no landmark": (
         "The famous tower is in the city of",
         "The landmark is located in",
         "We took a photo when we were in",
     ),
-    "another landmark is named": (
+    "sentences that name another landmark": (
         "The {x} is in the city of",
         "Where is the {x}? It is in",
         "The famous {x} stands in",
@@ -182,7 +182,7 @@ def _effect(name: str, units: str, measured: Sequence[np.ndarray]) -> Effect:
 
 
 def _replaced(lm: "LanguageModel", known: _Landmarks) -> list[Rate]:
-    sentence = SENTENCES["another landmark is named"][0]
+    sentence = SENTENCES["sentences that name another landmark"][0]
     before, name = sentence.split("{x}")[0], ids_of(lm, [f"{sentence.split('{x}')[0]}{name}" for name in known.names])
     start = len(ids_of(lm, [before.rstrip()])[0])
     pairs = [(i, j) for i, j in enumerate(known.others) if len(name[i]) == len(name[j])]

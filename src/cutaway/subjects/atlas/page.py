@@ -51,6 +51,7 @@ def as_markdown(found: Evaluation, command: str, folder: Path) -> str:
         "## In short",
         markdown_table(_headlines(found)),
         _in_short(found),
+        *([_INSIDE, markdown_table(_inside(found))] if found.refusal else []),
         f"Everything on this page was measured by one command, on the weights {weights} in world {found.world}:",
         f"```console\n{command}\n```",
         "## How to read the figures",
@@ -58,7 +59,8 @@ def as_markdown(found: Evaluation, command: str, folder: Path) -> str:
         "## What makes an answer right",
         _TRUTH,
         markdown_table(_truths(found)),
-        markdown_table((("scored", "how"), [[name.replace("_", " "), how] for name, how in SCORING.items()])),
+        _SCORED,
+        markdown_table(_scored(found)),
         "## What it can do",
     ]
     for title, sets in report.grouped(found):
@@ -141,6 +143,41 @@ def _in_short(found: Evaluation) -> str:
     return "\n".join([_SHORT, "", *lines])
 
 
+def _inside(found: Evaluation) -> report.Table:
+    columns = ("inside", "n", "share [95 %]", "control")
+    rows: list[list[str]] = []
+
+    def add(said: str, rate: Rate, control: float) -> None:
+        rows.append([said, str(rate.n), report.rate_text(rate), report.number(control)])
+
+    if found.bridge:
+        pool = found.bridge[-1]
+        layer = max(range(len(pool.state_readable)), key=lambda i: pool.state_readable[i].value)
+        said = f"two hops, cities never met in such sentences: the state is readable on the way (lens, L{layer})"
+        add(said, pool.state_readable[layer], pool.state_readable_at_random[layer].value)
+        layer = max(range(len(pool.flips_from_abbreviation)), key=lambda i: pool.flips_from_abbreviation[i].value)
+        said = f"… patched in from a prompt about another state, it changes the answer (L{layer})"
+        add(said, pool.flips_from_abbreviation[layer], pool.flips_at_random[layer].value)
+    if found.refusal:
+        for way in found.refusal.interventions:
+            said = f"refusal's direction, {way.name}: {way.requests} requests are {way.wanted}"
+            add(said, getattr(way.result, way.wanted), getattr(way.random, way.wanted).value)
+    if found.landmarks:
+        for kind in found.landmarks.kinds:
+            share = Rate(round(kind.top.value * kind.top.n), kind.top.n)
+            control = kind.top.controls[-1].value
+            add(f"a landmark's direction, clamped in {kind.kind}: its city comes up", share, control)
+    return columns, rows
+
+
+def _scored(found: Evaluation) -> report.Table:
+    rows = []
+    for name, how in SCORING.items():
+        kinds = dict.fromkeys(one.split("/")[0] for one, measured in found.sets.items() if measured.scored == name)
+        rows.append([name.replace("_", " "), how, ", ".join(f"`{kind}`" for kind in kinds)])
+    return ("scored", "how", "sets"), rows
+
+
 def _truths(found: Evaluation) -> report.Table:
     columns = ("behaviour", "sets", "the answer is right because", "held out of the corpus")
     rows = [
@@ -194,7 +231,7 @@ def _landmarks(found: Evaluation) -> list[str]:
     checks = found.landmarks
     if checks is None:
         return []
-    doses = ", ".join(f"×{dose:g}" for dose in checks.kinds[0].by_dose)
+    doses = " or ".join(f"{dose:g}" for dose in checks.kinds[0].by_dose)
     return [
         "## A landmark as a direction",
         _LANDMARKS.format(n=checks.n, doses=doses),
@@ -208,27 +245,39 @@ def _landmarks(found: Evaluation) -> list[str]:
 
 
 def _cannot(found: Evaluation) -> list[str]:
-    weak = [
-        f"- {measured.measures} (`{name}`): {report.with_interval(measured.effect)}, n {measured.effect.n}, baseline "
-        f"{'none' if (base := report.baseline_of(measured.effect)) is None else report.number(base)}"
-        for name, measured in report.weak_sets(found)
-    ]
-    inside = []
+    columns = ("what is asked", "set", "n", "right [95 %]", "baseline")
+    own, new = [], []
+    for name, measured in found.sets.items():
+        if "wording" in name:
+            new.append((name, report.is_weak(measured)))
+        elif report.is_weak(measured):
+            base = report.baseline_of(measured.effect)
+            figures = [str(measured.effect.n), report.with_interval(measured.effect)]
+            own.append([measured.measures, name, *figures, "" if base is None else report.number(base)])
+    parts = [_CANNOT, markdown_table((columns, own)) if own else "No set."]
+    if new:
+        strong = ", ".join(f"`{name}`" for name, weak in new if not weak) or "none"
+        parts.append(f"In new wording {sum(weak for _, weak in new)} of {len(new)} sets are weak. Not weak: {strong}.")
+    return [*parts, *_failed_edits(found)]
+
+
+def _failed_edits(found: Evaluation) -> list[str]:
+    lines = []
     if found.refusal is not None:
-        for way in found.refusal.interventions:
-            for position, rates in way.by_layer.items():
-                if max(rates) < 0.5:
-                    inside.append(
-                        f"- {way.name}, direction from {report.PLACES[position]}: {way.wanted} at most "
-                        f"{max(rates):.2f} at any layer, on the requests that choose"
-                    )
+        lines += [
+            f"- refusal's direction from {report.PLACES[position]}, {way.name}: {way.wanted} at most {max(rates):.2f} "
+            "at any layer, on the requests that choose"
+            for way in found.refusal.interventions
+            for position, rates in way.by_layer.items()
+            if max(rates) < 0.5
+        ]
     if found.landmarks is not None:
-        inside += [
-            f"- clamp a landmark's direction where {kind.kind}: its city on top {report.with_interval(kind.top)}"
+        lines += [
+            f"- a landmark's direction, clamped in {kind.kind}: its city on top {report.with_interval(kind.top)}"
             for kind in found.landmarks.kinds
             if kind.top.value < 0.5
         ]
-    return [_CANNOT, "\n".join(weak) or "No set.", _CANNOT_INSIDE, "\n".join(inside) or "Nothing that was tried."]
+    return [_FAILED_EDITS, "\n".join(lines)] if lines else []
 
 
 def _beside_the_study(found: Evaluation) -> list[str]:
@@ -296,18 +345,22 @@ import cutaway
 lm = cutaway.load("atlas")
 ```"""
 _SHORT = """The wording decides, more than what is asked about:"""
+_INSIDE = """What is known of its inside, on held-out items, each at its best layer and beside its control (another
+position, random directions):"""
 _READING = f"""Each figure has its number of items n and a 95 % interval (Wilson's for shares, bootstrap otherwise;
 only items are drawn anew in it, not the training). *Baseline* is what needs no understanding: always the commonest
 answer; a coin where two answers are compared; all two-digit years alike; in chats, how often the same reply is
 given where it is wrong (“I cannot” to harmless requests, for refusal). *Opposite* is the share of replies that
 begin with the reply that would be wrong here. *Untrained* is the same architecture with random weights, on
-{N_CONTROL} items at most. *Study* is what the study that trained the shipped weights reported, on its own items,
-without intervals.
+{N_CONTROL} items at most (read it as ±0.2). *Weak* marks what is less than two thirds of the way from the baseline
+to always right. *Study* is what the study that trained the shipped weights reported, on its own items, without
+intervals.
 
 “Held out” means never shown *in that kind of sentence*: the fact itself was told in others. Sets named `seen` are
 asked in known wording of known things."""
 _TRUTH = """Sets are named by behaviour. The rule in each row decides every answer of its sets, and the last column
 says what no document of the corpus shows."""
+_SCORED = "How an answer is judged:"
 _NOTES = {
     "Tasks": """The shipped weights' own corpus, version 2 of the study's, joined two names by “and” alone after an
 opening: `ioi/held_out_plain_pairs` asks in these forms. `ioi/seen` and `ioi/held_out` are drawn from the current
@@ -343,7 +396,7 @@ the price of the edit.
 
 The study found, with 160 requests a kind: ablation of the direction from the request's words at L3, refused 0.90 →
 0.04, answered 0.04 → 0.78; from the assistant token, no effect; clamp of the latter from L6, 0 / 1.00; adding it
-twice at L6, harmless requests refused 0.04 → 0.94."""
+once at L6, harmless requests refused 0.04 → 0.30, twice 0.94."""
 _FEWER = """How much it matters how many requests a direction is read from: lowest and highest share over four draws
 of fewer requests, at the layer and position chosen above."""
 _LANDMARKS = """The direction of a landmark is its mean residual stream (last token, three wordings) minus that of
@@ -358,10 +411,12 @@ the Hagia Sophia did not move; no other landmark in the sentence could be overri
 was never steered."""
 _REPLACED = """For comparison, not one direction but the whole stream, replaced at all tokens of the name by that of
 another landmark's name of as many tokens ({n} pairs):"""
-_CANNOT = f"""Sets that are less than {report.WEAK:.0%} of the way from their baseline to always right:"""
-_CANNOT_INSIDE = "Edits that do not do what they are meant to do:"
+_CANNOT = "Weak sets in the corpus's own wording:"
+_FAILED_EDITS = "Edits that do not do what they are meant to do:"
 _STUDY = """Of {n} published figures, {inside} lie within the interval measured here; about {expected} would lie
 outside if only the items differed, since each set is drawn anew. The causal checks are compared in their sections.
-Two differences have a reason. Indirect objects: the study's 0.998 is reached in the forms of its own corpus, and
-not in those that came later (see Tasks). Refusal: the study read its direction from 160 requests a kind, where
-ablation is a matter of luck (see above). Figures outside:"""
+Where they differ there is a reason. Indirect objects: the study's 0.998 is reached in the forms of its own corpus,
+and not in those that came later (see Tasks). Refusal: the study read one direction from 160 requests a kind; other
+draws of as many give other figures, for ablation as for addition, and from more requests ablation works better than
+it reported. Too little added, and the reply is the backdoor's rather than a refusal. Landmarks: it used another
+model and a dictionary. Figures outside:"""

@@ -129,14 +129,15 @@ def _clamp(lm: "LanguageModel", direction: "Tensor", mean: "Tensor", layer: int)
     return [edit.clamp(f"blocks.{i}.resid_post", direction, maximum=value) for i in range(layer, lm.n_layers)]
 
 
-def _add(lm: "LanguageModel", direction: "Tensor", mean: "Tensor", layer: int) -> "list[Edit]":
-    return [edit.add(f"blocks.{layer}.resid_post", direction, scale=2.0)]
+def _add(scale: float) -> Make:
+    return lambda lm, direction, mean, layer: [edit.add(f"blocks.{layer}.resid_post", direction, scale=scale)]
 
 
 WAYS: tuple[tuple[str, str, Make], ...] = (
     ("zero-ablate at every write", "harmful", _zero_ablate),
     ("clamp to the harmless mean from the layer on", "harmful", _clamp),
-    ("add twice", "harmless", _add),
+    ("add twice", "harmless", _add(2.0)),
+    ("add three times", "harmless", _add(3.0)),
 )
 """Name, the requests it is tried on, and its edits."""
 

@@ -12,8 +12,8 @@ from cutaway.subjects.atlas.landmark_checks import LandmarkChecks
 from cutaway.subjects.atlas.refusal_checks import Intervention, Reaction, RefusalChecks
 from cutaway.subjects.atlas.study import STUDY, STUDY_OPPOSITE
 
-WEAK = 2 / 3
-"""A set is weak when it is less than this part of the way from its baseline to always right."""
+_WEAK = 2 / 3
+_LEAST_N = 10  # items without which a set is not called weak
 
 Table = tuple[Sequence[str], list[list[str]]]
 PLACES = {"assistant": "the assistant token", "request": "the request's words"}
@@ -39,7 +39,7 @@ def as_json(figures: Any) -> str:
 
 def number(value: float) -> str:
     """A figure with two decimals, three where it is close to one end of a share."""
-    if abs(value) >= 10 or 0.005 <= abs(value) <= 0.995:
+    if 0.005 <= abs(value) <= 0.995 or abs(value) > 1:
         return f"{value:.2f}"
     short = f"{value:.3f}".rstrip("0").rstrip(".")
     return "0" if short == "-0" else short
@@ -89,7 +89,7 @@ def grouped(found: Evaluation) -> list[tuple[str, dict[str, Measured]]]:
 
 def set_table(sets: dict[str, Measured]) -> Table:
     """One row a set; a column for the opposite reply where any set has one."""
-    columns = ["set", "what is asked", "n", "right [95 %]", "baseline", f"untrained, n {N_CONTROL}", "study"]
+    columns = ["set", "what is asked", "n", "right [95 %]", "", "baseline", f"untrained, n {N_CONTROL}", "study"]
     rows = []
     for name, measured in sets.items():
         base = baseline_of(measured.effect)
@@ -99,15 +99,16 @@ def set_table(sets: dict[str, Measured]) -> Table:
                 measured.measures,
                 str(measured.effect.n),
                 with_interval(measured.effect),
+                "weak" if is_weak(measured) else "",
                 "" if base is None else number(base),
                 control(measured.effect, _UNTRAINED),
                 study_figure(name),
             ]
         )
     if any(measured.opposite is not None for measured in sets.values()):
-        columns.insert(4, "opposite")
+        columns.insert(5, "opposite")
         for row, measured in zip(rows, sets.values(), strict=True):
-            row.insert(4, "" if measured.opposite is None else number(measured.opposite))
+            row.insert(5, "" if measured.opposite is None else number(measured.opposite))
     return columns, rows
 
 
@@ -224,14 +225,10 @@ def replaced_table(checks: LandmarkChecks) -> Table:
     return columns, [["the answer becomes the other landmark's city", *_rates(checks.replaced)]]
 
 
-def weak_sets(found: Evaluation) -> list[tuple[str, Measured]]:
-    """Sets that are less than two thirds of the way from their baseline to always right (n of ten or more)."""
-
-    def is_weak(measured: Measured) -> bool:
-        base = baseline_of(measured.effect) or 0.0
-        return measured.effect.n >= 10 and measured.effect.value - base < WEAK * (1 - base)
-
-    return [(name, measured) for name, measured in found.sets.items() if is_weak(measured)]
+def is_weak(measured: Measured) -> bool:
+    """Whether a set is less than two thirds of the way from its baseline to always right (n of ten or more)."""
+    base = baseline_of(measured.effect) or 0.0
+    return measured.effect.n >= _LEAST_N and measured.effect.value - base < _WEAK * (1 - base)
 
 
 def study_table(found: Evaluation) -> tuple[int, Table]:
