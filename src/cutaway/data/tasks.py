@@ -260,5 +260,8 @@ def readable_pairs(lm: LanguageModel, task: Task, n: int = 48, seed: int = 0) ->
 
     Raises `CutawayError` when none does.
     """
-    aligned = align(lm, generate(lm, task, 8 * n, seed))
+    drawn = generate(lm, task, 8 * n, seed)
+    if not drawn:
+        raise CutawayError(f"the tokenizer of {lm.name} can read none of its prompts")
+    aligned = align(lm, drawn)
     return aligned[range(min(n, len(aligned)))]

@@ -6,7 +6,7 @@ from typing import Any
 
 from cutaway.causal.patching import patch_grid
 from cutaway.tour import section as page
-from cutaway.tour.context import Tour, position_labels, same_layout
+from cutaway.tour.context import Tour, position_labels
 
 
 def patching(tour: Tour) -> page.Section:
@@ -22,17 +22,11 @@ def patching(tour: Tour) -> page.Section:
         "command": tour.command("patching"),
     }
     lm = tour.lm
-    task = tour.able()
+    task = tour.gridded
     if task is None or task.pairs is None:
         return page.Section(**about, status="not shown", note=tour.not_able())
     status, note = tour.chosen(task)
-    pairs = same_layout(task.pairs)
-    if len(pairs) < 8:
-        return page.Section(
-            **about,
-            status="not shown",
-            note=f"not shown: only {len(pairs)} prompt pairs of {task.task.name} share a layout, and 8 are needed.",
-        )
+    pairs = task.pairs
     names = position_labels(pairs, pairs.clean.strings[0])
     grid = patch_grid(lm, pairs, seed=tour.seed, names=names)
     effects = [grid.best(of=of, command=tour.command("patching")) for of in ("metric", "flips")]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,10 +13,10 @@ from torch import Tensor
 
 from cutaway.artifacts.run_folder import RunFolder
 from cutaway.artifacts.statistics import wilson_interval
-from cutaway.causal.competence import TaskResult, try_tasks
+from cutaway.causal.competence import TaskResult, competence, try_tasks
 from cutaway.data.corpus import Split, corpus_hash, read_corpus, split_rows, token_rows
 from cutaway.data.pairs import AlignedPairs
-from cutaway.data.tasks import TASKS
+from cutaway.data.tasks import TASKS, readable_pairs
 from cutaway.model.language_model import LanguageModel
 from cutaway.subjects.world.corpus import PARTS, documents
 from cutaway.subjects.world.real_text import held_out_document, standard_library
@@ -24,6 +24,7 @@ from cutaway.tour.world_tasks import WORLD_TASKS
 
 LEAST_RIGHT = 0.8
 _PAIRS = 40
+_LEAST_PAIRS = 8
 _CONTEXT = 256
 _JUDGED_ROWS = 64
 _WORLD_CHARACTERS = 6_000_000
@@ -101,15 +102,27 @@ class Tour:
         """Every task tried on the model, in the order in which the tour would like to use them."""
         return try_tasks(self.lm, (*WORLD_TASKS, *TASKS), n=_PAIRS, threshold=LEAST_RIGHT, seed=self.seed)
 
-    def able(self, names: Iterable[str] | None = None) -> TaskResult | None:
-        """The first task (among `names`) that the model is right on in at least 80 % of its items."""
-        allowed = None if names is None else set(names)
-        return next((t for t in self.tried if t.able and (allowed is None or t.task.name in allowed)), None)
+    @cached_property
+    def gridded(self) -> TaskResult | None:
+        """The first task that the model is right on, on prompts of one layout, so that positions mean the same."""
+        for result in self.tried:
+            if not result.able:
+                continue
+            pairs = same_layout(readable_pairs(self.lm, result.task, 4 * _PAIRS, self.seed))
+            pairs = pairs[range(min(len(pairs), _PAIRS))]
+            if len(pairs) < _LEAST_PAIRS:
+                continue
+            measured = competence(self.lm, pairs, criterion=result.task.criterion)
+            if measured.value >= LEAST_RIGHT:
+                return TaskResult(result.task, pairs, measured, "")
+        return None
 
     def not_able(self) -> str:
         """One line on what was tried, for a section that cannot be shown."""
         tried = [t for t in self.tried if t.competence is not None]
         counts = "; ".join(f"{t.task.name}: right on {_right(t)}" for t in tried)
+        if any(t.able for t in tried):
+            counts = f"too few prompts of one layout in the tasks that the model can do ({counts})"
         return f"not shown: {counts or 'none of the tasks can be read with this tokenizer'}"
 
     def chosen(self, result: TaskResult) -> tuple[str, str]:

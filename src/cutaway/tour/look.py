@@ -11,7 +11,7 @@ from cutaway.model.selftest import SelfTest as ModelSelfTest
 from cutaway.observe.heads import head_report, name
 from cutaway.observe.logit_lens import logit_lens
 from cutaway.tour import section as page
-from cutaway.tour.context import Tour, same_layout
+from cutaway.tour.context import Tour
 
 
 def card(tour: Tour, test: ModelSelfTest) -> page.Card:
@@ -96,12 +96,12 @@ def lens(tour: Tour) -> page.Section:
         "question": "Where does the answer appear?",
         "command": tour.command("lens"),
     }
-    task = tour.able()
+    task = tour.gridded
     if task is None or task.pairs is None:
         lead = "The stream after each layer is read through the model's own unembedding."
         return page.Section(**about, lead=lead, status="not shown", note=tour.not_able())
     status, note = tour.chosen(task)
-    pairs = same_layout(task.pairs)
+    pairs = task.pairs
     result = logit_lens(tour.lm, pairs.clean, targets=[int(i) for i in pairs.answer])
     other = logit_lens(tour.lm, pairs.clean, targets=[int(i) for i in pairs.wrong])
     layers = ["embed", *(f"after layer {i}" for i in range(tour.lm.n_layers))]
