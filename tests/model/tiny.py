@@ -86,6 +86,8 @@ def tiny_model(family: str, *, seed: int = 0, config: Any = None, **changes: Any
     """A random model in evaluation mode; `changes` go to its configuration, or `config` replaces it."""
     torch.manual_seed(seed)
     model = FAMILIES[family][1](config if config is not None else tiny_config(family, **changes)).eval()
+    assert model.generation_config is not None
+    model.generation_config.eos_token_id = None  # texts are as long as asked, unless a tokenizer brings an end
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1:

@@ -87,7 +87,7 @@ def _observed(
     prefix = f"blocks.{layer}.attn"
     query = execution.touch(f"{prefix}.rot_q", query.transpose(1, 2)).transpose(1, 2)
     # keys arrive with the cached ones in front, always unedited, so an edit of theirs is applied at every step
-    key = execution.touch(f"{prefix}.rot_k", key.transpose(1, 2), keys=True).transpose(1, 2)
+    key = execution.touch(f"{prefix}.rot_k", key.transpose(1, 2)).transpose(1, 2)
     if not execution.wants(f"{prefix}.scores", f"{prefix}.pattern"):
         return base_kernel(module)(module, query, key, value, attention_mask, **options)
     if options.get("s_aux") is not None or options.get("position_bias") is not None:

@@ -65,7 +65,7 @@ class Execution:
         self.first_layer = first_layer
         self.resumed = resumed
         self.last_only = last_only
-        self.offset = 0
+        self.end = mask.shape[1]  # columns read so far, those of this forward included
         self.values: dict[str, Tensor] = {}
         self.attention_layers: dict[int, int] = {}
 
@@ -80,10 +80,11 @@ class Execution:
         """Whether a derived value must be put back into the forward: it is edited, or its gradient is asked for."""
         return any(name in self.edits or (self.gradients and name in self.capture) for name in names)
 
-    def edit(self, name: str, value: Tensor, *, keys: bool = False) -> Tensor:
+    def edit(self, name: str, value: Tensor) -> Tensor:
         """The value after the edits at a site. Positions are in dimension 1, or 2 for scores and pattern.
 
-        `keys` marks a value that spans all columns so far (cached keys), not only the current ones.
+        A value may hold more columns than this forward reads (cached keys) or fewer (logits in generation); either
+        way it ends with the newest.
         """
         resolved = self.edits.get(name)
         if not resolved:
@@ -91,7 +92,7 @@ class Execution:
         grid = name.endswith((".scores", ".pattern"))
         x = value.transpose(1, 2) if grid else value
         for edit in resolved:
-            x = edit.apply(x, 0 if keys else self.offset)
+            x = edit.apply(x, self.end - x.shape[1])
         return x.transpose(1, 2) if grid else x
 
     def record(self, name: str, value: Tensor) -> Tensor:
@@ -102,9 +103,9 @@ class Execution:
                 raise _Stop
         return value
 
-    def touch(self, name: str, value: Tensor, *, keys: bool = False) -> Tensor:
+    def touch(self, name: str, value: Tensor) -> Tensor:
         """Apply the edits at a site, then capture it."""
-        return self.record(name, self.edit(name, value, keys=keys))
+        return self.record(name, self.edit(name, value))
 
     @contextmanager
     def observing(self) -> Iterator[None]:
@@ -170,8 +171,12 @@ class Execution:
         """d metric / d value for every captured site; zeros where the metric does not depend on it."""
         names = list(self.values)
         inputs = [self.values[name] for name in names]
+        if not isinstance(metric, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise CutawayError(f"The metric returned a {type(metric).__name__}; it must return a tensor of the logits.")
         if not metric.requires_grad:
             raise CutawayError("The metric does not depend on the logits through anything differentiable.")
+        if not bool(torch.isfinite(metric).all()):
+            raise CutawayError("The metric is NaN or infinite, so it has no gradient.")
         found = torch.autograd.grad(metric.sum(), inputs, allow_unused=True)
         return {
             name: torch.zeros_like(value) if grad is None else grad.detach()

@@ -6,17 +6,50 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.model.addressing import resolve
 from cutaway.model.edits import Edit
-from cutaway.model.execution import Execution
+from cutaway.model.execution import Execution, active
 from cutaway.model.run import Generation
 from cutaway.model.tokens import Tokens, pad_rows
 
 if TYPE_CHECKING:
     from cutaway.model.language_model import LanguageModel
+
+
+# Settings that a checkpoint's generation_config may carry and that would otherwise be added to what was asked.
+_NEUTRAL: dict[str, Any] = {
+    "do_sample": False,
+    "num_beams": 1,
+    "temperature": 1.0,
+    "top_k": 50,
+    "top_p": 1.0,
+    "typical_p": 1.0,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "min_new_tokens": 0,
+    "num_return_sequences": 1,
+}
+
+
+class _Draw(LogitsProcessor):
+    """Leaves one token, drawn with a generator of its own: other threads and the global seed have no part in it."""
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self.generator = torch.Generator(device).manual_seed(seed)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
+        drawn = torch.multinomial(scores.float().softmax(-1), 1, generator=self.generator)
+        return torch.full_like(scores, -torch.inf).scatter(1, drawn, 0.0)
 
 
 def end_ids(lm: LanguageModel) -> list[int]:
@@ -45,6 +78,8 @@ def generate(
         raise CutawayError("max_new_tokens and num_return_sequences are at least 1, and temperature is not negative.")
     if temperature == 0 and num_return_sequences > 1:
         raise CutawayError("Greedy decoding gives the same text every time; set a temperature for several sequences.")
+    if (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
+        raise CutawayError("top_k is at least 1, and top_p lies between 0 and 1.")
     longest = int(prompts.lengths.max())
     if longest + max_new_tokens > lm.context_length:
         raise CutawayError(
@@ -61,34 +96,48 @@ def generate(
     execution = Execution(lm, (), resolved, prompts.mask.repeat_interleave(n, 0))
     ends = end_ids(lm)
     config = GenerationConfig(
+        **_NEUTRAL,
         max_new_tokens=max_new_tokens,
-        do_sample=temperature > 0,
-        num_return_sequences=n,
-        num_beams=1,
         use_cache=use_cache,
         eos_token_id=ends or None,
         pad_token_id=lm.pad_id if lm.pad_id is not None else (ends[0] if ends else 0),
         bos_token_id=lm.bos_id,
-        **({"temperature": temperature, "top_k": top_k or 0, "top_p": top_p or 1.0} if temperature > 0 else {}),
     )
+    draw = LogitsProcessorList()
+    if temperature > 0:
+        draw.append(TemperatureLogitsWarper(float(temperature)))
+        if top_k is not None:
+            draw.append(TopKLogitsWarper(top_k))
+        if top_p is not None:
+            draw.append(TopPLogitsWarper(top_p))
+        draw.append(_Draw(seed, lm.device))
 
     def follow(_module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
-        cache = kwargs.get("past_key_values")
-        execution.offset = 0 if cache is None else int(cache.get_seq_length())
+        if active() is execution:
+            cache = kwargs.get("past_key_values")
+            execution.end = (0 if cache is None else int(cache.get_seq_length())) + kwargs["input_ids"].shape[1]
+
+    def answer(_module: nn.Module, _args: Any, output: Any) -> Any:
+        if active() is execution and execution.editing("logits"):
+            output.logits = execution.edit("logits", output.logits)
+        return output
 
     def call() -> Tensor:
         return lm.hf.generate(  # type: ignore[operator]
-            input_ids=prompts.ids, attention_mask=prompts.mask.long(), generation_config=config, custom_generate=None
+            input_ids=prompts.ids.repeat_interleave(n, 0),
+            attention_mask=prompts.mask.long().repeat_interleave(n, 0),
+            generation_config=config,
+            logits_processor=draw,
+            custom_generate=None,
         )
 
-    handle = lm.hf.register_forward_pre_hook(follow, with_kwargs=True)
-    devices = [lm.device] if lm.device.type == "cuda" else []
+    handles = [lm.hf.register_forward_pre_hook(follow, with_kwargs=True), lm.hf.register_forward_hook(answer)]
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=devices):
-            torch.manual_seed(seed)
+        with torch.no_grad():
             out = execution.forward(call)
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     return _collect(lm, prompts, out, n, set(ends), execution)
 
 

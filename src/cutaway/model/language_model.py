@@ -206,6 +206,8 @@ class LanguageModel:
         if grad is not None and logits is None:
             raise CutawayError("grad= needs logits: ask for logits='last' or 'all'.")
         names = self._sites.expand_all(capture) if capture is not None else []
+        if grad is not None and not names:
+            raise CutawayError("grad= gives gradients at captured sites; name some in capture=.")
         edits = (edits,) if isinstance(edits, Edit) else tuple(edits)
         resolved = [
             resolve(i, edit, self._sites[name], tokens)
@@ -214,7 +216,7 @@ class LanguageModel:
         ]
         touched = {*names, *(r.site.name for r in resolved)}
         last_only = logits == "last" and not touched & {"logits", "logits_precap"}
-        self._check_size(names, tokens, limit_bytes or CAPTURE_LIMIT)
+        self._check_size(names, tokens, CAPTURE_LIMIT if limit_bytes is None else limit_bytes)
         first_layer, stream = self._resume_point(resume, touched, tokens) if resume is not None else (0, None)
         execution = Execution(
             self,

@@ -125,7 +125,7 @@ def capture_bytes(
         shape = [sizes.get(part, part) if isinstance(part, str) else part for part in site.shape]
         if name.startswith("logits") and not full_vocab:
             shape[1] = 1
-        wide = 4 if name.endswith((".scale", ".normalized")) else itemsize
+        wide = max(4, itemsize) if name.endswith((".scale", ".normalized")) else itemsize
         total += math.prod(int(part) for part in shape) * wide
     return total
 
