@@ -58,7 +58,7 @@ _GEMMA2 = Names(
 _NEOX = Names(
     layers="gpt_neox.layers", embed="gpt_neox.embed_in", final="gpt_neox.final_layer_norm", attention="attention",
     mlp="mlp", output="dense", ln1="input_layernorm", ln2="post_attention_layernorm", pre="dense_h_to_4h",
-    down="dense_4h_to_h", head="embed_out", layer_norm=True, parallel=True,
+    down="dense_4h_to_h", layer_norm=True, parallel=True,
 )  # fmt: skip
 _GPT2 = Names(
     layers="transformer.h", embed="transformer.wte", final="transformer.ln_f", attention="attn", mlp="mlp",

@@ -89,9 +89,11 @@ class Resolved:
                 return value
             if len(lead) == 1 and lead[0] == per_position:
                 return value[ordinals]
-            if len(lead) == 2 and lead[0] == self.ordinal.shape[0] and lead[1] in (per_position, self.ordinal.shape[1]):
-                # [row, position], the form in which captures come; with every position it follows columns of the batch
-                return value[rows, ordinals if lead[1] == per_position else columns]
+            if len(lead) == 2 and lead[0] == self.ordinal.shape[0]:
+                if self.edit.positions is None and lead[1] == self.ordinal.shape[1]:
+                    return value[rows, columns]  # the form in which captures come, whatever the padding
+                if lead[1] == per_position:
+                    return value[rows, ordinals]
         raise CutawayError(
             f"The value of '{self.edit}' has shape {tuple(value.shape)}, which fits neither one token's value "
             f"{tuple(part.shape[1:])}, nor one entry for each of {per_position} positions, nor [row, position]."

@@ -22,7 +22,7 @@ from cutaway.model.attention import check_dispatch
 from cutaway.model.edits import Edit
 from cutaway.model.execution import Execution, active
 from cutaway.model.families import find_family, weight_matrix
-from cutaway.model.run import Generation, Run, capture_bytes
+from cutaway.model.run import Generation, Gradients, Run, capture_bytes
 from cutaway.model.selftest import SelfTest, run_selftest
 from cutaway.model.sites import KINDS, Site, SiteTable, layer_of
 from cutaway.model.tokens import Tokens, pad_rows, token_string
@@ -223,7 +223,7 @@ class LanguageModel:
             names,
             resolved,
             tokens.mask,
-            stop=logits is None and bool(names),
+            stop=logits is None and bool(names) and "logits" not in names,
             gradients=grad is not None,
             first_layer=first_layer,
             resumed=stream,
@@ -251,7 +251,7 @@ class LanguageModel:
             tokens=tokens,
             logits=None if result is None or logits is None else result.detach(),
             values={name: v.clone() for name, v in values.items()} if grad is not None else values,
-            grads={name: grads[name] for name in names} if grad is not None else {},
+            grads=Gradients({name: grads[name] for name in names} if grad is not None else {}, self._sites),
             receipts=execution.receipts(tokens.first),
             edits=edits,
             site_table=self._sites,
@@ -274,18 +274,25 @@ class LanguageModel:
             )
 
     def _resume_point(self, source: Run, touched: set[str], tokens: Tokens) -> tuple[int, Tensor | None]:
-        """The deepest layer that a run of the same tokens lets us start at, and the stream there."""
-        if len(source.tokens) not in (1, len(tokens)) or source.tokens.ids.shape[1] != tokens.ids.shape[1]:
+        """The deepest layer that a run of the same tokens lets us start at, and the stream there.
+
+        What the source edited is not taken over: the stream is read below its first edit.
+        """
+        if source.site_table is not self._sites:
+            raise CutawayError(f"resume= needs a run of {self.name}; this one comes from another model.")
+        given = source.tokens
+        if len(given) not in (1, len(tokens)) or given.ids.shape[1] != tokens.ids.shape[1]:
             raise CutawayError("resume= needs a run of the same tokens, or of one row of the same length.")
-        if not torch.equal(source.tokens.ids.expand_as(tokens.ids), tokens.ids):
+        same_ids = torch.equal(given.ids.expand_as(tokens.ids), tokens.ids)
+        if not same_ids or not torch.equal(given.mask.expand_as(tokens.mask), tokens.mask):
             raise CutawayError("resume= needs a run of the same tokens; these differ.")
-        layers = [layer_of(name) for name in touched]
-        outside = [name for name in touched if layer_of(name) is None and name in ("embed", "pos_embed")]
-        inside = [layer for layer in layers if layer is not None]
-        deepest = 0 if outside else min(inside, default=self.n_layers - 1)
+        ends = {name for name in touched if layer_of(name) is None and name in ("embed", "pos_embed")}
+        inside = [layer for name in touched if (layer := layer_of(name)) is not None]
+        deepest = 0 if ends else min(inside, default=self.n_layers - 1)
+        edited = [self._sites.order(receipt.site) for receipt in source.receipts]
         for layer in range(deepest, 0, -1):
             for name in (f"blocks.{layer}.resid_pre", f"blocks.{layer - 1}.resid_post"):
-                if name in source:
+                if name in source and min(edited, default=len(self._sites)) > self._sites.order(name):
                     return layer, source[name].expand(len(tokens), -1, -1).clone()
         return 0, None
 

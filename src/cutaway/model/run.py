@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -18,6 +18,31 @@ from cutaway.model.sites import SiteTable, template_of
 from cutaway.model.tokens import Tokens
 
 
+class Gradients(Mapping[str, Tensor]):
+    """d metric / d site by site name, TransformerLens' spellings included when looking up."""
+
+    def __init__(self, values: Mapping[str, Tensor], table: SiteTable) -> None:
+        self._values = values
+        self._table = table
+
+    def __getitem__(self, site: str) -> Tensor:
+        name = site if site in self._values else self._table.resolve(site)
+        if name not in self._values:
+            raise CutawayError(
+                f"This run holds no gradient at '{name}'; name it in capture=, with a metric as grad=."
+            )
+        return self._values[name]
+
+    def __contains__(self, site: object) -> bool:
+        return site in self._values
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+
 @dataclass(frozen=True, eq=False)
 class Run:
     """One forward pass. `run[site]` is a captured value; sites are listed in `run.sites`.
@@ -29,7 +54,7 @@ class Run:
     tokens: Tokens
     logits: Tensor | None
     values: Mapping[str, Tensor] = field(repr=False)
-    grads: Mapping[str, Tensor] = field(repr=False)
+    grads: Gradients = field(repr=False)
     receipts: tuple[Receipt, ...]
     edits: tuple[Edit, ...]
     site_table: SiteTable = field(repr=False)

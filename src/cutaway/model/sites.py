@@ -162,6 +162,8 @@ class SiteTable(Sequence[Site]):
         """
         match = _LAYER.match(pattern)
         if match is None:
+            if pattern == "unembed.hook_out" and self._by_name["logits_precap"].absent is not None:
+                return ["logits"]  # the unembedding's output, which nothing follows
             return [self._require(_ALIASES.get(pattern, pattern), pattern)]
         which, rest = match.groups()
         template = "blocks.{l}." + rest
@@ -177,11 +179,10 @@ class SiteTable(Sequence[Site]):
             layers = range(low, high + 1)
         else:
             layers = [int(which)]
-        for layer in layers:
-            if layer >= self.n_layers:
-                raise CutawayError(
-                    f"'{pattern}' asks for layer {layer}, but this model's layers are 0 to {self.n_layers - 1}."
-                )
+        if max(layers) >= self.n_layers:
+            raise CutawayError(
+                f"'{pattern}' asks for layer {max(layers)}, but this model's layers are 0 to {self.n_layers - 1}."
+            )
         names = [template.replace("{l}", str(layer)) for layer in layers]
         if which == "*" or which.startswith("{"):
             present = [name for name in names if self._by_name[name].absent is None]
