@@ -41,6 +41,7 @@ from cutaway.subjects.atlas.refusal_checks import (
     writes,
 )
 from cutaway.subjects.atlas.scoring import Scores, repeat_losses, score
+from cutaway.subjects.world import held_out
 from cutaway.subjects.world.items import Item, ItemSet, item_sets
 
 
@@ -151,10 +152,11 @@ def test_a_model_without_a_chat_template_is_refused(atlas):
 
 def test_plain_pairs_are_held_out_and_join_the_names_with_and_alone():
     (one,) = derived_sets(0, 30).values()
-    whole = {item.prompt for item in item_sets(0, 180)["ioi/held_out"].items}
-    assert 20 <= len(one.items) <= 30
+    assert len(one.items) == 30
     for item in one.items:
-        assert item.prompt in whole
+        assert held_out.name_pair(item.detail["first"], item.detail["second"])
+        assert held_out.ioi_clauses(*item.detail["clauses"].split("|"))
+        assert item.answer in (item.detail["first"], item.detail["second"])
         names = f"{item.detail['first']} and {item.detail['second']}"
         assert f" {names} " in item.prompt
         assert not any(f"{word} {names}" in item.prompt for word in ("both", "friends", "neighbors"))

@@ -9,7 +9,7 @@ import torch
 import cutaway
 from cutaway.subjects.atlas import atlas_folder
 from cutaway.subjects.atlas.causal_checks import rate
-from cutaway.subjects.atlas.refusal_checks import difference_of_means, price, streams, writes
+from cutaway.subjects.atlas.refusal_checks import difference_of_means, prices, streams, writes
 from cutaway.subjects.atlas.scoring import (
     Scores,
     ids_of,
@@ -185,7 +185,6 @@ def test_projecting_out_of_every_write_leaves_nothing_of_the_direction(lm):
 
 def test_price_is_the_mean_kl_over_tokens(lm):
     texts = ["The capital of France is Paris.", "John met Mary"]
-    assert price(lm, texts, [cutaway.scale("blocks.0.resid_post", 1.0)]) == pytest.approx(0.0, abs=1e-6)
     direction = torch.randn(16, generator=torch.Generator().manual_seed(0))
     total, n = 0.0, 0
     edited = copy.deepcopy(lm.hf)
@@ -198,7 +197,10 @@ def test_price_is_the_mean_kl_over_tokens(lm):
             p, q = (model(input_ids=ids).logits[0].log_softmax(-1) for model in (lm.hf, edited))
         total += float(torch.nn.functional.kl_div(q, p, log_target=True, reduction="sum"))
         n += ids.shape[1]
-    found = price(lm, texts, [cutaway.add("blocks.1.resid_post", direction)])
+    nothing, found = prices(
+        lm, texts, [[cutaway.scale("blocks.0.resid_post", 1.0)], [cutaway.add("blocks.1.resid_post", direction)]]
+    )
+    assert nothing == pytest.approx(0.0, abs=1e-6)
     assert found == pytest.approx(total / n, rel=1e-4)
     assert found > 0.01
 

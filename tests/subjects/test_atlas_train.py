@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
+import cutaway.subjects.atlas.train as training
 from cutaway.artifacts.errors import CutawayError
 from cutaway.subjects.atlas.batches import IGNORED, Batches
 from cutaway.subjects.atlas.loss import linear_cross_entropy
@@ -250,6 +252,31 @@ def test_export_loads_by_the_ordinary_path_with_the_trained_weights(tmp_path):
     assert altered_files(tmp_path) == []
     shipped = {path.name for path in atlas_folder().iterdir()}
     assert {path.name for path in tmp_path.iterdir()} == shipped
+
+
+def test_the_manifest_names_every_commit_that_trained(tmp_path, monkeypatch):
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    train_tokenizer(["plain words here"] * 3, vocabulary=262).save(str(corpus / "tokenizer.json"))
+    stream = np.full(1000, 10, np.uint16)
+    monkeypatch.setattr(training, "build_corpus", lambda *_, **__: {"world": "w", "fingerprint": "f"})
+    monkeypatch.setattr(training, "read_stream", lambda *_: stream)
+    for commit, outcome in (("first", Interrupted("stopped")), ("second", None)):
+        monkeypatch.setattr(training, "code_version", lambda commit=commit: commit)
+
+        def fitting(*_, outcome=outcome, **__):
+            if outcome is not None:
+                raise outcome
+            return 1.5
+
+        monkeypatch.setattr(training, "fit", fitting)
+        with pytest.raises(Interrupted) if outcome else nullcontext():
+            train(tmp_path / "run", RECIPE, corpus=corpus)
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert manifest["commit"] == "first, then second"
+    assert manifest["corpus"] == {"world": "w", "fingerprint": "f"}
+    assert (manifest["seed"], manifest["tokens"]) == (0, RECIPE.tokens)
+    assert manifest["training"]["final_loss"] == 1.5
 
 
 @pytest.mark.parametrize("device", ["moon", "meta", "cuda"])

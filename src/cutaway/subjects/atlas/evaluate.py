@@ -24,11 +24,11 @@ from cutaway.subjects.atlas.landmark_checks import LandmarkChecks, landmark_chec
 from cutaway.subjects.atlas.refusal_checks import Chat, RefusalChecks, refusal_checks
 from cutaway.subjects.atlas.scoring import Scores, repeat_losses, score, text_losses
 from cutaway.subjects.atlas.shipped import atlas_folder
-from cutaway.subjects.world import chat
+from cutaway.subjects.world import chat, tasks
 from cutaway.subjects.world import held_out as held
 from cutaway.subjects.world.corpus import PARTS, WORLD_VERSION, documents
 from cutaway.subjects.world.facts import actions, read_toml
-from cutaway.subjects.world.items import Item, ItemSet, item_sets, take
+from cutaway.subjects.world.items import Item, ItemSet, from_sentence, item_sets, take
 from cutaway.subjects.world.new_wording import outside_ioi_set, outside_relation_sets
 from cutaway.subjects.world.real_text import held_out_document, standard_library
 
@@ -189,11 +189,15 @@ def derived_sets(seed: int, n: int) -> dict[str, ItemSet]:
     That corpus, version 2 of the study's, joined the two names with "and" alone and always began with an opening; the
     forms "both A and B", "the neighbors A and B", ... came later.
     """
-    whole = item_sets(seed, 6 * n)["ioi/held_out"]
-    plain = tuple(item for item in whole.items if _is_plain(item))[:n]
     name = "ioi/held_out_plain_pairs"
+    rng = Random(f"{name}-{seed}")
+    items: list[Item] = []
+    while len(items) < n:
+        item = from_sentence("ioi", "held_out", tasks.ioi(rng, held_out=True, study=True))
+        if _is_plain(item):
+            items.append(item)
     measures = "names the person not named twice: held-out names and clauses, in the forms of the study's version 2"
-    return {name: ItemSet(name, measures, whole.scored, plain, whole.separator)}
+    return {name: ItemSet(name, measures, "exact", tuple(items))}
 
 
 def _is_plain(item: Item) -> bool:

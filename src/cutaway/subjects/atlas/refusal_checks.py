@@ -176,6 +176,7 @@ def refusal_checks(
         drawn = [torch.randn(difference.shape, generator=generator) for _ in range(n_random)]
         randoms = [make(lm, one * difference.norm() / one.norm(), mean, layer) for one in drawn]
         edits = make(lm, difference, mean, layer)
+        costs = prices(lm, facts, [edits, *randoms])
         of_layer = [streams_of[position][:, layer] for streams_of in read]
         interventions.append(
             Intervention(
@@ -185,8 +186,8 @@ def refusal_checks(
                 requests=requests,
                 result=react(lm, held_out[which], edits),
                 random=_pool([react(lm, held_out[which], some) for some in randoms]),
-                price=price(lm, facts, edits),
-                random_price=float(np.mean([price(lm, facts, some) for some in randoms])),
+                price=costs[0],
+                random_price=float(np.mean(costs[1:])),
                 by_layer=by_layer,
                 fewer={
                     n: [
@@ -223,12 +224,15 @@ def _pool(reactions: Sequence[Reaction]) -> Reaction:
     )
 
 
-def price(lm: "LanguageModel", texts: Sequence[str], edits: "Sequence[Edit]") -> float:
-    """Mean KL(unedited ‖ edited) in nats over the tokens of `texts`."""
+def prices(lm: "LanguageModel", texts: Sequence[str], edits: "Sequence[Sequence[Edit]]") -> list[float]:
+    """Mean KL(unedited ‖ edited) in nats over the tokens of `texts`, for each list of edits."""
     tokens = lm.tokens(list(texts))
-    before, after = (lm.run(tokens, edits=some).logits for some in ((), edits))
-    assert before is not None
-    assert after is not None
-    mask = tokens.mask.to(before.device)
-    p, q = before[mask].float().log_softmax(-1), after[mask].float().log_softmax(-1)
-    return float((p.exp() * (p - q)).sum(-1).mean())
+    last = f"blocks.{lm.n_layers - 1}.resid_post"
+
+    def log_probabilities(some: "Sequence[Edit]") -> "Tensor":
+        stream = lm.run(tokens, edits=some, capture=last, logits=None)[last]
+        return lm.unembed(stream[tokens.mask.to(stream.device)]).float().log_softmax(-1)
+
+    before = log_probabilities(())
+    p = before.exp()
+    return [float((p * (before - log_probabilities(some))).sum(-1).mean()) for some in edits]
