@@ -220,3 +220,15 @@ def test_atlas_hands_the_state_from_the_city_to_the_last_token(two_hop: PatchGri
     assert effect.controls[0].value < effect.interval[0]
     assert "L0" in str(two_hop)
     assert len(two_hop.to_json()["mean"]) == 8
+
+
+def test_the_best_cell_is_never_the_output_itself(tiny: LanguageModel, id_pairs: Pairs) -> None:
+    """The last layer's stream at the last token recovers everything whatever the model does; it says nothing."""
+    pairs = id_pairs(10, 6)
+    grid = patch_grid(tiny, pairs)
+    last = tiny.n_layers - 1
+    assert grid.mean[-1, -1].item() == pytest.approx(1.0, abs=1e-4)
+    assert grid.is_output(last)
+    assert not grid.is_output(last - 1)
+    assert f"blocks.{last}." not in grid.best().name
+    assert not patch_grid(tiny, pairs, site="blocks.{l}.attn.out").is_output(last)

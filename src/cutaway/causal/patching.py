@@ -33,10 +33,12 @@ class PatchGrid:
     `values` [layers, columns, n] is the share of the difference between the two runs that one patch moves: denoising,
     (patched - corrupt) / (clean - corrupt); noising, (clean - patched) / (clean - corrupt). 0 leaves the run as it was,
     1 turns it into the other. NaN where a pair's denominator is too small to say (`dropped` counts those pairs).
-    `flips` [layers, columns, n] is True where the most probable token becomes the source's answer.
+    `flips` [layers, columns, n] is True where the most probable token becomes the source's answer. `layers` are those
+    patched, out of the model's `n_layers`.
     """
 
     model: str
+    n_layers: int
     site: str
     direction: Direction
     metric: str
@@ -74,6 +76,10 @@ class PatchGrid:
             return torch.full((2, *self.values.shape[:2]), float("nan"))
         drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_resamples) / n
         return torch.from_numpy(np.quantile(kept @ drawn.T, [0.025, 0.975], axis=-1)).float()
+
+    def is_output(self, layer: int) -> bool:
+        """Whether the site at this layer is what the unembedding reads."""
+        return layer == self.n_layers - 1 and self.site.endswith("resid_post")
 
     def _cell(self, layer: int, column: str) -> tuple[int, int]:
         if layer not in self.layers or column not in self.columns:
@@ -135,14 +141,17 @@ class PatchGrid:
     def best(self, *, of: Literal["metric", "flips"] = "metric", command: str | None = None) -> Effect:
         """The cell with the largest mean of the metric, chosen on every second pair and measured on the others.
 
-        Choosing and measuring on the same pairs would report the luckiest of many cells. Needs at least 8 pairs.
+        Choosing and measuring on the same pairs would report the luckiest of many cells. The stream after the model's
+        last layer is no candidate: at the last token it hands over the answer itself. Needs at least 8 pairs.
         """
         if self.n < 8:
             raise CutawayError(
                 f"{self.n} pairs are too few to choose a cell on one half and measure it on the other; give 8"
             )
-        chosen = self.values[..., 0::2].nanmean(-1)
-        i, j = divmod(int(chosen.nan_to_num(-torch.inf).argmax()), len(self.columns))
+        chosen = self.values[..., 0::2].nanmean(-1).nan_to_num(-torch.inf)
+        if len(self.layers) > 1:
+            chosen[torch.tensor([self.is_output(layer) for layer in self.layers])] = -torch.inf
+        i, j = divmod(int(chosen.argmax()), len(self.columns))
         return self.effect(self.layers[i], self.columns[j], of=of, command=command, rows=range(1, self.n, 2))
 
     def to_json(self) -> dict[str, Any]:
@@ -302,6 +311,7 @@ def patch_grid(
         control, control_flip = _others(values, aligned), _others(flips.float(), aligned)
     return PatchGrid(
         model=lm.name,
+        n_layers=lm.n_layers,
         site=site,
         direction=direction,
         metric=name,

@@ -39,7 +39,8 @@ def patching(tour: Tour) -> page.Section:
     return page.Section(
         **about,
         status=status,  # type: ignore[arg-type]
-        note=f"{note} The place is chosen on every second pair and measured on the others.",
+        note=f"{note} The place is chosen on every second pair and measured on the others; the last layer is not a candidate, "
+        "since its last token hands over the answer itself.",
         blocks=(
             page.Figures(
                 items=(
