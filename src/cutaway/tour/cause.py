@@ -39,8 +39,10 @@ def patching(tour: Tour) -> page.Section:
     return page.Section(
         **about,
         status=status,  # type: ignore[arg-type]
-        note=f"{note} The place is chosen on every second pair and measured on the others; the last layer is not a candidate, "
-        "since its last token hands over the answer itself.",
+        note=(
+            f"{note} The place is chosen on every second pair and measured on the others; the last layer is not a "
+            "candidate, since its last token hands over the answer itself."
+        ),
         blocks=(
             page.Figures(
                 items=(
