@@ -53,7 +53,9 @@ def test_the_grid_equals_one_forward_a_cell(
     tiny: LanguageModel, id_pairs: Pairs, site: str, direction: str, batch_rows: int
 ) -> None:
     pairs = align(tiny, id_pairs(4, 6))
-    grid = patch_grid(tiny, pairs, site="blocks.{l}." + site, direction=direction, batch_rows=batch_rows)  # type: ignore[arg-type]
+    options: Any = {"site": "blocks.{l}." + site, "direction": direction, "batch_rows": batch_rows}
+    grid = patch_grid(tiny, pairs, **options)
+    preferred = patch_grid(tiny, pairs, criterion="preferred", **options)
     assert grid.values.shape == (3, 7, 4)
     for i in range(4):
         clean, corrupt = pairs.clean.ids[i], pairs.corrupt.ids[i]
@@ -76,6 +78,8 @@ def test_the_grid_equals_one_forward_a_cell(
                 assert grid.values[layer, position, i].item() == pytest.approx(expected, abs=2e-4)
                 goal = answer if direction == "denoise" else wrong
                 assert bool(grid.flips[layer, position, i]) == (int(logits.argmax()) == goal)
+                ahead = measure(logits) > 0 if direction == "denoise" else measure(logits) < 0
+                assert bool(preferred.flips[layer, position, i]) == ahead
 
 
 def test_roles_line_up_pairs_of_different_lengths(tiny: LanguageModel, id_pairs: Pairs) -> None:

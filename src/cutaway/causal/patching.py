@@ -16,6 +16,7 @@ from torch import Tensor
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.results import Control, Effect
 from cutaway.artifacts.statistics import bootstrap_interval, wilson_interval
+from cutaway.causal.competence import Criterion
 from cutaway.causal.metrics import METRICS, Metric, Targets, logit_difference, recovery
 from cutaway.data.pairs import AlignedPairs, PromptPair, align
 from cutaway.model.edits import patch
@@ -33,8 +34,8 @@ class PatchGrid:
     `values` [layers, columns, n] is the share of the difference between the two runs that one patch moves: denoising,
     (patched - corrupt) / (clean - corrupt); noising, (clean - patched) / (clean - corrupt). 0 leaves the run as it was,
     1 turns it into the other. NaN where a pair's denominator is too small to say (`dropped` counts those pairs).
-    `flips` [layers, columns, n] is True where the most probable token becomes the source's answer. `layers` are those
-    patched, out of the model's `n_layers`.
+    `flips` [layers, columns, n] is True where the source's answer becomes the most probable token or, by the criterion
+    "preferred", more probable than the other answer. `layers` are those patched, out of the model's `n_layers`.
     """
 
     model: str
@@ -100,8 +101,8 @@ class PatchGrid:
     ) -> Effect:
         """One cell as an effect, beside patching a random other position of the same prompt in the same layer.
 
-        `of` says what is moved: the share of the metric's difference, or the share of pairs whose top token becomes the
-        source's answer ("flips"). The random position is drawn for each pair among those that can carry a difference:
+        `of` says what is moved: the share of the metric's difference, or the share of pairs that are answered as the
+        source is ("flips"). The random position is drawn for each pair among those that can carry a difference:
         from the first token in which clean and corrupt differ, without the cells' own.
         """
         i, j = self._cell(layer, column)
@@ -236,6 +237,7 @@ def patch_grid(
     metric: str | Metric = logit_difference,
     roles: Sequence[str] | None = None,
     names: Sequence[str] | None = None,
+    criterion: Criterion = "top1",
     layers: Sequence[int] | None = None,
     draws: int = 3,
     batch_rows: int = 256,
@@ -247,7 +249,8 @@ def patch_grid(
     pairs must be equally long and the columns are token positions; with roles (`["city", "last"]`), they may differ in
     length and layout, and a role may even stand at different positions of clean and corrupt. `names` are names of
     your own for the columns. `metric` is a name ("logit_difference", "probability", "kl") or a function
-    `(logits [b, V], targets) -> [b]`. The control patches `draws` random other positions a pair.
+    `(logits [b, V], targets) -> [b]`. `criterion` says when an answer has flipped (see `PatchGrid`). The control patches
+    `draws` random other positions a pair.
 
     Raises `CutawayError` for pairs that do not line up, or prompts that the metric cannot tell apart.
     """
@@ -274,7 +277,15 @@ def patch_grid(
     clean_logits = base_logits if noise else source_logits
     targets = Targets(aligned.answer, aligned.wrong, clean_logits)
     m_base, m_source = measure(base_logits, targets), measure(source_logits, targets)
-    goal = aligned.wrong if noise else aligned.answer
+    goal, other = (aligned.wrong, aligned.answer) if noise else (aligned.answer, aligned.wrong)
+
+    def flipped(logits: Tensor) -> Tensor:
+        """Whether each row [many * n, V] is answered as the source is."""
+        times = len(logits) // n
+        if criterion == "top1":
+            return logits.argmax(-1) == goal.repeat(times)
+        wanted, unwanted = (logits.gather(-1, ids.repeat(times)[:, None])[:, 0] for ids in (goal, other))
+        return wanted > unwanted
 
     many = max(1, min(len(to), batch_rows // n))
     rows = torch.arange(n).repeat(many)
@@ -298,7 +309,7 @@ def patch_grid(
             run = lm.run(start.tokens, edits=edit, logits="last", resume=start)
             logits = _answers(run)
             metrics[i, cells] = measure(logits, targets[rows]).view(many, n)
-            flips[i, cells] = logits.argmax(-1).view(many, n) == goal
+            flips[i, cells] = flipped(logits).view(many, n)
     values, usable = recovery(metrics, m_source, m_base)
     if not usable.any():
         raise CutawayError(f"the metric {name} does not tell the clean prompts from the corrupt ones; choose another")
@@ -325,7 +336,7 @@ def patch_grid(
         tokens=aligned.clean.strings[0] if roles is None else (),
         random_values=control,
         random_flips=control_flip,
-        base_flips=base_logits.argmax(-1) == goal,
+        base_flips=flipped(base_logits),
     )
 
 

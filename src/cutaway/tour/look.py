@@ -109,7 +109,9 @@ def lens(tour: Tour) -> page.Section:
     intervals = [bootstrap_interval(p.numpy()) for p in right]
     example = result.to_json(0)
     answer = tour.lm.token_strings([int(pairs.answer[0])])[0]
-    on_top = (result.at_last(result.target_rank) == 0).float().mean(1).tolist()
+    top1 = task.task.criterion == "top1"
+    ahead = result.at_last(result.target_rank) < (1 if top1 else other.at_last(other.target_rank))
+    on_top = ahead.float().mean(1).tolist()
     first = next((i for i, share in enumerate(on_top) if share >= 0.5), None)
     effect = Effect(
         name="probability of the right answer after the last layer",
@@ -136,9 +138,9 @@ def lens(tour: Tour) -> page.Section:
             page.Figures(
                 items=(
                     page.Figure(
-                        label="answer on top",
+                        label="answer on top" if top1 else "right answer ahead of the wrong one",
                         value="never" if first is None else layers[first],
-                        detail="first layer where the right answer is the top token for half of the prompts",
+                        detail=f"first layer where it is {'on top' if top1 else 'ahead'} for half of the prompts",
                     ),
                     page.Figure(label="prompts", value=len(pairs), detail="same layout, each with its own answer"),
                 )
