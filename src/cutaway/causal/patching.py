@@ -249,8 +249,8 @@ def patch_grid(
     pairs must be equally long and the columns are token positions; with roles (`["city", "last"]`), they may differ in
     length and layout, and a role may even stand at different positions of clean and corrupt. `names` are names of
     your own for the columns. `metric` is a name ("logit_difference", "probability", "kl") or a function
-    `(logits [b, V], targets) -> [b]`. `criterion` says when an answer has flipped (see `PatchGrid`). The control patches
-    `draws` random other positions a pair.
+    `(logits [b, V], targets) -> [b]`. `criterion` says when an answer has flipped (see `PatchGrid`). The control
+    patches `draws` random other positions a pair.
 
     Raises `CutawayError` for pairs that do not line up, or prompts that the metric cannot tell apart.
     """
