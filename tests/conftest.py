@@ -2,8 +2,12 @@
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from cutaway.model.language_model import LanguageModel
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded: as the command line does
 
@@ -24,3 +28,39 @@ def shared() -> Path:
     if folder is None:
         pytest.skip("the optional folder of real models is absent (set CUTAWAY_SHARED to its path)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def atlas() -> "LanguageModel":
+    """The shipped model, loaded once."""
+    import cutaway
+
+    return cutaway.load("atlas")
+
+
+@pytest.fixture(scope="session")
+def tiny() -> "LanguageModel":
+    """A random Llama of 3 layers, width 32, with a word a token: "<s>" (0), "<pad>" (1), then w2 to w60."""
+    import torch
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    from cutaway.model.language_model import attach
+
+    vocabulary = {"<s>": 0, "<pad>": 1, **{f"w{i}": i for i in range(2, 61)}}
+    plain = Tokenizer(WordLevel(vocabulary, unk_token="<pad>"))
+    plain.pre_tokenizer = Whitespace()  # type: ignore[assignment]
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, bos_token_id=0, pad_token_id=1,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(6 if parameter.dim() == 2 else 1)
+        model.model.norm.weight.add_(0.3 * torch.randn(32))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, bos_token="<s>", pad_token="<pad>")
+    return attach(model, tokenizer, name="tiny")

@@ -1,26 +1,21 @@
-"""A small random Llama without a tokenizer, and pairs of token ids for it."""
+"""Pairs of token ids for the small random Llama."""
 
+import copy
 from collections.abc import Callable
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from cutaway.data.pairs import PromptPair
 from cutaway.model.language_model import LanguageModel, attach
 
 
 @pytest.fixture(scope="session")
-def tiny() -> LanguageModel:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, bos_token_id=0, pad_token_id=1,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config).eval()
+def tiny(tiny: LanguageModel) -> LanguageModel:
+    """With a final norm that changes nothing and without its tokenizer, so that ids are taken as they are."""
+    model = copy.deepcopy(tiny.hf)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(6 if parameter.dim() == 2 else 1)
+        model.get_parameter("model.norm.weight").fill_(1.0)
     return attach(model, name="tiny")
 
 

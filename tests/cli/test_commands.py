@@ -12,11 +12,6 @@ from cutaway.cli.main import main
 from cutaway.model.language_model import LanguageModel
 
 
-@pytest.fixture(scope="module")
-def atlas() -> LanguageModel:
-    return cutaway.load("atlas")
-
-
 @pytest.fixture(autouse=True)
 def loaded_once(atlas: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     load = cutaway.load

@@ -3,17 +3,10 @@
 import pytest
 import torch
 
-import cutaway
 from cutaway.artifacts.errors import CutawayError
 from cutaway.data.pairs import PromptPair, align
 from cutaway.data.tasks import TASKS, generate, readable_pairs, task
 from cutaway.model.language_model import LanguageModel
-
-
-@pytest.fixture(scope="module")
-def atlas() -> LanguageModel:
-    return cutaway.load("atlas")
-
 
 CAPITAL = "The capital of the state containing {} is"
 
