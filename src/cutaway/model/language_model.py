@@ -89,7 +89,7 @@ class LanguageModel:
         return self._sites
 
     def selftest(self) -> SelfTest:
-        """Check the algebra of every site and edit on every layer, in three short forwards."""
+        """Check the algebra of every site, and of an edit there, on every layer: some forwards of a few short rows."""
         return run_selftest(self)
 
     # Tokens

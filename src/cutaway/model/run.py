@@ -28,9 +28,7 @@ class Gradients(Mapping[str, Tensor]):
     def __getitem__(self, site: str) -> Tensor:
         name = site if site in self._values else self._table.resolve(site)
         if name not in self._values:
-            raise CutawayError(
-                f"This run holds no gradient at '{name}'; name it in capture=, with a metric as grad=."
-            )
+            raise CutawayError(f"This run holds no gradient at '{name}'; name it in capture=, with a metric as grad=.")
         return self._values[name]
 
     def __contains__(self, site: object) -> bool:
