@@ -147,7 +147,8 @@ def saelens(method: str, n_latents: int, k: int, batch: int, steps: int, first) 
 def run(method: str, environment: str, setting: str, steps: int) -> dict[str, float]:
     python = Path(sys.executable) if environment == "cutaway" else ROOT / ".venvs" / environment / "bin" / "python"
     command = [python, __file__, "--worker", method, "--settings", setting, "--steps", str(steps)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    environ = {"OMP_WAIT_POLICY": "passive", **os.environ}  # as the command line does, for all alike
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environ)
     if done.returncode:
         raise SystemExit(f"{method} failed:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])
