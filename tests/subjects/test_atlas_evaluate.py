@@ -42,6 +42,7 @@ from cutaway.subjects.atlas.refusal_checks import (
 )
 from cutaway.subjects.atlas.scoring import Scores, repeat_losses, score
 from cutaway.subjects.world import held_out
+from cutaway.subjects.world.corpus import WORLD_VERSION
 from cutaway.subjects.world.items import Item, ItemSet, item_sets
 
 
@@ -301,6 +302,13 @@ def test_better_needs_held_out_items_and_causal_checks():
     assert not compare(without, evaluation()).better
     assert "decides nothing" in report.comparison_text(compare(without, evaluation()), "a", "b")
     assert compare(evaluation(1.0), evaluation()).held_out == pytest.approx(0.5 * 12 / 13)
+    assert report.verdict(compare(evaluation(1.0), evaluation()), "a") == (
+        "a is better on held-out items, and loses on no causal check"
+    )
+    assert report.verdict(compare(evaluation(causal=0.2), evaluation(1.0)), "a") == (
+        "a is worse on held-out items, but loses on causal checks (bridge: state readable at the last position, "
+        "bridge: carried over from an abbreviation prompt, refusal: clamp)"
+    )
     with pytest.raises(CutawayError, match="differ in n"):
         compare(evaluation(), evaluation(n=5))
 
@@ -317,9 +325,6 @@ def test_tables_hold_every_set_with_its_figures():
     assert "124 M tokens" in text
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert all(line.count("|") - line.count("\\|") >= 3 for line in rows)
-    assert report.comparison_text(compare(found, found), "a", "b").endswith(
-        "a is not better on held-out items and causal checks"
-    )
 
 
 def test_the_page_flags_what_is_weak_and_what_differs_from_the_study():
@@ -377,12 +382,13 @@ def test_the_page_says_what_other_weights_were(tmp_path):
             "commit": "c0ffee",
         },
     )
-    records = ({"tokens": 1000 * k, "loss": 9 - k / 10} for k in range(1, 21))
+    records = ({"tokens": 1000 * k, "loss": 9 - k / 10, "tokens_per_second": 1500.0} for k in range(1, 21))
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     compared = compare(evaluation(1.0), evaluation())
     text = page.comparison_markdown(compared, atlas_folder(), tmp_path)
     assert "Corpus: world 5, fingerprint abcabcabcabc; seed 7; 1.5 M tokens; commit c0ffee." in text
     assert "| loss, nats a token | 8.90 |" in text
+    assert "at 1,500 tokens a second" in text
     assert "its weights do not ship" in text
     assert "higher by +0.46" in text
     assert "do not ship" not in page.comparison_markdown(compared, tmp_path, atlas_folder())
@@ -428,8 +434,10 @@ def test_json_is_json_also_beside_other_weights(monkeypatch, capsys):
     assert found["refusal"]["interventions"][0]["fewer"]["80"][1]["answered"] == {"successes": 7, "n": 10}
 
 
-def test_the_committed_page_is_about_the_shipped_weights(atlas, pytestconfig):
-    page = pytestconfig.rootpath / "docs" / "atlas.md"
-    if not page.exists():
+def test_the_committed_page_is_about_the_shipped_weights_and_todays_sets(atlas, few, pytestconfig):
+    path = pytestconfig.rootpath / "docs" / "atlas.md"
+    if not path.exists():
         pytest.skip("an installed package has no docs folder")
-    assert atlas.identity().weight_hash[:12] in page.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8")
+    assert f"on the weights {atlas.identity().weight_hash[:12]} in world {WORLD_VERSION}:" in text
+    assert [name for name in few if f"| {name} | {few[name].measures} |" not in text] == []

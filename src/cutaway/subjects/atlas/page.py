@@ -231,10 +231,10 @@ def _landmarks(found: Evaluation) -> list[str]:
     checks = found.landmarks
     if checks is None:
         return []
-    doses = " or ".join(f"{dose:g}" for dose in checks.kinds[0].by_dose)
+    *doses, largest = (f"{dose:g}" for dose in checks.kinds[0].by_dose)
     return [
         "## A landmark as a direction",
-        _LANDMARKS.format(n=checks.n, doses=doses),
+        _LANDMARKS.format(n=checks.n, doses=f"{', '.join(doses)} or {largest}"),
         markdown_table(report.landmark_table(checks)),
         _REPLACED.format(n=checks.replaced[0].n),
         markdown_table(report.replaced_table(checks)),
@@ -329,7 +329,9 @@ def _loss_curve(folder: Path) -> list[str]:
     records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     chosen = [records[round(i * (len(records) - 1) / 7)] for i in range(8)] if len(records) > 8 else records
     columns = ("tokens", *(f"{record['tokens'] / 1e6:.2g} M" for record in chosen))
-    return [markdown_table((columns, [["loss, nats a token", *(f"{record['loss']:.2f}" for record in chosen)]]))]
+    losses = ["loss, nats a token", *(f"{record['loss']:.2f}" for record in chosen)]
+    speed = median(record["tokens_per_second"] for record in records)
+    return [f"Its loss in training, at {speed:,.0f} tokens a second:", markdown_table((columns, [losses]))]
 
 
 _ABOUT = """# Atlas

@@ -302,8 +302,12 @@ def comparison_text(compared: Comparison, candidate: str, other: str) -> str:
 
 
 def verdict(compared: Comparison, candidate: str) -> str:
-    """Whether the candidate is better, and on what."""
+    """Whether the candidate is better, and what speaks against it."""
+    low, high = compared.interval
+    said = "better" if low > 0 else "worse" if high < 0 else "neither better nor worse"
+    lost = [name for name, (mine, theirs) in compared.causal.items() if mine < theirs]
     if not compared.causal:
-        better = "better" if compared.interval[0] > 0 else "not better"
-        return f"{candidate} is {better} on held-out items; without causal checks that decides nothing"
-    return f"{candidate} is {'better' if compared.better else 'not better'} on held-out items and causal checks"
+        return f"{candidate} is {said} on held-out items; without causal checks that decides nothing"
+    if lost:
+        return f"{candidate} is {said} on held-out items, but loses on causal checks ({', '.join(lost)})"
+    return f"{candidate} is {said} on held-out items, and loses on no causal check"
