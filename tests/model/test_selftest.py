@@ -160,7 +160,11 @@ def test_an_output_projection_that_is_more_than_its_weight_is_caught() -> None:
     """As with an adapter that is not merged: attn.result, computed from the weight, would not be what is written."""
     model = tiny_model("llama")
     output = model.get_submodule("model.layers.1.self_attn.o_proj")
-    output.register_forward_hook(lambda _m, _args, out: torch.mul(out, 1.1))
+
+    def adapted(_m: nn.Module, _args: Any, written: Tensor) -> Tensor:
+        return 1.1 * written
+
+    output.register_forward_hook(adapted)
     test = caught(attach(model), "blocks.1.attn.result")
     assert test.failures()[0].layer == 1
 

@@ -108,12 +108,14 @@ class LanguageModel:
             rows = [self._with_bos(row, bos) for row in rows]
             if not rows or any(not row for row in rows):
                 raise CutawayError("There is an empty prompt; every prompt needs at least one token.")
+            if any(not 0 <= i < self.d_vocab for row in rows for i in row):
+                raise self._no_such_id()
             ids, mask = pad_rows(rows, self._padding())
             strings = tuple(tuple(self.token_strings(row)) for row in rows)
             tokens = Tokens(ids.to(self.device), mask.to(self.device), strings)
         real = tokens.ids[tokens.mask]
         if bool((real < 0).any()) or bool((real >= self.d_vocab).any()):
-            raise CutawayError(f"Token ids must be between 0 and {self.d_vocab - 1}, the vocabulary of {self.name}.")
+            raise self._no_such_id()
         longest = int(tokens.lengths.max())
         if longest > self.context_length:
             raise CutawayError(
@@ -121,29 +123,31 @@ class LanguageModel:
             )
         return tokens
 
+    def _no_such_id(self) -> CutawayError:
+        return CutawayError(f"Token ids must be between 0 and {self.d_vocab - 1}, the vocabulary of {self.name}.")
+
     def token_strings(self, ids: Iterable[int] | Tensor) -> list[str]:
         """One printable string a token, spaces kept."""
         values = ids.tolist() if isinstance(ids, Tensor) else ids
         return [token_string(self.tokenizer, int(i)) for i in values]
 
     def _rows(self, inputs: Any) -> list[list[int]]:
-        if isinstance(inputs, Tensor):
-            inputs = inputs.tolist()
-        if isinstance(inputs, str):
-            inputs = [inputs]
-        inputs = list(inputs)
-        if inputs and all(isinstance(item, str) for item in inputs):
-            if self.tokenizer is None:
-                raise CutawayError(
-                    "This model has no tokenizer, so it takes token ids, not text; attach one to use text."
-                )
-            return [self._encode(text) for text in inputs]
-        if inputs and all(isinstance(item, int) for item in inputs):
-            return [inputs]
-        if all(not isinstance(item, (str, int)) for item in inputs):
-            return [[int(i) for i in row] for row in inputs]
+        given: Any = [inputs] if isinstance(inputs, str) else _plain(inputs)
+        if isinstance(given, list):
+            given = [_plain(item) for item in given]
+            if given and all(isinstance(item, str) for item in given):
+                if self.tokenizer is None:
+                    raise CutawayError(
+                        "This model has no tokenizer, so it takes token ids, not text; attach one to use text."
+                    )
+                return [self._encode(text) for text in given]
+            if given and all(type(item) is int for item in given):
+                return [given]
+            if all(isinstance(row, list) and all(type(item) is int for item in row) for row in given):
+                return given
         raise CutawayError(
-            "Inputs are a text, a list of texts, token ids, or a list of rows of token ids, not a mixture."
+            "Inputs are a text, a list of texts, token ids, or a list of rows of token ids, not a mixture or anything "
+            "else."
         )
 
     def _encode(self, text: str) -> list[int]:
@@ -440,6 +444,13 @@ class LanguageModel:
         )
 
 
+def _plain(values: Any) -> Any:
+    """A tensor, an array or a tuple as a list; anything else as it is."""
+    if isinstance(values, tuple):
+        return list(values)
+    return values.tolist() if hasattr(values, "tolist") else values
+
+
 def _single(index: Any) -> int | None:
     return index if isinstance(index, int) else None
 
@@ -467,5 +478,10 @@ def attach(
 
     Raises CutawayError if its family is not supported, with the reason.
     """
+    if not isinstance(hf_model, PreTrainedModel):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise CutawayError(
+            f"attach takes a PreTrainedModel of transformers, not a {type(hf_model).__name__}; cutaway.load opens a "
+            "model by its name."
+        )
     chosen = name or getattr(hf_model.config, "name_or_path", "") or type(hf_model).__name__
     return LanguageModel(hf_model, tokenizer, chosen, lambda: loading.identity_of_parameters(hf_model, chosen))

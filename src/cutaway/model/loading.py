@@ -25,10 +25,10 @@ _TOKENIZERS = ("tokenizer*", "vocab*", "*.model")
 def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> str | torch.dtype:
     if dtype is None:
         return torch.float32 if device.type == "cpu" else "auto"
-    if isinstance(dtype, torch.dtype):
+    if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
         return dtype
     short = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64", "half": "float16"}
-    found = getattr(torch, short.get(dtype, dtype), None)
+    found = getattr(torch, short.get(dtype, dtype), None) if isinstance(dtype, str) else None
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise CutawayError(f"dtype '{dtype}' is not one of float32, bfloat16, float16, float64.")
     return found
@@ -140,8 +140,10 @@ def _read(
     except Exception as error:
         if local and any(path for pattern in _TOKENIZERS for path in Path(source).glob(pattern)):
             raise CutawayError(f"The tokenizer of {name} cannot be read: {_short(error)}") from error
-        tokenizer = None  # no tokenizer files: the model still takes ids
-    return hf, tokenizer
+        return hf, None  # no tokenizer files: the model still takes ids
+    # without its files transformers makes some families a tokenizer of special tokens alone, which reads no text
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values()}
+    return hf, tokenizer if {*tokenizer.get_vocab()} - special else None
 
 
 def _short(error: Exception) -> str:

@@ -1,0 +1,298 @@
+"""Opening models: what is loaded is what transformers loads, and every way to fail says in one sentence what to do."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from subject import plain
+from tiny import FAMILIES, tiny_config, tiny_model, word_tokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertModel,
+    BloomConfig,
+    BloomForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaModel,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+)
+
+import cutaway
+from cutaway.artifacts.errors import CutawayError
+from cutaway.model.language_model import LanguageModel, attach
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tiny_model("llama", vocab_size=20).save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(saved: Path, tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(saved, tmp_path / "tiny"))
+
+
+def refused(name: Any, **options: Any) -> str:
+    with pytest.raises(CutawayError) as raised:
+        cutaway.load(name, **options)
+    message = str(raised.value)
+    assert "\n" not in message
+    assert len(message) < 400
+    return message
+
+
+# What works
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_a_folder_of_every_family(family: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    model = tiny_model(family)
+    model.save_pretrained(tmp_path / "it")
+    capfd.readouterr()
+    lm = cutaway.load(tmp_path / "it")
+    assert capfd.readouterr() == ("", "")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "it")
+    tokens = lm.tokens([[5, 6, 7], [8, 9]])
+    logits = lm.run(tokens).logits
+    assert logits is not None
+    assert torch.equal(logits, plain(theirs, tokens).logits)
+    assert not lm.hf.training
+    assert lm.tokenizer is None
+    assert lm.selftest().passed
+
+
+def test_a_folder_with_a_tokenizer(saved: Path) -> None:
+    lm = cutaway.load(str(saved))
+    assert lm.tokens("the cat sat").ids.tolist() == [[0, 7, 9, 12]]
+    assert (lm.bos_id, lm.pad_id, lm.n_layers, lm.d_model, lm.d_vocab) == (0, 1, 3, 32, 20)
+    assert lm.generate("the cat", max_new_tokens=2).texts[0]
+    assert "float32 on cpu" in repr(lm)
+    assert repr(lm).startswith(
+        f"LanguageModel {saved}: LlamaForCausalLM, 0.0 M parameters, 3 layers x d 32 x 4 heads (2"
+    )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [
+        (None, torch.float32),
+        ("bf16", torch.bfloat16),
+        ("float16", torch.float16),
+        (torch.float64, torch.float64),
+    ],
+)
+def test_dtypes(saved: Path, dtype: Any, expected: torch.dtype) -> None:
+    lm = cutaway.load(saved, dtype=dtype, device="cpu")
+    assert lm.dtype == expected
+    assert {p.dtype for p in lm.hf.parameters()} == {expected}
+
+
+def test_a_half_precision_checkpoint_is_read_as_fp32_on_a_cpu(tmp_path: Path) -> None:
+    tiny_model("llama").to(dtype=torch.float16).save_pretrained(tmp_path)  # type: ignore[call-arg]
+    assert cutaway.load(tmp_path, device="cpu").dtype == torch.float32
+
+
+def test_the_shipped_model(atlas: LanguageModel) -> None:
+    lm = atlas
+    assert lm.name == "atlas"
+    assert lm.tokenizer is not None
+    assert lm.run("The capital of France is", logits="last").logits is not None
+    assert lm.chat([{"role": "user", "content": "Hello"}], max_new_tokens=2).new_ids
+
+
+def test_identity_follows_the_weights(saved: Path, folder: Path) -> None:
+    first, second = cutaway.load(saved).identity(), cutaway.load(folder).identity()
+    assert first.weight_hash == second.weight_hash
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"][3] += 1e-3
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert cutaway.load(folder).identity().weight_hash != first.weight_hash
+    model = tiny_model("llama")
+    before = attach(model).identity()
+    assert attach(tiny_model("llama")).identity().weight_hash == before.weight_hash
+    with torch.no_grad():
+        next(model.parameters())[0, 0] += 1e-3
+    assert attach(model).identity().weight_hash != before.weight_hash
+
+
+def test_attaching_needs_nothing_from_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No look-up of a configuration, a tokenizer or a hub."""
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a look-up")
+
+    model = tiny_model("gpt2")
+    for name in ("AutoConfig", "AutoModelForCausalLM", "AutoTokenizer"):
+        monkeypatch.setattr(f"cutaway.model.loading.{name}.from_pretrained", fail)
+    lm = attach(model, name="mine")
+    assert lm.name == "mine"
+    assert attach(model).name == "GPT2LMHeadModel"
+    assert lm.run([5, 6]).logits is not None
+
+
+# What does not
+
+
+def test_no_such_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    assert "There is no folder 'no-such-model' here, and the hub" in refused("no-such-model")
+    assert "no-one/no-such-model" in refused("no-one/no-such-model")
+    for name in ("./missing", "/missing/folder", tmp_path / "missing", "a/b/c", "~/missing"):
+        assert "There is no folder" in refused(name)
+    assert "no-such" in refused("no-such", revision="main")
+
+
+def test_a_file_instead_of_a_folder(folder: Path) -> None:
+    assert "is a file; name the folder" in refused(folder / "model.safetensors")
+
+
+def damage(folder: Path, how: str) -> None:
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    match how:
+        case "empty folder":
+            for path in folder.iterdir():
+                path.unlink()
+        case "no weights":
+            weights.unlink()
+        case "only a pickle":
+            weights.rename(folder / "pytorch_model.bin")
+        case "cut short":
+            weights.write_bytes(weights.read_bytes()[:-1000])
+        case "cut in the header":
+            weights.write_bytes(weights.read_bytes()[:100])
+        case "empty file":
+            weights.write_bytes(b"")
+        case "garbage":
+            weights.write_bytes(b"\xff" * 5000)
+        case "broken config":
+            config.write_text(config.read_text()[:-20])
+        case "config of nothing":
+            config.write_text("{}")
+        case "unknown family":
+            config.write_text(json.dumps({**json.loads(config.read_text()), "model_type": "llamb"}))
+        case "impossible config":
+            config.write_text(json.dumps({**json.loads(config.read_text()), "num_attention_heads": "four"}))
+        case "other shapes":
+            config.write_text(json.dumps({**json.loads(config.read_text()), "intermediate_size": 48}))
+        case "a weight is missing":
+            tensors = load_file(weights)
+            del tensors["model.layers.1.mlp.up_proj.weight"]
+            save_file(tensors, weights, metadata={"format": "pt"})
+        case "more layers than weights":
+            config.write_text(json.dumps({**json.loads(config.read_text()), "num_hidden_layers": 4}))
+        case "a shard is missing":
+            tensors = load_file(weights)
+            save_file(tensors, folder / "model-00001-of-00002.safetensors", metadata={"format": "pt"})
+            names = dict.fromkeys(tensors, "model-00002-of-00002.safetensors")
+            index = {"metadata": {"total_size": 1}, "weight_map": names}
+            (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+            weights.unlink()
+        case "not a language model":
+            config.write_text(json.dumps({"model_type": "bert", "hidden_size": 32}))
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("empty folder", "no config.json"),
+        ("no weights", "no weights; add model.safetensors"),
+        ("only a pickle", "convert them to safetensors"),
+        ("cut short", "weights of .* cannot be loaded"),
+        ("cut in the header", "weights of .* cannot be loaded"),
+        ("empty file", "weights of .* cannot be loaded"),
+        ("garbage", "weights of .* cannot be loaded"),
+        ("broken config", "config.json cannot be read"),
+        ("config of nothing", "config.json cannot be read"),
+        ("unknown family", "config.json cannot be read"),
+        ("impossible config", "config.json cannot be read"),
+        ("other shapes", "weights of .* cannot be loaded"),
+        ("a weight is missing", r"lacks 1 weights \(first: model.layers.1.mlp.up_proj.weight\)"),
+        ("more layers than weights", r"lacks 9 weights"),
+        ("a shard is missing", "weights of .* cannot be loaded"),
+        ("not a language model", "lacks|cannot be loaded"),
+    ],
+)
+def test_a_damaged_folder(folder: Path, how: str, words: str) -> None:
+    damage(folder, how)
+    with pytest.raises(CutawayError, match=words) as raised:
+        cutaway.load(folder)
+    assert "\n" not in str(raised.value)
+    assert len(str(raised.value)) < 400
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma"])
+def test_a_missing_tokenizer_leaves_ids(family: str, tmp_path: Path) -> None:
+    tiny_model(family).save_pretrained(tmp_path)
+    lm = cutaway.load(tmp_path)
+    assert lm.tokenizer is None
+    assert lm.run([5, 6]).tokens.strings == (("⟨5⟩", "⟨6⟩"),)
+    assert lm.generate([5, 6], max_new_tokens=2).texts == ("",)
+    with pytest.raises(CutawayError, match="no tokenizer, so it takes token ids"):
+        lm.run("the cat")
+
+
+def test_a_broken_tokenizer_is_not_passed_over(folder: Path) -> None:
+    """Its files are there, so a model that only takes ids would be a surprise."""
+    (folder / "tokenizer.json").write_text('{"version": "1.0", "model": {"type": "Nothing"}}')
+    assert refused(folder).startswith(f"The tokenizer of {folder} cannot be read")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"dtype": "int8"}, "dtype 'int8' is not one of"),
+        ({"dtype": torch.int32}, "not one of"),
+        ({"dtype": "nothing"}, "not one of"),
+        ({"device": "gpu"}, "'gpu' is not a device"),
+    ],
+)
+def test_a_dtype_or_device_that_is_none(saved: Path, options: dict[str, Any], words: str) -> None:
+    assert words in refused(saved, **options)
+
+
+def test_a_gpu_that_is_not_there(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert "sees no GPU" in refused(saved, device="cuda:1")
+
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4,
+}  # fmt: skip
+MISFITS: dict[str, tuple[Callable[[], Any], str]] = {
+    "experts": (lambda: MixtralForCausalLM(MixtralConfig(**SMALL, num_local_experts=2)), "Mixtral.* has no"),
+    "norms after": (lambda: Olmo2ForCausalLM(Olmo2Config(**SMALL)), "Olmo2ForCausalLM is not supported: .*norm"),
+    "multiplier": (lambda: GraniteForCausalLM(GraniteConfig(**SMALL, residual_multiplier=0.5)), "multiplier=0.5"),
+    "own attention": (lambda: BloomForCausalLM(BloomConfig(vocab_size=50, hidden_size=32, n_layer=1)), "Bloom"),
+    "encoder": (lambda: BertModel(BertConfig(**SMALL)), "BertModel is not supported"),
+    "no unembedding": (lambda: LlamaModel(tiny_config("llama")), "no unembedding"),
+    "any module": (lambda: torch.nn.Linear(3, 3), "not a Linear"),
+    "a name": (lambda: "gpt2", "not a str; cutaway.load opens"),
+    "nothing": (lambda: None, "not a NoneType"),
+}
+
+
+@pytest.mark.parametrize("what", list(MISFITS))
+def test_a_model_that_does_not_fit_is_refused_with_the_reason(what: str) -> None:
+    make, words = MISFITS[what]
+    with pytest.raises(CutawayError, match=words) as raised:
+        attach(make())
+    assert "\n" not in str(raised.value)
+
+
+def test_weights_on_the_meta_device_are_refused() -> None:
+    with pytest.raises(CutawayError, match="meta device"):
+        attach(tiny_model("llama").to("meta"))  # type: ignore[arg-type]

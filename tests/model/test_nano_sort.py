@@ -1,0 +1,104 @@
+"""A real model with intermediate values that its author published: they match, site by site."""
+
+import base64
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from cutaway.model.language_model import LanguageModel, attach
+
+
+def tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of one of the author's files: base64 of little-endian fp32, with a shape."""
+    found = {}
+    for name, entry in json.loads(path.read_text()).items():
+        if name != "config":
+            data = torch.frombuffer(bytearray(base64.b64decode(entry["data"])), dtype=torch.float32)
+            found[name] = data.reshape(entry["shape"])
+    return found
+
+
+@pytest.fixture(scope="module")
+def golden(shared: Path) -> dict[str, Tensor]:
+    return tensors(shared / "models" / "nano-sort" / "gpt-nano-sort-t0-partials.json")
+
+
+@pytest.fixture(scope="module")
+def sorter(shared: Path) -> LanguageModel:
+    """The sorter as a GPT-2: its linear layers are stored [out, in], GPT-2's [in, out]."""
+    path = shared / "models" / "nano-sort" / "gpt-nano-sort-model.json"
+    settings: dict[str, Any] = json.loads(path.read_text())["config"]
+    config = GPT2Config(
+        vocab_size=settings["vocab_size"],
+        n_embd=settings["n_embd"],
+        n_layer=settings["n_layer"],
+        n_head=settings["n_head"],
+        n_positions=settings["block_size"],
+        bos_token_id=0,
+        eos_token_id=0,
+        tie_word_embeddings=False,
+    )
+    model = GPT2LMHeadModel(config).eval()
+    weights = {k: v for k, v in tensors(path).items() if not k.endswith(".attn.bias")}  # that one is the causal mask
+    turned = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+    weights = {k: v.T.contiguous() if k.endswith(turned) else v for k, v in weights.items()}
+    model.load_state_dict(weights, strict=True)
+    return attach(model, name="nano-sort")
+
+
+def test_the_authors_values_are_ours(sorter: LanguageModel, golden: dict[str, Tensor]) -> None:
+    """The first layer in full, then each block's output, the final norm and the logits."""
+    run = sorter.run(golden["idx"].long(), capture=sorter.sites().present())
+    first = "blocks.0"
+    heads = {name: golden[name].transpose(1, 2) for name in ("q", "k", "v")}  # [b H p h] -> [b p H h]
+    expected = {
+        "embed": golden["tok_emb"],
+        "pos_embed": golden["pos_emb"].expand(3, -1, -1),
+        f"{first}.resid_pre": golden["x"],
+        f"{first}.attn.in": golden["ln1"],
+        f"{first}.attn.q": heads["q"],
+        f"{first}.attn.k": heads["k"],
+        f"{first}.attn.v": heads["v"],
+        f"{first}.attn.rot_q": heads["q"],
+        f"{first}.attn.scores": golden["att"],
+        f"{first}.attn.pattern": golden["attSm"],
+        f"{first}.attn.z": golden["y"].unflatten(-1, (3, -1)),
+        f"{first}.attn.out": golden["yProj"],
+        f"{first}.resid_mid": golden["attnResid"],
+        f"{first}.mlp.in": golden["ln2"],
+        f"{first}.mlp.pre": golden["fc"],
+        f"{first}.mlp.post": golden["gelu"],
+        f"{first}.mlp.out": golden["mlp"],
+        f"{first}.resid_post": golden["block0"],
+        "blocks.1.resid_post": golden["block1"],
+        "blocks.2.resid_post": golden["block2"],
+        "logits": golden["lm_head"],
+    }
+    for site, value in expected.items():
+        ours = run[site]
+        assert ours.shape == value.shape, site
+        hidden = value == -torch.inf
+        assert torch.equal(ours == -torch.inf, hidden), site
+        left, right = ours.masked_fill(hidden, 0), value.masked_fill(hidden, 0)
+        torch.testing.assert_close(left, right, rtol=1e-5, atol=2e-5, msg=lambda text, site=site: f"{site}: {text}")
+    weights = sorter.hf.state_dict()
+    gained = run["ln_final.normalized"] * weights["transformer.ln_f.weight"] + weights["transformer.ln_f.bias"]
+    torch.testing.assert_close(gained, golden["ln_f"], rtol=1e-5, atol=2e-5)
+    assert run.logits is not None
+    torch.testing.assert_close(run.logits.softmax(-1), golden["probs"], rtol=1e-4, atol=1e-6)
+
+
+def test_the_sorter_sorts(sorter: LanguageModel) -> None:
+    """Six digits in, the same digits in order out: the last of the prompt and five new tokens."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(0, 3, (32, 6), generator=generator).tolist()
+    run = sorter.run([[*row, *sorted(row)[:-1]] for row in rows])
+    assert run.logits is not None
+    answers = run.logits[:, 5:].argmax(-1).tolist()
+    assert sum(answer == sorted(row) for answer, row in zip(answers, rows, strict=True)) >= 31
+    assert sorter.selftest().passed
