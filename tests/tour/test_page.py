@@ -236,7 +236,7 @@ BLOCKS: list = [
     lambda a, b, x: Figures(
         items=(Figure(label=a, value=b, units=a, detail=b), Figure(label=b, value=x, control=True))
     ),
-    lambda a, b, x: Table(columns=(a, b), rows=((x, a), (None, b)), caption=a),
+    lambda a, b, x: Table(columns=(a, b), rows=((x, a), (None, b)), caption=a, fold=b),
     lambda a, b, x: Heatmap(rows=(a,), columns=(b, a), values=((x, x),), caption=b, units=a, row_axis=b, column_axis=a),
     lambda a, b, x: Line(series=(Series(name=a, x=(0, 1), y=(x, 1)),), x_label=b, y_label=a, caption=b),
     lambda a, b, x: Bars(items=(Bar(label=a, value=x, low=x, high=x, control=True),), units=b, caption=a),
@@ -314,3 +314,10 @@ def test_the_glossary_is_in_order():
 @pytest.mark.parametrize(("text", "html"), [("a `<b>` c", "a <code>&lt;b&gt;</code> c"), ("`open", "`open"), ("", "")])
 def test_backticks_are_code(text, html):
     assert Linker()(text) == html
+
+
+def test_a_folded_table_opens_from_a_line_that_says_what_it_is() -> None:
+    page = Page(render(with_block(Table(columns=("a",), rows=(("cell",),), caption="Below.", fold="All <1> rows"))))
+    assert page.problems == []
+    assert "All <1> rows" in page.text
+    assert page.text.index("All <1> rows") < page.text.index("cell") < page.text.index("Below.")

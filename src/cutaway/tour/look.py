@@ -82,6 +82,7 @@ def selftest(tour: Tour, test: ModelSelfTest) -> page.Section:
                 columns=("identity", "checked", "largest error", "allowed", "holds"),
                 rows=tuple(rows),
                 caption="δ is a random vector of the stream's size, added by an edit.",
+                fold=f"All {len(rows)} identities, how often each was checked, and the largest error",
             ),
         ),
         command=tour.command("selftest"),

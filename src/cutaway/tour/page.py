@@ -82,8 +82,15 @@ def draw_block(block: Block, link: Callable[[str], Markup] = lambda text: Markup
         case Features():
             return panels.features_html(**_data(block))
         case Table():
-            drawn = _wide(panels.table_html(**_data(block), title=block.caption or "Table"), "table")
-            return _figure(drawn, link(block.caption))
+            data = _data(block)
+            fold = data.pop("fold")
+            drawn = _wide(panels.table_html(**data, title=block.caption or fold or "Table"), "table")
+            figure = _figure(drawn, link(block.caption))
+            if not fold:
+                return figure
+            return Markup('<details class="fold"><summary>{}</summary>{}</details>').format(
+                Markup(escape(fold)), figure
+            )
         case Heatmap():
             # the drawing itself takes the focus: its arrow keys go from cell to cell
             drawn = Markup('<div class="wide">{}</div>').format(

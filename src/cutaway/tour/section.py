@@ -79,12 +79,16 @@ class Figures(_Data):
 
 
 class Table(_Data):
-    """`align` has one of "left", "right" per column; by default columns of numbers are right-aligned."""
+    """`align` has one of "left", "right" per column; by default columns of numbers are right-aligned.
+
+    With `fold`, the table is shown only when the reader opens the line that says it.
+    """
 
     kind: Literal["table"] = "table"
     columns: tuple[str, ...]
     rows: tuple[tuple[Value, ...], ...]
     caption: str = ""
+    fold: str = ""
     align: tuple[Literal["left", "right"], ...] | None = None
 
     @model_validator(mode="after")
