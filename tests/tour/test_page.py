@@ -317,7 +317,12 @@ def test_backticks_are_code(text, html):
 
 
 def test_a_folded_table_opens_from_a_line_that_says_what_it_is() -> None:
-    page = Page(render(with_block(Table(columns=("a",), rows=(("cell",),), caption="Below.", fold="All <1> rows"))))
+    table = Table(columns=("a",), rows=(("inside",),), caption="Below it.", fold="All <1> rows")
+    page = Page(render(with_block(table)))
     assert page.problems == []
-    assert "All <1> rows" in page.text
-    assert page.text.index("All <1> rows") < page.text.index("cell") < page.text.index("Below.")
+    start = page.text.index("All <1> rows")
+    assert start < page.text.index("inside", start) < page.text.index("Below it.", start)
+    assert ("details", "class", "fold") in page.attributes
+    assert ("details", "class", "fold") not in Page(
+        render(with_block(table.model_copy(update={"fold": ""})))
+    ).attributes

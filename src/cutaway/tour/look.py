@@ -11,7 +11,7 @@ from cutaway.model.selftest import SelfTest as ModelSelfTest
 from cutaway.observe.heads import head_report, name
 from cutaway.observe.logit_lens import logit_lens
 from cutaway.tour import section as page
-from cutaway.tour.context import Tour
+from cutaway.tour.context import LEAST_RIGHT, Tour
 
 
 def card(tour: Tour, test: ModelSelfTest) -> page.Card:
@@ -113,7 +113,8 @@ def lens(tour: Tour) -> page.Section:
     top1 = task.task.criterion == "top1"
     ahead = result.at_last(result.target_rank) < (1 if top1 else other.at_last(other.target_rank))
     on_top = ahead.float().mean(1).tolist()
-    first = next((i for i, share in enumerate(on_top) if share >= 0.5), None)
+    most = 0.5 if top1 else LEAST_RIGHT  # of two answers, half are ahead by chance
+    first = next((i for i, share in enumerate(on_top) if share >= most), None)
     effect = Effect(
         name="probability of the right answer after the last layer",
         value=float(right[-1].mean()),
@@ -141,7 +142,7 @@ def lens(tour: Tour) -> page.Section:
                     page.Figure(
                         label="answer on top" if top1 else "right answer ahead of the wrong one",
                         value="never" if first is None else layers[first],
-                        detail=f"first layer where it is {'on top' if top1 else 'ahead'} for half of the prompts",
+                        detail=f"first layer where it is, for {most:.0%} of the prompts",
                     ),
                     page.Figure(label="prompts", value=len(pairs), detail="same layout, each with its own answer"),
                 )
