@@ -320,8 +320,7 @@ def test_a_folded_table_opens_from_a_line_that_says_what_it_is() -> None:
     table = Table(columns=("a",), rows=(("inside",),), caption="Below it.", fold="All <1> rows")
     page = Page(render(with_block(table)))
     assert page.problems == []
-    start = page.text.index("All <1> rows")
-    assert start < page.text.index("inside", start) < page.text.index("Below it.", start)
+    assert page.text.index("All <1> rows") < page.text.index("inside")
     assert ("details", "class", "fold") in page.attributes
     assert ("details", "class", "fold") not in Page(
         render(with_block(table.model_copy(update={"fold": ""})))
