@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cutaway.model import edits as make
 from cutaway.model.families import Norm, weight_matrix
+from cutaway.model.sites import layer_of
 
 if TYPE_CHECKING:
     from cutaway.model.language_model import LanguageModel
@@ -75,7 +76,8 @@ def _stream_cases(lm: LanguageModel, layer: int, move: Tensor) -> Iterator[Case]
             first, *rest = map(at, parts)
             return first - torch.stack(rest).sum(0) if rest else first
 
-        return _shift(site, f"{b}.{site}", move, effect, " - ".join(parts), *parts)
+        what = " - ".join(parts) if layer_of(parts[0]) is None else "the next resid_pre"
+        return _shift(site, f"{b}.{site}", move, effect, what, *parts)
 
     yield shift("resid_pre", "resid_post", "attn.out", "mlp.out")
     if not family.parallel:
@@ -232,7 +234,7 @@ def _mlp_cases(lm: LanguageModel, layer: int, move: Tensor) -> Iterator[Case]:
         now, was = (_written(at, "mlp.out", "ln2_post", parts.ln2_post) for at in (new, old))
         row = weight_matrix(parts.mlp_out).sum(0)
         yield (
-            "1 at every neuron of mlp.post moves what the MLP writes by W_out's sum",
+            "1 added to mlp.post moves what the MLP writes by W_out's sum",
             now - was,
             row.expand_as(now),
             was,
