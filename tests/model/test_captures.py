@@ -5,9 +5,12 @@ import copy
 import pytest
 import torch
 from hand_hooks import eager_copy
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from subject import Subject, Subjects, close, plain
 from tiny import LAYERS, tiny_config, tiny_model
 
+from cutaway.model.attention import allowed
 from cutaway.model.language_model import LanguageModel, attach
 
 
@@ -71,6 +74,35 @@ def test_a_window_hides_keys_in_the_layers_that_have_one(of_family: Subjects) ->
     run = subject.lm.run(tokens, capture="blocks.*.attn.scores")
     seen = [(run[f"blocks.{layer}.attn.scores"][0, 0, -1] > -torch.inf).sum().item() for layer in range(LAYERS)]
     assert seen == [5, 11, 5]
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.integers(1, 3),
+    st.integers(1, 6),
+    st.integers(0, 5),
+    st.none() | st.integers(1, 7),
+    st.sampled_from(["none", "rows", "bool", "float"]),
+    st.integers(0, 1000),
+)
+def test_what_a_query_sees_whatever_form_the_mask_has(
+    b: int, n_queries: int, cached: int, window: int | None, form: str, seed: int
+) -> None:
+    """Kernels are given no mask, one a row, or a grid of booleans or of numbers; brute force says what each allows."""
+    n_keys = cached + n_queries
+    generator = torch.Generator().manual_seed(seed)
+    real = torch.rand(b, n_keys, generator=generator) < 0.7
+    grid = torch.rand(b, 1, n_queries, n_keys, generator=generator) < 0.6
+    lowest = torch.finfo(torch.float32).min
+    masks = {"none": None, "rows": real, "bool": grid, "float": torch.zeros(grid.shape).masked_fill(~grid, lowest)}
+    found = allowed(masks[form], n_queries, n_keys, window, torch.device("cpu")).expand(b, 1, n_queries, n_keys)
+    for row in range(b):
+        for q in range(n_queries):
+            for k in range(n_keys):
+                at = cached + q
+                causal = k <= at and (window is None or at - k < window)
+                wanted = {"none": causal, "rows": causal and bool(real[row, k])}.get(form, bool(grid[row, 0, q, k]))
+                assert bool(found[row, 0, q, k]) == wanted
 
 
 def test_two_models_on_one_configuration_do_not_touch_each_other() -> None:

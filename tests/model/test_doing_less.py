@@ -161,6 +161,7 @@ def test_gradients_above_the_point_of_resuming(subject: Subject) -> None:
     for site in sites:
         assert float(full.grads[site].abs().max()) > 0
         close(short.grads[site], full.grads[site], 1e-6)
+    assert not base["blocks.1.resid_pre"].requires_grad
 
 
 def test_resuming_from_something_else_is_refused(of_family: Subjects) -> None:

@@ -4,10 +4,11 @@ An `Edit` is a small value. The constructors (`set`, `zero`, `mean`, `patch`, `a
 `clamp_latent`) take the same address: `positions` (None: every real token; an int or a list: those positions in each
 row, 0 the row's first real token, -1 its last; a list of lists: row by row), `heads` (key-value heads at k, v,
 rot_k), `rows`, and `phase` ("all", "prompt", "new", or (start, stop) counting new tokens). At scores and pattern a
-position is a destination. Edits at one site apply in list order.
+position is a destination, and masked cells of scores stay masked. Edits at one site apply in list order.
 
 A value broadcasts to each addressed token: shaped like one token's value at the site (trailing dimensions), or with a
-leading dimension of one entry a position, or two leading dimensions [row, position].
+leading dimension of one entry a position, or two leading dimensions [row, position] (of every column, as captures have
+them, where no positions are named).
 """
 
 from __future__ import annotations

@@ -198,8 +198,8 @@ class LanguageModel:
         Parameters: `capture` names sites or wildcards; `edits` are applied in order; `logits` is "all" [b, p, V],
         "last" [b, 1, V] (each row's last real token) or None, which stops after the last captured site; `grad` maps
         the logits to a scalar or one number a row and gives its gradient at every captured site; `resume` is a run of
-        the same tokens (or of one row, repeated) whose stream is taken over below the first edited or captured layer;
-        `limit_bytes` bounds what the captures may hold (default 4 GiB).
+        the same tokens (or of one row, repeated) whose stream is taken over, from below its own edits and below the
+        first layer that is edited or captured here; `limit_bytes` bounds what the captures may hold (default 4 GiB).
 
         Raises CutawayError: an unknown or absent site, an edit that does not fit or touches nothing, a capture above
         the limit, a prompt longer than the context.
@@ -329,7 +329,11 @@ class LanguageModel:
         """Continue prompts, greedily at temperature 0, else by sampling with `seed`.
 
         Positions of an edit are resolved once on the prompt and hold in the cache; with `use_cache=False` the same
-        set is applied again at every step. Row edits follow `num_return_sequences`.
+        set is applied again at every step. Row edits follow `num_return_sequences`. Of the checkpoint's own generation
+        settings only the tokens that end a text count.
+
+        Raises CutawayError: what `run` raises for tokens and edits, a prompt that leaves no room in the context for
+        the new tokens, settings out of range.
         """
         return generation.generate(
             self,
