@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -262,3 +263,36 @@ def test_help_is_quick() -> None:
         return after.children_user + after.children_system - before.children_user - before.children_system
 
     assert min(seconds(lambda: python("from cutaway.cli.main import main; main(['--help'])")) for _ in range(3)) < 0.5
+
+
+def test_a_closed_stdout_is_no_failure() -> None:
+    done = subprocess.run(
+        ["sh", "-c", f"{sys.executable} -m cutaway --version >&-"], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_behind_stdout_is_one_sentence() -> None:
+    done = subprocess.run(
+        ["sh", "-c", f"{sys.executable} -m cutaway --help > /dev/full"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == ["cutaway: the output could not be written: the disk is full"]
+
+
+def test_an_interrupt_that_a_library_turns_into_its_own_error_is_still_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run_tour(*_: object, **__: object) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+        except KeyboardInterrupt as error:
+            raise ModuleNotFoundError("could not import") from error
+
+    monkeypatch.setattr("cutaway.tour.run_tour", run_tour)
+    before = signal.getsignal(signal.SIGINT)
+    assert main(["tour"]) == 130
+    assert capsys.readouterr().err == "cutaway: interrupted; the same command resumes\n"
+    assert signal.getsignal(signal.SIGINT) is before

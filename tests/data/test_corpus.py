@@ -88,6 +88,9 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
     lines.write_text('{"text": "a"}\n{"txt": "b"}\n')
     with pytest.raises(CutawayError, match=r'lines.jsonl, line 2, is not an object with a "text"'):
         read_corpus(lines)
+    lines.write_text('{"text": "\\ud800"}\n')
+    with pytest.raises(CutawayError, match="line 1, holds half of a surrogate pair"):
+        read_corpus(lines)
     lines.write_text("{\n")
     with pytest.raises(CutawayError, match="line 1, is not JSON"):
         read_corpus(lines)

@@ -4,16 +4,17 @@ from collections.abc import Callable
 from typing import Any
 
 import by_hand_edits as by_hand
+import numpy as np
 import pytest
 import torch
 from subject import Subject, Subjects, close
-from tiny import HEADS, random_rows
+from tiny import HEADS, random_rows, tiny_model
 from torch import Tensor
 
 import cutaway
 from cutaway.artifacts.errors import CutawayError
 from cutaway.model.edits import Edit, NothingEdited
-from cutaway.model.language_model import LanguageModel
+from cutaway.model.language_model import LanguageModel, attach
 from cutaway.model.tokens import Tokens
 
 COLUMNS = {"right": (0, 0, 0), "left": (0, 4, 7)}  # of each row's first real token
@@ -430,3 +431,40 @@ def test_an_edit_is_a_value_that_can_be_printed(llama: LanguageModel) -> None:
     assert torch.equal(run.logits, again.logits)
     assert torch.equal(direction, torch.ones(32))
     assert len({e.site for e in run.edits}) == 1
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: cutaway.scale("blocks.0.resid_post", float("nan")), "factor is nan"),
+        (lambda: cutaway.add("blocks.0.resid_post", torch.ones(4), float("inf")), "scale is inf"),
+        (lambda: cutaway.clamp("blocks.0.resid_post", torch.ones(4), float("nan")), "is nan"),
+        (lambda: cutaway.set("blocks.0.resid_post", "much"), "tensor of numbers"),  # type: ignore[arg-type]
+        (lambda: cutaway.zero("blocks.0.resid_post", positions=1.5), "whole numbers"),  # type: ignore[arg-type]
+        (lambda: cutaway.zero("blocks.0.resid_post", positions="last"), "whole numbers"),  # type: ignore[arg-type]
+        (lambda: cutaway.zero("blocks.0.attn.z", heads=[0.5]), "whole numbers"),
+        (lambda: cutaway.zero(3), "is a name"),  # type: ignore[arg-type]
+        (lambda: cutaway.patch("blocks.0.resid_post", None), "a run or a tensor"),  # type: ignore[arg-type]
+        (lambda: cutaway.zero("blocks.0.resid_post", phase=(0.5, 2)), "phase="),  # type: ignore[arg-type]
+    ],
+)
+def test_values_that_are_no_edit_are_refused_when_it_is_made(make: Callable[[], object], says: str) -> None:
+    with pytest.raises(CutawayError, match=says):
+        make()
+
+
+def test_numpys_and_tensors_numbers_are_numbers() -> None:
+    site = "blocks.0.attn.z"
+    plain = cutaway.zero(site, positions=[1, 2], heads=[0], rows=1)
+    kinds: list[tuple[Any, Any]] = [(np.int64, np.array), (torch.tensor, torch.tensor)]
+    for one, several in kinds:
+        assert str(cutaway.zero(site, positions=several([1, 2]), heads=several([0]), rows=one(1))) == str(plain)
+        assert cutaway.zero(site, positions=one(3)).positions == 3
+        assert cutaway.zero(site, positions=[several([1]), [2, 3]]).positions == [[1], [2, 3]]
+
+
+@pytest.mark.parametrize("edits", ["zero", [None], 3])
+def test_a_run_takes_nothing_else_for_edits(edits: object) -> None:
+    lm = attach(tiny_model("llama"))
+    with pytest.raises(CutawayError, match="is none"):
+        lm.run([[1, 2, 3]], edits=edits)  # type: ignore[arg-type]

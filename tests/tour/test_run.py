@@ -269,6 +269,13 @@ def test_a_corpus_too_short_for_one_row(
     assert not out.exists()
 
 
+def test_a_corpus_of_a_few_rows_will_do(out: Path, tmp_path: Path, model: Path, corpus: Path) -> None:
+    file = tmp_path / "few.txt"
+    file.write_text(corpus.read_text()[:1200])
+    result = run_tour(str(model), out=out, corpus=file)
+    assert next(section for section in result.sections if section.id == "dictionary").status == "shown"
+
+
 def test_text_that_is_not_utf8(capsys: pytest.CaptureFixture[str], out: Path, tmp_path: Path, model: Path) -> None:
     file = tmp_path / "latin.txt"
     file.write_bytes("café ".encode("latin-1") * 50)

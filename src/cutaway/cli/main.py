@@ -8,11 +8,15 @@
 Nothing here, nor at the top of a command's module, imports torch or transformers: help must be instant.
 """
 
+import errno
 import io
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 from cyclopts import App, CycloptsError
 
@@ -39,6 +43,8 @@ for command in (tour, check, sites, subjects):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line (default: this process's) and return its exit code."""
     silence_libraries()
+    interrupted: list[int] = []
+    restore = _note_interrupts(interrupted)
     # waiting threads that spin starve each other when other programs use the cores too (ten times slower and more)
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     for stream in (sys.stdout, sys.stderr):
@@ -46,19 +52,54 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a sign is no reason to stop
     try:
         code = app(arguments, exit_on_error=False, print_error=False)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # it is None when the caller has closed it
+            sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except CycloptsError as error:
         return _fail(f"{error} (see cutaway --help)")
     except CutawayError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
-        print("cutaway: interrupted; the same command resumes", file=sys.stderr)
-        return 130
+        return _interrupted()
     except BrokenPipeError:
-        # the reader went away (`| head`); point stdout elsewhere, or the interpreter complains when it exits
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_stdout()  # the reader went away (`| head`)
         return 0
+    except Exception as error:
+        if interrupted:  # libraries turn an interrupted import into errors of their own
+            return _interrupted()
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None:
+            _drop_stdout()
+            return _fail("the output could not be written: the disk is full")
+        raise
+    finally:
+        if restore is not None:
+            signal.signal(signal.SIGINT, restore)
+
+
+def _note_interrupts(noted: list[int]) -> Any:
+    """Raise KeyboardInterrupt on Ctrl-C, as ever, and note that it came. Returns the handler to set back, if any."""
+    if threading.current_thread() is not threading.main_thread():
+        return None
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler:  # ignored, or the caller's own
+        return None
+
+    def note(number: int, frame: Any) -> None:
+        noted.append(number)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, note)
+    return before
+
+
+def _interrupted() -> int:
+    print("cutaway: interrupted; the same command resumes", file=sys.stderr)
+    return 130
+
+
+def _drop_stdout() -> None:
+    """Point stdout elsewhere, or the interpreter complains when it exits."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def silence_libraries() -> None:

@@ -201,6 +201,8 @@ def _json_lines(file: Path, text: str) -> Iterator[str]:
             raise CutawayError(f"{file}, line {number}, is not JSON: {error.msg}") from error
         if not isinstance(record, dict) or not isinstance(record.get("text"), str):
             raise CutawayError(f'{file}, line {number}, is not an object with a "text"')
+        if any("\ud800" <= character <= "\udfff" for character in record["text"]):
+            raise CutawayError(f"{file}, line {number}, holds half of a surrogate pair, which no UTF-8 text can")
         yield record["text"]
 
 

@@ -13,9 +13,11 @@ them, where no positions are named).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import operator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -53,7 +55,10 @@ class Edit:
     def __post_init__(self) -> None:
         phase = self.phase
         good = phase in ("all", "prompt", "new") or (
-            isinstance(phase, tuple) and len(phase) == 2 and 0 <= phase[0] < phase[1]
+            isinstance(phase, tuple)
+            and len(phase) == 2
+            and all(isinstance(step, int) for step in phase)
+            and 0 <= phase[0] < phase[1]
         )
         if not good:
             raise CutawayError(f"phase={phase!r} is not 'all', 'prompt', 'new' or (start, stop) of new tokens.")
@@ -95,10 +100,41 @@ class Receipt:
         )
 
 
+def edit_list(edits: Edit | Sequence[Edit] | None) -> tuple[Edit, ...]:
+    """One edit, several, or none, as a tuple. Raises CutawayError for what is no edit."""
+    if edits is None:
+        return ()
+    if isinstance(edits, Edit):
+        return (edits,)
+    found = tuple(edits) if isinstance(edits, Iterable) and not isinstance(edits, str) else (edits,)
+    for edit in found:
+        if not isinstance(edit, Edit):
+            raise CutawayError(f"edits= takes edits such as cutaway.zero('blocks.3.mlp.out'); {edit!r} is none.")
+    return found  # type: ignore[return-value]
+
+
+def _whole(value: Any, what: str) -> int:
+    """A whole number: Python's, NumPy's, or a tensor of one."""
+    try:
+        return operator.index(value)
+    except TypeError as error:
+        raise CutawayError(f"The edit's {what} are whole numbers; {value!r} is not one.") from error
+
+
+def _listed(value: Any, what: str) -> list[Any]:
+    if isinstance(value, Tensor) or hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise CutawayError(f"The edit's {what} are whole numbers, or a list of them; got {value!r}.")
+    return list(value)
+
+
 def _indices(value: int | Sequence[int] | None, what: str) -> tuple[int, ...] | None:
     if value is None:
         return None
-    chosen = (value,) if isinstance(value, int) else tuple(int(v) for v in value)
+    if hasattr(value, "__index__") and getattr(value, "ndim", 0) == 0:
+        return (_whole(value, what),)
+    chosen = tuple(_whole(v, what) for v in _listed(value, what))
     if not chosen:
         raise NothingEdited(
             f"The edit's list of {what} is empty, so it would touch nothing; leave {what} out to mean all."
@@ -107,18 +143,38 @@ def _indices(value: int | Sequence[int] | None, what: str) -> tuple[int, ...] | 
 
 
 def _tensor(value: Tensor | float | Sequence[float], what: str) -> Tensor:
-    tensor = value.detach() if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float32)
+    try:
+        tensor = value.detach() if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise CutawayError(f"The edit's {what} is a number or a tensor of numbers; got {value!r}.") from error
     if not bool(torch.isfinite(tensor).all()):
         raise CutawayError(f"The edit's {what} holds NaN or infinity.")
     return tensor
 
 
+def _places(value: Any) -> Positions:
+    """Positions as plain numbers: one, one list for all rows, or one list a row."""
+    if value is None:
+        return None
+    if hasattr(value, "__index__") and getattr(value, "ndim", 0) == 0:
+        return _whole(value, "positions")
+    listed = _listed(value, "positions")
+    if not listed:
+        raise NothingEdited("The edit's list of positions is empty, so it would touch nothing.")
+    nested = [isinstance(p, str) or (isinstance(p, Iterable) and getattr(p, "ndim", 1) > 0) for p in listed]
+    return [  # type: ignore[return-value]
+        [_whole(q, "positions") for q in _listed(p, "positions")] if inner else _whole(p, "positions")
+        for p, inner in zip(listed, nested, strict=True)
+    ]
+
+
 def _make(kind: Kind, site: str, positions: Positions, heads, rows, phase: Phase, **parts) -> Edit:
-    if positions is not None and not isinstance(positions, int):
-        positions = [p if isinstance(p, int) else [int(q) for q in p] for p in positions]  # type: ignore[union-attr]
-        if not positions:
-            raise NothingEdited("The edit's list of positions is empty, so it would touch nothing.")
-    return Edit(kind, site, positions, _indices(heads, "heads"), _indices(rows, "rows"), phase, **parts)
+    if not isinstance(site, str):
+        raise CutawayError(f"An edit's site is a name such as 'blocks.3.resid_post'; got {site!r}.")
+    for name, number in parts.get("numbers", {}).items():
+        if not math.isfinite(number):
+            raise CutawayError(f"The edit's {name} is {number}; give a finite number.")
+    return Edit(kind, site, _places(positions), _indices(heads, "heads"), _indices(rows, "rows"), phase, **parts)
 
 
 def set(
@@ -159,6 +215,8 @@ def patch(
     patched.
     """
     tensors, run = ({"value": source.detach()}, None) if isinstance(source, Tensor) else ({}, source)
+    if not tensors and not hasattr(run, "tokens"):
+        raise CutawayError(f"A patch takes its values from a run or a tensor; got {source!r}.")
     if source_positions is not None and positions is None:
         raise CutawayError("source_positions needs positions of the same number beside it.")
     return _make(
@@ -170,7 +228,7 @@ def patch(
         phase,
         tensors=tensors,
         source=run,
-        source_positions=source_positions,
+        source_positions=_places(source_positions),
         source_rows=_indices(source_rows, "source_rows"),
     )
 

@@ -262,7 +262,10 @@ def find_family(model: PreTrainedModel) -> Family:
     if stack is None or len(stack) == 0:
         raise _refuse(model, f"its {type(base).__name__} has no list of decoder layers named layers or h")
     d = int(config.hidden_size)
-    n_heads = int(config.num_attention_heads)
+    n_heads = getattr(config, "num_attention_heads", None)
+    if n_heads is None:
+        raise _refuse(model, "its configuration names no attention heads")
+    n_heads = int(n_heads)
     n_kv_heads = int(getattr(config, "num_key_value_heads", None) or n_heads)
     d_head = int(getattr(config, "head_dim", None) or d // n_heads)
     layers = tuple(_layer(module, n_heads, n_kv_heads, d, model) for module in stack)

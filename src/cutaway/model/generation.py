@@ -45,7 +45,10 @@ class _Draw(LogitsProcessor):
     """Leaves one token, drawn with a generator of its own: other threads and the global seed have no part in it."""
 
     def __init__(self, seed: int, device: torch.device) -> None:
-        self.generator = torch.Generator(device).manual_seed(seed)
+        try:
+            self.generator = torch.Generator(device).manual_seed(seed)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise CutawayError(f"A seed is a whole number below 2**63; got {seed!r}.") from error
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
         drawn = torch.multinomial(scores.float().softmax(-1), 1, generator=self.generator)

@@ -19,7 +19,7 @@ from cutaway.artifacts.manifest import ModelIdentity
 from cutaway.model import generation, loading
 from cutaway.model.addressing import resolve
 from cutaway.model.attention import check_dispatch
-from cutaway.model.edits import Edit
+from cutaway.model.edits import Edit, edit_list
 from cutaway.model.execution import Execution, active
 from cutaway.model.families import find_family, weight_matrix
 from cutaway.model.run import Generation, Gradients, Run, capture_bytes
@@ -212,7 +212,7 @@ class LanguageModel:
         names = self._sites.expand_all(capture) if capture is not None else []
         if grad is not None and not names:
             raise CutawayError("grad= gives gradients at captured sites; name some in capture=.")
-        edits = (edits,) if isinstance(edits, Edit) else tuple(edits)
+        edits = edit_list(edits)
         resolved = [
             resolve(i, edit, self._sites[name], tokens)
             for i, edit in enumerate(edits)
@@ -270,6 +270,8 @@ class LanguageModel:
     def _check_size(self, names: list[str], tokens: Tokens, limit: int) -> None:
         batch, positions = tokens.ids.shape
         needed = capture_bytes(self._sites, names, batch, positions, self.dtype.itemsize, True)
+        if limit < 0:
+            raise CutawayError(f"limit_bytes is {limit}; give a number of bytes, 0 or more.")
         if needed > limit:
             largest = max(names, key=lambda n: capture_bytes(self._sites, [n], batch, positions, 1, True))
             raise CutawayError(
@@ -282,7 +284,7 @@ class LanguageModel:
 
         What the source edited is not taken over: the stream is read below its first edit.
         """
-        if source.site_table is not self._sites:
+        if getattr(source, "site_table", None) is not self._sites:
             raise CutawayError(f"resume= needs a run of {self.name}; this one comes from another model.")
         given = source.tokens
         if len(given) not in (1, len(tokens)) or given.ids.shape[1] != tokens.ids.shape[1]:
@@ -338,7 +340,7 @@ class LanguageModel:
         return generation.generate(
             self,
             self.tokens(inputs, bos=bos),
-            (edits,) if isinstance(edits, Edit) else tuple(edits),
+            edit_list(edits),
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_k=top_k,

@@ -92,6 +92,9 @@ class _Checks:
         taken.
         """
         left, right = left.double(), right.double()
+        if not left.numel():  # nothing is left to compare, as where all scores are NaN
+            self.rows.append(Check(check, layer, float("inf"), self.tolerance))
+            return
         size = max(float(t.abs().max()) for t in ((left, right) if scale is None else (left, right, scale.double())))
         residual = float((left - right).abs().max()) / max(size, 1e-12)
         self.rows.append(Check(check, layer, residual if residual == residual else float("inf"), self.tolerance))

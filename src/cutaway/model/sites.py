@@ -193,6 +193,9 @@ class SiteTable(Sequence[Site]):
     def expand_all(self, patterns: str | Iterable[str]) -> list[str]:
         """Canonical names of several patterns, without repeats, in the order of the forward pass."""
         patterns = [patterns] if isinstance(patterns, str) else patterns
+        patterns = list(patterns) if isinstance(patterns, Iterable) else [patterns]
+        if not all(isinstance(pattern, str) for pattern in patterns):
+            raise CutawayError(f"Sites are named by text such as 'blocks.3.resid_post'; got {patterns!r}.")
         names = {name for pattern in patterns for name in self.expand(pattern)}
         return sorted(names, key=self.order)
 

@@ -6,6 +6,7 @@ import itertools
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -33,6 +34,7 @@ _TOKENS = 2_000_000  # as many as two cores read and train on in about two minut
 _SHOWN = 8
 _STUDY_ROWS = 512
 _LEAST_MENTIONS = 12
+_LEAST_FIRINGS = 30
 
 
 def site_of(tour: Tour) -> str:
@@ -49,6 +51,7 @@ def configuration(tour: Tour) -> TrainConfig:
     available = tour.rows.train.numel()
     d_sae = min(2048, 8 * tour.lm.d_model)
     return TrainConfig(
+        batch=min(TrainConfig.batch, max(16, available // 8)),
         d_sae=d_sae,
         k=min(16, max(4, tour.lm.d_model // 16)),
         tokens=max(512, min(_TOKENS, 8 * available)),
@@ -187,6 +190,20 @@ def features(tour: Tour) -> page.Section:
     chosen = list(dict.fromkeys([m.latent for m in best]))
     chosen += [i for i in _typical(firings, learned, tour.seed) if i not in chosen][: _SHOWN - len(chosen)]
     examples = top_examples(lm, learned, rows, latents=chosen, n=4, lower=0, seed=tour.seed, firings=firings)
+    _write_table(tour, examples, found)
+    about: dict[str, Any] = {
+        "id": "features",
+        "title": "What the latents stand for",
+        "question": "What do single features respond to?",
+        "lead": (
+            "Each latent is shown with the places where it fires most, and the tokens its direction raises and lowers "
+            "on the direct path to the output. Labels are automatic token summaries, not explanations."
+        ),
+        "command": tour.command("features"),
+    }
+    if not chosen:
+        note = f"not shown: in {examples.n_tokens} held-out tokens no latent fires {_LEAST_FIRINGS} times."
+        return page.Section(**about, status="not shown", note=note)
     summaries = token_summary(lm, rows, examples)
     effects = {e.latent: e for e in logit_effects(lm, learned, chosen, k=6)}
     known = {m.latent: m for m in reversed(best)}
@@ -212,7 +229,6 @@ def features(tour: Tour) -> page.Section:
                 concept=None if match is None else match.concept,
             )
         )
-    _write_table(tour, examples, found)
     table = page.Table(
         columns=("known entity", "latent", "AUROC", "shuffled labels", "precision", "recall", "mentions"),
         rows=tuple(
@@ -237,13 +253,7 @@ def features(tour: Tour) -> page.Section:
         top = best[0]
         figures.insert(0, page.Figure(label="best known entity", value=top.concept, detail=f"AUROC {top.auroc:.3f}"))
     return page.Section(
-        id="features",
-        title="What the latents stand for",
-        question="What do single features respond to?",
-        lead=(
-            "Each latent is shown with the places where it fires most, and the tokens its direction raises and lowers "
-            "on the direct path to the output. Labels are automatic token summaries, not explanations."
-        ),
+        **about,
         status="shown" if found else "fallback",
         note=(
             "Top examples flatter a latent: they are its strongest firings. AUROC counts all of them."
@@ -252,7 +262,6 @@ def features(tour: Tour) -> page.Section:
         ),
         blocks=(page.Figures(items=tuple(figures)), *((table,) if found else ()), page.Features(items=tuple(items))),
         effects=tuple(m.effect.to_json() for m in best[:2]),
-        command=tour.command("features"),
     )
 
 
@@ -269,9 +278,9 @@ def _shown(found: list[ConceptMatch]) -> list[ConceptMatch]:
 
 
 def _typical(firings: list[Firing], learned: Dictionary, seed: int) -> list[int]:
-    """Latents drawn at random from those that fire on at least 30 tokens: no picking of pretty ones."""
+    """Latents drawn at random from those that fire often enough: no picking of pretty ones."""
     counts = torch.bincount(torch.cat([firing.latent for firing in firings]), minlength=learned.d_sae)
-    able = (counts >= 30).nonzero()[:, 0]
+    able = (counts >= _LEAST_FIRINGS).nonzero()[:, 0]
     order = torch.randperm(len(able), generator=torch.Generator().manual_seed(seed))
     return [int(i) for i in able[order][:_SHOWN]]
 
