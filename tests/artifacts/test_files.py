@@ -265,3 +265,14 @@ def test_two_names_of_one_memory_are_both_written(tmp_path: Path) -> None:
     write_safetensors(tmp_path / "shared.safetensors", {"a": rows, "b": rows, "c": rows[1]})
     loaded = load_file(tmp_path / "shared.safetensors")
     assert all(torch.equal(loaded[name], value) for name, value in {"a": rows, "b": rows, "c": rows[1]}.items())
+
+
+def test_files_can_be_read_as_the_umask_says(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    before = os.umask(0o027)
+    try:
+        write_safetensors(tmp_path / "a.safetensors", {"x": torch.ones(2)})
+        write_text(tmp_path / "a.txt", "text")
+    finally:
+        os.umask(before)
+    assert {(tmp_path / name).stat().st_mode & 0o777 for name in ("a.safetensors", "a.txt")} == {0o640}

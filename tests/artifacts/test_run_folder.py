@@ -75,9 +75,13 @@ def test_overwriting_begins_again_but_only_in_a_run_folder(tmp_path: Path) -> No
         folder.save_step("lens", 1)
         folder.file("deep", "er", "page.html").write_text("old")
         os.symlink(tmp_path, folder.path / "link")
-    with open_tour(tmp_path / "r", {"model": "other"}, resume=False) as folder:
+        (folder.path / "notes.md").write_text("the user's")
+    other = {"model": "other"}
+    with RunFolder.open(
+        tmp_path / "r", command="tour", configuration=other, writes=("deep", "li?k"), resume=False
+    ) as folder:
         assert folder.step("lens") is None
-        assert sorted(os.listdir(folder.path)) == [".lock", "run.json", "steps"]
+        assert sorted(os.listdir(folder.path)) == [".lock", "notes.md", "run.json", "steps"]
     assert tmp_path.is_dir()
 
     mine = tmp_path / "mine"
@@ -87,6 +91,11 @@ def test_overwriting_begins_again_but_only_in_a_run_folder(tmp_path: Path) -> No
         with pytest.raises(CutawayError, match="is not a run folder: name an empty or a new folder"):
             open_tour(mine, resume=resume)
     assert os.listdir(mine) == ["thesis.tex"]
+    write_json(mine / "run.json", {"name": "my experiment"})
+    for resume in (True, False):
+        with pytest.raises(CutawayError, match="is not a run folder: name an empty or a new folder"):
+            open_tour(mine, resume=resume)
+    assert sorted(os.listdir(mine)) == ["run.json", "thesis.tex"]
 
 
 def test_an_empty_folder_and_one_of_a_run_killed_at_its_start_are_taken(tmp_path: Path) -> None:
@@ -100,7 +109,7 @@ def test_a_damaged_record_is_refused_not_guessed(tmp_path: Path) -> None:
     with open_tour(tmp_path / "r"):
         pass
     write_json(tmp_path / "r" / "run.json", [1])
-    with pytest.raises(CutawayError, match="is not a run's record"):
+    with pytest.raises(CutawayError, match="is not a run folder"):
         open_tour(tmp_path / "r")
 
 

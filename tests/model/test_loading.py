@@ -194,6 +194,8 @@ def damage(folder: Path, how: str) -> None:
             save_file(tensors, weights, metadata={"format": "pt"})
         case "more layers than weights":
             config.write_text(json.dumps({**json.loads(config.read_text()), "num_hidden_layers": 4}))
+        case "fewer layers than weights":
+            config.write_text(json.dumps({**json.loads(config.read_text()), "num_hidden_layers": 1}))
         case "a shard is missing":
             tensors = load_file(weights)
             save_file(tensors, folder / "model-00001-of-00002.safetensors", metadata={"format": "pt"})
@@ -219,9 +221,10 @@ def damage(folder: Path, how: str) -> None:
         ("config of nothing", "config.json cannot be read"),
         ("unknown family", "config.json cannot be read"),
         ("impossible config", "config.json cannot be read"),
-        ("other shapes", "weights of .* cannot be loaded"),
+        ("other shapes", "other shapes than its config.json"),
         ("a weight is missing", r"lacks 1 weights \(first: model.layers.1.mlp.up_proj.weight\)"),
         ("more layers than weights", r"lacks 9 weights"),
+        ("fewer layers than weights", r"holds 9 layer weights .* no place for"),
         ("a shard is missing", "weights of .* cannot be loaded"),
         ("not a language model", "lacks|cannot be loaded"),
     ],

@@ -53,6 +53,13 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise
 
 
+def _umask() -> int:
+    """The process's umask; it can only be read by setting it."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
 def _concerns(error: OSError, path: Path) -> bool:
     """Whether the refusal is about `path`, its folders or a temporary file beside it, and not some other file."""
     if not isinstance(error.filename, (str, os.PathLike)):
@@ -84,6 +91,7 @@ def atomic_path(final: Path) -> Iterator[Path]:
             yield temporary
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
+            os.chmod(temporary, 0o666 & ~_umask())  # safetensors writes files that nobody else may read
             os.replace(temporary, final)
         except BaseException:
             temporary.unlink(missing_ok=True)

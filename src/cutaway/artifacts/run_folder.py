@@ -11,7 +11,8 @@ import contextlib
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Self
 
@@ -38,12 +39,21 @@ class RunFolder:
         self._lock = lock
 
     @classmethod
-    def open(cls, path: Path, *, command: str, configuration: Mapping[str, Any], resume: bool = True) -> "RunFolder":
+    def open(
+        cls,
+        path: Path,
+        *,
+        command: str,
+        configuration: Mapping[str, Any],
+        writes: Collection[str] = (),
+        resume: bool = True,
+    ) -> "RunFolder":
         """Create a run folder, or go on with one.
 
         `command` is the verb ("tour"); `configuration` is everything that determines the result: put the hashes of the
-        model and of the corpus into it, not only their paths. `resume=False` removes what an earlier run left and
-        begins again.
+        model and of the corpus into it, not only their paths. `writes` are the names, or patterns of names, that the
+        command writes at the top of the folder; `resume=False` removes those and begins again. What else lies in the
+        folder is the user's and stays.
 
         Raises `CutawayError` when the folder holds another command, configuration or release's run; when it holds
         something that is no run at all; when another process is at work in it; when it cannot be written to.
@@ -61,7 +71,7 @@ class RunFolder:
         lock = _acquire(path)
         try:
             if not resume:
-                _clear(path)
+                _clear(path, writes)
             if (path / _RUN).exists():
                 _check(path, read_json(path / _RUN), record)
             else:
@@ -120,16 +130,17 @@ def _release() -> str:
 def _is_of_someone_else(path: Path) -> bool:
     """Whether the folder holds files but no run: not even one that was killed while its record was being written."""
     with disk_errors(path / _RUN):
-        if not path.is_dir() or (path / _RUN).exists():
+        if not path.is_dir():
             return False
+        if (path / _RUN).exists():
+            found = read_json(path / _RUN)
+            return not isinstance(found, dict) or not {"command", "configuration", "cutaway"} <= found.keys()
         return any(name != _LOCK and not name.startswith(f".{_RUN}.") for name in os.listdir(path))
 
 
 def _check(path: Path, found: Any, wanted: Mapping[str, Any]) -> None:
     """Raise unless the folder's record is of the same command, configuration and release."""
     way_out = "add --overwrite to begin again, or name another folder with --out"
-    if not isinstance(found, dict) or not {"command", "configuration", "cutaway"} <= found.keys():
-        raise CutawayError(f"{path / _RUN} is not a run's record: {way_out}")
     if found["command"] != wanted["command"]:
         raise CutawayError(f"{path} holds a run of “{found['command']}”, not of “{wanted['command']}”: {way_out}")
     if found["cutaway"] != wanted["cutaway"]:
@@ -140,11 +151,11 @@ def _check(path: Path, found: Any, wanted: Mapping[str, Any]) -> None:
         raise CutawayError(f"{path} holds a run with another configuration ({', '.join(differing)}): {way_out}")
 
 
-def _clear(path: Path) -> None:
+def _clear(path: Path, writes: Collection[str]) -> None:
     with disk_errors(path / _RUN):
         # the record goes last: until then the folder is still known as a run's
         for entry in sorted(path.iterdir(), key=lambda entry: entry.name == _RUN):
-            if entry.name == _LOCK:
+            if not any(fnmatch(entry.name, pattern) for pattern in (_RUN, "steps", *writes)):
                 continue
             if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry)

@@ -139,21 +139,29 @@ class PatchGrid:
             command=command,
         )
 
-    def best(self, *, of: Literal["metric", "flips"] = "metric", command: str | None = None) -> Effect:
-        """The cell with the largest mean of the metric, chosen on every second pair and measured on the others.
+    def best(
+        self,
+        *,
+        of: Literal["metric", "flips"] = "metric",
+        layers: Sequence[int] | None = None,
+        command: str | None = None,
+    ) -> Effect:
+        """The cell with the largest mean of what is asked for, chosen on every second pair, measured on the others.
 
-        Choosing and measuring on the same pairs would report the luckiest of many cells. The stream after the model's
-        last layer is no candidate: at the last token it hands over the answer itself. Needs at least 8 pairs.
+        Choosing and measuring on the same pairs would report the luckiest of many cells. `layers` are the candidates
+        (default: all but the stream after the model's last layer, which at the last token hands over the answer
+        itself). Needs at least 8 pairs.
         """
         if self.n < 8:
             raise CutawayError(
                 f"{self.n} pairs are too few to choose a cell on one half and measure it on the other; give 8"
             )
-        chosen = self.values[..., 0::2].nanmean(-1).nan_to_num(-torch.inf)
-        if len(self.layers) > 1:
-            chosen[torch.tensor([self.is_output(layer) for layer in self.layers])] = -torch.inf
+        able = [layer for layer in self.layers if (layer in layers if layers else not self.is_output(layer))]
+        rows = [self.layers.index(layer) for layer in able or self.layers]
+        values = self.values if of == "metric" else self.flips.float()
+        chosen = values[rows][..., 0::2].nanmean(-1).nan_to_num(-torch.inf)
         i, j = divmod(int(chosen.argmax()), len(self.columns))
-        return self.effect(self.layers[i], self.columns[j], of=of, command=command, rows=range(1, self.n, 2))
+        return self.effect(self.layers[rows[i]], self.columns[j], of=of, command=command, rows=range(1, self.n, 2))
 
     def to_json(self) -> dict[str, Any]:
         low, high = self.interval()

@@ -23,7 +23,7 @@ def check(
     dtype
         float32, bfloat16 or float16; float32 on a CPU and the checkpoint's own on a GPU if not given.
     device
-        cpu, cuda, cuda:1, ...; cpu if not given.
+        cpu, cuda, cuda:1, ...; a GPU if there is one, else the CPU, if not given.
     json
         Print the card and the table as JSON on stdout, and nothing else.
     """

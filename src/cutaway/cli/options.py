@@ -10,6 +10,8 @@ Flag = Annotated[bool, Parameter(negative="", show_default=False)]
 
 Count = Annotated[int, Parameter(validator=validators.Number(gte=1))]
 
+Seed = Annotated[int, Parameter(validator=validators.Number(gte=0, lt=2**32))]
+
 ExistingPath = Annotated[Path, Parameter(validator=validators.Path(exists=True))]
 """A file or folder that must be there."""
 

@@ -5,7 +5,7 @@ from typing import Literal
 
 from cyclopts import App
 
-from cutaway.cli.options import Count, ExistingFolder, Flag
+from cutaway.cli.options import Count, ExistingFolder, Flag, Seed
 
 app = App(name="subjects", help="Make, judge and read the models whose world we know.", result_action="return_value")
 
@@ -17,7 +17,7 @@ def train(
     *,
     out: Path = Path("runs/atlas"),
     tokens: Count = 130_000_000,
-    seed: int = 0,
+    seed: Seed = 0,
     device: str | None = None,
     rows: Count | None = None,
     context: Count = 256,
@@ -109,7 +109,7 @@ def evaluate(
 
 
 @app.command
-def samples(part: str, /, *, n: Count = 10, seed: int = 0) -> None:
+def samples(part: str, /, *, n: Count = 10, seed: Seed = 0) -> None:
     """Print samples of one part of the atlas corpus.
 
     Parameters

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from cutaway.cli.options import ExistingPath, Flag
+from cutaway.cli.options import ExistingPath, Flag, Seed
 
 
 def tour(
@@ -12,7 +12,7 @@ def tour(
     *,
     out: Path | None = None,
     corpus: ExistingPath | None = None,
-    seed: int = 0,
+    seed: Seed = 0,
     overwrite: Flag = False,
     only: str | None = None,
     json: Flag = False,
@@ -35,7 +35,8 @@ def tour(
         Begin again in a folder that holds another run.
     only
         Make one section's figures again, and print them: selftest, lens, heads, patching, dictionary, features,
-        steering or clamping. The dictionary that features and clamping need is the folder's own.
+        steering or clamping. The dictionary that features and clamping need is the folder's own; the page is not drawn
+        anew.
     json
         Print the figures as JSON on stdout, and nothing else.
     """

@@ -77,7 +77,7 @@ def generate(
     use_cache: bool,
 ) -> Generation:
     """See `LanguageModel.generate`."""
-    if max_new_tokens < 1 or num_return_sequences < 1 or temperature < 0:
+    if max_new_tokens < 1 or num_return_sequences < 1 or not temperature >= 0:
         raise CutawayError("max_new_tokens and num_return_sequences are at least 1, and temperature is not negative.")
     if temperature == 0 and num_return_sequences > 1:
         raise CutawayError("Greedy decoding gives the same text every time; set a temperature for several sequences.")

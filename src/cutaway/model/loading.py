@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ Parts = tuple[PreTrainedModel, PreTrainedTokenizerBase | None, str, Callable[[],
 _PACKAGE = Path(str(cutaway.__file__)).parent
 SHIPPED = {"atlas": _PACKAGE / "subjects" / "atlas" / "weights"}
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+_LAYER = re.compile(r"(^|\.)(layers|h)\.\d+\.")
 _TOKENIZERS = ("tokenizer*", "vocab*", "*.model")
 
 
@@ -92,7 +94,7 @@ def load_parts(
             transformers_logging.enable_progress_bar()
     hf = hf.to(place)  # type: ignore[arg-type]
     hf.eval()
-    found = getattr(hf.config, "_commit_hash", None) or revision
+    found = None if local else getattr(hf.config, "_commit_hash", None) or revision
 
     def identify() -> ModelIdentity:
         if not local:
@@ -127,6 +129,10 @@ def _read(
             output_loading_info=True,
         )
     except Exception as error:  # damaged files and unknown classes raise many kinds
+        if "ignore_mismatched_sizes" in str(error):
+            raise CutawayError(
+                f"The weights of {name} have other shapes than its config.json asks for; they belong to another model."
+            ) from error
         raise CutawayError(f"The weights of {name} cannot be loaded: {_short(error)}") from error
     hf, report = loaded
     missing = sorted(report.get("missing_keys", ()))
@@ -134,6 +140,12 @@ def _read(
         raise CutawayError(
             f"The checkpoint {name} lacks {len(missing)} weights (first: {missing[0]}), which would be random; it is "
             "damaged, or not a causal language model."
+        )
+    dropped = sorted(key for key in report.get("unexpected_keys", ()) if _LAYER.search(key))
+    if dropped:
+        raise CutawayError(
+            f"The checkpoint {name} holds {len(dropped)} layer weights that its config.json has no place for (first: "
+            f"{dropped[0]}); they belong to a larger model."
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, local_files_only=local)

@@ -29,7 +29,8 @@ def patching(tour: Tour) -> page.Section:
     pairs = task.pairs
     names = position_labels(pairs, pairs.clean.strings[0])
     grid = patch_grid(lm, pairs, seed=tour.seed, names=names, criterion=task.task.criterion)
-    effects = [grid.best(of=of, command=tour.command("patching")) for of in ("metric", "flips")]
+    middle = grid.layers[1:-1]
+    effects = [grid.best(of=of, layers=middle, command=tour.command("patching")) for of in ("metric", "flips")]
     first = pairs.pairs[0]
     labels = list(grid.columns)
     moves = [int(row.argmax()) for row in grid.mean]
@@ -40,8 +41,8 @@ def patching(tour: Tour) -> page.Section:
         **about,
         status=status,  # type: ignore[arg-type]
         note=(
-            f"{note} The place is chosen on every second pair and measured on the others; the last layer is not a "
-            "candidate, since its last token hands over the answer itself."
+            f"{note} Places are chosen on every second pair and measured on the others; the first and the last layer "
+            "are no candidates, since a patch there all but swaps the prompt, or hands over the answer itself."
         ),
         blocks=(
             page.Figures(
@@ -50,7 +51,7 @@ def patching(tour: Tour) -> page.Section:
                         label="answers flipped at the best place",
                         value=round(effects[1].value, 3),
                         units="share",
-                        detail=f"{effects[0].name}, n {effects[1].n}",
+                        detail=f"{effects[1].name.removesuffix(': answers flipped')}, n {effects[1].n}",
                     ),
                     page.Figure(
                         label="flipped without a patch",

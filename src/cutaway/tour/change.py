@@ -346,7 +346,7 @@ def clamping(tour: Tour) -> page.Section:
         "clamping",
         "Holding one latent high",
         "Does the model speak of what a latent stands for, when it is held high?",
-        "The latent that best tells a known entity is clamped at multiples of its largest activation, beside latents "
+        "A latent that tells a known entity is clamped at multiples of its largest activation, beside latents "
         "that fire as often. Watched: the probability of the entity's word on prompts that do not mention it.",
     )
     learned = trained_dictionary(tour)

@@ -33,6 +33,10 @@ STEPS: dict[str, Step] = {
 }
 NAMES = ("selftest", *STEPS)
 _NEEDS_DICTIONARY = ("features", "clamping")
+_WRITES = (
+    "dictionary", "dictionary.training", "directions.safetensors", "figures.json", "index.html", "latents.parquet",
+    "manifest.json",
+)  # fmt: skip
 
 
 def run_tour(
@@ -61,7 +65,9 @@ def run_tour(
     text = given or read_text(None, of_atlas=of_atlas, seed=seed)  # seconds of work, so only for a model that loads
     rows = split_text(lm, text, seed)
     settings = _configuration(lm, text, seed)
-    with RunFolder.open(Path(out), command="tour", configuration=settings, resume=not overwrite) as folder:
+    with RunFolder.open(
+        Path(out), command="tour", configuration=settings, writes=_WRITES, resume=not overwrite
+    ) as folder:
         tour = Tour(lm=lm, model=model, folder=folder, text=text, rows=rows, corpus=corpus, seed=seed)
         result = _run(tour, only, started, settings)
         if only is None:
@@ -73,7 +79,13 @@ def run_tour(
 
 def _configuration(lm: LanguageModel, text: Text, seed: int) -> dict[str, Any]:
     """Everything that determines the figures."""
-    return {"model": asdict(lm.identity()), "corpus": text.hash, "seed": seed, "dtype": str(lm.dtype)}
+    return {
+        "model": asdict(lm.identity()),
+        "corpus": text.hash,
+        "seed": seed,
+        "dtype": str(lm.dtype),
+        "code": code_version(),
+    }
 
 
 def _run(tour: Tour, only: str | None, started: float, settings: dict[str, Any]) -> TourResult:

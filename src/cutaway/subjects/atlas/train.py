@@ -43,6 +43,10 @@ PEAK_RATE = 2.5e-3
 PEAK_ROWS = 128  # the batch that PEAK_RATE is for
 _CHECKPOINT = "checkpoint.safetensors"
 _LOG = "log.jsonl"
+_WRITES = (
+    _CHECKPOINT, _LOG, MANIFEST, "corpus", ".export", "config.json", "generation_config.json", "model.safetensors",
+    "tokenizer*", "special_tokens_map.json", "chat_template*",
+)  # fmt: skip
 _MICROBATCH_ON_CPU = 16  # rows at a time: more spill out of the caches and gain nothing
 _ROWS_ON_CPU = 16
 _STEPS_BETWEEN_RECORDS = 10
@@ -147,7 +151,9 @@ def train(
     if recipe.tokens < recipe.rows * recipe.context:
         raise CutawayError(f"{recipe.tokens:,} tokens are less than one step of {recipe.rows} x {recipe.context}")
     configuration = {**asdict(recipe), "device": _device_type(device), "compiled": compiled}
-    with RunFolder.open(out, command="subjects train", configuration=configuration, resume=not overwrite) as run:
+    with RunFolder.open(
+        out, command="subjects train", configuration=configuration, writes=_WRITES, resume=not overwrite
+    ) as run:
         if run.step("export"):
             return out
         commits: list[str] = run.step("commits") or []
