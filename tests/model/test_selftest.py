@@ -209,3 +209,11 @@ def test_a_run_as_big_as_a_real_models_self_test_stays_small(
     of_family("gemma2").lm.selftest()
     assert all(len(layers) <= 2 for rows, layers in held if rows > 1)
     assert max(rows for rows, _ in held) < 40
+
+
+def test_weights_that_are_no_numbers_are_named() -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.get_parameter("model.layers.1.mlp.up_proj.weight")[0, 0] = float("nan")
+    with pytest.raises(CutawayError, match=r"hold NaN or infinity \(first: model.layers.1.mlp.up_proj.weight\)"):
+        attach(model).selftest()

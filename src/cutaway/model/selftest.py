@@ -224,6 +224,9 @@ def _ends(lm: LanguageModel, run: Run, checks: _Checks) -> None:
 
 def run_selftest(lm: LanguageModel) -> SelfTest:
     """See `LanguageModel.selftest`."""
+    for name, weights in lm.hf.named_parameters():
+        if weights.is_floating_point() and not bool(torch.isfinite(weights).all()):
+            raise CutawayError(f"The weights of {lm.name} hold NaN or infinity (first: {name}); they are damaged.")
     with torch.no_grad():
         return _selftest(lm)
 
