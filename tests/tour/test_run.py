@@ -65,15 +65,18 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def _text(lines: int) -> str:
+    """Paragraphs of 60 random words."""
+    generator = torch.Generator().manual_seed(0)
+    words = WORDS.split()
+    drawn = torch.randint(len(words), (lines, 60), generator=generator).tolist()
+    return "\n\n".join(" ".join(words[i] for i in line) for line in drawn)
+
+
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("text") / "text.txt"
-    generator = torch.Generator().manual_seed(0)
-    words = WORDS.split()
-    lines = [
-        " ".join(words[i] for i in torch.randint(len(words), (60,), generator=generator).tolist()) for _ in range(120)
-    ]
-    file.write_text("\n\n".join(lines))
+    file.write_text(_text(lines=120))
     return file
 
 
@@ -175,14 +178,17 @@ def test_a_stopped_tour_goes_on_and_ends_the_same(
 
 
 @pytest.mark.slow
-def test_ctrl_c_in_the_middle_of_training(model: Path, corpus: Path, tmp_path: Path) -> None:
-    out = tmp_path / "run"
+def test_ctrl_c_in_the_middle_of_training(model: Path, tmp_path: Path) -> None:
+    """The text is long enough for half a minute of training, and the signal comes just after it has begun."""
+    out, corpus = tmp_path / "run", tmp_path / "text.txt"
+    corpus.write_text(_text(lines=600))
     command = [sys.executable, "-m", "cutaway", "tour", str(model), "--corpus", str(corpus), "--out", str(out)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, stdout=subprocess.PIPE)
     deadline = time.monotonic() + 120
-    while not (out / "dictionary.training").exists() and time.monotonic() < deadline:
+    while not (out / "steps" / "patching.json").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
         assert process.poll() is None, process.stderr.read() if process.stderr else ""
+    time.sleep(0.5)
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
