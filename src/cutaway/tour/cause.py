@@ -40,9 +40,12 @@ def patching(tour: Tour) -> page.Section:
     return page.Section(
         **about,
         status=status,  # type: ignore[arg-type]
-        note=(
-            f"{note} Places are chosen on every second pair and measured on the others; the first and the last layer "
-            "are no candidates, since a patch there all but swaps the prompt, or hands over the answer itself."
+        note=f"{note} Places are chosen on every second pair and measured on the others"
+        + (
+            "; the first and the last layer are no candidates, since a patch there all but swaps the prompt, or hands "
+            "over the answer itself."
+            if middle  # a model of two layers has no other
+            else "; the last layer is no candidate, since it hands over the answer itself."
         ),
         blocks=(
             page.Figures(
