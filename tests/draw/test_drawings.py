@@ -331,3 +331,17 @@ def test_a_drawing_stands_alone_with_its_style():
     assert re.search(r"<style>.*\.cw-s10.*</style>", alone, re.DOTALL)
     assert "</style" not in alone.split("<style>")[1].split("</style>")[0]
     assert escape("T") in alone
+
+
+def test_a_page_is_whole_and_escapes_what_it_is_given() -> None:
+    from cutaway.draw.page import page_html
+
+    page = page_html(
+        title="<b> & co", sections=[("A <h>", "text & more", Markup("<p>drawn</p>"))], lead="<i>", command="cutaway <x>"
+    )
+    assert page.startswith("<!doctype html>")
+    assert "<p>drawn</p>" in page
+    assert page.count("&lt;b&gt; &amp; co") == 2
+    assert "A &lt;h&gt;" in page
+    assert "cutaway &lt;x&gt;" in page
+    assert "http://" not in page.replace("http://www.w3.org", "")

@@ -1,10 +1,12 @@
 """What commands print on stdout: JSON, or a table."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
-from cutaway.artifacts.files import plain
+from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.files import plain, write_text
 
 
 def print_json(value: Any) -> None:
@@ -19,3 +21,19 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     for line in lines:
         cells = [cell.ljust(width) for cell, width in zip(line, widths, strict=False)]
         print("  ".join([*cells, line[-1]]).rstrip())
+
+
+def deliver(*, text: str, data: Any, page: Callable[[], str], as_json: bool, html: Path | None) -> None:
+    """What an instrument's command leaves: its table (or, with `as_json`, its data) on stdout, and `html`, a page, if
+    asked for.
+    """
+    if html is not None:
+        if html.is_dir():
+            raise CutawayError(f"{html} is a folder; --html takes the name of a file, such as {html / 'page.html'}.")
+        write_text(html, page())
+    if as_json:
+        print_json(data)
+        return
+    print(text)
+    if html is not None:
+        print(f"\npage: {html}")
