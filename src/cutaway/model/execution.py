@@ -59,6 +59,7 @@ class Execution:
         self.edits: dict[str, list[Resolved]] = {}
         for edit in edits:
             self.edits.setdefault(edit.site.name, []).append(edit)
+        self.touched = frozenset((*self.capture, *self.edits))
         self.mask = mask
         self.stop = stop
         self.gradients = gradients
@@ -71,7 +72,7 @@ class Execution:
 
     def wants(self, *names: str) -> bool:
         """Whether any of these sites is captured or edited."""
-        return any(name in self.capture or name in self.edits for name in names)
+        return not self.touched.isdisjoint(names)
 
     def editing(self, name: str) -> bool:
         return name in self.edits
@@ -127,8 +128,19 @@ class Execution:
             stack.callback(_active.reset, token)
             yield
 
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to observe, so that no hook is needed."""
+        return not (self.touched or self.gradients or self.first_layer or self.last_only)
+
     def forward(self, call: Callable[[], Any]) -> Any:
         """Run `call` observed; returns its result, or None where it was stopped early."""
+        if self.idle:
+            token = _active.set(self)  # a forward inside an observed one belongs to nobody but itself
+            try:
+                return call()
+            finally:
+                _active.reset(token)
         with self.observing():
             try:
                 return call()

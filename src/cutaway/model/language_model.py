@@ -60,6 +60,8 @@ class LanguageModel:
         self.context_length = self.family.context_length
         self.n_parameters = sum(p.numel() for p in hf.parameters())
         self._sites = self._site_table()
+        self._expanded: dict[tuple[str, ...], tuple[str, ...]] = {}
+        self._sizes: dict[tuple[Any, ...], int] = {}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -68,7 +70,8 @@ class LanguageModel:
     @property
     def device(self) -> torch.device:
         """Where token ids go: the device of the embedding."""
-        return next(self.family.embed.parameters()).device
+        weight = getattr(self.family.embed, "weight", None)
+        return weight.device if isinstance(weight, Tensor) else next(self.family.embed.parameters()).device
 
     @property
     def bos_id(self) -> int | None:
@@ -103,6 +106,9 @@ class LanguageModel:
         """
         if isinstance(inputs, Tokens):
             tokens = inputs.to(self.device)
+        elif isinstance(inputs, Tensor) and bos is None and self._plain_ids(inputs):
+            ids = (inputs[None] if inputs.ndim == 1 else inputs).detach().to(self.device, torch.long, copy=True)
+            tokens = Tokens(ids, torch.ones_like(ids, dtype=torch.bool), lambda: self._strings(ids.tolist()))
         else:
             rows = self._rows(inputs)
             rows = [self._with_bos(row, bos) for row in rows]
@@ -111,17 +117,28 @@ class LanguageModel:
             if any(not 0 <= i < self.d_vocab for row in rows for i in row):
                 raise self._no_such_id()
             ids, mask = pad_rows(rows, self._padding())
-            strings = tuple(tuple(self.token_strings(row)) for row in rows)
-            tokens = Tokens(ids.to(self.device), mask.to(self.device), strings)
-        real = tokens.ids[tokens.mask]
-        if bool((real < 0).any()) or bool((real >= self.d_vocab).any()):
+            tokens = Tokens(ids.to(self.device), mask.to(self.device), lambda: self._strings(rows))
+        low, high = (tokens.ids[tokens.mask] if tokens.padded else tokens.ids).aminmax()
+        if int(low) < 0 or int(high) >= self.d_vocab:
             raise self._no_such_id()
-        longest = int(tokens.lengths.max())
-        if longest > self.context_length:
+        if tokens.longest > self.context_length:
             raise CutawayError(
-                f"A prompt has {longest} tokens, but {self.name} reads at most {self.context_length}; shorten it."
+                f"A prompt has {tokens.longest} tokens, but {self.name} reads at most {self.context_length}; shorten "
+                "it."
             )
         return tokens
+
+    def _plain_ids(self, inputs: Tensor) -> bool:
+        """Whether a tensor is a batch of token ids, of one length, that needs nothing but a mask."""
+        if inputs.ndim not in (1, 2) or inputs.numel() == 0 or inputs.dtype not in (torch.int64, torch.int32):
+            return False
+        start = self.bos_id
+        if start is None or inputs.shape[-1] < 2:
+            return True
+        return not bool((inputs[..., :2] == start).all(-1).any())
+
+    def _strings(self, rows: list[list[int]]) -> tuple[tuple[str, ...], ...]:
+        return tuple(tuple(self.token_strings(row)) for row in rows)
 
     def _no_such_id(self) -> CutawayError:
         return CutawayError(f"Token ids must be between 0 and {self.d_vocab - 1}, the vocabulary of {self.name}.")
@@ -209,7 +226,7 @@ class LanguageModel:
             raise CutawayError(f"logits={logits!r} is not 'all', 'last' or None.")
         if grad is not None and logits is None:
             raise CutawayError("grad= needs logits: ask for logits='last' or 'all'.")
-        names = self._sites.expand_all(capture) if capture is not None else []
+        names = self._names(capture)
         if grad is not None and not names:
             raise CutawayError("grad= gives gradients at captured sites; name some in capture=.")
         edits = edit_list(edits)
@@ -250,13 +267,13 @@ class LanguageModel:
                 grads = execution.gradients_of(grad(asked))
         if logits == "last" and result is not None and not last_only:
             result = self._last(result, tokens)
-        values = {name: execution.values[name].detach() for name in names}
+        values = {name: execution.values[name] for name in names}
         return Run(
             tokens=tokens,
             logits=None if result is None or logits is None else result.detach(),
-            values={name: v.clone() for name, v in values.items()} if grad is not None else values,
+            values={name: v.detach().clone() for name, v in values.items()} if grad is not None else values,
             grads=Gradients({name: grads[name] for name in names} if grad is not None else {}, self._sites),
-            receipts=execution.receipts(tokens.first),
+            receipts=execution.receipts(tokens.first) if edits else (),
             edits=edits,
             site_table=self._sites,
             model=self.name,
@@ -267,11 +284,32 @@ class LanguageModel:
     def _last(logits: Tensor, tokens: Tokens) -> Tensor:
         return logits[torch.arange(len(logits), device=logits.device), tokens.last.to(logits.device)][:, None]
 
+    def _names(self, capture: str | Sequence[str] | None) -> list[str]:
+        """The sites that are to be captured, in the order of the forward pass."""
+        if capture is None:
+            return []
+        patterns = (capture,) if isinstance(capture, str) else tuple(capture) if isinstance(capture, list) else None
+        if patterns is None or not all(isinstance(pattern, str) for pattern in patterns):
+            return self._sites.expand_all(capture)
+        if (known := self._expanded.get(patterns)) is None:
+            known = tuple(self._sites.expand_all(patterns))
+            if len(self._expanded) >= 256:
+                self._expanded.clear()
+            self._expanded[patterns] = known
+        return list(known)
+
     def _check_size(self, names: list[str], tokens: Tokens, limit: int) -> None:
-        batch, positions = tokens.ids.shape
-        needed = capture_bytes(self._sites, names, batch, positions, self.dtype.itemsize, True)
         if limit < 0:
             raise CutawayError(f"limit_bytes is {limit}; give a number of bytes, 0 or more.")
+        if not names:
+            return
+        batch, positions = tokens.ids.shape
+        key = (batch, positions, self.dtype, *names)
+        if (needed := self._sizes.get(key)) is None:
+            needed = capture_bytes(self._sites, names, batch, positions, self.dtype.itemsize, True)
+            if len(self._sizes) >= 256:
+                self._sizes.clear()
+            self._sizes[key] = needed
         if needed > limit:
             largest = max(names, key=lambda n: capture_bytes(self._sites, [n], batch, positions, 1, True))
             raise CutawayError(

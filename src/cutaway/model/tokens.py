@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -16,18 +16,22 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+Strings = tuple[tuple[str, ...], ...]
+
+
 @dataclass(frozen=True, eq=False)
 class Tokens:
     """A padded batch of token ids.
 
     `ids` is int64 [b, p]; `mask` is bool [b, p], True on real tokens, which are contiguous in each row. Rows are
     padded on the right unless the caller made them otherwise. A *position* counts a row's real tokens from 0, or back
-    from -1; a *column* is an index into `ids`.
+    from -1; a *column* is an index into `ids`. `spelling` is what `strings` returns, or a function that makes it when
+    it is first asked for.
     """
 
     ids: Tensor
     mask: Tensor
-    strings: tuple[tuple[str, ...], ...]
+    spelling: Strings | Callable[[], Strings] = field(repr=False)
 
     def __post_init__(self) -> None:
         if self.ids.ndim != 2 or self.ids.shape != self.mask.shape:
@@ -35,6 +39,8 @@ class Tokens:
                 f"Tokens need ids and mask of one shape [batch, position]; got {tuple(self.ids.shape)} and "
                 f"{tuple(self.mask.shape)}."
             )
+        if not self.padded and self.ids.shape[1] > 0:
+            return
         if not bool(self.mask.any(dim=1).all()):
             raise CutawayError(
                 "A row has no token at all; every prompt needs at least one (a beginning-of-text will do)."
@@ -42,6 +48,16 @@ class Tokens:
         starts = torch.nn.functional.pad(self.mask.int(), (1, 0)).diff(dim=1) == 1
         if bool((starts.sum(1) > 1).any()):
             raise CutawayError("The mask has holes inside a row; real tokens must be contiguous.")
+
+    @cached_property
+    def strings(self) -> Strings:
+        """The real tokens of each row as text."""
+        return self.spelling() if callable(self.spelling) else self.spelling
+
+    @cached_property
+    def longest(self) -> int:
+        """Real tokens in the longest row."""
+        return int(self.lengths.max()) if self.padded else self.ids.shape[1]
 
     @cached_property
     def lengths(self) -> Tensor:
@@ -61,10 +77,13 @@ class Tokens:
     @cached_property
     def position_ids(self) -> Tensor:
         """What a model is given as positions, int64 [b, p]: 0 at each row's first real token."""
+        if not self.padded:
+            return torch.arange(self.ids.shape[1], device=self.ids.device).repeat(len(self), 1)
         return (self.mask.long().cumsum(1) - 1).clamp(min=0)
 
-    @property
+    @cached_property
     def padded(self) -> bool:
+        """Whether a row is shorter than the batch."""
         return not bool(self.mask.all())
 
     def __len__(self) -> int:
@@ -99,7 +118,7 @@ class Tokens:
     def __getitem__(self, rows: int | slice | Sequence[int]) -> Tokens:
         chosen = list(range(len(self)))[rows] if isinstance(rows, slice) else rows
         chosen = [chosen] if isinstance(chosen, int) else list(chosen)
-        return Tokens(self.ids[chosen], self.mask[chosen], tuple(self.strings[i] for i in chosen))
+        return Tokens(self.ids[chosen], self.mask[chosen], lambda: tuple(self.strings[i] for i in chosen))
 
     def repeat(self, n: int) -> Tokens:
         """Each row n times, one after another (row 0 n times, then row 1)."""
@@ -107,7 +126,9 @@ class Tokens:
         return self[rows]
 
     def to(self, device: torch.device | str) -> Tokens:
-        return Tokens(self.ids.to(device), self.mask.to(device), self.strings)
+        if self.ids.device == torch.device(device):
+            return self
+        return Tokens(self.ids.to(device), self.mask.to(device), self.spelling)
 
     def __repr__(self) -> str:
         rows = [
