@@ -1,0 +1,169 @@
+"""What is lost without each head: every head ablated alone, many of them in one batch.
+
+A pattern is not a cause. The heads of one layer are ablated in the rows of one batch (`rows=`) that resumes at their
+layer, so that the layers below are not run again and a model takes a few forwards a layer instead of one a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.progress import Progress
+from cutaway.artifacts.results import Control, Effect
+from cutaway.artifacts.statistics import bootstrap_interval
+from cutaway.model.edits import Edit, mean, zero
+from cutaway.model.language_model import Inputs, LanguageModel
+from cutaway.model.run import Run
+from cutaway.model.tokens import Tokens
+from cutaway.observe.heads import Ablation, Head, name, second_half_loss
+
+Metric = Callable[[Run], Tensor]
+BATCH_BYTES = 256 * 2**20
+"""What one batch may hold of logits and of one layer's patterns."""
+
+
+def text_loss(run: Run) -> Tensor:
+    """Mean next-token loss in nats of each row [b], over its real tokens but the first."""
+    assert run.logits is not None
+    ids, mask = run.tokens.ids.to(run.logits.device), run.tokens.mask.to(run.logits.device)
+    log_p = run.logits[:, :-1].float().log_softmax(-1)
+    loss = -log_p.gather(-1, ids[:, 1:, None])[..., 0]
+    counted = mask[:, 1:] & mask[:, :-1]
+    return ((loss * counted).sum(-1) / counted.sum(-1).clamp(min=1)).cpu()
+
+
+@dataclass(frozen=True, eq=False)
+class HeadEffects:
+    """How much a metric changes when each head alone is ablated.
+
+    `change` is [L, H, b], each row's change (NaN: not measured); `base` [b] is the metric of the untouched model.
+    """
+
+    model: str
+    change: Tensor
+    base: Tensor
+    ablation: str
+    units: str
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean change over rows [L, H]."""
+        return self.change.mean(-1)
+
+    def effect(self, head: Head, others: Sequence[Head], others_name: str, command: str | None = None) -> Effect:
+        """One head's effect beside that of `others`, ablated alone too (their mean, with an interval over heads)."""
+        rows = self.change[head]
+        values = [self.mean[other].item() for other in others if not bool(self.mean[other].isnan())]
+        controls = [Control("not ablated", 0.0, None, len(self.base))]
+        if values:
+            middle = float(torch.tensor(values, dtype=torch.float64).mean())
+            controls.insert(0, Control(others_name, middle, _interval(values), len(values)))
+        return Effect(
+            name=f"ablate {name(head)}",
+            value=rows.mean().item(),
+            n=len(rows),
+            interval=_interval(rows.tolist()),
+            controls=tuple(controls),
+            ablation=f"{self.ablation} ablation",
+            units=self.units,
+            command=command,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        values = self.mean.tolist()
+        return {
+            "ablation": self.ablation,
+            "units": self.units,
+            "n": len(self.base),
+            "base": self.base.mean().item(),
+            "mean": [[None if v != v else v for v in row] for row in values],
+        }
+
+
+def _interval(values: Sequence[float]) -> tuple[float, float] | None:
+    return bootstrap_interval(values) if len(values) > 1 else None
+
+
+def ablate_each_head(
+    lm: LanguageModel,
+    inputs: Inputs,
+    metric: Metric = second_half_loss,
+    *,
+    ablations: Sequence[Ablation] = ("mean", "zero"),
+    heads: Sequence[Head] | None = None,
+    units: str = "nats of loss on the second copy",
+    batch_bytes: int = BATCH_BYTES,
+) -> dict[str, HeadEffects]:
+    """The change of `metric(run) -> [b]` when each head (of `heads`, default all) alone is ablated.
+
+    "mean" puts the head's mean z over the real tokens of `inputs` in its place, "zero" puts zero. The metric sees runs
+    of exactly these prompts, with their logits. Several heads of a layer share a batch, as many as `batch_bytes`
+    allows; the result is that of one forward a head, but for the kernels' rounding.
+
+    Raises CutawayError for a head that the model has not, and a metric that is not one number a row.
+    """
+    from cutaway.observe.head_scores import attention_layers
+
+    tokens = lm.tokens(inputs)
+    layers, _ = attention_layers(lm)
+    chosen = [(layer, head) for layer in layers for head in range(lm.n_heads)] if heads is None else list(heads)
+    for layer, head in chosen:
+        if layer not in layers or not 0 <= head < lm.n_heads:
+            raise CutawayError(
+                f"{lm.name} has no head {name((layer, head))}; it has {lm.n_heads} in each of the layers {layers}."
+            )
+    base = lm.run(tokens, capture=["blocks.*.resid_pre", "blocks.*.attn.z"], logits="all")
+    means = {layer: base[f"blocks.{layer}.attn.z"][tokens.mask].mean(0) for layer in layers}
+    before = _measured(metric, base)
+    shape = (lm.n_layers, lm.n_heads, len(tokens))
+    change = {ablation: torch.full(shape, torch.nan, dtype=torch.float64) for ablation in ablations}
+    b, p = tokens.ids.shape
+    row_bytes = 4 * p * (lm.d_vocab + 2 * lm.n_heads * p + 8 * lm.d_model)
+    at_once = max(1, batch_bytes // (b * row_bytes))
+    with Progress("ablating heads", total=len(chosen) * len(change), unit="heads") as progress:
+        for layer in sorted({layer for layer, _ in chosen}):
+            cells = [(ablation, head) for ablation in change for at, head in chosen if at == layer]
+            for start in range(0, len(cells), at_once):
+                part = cells[start : start + at_once]
+                edits = [
+                    _edit(layer, head, ablation, means, range(i * b, (i + 1) * b))
+                    for i, (ablation, head) in enumerate(part)
+                ]
+                source = _tiled(base, f"blocks.{layer}.resid_pre", len(part))
+                run = lm.run(source.tokens, edits=edits, logits="all", resume=source)
+                assert run.logits is not None
+                for i, (ablation, head) in enumerate(part):
+                    rows = slice(i * b, (i + 1) * b)
+                    seen = replace(run, tokens=tokens, logits=run.logits[rows], receipts=(run.receipts[i],))
+                    change[ablation][layer, head] = _measured(metric, seen) - before
+                progress.advance(len(part))
+    return {a: HeadEffects(lm.name, values, before, a, units) for a, values in change.items()}
+
+
+def _edit(layer: int, head: int, ablation: str, means: dict[int, Tensor], rows: Sequence[int]) -> Edit:
+    site = f"blocks.{layer}.attn.z"
+    if ablation == "zero":
+        return zero(site, heads=head, rows=list(rows))
+    if ablation == "mean":
+        return mean(site, means[layer][[head]], heads=head, rows=list(rows))
+    raise CutawayError(f"ablation={ablation!r} is not 'mean' or 'zero'.")
+
+
+def _tiled(run: Run, site: str, times: int) -> Run:
+    """The run as if its batch had been given several times over, holding one site: something to resume from."""
+    order = list(range(len(run.tokens))) * times
+    tokens: Tokens = run.tokens[order]
+    return replace(run, tokens=tokens, logits=None, values={site: run[site].repeat(times, 1, 1)})
+
+
+def _measured(metric: Metric, run: Run) -> Tensor:
+    values = metric(run)
+    if not isinstance(values, Tensor) or values.shape != (len(run.tokens),):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise CutawayError("The metric of an ablation returns one number for each row of the run, as a tensor.")
+    return values.detach().double().cpu()
