@@ -20,6 +20,7 @@ from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.model.language_model import LanguageModel
+from cutaway.observe.head_kinds import attention_layers
 from cutaway.observe.heads import Head, name
 
 Part = Literal["qk", "ov"]
@@ -181,7 +182,8 @@ def qk_circuit(lm: LanguageModel, layer: int, *, norms: bool = True, raw: bool =
 def qk_ignores(lm: LanguageModel) -> tuple[str, ...]:
     """What the QK circuit of a model leaves out, as plain words."""
     ignored = ["the norm's divisor", "biases", "the scale 1/√d_head"]
-    if (reason := lm.sites()["pos_embed"].absent) is not None:
+    reason = next((site.absent for site in lm.sites() if site.name == "pos_embed"), None)
+    if reason is not None:
         ignored.insert(0, f"positions ({reason})")
     if getattr(lm.family, "qk_norm", False):
         ignored.insert(0, "QK-norm")
@@ -237,8 +239,6 @@ def copying_scores(lm: LanguageModel, *, norms: bool = True, draws: int = 200, s
     The [V, V] circuit has the eigenvalues of a [d_head, d_head] product and zeros, so it is never formed. It reads the
     bare embedding: a head deep in a model reads streams that other layers wrote, and this says nothing of those.
     """
-    from cutaway.observe.head_scores import attention_layers
-
     layers, _ = attention_layers(lm)
     between = _unembedding_by_embedding(lm, norms)
     score = torch.full((lm.n_layers, lm.n_heads), torch.nan, dtype=torch.float64)
@@ -350,8 +350,6 @@ def composition(
     over the product of both norms. With QK-norm only V is measured, unless `raw=True`. It is a statement about weights:
     positions, the norms' divisors and everything the layers between them do are not in it.
     """
-    from cutaway.observe.head_scores import attention_layers
-
     layers, _ = attention_layers(lm)
     left_out: dict[str, str] = {}
     if getattr(lm.family, "qk_norm", False) and not raw:
@@ -425,9 +423,9 @@ def circuit_tokens(
 ) -> list[TokenPair]:
     """The largest cells of a head's circuit between tokens, largest first.
 
-    "ov": E W_V W_O U^T, "qk": E W_Q W_K^T E^T, with each embedding divided as the head's norm would divide it (`norms`).
-    With `tokens` (a text or ids) the k largest of each of these tokens' rows, in their order; else the k largest
-    of all. [chunk, V] at a time. A value is the target's logit (its score) above the mean of all targets, up to the
+    "ov": E W_V W_O U^T, "qk": E W_Q W_K^T E^T, with each embedding divided as the head's norm divides (`norms`). With
+    `tokens` (a text or ids) the k largest of each of these tokens' rows, in their order; else the k largest of all.
+    [chunk, V] at a time. A value is the target's logit (its score) above the mean of all targets, up to the
     norms' divisors downstream and for bare embeddings: what other layers add is not seen. For "qk" see `qk_ignores`.
 
     Raises CutawayError: no such head, QK-norm (unless raw), an unknown part.
@@ -470,7 +468,7 @@ def circuit_tokens(
             best += [(v, source, target) for source, row, hits in
                      zip(ids, values.tolist(), targets.tolist(), strict=True)
                      for v, target in zip(row, hits, strict=True)]  # fmt: skip
-    sources, targets = (lm.token_strings([cell[place] for cell in best]) for place in (1, 2))
+    sources, targets = lm.token_strings([s for _, s, _ in best]), lm.token_strings([t for _, _, t in best])
     return [TokenPair(s, t, v) for (v, _, _), s, t in zip(best, sources, targets, strict=True)]
 
 

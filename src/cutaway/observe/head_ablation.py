@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from cutaway.model.edits import Edit, mean, zero
 from cutaway.model.language_model import Inputs, LanguageModel
 from cutaway.model.run import Run
 from cutaway.model.tokens import Tokens
+from cutaway.observe.head_kinds import attention_layers, ratio_interval
 from cutaway.observe.heads import Ablation, Head, name, second_half_loss
 
 Metric = Callable[[Run], Tensor]
@@ -51,25 +53,34 @@ class HeadEffects:
     ablation: str
     units: str
 
+    @cached_property
+    def intervals(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean change over rows and its 95 % bootstrap interval over rows, each [L, H]."""
+        return ratio_interval(self.change.movedim(-1, 0), torch.ones(len(self.base), 1, 1))
+
     @property
     def mean(self) -> Tensor:
         """Mean change over rows [L, H]."""
         return self.change.mean(-1)
 
-    def effect(self, head: Head, others: Sequence[Head], others_name: str, command: str | None = None) -> Effect:
-        """One head's effect beside that of `others`, ablated alone too (their mean, with an interval over heads)."""
-        rows = self.change[head]
-        values = [self.mean[other].item() for other in others if not bool(self.mean[other].isnan())]
-        controls = [Control("not ablated", 0.0, None, len(self.base))]
-        if values:
-            middle = float(torch.tensor(values, dtype=torch.float64).mean())
-            controls.insert(0, Control(others_name, middle, _interval(values), len(values)))
+    def others(self, heads: Sequence[Head], label: str) -> Control | None:
+        """The same ablation of other heads, each alone: their mean, with an interval over heads."""
+        values = [v for v in (self.mean[head].item() for head in heads) if v == v]
+        if not values:
+            return None
+        interval = bootstrap_interval(values) if len(values) > 1 else None
+        return Control(label, sum(values) / len(values), interval, len(values))
+
+    def effect(self, head: Head, others: Control | None, command: str | None = None) -> Effect:
+        """One head's effect beside that of other heads (see `others`)."""
+        value, low, high = (part[head].item() for part in self.intervals)
+        untouched = Control("not ablated", 0.0, None, len(self.base))
         return Effect(
             name=f"ablate {name(head)}",
-            value=rows.mean().item(),
-            n=len(rows),
-            interval=_interval(rows.tolist()),
-            controls=tuple(controls),
+            value=value,
+            n=len(self.base),
+            interval=None if low != low else (low, high),
+            controls=(untouched,) if others is None else (others, untouched),
             ablation=f"{self.ablation} ablation",
             units=self.units,
             command=command,
@@ -84,10 +95,6 @@ class HeadEffects:
             "base": self.base.mean().item(),
             "mean": [[None if v != v else v for v in row] for row in values],
         }
-
-
-def _interval(values: Sequence[float]) -> tuple[float, float] | None:
-    return bootstrap_interval(values) if len(values) > 1 else None
 
 
 def ablate_each_head(
@@ -108,8 +115,6 @@ def ablate_each_head(
 
     Raises CutawayError for a head that the model has not, and a metric that is not one number a row.
     """
-    from cutaway.observe.head_scores import attention_layers
-
     tokens = lm.tokens(inputs)
     layers, _ = attention_layers(lm)
     chosen = [(layer, head) for layer in layers for head in range(lm.n_heads)] if heads is None else list(heads)

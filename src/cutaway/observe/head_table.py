@@ -22,13 +22,9 @@ from cutaway.model.language_model import Inputs, LanguageModel
 from cutaway.model.tokens import Tokens
 from cutaway.observe.circuits import copying_scores
 from cutaway.observe.head_ablation import HeadEffects, Metric, ablate_each_head, text_loss
-from cutaway.observe.head_scores import (
-    MEANINGS,
-    KindScores,
-    attention_layers,
-    repeated_scores,
-    retrieval_scores,
-)
+from cutaway.observe.head_kinds import MEANINGS, KindScores, attention_layers
+from cutaway.observe.head_scores import repeated_scores
+from cutaway.observe.head_targets import retrieval_scores
 from cutaway.observe.heads import Ablation, Head, losses, name, repeated_tokens, second_half_loss
 
 LABEL_RULE = (
@@ -104,6 +100,7 @@ class HeadTable:
         others = [divmod(i, self.n_heads) for i in (~carries).flatten().nonzero()[:, 0].tolist()]
         behaviour = self.behaviour(kind)
         measured = {} if behaviour is None else self.effects[behaviour]
+        controls = [effects.others(others, f"heads without the label {kind}") for effects in measured.values()]
         return [
             LabelledHead(
                 kind,
@@ -111,8 +108,8 @@ class HeadTable:
                 bool(carries[head]),
                 scores.effect(head, self.command),
                 tuple(
-                    effects.effect(head, [h for h in others if h != head], f"heads without the label {kind}", self.command)
-                    for effects in measured.values()
+                    effects.effect(head, control, self.command)
+                    for effects, control in zip(measured.values(), controls, strict=True)
                 ),
             )
             for head in found[:top]
@@ -130,8 +127,8 @@ class HeadTable:
         fall, control = self.repetition, self.repetition.controls[0]
         low, high = fall.interval or (float("nan"), float("nan"))
         loss = (
-            f"the loss on the second copy is {fall.value:.2f} nats [{low:.2f}, {high:.2f}] below that on fresh tokens in "
-            f"its place (control, fresh tokens beside the first half: {control.value:.2f})"
+            f"the loss on the second copy is {fall.value:.2f} nats [{low:.2f}, {high:.2f}] below that on fresh tokens "
+            f"in its place (control, fresh tokens beside the first half: {control.value:.2f})"
         )
         told = []
         heads = self.kinds["induction"].heads() if "induction" in self.kinds else None
@@ -185,12 +182,12 @@ class HeadTable:
                 continue
             measured = [f"Δ {effect.ablation.removesuffix(' ablation')}" for effect in rows[0].effects]
             lines.append(
-                f"  {'head':<7}{'score':<20}{'control':<20}" + "".join(f"{m:<26}{'others':<8}" for m in measured)
+                f"  {'head':<7}{'score':<20}{'control':<22}" + "".join(f"{m:<26}{'others':<8}" for m in measured)
             )
             for row in rows[:top]:
                 control = row.score.controls[0]
                 cells = f"  {name(row.head):<7}{_numbers(row.score.value, row.score.interval):<20}"
-                cells += f"{_numbers(control.value, control.interval):<20}"
+                cells += f"{_numbers(control.value, control.interval):<22}"
                 for effect in row.effects:
                     cells += f"{_numbers(effect.value, effect.interval, 3):<26}{effect.controls[0].value:<8.3f}"
                 lines.append(cells.rstrip())
@@ -200,7 +197,8 @@ class HeadTable:
         lines += ["", *self.verdicts(), LABEL_RULE]
         if units:
             lines.append(
-                f"Δ: rise in {' / '.join(sorted(units))} when that head alone is ablated; others: heads without the label."
+                f"Δ: rise in {' / '.join(sorted(units))} when that head alone is ablated; others: the mean of heads "
+                "without the label."
             )
         return "\n".join(lines)
 
@@ -292,7 +290,9 @@ def repetition(
         value=float(fall.mean()),
         n=n,
         interval=bootstrap_interval(fall),
-        controls=(Control("fresh random tokens beside the first half", float(before.mean()), bootstrap_interval(before), n),),
+        controls=(
+            Control("fresh random tokens beside the first half", float(before.mean()), bootstrap_interval(before), n),
+        ),
         ablation="none",
         units="nats",
         command=command,

@@ -1,0 +1,206 @@
+"""Scores of every head with their controls, as values: what each kind means, and when a head carries its label."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.results import Control, Effect
+from cutaway.model.language_model import LanguageModel
+from cutaway.observe.heads import Head, name
+
+MEANINGS: dict[str, str] = {
+    "previous": "attention to the token before",
+    "duplicate": "attention to the same token earlier",
+    "induction": "attention to the token after the same token earlier (prefix matching)",
+    "current": "attention to the token itself",
+    "first": "attention to the first token, where heads rest",
+    "relative-position": "share of the attention's variation that distance alone foresees",
+    "absolute-position": "share of the attention's variation that the two positions alone foresee",
+    "induction-copying": "share of the logits it raises that goes to the token that followed last time",
+    "copying": "OV eigenvalues, Σλ / Σ|λ|: 1 raises each token it reads, −1 lowers it",
+}
+LEAST: dict[str, float] = {
+    "relative-position": 0.5,
+    "absolute-position": 0.5,
+    "induction-copying": 0.05,
+    "copying": 0.5,
+}
+"""The least score that carries a label (0.1 where it is not here), beside the rule that it be above its control."""
+LEAST_SHARE = 0.1
+
+
+@dataclass(frozen=True, eq=False)
+class KindScores:
+    """One kind of score for every head, and the same head's control.
+
+    `score` is [L, H], the mean over `n` sequences, with its 95 % bootstrap interval over sequences `low`, `high`;
+    `control`, `control_low`, `control_high` likewise (`control_name` says of what). NaN: the layer has no such value,
+    or no row has its target in sight. `rows` is the number of destinations that counted, over all sequences, `uniform`
+    [L] what attention spread evenly over all that is in sight would score (None where that makes no sense).
+    """
+
+    kind: str
+    score: Tensor
+    low: Tensor
+    high: Tensor
+    control: Tensor
+    control_low: Tensor
+    control_high: Tensor
+    control_name: str
+    n: int
+    rows: int
+    uniform: Tensor | None = None
+    units: str = "share of attention"
+
+    @property
+    def least(self) -> float:
+        """The least score that carries the label."""
+        return LEAST.get(self.kind, LEAST_SHARE)
+
+    def labelled(self) -> Tensor:
+        """Which heads carry the label [L, H]: the score is at least `least`, and the lower end of its interval lies
+        above the upper end of its control's. A score without an interval (one sequence) labels nothing.
+        """
+        return (self.score >= self.least) & (self.low > self.control_high)
+
+    def heads(self) -> list[Head]:
+        """The labelled heads, largest score first."""
+        chosen = self.labelled()
+        return [head for head, _ in self.top(self.score.numel()) if bool(chosen[head])]
+
+    def top(self, k: int = 3) -> list[tuple[Head, float]]:
+        """The k heads with the largest score; heads without one are left out."""
+        values, flat = self.score.nan_to_num(-torch.inf).flatten().sort(descending=True, stable=True)
+        kept = [(i, v) for i, v in zip(flat.tolist(), values.tolist(), strict=True) if v > -torch.inf][:k]
+        return [(divmod(i, self.score.shape[1]), v) for i, v in kept]
+
+    def effect(self, head: Head, command: str | None = None) -> Effect:
+        """One head's score as a value with its evidence."""
+        controls = [
+            Control(
+                self.control_name,
+                self.control[head].item(),
+                _pair(self.control_low[head], self.control_high[head]),
+                self.n,
+            )
+        ]
+        if self.uniform is not None:
+            controls.append(Control("even attention", self.uniform[head[0]].item()))
+        return Effect(
+            name=f"{self.kind} score of {name(head)}",
+            value=self.score[head].item(),
+            n=self.n,
+            interval=_pair(self.low[head], self.high[head]),
+            controls=tuple(controls),
+            ablation="none",
+            units=self.units,
+            command=command,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as lists; NaN becomes None."""
+        grids = ("score", "low", "high", "control", "control_low", "control_high")
+        return {
+            "kind": self.kind,
+            "meaning": MEANINGS.get(self.kind, ""),
+            "units": self.units,
+            "n": self.n,
+            "rows": self.rows,
+            "least": self.least,
+            "control_name": self.control_name,
+            **{grid: _lists(getattr(self, grid)) for grid in grids},
+            "uniform": None if self.uniform is None else _lists(self.uniform),
+            "labelled": [list(head) for head in self.heads()],
+        }
+
+    def __str__(self) -> str:
+        best = "  ".join(f"{name(head)} {value:.2f}" for head, value in self.top())
+        return f"{self.kind}: {best} ({self.n} sequences, {self.rows} rows; control: {self.control_name})"
+
+
+def _pair(low: Tensor, high: Tensor) -> tuple[float, float] | None:
+    return None if bool(low.isnan()) or bool(low == high) else (low.item(), high.item())
+
+
+def _lists(values: Tensor) -> Any:
+    """A tensor as nested lists, NaN as None."""
+    if values.ndim > 1:
+        return [_lists(row) for row in values]
+    return [None if value != value else value for value in values.tolist()]
+
+
+def attention_layers(lm: LanguageModel) -> tuple[list[int], dict[int, str]]:
+    """Layers whose attention patterns can be read, and why the others' cannot.
+
+    Raises CutawayError when no layer has a pattern.
+    """
+    absent = {
+        site.layer: site.absent
+        for site in lm.sites()
+        if site.kind.name == "blocks.{l}.attn.pattern" and site.layer is not None and site.absent is not None
+    }
+    layers = [layer for layer in range(lm.n_layers) if layer not in absent]
+    if not layers:
+        raise CutawayError(f"{lm.name} has no attention pattern in any layer: {next(iter(absent.values()))}.")
+    return layers, absent
+
+
+# Means over sequences ----------------------------------------------------------------------------------------------
+
+
+def ratio_interval(
+    above: Tensor, below: Tensor, *, n_resamples: int = 2000, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Σ above / Σ below over sequences, and its 95 % percentile bootstrap interval over sequences.
+
+    Both are [n, ...]; NaN where Σ below is 0, and no interval (NaN) for fewer than two sequences. Draws are those of
+    `artifacts.statistics.bootstrap_interval`, for every column at once.
+    """
+    above, below = above.double(), below.double().expand_as(above)
+    total = below.sum(0)
+    value = above.sum(0) / total
+    n = len(above)
+    if n < 2:
+        nothing = torch.full_like(value, torch.nan)
+        return value, nothing, nothing
+    drawn = np.random.default_rng(seed).integers(0, n, (n_resamples, n))
+    weights = torch.zeros(n_resamples, n, dtype=torch.float64)
+    weights.scatter_add_(1, torch.from_numpy(drawn), torch.ones(n_resamples, n, dtype=torch.float64))
+    flat_above, flat_below = above.reshape(n, -1), below.reshape(n, -1)
+    ends = torch.empty(2, flat_above.shape[1], dtype=torch.float64)
+    levels = torch.tensor([0.025, 0.975], dtype=torch.float64)
+    for start in range(0, flat_above.shape[1], 512):  # [draws, columns] at a time
+        part = slice(start, start + 512)
+        ratios = (weights @ flat_above[:, part]) / (weights @ flat_below[:, part])
+        ends[:, part] = torch.nanquantile(ratios, levels, dim=0)
+    low, high = ends.reshape(2, *value.shape)
+    return value, low, high
+
+
+class Sums:
+    """Numerators and denominators of a score and of its control, one entry a sequence: [n, L, H]."""
+
+    def __init__(self, n: int, lm: LanguageModel) -> None:
+        shape = (n, lm.n_layers, lm.n_heads)
+        self.above, self.below, self.control_above, self.control_below = (
+            torch.zeros(shape, dtype=torch.float64) for _ in range(4)
+        )
+        self.uniform = torch.zeros(n, lm.n_layers, dtype=torch.float64)
+
+    def scores(self, kind: str, control_name: str, units: str = "share of attention", even: bool = True) -> KindScores:
+        score, low, high = ratio_interval(self.above, self.below)
+        control, control_low, control_high = ratio_interval(self.control_above, self.control_below)
+        rows = self.below[:, :, 0]
+        return KindScores(
+            kind, score, low, high, control, control_low, control_high, control_name,
+            n=len(self.above),
+            rows=int(rows.sum(0).max()),
+            uniform=self.uniform.sum(0) / rows.sum(0) if even else None,
+            units=units,
+        )  # fmt: skip

@@ -1,0 +1,215 @@
+"""How much attention goes to a target: the cells a kind of head looks for, and scores on the user's own text.
+
+Only rows (destinations) that *have* a target count: a row without one would pull a perfect head's score down. A cell
+counts only where it is in sight: a sliding window hides far targets, and a hidden one says nothing about a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cutaway.artifacts.errors import CutawayError
+from cutaway.model.language_model import Inputs, LanguageModel
+from cutaway.model.tokens import Tokens
+from cutaway.observe.head_kinds import KindScores, Sums, attention_layers
+
+
+@dataclass(frozen=True, eq=False)
+class TargetAttention:
+    """Sums over the rows of each sequence that have a target in sight: [b, H], or [b] where heads share it."""
+
+    mass: Tensor
+    elsewhere: Tensor
+    rows: Tensor
+    elsewhere_rows: Tensor
+    even: Tensor
+
+
+def attention_to(pattern: Tensor, target: Tensor, seen: Tensor, first: Tensor) -> TargetAttention:
+    """How much attention goes to the target cells, in the rows that have one.
+
+    `pattern` [b, H, q, k]; `target` and `seen` bool [b, q, k]; `first` [b] is each row's first real column. `elsewhere`
+    is what targets moved to other cells of their rows would get (the exact mean over all ways to move them; the first
+    token, where heads rest, is no such place), `even` what attention spread over everything in sight would give.
+    """
+    target = target & seen
+    has = target.any(-1)
+    size = target.sum(-1).double()
+    mass = torch.einsum("bhqk,bqk->bhq", pattern.double(), target.double())
+    others = seen & ~target
+    others &= torch.arange(seen.shape[-1])[None, None] != first[:, None, None]
+    n_others = others.sum(-1)
+    movable = has & (n_others > 0)
+    moved = torch.einsum("bhqk,bqk->bhq", pattern.double(), others.double()) * (size / n_others.clamp(min=1))[:, None]
+    return TargetAttention(
+        mass=(mass * has[:, None]).sum(-1),
+        elsewhere=(moved * movable[:, None]).sum(-1),
+        rows=has.sum(-1).double(),
+        elsewhere_rows=movable.sum(-1).double(),
+        even=(size / seen.sum(-1).clamp(min=1) * has).sum(-1),
+    )
+
+
+def in_sight(pattern: Tensor, mask: Tensor) -> Tensor:
+    """Cells that the layer's mask leaves open, [b, q, k]: some head of the layer puts weight there."""
+    real = mask[:, :, None] & mask[:, None, :]
+    return (pattern > 0).any(1) & real
+
+
+def previous_targets(tokens: Tokens) -> Tensor:
+    """[b, q, k]: the token before."""
+    return _offset(tokens, 1)
+
+
+def current_targets(tokens: Tokens) -> Tensor:
+    """[b, q, k]: the token itself."""
+    return _offset(tokens, 0)
+
+
+def first_targets(tokens: Tokens) -> Tensor:
+    """[b, q, k]: the first token, from the third on (to the second it is the token before)."""
+    columns = torch.arange(tokens.ids.shape[1])
+    start = tokens.first.cpu()[:, None, None]
+    return _real(tokens) & (columns[None, None] == start) & (columns[None, :, None] >= start + 2)
+
+
+def duplicate_targets(tokens: Tokens) -> Tensor:
+    """[b, q, k]: every earlier place of the same token."""
+    ids = tokens.ids.cpu()
+    return _real(tokens) & (ids[:, :, None] == ids[:, None, :]) & _below(tokens)
+
+
+def induction_targets(tokens: Tokens) -> Tensor:
+    """[b, q, k]: every earlier token that follows an earlier place of the same token (never the token itself)."""
+    after = torch.nn.functional.pad(duplicate_targets(tokens)[:, :, :-1], (1, 0))
+    return after & _below(tokens) & _real(tokens)
+
+
+def _real(tokens: Tokens) -> Tensor:
+    mask = tokens.mask.cpu()
+    return mask[:, :, None] & mask[:, None, :]
+
+
+def _below(tokens: Tokens) -> Tensor:
+    p = tokens.ids.shape[1]
+    return torch.ones(p, p, dtype=torch.bool).tril(-1)
+
+
+def _offset(tokens: Tokens, back: int) -> Tensor:
+    p = tokens.ids.shape[1]
+    return _real(tokens) & torch.ones(p, p, dtype=torch.bool).tril(-back).triu(-back)
+
+
+TARGETS: dict[str, Callable[[Tokens], Tensor]] = {
+    "previous": previous_targets,
+    "duplicate": duplicate_targets,
+    "induction": induction_targets,
+    "current": current_targets,
+    "first": first_targets,
+}
+
+
+def text_scores(lm: LanguageModel, inputs: Inputs, kinds: Sequence[str] = tuple(TARGETS)) -> dict[str, KindScores]:
+    """Attention of every head to each kind's target on the user's own text, over rows that have a target.
+
+    A target may be several cells (a token that stood in five places): their attention is summed. The control moves the
+    targets to other cells of the same rows. On natural text repeated words also tend to be near and frequent, so a
+    score above its control is weaker evidence than one on random tokens (`repeated_scores`).
+
+    Raises CutawayError for an unknown kind, and when no row of the text has a target of some kind.
+    """
+    tokens = lm.tokens(inputs)
+    for kind in kinds:
+        if kind not in TARGETS:
+            raise CutawayError(f"no score on text is called {kind!r}; there are {', '.join(TARGETS)}")
+    return _targeted(lm, tokens, {kind: TARGETS[kind](tokens) for kind in kinds})
+
+
+def retrieval_scores(
+    lm: LanguageModel,
+    inputs: Inputs,
+    needle: str | Tensor | Sequence[Sequence[int]],
+    *,
+    queries: Tensor | None = None,
+) -> KindScores:
+    """Attention of every head from each row's last token to the needle.
+
+    `needle` is a text (every token of its every appearance, by character), a bool mask [b, p], or a list of positions
+    for each row; `queries`, bool [b, p], names other destinations than the last token. Rows without a needle before
+    them do not count; raises CutawayError when none is left.
+    """
+    tokens = lm.tokens(inputs)
+    mask = needle_mask(tokens, needle)
+    if queries is None:
+        asked = torch.zeros_like(tokens.mask.cpu())
+        asked[torch.arange(len(tokens)), tokens.last.cpu()] = True
+    else:
+        asked = _as_mask(queries, tokens, "queries")
+    target = _real(tokens) & asked[:, :, None] & mask[:, None, :] & _below(tokens)
+    return _targeted(lm, tokens, {"retrieval": target})["retrieval"]
+
+
+def needle_mask(tokens: Tokens, needle: str | Tensor | Sequence[Sequence[int]]) -> Tensor:
+    """Bool [b, p] of the needle's tokens: of a text, a mask, or positions row by row (see `retrieval_scores`)."""
+    if isinstance(needle, Tensor):
+        return _as_mask(needle, tokens, "needle")
+    mask = torch.zeros(tuple(tokens.ids.shape), dtype=torch.bool)
+    if isinstance(needle, str):
+        for row, strings in enumerate(tokens.strings):
+            text, place = "".join(strings), 0
+            hits = [i for i in range(len(text)) if needle and text.startswith(needle, i)]
+            for position, string in enumerate(strings):
+                ends = place + len(string)
+                if any(place < hit + len(needle) and hit < ends for hit in hits):
+                    mask[row, tokens.column(row, position)] = True
+                place = ends
+        if not bool(mask.any()):
+            raise CutawayError(f"The needle {needle!r} stands in none of the prompts; give it as it is written there.")
+        return mask
+    if len(needle) != len(tokens):
+        raise CutawayError(f"The needle has positions for {len(needle)} rows, but there are {len(tokens)} prompts.")
+    for row, positions in enumerate(needle):
+        for position in positions:
+            mask[row, tokens.column(row, int(position))] = True
+    return mask
+
+
+def _as_mask(mask: Tensor, tokens: Tokens, what: str) -> Tensor:
+    if mask.shape != tokens.mask.shape or mask.dtype != torch.bool:
+        raise CutawayError(
+            f"The mask of {what} is a bool tensor of the tokens' shape {tuple(tokens.mask.shape)}; got {mask.dtype} "
+            f"{tuple(mask.shape)}."
+        )
+    return mask.cpu()
+
+
+def _targeted(lm: LanguageModel, tokens: Tokens, targets: dict[str, Tensor]) -> dict[str, KindScores]:
+    layers, _ = attention_layers(lm)
+    for kind, target in targets.items():
+        if not bool(target.any()):
+            raise CutawayError(
+                f"No row of these prompts has a target for the {kind} score, so there is nothing to read."
+            )
+    sums = {kind: Sums(len(tokens), lm) for kind in targets}
+    first = tokens.first.cpu()
+    for row in range(len(tokens)):  # one prompt's patterns at a time: they are [L, H, p, p]
+        part = slice(row, row + 1)
+        run = lm.run(tokens[[row]], capture="blocks.*.attn.pattern", logits=None)
+        for layer in layers:
+            pattern = run[f"blocks.{layer}.attn.pattern"].float().cpu()
+            seen = in_sight(pattern, tokens.mask[part].cpu())
+            for kind, target in targets.items():
+                add(sums[kind], part, layer, attention_to(pattern, target[part], seen, first[part]))
+    return {kind: s.scores(kind, "targets moved within their rows") for kind, s in sums.items()}
+
+
+def add(sums: Sums, rows: slice, layer: int, found: TargetAttention) -> None:
+    sums.above[rows, layer] = found.mass
+    sums.below[rows, layer] = found.rows[:, None].expand_as(found.mass)
+    sums.control_above[rows, layer] = found.elsewhere
+    sums.control_below[rows, layer] = found.elsewhere_rows[:, None].expand_as(found.mass)
+    sums.uniform[rows, layer] = found.even
