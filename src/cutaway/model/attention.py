@@ -1,17 +1,18 @@
-"""Attention internals through Hugging Face's AttentionInterface.
+"""Attention internals, in the layers that a run asks for.
 
-One function is registered once. A run that asks for rot_q, rot_k, scores or pattern in a layer makes that layer's
-attention module alone read a private copy of its configuration that names this function; the model's configuration
-object, which another model may share, is never written. Calls that do not belong to the asking run go to the base
-kernel.
+Most models look their attention function up by a name in their configuration. A run that asks for rot_q, rot_k, scores
+or pattern in a layer makes that layer's attention module alone read a private copy of its configuration whose name
+finds our function; the model's configuration object, which another model may share, is never written. Modules that
+compute attention themselves have adapters (`attention_adapters.py`). Calls that do not belong to the asking run go to
+the base kernel.
 """
 
 from __future__ import annotations
 
 import copy
-import sys
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,32 +21,60 @@ from transformers.masking_utils import eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from cutaway.artifacts.errors import CutawayError
-
-if TYPE_CHECKING:
-    from cutaway.model.execution import Execution
+from cutaway.model import attention_adapters as adapters
+from cutaway.model.attention_kernels import Eager, Watch, find_kernel
 
 NAME = "cutaway"
+
+
+class _Name(str):
+    """A module's own attention setting in its text and in every comparison, ours where a function is looked up.
+
+    Some modules also read the setting to decide what to compute before the call.
+    """
+
+    __slots__ = ()
+
+    def __eq__(self, other: object) -> bool:
+        return other == NAME if type(other) is str and other == NAME else str.__eq__(self, other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash(NAME)
 
 
 def private_config(module: nn.Module) -> Any:
     """A copy of an attention module's configuration that selects our function and changes no shared object."""
     config: Any = copy.copy(module.config)
-    object.__setattr__(config, "_attn_implementation_internal", NAME)
+    object.__setattr__(config, "_attn_implementation_internal", _Name(_implementation(module)))
     if config._attn_implementation != NAME:
         raise CutawayError("This version of transformers keeps its attention setting elsewhere; use transformers 5.")
     config._cutaway_base = module.config
     return config
 
 
-def base_kernel(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """The attention function that the module would call without us."""
-    config: Any = getattr(module.config, "_cutaway_base", module.config)
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    if eager is None:
+def _eager(module: nn.Module) -> Eager:
+    """The eager kernel of a module that dispatches. Raises CutawayError for one that does not."""
+    forward: Any = inspect.unwrap(type(module).forward)
+    names = getattr(getattr(forward, "__code__", None), "co_names", ())
+    kernels = [name for name in names if name.endswith("eager_attention_forward")]
+    if "ALL_ATTENTION_FUNCTIONS" not in names or len(kernels) != 1 or not hasattr(module, "config"):
         raise CutawayError(
             f"{type(module).__name__} does not dispatch through the attention interface of transformers."
         )
-    return ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager)
+    return forward.__globals__[kernels[0]]
+
+
+def _implementation(module: nn.Module) -> str:
+    config: Any = getattr(module.config, "_cutaway_base", module.config)
+    return config._attn_implementation or "eager"
+
+
+def base_kernel(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """The attention function that the module would call without us."""
+    return ALL_ATTENTION_FUNCTIONS.get_interface(_implementation(module), _eager(module))
 
 
 def allowed(mask: Tensor | None, n_queries: int, n_keys: int, window: int | None, device: torch.device) -> Tensor:
@@ -61,22 +90,40 @@ def allowed(mask: Tensor | None, n_queries: int, n_keys: int, window: int | None
     return seen if mask is None else seen & mask[:, None, None, :n_keys].bool()
 
 
+def _mask(module: nn.Module, mask: Any, query: Tensor, key: Tensor, options: dict[str, Any]) -> Tensor | None:
+    """A mask of whatever form the base kernel is given, as numbers to add or as bool, or None where all is seen."""
+    if mask is not None and not isinstance(mask, Tensor):
+        raise CutawayError(
+            f"The attention mask of {type(module).__name__} is a {type(mask).__name__}; load the model with "
+            "attn_implementation='sdpa' or 'eager' to see scores and patterns."
+        )
+    n_queries, n_keys = query.shape[2], key.shape[2]
+    if mask is not None and mask.ndim == 4:
+        return mask[..., :n_keys]
+    causal = options.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    base = _implementation(module)
+    if mask is None and (base == "eager" or not causal):
+        return None
+    if mask is not None and not causal:
+        return mask[:, None, None, :n_keys].bool()
+    # SDPA is given no mask where its causal one is all there is, so no window counts
+    window = None if base == "sdpa" else options.get("sliding_window")
+    return allowed(mask, n_queries, n_keys, window, query.device)
+
+
 def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, Tensor | None]:
     """query [b H q h], key and value [b KV k h] -> z [b q H h] and the pattern."""
-    from cutaway.model.execution import active
-
-    execution = active()
-    layer = None if execution is None else execution.attention_layers.get(id(module))
-    if execution is None or layer is None:
+    watch = adapters.watch(module)
+    if watch is None:
         return base_kernel(module)(module, query, key, value, attention_mask, **options)
-    return _observed(execution, layer, module, query, key, value, attention_mask, **options)
+    return _observed(watch, module, query, key, value, attention_mask, **options)
 
 
 def _observed(
-    execution: Execution,
-    layer: int,
+    watch: Watch,
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -84,38 +131,30 @@ def _observed(
     attention_mask: Tensor | None,
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    prefix = f"blocks.{layer}.attn"
-    query = execution.touch(f"{prefix}.rot_q", query.transpose(1, 2)).transpose(1, 2)
-    # keys arrive with the cached ones in front, always unedited, so an edit of theirs is applied at every step
-    key = execution.touch(f"{prefix}.rot_k", key.transpose(1, 2)).transpose(1, 2)
-    if not execution.wants(f"{prefix}.scores", f"{prefix}.pattern"):
+    query, key = watch.rotated(query, key)
+    if not watch.wants("scores", "pattern"):
         return base_kernel(module)(module, query, key, value, attention_mask, **options)
-    if options.get("s_aux") is not None or options.get("position_bias") is not None:
-        raise CutawayError(f"Layer {layer} uses attention sinks or a position bias, whose pattern is not observed yet.")
-    groups = query.shape[1] // key.shape[1]
-    keys, values = (t.repeat_interleave(groups, 1) if groups > 1 else t for t in (key, value))
-    scaling = options.get("scaling")
-    scores = torch.matmul(query, keys.transpose(2, 3)) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    softcap = options.get("softcap")
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    seen = allowed(attention_mask, query.shape[2], key.shape[2], options.get("sliding_window"), query.device)
-    lowest = torch.finfo(scores.dtype).min
-    scores = execution.touch(f"{prefix}.scores", scores.masked_fill(~seen, -torch.inf))
-    # the softmax of a row without any key (padding) stays finite, as in the eager kernels
-    scores = scores.masked_fill(scores == -torch.inf, lowest)
-    wide = torch.float32 if execution.lm.family.softmax_in_float else scores.dtype
-    pattern = torch.softmax(scores, dim=-1, dtype=torch.promote_types(wide, scores.dtype)).to(query.dtype)
-    pattern = execution.touch(f"{prefix}.pattern", pattern)
-    dropped = nn.functional.dropout(pattern, p=options.get("dropout", 0.0), training=module.training)
-    return torch.matmul(dropped, values).transpose(1, 2).contiguous(), pattern
+    kernel = find_kernel(module, _eager(module))
+    mask = _mask(module, attention_mask, query, key, options)
+    return kernel.attend(watch, module, query, key, value, mask, **options)
 
 
 def check_dispatch(model: PreTrainedModel, attention: nn.Module) -> None:
-    """Refuse an attention module that does not dispatch through the interface or has no configuration of its own."""
-    if not hasattr(attention, "config"):
-        raise CutawayError(f"{type(model).__name__} is not supported: its attention modules carry no configuration.")
-    base_kernel(attention)
+    """Refuse an attention module whose scores and pattern would not be those that it computes, with the reason."""
+    try:
+        if adapters.find(attention) is None:
+            find_kernel(attention, _eager(attention))
+    except CutawayError as error:
+        raise CutawayError(f"{type(model).__name__} is not supported: {error}") from error
+
+
+def switches(attention: nn.Module) -> Iterator[tuple[nn.Module, str, Callable[[], Any]]]:
+    """What to shadow on which module so that a layer's attention is observed: attributes and makers of their values."""
+    adapter = adapters.find(attention)
+    if adapter is None:
+        yield attention, "config", lambda: private_config(attention)
+    else:
+        yield adapter.module, adapter.attribute, adapter.make
 
 
 AttentionInterface.register(NAME, _attention)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.model.addressing import Resolved
-from cutaway.model.attention import private_config
+from cutaway.model.attention import switches
 from cutaway.model.edits import NothingEdited, Receipt
 from cutaway.model.shadow import shadowed
 from cutaway.model.sites import layer_of
@@ -116,10 +116,10 @@ class Execution:
             for name in {*self.capture, *self.edits}:
                 index = layer_of(name)
                 if index is not None and name.endswith(_IN_ATTENTION):
-                    module = layers[index].attention
-                    if id(module) not in self.attention_layers:
-                        self.attention_layers[id(module)] = index
-                        stack.enter_context(shadowed(module, "config", lambda m=module: private_config(m)))
+                    for module, attribute, make in switches(layers[index].attention):
+                        if id(module) not in self.attention_layers:
+                            self.attention_layers[id(module)] = index
+                            stack.enter_context(shadowed(module, attribute, make))
             for index in range(self.first_layer):
                 stack.enter_context(shadowed(layers[index].module, "forward", lambda i=index: self.lm.skipper(i)))
             for handle in install(self):
