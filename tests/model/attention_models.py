@@ -34,6 +34,8 @@ _LATENT = {
     "moe_intermediate_size": 16, "n_group": 1, "topk_group": 1, "n_shared_experts": 1,
 }  # fmt: skip
 _EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+_ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_SWA = {"swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 8}
 _GPT2 = {"n_embd": D, "n_layer": LAYERS, "n_head": HEADS, "n_positions": 64}
 _FALCON = _UNGROUPED | {"alibi": False, "multi_query": True, "parallel_attn": True, "bias": True}
 
@@ -62,11 +64,11 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gpt_oss": ("gpt_oss", "GptOss", _PLAIN | _EXPERTS | {"head_dim": 12, "sliding_window": 3}),
     "granite_swa": ("granite_swa", "GraniteSWA", _PLAIN | {"sliding_window": 3}),
     "flint": ("flint", "Flint", _PLAIN | _EXPERTS),
-    "mimo_v2_flash": ("mimo_v2_flash", "MiMoV2Flash", _PLAIN),
+    "mimo_v2_flash": ("mimo_v2_flash", "MiMoV2Flash", _PLAIN | _ROUTED),
     "llama4": ("llama4", "Llama4", _PLAIN | _EXPERTS | {"head_dim": 8, "attention_chunk_size": 4}),
     "modernbert_decoder": ("modernbert_decoder", "ModernBertDecoder", _UNGROUPED),
-    "inkling": ("inkling", "Inkling", _PLAIN),
-    "inkling2": ("inkling2", "Inkling2", _PLAIN),
+    "inkling": ("inkling", "Inkling", _PLAIN | _ROUTED | _SWA),
+    "inkling2": ("inkling2", "Inkling2", _PLAIN | _ROUTED | _SWA),
     "doge": ("doge", "Doge", _PLAIN),
     "gptj": ("gptj", "GPTJ", _ENDS | _GPT2 | {"rotary_dim": 4}),
     "codegen": ("codegen", "CodeGen", _ENDS | _GPT2 | {"n_ctx": 64, "rotary_dim": 4}),
@@ -131,8 +133,9 @@ def batch(lengths: Sequence[int] = (9,), side: str = "right", seed: int = 0) -> 
 
 def forward(model: nn.Module, tokens: Tokens, **options: Any) -> Any:
     """The call of transformers that cutaway makes."""
-    options = {"use_cache": False, "position_ids": positions_of(tokens.mask)} | options
-    return model(input_ids=tokens.ids, attention_mask=tokens.mask.long(), **options)
+    mask = tokens.mask
+    given = {"attention_mask": mask.long(), "position_ids": positions_of(mask), "use_cache": False}
+    return model(input_ids=tokens.ids, **(given | options))
 
 
 def site(model: PreTrainedModel, name: str) -> Site:
