@@ -15,20 +15,27 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from cutaway.artifacts.errors import CutawayError
+    from cutaway.model.edit_files import load_edits, save_edits
+    from cutaway.model.edit_values import register_edit_function
     from cutaway.model.edits import (
         Edit,
         add,
         clamp,
         clamp_latent,
+        function,
         mean,
+        noise,
         patch,
         project_out,
+        resample,
         scale,
         set,
         zero,
     )
     from cutaway.model.language_model import LanguageModel, attach, load
+    from cutaway.model.positions import at_token
     from cutaway.model.run import Run
+    from cutaway.model.run_files import load_run
     from cutaway.model.tokens import Tokens
 
 __all__ = [
@@ -38,13 +45,21 @@ __all__ = [
     "Run",
     "Tokens",
     "add",
+    "at_token",
     "attach",
     "clamp",
     "clamp_latent",
+    "function",
     "load",
+    "load_edits",
+    "load_run",
     "mean",
+    "noise",
     "patch",
     "project_out",
+    "register_edit_function",
+    "resample",
+    "save_edits",
     "scale",
     "set",
     "zero",
@@ -52,20 +67,27 @@ __all__ = [
 
 _HOMES = {
     "cutaway.artifacts.errors": ("CutawayError",),
+    "cutaway.model.edit_files": ("load_edits", "save_edits"),
+    "cutaway.model.edit_values": ("register_edit_function",),
     "cutaway.model.edits": (
         "Edit",
         "add",
         "clamp",
         "clamp_latent",
+        "function",
         "mean",
+        "noise",
         "patch",
         "project_out",
+        "resample",
         "scale",
         "set",
         "zero",
     ),
     "cutaway.model.language_model": ("LanguageModel", "attach", "load"),
+    "cutaway.model.positions": ("at_token",),
     "cutaway.model.run": ("Run",),
+    "cutaway.model.run_files": ("load_run",),
     "cutaway.model.tokens": ("Tokens",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}

@@ -200,7 +200,7 @@ def test_a_run_is_saved_whole(lm: LanguageModel, tmp_path: Path) -> None:
         assert torch.equal(tensors[f"grad:{site}"], run.grads[site])
     assert len(tensors) == 3 + 2 * len(run.sites)
     record = read_json(folder / "run.json")
-    assert record["edits"] == ["scale blocks.0.mlp.out factor=2 (positions [0, -1])"]
+    assert cutaway.load_edits(folder) == (edit,)
     assert record["receipts"][0]["positions"] == [[0, 3], [0, 2]]
     assert record["tokens"][1] == ["<s>", "a", "dog"]
     assert record["manifest"]["model"]["weight_hash"] == lm.identity().weight_hash

@@ -175,6 +175,7 @@ class Execution:
                     mean_abs_delta=delta / count,
                     mean_abs_before=before / count,
                     mean_abs_after=after / count,
+                    neurons=resolved.edit.neurons,
                 )
             )
         return tuple(made)
@@ -185,6 +186,11 @@ class Execution:
         inputs = [self.values[name] for name in names]
         if not isinstance(metric, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise CutawayError(f"The metric returned a {type(metric).__name__}; it must return a tensor of the logits.")
+        if metric.numel() not in (1, len(self.mask)):
+            raise CutawayError(
+                f"The metric returned {list(metric.shape)} numbers for {len(self.mask)} rows; it must return one "
+                "number, or one a row."
+            )
         if not metric.requires_grad:
             raise CutawayError("The metric does not depend on the logits through anything differentiable.")
         if not bool(torch.isfinite(metric).all()):

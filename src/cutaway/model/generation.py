@@ -88,11 +88,11 @@ def generate(
         raise CutawayError(
             f"{longest} prompt and {max_new_tokens} new tokens exceed the context of {lm.name} ({lm.context_length})."
         )
-    prompts = _left_padded(prompts, lm)
+    layout, prompts = prompts, _left_padded(prompts, lm)
     n = num_return_sequences
     table = lm.sites()
     resolved = [
-        resolve(i, edit, table[name], prompts, max_new_tokens, n)
+        resolve(i, edit, table[name], prompts, max_new_tokens, n, layout)
         for i, edit in enumerate(edits)
         for name in table.expand(edit.site)
     ]

@@ -19,7 +19,7 @@ from cutaway.artifacts.manifest import ModelIdentity
 from cutaway.model import generation, loading
 from cutaway.model.addressing import resolve
 from cutaway.model.attention import check_dispatch
-from cutaway.model.edits import Edit, edit_list
+from cutaway.model.edits import Edit, edits_for
 from cutaway.model.execution import Execution, active
 from cutaway.model.families import find_family, weight_matrix
 from cutaway.model.run import Generation, Gradients, Run, capture_bytes
@@ -229,7 +229,7 @@ class LanguageModel:
         names = self._names(capture)
         if grad is not None and not names:
             raise CutawayError("grad= gives gradients at captured sites; name some in capture=.")
-        edits = edit_list(edits)
+        edits = edits_for(self, edits)
         resolved = [
             resolve(i, edit, self._sites[name], tokens)
             for i, edit in enumerate(edits)
@@ -378,7 +378,7 @@ class LanguageModel:
         return generation.generate(
             self,
             self.tokens(inputs, bos=bos),
-            edit_list(edits),
+            edits_for(self, edits),
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_k=top_k,
@@ -394,7 +394,7 @@ class LanguageModel:
         """
         if self.tokenizer is None or getattr(self.tokenizer, "chat_template", None) is None:
             raise CutawayError(f"{self.name} has no chat template; give it plain text with lm.generate.")
-        conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        conversations = _conversations(messages)
         rows = []
         for conversation in conversations:
             try:
@@ -486,6 +486,19 @@ class LanguageModel:
             f"LanguageModel {self.name}: {type(self.hf).__name__}, {size} parameters, {self.n_layers} layers x d "
             f"{self.d_model} x {heads}, vocabulary {self.d_vocab}, {dtype} on {self.device}"
         )
+
+
+def _conversations(messages: Any) -> list[list[Message]]:
+    """One conversation or several, as a list of lists of messages."""
+    given = list(messages) if isinstance(messages, Sequence) and not isinstance(messages, str) else []
+    if given and all(isinstance(message, Mapping) for message in given):
+        return [given]
+    if given and all(isinstance(c, Sequence) and c and all(isinstance(m, Mapping) for m in c) for c in given):
+        return [list(conversation) for conversation in given]
+    raise CutawayError(
+        'A chat is a list of messages such as [{"role": "user", "content": "Hello"}], or a list of such lists; got '
+        f"{messages!r}."
+    )
 
 
 def _plain(values: Any) -> Any:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.artifacts.files import make_folder, write_json, write_safetensors
 from cutaway.artifacts.manifest import Manifest, ModelIdentity
 from cutaway.model.edits import Edit, Receipt
 from cutaway.model.sites import SiteTable, template_of
@@ -58,6 +57,7 @@ class Run:
     site_table: SiteTable = field(repr=False)
     model: str
     identity: Callable[[], ModelIdentity] = field(repr=False)
+    manifest: Manifest | None = field(default=None, repr=False)  # of a run that was loaded
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -90,28 +90,14 @@ class Run:
         return value[torch.arange(len(value), device=value.device), self.tokens.last.to(value.device)]
 
     def save(self, folder: str | Path) -> Path:
-        """Write logits, captures and gradients (`run.safetensors`) with tokens, edits, receipts and manifest
-        (`run.json`).
+        """Write the run into a folder, from which `cutaway.load_run` reads it: tensors (`run.safetensors`), tokens,
+        receipts and manifest (`run.json`), edits (`edits.json`, `edits.safetensors`).
+
+        Raises CutawayError for an edit by a function that is not registered by name.
         """
-        folder = Path(folder)
-        make_folder(folder)
-        tensors = {"tokens.ids": self.tokens.ids, "tokens.mask": self.tokens.mask}
-        tensors |= {} if self.logits is None else {"logits": self.logits}
-        tensors |= {f"value:{name}": value for name, value in self.values.items()}
-        tensors |= {f"grad:{name}": value for name, value in self.grads.items()}
-        write_safetensors(folder / "run.safetensors", {k: v.contiguous().cpu() for k, v in tensors.items()}, {})
-        edits = [str(edit) for edit in self.edits]
-        manifest = Manifest.create(
-            "run", model=self.identity(), configuration={"edits": edits, "sites": list(self.sites)}
-        )
-        record = {
-            "manifest": manifest.to_json(),
-            "tokens": [list(row) for row in self.tokens.strings],
-            "edits": edits,
-            "receipts": [asdict(receipt) for receipt in self.receipts],
-        }
-        write_json(folder / "run.json", record)
-        return folder
+        from cutaway.model.run_files import save_run
+
+        return save_run(self, folder)
 
     def __repr__(self) -> str:
         n, width = self.tokens.ids.shape

@@ -91,6 +91,7 @@ class Tokens:
 
     def column(self, row: int, position: int) -> int:
         """The column of a row's position (0 is its first real token, -1 its last)."""
+        self._check_row(row)
         length = int(self.lengths[row])
         index = position + length if position < 0 else position
         if not 0 <= index < length:
@@ -103,17 +104,27 @@ class Tokens:
 
     def find(self, row: int, text: str, occurrence: int = -1) -> int:
         """Position of the last token of `text` in a row: its `occurrence`-th appearance (-1 is the last one)."""
+        found = self.find_all(row, text)
+        if not found or not -len(found) <= occurrence < len(found):
+            raise CutawayError(
+                f"'{text}' does not occur{f' {occurrence} times' if found else ''} in row {row}: "
+                f"{''.join(self.strings[row])!r}."
+            )
+        return found[occurrence]
+
+    def find_all(self, row: int, text: str) -> list[int]:
+        """Position of the last token of each appearance of `text` in a row, overlapping ones included."""
+        self._check_row(row)
         joined, ends = "", []
         for string in self.strings[row]:
             joined += string
             ends.append(len(joined))
         starts = [i for i in range(len(joined)) if joined.startswith(text, i)] if text else []
-        if not starts or not -len(starts) <= occurrence < len(starts):
-            raise CutawayError(
-                f"'{text}' does not occur{f' {occurrence} times' if starts else ''} in row {row}: {joined!r}."
-            )
-        end = starts[occurrence] + len(text)
-        return next(i for i, e in enumerate(ends) if e >= end)
+        return [next(i for i, e in enumerate(ends) if e >= start + len(text)) for start in starts]
+
+    def _check_row(self, row: int) -> None:
+        if not -len(self) <= row < len(self):
+            raise CutawayError(f"There is no row {row}: these tokens have {len(self)} rows (0 to {len(self) - 1}).")
 
     def __getitem__(self, rows: int | slice | Sequence[int]) -> Tokens:
         chosen = list(range(len(self)))[rows] if isinstance(rows, slice) else rows

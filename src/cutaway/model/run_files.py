@@ -1,0 +1,178 @@
+"""Runs on disk: tensors, tokens, receipts, edits and manifest in one folder, and back."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, StrictInt, ValidationError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.files import make_folder, read_json, write_json, write_safetensors
+from cutaway.artifacts.manifest import Manifest, ModelIdentity
+from cutaway.model.edit_files import load_edits, save_edits
+from cutaway.model.edits import Receipt
+from cutaway.model.run import Gradients, Run
+from cutaway.model.sites import KINDS, Site, SiteKind, SiteTable, layer_of, template_of
+from cutaway.model.tokens import Tokens
+
+FORMAT, VERSION = "cutaway-run", 1
+
+
+class _Held(BaseModel):
+    """A captured site: its dimensions and meaning as they were, and the shape in the site table."""
+
+    model_config = ConfigDict(extra="forbid")
+    name: str
+    dims: str
+    meaning: str
+    shape: list[StrictInt | str]
+
+
+class _Receipt(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    edit: StrictInt
+    kind: str
+    site: str
+    layer: StrictInt | None
+    rows: tuple[StrictInt, ...]
+    positions: tuple[tuple[StrictInt, ...], ...]
+    heads: tuple[StrictInt, ...] | None
+    n_tokens: StrictInt
+    mean_abs_delta: float
+    mean_abs_before: float
+    mean_abs_after: float
+    neurons: tuple[StrictInt, ...] | None
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    format: str
+    version: int
+    manifest: dict[str, Any]
+    model: str
+    n_layers: StrictInt
+    tokens: list[list[str]]
+    sites: list[_Held]
+    receipts: list[_Receipt]
+
+
+def save_run(run: Run, folder: str | Path) -> Path:
+    """See `Run.save`."""
+    folder = Path(folder)
+    for edit in run.edits:
+        edit.digest()  # refuses what cannot be saved, before anything is written
+    manifest = Manifest.create(
+        "run",
+        model=run.identity(),
+        configuration={
+            "tokens": [run.tokens.row_ids(row) for row in range(len(run.tokens))],
+            "edits": [edit.digest() for edit in run.edits],
+            "sites": list(run.sites),
+            "gradients": list(run.grads),
+        },
+    )
+    tensors = {"tokens.ids": run.tokens.ids, "tokens.mask": run.tokens.mask}
+    tensors |= {} if run.logits is None else {"logits": run.logits}
+    tensors |= {f"value:{name}": value for name, value in run.values.items()}
+    tensors |= {f"grad:{name}": value for name, value in run.grads.items()}
+    make_folder(folder)
+    write_safetensors(folder / "run.safetensors", {k: v.contiguous().cpu() for k, v in tensors.items()}, {})
+    save_edits(folder, run.edits)
+    held = [(name, run.site_table[name]) for name in run.sites]
+    record = {
+        "format": FORMAT,
+        "version": VERSION,
+        "manifest": manifest.to_json(),
+        "model": run.model,
+        "n_layers": run.site_table.n_layers,
+        "tokens": [list(row) for row in run.tokens.strings],
+        "sites": [{"name": n, "dims": s.dims, "meaning": s.meaning, "shape": list(s.shape)} for n, s in held],
+        "receipts": [asdict(receipt) for receipt in run.receipts],
+    }
+    write_json(folder / "run.json", record)
+    return folder
+
+
+def load_run(folder: str | Path) -> Run:
+    """A run that `Run.save` wrote: logits, captures, gradients, tokens, receipts, edits and manifest, bit for bit.
+
+    Its tensors are on the CPU. It serves as the source of patches of the model that it was made with. Raises
+    CutawayError, naming the file: absent, of another format or a newer version, damaged.
+    """
+    folder = Path(folder)
+    file = folder / "run.json"
+    data = read_json(file)
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise CutawayError(f"{file} holds no run that can be loaded; write it with run.save(folder).")
+    if data.get("version") != VERSION:
+        raise CutawayError(
+            f"{file} is of version {data.get('version')!r} of the format, and this cutaway reads version {VERSION}."
+        )
+    try:
+        record = _File.model_validate(data)
+        manifest = Manifest.from_json(record.manifest)
+    except (ValidationError, KeyError, TypeError) as error:
+        raise CutawayError(f"{file} is damaged: {str(error).splitlines()[0]}") from error
+    if manifest.model is None:
+        raise CutawayError(f"{file} is damaged: its manifest names no model.")
+    tensors = _tensors(folder / "run.safetensors", record)
+    tokens = Tokens(tensors["tokens.ids"], tensors["tokens.mask"], tuple(tuple(row) for row in record.tokens))
+    table = _site_table(record)
+    identity: ModelIdentity = manifest.model
+    return Run(
+        tokens=tokens,
+        logits=tensors.get("logits"),
+        values={held.name: tensors[f"value:{held.name}"] for held in record.sites},
+        grads=Gradients({k.removeprefix("grad:"): t for k, t in tensors.items() if k.startswith("grad:")}, table),
+        receipts=tuple(Receipt(**receipt.model_dump()) for receipt in record.receipts),
+        edits=load_edits(folder),
+        site_table=table,
+        model=record.model,
+        identity=lambda: identity,
+        manifest=manifest,
+    )
+
+
+def _tensors(file: Path, record: _File) -> dict[str, Tensor]:
+    try:
+        with safe_open(file, framework="pt") as held:
+            tensors = {key: held.get_tensor(key) for key in [*held.keys()]}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CutawayError(f"{file} is absent, damaged or no safetensors file: {error}") from error
+    needed = ["tokens.ids", "tokens.mask", *(f"value:{held.name}" for held in record.sites)]
+    for name in needed:
+        if name not in tensors:
+            raise CutawayError(f"{file} lacks '{name}', which the run.json beside it names; they are no pair.")
+    ids = tensors["tokens.ids"]
+    if ids.ndim != 2 or len(record.tokens) != len(ids):
+        raise CutawayError(f"{file} is damaged: its tokens are not those of the run.json beside it.")
+    for held in record.sites:
+        value = tensors[f"value:{held.name}"]
+        sizes = [part if isinstance(part, int) else None for part in held.shape]
+        good = value.ndim == len(sizes) and len(value) == len(ids)
+        if not good or any(size not in (None, n) for size, n in zip(sizes, value.shape, strict=False)):
+            raise CutawayError(f"{file} is damaged: '{held.name}' has the shape {list(value.shape)}.")
+    return tensors
+
+
+def _site_table(record: _File) -> SiteTable:
+    """The sites that the run holds; every other is absent, for it was not kept."""
+    held = {s.name: s for s in record.sites}
+    names = [
+        kind.name.replace("{l}", str(layer))
+        for kind in KINDS.values()
+        for layer in (range(record.n_layers) if kind.per_layer else [0])
+    ]
+    sites = []
+    for name in [*held, *(name for name in names if name not in held)]:
+        kept = held.get(name)
+        template = template_of(name)
+        kind = SiteKind(template, kept.dims, kept.meaning) if kept is not None else KINDS[template]
+        shape = tuple(kept.shape) if kept is not None else tuple(kind.dims.split())
+        absent = None if kept is not None else "the run that was saved did not capture it"
+        sites.append(Site(name, kind, layer_of(name), shape, absent))
+    return SiteTable(sites, record.n_layers)
