@@ -109,9 +109,10 @@ def cases(draw: st.DrawFn) -> tuple[Case, Tokens, str]:
         edit, value = cutaway.set(site, shaped, **where), lambda x, row, p, i: entries[i]
     else:
         source = torch.randn(n, max(lengths), *[int(s) for s in shape[2:]], generator=torch.Generator().manual_seed(1))
-        if kind == "resample" and form in ("one", "list") and (form == "list" or where["positions"] >= 0):
-            asked = where.pop("positions")
-            asked = [asked] if isinstance(asked, int) else asked
+        if kind == "resample" and form in ("one", "list"):
+            where.pop("positions")
+            asked = list(dict.fromkeys(p % shortest for p in by_row[touched[0]]))
+            by_row = dict.fromkeys(touched, asked)
             turned = dict(zip(asked, reversed(range(len(asked))), strict=True))
             edit = cutaway.resample(site, source, position_map=turned, **where)
             value = lambda x, row, p, i: source[row, turned[p]]  # noqa: E731

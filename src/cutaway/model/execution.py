@@ -186,13 +186,13 @@ class Execution:
         inputs = [self.values[name] for name in names]
         if not isinstance(metric, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise CutawayError(f"The metric returned a {type(metric).__name__}; it must return a tensor of the logits.")
+        if not metric.requires_grad:
+            raise CutawayError("The metric does not depend on the logits through anything differentiable.")
         if metric.numel() not in (1, len(self.mask)):
             raise CutawayError(
                 f"The metric returned {list(metric.shape)} numbers for {len(self.mask)} rows; it must return one "
                 "number, or one a row."
             )
-        if not metric.requires_grad:
-            raise CutawayError("The metric does not depend on the logits through anything differentiable.")
         if not bool(torch.isfinite(metric).all()):
             raise CutawayError("The metric is NaN or infinite, so it has no gradient.")
         found = torch.autograd.grad(metric.sum(), inputs, allow_unused=True)
