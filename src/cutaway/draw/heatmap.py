@@ -31,15 +31,16 @@ def heatmap_svg(
     row_axis: str = "",
     column_axis: str = "",
     marks: Sequence[tuple[int, int]] = (),
+    scale: Scale | None = None,
 ) -> Markup:
     """An SVG grid of `values[row][column]`, each cell printed and tinted; `None` is an empty cell with "–".
 
-    `marks` are (row, column) cells to outline. Every cell has a tooltip with its row, column and value; the
-    description names the extremes. At most 700 px wide where the columns allow it; the cells never get narrower than
-    their text, so a wide grid belongs in a box that scrolls.
+    `marks` are (row, column) cells to outline; `scale` colours several heatmaps alike. Every cell has a tooltip with
+    its row, column and value; the description names the extremes. At most 700 px wide where the columns allow it; the
+    cells never get narrower than their text, so a wide grid belongs in a box that scrolls.
     """
     values = [[None if value is None or not math.isfinite(value) else value for value in row] for row in values]
-    scale = heatmap_scale(values, diverging)
+    scale = heatmap_scale(values, diverging) if scale is None else scale
     printed = cell_text if cell_text is not None else _cells(values)
     row_names, column_names = [label(row) for row in rows], [label(column) for column in columns]
     short_names = [shorten(name, _LABEL) for name in column_names]

@@ -23,6 +23,7 @@ MEANINGS: dict[str, str] = {
     "relative-position": "share of the attention's variation that distance alone foresees",
     "absolute-position": "share of the attention's variation that the two positions alone foresee",
     "induction-copying": "share of the logits it raises that goes to the token that followed last time",
+    "retrieval": "attention to the needle",
     "copying": "OV eigenvalues, Σλ / Σ|λ|: 1 raises each token it reads, −1 lowers it",
 }
 LEAST: dict[str, float] = {
@@ -62,6 +63,11 @@ class KindScores:
     def least(self) -> float:
         """The least score that carries the label."""
         return LEAST.get(self.kind, LEAST_SHARE)
+
+    @property
+    def judged(self) -> bool:
+        """Whether there are intervals to judge by: one sequence has none, and then no head carries a label."""
+        return not bool(self.low.isnan().all())
 
     def labelled(self) -> Tensor:
         """Which heads carry the label [L, H]: the score is at least `least`, and the lower end of its interval lies

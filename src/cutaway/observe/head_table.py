@@ -142,7 +142,7 @@ class HeadTable:
                 told.append(f"No head is above its control for induction, yet {loss}.")
             else:
                 told.append(f"No induction: no head is above its control, and {loss}.")
-        empty = [kind for kind, scores in self.kinds.items() if kind != "induction" and not scores.heads()]
+        empty = [k for k, scores in self.kinds.items() if k != "induction" and scores.judged and not scores.heads()]
         if empty:
             told.append(f"No head is labelled: {', '.join(empty)}.")
         for reason in dict.fromkeys(self.skipped.values()):
@@ -171,9 +171,11 @@ class HeadTable:
         """The table for a terminal: the `top` labelled heads of each kind, scores and effects beside their controls."""
         lines = [f"heads of {self.model}: {self.n_layers} layers × {self.n_heads}"]
         for kind in self.kinds if kinds is None else kinds:
-            rows = self.rows(kind)
+            judged = self.kinds[kind].judged
+            rows = self.rows(kind) if judged else self.rows(kind, top, labelled=False)
             behaviour = self.behaviour(kind)
             about = "" if behaviour is None else f"; ablated for the {behaviour}"
+            about += "" if judged else "; one sequence, so no interval and no label"
             lines += ["", f"{kind}: {MEANINGS.get(kind, '')}{about}"]
             if not rows:
                 best = self.kinds[kind].top(1)
@@ -186,10 +188,10 @@ class HeadTable:
             )
             for row in rows[:top]:
                 control = row.score.controls[0]
-                cells = f"  {name(row.head):<7}{_numbers(row.score.value, row.score.interval):<20}"
-                cells += f"{_numbers(control.value, control.interval):<22}"
+                cells = f"  {name(row.head):<7}{numbers(row.score.value, row.score.interval):<20}"
+                cells += f"{numbers(control.value, control.interval):<22}"
                 for effect in row.effects:
-                    cells += f"{_numbers(effect.value, effect.interval, 3):<26}{effect.controls[0].value:<8.3f}"
+                    cells += f"{numbers(effect.value, effect.interval, 3):<26}{effect.controls[0].value:<8.3f}"
                 lines.append(cells.rstrip())
             if len(rows) > top:
                 lines.append(f"  and {len(rows) - top} more")
@@ -206,7 +208,8 @@ class HeadTable:
         return self.text()
 
 
-def _numbers(value: float, interval: tuple[float, float] | None, decimals: int = 2) -> str:
+def numbers(value: float, interval: tuple[float, float] | None, decimals: int = 2) -> str:
+    """0.99 [0.98, 0.99]"""
     ends = "" if interval is None else f" [{interval[0]:.{decimals}f}, {interval[1]:.{decimals}f}]"
     return f"{value:.{decimals}f}{ends}"
 
