@@ -6,13 +6,14 @@ and the user's hooks do not mix.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.model.addressing import Resolved
@@ -34,6 +35,9 @@ def active() -> Execution | None:
     return _active.get()
 
 
+Replacement = Callable[..., Any]
+
+
 class _Stop(BaseException):
     """Raised inside a forward once the last wanted value is in hand."""
 
@@ -53,6 +57,8 @@ class Execution:
         first_layer: int = 0,
         resumed: Tensor | None = None,
         last_only: bool = False,
+        replace: Mapping[nn.Module, Replacement] | None = None,
+        watch: Callable[[Execution], Iterable[RemovableHandle]] | None = None,
     ) -> None:
         self.lm = lm
         self.capture = frozenset(capture)
@@ -66,6 +72,8 @@ class Execution:
         self.first_layer = first_layer
         self.resumed = resumed
         self.last_only = last_only
+        self.replace = dict(replace or {})  # what a module does instead of its forward, in this execution alone
+        self.watch = watch  # hooks of its owner, behind those of the sites
         self.end = mask.shape[1]  # columns read so far, those of this forward included
         self.values: dict[str, Tensor] = {}
         self.attention_layers: dict[int, int] = {}
@@ -121,8 +129,12 @@ class Execution:
                             self.attention_layers[id(module)] = index
                             stack.enter_context(shadowed(module, attribute, make))
             for index in range(self.first_layer):
-                stack.enter_context(shadowed(layers[index].module, "forward", lambda i=index: self.lm.skipper(i)))
+                self.replace.setdefault(layers[index].module, passing(self.lm.layer_forms.get(layers[index].module)))
+            for module in self.replace:
+                stack.enter_context(shadowed(module, "forward", lambda m=module: _dispatch(m)))
             for handle in install(self):
+                stack.callback(handle.remove)
+            for handle in self.watch(self) if self.watch is not None else ():
                 stack.callback(handle.remove)
             token = _active.set(self)
             stack.callback(_active.reset, token)
@@ -131,7 +143,7 @@ class Execution:
     @property
     def idle(self) -> bool:
         """Whether there is nothing to observe, so that no hook is needed."""
-        return not (self.touched or self.gradients or self.first_layer or self.last_only)
+        return not (self.touched or self.gradients or self.first_layer or self.last_only or self.replace or self.watch)
 
     def forward(self, call: Callable[[], Any]) -> Any:
         """Run `call` observed; returns its result, or None where it was stopped early."""
@@ -149,36 +161,7 @@ class Execution:
 
     def receipts(self, tokens_first: Tensor) -> tuple[Receipt, ...]:
         """What every edit did. Raises NothingEdited where one did nothing."""
-        made = []
-        for resolved in sorted((r for rs in self.edits.values() for r in rs), key=lambda r: r.index):
-            touched = resolved.touched.cpu()
-            if not bool(touched.any()):
-                raise NothingEdited(
-                    f"'{resolved.edit}' touched nothing at '{resolved.site.name}': the run ended before it, or the "
-                    "tokens it addresses were never processed."
-                )
-            rows = touched.any(1).nonzero()[:, 0].tolist()
-            first = tokens_first.cpu()
-            positions = tuple(tuple((touched[r].nonzero()[:, 0] - first[r]).tolist()) for r in rows)
-            delta, before, after, count = resolved.sums.cpu().tolist()
-            count = max(count, 1.0)
-            made.append(
-                Receipt(
-                    edit=resolved.index,
-                    kind=resolved.edit.kind,
-                    site=resolved.site.name,
-                    layer=resolved.site.layer,
-                    rows=tuple(rows),
-                    positions=positions,
-                    heads=resolved.edit.heads,
-                    n_tokens=int(touched.sum()),
-                    mean_abs_delta=delta / count,
-                    mean_abs_before=before / count,
-                    mean_abs_after=after / count,
-                    neurons=resolved.edit.neurons,
-                )
-            )
-        return tuple(made)
+        return receipts_of((r for rs in self.edits.values() for r in rs), tokens_first)
 
     def gradients_of(self, metric: Tensor) -> dict[str, Tensor]:
         """d metric / d value for every captured site; zeros where the metric does not depend on it."""
@@ -200,3 +183,71 @@ class Execution:
             name: torch.zeros_like(value) if grad is None else grad.detach()
             for name, value, grad in zip(names, inputs, found, strict=True)
         }
+
+
+def receipts_of(edits: Iterable[Resolved], tokens_first: Tensor) -> tuple[Receipt, ...]:
+    """What every edit did. Raises NothingEdited where one did nothing."""
+    made = []
+    for resolved in sorted(edits, key=lambda r: r.index):
+        touched = resolved.touched.cpu()
+        if not bool(touched.any()):
+            raise NothingEdited(
+                f"'{resolved.edit}' touched nothing at '{resolved.site.name}': the run ended before it, or the "
+                "tokens it addresses were never processed."
+            )
+        rows = touched.any(1).nonzero()[:, 0].tolist()
+        first = tokens_first.cpu()
+        positions = tuple(tuple((touched[r].nonzero()[:, 0] - first[r]).tolist()) for r in rows)
+        delta, before, after, count = resolved.sums.cpu().tolist()
+        count = max(count, 1.0)
+        made.append(
+            Receipt(
+                edit=resolved.index,
+                kind=resolved.edit.kind,
+                site=resolved.site.name,
+                layer=resolved.site.layer,
+                rows=tuple(rows),
+                positions=positions,
+                heads=resolved.edit.heads,
+                n_tokens=int(touched.sum()),
+                mean_abs_delta=delta / count,
+                mean_abs_before=before / count,
+                mean_abs_after=after / count,
+                neurons=resolved.edit.neurons,
+            )
+        )
+    return tuple(made)
+
+
+Form = int | None
+
+
+def form_of(output: Any) -> Form:
+    """How a module returns its value: by itself (None), or as the first of so many items."""
+    return len(output) if isinstance(output, tuple) else None
+
+
+def in_form(value: Tensor, form: Form) -> Any:
+    """A value as a module of this form returns it, with nothing beside it."""
+    return value if form is None else (value, *[None] * (form - 1))
+
+
+def passing(form: Form) -> Replacement:
+    """A decoder layer that returns its input."""
+
+    def forward(hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Any:
+        return in_form(hidden_states, form)
+
+    return forward
+
+
+def _dispatch(module: nn.Module) -> Replacement:
+    """A module's forward for as long as an execution replaces it; for every other it is the one it was."""
+    original = module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        execution = active()
+        instead = None if execution is None else execution.replace.get(module)
+        return original(*args, **kwargs) if instead is None else instead(*args, **kwargs)
+
+    return forward

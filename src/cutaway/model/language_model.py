@@ -6,25 +6,29 @@ modules, the same `state_dict`, bit-equal logits when nothing is captured or edi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.manifest import ModelIdentity
 from cutaway.model import generation, loading
+from cutaway.model import sweep as sweeps
 from cutaway.model.addressing import resolve
 from cutaway.model.attention import check_dispatch
 from cutaway.model.edits import Edit, edits_for
-from cutaway.model.execution import Execution, active
+from cutaway.model.execution import Execution, Form, active, form_of
 from cutaway.model.families import find_family, weight_matrix
 from cutaway.model.run import Generation, Gradients, Run, capture_bytes
 from cutaway.model.selftest import SelfTest, run_selftest
 from cutaway.model.sites import KINDS, Site, SiteTable, layer_of
+from cutaway.model.sweep import Cell, Sweep
+from cutaway.model.sweep import Metric as SweepMetric
 from cutaway.model.tokens import Tokens, pad_rows, token_string
 
 Inputs = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor | Tokens
@@ -60,6 +64,7 @@ class LanguageModel:
         self.context_length = self.family.context_length
         self.n_parameters = sum(p.numel() for p in hf.parameters())
         self._sites = self._site_table()
+        self.layer_forms: dict[nn.Module, Form] = {}  # what the runs so far have shown, see Execution
         self._expanded: dict[tuple[str, ...], tuple[str, ...]] = {}
         self._sizes: dict[tuple[Any, ...], int] = {}
 
@@ -249,6 +254,7 @@ class LanguageModel:
             first_layer=first_layer,
             resumed=stream,
             last_only=last_only,
+            watch=self._learn_forms if names and len(self.layer_forms) < self.n_layers else None,
         )
         with torch.enable_grad() if grad is not None else torch.no_grad():
             out = execution.forward(
@@ -340,17 +346,55 @@ class LanguageModel:
                     return layer, source[name].expand(len(tokens), -1, -1).clone()
         return 0, None
 
-    def skipper(self, layer: int) -> Callable[..., Any]:
-        """A decoder layer's forward that returns its input in runs which resume above it."""
-        original = self.family.layers[layer].module.forward
+    def _learn_forms(self, execution: Execution) -> Iterator[RemovableHandle]:
+        """Note how each decoder layer that runs returns the stream, for the runs that skip it later."""
 
-        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-            execution = active()
-            if execution is not None and execution.lm is self and execution.first_layer > layer:
-                return hidden_states
-            return original(hidden_states, *args, **kwargs)
+        def note(module: nn.Module, _args: Any, output: Any) -> None:
+            if active() is execution:
+                self.layer_forms[module] = form_of(output)
 
-        return forward
+        for layer in self.family.layers:
+            yield layer.module.register_forward_hook(note)
+
+    def sweep(
+        self,
+        inputs: Inputs | Run,
+        cells: Sequence[Cell],
+        metric: SweepMetric,
+        *,
+        logits: Literal["all", "last"] = "last",
+        bos: bool | None = None,
+        batch_rows: int | None = None,
+        limit_bytes: int | None = None,
+        start: Sweep | None = None,
+        label: str = "sweep",
+    ) -> Sweep:
+        """One number for each of many edits of the same n prompts, as one run a cell would give it, in batches.
+
+        Parameters: `cells` are edits or lists of edits, each applied by itself to all the prompts (a cell's `rows` are
+        prompts); `metric` maps the logits at each prompt's last real token [n, V], or all of them [n, p, V] with
+        logits="all", and the tokens to [n, ...]; `batch_rows` bounds the rows of a batch and `limit_bytes` what a
+        batch may hold (default: a quarter of the memory that is free), and where memory runs out a batch is halved;
+        `start` is an earlier part of this sweep, from `SweepInterrupted.sweep`.
+
+        Layers below the first edited one are not run again, nor are tokens before it; see `Sweep.batches`, `notes` and
+        `flops` for what was done. Work of more than two seconds shows its progress as `label`.
+
+        Raises CutawayError: what `run` raises for tokens and edits, a metric of another shape, a cell that alone does
+        not fit in memory.
+        """
+        tokens = self.tokens(inputs.tokens if isinstance(inputs, Run) else inputs, bos=bos)
+        return sweeps.sweep(
+            self,
+            tokens,
+            cells,
+            metric,
+            logits=logits,
+            batch_rows=batch_rows,
+            limit_bytes=limit_bytes,
+            start=start,
+            label=label,
+        )
 
     def generate(
         self,
