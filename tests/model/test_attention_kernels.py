@@ -113,6 +113,22 @@ def test_what_is_not_asked_for_stays_the_models_own_kernel(monkeypatch: pytest.M
     assert len(calls) == LAYERS - 1
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma2", "bloom"])
+def test_weights_are_returned_as_the_base_kernel_does_and_never_the_captured_ones(name: str) -> None:
+    """SDPA returns none, so none come back; what comes back from an eager kernel may be written into by others."""
+    model, tokens, returned = small(name), batch((9,)), []
+    own = attentions(model)[0].register_forward_hook(lambda _module, _args, output: returned.append(output[1]))
+    expected = look(eager(model), tokens, ["blocks.0.attn.pattern"]).values["blocks.0.attn.pattern"]
+    run = look(model, tokens, ["blocks.0.attn.pattern", "blocks.0.attn.scores"])
+    own.remove()
+    if name == "llama":
+        assert returned == [None]
+    else:
+        returned[0].zero_()
+    assert same(run.values["blocks.0.attn.pattern"], expected)
+    assert bool((run.values["blocks.0.attn.scores"] == -torch.inf).any())
+
+
 @pytest.mark.parametrize("name", ["mistral", "gemma2", "gpt_oss", *ADAPTED])
 def test_cached_keys_come_in_front(name: str) -> None:
     """Five tokens, then three, then one, from a cache: each pattern is eager's, and rot_k holds all keys so far."""

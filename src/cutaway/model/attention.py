@@ -136,7 +136,9 @@ def _observed(
         return base_kernel(module)(module, query, key, value, attention_mask, **options)
     kernel = find_kernel(module, _eager(module))
     mask = _mask(module, attention_mask, query, key, options)
-    return kernel.attend(watch, module, query, key, value, mask, **options)
+    shown = _implementation(module) == "eager"  # the others return no weights
+    z, pattern = kernel.attend(watch, module, query, key, value, mask, own=not shown, **options)
+    return z, pattern if shown else None
 
 
 def check_dispatch(model: PreTrainedModel, attention: nn.Module) -> None:

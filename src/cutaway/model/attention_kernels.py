@@ -42,8 +42,8 @@ class Watch:
     def live(self, part: str) -> bool:
         return self.execution is not None and self.execution.live(f"{self.prefix}.{part}")
 
-    def touch(self, part: str, value: Tensor) -> Tensor:
-        return value if self.execution is None else self.execution.touch(f"{self.prefix}.{part}", value)
+    def touch(self, part: str, value: Tensor, *, own: bool = False) -> Tensor:
+        return value if self.execution is None else self.execution.touch(f"{self.prefix}.{part}", value, own=own)
 
     def rotated(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """query [b H q h] and key [b KV k h] after the edits of rot_q and rot_k.
@@ -56,17 +56,22 @@ class Watch:
             key = self.touch("rot_k", key.transpose(1, 2)).transpose(1, 2)
         return query, key
 
-    def weigh(self, logits: Tensor, mask: Tensor | None, softmax: Callable[[Tensor], Tensor]) -> Tensor:
+    def weigh(
+        self, logits: Tensor, mask: Tensor | None, softmax: Callable[[Tensor], Tensor], *, own: bool = False
+    ) -> Tensor:
         """The weights [b H q k] of a kernel's logits, masked as the kernel masks them.
 
         `mask` only says which cells those are: bool (True where a query may look) or added numbers, broadcastable.
+        `softmax` may write into the logits that it is given. `own`: nobody else will see the weights.
         """
         if self.wants("scores"):
             seen = visible(mask)
-            scores = self.touch("scores", logits if seen is None else logits.masked_fill(~seen, -torch.inf))
+            hidden = None if seen is None else ~seen
+            scores = logits if hidden is None else logits.masked_fill(hidden, -torch.inf)
+            scores = self.touch("scores", scores, own=hidden is not None)
             if self.live("scores"):  # masked cells keep the kernel's number: rows without any key stay finite
                 logits = torch.where(scores == -torch.inf, logits, scores)
-        return self.touch("pattern", softmax(logits))
+        return self.touch("pattern", softmax(logits), own=own)
 
 
 def visible(mask: Tensor | None) -> Tensor | None:
@@ -97,13 +102,15 @@ class Kernel:
         value: Tensor,
         mask: Tensor | None,
         *,
+        own: bool = False,
         scaling: float | None = None,
         dropout: float = 0.0,
         **options: Any,
     ) -> tuple[Tensor, Tensor]:
         """query [b H q h], key and value [b KV k h] -> z [b q H h] and the pattern [b H q k].
 
-        `mask` is bool (True where a query may look) or numbers to add, broadcastable to [b H q k].
+        `mask` is bool (True where a query may look) or numbers to add, broadcastable to [b H q k]. `own`: the caller
+        keeps the pattern to itself, so that a capture need not copy it.
         """
         groups = query.shape[1] // key.shape[1]
         if groups > 1:
@@ -128,7 +135,7 @@ class Kernel:
             sinks = sinks.reshape(1, -1, 1, 1)
         if sinks is not None and self.sinks == "gate":
             return self._gated(watch, module, logits, mask, value, sinks, dropout)
-        pattern = watch.weigh(logits, mask, lambda logits: self._softmax(logits, sinks).to(value.dtype))
+        pattern = watch.weigh(logits, mask, lambda logits: self._softmax(logits, sinks).to(value.dtype), own=own)
         dropped = nn.functional.dropout(pattern, p=dropout, training=module.training)
         return torch.matmul(dropped, value).transpose(1, 2).contiguous(), pattern
 
@@ -138,7 +145,10 @@ class Kernel:
         if self.shifted:
             logits = logits - logits.max(dim=-1, keepdim=True).values
         wide = torch.promote_types(torch.float32, logits.dtype) if self.softmax_in_float else logits.dtype
-        weights = torch.softmax(logits, dim=-1, dtype=wide)
+        # on a CPU, memory for another grid costs more than the softmax itself
+        grad = torch.is_grad_enabled() and logits.requires_grad
+        room = logits if logits.dtype == wide and not grad and logits.device.type == "cpu" else None
+        weights = torch.softmax(logits, dim=-1, dtype=wide, out=room)
         return weights if sinks is None else weights[..., :-1]
 
     def _gated(
@@ -158,8 +168,8 @@ class Kernel:
 
         def softmax(logits: Tensor) -> Tensor:
             nonlocal weights, gate
-            weights = self._softmax(logits, None).to(value.dtype)
             gate = (torch.logsumexp(logits, dim=-1, keepdim=True) - sinks).float().sigmoid().to(value.dtype)
+            weights = self._softmax(logits, None).to(value.dtype)
             return weights * gate
 
         pattern = watch.weigh(logits, mask, softmax)
@@ -174,7 +184,7 @@ def _masked(logits: Tensor, mask: Tensor | None, lowest: float) -> Tensor:
     if mask is None:
         return logits
     if mask.dtype == torch.bool:
-        return logits.masked_fill_(~mask, lowest)
+        mask = torch.zeros(mask.shape, dtype=logits.dtype, device=mask.device).masked_fill_(~mask, lowest)
     return logits.add_(mask) if torch.promote_types(logits.dtype, mask.dtype) == logits.dtype else logits + mask
 
 

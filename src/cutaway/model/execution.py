@@ -104,17 +104,23 @@ class Execution:
             x = edit.apply(x, self.end - x.shape[1])
         return x.transpose(1, 2) if grid else x
 
-    def record(self, name: str, value: Tensor) -> Tensor:
-        """Capture a value if it is asked for, and stop the forward once it was the last one wanted."""
+    def record(self, name: str, value: Tensor, *, own: bool = False) -> Tensor:
+        """Capture a value if it is asked for, and stop the forward once it was the last one wanted.
+
+        `own`: nobody else will write into the value, so it need not be copied.
+        """
         if name in self.capture:
-            self.values[name] = value if self.gradients else value.detach().clone()
+            if not self.gradients:
+                self.values[name] = value.detach() if own and value.is_contiguous() else value.detach().clone()
+            else:
+                self.values[name] = value
             if self.stop and len(self.values) == len(self.capture):
                 raise _Stop
         return value
 
-    def touch(self, name: str, value: Tensor) -> Tensor:
+    def touch(self, name: str, value: Tensor, *, own: bool = False) -> Tensor:
         """Apply the edits at a site, then capture it."""
-        return self.record(name, self.edit(name, value))
+        return self.record(name, self.edit(name, value), own=own)
 
     @contextmanager
     def observing(self) -> Iterator[None]:
