@@ -117,8 +117,8 @@ def test_what_is_not_asked_for_stays_the_models_own_kernel(monkeypatch: pytest.M
 def test_weights_are_returned_as_the_base_kernel_does_and_never_the_captured_ones(name: str) -> None:
     """SDPA returns none, so none come back; what comes back from an eager kernel may be written into by others."""
     model, tokens, returned = small(name), batch((9,)), []
-    own = attentions(model)[0].register_forward_hook(lambda _module, _args, output: returned.append(output[1]))
     expected = look(eager(model), tokens, ["blocks.0.attn.pattern"]).values["blocks.0.attn.pattern"]
+    own = attentions(model)[0].register_forward_hook(lambda _module, _args, output: returned.append(output[1]))
     run = look(model, tokens, ["blocks.0.attn.pattern", "blocks.0.attn.scores"])
     own.remove()
     if name == "llama":
