@@ -1,0 +1,113 @@
+"""Patching sweeps of the benchmark: ours, and the obvious one, a forward a cell with hooks and every logit."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+import cutaway
+from cutaway.model.language_model import LanguageModel
+
+Cell = tuple[int, int]
+
+
+def flops_of_a_forward(lm: LanguageModel, length: int) -> int:
+    """Matrix products of a plain forward of one row with logits at every position (a multiplication and an addition
+    are two)."""
+    return lm.n_layers * _layer(lm, length, length) + 2 * length * lm.d_model * lm.d_vocab
+
+
+def _layer(lm: LanguageModel, computed: int, length: int) -> int:
+    """One layer of GPT-2's kind at the last `computed` positions of `length`: projections, MLP, attention."""
+    weights = 4 * lm.d_model**2 + 2 * lm.d_model * lm.d_mlp
+    return 2 * computed * weights + 4 * computed * length * lm.d_model
+
+
+class Sweep:
+    """One clean and one corrupt row; a cell patches the corrupt run with the clean value.
+
+    "heads": cell (layer, head), its z at every position. "positions": cell (layer, position), the stream before the
+    layer. The metric is the difference of two logits at the last position.
+    """
+
+    def __init__(self, lm: LanguageModel, kind: str, length: int) -> None:
+        self.lm, self.kind, self.length = lm, kind, length
+        self.ids = torch.randint(2, lm.d_vocab, (2, length), generator=torch.Generator().manual_seed(length))
+        self.answers = (11, 12)
+        second = lm.n_heads if kind == "heads" else length
+        self.cells: list[Cell] = [(layer, i) for layer in range(lm.n_layers) for i in range(second)]
+        sites = "blocks.*.attn.z" if kind == "heads" else "blocks.*.resid_pre"
+        self.clean = lm.run(self.ids[:1], capture=sites, logits=None)
+        what = "heads patched at every position" if kind == "heads" else "the stream patched by layer and position"
+        self.title = f"{len(self.cells)} cells, {what}"
+
+    def groups(self, size: int) -> list[list[Cell]]:
+        """The cells in shares of `size`, each spread over the layers."""
+        n = len(self.cells) // size
+        return [self.cells[i::n] for i in range(n)]
+
+    def metric(self, logits: Tensor) -> Tensor:
+        """[b, p, V] -> [b], at the last position."""
+        return logits[:, -1, self.answers[0]] - logits[:, -1, self.answers[1]]
+
+    def baseline(self) -> Tensor:
+        with torch.no_grad():
+            return self.metric(self.lm.hf(input_ids=self.ids[1:], use_cache=False).logits)[0]
+
+    def one_by_one(self, cells: Sequence[Cell]) -> Tensor:
+        """A forward a cell with a hook on the module, all logits, the clean values already at hand."""
+        blocks = self.lm.hf.transformer.h  # pyright: ignore[reportAttributeAccessIssue]
+        found = torch.zeros(len(cells))
+        width = self.lm.d_head
+        for i, (layer, other) in enumerate(cells):
+            if self.kind == "heads":
+                module, clean = blocks[layer].attn.c_proj, self.clean[f"blocks.{layer}.attn.z"][:, :, other]
+                where = (slice(None), slice(None), slice(other * width, (other + 1) * width))
+            else:
+                module, clean = blocks[layer], self.clean[f"blocks.{layer}.resid_pre"][:, other]
+                where = (slice(None), other)
+
+            def hook(module, args, where=where, clean=clean):
+                x = args[0].clone()
+                x[where] = clean
+                return (x, *args[1:])
+
+            handle = module.register_forward_pre_hook(hook)
+            try:
+                with torch.no_grad():
+                    found[i] = self.metric(self.lm.hf(input_ids=self.ids[1:], use_cache=False).logits)[0].item()
+            finally:
+                handle.remove()
+        return found
+
+    def ours(self) -> Tensor:
+        """The whole sweep as a user of cutaway asks for it, the clean run included."""
+        lm = self.lm
+        per_layer = len(self.cells) // lm.n_layers
+        site = "blocks.{}.attn.z" if self.kind == "heads" else "blocks.{}.resid_pre"
+        clean = lm.run(self.ids[:1], capture=site.format("*"), logits=None)
+        rows = lm.tokens(self.ids[1:]).repeat(per_layer)
+        base = lm.run(rows[[0]], capture="blocks.*.resid_pre", logits=None)
+        found = []
+        for layer in range(lm.n_layers):
+            where = "heads" if self.kind == "heads" else "positions"
+            edits = [
+                cutaway.patch(site.format(layer), clean, rows=i, source_rows=0, **{where: i}) for i in range(per_layer)
+            ]
+            run = lm.run(rows, edits=edits, resume=base, logits="last")
+            assert run.logits is not None
+            found.append(self.metric(run.logits))
+        return torch.cat(found)
+
+    def flops_needed(self) -> int:
+        """What a sweep must compute at least: every layer above a patch, and after a patched position nothing before
+        it, whose keys and values are known; one position's logits."""
+        lm, total = self.lm, 0
+        for layer, other in self.cells:
+            computed = self.length if self.kind == "heads" else self.length - other
+            total += (lm.n_layers - layer - 1) * _layer(lm, computed, self.length) + 2 * lm.d_model * lm.d_vocab
+            if self.kind == "heads":  # from its z on, the layer's own output projection and MLP
+                total += 2 * computed * (lm.d_model**2 + 2 * lm.d_model * lm.d_mlp)
+            else:
+                total += _layer(lm, computed, self.length)
+        return total
