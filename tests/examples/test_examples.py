@@ -1,0 +1,28 @@
+"""The scripts in examples/ run as they stand, offline, and print what they promise."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+PROMISED = {
+    "look_inside.py": ["blocks.*.resid_post (8 layers)", "' Austin'"],
+    "patch_a_fact.py": [" Sacramento", "mean |Δ|", "random position"],
+    "steer_generation.py": ["warm - cold × +1", "random, same length × +1", "unsteered"],
+    "harvest_and_probe.py": ["always the commonest", "shuffled labels"],
+    "attention.py": ["induction", "2 random heads", "comes after the same token earlier"],
+}
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.py")))
+def test_an_example_runs(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    said = capsys.readouterr().out
+    for text in PROMISED[name]:
+        assert text in said
+    assert len((EXAMPLES / name).read_text().splitlines()) < 60
