@@ -44,6 +44,7 @@ bench: environment ## measure speed beside the peers (minutes); results go to ru
 	.venv/bin/python tools/parity.py --build-only
 	.venv/bin/python benchmarks/run.py
 	.venv/bin/python benchmarks/dictionaries.py
+	.venv/bin/python benchmarks/model_access.py
 
 docs: environment ## write the generated pages of docs/ again
 	.venv/bin/python tools/docs.py

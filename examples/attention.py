@@ -1,6 +1,6 @@
 """What do the heads attend to, and does it matter? Scores on repeated random tokens, beside the effect of ablating.
 
-    python examples/attention.py
+python examples/attention.py
 """
 
 import cutaway

@@ -1,6 +1,6 @@
 """What does the model compute on the way to its answer? Sites, captures, and the logit lens.
 
-    python examples/look_inside.py
+python examples/look_inside.py
 """
 
 import cutaway

@@ -1,6 +1,6 @@
 """Where does the model keep which city was named? Patch the stream from another prompt, layer by layer.
 
-    python examples/patch_a_fact.py
+python examples/patch_a_fact.py
 """
 
 import cutaway
@@ -31,4 +31,7 @@ pairs = [
 ]
 grid = patch_grid(lm, pairs, direction="noise", roles=["city", "last"])
 print(grid)
-print(grid.best())
+best = grid.best()  # chosen on every second pair, measured on the others
+low, high = best.interval
+control = best.controls[0]
+print(f"{best.name}: {best.value:.2f} [{low:.2f}, {high:.2f}], {control.name} {control.value:.2f}, n {best.n}")

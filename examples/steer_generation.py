@@ -1,6 +1,6 @@
 """Change what the model writes: add a direction to the stream while it generates, and see what that costs.
 
-    python examples/steer_generation.py
+python examples/steer_generation.py
 """
 
 import torch
@@ -9,7 +9,7 @@ import cutaway
 
 WARM = ["I love this place, it is", "What a wonderful day, it was", "The meal was great and"]
 COLD = ["I hate this place, it is", "What a terrible day, it was", "The meal was awful and"]
-PROMPTS = ["The film was", "I went to the new cafe. The food was"]
+PROMPTS = ["I went to the new cafe. The food was", "I went to the new hotel. The room was"]
 LAYER, SITE = 3, "blocks.3.resid_post"
 
 lm = cutaway.load("atlas")

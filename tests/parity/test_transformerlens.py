@@ -101,8 +101,9 @@ def error(ours: Tensor, theirs: Tensor) -> float:
 
 # What TransformerLens caches and no site of ours is: token ids, rotary tables, and the same tensor under a second name.
 NOT_OURS = re.compile(
-    r"^(embed\.hook_in|pos_embed\.hook_in|rotary_emb\..*"
-    r"|blocks\.\d+\.attn\.hook_(cos|sin|hidden_states))$"
+    r"^(embed\.hook_in|pos_embed\.hook_in|rotary_emb\..*|ln_final\.hook_(in|out)|unembed\.hook_in"
+    r"|blocks\.\d+\.attn\.(hook_(cos|sin|hidden_states|q_normed|k_normed)|[qk]_norm\..*)"
+    r"|hook_unembed|.*hook_(in|out))$"  # the bridge's own names
 )
 
 
