@@ -19,7 +19,7 @@ from transformers import (
 
 from cutaway.model.language_model import LanguageModel, attach
 
-_SPECIAL = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
+_SPECIAL: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
 _SHAPES: dict[str, tuple[str, Any, Any]] = {
     "toy": (
         "Llama of 12 layers, width 64, 8 heads over 2 key-value heads",

@@ -34,7 +34,7 @@ def take_turns(subjects: Mapping[str, Subject], pairs: int, warm_up: int = 1) ->
     """Seconds of every subject in every turn; every second turn runs backwards, so that no one always goes first."""
     taken: dict[str, list[float]] = {name: [] for name in subjects}
     for turn in range(-warm_up, pairs):
-        names = list(subjects) if turn % 2 == 0 else list(reversed(subjects))
+        names = list(subjects)[:: 1 if turn % 2 == 0 else -1]
         for name in names:
             seconds = subjects[name](max(turn, 0))
             if turn >= 0:

@@ -1,6 +1,7 @@
 """Patching sweeps of the benchmark: ours, and the obvious one, a forward a cell with hooks and every logit."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,7 +57,7 @@ class Sweep:
 
     def one_by_one(self, cells: Sequence[Cell]) -> Tensor:
         """A forward a cell with a hook on the module, all logits, the clean values already at hand."""
-        blocks = self.lm.hf.transformer.h  # pyright: ignore[reportAttributeAccessIssue]
+        blocks: Any = self.lm.hf.transformer.h  # pyright: ignore[reportAttributeAccessIssue]
         found = torch.zeros(len(cells))
         width = self.lm.d_head
         for i, (layer, other) in enumerate(cells):
@@ -90,9 +91,11 @@ class Sweep:
         base = lm.run(rows[[0]], capture="blocks.*.resid_pre", logits=None)
         found = []
         for layer in range(lm.n_layers):
-            where = "heads" if self.kind == "heads" else "positions"
             edits = [
-                cutaway.patch(site.format(layer), clean, rows=i, source_rows=0, **{where: i}) for i in range(per_layer)
+                cutaway.patch(site.format(layer), clean, rows=i, source_rows=0, heads=i)
+                if self.kind == "heads"
+                else cutaway.patch(site.format(layer), clean, rows=i, source_rows=0, positions=i)
+                for i in range(per_layer)
             ]
             run = lm.run(rows, edits=edits, resume=base, logits="last")
             assert run.logits is not None

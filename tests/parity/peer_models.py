@@ -28,7 +28,7 @@ _ROTARY: dict[str, Any] = {
     "vocab_size": V, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": LAYERS,
     "num_attention_heads": HEADS, "num_key_value_heads": 2, "max_position_embeddings": 64, **_SPECIAL,
 }  # fmt: skip
-_NEOX = {name: value for name, value in _ROTARY.items() if name != "num_key_value_heads"}
+_NEOX = {name: value for name, value in _ROTARY.items() if name != "num_key_value_heads"} | {"rotary_pct": 0.5}
 KINDS: dict[str, tuple[Any, Any]] = {
     "gpt2": (
         GPT2LMHeadModel,
@@ -42,7 +42,7 @@ KINDS: dict[str, tuple[Any, Any]] = {
             **_ROTARY, head_dim=12, attn_logit_softcapping=5.0, final_logit_softcapping=6.0, query_pre_attn_scalar=7
         ),
     ),
-    "neox": (GPTNeoXForCausalLM, lambda: GPTNeoXConfig(**_NEOX, rotary_pct=0.5)),
+    "neox": (GPTNeoXForCausalLM, lambda: GPTNeoXConfig(**_NEOX)),
 }
 
 
