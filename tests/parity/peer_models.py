@@ -28,7 +28,9 @@ _ROTARY: dict[str, Any] = {
     "vocab_size": V, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": LAYERS,
     "num_attention_heads": HEADS, "num_key_value_heads": 2, "max_position_embeddings": 64, **_SPECIAL,
 }  # fmt: skip
-_NEOX = {name: value for name, value in _ROTARY.items() if name != "num_key_value_heads"} | {"rotary_pct": 0.5}
+_NEOX: dict[str, Any] = {name: value for name, value in _ROTARY.items() if name != "num_key_value_heads"} | {
+    "rotary_pct": 0.5
+}
 KINDS: dict[str, tuple[Any, Any]] = {
     "gpt2": (
         GPT2LMHeadModel,
