@@ -47,9 +47,13 @@ class Sweep:
         n = len(self.cells) // size
         return [self.cells[i::n] for i in range(n)]
 
+    def of_last(self, logits: Tensor) -> Tensor:
+        """Logits of the last position [b, V] -> [b]."""
+        return logits[:, self.answers[0]] - logits[:, self.answers[1]]
+
     def metric(self, logits: Tensor) -> Tensor:
         """[b, p, V] -> [b], at the last position."""
-        return logits[:, -1, self.answers[0]] - logits[:, -1, self.answers[1]]
+        return self.of_last(logits[:, -1])
 
     def baseline(self) -> Tensor:
         with torch.no_grad():
@@ -83,24 +87,15 @@ class Sweep:
 
     def ours(self) -> Tensor:
         """The whole sweep as a user of cutaway asks for it, the clean run included."""
-        lm = self.lm
-        per_layer = len(self.cells) // lm.n_layers
         site = "blocks.{}.attn.z" if self.kind == "heads" else "blocks.{}.resid_pre"
-        clean = lm.run(self.ids[:1], capture=site.format("*"), logits=None)
-        rows = lm.tokens(self.ids[1:]).repeat(per_layer)
-        base = lm.run(rows[[0]], capture="blocks.*.resid_pre", logits=None)
-        found = []
-        for layer in range(lm.n_layers):
-            edits = [
-                cutaway.patch(site.format(layer), clean, rows=i, source_rows=0, heads=i)
-                if self.kind == "heads"
-                else cutaway.patch(site.format(layer), clean, rows=i, source_rows=0, positions=i)
-                for i in range(per_layer)
-            ]
-            run = lm.run(rows, edits=edits, resume=base, logits="last")
-            assert run.logits is not None
-            found.append(self.metric(run.logits))
-        return torch.cat(found)
+        clean = self.lm.run(self.ids[:1], capture=site.format("*"), logits=None)
+        cells = [
+            cutaway.patch(site.format(layer), clean, heads=i)
+            if self.kind == "heads"
+            else cutaway.patch(site.format(layer), clean, positions=i)
+            for layer, i in self.cells
+        ]
+        return self.lm.sweep(self.ids[1:], cells, lambda logits, _: self.of_last(logits)).values[:, 0]
 
     def flops_needed(self) -> int:
         """What a sweep must compute at least: every layer above a patch, and after a patched position nothing before
