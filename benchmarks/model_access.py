@@ -21,13 +21,14 @@ from collections.abc import Callable, Sequence
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 from model_access_models import Models
 from paired import ROOT, Claim, Peer, PeerAbsent, Row, Subject, judged, take_turns, timed, verdict
 from peer_worker import peak_over, resident
-from sweeps import Sweep, flops_of_a_forward
+from sweeps import PatchSweep
 from torch import Tensor
 
 from cutaway.artifacts.files import write_json
@@ -182,21 +183,20 @@ def captures(bench: Bench) -> Row:
     return row
 
 
-def sweep(bench: Bench, name: str, kind: str, length: int) -> Row:
+def sweep(bench: Bench, name: str, kind: str, length: int, step: int, per_turn: int, pairs: int) -> Row:
     """A whole sweep of ours, beside one forward a cell and TransformerLens on a share of the cells."""
     lm = bench.lm("small")
-    task = Sweep(lm, kind, length)
+    task = PatchSweep(lm, kind, length, step)
     row = Row(name, f"{task.title}; {bench.models.describe('small')}, batch 1 × {length} tokens")
-    per_turn, pairs = {16: (24, 30), 64: (12, 10), 256: (6, 4)}[length]
     groups = task.groups(per_turn)
     with_peer = length == 16 and "transformerlens" in bench.peers
 
-    ours = task.ours()
+    swept = task.ours()
     if bench.options.quick or length > 16:
         cells = [cell for group in groups[:2] for cell in group]
     else:
         cells = task.cells
-    chosen = ours[[task.cells.index(cell) for cell in cells]]
+    chosen = swept.values[:, 0][[task.cells.index(cell) for cell in cells]]
     oracle = task.one_by_one(cells)
     same(row, f"cutaway and one forward a cell, {len(cells)} cells", relative(chosen, oracle))
     effect = (oracle - task.baseline()).abs().max().item()
@@ -242,15 +242,15 @@ def sweep(bench: Bench, name: str, kind: str, length: int) -> Row:
         f"{len(task.cells)} cells; the slow subjects run {per_turn} of them a turn, other ones each turn, scaled up; "
         "theirs without the clean run, ours with it"
     )
-    needed, whole = task.flops_needed(), len(task.cells) * flops_of_a_forward(lm, length)
-    found = row.verdicts[[v.text for v in row.verdicts].index("one forward a cell / cutaway")].value
-    rate = bench.models.matmul_rate()
-    seconds = sorted(row.seconds["cutaway"])[len(row.seconds["cutaway"]) // 2]
+    flops = swept.flops
+    found = next(one.value for one in row.verdicts if one.text == "one forward a cell / cutaway")
+    rate, seconds = bench.models.matmul_rate(), median(row.seconds["cutaway"])
     row.notes.append(
-        f"arithmetic alone allows {whole / needed:.2f} times (needed {needed / 1e9:.0f} of {whole / 1e9:.0f} GFLOP); "
-        f"reached {found / (whole / needed):.0%} of that, and {needed / seconds / rate:.0%} of this machine's matrix "
-        f"products ({rate / 1e9:.0f} GFLOP/s)"
+        f"arithmetic alone allows {flops.bound:.2f} times (needed {flops.needed / 1e9:.0f}, done {flops.run / 1e9:.0f}, "
+        f"one forward a cell {flops.plain / 1e9:.0f} GFLOP): {found / flops.bound:.0%} of that bound; and "
+        f"{flops.needed / seconds / rate:.0%} of what this machine's matrix products allow ({rate / 1e9:.0f} GFLOP/s)"
     )
+    row.notes += swept.notes
     return row
 
 
@@ -347,10 +347,11 @@ ROWS: dict[str, tuple[int, Callable[[Bench], Row]]] = {
     "run-toy": (1, lambda bench: forward(bench, "run-toy", "toy", 1, 16, 20, 1.05)),
     "run-small": (0, lambda bench: forward(bench, "run-small", "small", 4, 128, 1, 1.01)),
     "captures": (1, captures),
-    "heads-16": (0, lambda bench: sweep(bench, "heads-16", "heads", 16)),
-    "heads-64": (0, lambda bench: sweep(bench, "heads-64", "heads", 64)),
-    "heads-256": (0, lambda bench: sweep(bench, "heads-256", "heads", 256)),
-    "positions-16": (0, lambda bench: sweep(bench, "positions-16", "positions", 16)),
+    "heads-16": (0, lambda bench: sweep(bench, "heads-16", "heads", 16, 1, 24, 30)),
+    "heads-64": (0, lambda bench: sweep(bench, "heads-64", "heads", 64, 1, 12, 6)),
+    "heads-256": (0, lambda bench: sweep(bench, "heads-256", "heads", 256, 4, 6, 4)),
+    "positions-16": (0, lambda bench: sweep(bench, "positions-16", "positions", 16, 1, 24, 30)),
+    "positions-64": (0, lambda bench: sweep(bench, "positions-64", "positions", 64, 8, 12, 6)),
     "pattern": (0, pattern),
 }
 

@@ -8,39 +8,28 @@ from torch import Tensor
 
 import cutaway
 from cutaway.model.language_model import LanguageModel
+from cutaway.model.sweep import Sweep
 
 Cell = tuple[int, int]
 
 
-def flops_of_a_forward(lm: LanguageModel, length: int) -> int:
-    """Matrix products of a plain forward of one row with logits at every position (a multiplication and an addition
-    are two)."""
-    return lm.n_layers * _layer(lm, length, length) + 2 * length * lm.d_model * lm.d_vocab
-
-
-def _layer(lm: LanguageModel, computed: int, length: int) -> int:
-    """One layer of GPT-2's kind at the last `computed` positions of `length`: projections, MLP, attention."""
-    weights = 4 * lm.d_model**2 + 2 * lm.d_model * lm.d_mlp
-    return 2 * computed * weights + 4 * computed * length * lm.d_model
-
-
-class Sweep:
+class PatchSweep:
     """One clean and one corrupt row; a cell patches the corrupt run with the clean value.
 
     "heads": cell (layer, head), its z at every position. "positions": cell (layer, position), the stream before the
-    layer. The metric is the difference of two logits at the last position.
+    layer. `step` leaves out cells: every so many heads or positions are swept. The metric is the difference of two logits at the last position.
     """
 
-    def __init__(self, lm: LanguageModel, kind: str, length: int) -> None:
+    def __init__(self, lm: LanguageModel, kind: str, length: int, step: int = 1) -> None:
         self.lm, self.kind, self.length = lm, kind, length
         self.ids = torch.randint(2, lm.d_vocab, (2, length), generator=torch.Generator().manual_seed(length))
         self.answers = (11, 12)
         second = lm.n_heads if kind == "heads" else length
-        self.cells: list[Cell] = [(layer, i) for layer in range(lm.n_layers) for i in range(second)]
+        self.cells: list[Cell] = [(layer, i) for layer in range(lm.n_layers) for i in range(0, second, step)]
         sites = "blocks.*.attn.z" if kind == "heads" else "blocks.*.resid_pre"
         self.clean = lm.run(self.ids[:1], capture=sites, logits=None)
         what = "heads patched at every position" if kind == "heads" else "the stream patched by layer and position"
-        self.title = f"{len(self.cells)} cells, {what}"
+        self.title = f"{what}, {len(self.cells)} cells" + (f" (one in {step})" if step > 1 else "")
 
     def groups(self, size: int) -> list[list[Cell]]:
         """The cells in shares of `size`, each spread over the layers."""
@@ -85,7 +74,7 @@ class Sweep:
                 handle.remove()
         return found
 
-    def ours(self) -> Tensor:
+    def ours(self) -> Sweep:
         """The whole sweep as a user of cutaway asks for it, the clean run included."""
         site = "blocks.{}.attn.z" if self.kind == "heads" else "blocks.{}.resid_pre"
         clean = self.lm.run(self.ids[:1], capture=site.format("*"), logits=None)
@@ -95,17 +84,4 @@ class Sweep:
             else cutaway.patch(site.format(layer), clean, positions=i)
             for layer, i in self.cells
         ]
-        return self.lm.sweep(self.ids[1:], cells, lambda logits, _: self.of_last(logits)).values[:, 0]
-
-    def flops_needed(self) -> int:
-        """What a sweep must compute at least: every layer above a patch, and after a patched position nothing before
-        it, whose keys and values are known; one position's logits."""
-        lm, total = self.lm, 0
-        for layer, other in self.cells:
-            computed = self.length if self.kind == "heads" else self.length - other
-            total += (lm.n_layers - layer - 1) * _layer(lm, computed, self.length) + 2 * lm.d_model * lm.d_vocab
-            if self.kind == "heads":  # from its z on, the layer's own output projection and MLP
-                total += 2 * computed * (lm.d_model**2 + 2 * lm.d_model * lm.d_mlp)
-            else:
-                total += _layer(lm, computed, self.length)
-        return total
+        return self.lm.sweep(self.ids[1:], cells, lambda logits, _: self.of_last(logits))
