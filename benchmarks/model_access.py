@@ -246,8 +246,8 @@ def sweep(bench: Bench, name: str, kind: str, length: int, step: int, per_turn: 
     found = next(one.value for one in row.verdicts if one.text == "one forward a cell / cutaway")
     rate, seconds = bench.models.matmul_rate(), median(row.seconds["cutaway"])
     row.notes.append(
-        f"arithmetic alone allows {flops.bound:.2f} times (needed {flops.needed / 1e9:.0f}, done {flops.run / 1e9:.0f}, "
-        f"one forward a cell {flops.plain / 1e9:.0f} GFLOP): {found / flops.bound:.0%} of that bound; and "
+        f"arithmetic alone allows {flops.bound:.2f} times (needed {flops.needed / 1e9:.0f}, done "
+        f"{flops.run / 1e9:.0f}, one forward a cell {flops.plain / 1e9:.0f} GFLOP): {found / flops.bound:.0%} of that bound; and "
         f"{flops.needed / seconds / rate:.0%} of what this machine's matrix products allow ({rate / 1e9:.0f} GFLOP/s)"
     )
     row.notes += swept.notes

@@ -17,7 +17,8 @@ class PatchSweep:
     """One clean and one corrupt row; a cell patches the corrupt run with the clean value.
 
     "heads": cell (layer, head), its z at every position. "positions": cell (layer, position), the stream before the
-    layer. `step` leaves out cells: every so many heads or positions are swept. The metric is the difference of two logits at the last position.
+    layer. `step` leaves out cells: every so many heads or positions are swept. The metric is the difference of two
+    logits at the last position.
     """
 
     def __init__(self, lm: LanguageModel, kind: str, length: int, step: int = 1) -> None:
