@@ -247,8 +247,9 @@ def sweep(bench: Bench, name: str, kind: str, length: int, step: int, per_turn: 
     rate, seconds = bench.models.matmul_rate(), median(row.seconds["cutaway"])
     row.notes.append(
         f"arithmetic alone allows {flops.bound:.2f} times (needed {flops.needed / 1e9:.0f}, done "
-        f"{flops.run / 1e9:.0f}, one forward a cell {flops.plain / 1e9:.0f} GFLOP): {found / flops.bound:.0%} of that bound; and "
-        f"{flops.needed / seconds / rate:.0%} of what this machine's matrix products allow ({rate / 1e9:.0f} GFLOP/s)"
+        f"{flops.run / 1e9:.0f}, one forward a cell {flops.plain / 1e9:.0f} GFLOP): {found / flops.bound:.0%} of that "
+        f"bound; and {flops.needed / seconds / rate:.0%} of what this machine's matrix products allow "
+        f"({rate / 1e9:.0f} GFLOP/s)"
     )
     row.notes += swept.notes
     return row
