@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from model_access_models import Models
-from paired import ROOT, Claim, Peer, PeerAbsent, Row, Subject, judged, take_turns, timed, verdict
+from paired import ROOT, Claim, Peer, PeerAbsent, Row, Subject, relative, same, take_turns, timed, verdict
 from peer_worker import peak_over, resident
 from sweeps import PatchSweep
 from torch import Tensor
@@ -98,15 +98,6 @@ class Bench:
         row.verdicts += [
             verdict(claim, row.seconds) for claim in claims if claim.over in subjects and claim.under in subjects
         ]
-
-
-def relative(value: Tensor, reference: Tensor) -> float:
-    """Largest difference, relative to the largest reference value."""
-    return ((value.double() - reference.double()).abs().max() / reference.double().abs().max()).item()
-
-
-def same(row: Row, who: str, found: float, bound: float = 1e-5) -> None:
-    row.verdicts.append(judged(f"{who}: max relative difference of the numbers", found, "<=", bound))
 
 
 def tokens(lm: LanguageModel, batch: int, length: int, seed: int = 0) -> Tensor:

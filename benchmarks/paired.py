@@ -14,6 +14,7 @@ from statistics import median
 from typing import Any, Literal
 
 import numpy as np
+from torch import Tensor
 
 from cutaway.artifacts.statistics import bootstrap_interval
 
@@ -116,6 +117,15 @@ class Row:
     def to_json(self) -> dict[str, Any]:
         medians = {name: median(times) for name, times in self.seconds.items()}
         return {**asdict(self), "median_seconds": medians}
+
+
+def relative(value: Tensor, reference: Tensor) -> float:
+    """Largest difference, relative to the largest reference value."""
+    return ((value.double() - reference.double()).abs().max() / reference.double().abs().max()).item()
+
+
+def same(row: Row, who: str, found: float, bound: float = 1e-5) -> None:
+    row.verdicts.append(judged(f"{who}: max relative difference of the numbers", found, "<=", bound))
 
 
 class PeerAbsent(Exception):
