@@ -12,18 +12,20 @@ from safetensors.torch import load_file, save_file
 from subject import plain
 from tiny import FAMILIES, tiny_config, tiny_model, word_tokenizer
 from transformers import (
+    AfmoeConfig,
+    AfmoeForCausalLM,
     AutoModelForCausalLM,
+    BartConfig,
+    BartForCausalLM,
     BertConfig,
     BertModel,
-    BloomConfig,
-    BloomForCausalLM,
-    GraniteConfig,
-    GraniteForCausalLM,
+    BitNetConfig,
+    BitNetForCausalLM,
     LlamaModel,
-    MixtralConfig,
-    MixtralForCausalLM,
-    Olmo2Config,
-    Olmo2ForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
 )
 
 import cutaway
@@ -275,11 +277,32 @@ def test_a_gpu_that_is_not_there(saved: Path, monkeypatch: pytest.MonkeyPatch) -
 SMALL: dict[str, Any] = {
     "vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4,
 }  # fmt: skip
+
+
+def _afmoe() -> AfmoeConfig:
+    return AfmoeConfig(**SMALL, num_key_value_heads=2, head_dim=8, num_dense_layers=1, pad_token_id=1)
+
+
+def _mamba() -> MambaConfig:
+    return MambaConfig(vocab_size=50, hidden_size=32, num_hidden_layers=1, state_size=4)
+
+
+def _opt_350m() -> OPTConfig:
+    return OPTConfig(**{k: v for k, v in SMALL.items() if k != "intermediate_size"}, do_layer_norm_before=False)
+
+
 MISFITS: dict[str, tuple[Callable[[], Any], str]] = {
-    "experts": (lambda: MixtralForCausalLM(MixtralConfig(**SMALL, num_local_experts=2)), "Mixtral.* has no"),
-    "norms after": (lambda: Olmo2ForCausalLM(Olmo2Config(**SMALL)), "Olmo2ForCausalLM is not supported: .*norm"),
-    "multiplier": (lambda: GraniteForCausalLM(GraniteConfig(**SMALL, residual_multiplier=0.5)), "multiplier=0.5"),
-    "own attention": (lambda: BloomForCausalLM(BloomConfig(vocab_size=50, hidden_size=32, n_layer=1)), "Bloom"),
+    "a norm in attention": (lambda: BitNetForCausalLM(BitNetConfig(**SMALL)), "attn_sub_norm"),
+    "a gate in attention": (
+        lambda: AfmoeForCausalLM(_afmoe()),
+        r"fails \d+ of \d+ checks, the first at layer 0: attn.pattern",
+    ),
+    "state space": (lambda: MambaForCausalLM(_mamba()), "MambaForCausalLM is not supported"),
+    "norms in the stream": (lambda: OPTForCausalLM(_opt_350m()), "do_layer_norm_before=False"),
+    "encoder-decoder": (
+        lambda: BartForCausalLM(BartConfig(d_model=32, vocab_size=50)),
+        "BartForCausalLM is not supported",
+    ),
     "encoder": (lambda: BertModel(BertConfig(**SMALL)), "BertModel is not supported"),
     "no unembedding": (lambda: LlamaModel(tiny_config("llama")), "no unembedding"),
     "any module": (lambda: torch.nn.Linear(3, 3), "not a Linear"),

@@ -13,7 +13,7 @@ from cutaway.artifacts.errors import CutawayError
 from cutaway.model.execution import Execution
 from cutaway.model.language_model import LanguageModel, attach
 from cutaway.model.selftest import SelfTest
-from cutaway.model.taps import _Installer
+from cutaway.model.taps import Installer
 
 
 def test_every_family_passes(subject: Subject) -> None:
@@ -141,13 +141,15 @@ def test_reading_before_instead_of_after_a_norm_is_caught(
 ) -> None:
     """The site's hook sits on the norm instead of on the module behind it. Names, shapes and logits stay right."""
     lm = of_family("llama").lm
-    plain, layer, right = lm.run([5, 6, 7]).logits, lm.family.layers[1], _Installer.before
+    plain, layer, right = lm.run([5, 6, 7]).logits, lm.family.layers[1], Installer.before
+    assert layer.ln1 is not None
+    assert layer.ln2 is not None
     module, norm = (layer.attention, layer.ln1.module) if part == "attn.in" else (layer.mlp, layer.ln2.module)
 
-    def before(self: _Installer, at: nn.Module, change: Any) -> None:
+    def before(self: Installer, at: nn.Module, change: Any) -> None:
         right(self, norm if at is module else at, change)
 
-    monkeypatch.setattr(_Installer, "before", before)
+    monkeypatch.setattr(Installer, "before", before)
     run = lm.run([5, 6, 7], capture=f"blocks.1.{part}")
     assert run.logits is not None
     assert plain is not None
@@ -169,21 +171,17 @@ def test_an_output_projection_that_is_more_than_its_weight_is_caught() -> None:
     assert test.failures()[0].layer == 1
 
 
-def test_logits_that_differ_from_the_plain_model_are_caught(
-    of_family: Subjects, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    lm = of_family("llama").lm
-    right = LanguageModel.run
+def test_a_row_that_a_batch_changes_is_caught(of_family: Subjects, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An edit of one row that leaks into the others: the row without an edit is not the row alone."""
+    lm, right = of_family("llama").lm, Execution.edit
 
-    def run(self: LanguageModel, *args: Any, **options: Any) -> Any:
-        made = right(self, *args, **options)
-        if not options and made.logits is not None:
-            object.__setattr__(made, "logits", made.logits.nextafter(torch.tensor(9.0)))
-        return made
+    def leaking(self: Execution, name: str, value: Tensor) -> Tensor:
+        new = right(self, name, value)
+        return new if new is value else new + 0.01 * (new - value).abs().max()
 
-    monkeypatch.setattr(LanguageModel, "run", run)
-    (failure,) = lm.selftest().failures()
-    assert failure.check == "nothing captured or edited: logits are bit-equal"
+    monkeypatch.setattr(Execution, "edit", leaking)
+    checks = {row.check for row in lm.selftest().failures()}
+    assert "a row of a batch without an edit = the row alone" in checks
 
 
 def test_not_a_number_is_a_failure(of_family: Subjects, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,21 +192,30 @@ def test_not_a_number_is_a_failure(of_family: Subjects, monkeypatch: pytest.Monk
     assert all(row.layer in (None, *range(LAYERS)) for row in test.rows)
 
 
-def test_a_run_as_big_as_a_real_models_self_test_stays_small(
-    of_family: Subjects, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One layer's cases at a time: what is held does not grow with the number of layers."""
-    held = []
-    right = LanguageModel._check_size
+def test_two_forwards_and_captures_of_their_own_rows(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is held of a site in the second forward are the rows that edit its layer, not all of them."""
+    calls, right = [], Execution.forward
 
-    def watch(self: LanguageModel, names: list[str], tokens: Any, limit: int) -> None:
-        held.append((len(tokens), {n.split(".")[1] for n in names if n.startswith("blocks.")}))
-        right(self, names, tokens, limit)
+    def counted(self: Execution, call: Any) -> Any:
+        out = right(self, call)
+        calls.append((len(self.mask), {name: len(value) for name, value in self.values.items()}))
+        return out
 
-    monkeypatch.setattr(LanguageModel, "_check_size", watch)
-    of_family("gemma2").lm.selftest()
-    assert all(len(layers) <= 2 for rows, layers in held if rows > 1)
-    assert max(rows for rows, _ in held) < 40
+    monkeypatch.setattr(Execution, "forward", counted)
+    forwards = 0
+
+    def count(_m: nn.Module, _args: Any, _output: Any) -> None:
+        nonlocal forwards
+        forwards += 1
+
+    handle = subject.hf.register_forward_hook(count)
+    subject.lm.selftest()
+    handle.remove()
+    (one, _), (rows, held) = calls
+    assert forwards == 2
+    assert one == 1
+    assert rows > 20 * LAYERS
+    assert max(n for name, n in held.items() if name.startswith("blocks.1.") and "resid_pre" not in name) < rows / 2
 
 
 def test_weights_that_are_no_numbers_are_named() -> None:

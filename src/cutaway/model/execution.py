@@ -77,6 +77,8 @@ class Execution:
         self.end = mask.shape[1]  # columns read so far, those of this forward included
         self.values: dict[str, Tensor] = {}
         self.attention_layers: dict[int, int] = {}
+        self.wrapped: dict[int, Callable[[Tensor], Tensor]] = {}  # what to do inside a module's forward, by its id
+        self.rows_of: Mapping[str, slice] = {}  # the rows to capture of a site, where they are not all
 
     def wants(self, *names: str) -> bool:
         """Whether any of these sites is captured or edited."""
@@ -110,10 +112,11 @@ class Execution:
         `own`: nobody else will write into the value, so it need not be copied.
         """
         if name in self.capture:
+            rows = self.rows_of.get(name)
+            kept = value if rows is None else value[rows]
             if not self.gradients:
-                self.values[name] = value.detach() if own and value.is_contiguous() else value.detach().clone()
-            else:
-                self.values[name] = value
+                kept = kept.detach() if own and rows is None and kept.is_contiguous() else kept.detach().clone()
+            self.values[name] = kept
             if self.stop and len(self.values) == len(self.capture):
                 raise _Stop
         return value
@@ -130,7 +133,7 @@ class Execution:
             for name in {*self.capture, *self.edits}:
                 index = layer_of(name)
                 if index is not None and name.endswith(_IN_ATTENTION):
-                    for module, attribute, make in switches(layers[index].attention):
+                    for module, attribute, make in switches(layers[index].core):
                         if id(module) not in self.attention_layers:
                             self.attention_layers[id(module)] = index
                             stack.enter_context(shadowed(module, attribute, make))
@@ -138,8 +141,7 @@ class Execution:
                 self.replace.setdefault(layers[index].module, passing(self.lm.layer_forms.get(layers[index].module)))
             for module in self.replace:
                 stack.enter_context(shadowed(module, "forward", lambda m=module: _dispatch(m)))
-            for handle in install(self):
-                stack.callback(handle.remove)
+            stack.push(install(self))
             for handle in self.watch(self) if self.watch is not None else ():
                 stack.callback(handle.remove)
             token = _active.set(self)
@@ -186,9 +188,13 @@ class Execution:
             raise CutawayError("The metric is NaN or infinite, so it has no gradient.")
         found = torch.autograd.grad(metric.sum(), inputs, allow_unused=True)
         return {
-            name: torch.zeros_like(value) if grad is None else grad.detach()
+            name: self.by_row(torch.zeros_like(value) if grad is None else grad.detach())
             for name, value, grad in zip(names, inputs, found, strict=True)
         }
+
+    def by_row(self, value: Tensor) -> Tensor:
+        """[b p d], also where a model has all tokens in one dimension."""
+        return value.view(self.mask.shape[0], -1, value.shape[-1]) if value.ndim == 2 else value
 
 
 def receipts_of(edits: Iterable[Resolved], tokens_first: Tensor) -> tuple[Receipt, ...]:

@@ -1,139 +1,161 @@
 """How each Hugging Face family spells its parts.
 
-Parts are found by structure: a model is a list of decoder layers, each with an attention, an MLP and norms whose
-attribute names come from short lists of candidates. What the structure cannot tell (residual wiring, fused
-projections) is probed or read from the configuration. A model that does not fit is refused with the reason.
+Parts are found by structure: a model is a list of decoder layers, each with an attention, an MLP or experts, and norms,
+whose attribute names come from short lists of candidates; which norm a module computes is tried out. `TRAITS` says what
+structure cannot tell. A model that does not fit is refused with the reason; one of a type that the test bed does not
+hold (`TESTED`) has to pass the self-test when it is attached.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cutaway.artifacts.errors import CutawayError
+from cutaway.model.norms import Norm, probe_norm
+from cutaway.model.parts import Experts, Family, Layer, Projection, weight_matrix, width_in, width_out
 
-Split = Callable[[Tensor], dict[str, Tensor]]
-Join = Callable[[dict[str, Tensor]], Tensor]
+__all__ = ["TESTED", "Family", "Layer", "Norm", "find_family", "weight_matrix"]
+
+# Model types whose random small configurations the test bed holds; they are attached without a self-test.
+TESTED = frozenset(
+    {
+        "apertus",
+        "arcee",
+        "biogpt",
+        "bloom",
+        "codegen",
+        "cohere",
+        "cohere2",
+        "deepseek_v2",
+        "deepseek_v3",
+        "dots1",
+        "ernie4_5",
+        "ernie4_5_moe",
+        "exaone4",
+        "falcon",
+        "flex_olmo",
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "glm",
+        "glm4",
+        "glm4_moe",
+        "gpt2",
+        "gpt_bigcode",
+        "gpt_neo",
+        "gpt_neox",
+        "gpt_oss",
+        "gptj",
+        "granite",
+        "granitemoe",
+        "helium",
+        "hunyuan_v1_dense",
+        "hunyuan_v1_moe",
+        "llama",
+        "ministral",
+        "ministral3",
+        "mistral",
+        "mixtral",
+        "mpt",
+        "nemotron",
+        "olmo",
+        "olmo2",
+        "olmo3",
+        "olmoe",
+        "opt",
+        "persimmon",
+        "phi",
+        "phi3",
+        "phimoe",
+        "qwen2",
+        "qwen2_moe",
+        "qwen3",
+        "qwen3_moe",
+        "seed_oss",
+        "smollm3",
+        "solar_open",
+        "stablelm",
+        "starcoder2",
+        "vaultgemma",
+        "xglm",
+    }
+)
 
 
 @dataclass(frozen=True)
-class Norm:
-    """A norm: y = gain(center(x) / scale), scale = sqrt(mean(center(x)^2) + eps), computed in fp32 or wider."""
+class Traits:
+    """What the structure of a model type does not tell.
 
-    module: nn.Module
-    centered: bool
-    eps: float
-    weight: Tensor | None
-    bias: Tensor | None
-    offset: float  # Gemma stores the gain minus one
-    gain_in_float: bool  # Gemma multiplies before the cast back, Llama after it
-
-    def divide(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [..., d] -> centred x and its scale [..., 1], both in the dtype of the computation (fp32 or wider)."""
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        if self.centered:
-            wide = wide - wide.mean(-1, keepdim=True)
-        return wide, (wide.pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
-
-    def gain(self, normalized: Tensor, dtype: torch.dtype) -> Tensor:
-        """The module's output for a normalised value [..., d]."""
-        if not self.gain_in_float and not self.centered:
-            normalized = normalized.to(dtype)
-        y = normalized
-        if self.weight is not None:
-            weight = self.weight.to(y.dtype) if self.gain_in_float or self.centered else self.weight
-            y = y * (weight + self.offset if self.offset else weight)
-        if self.bias is not None:
-            y = y + self.bias.to(y.dtype)
-        return y.to(dtype)
-
-
-@dataclass(frozen=True)
-class Projections:
-    """Where queries, keys and values are computed: separate modules, or one fused module with a way to split and
-    join.
+    `parallel`: attention and MLP read the same stream though each has a norm. `grouped`: a fused projection holds
+    queries, key and value of one key-value head after those of another (else all queries, all keys, all values).
+    `adds`: modules that return the stream with what they write already added. `refuse`: a setting that is not
+    supported, with the reason.
     """
 
-    modules: dict[str, nn.Module]  # "q", "k", "v", or "qkv"
-    split: Split | None = None  # fused output -> {"q": [b p H h], "k": [b p KV h], "v": ...}
-    join: Join | None = None
+    parallel: Callable[[Any], bool] | None = None
+    grouped: Callable[[Any], bool] | None = None
+    adds: tuple[str, ...] = ()
+    alibi: Callable[[Any], bool] | None = None
+    qk_norm_last: bool = False
+    kv_heads: Callable[[Any], int] | None = None
+    refuse: Callable[[Any], str | None] | None = None
 
 
-@dataclass(frozen=True)
-class Layer:
-    """The parts of one decoder layer. A post-norm, where there is one, is what writes to the stream."""
-
-    module: nn.Module
-    attention: nn.Module
-    projections: Projections
-    output: nn.Module  # W_O
-    mlp: nn.Module
-    mlp_in: nn.Module  # computes `pre` (the gate of a gated MLP)
-    mlp_linear: nn.Module | None  # computes `pre_linear`
-    mlp_out: nn.Module
-    ln1: Norm
-    ln2: Norm
-    ln1_post: Norm | None
-    ln2_post: Norm | None
-
-    @property
-    def attention_writer(self) -> nn.Module:
-        return self.ln1_post.module if self.ln1_post else self.attention
-
-    @property
-    def mlp_writer(self) -> nn.Module:
-        return self.ln2_post.module if self.ln2_post else self.mlp
+def _always(_: Any) -> bool:
+    return True
 
 
-@dataclass(frozen=True)
-class Family:
-    """A model's parts and numbers, whatever its class calls them."""
-
-    model_type: str
-    embed: nn.Module
-    pos_embed: nn.Module | None
-    layers: tuple[Layer, ...]
-    ln_final: Norm
-    unembed: nn.Module
-    parallel: bool
-    qk_norm: bool
-    final_softcap: float | None
-    n_heads: int
-    n_kv_heads: int
-    d_head: int
-    d_model: int
-    d_mlp: int
-    d_vocab: int
-    context_length: int
-    softmax_in_float: bool
-
-    def absent(self, template: str) -> str | None:
-        """Why this family has no such site, or None if it has."""
-        first = self.layers[0]
-        if template == "pos_embed" and self.pos_embed is None:
-            return "positions enter attention (rotary), not the stream"
-        if template == "blocks.{l}.resid_mid" and self.parallel:
-            return "parallel residual: attention and MLP read the same stream, so there is no resid_mid"
-        if ("ln1_post" in template and first.ln1_post is None) or ("ln2_post" in template and first.ln2_post is None):
-            return "no norm after the module: it writes to the stream directly"
-        if template == "blocks.{l}.mlp.pre_linear" and first.mlp_linear is None:
-            return "the MLP is not gated"
-        if template == "logits_precap" and self.final_softcap is None:
-            return "no final softcap: it would be the same tensor as logits"
-        return None
+def _after_norm(config: Any) -> str | None:
+    after = getattr(config, "apply_residual_connection_post_layernorm", False)
+    return "the stream goes through a norm in every layer (apply_residual_connection_post_layernorm)" if after else None
 
 
-def weight_matrix(module: nn.Module) -> Tensor:
-    """The weight of a projection as [in, out], whatever way its class stores it."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight if type(module).__name__ == "Conv1D" else weight.T
+def _opt_350m(config: Any) -> str | None:
+    if not config.do_layer_norm_before:
+        return "its norms stand in the stream itself, after attention and MLP (do_layer_norm_before=False)"
+    return "its embedding is narrower than its stream" if config.word_embed_proj_dim != config.hidden_size else None
 
 
-def _child(module: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
+def _falcon_kv_heads(config: Any) -> int:
+    if config.new_decoder_architecture:
+        return config.num_kv_heads
+    return 1 if config.multi_query else config.num_attention_heads
+
+
+TRAITS: Mapping[str, Traits] = {
+    "gpt_neox": Traits(parallel=lambda c: c.use_parallel_residual, grouped=_always),
+    "stablelm": Traits(parallel=lambda c: c.use_parallel_residual),
+    "persimmon": Traits(grouped=_always),
+    "bloom": Traits(grouped=_always, adds=("attention", "mlp"), alibi=_always, refuse=_after_norm),
+    "mpt": Traits(adds=("mlp",), alibi=lambda c: c.attn_config.alibi),
+    "falcon": Traits(
+        parallel=lambda c: c.parallel_attn or c.new_decoder_architecture,
+        grouped=lambda c: c.new_decoder_architecture or not c.multi_query,
+        alibi=lambda c: c.alibi,
+        kv_heads=_falcon_kv_heads,
+        refuse=_after_norm,
+    ),
+    "gpt_bigcode": Traits(
+        grouped=lambda c: not c.multi_query, kv_heads=lambda c: 1 if c.multi_query else c.num_attention_heads
+    ),
+    "hunyuan_v1_dense": Traits(qk_norm_last=True),
+    "hunyuan_v1_moe": Traits(qk_norm_last=True),
+    "opt": Traits(refuse=_opt_350m),
+}
+
+
+def _refuse(model: nn.Module, reason: str) -> CutawayError:
+    return CutawayError(
+        f"{type(model).__name__} is not supported: {reason}. docs/parity.md lists the families that are."
+    )
+
+
+def _child(module: nn.Module, *names: str) -> nn.Module | None:
     for name in names:
         found = getattr(module, name, None)
         if isinstance(found, nn.Module):
@@ -141,164 +163,285 @@ def _child(module: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
     return None
 
 
-def _refuse(model: nn.Module, reason: str) -> CutawayError:
-    return CutawayError(
-        f"{type(model).__name__} is not supported: {reason}. Families like Llama, GPT-2, Qwen, Gemma and GPT-NeoX are."
-    )
-
-
-def _need(owner: nn.Module, names: tuple[str, ...], what: str, model: nn.Module) -> nn.Module:
-    found = _child(owner, names)
+def _need(model: nn.Module, owner: nn.Module, what: str, *names: str) -> nn.Module:
+    found = _child(owner, *names)
     if found is None:
         raise _refuse(model, f"its {type(owner).__name__} has no {what} under the names {', '.join(names)}")
     return found
 
 
-def probe_norm(module: nn.Module, d: int, model: nn.Module) -> Norm:
-    """Find out by trying which normalisation a module computes."""
-    weight = getattr(module, "weight", None)
-    bias = getattr(module, "bias", None)
-    weight = weight if isinstance(weight, Tensor) else None
-    bias = bias if isinstance(bias, Tensor) else None
-    eps = next((float(v) for n in ("eps", "variance_epsilon") if (v := getattr(module, n, None)) is not None), None)
-    if eps is None or (weight is not None and weight.shape != (d,)):
-        raise _refuse(
-            model, f"its norm {type(module).__name__} is neither a LayerNorm nor an RMS norm of the model width"
+# Fused projections: how queries, keys and values lie in one output
+
+
+def _by_heads(y: Tensor, part: str, n: int) -> dict[str, Tensor]:
+    return {part: y.unflatten(-1, (n, -1))}
+
+
+def _from_heads(parts: dict[str, Tensor], _: Tensor, part: str) -> Tensor:
+    return parts[part].flatten(-2)
+
+
+def _split_in_turn(y: Tensor, n_heads: int, n_kv: int) -> dict[str, Tensor]:
+    q, k, v = y.unflatten(-1, (n_heads + 2 * n_kv, -1)).split((n_heads, n_kv, n_kv), -2)
+    return {"q": q, "k": k, "v": v}
+
+
+def _join_in_turn(parts: dict[str, Tensor], _: Tensor) -> Tensor:
+    return torch.cat([parts["q"], parts["k"], parts["v"]], dim=-2).flatten(-2)
+
+
+def _split_groups(y: Tensor, n_heads: int, n_kv: int) -> dict[str, Tensor]:
+    groups = y.unflatten(-1, (n_kv, n_heads // n_kv + 2, -1))
+    return {"q": groups[..., :-2, :].flatten(-3, -2), "k": groups[..., -2, :], "v": groups[..., -1, :]}
+
+
+def _join_groups(parts: dict[str, Tensor], _: Tensor) -> Tensor:
+    q = parts["q"].unflatten(-2, (parts["k"].shape[-2], -1))
+    return torch.cat([q, parts["k"].unsqueeze(-2), parts["v"].unsqueeze(-2)], dim=-2).flatten(-3)
+
+
+_CODEGEN_CORES = 4  # its projection was laid out for four accelerators: each holds q, v and k of its heads
+
+
+def _split_codegen(y: Tensor, n_heads: int) -> dict[str, Tensor]:
+    cores = y.unflatten(-1, (_CODEGEN_CORES, 3, n_heads // _CODEGEN_CORES, -1))
+    return {part: cores[..., i, :, :].flatten(-3, -2) for i, part in enumerate("qvk")}
+
+
+def _join_codegen(parts: dict[str, Tensor], _: Tensor) -> Tensor:
+    cores = [parts[part].unflatten(-2, (_CODEGEN_CORES, -1)) for part in "qvk"]
+    return torch.stack(cores, dim=-3).flatten(-4)
+
+
+def _split_latent(y: Tensor, n_heads: int, width: int) -> dict[str, Tensor]:
+    """Values out of what a latent state is expanded to: [b p n], or [b 1 p n] as a cache keeps it."""
+    y = y.squeeze(1) if y.ndim == 4 else y
+    return {"v": y.unflatten(-1, (n_heads, -1))[..., -width:]}
+
+
+def _join_latent(parts: dict[str, Tensor], y: Tensor, n_heads: int, width: int) -> Tensor:
+    rows = y.squeeze(1) if y.ndim == 4 else y
+    return torch.cat([rows.unflatten(-1, (n_heads, -1))[..., :-width], parts["v"]], -1).flatten(-2).view(y.shape)
+
+
+@dataclass(frozen=True)
+class _Numbers:
+    """What the parts of a layer need to know of the whole model."""
+
+    model: PreTrainedModel
+    config: Any
+    traits: Traits
+    d: int
+    n_heads: int
+    n_kv: int
+    d_value: int
+    parallel: bool
+
+
+def _projections(attention: nn.Module, about: _Numbers) -> tuple[Projection, ...]:
+    heads = {"q": about.n_heads, "k": about.n_kv, "v": about.n_kv}
+
+    def one(module: nn.Module, part: str, direct: bool = True) -> Projection:
+        return Projection(
+            module, (part,), partial(_by_heads, part=part, n=heads[part]), partial(_from_heads, part=part), direct
         )
-    device = weight.device if weight is not None else torch.device("cpu")
-    dtype = weight.dtype if weight is not None else torch.float32
-    if device.type == "meta":
-        raise _refuse(model, "its weights are on the meta device")
-    generator = torch.Generator().manual_seed(0)
-    x = (torch.randn(4, d, generator=generator) * 3 + 1).to(device=device, dtype=dtype)
-    with torch.no_grad():
-        expected = module(x)
-        for centered in (isinstance(module, nn.LayerNorm), not isinstance(module, nn.LayerNorm)):
-            for offset in (0.0, 1.0):
-                for gain_in_float in (False, True):
-                    norm = Norm(module, centered, eps, weight, bias, offset, gain_in_float)
-                    wide, scale = norm.divide(x)
-                    y = norm.gain(wide / scale, dtype)
-                    tolerance = 1e-5 if dtype in (torch.float32, torch.float64) else 4e-2
-                    if torch.allclose(y.float(), expected.float(), rtol=tolerance, atol=tolerance):
-                        # fp32 does not tell the two orders of cast and gain apart; Gemma's offset does.
-                        return Norm(module, centered, eps, weight, bias, offset, gain_in_float or offset == 1.0)
-    raise _refuse(model, f"its norm {type(module).__name__} does not compute a LayerNorm or an RMS norm")
+
+    separate = {part: _child(attention, f"{part}_proj") for part in "qkv"}
+    if all(separate.values()):
+        return tuple(one(module, part) for part, module in separate.items() if module is not None)
+    if (latent := _child(attention, "kv_b_proj")) is not None:
+        direct = separate["q"] is not None
+        query = separate["q"] or _need(about.model, attention, "query projection", "q_b_proj")
+        layout = {"n_heads": about.n_heads, "width": about.d_value}
+        value = Projection(
+            latent, ("v",), partial(_split_latent, **layout), partial(_join_latent, **layout), direct=False
+        )
+        return (one(query, "q", direct), value)
+    fused = _need(
+        about.model,
+        attention,
+        "projection of queries, keys and values",
+        "c_attn",
+        "query_key_value",
+        "qkv_proj",
+        "Wqkv",
+    )
+    layout = {"n_heads": about.n_heads, "n_kv": about.n_kv}
+    if about.config.model_type == "codegen":
+        return (Projection(fused, tuple("qkv"), partial(_split_codegen, n_heads=about.n_heads), _join_codegen),)
+    if about.traits.grouped is not None and about.traits.grouped(about.config):
+        return (Projection(fused, tuple("qkv"), partial(_split_groups, **layout), _join_groups),)
+    return (Projection(fused, tuple("qkv"), partial(_split_in_turn, **layout), _join_in_turn),)
 
 
-def _split_thirds(x: Tensor, *, n_heads: int) -> dict[str, Tensor]:
-    q, k, v = x.unflatten(-1, (3, n_heads, -1)).unbind(-3)
-    return {"q": q, "k": k, "v": v}
-
-
-def _join_thirds(parts: dict[str, Tensor]) -> Tensor:
-    return torch.stack([parts["q"], parts["k"], parts["v"]], dim=-3).flatten(-3)
-
-
-def _split_by_head(x: Tensor, *, n_heads: int) -> dict[str, Tensor]:
-    q, k, v = x.unflatten(-1, (n_heads, 3, -1)).unbind(-2)
-    return {"q": q, "k": k, "v": v}
-
-
-def _join_by_head(parts: dict[str, Tensor]) -> Tensor:
-    return torch.stack([parts["q"], parts["k"], parts["v"]], dim=-2).flatten(-3)
-
-
-def _projections(attention: nn.Module, n_heads: int, n_kv_heads: int, model: nn.Module) -> Projections:
-    names = {"q": "q_proj", "k": "k_proj", "v": "v_proj"}
-    separate = {part: found for part, name in names.items() if (found := _child(attention, (name,)))}
-    if len(separate) == 3:
-        return Projections(separate)
-    if (fused := _child(attention, ("c_attn",))) is not None:
-        return Projections({"qkv": fused}, partial(_split_thirds, n_heads=n_heads), _join_thirds)
-    if (fused := _child(attention, ("query_key_value",))) is not None and n_heads == n_kv_heads:
-        return Projections({"qkv": fused}, partial(_split_by_head, n_heads=n_heads), _join_by_head)
-    raise _refuse(model, f"{type(attention).__name__} computes queries, keys and values in an unknown way")
-
-
-def _layer(module: nn.Module, n_heads: int, n_kv_heads: int, d: int, model: nn.Module) -> Layer:
-    need = partial(_need, model=model)
-    attention = need(module, ("self_attn", "attn", "attention"), "attention")
-    mlp = need(module, ("mlp",), "MLP")
-    before_mlp = _child(module, ("pre_feedforward_layernorm",))
-    sandwich = before_mlp is not None
-    ln1 = _child(module, ("input_layernorm", "ln_1"))
-    ln2 = before_mlp or _child(module, ("post_attention_layernorm", "ln_2"))
-    if ln1 is None or ln2 is None:
-        raise _refuse(model, f"{type(module).__name__} lacks a norm before attention or before the MLP")
-    if not sandwich and _child(module, ("post_feedforward_layernorm",)) is not None:
-        raise _refuse(model, f"{type(module).__name__} normalises only what its modules write")
-    gate, up, down = (_child(mlp, (name,)) for name in ("gate_proj", "up_proj", "down_proj"))
-    if gate is not None and up is not None and down is not None:
-        mlp_in, mlp_linear, mlp_out = gate, up, down
+def _norms(module: nn.Module, about: _Numbers) -> dict[str, Norm | None]:
+    """ln1, ln2, ln1_post and ln2_post, by which norms stand beside each other."""
+    first = _child(
+        module, "input_layernorm", "ln_1", "norm_1", "self_attn_layer_norm", "attention_layernorm", "ln_attn"
+    )
+    after = _child(module, "post_attention_layernorm")
+    last = _child(module, "post_feedforward_layernorm", "post_mlp_layernorm")
+    found: dict[str, nn.Module | None] = {"ln1": first, "ln2": None, "ln1_post": None, "ln2_post": last}
+    if (sandwiched := _child(module, "pre_feedforward_layernorm", "pre_mlp_layernorm")) is not None:
+        found |= {"ln2": sandwiched, "ln1_post": after}
+    elif (own := _child(module, "post_self_attn_layernorm")) is not None:
+        found |= {"ln2": after, "ln1_post": own}
+    elif first is None or last is not None:
+        found |= {"ln1_post": after}
     else:
-        mlp_in = need(mlp, ("c_fc", "dense_h_to_4h", "fc1", "up_proj"), "input projection")
-        mlp_out = need(mlp, ("c_proj", "dense_4h_to_h", "fc2", "down_proj"), "output projection")
-        mlp_linear = None
-    norm = partial(probe_norm, d=d, model=model)
+        found |= {
+            "ln2": after or _child(module, "ln_2", "norm_2", "final_layer_norm", "feedforward_layernorm", "ln_mlp")
+        }
+    if about.parallel and _child(module, "ln_mlp", "post_attention_layernorm") is None:
+        found["ln2"] = None
+    if first is None and after is None:
+        raise _refuse(about.model, f"its {type(module).__name__} has no norm that is known")
+    try:
+        return {name: None if norm is None else probe_norm(norm, about.d) for name, norm in found.items()}
+    except CutawayError as error:
+        raise _refuse(about.model, str(error)) from error
+
+
+def _mlp(module: nn.Module, about: _Numbers) -> dict[str, Any]:
+    """The fields of a `Layer` that concern what stands where its MLP stands."""
+    mlp = _child(module, "mlp", "ffn", "block_sparse_moe", "feed_forward", "moe")
+    if mlp is None:
+        into, out = (_need(about.model, module, "MLP", name) for name in ("fc1", "fc2"))
+        return {"mlp": into, "mlp_in": into, "mlp_linear": None, "mlp_out": out, "experts": None, "mlp_writer": out}
+    if (experts := _child(mlp, "experts")) is not None:
+        router = _need(about.model, mlp, "router", "gate", "router")
+        n = getattr(experts, "num_experts", None) or getattr(router, "num_experts", None)
+        if isinstance(experts, nn.ModuleList) or n is None:
+            raise _refuse(about.model, f"its {type(mlp).__name__} keeps its experts in an unknown way")
+        known = {"experts", "gate", "router"}
+        mixture = Experts(experts, router, int(n), any(name not in known for name, _ in mlp.named_children()))
+        return {
+            "mlp": mlp, "mlp_in": None, "mlp_linear": None, "mlp_out": None, "experts": mixture, "mlp_writer": mlp,
+        }  # fmt: skip
+    out = _need(
+        about.model, mlp, "output projection", "down_proj", "c_proj", "dense_4h_to_h", "fc2", "fc_out", "output_linear"
+    )
+    if (fused := _child(mlp, "gate_up_proj", "input_linear")) is not None:
+        into = linear = fused
+    else:
+        into = _need(
+            about.model, mlp, "input projection", "gate_proj", "c_fc", "dense_h_to_4h", "fc1", "fc_in", "up_proj"
+        )
+        linear = _child(mlp, "up_proj") if _child(mlp, "gate_proj") is not None else None
+    writer = out if "mlp" in about.traits.adds else mlp
+    return {"mlp": mlp, "mlp_in": into, "mlp_linear": linear, "mlp_out": out, "experts": None, "mlp_writer": writer}
+
+
+def _layer(module: nn.Module, index: int, about: _Numbers) -> Layer:
+    attention = _child(module, "self_attn", "attn", "attention", "self_attention")
+    if attention is None:
+        raise _refuse(
+            about.model, f"layer {index} ({type(module).__name__}) has no softmax attention under a name that is known"
+        )
+    core = _child(attention, "attention") or attention
+    for extra in ("attn_sub_norm", "groupnorm", "g_proj"):
+        if _child(core, extra) is not None:
+            raise _refuse(about.model, f"its attention changes what the heads write ({extra}) before it is projected")
+    output = _need(about.model, core, "output projection", "o_proj", "c_proj", "dense", "out_proj")
+    norms = _norms(module, about)
+    mlp = _mlp(module, about)
+    multiplier = float(getattr(module, "residual_multiplier", 1.0))
+    ln1_post, ln2_post = norms["ln1_post"], norms["ln2_post"]
+    plain_writer = output if "attention" in about.traits.adds else attention
+    mlp["mlp_writer"] = ln2_post.module if ln2_post is not None else mlp["mlp_writer"]
     return Layer(
         module=module,
         attention=attention,
-        projections=_projections(attention, n_heads, n_kv_heads, model),
-        output=need(attention, ("o_proj", "c_proj", "dense", "out_proj"), "output projection"),
-        mlp=mlp,
-        mlp_in=mlp_in,
-        mlp_linear=mlp_linear,
-        mlp_out=mlp_out,
-        ln1=norm(ln1),
-        ln2=norm(ln2),
-        ln1_post=norm(need(module, ("post_attention_layernorm",), "norm after attention")) if sandwich else None,
-        ln2_post=norm(need(module, ("post_feedforward_layernorm",), "norm after the MLP")) if sandwich else None,
+        core=core,
+        projections=_projections(core, about),
+        output=output,
+        q_norm=_child(core, "q_norm", "q_layernorm", "query_layernorm"),
+        k_norm=_child(core, "k_norm", "k_layernorm", "key_layernorm"),
+        attention_writer=ln1_post.module if ln1_post is not None else plain_writer,
+        attn_multiplier=multiplier,
+        mlp_multiplier=multiplier,
+        **norms,
+        **mlp,
     )
+
+
+_STACKS = ("layers", "h", "blocks")
+
+
+def _decoder(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
+    base = model.base_model
+    for owner in (base, getattr(base, "decoder", None), getattr(base, "language_model", None)):
+        for name in _STACKS:
+            stack = getattr(owner, name, None)
+            if isinstance(owner, nn.Module) and isinstance(stack, nn.ModuleList) and len(stack):
+                return owner, stack
+    raise _refuse(model, f"its {type(base).__name__} has no list of decoder layers named {' or '.join(_STACKS)}")
 
 
 def find_family(model: PreTrainedModel) -> Family:
     """Find the parts of a causal language model. Raises CutawayError with the reason if it does not fit."""
-    if not callable(getattr(model, "get_output_embeddings", None)) or model.get_output_embeddings() is None:
+    unembed = model.get_output_embeddings() if callable(getattr(model, "get_output_embeddings", None)) else None
+    if not isinstance(unembed, nn.Module):
         raise _refuse(model, "it has no unembedding (load it with AutoModelForCausalLM)")
-    config = model.config.get_text_config()
-    base = model.base_model
-    stack = next((s for n in ("layers", "h") if isinstance(s := getattr(base, n, None), nn.ModuleList)), None)
-    if stack is None or len(stack) == 0:
-        raise _refuse(model, f"its {type(base).__name__} has no list of decoder layers named layers or h")
-    d = int(config.hidden_size)
-    n_heads = getattr(config, "num_attention_heads", None)
-    if n_heads is None:
+    config: Any = model.config.get_text_config()
+    if getattr(config, "is_encoder_decoder", False):
+        raise _refuse(model, "it is an encoder-decoder, not a causal language model")
+    traits = TRAITS.get(config.model_type, Traits())
+    if traits.refuse is not None and (reason := traits.refuse(config)) is not None:
+        raise _refuse(model, reason)
+    owner, stack = _decoder(model)
+    heads = getattr(config, "num_attention_heads", None)
+    if heads is None:
         raise _refuse(model, "its configuration names no attention heads")
-    n_heads = int(n_heads)
-    n_kv_heads = int(getattr(config, "num_key_value_heads", None) or n_heads)
+    d, n_heads = int(config.hidden_size), int(heads)
+    n_kv = traits.kv_heads(config) if traits.kv_heads else int(getattr(config, "num_key_value_heads", None) or n_heads)
+    first = _child(stack[0], "self_attn", "attn", "attention", "self_attention")
+    latent = first is not None and _child(first, "kv_b_proj") is not None
     d_head = int(getattr(config, "head_dim", None) or d // n_heads)
-    layers = tuple(_layer(module, n_heads, n_kv_heads, d, model) for module in stack)
-    final = _need(base, ("norm", "ln_f", "final_layer_norm"), "final norm", model)
-    unembed = model.get_output_embeddings()
-    assert isinstance(unembed, nn.Module)
+    d_value = d_head
+    if latent:
+        n_kv, d_head, d_value = n_heads, config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
+    parallel = bool(traits.parallel(config)) if traits.parallel else False
+    about = _Numbers(model, config, traits, d, n_heads, n_kv, d_value, parallel)
+    layers = tuple(_layer(module, index, about) for index, module in enumerate(stack))
+    # one norm for both: attention and MLP read the same stream
+    parallel = parallel or all(x.ln1 is not None and x.ln2 is None and x.ln2_post is None for x in layers)
     embed = model.get_input_embeddings()
     assert isinstance(embed, nn.Module)
-    _check_scalars(model, config)
+    final = _need(
+        model, owner, "final norm", "norm", "ln_f", "final_layer_norm", "final_layernorm", "layer_norm", "norm_f"
+    )
+    try:
+        ln_final = probe_norm(final, d)
+    except CutawayError as error:
+        raise _refuse(model, str(error)) from error
+    divisor = float(getattr(config, "logits_scaling", None) or 1.0)
+    widths = [width_in(layer.mlp_out) for layer in layers if layer.mlp_out is not None]
     return Family(
         model_type=config.model_type,
         embed=embed,
-        pos_embed=_child(base, ("wpe",)),
+        pos_embed=_child(owner, "wpe", "embed_positions"),
         layers=layers,
-        ln_final=probe_norm(final, d, model),
+        ln_final=ln_final,
         unembed=unembed,
-        parallel=bool(getattr(config, "use_parallel_residual", False)) if config.model_type == "gpt_neox" else False,
-        qk_norm=_child(layers[0].attention, ("q_norm",)) is not None,
+        parallel=parallel,
+        latent=latent,
+        alibi=traits.alibi is not None and bool(traits.alibi(config)),
+        qk_norm_last=traits.qk_norm_last,
+        qkv_clip=_clip(config),
         final_softcap=getattr(config, "final_logit_softcapping", None),
+        logit_scale=float(getattr(config, "logit_scale", None) or 1.0) / divisor,
         n_heads=n_heads,
-        n_kv_heads=n_kv_heads,
+        n_kv_heads=n_kv,
         d_head=d_head,
+        d_value=d_value,
         d_model=d,
-        d_mlp=int(weight_matrix(layers[0].mlp_out).shape[0]),
-        d_vocab=int(weight_matrix(unembed).shape[1]),
-        context_length=int(getattr(config, "max_position_embeddings", 0) or 2**31),
-        softmax_in_float=config.model_type != "gpt2",
+        d_mlp=widths[0] if widths else int(getattr(config, "moe_intermediate_size", 0) or config.intermediate_size),
+        d_vocab=width_out(unembed),
+        context_length=int(getattr(config, "max_position_embeddings", 0) or getattr(config, "max_seq_len", 0) or 2**31),
     )
 
 
-def _check_scalars(model: PreTrainedModel, config: object) -> None:
-    """Refuse multipliers on the stream that the site algebra does not account for (Granite, Cohere, MiniCPM)."""
-    for name in ("residual_multiplier", "logits_scaling", "logit_scale", "embedding_multiplier"):
-        value = getattr(config, name, None)
-        if value is not None and float(value) != 1.0:
-            raise _refuse(model, f"its configuration scales the stream or the logits ({name}={value})")
+def _clip(config: Any) -> float | None:
+    found = getattr(config, "clip_qkv", None) or getattr(getattr(config, "attn_config", None), "clip_qkv", None)
+    return float(found) if found else None

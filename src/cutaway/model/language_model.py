@@ -23,9 +23,9 @@ from cutaway.model.addressing import resolve
 from cutaway.model.attention import check_dispatch
 from cutaway.model.edits import Edit, edits_for
 from cutaway.model.execution import Execution, Form, active, form_of
-from cutaway.model.families import find_family, weight_matrix
+from cutaway.model.families import TESTED, find_family, weight_matrix
 from cutaway.model.run import Generation, Gradients, Run, capture_bytes
-from cutaway.model.selftest import SelfTest, run_selftest
+from cutaway.model.selftest import SelfTest, run_selftest, verify
 from cutaway.model.sites import KINDS, Site, SiteTable, layer_of
 from cutaway.model.sweep import Cell, Sweep
 from cutaway.model.sweep import Metric as SweepMetric
@@ -53,7 +53,7 @@ class LanguageModel:
         self._identity: ModelIdentity | None = None
         self.family = find_family(hf)
         for layer in self.family.layers:
-            check_dispatch(hf, layer.attention)
+            check_dispatch(hf, layer.core)
         self.n_layers = len(self.family.layers)
         self.d_model = self.family.d_model
         self.n_heads = self.family.n_heads
@@ -67,6 +67,8 @@ class LanguageModel:
         self.layer_forms: dict[nn.Module, Form] = {}  # what the runs so far have shown, see Execution
         self._expanded: dict[tuple[str, ...], tuple[str, ...]] = {}
         self._sizes: dict[tuple[Any, ...], int] = {}
+        if self.family.model_type not in TESTED:
+            verify(self)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -273,7 +275,7 @@ class LanguageModel:
                 grads = execution.gradients_of(grad(asked))
         if logits == "last" and result is not None and not last_only:
             result = self._last(result, tokens)
-        values = {name: execution.values[name] for name in names}
+        values = {name: execution.by_row(execution.values[name]) for name in names}
         return Run(
             tokens=tokens,
             logits=None if result is None or logits is None else result.detach(),
@@ -463,28 +465,27 @@ class LanguageModel:
         """What the model would answer from a stream [..., d]: final norm, unembedding and softcap, [..., V]."""
         with torch.no_grad():
             module = self.family.ln_final.module
-            logits = self.family.unembed(module(residual.to(device=self.device, dtype=self.dtype)))
-            cap = self.family.final_softcap
-            return logits if cap is None else torch.tanh(logits / cap) * cap
+            return self.family.finish(self.family.unembed(module(residual.to(device=self.device, dtype=self.dtype))))
 
     def output_directions(self, ids: Sequence[int] | Tensor) -> Tensor:
-        """Rows of the unembedding, [n, d]: the direction in the normalised stream that raises each token's logit."""
+        """Rows of the unembedding, [n, d]: the direction in ln_final's output that raises each token's logit.
+
+        A factor that the model puts on its logits is in them; a softcap is not.
+        """
         chosen = ids if isinstance(ids, Tensor) else torch.as_tensor(list(ids), dtype=torch.long)
-        return weight_matrix(self.family.unembed).detach().T[chosen.to(self.device)]
+        return weight_matrix(self.family.unembed).detach().T[chosen.to(self.device)] * self.family.logit_scale
 
     def w_o(self, layer: int) -> Tensor:
         """Output projection by head, [H, h, d]."""
         return weight_matrix(self.family.layers[layer].output).detach().unflatten(0, (self.n_heads, -1))
 
     def _w(self, layer: int, part: str) -> Tensor:
-        projections = self.family.layers[layer].projections
-        if projections.split is None:
-            weight = weight_matrix(projections.modules[part])
-            heads = self.n_heads if part == "q" else self.n_kv_heads
-            by_head = weight.unflatten(-1, (heads, -1))
-        else:
-            by_head = projections.split(weight_matrix(projections.modules["qkv"]))[part]
-        return by_head.detach().transpose(0, 1)
+        found = self.family.layers[layer].projection(part)
+        if found is None or not found.direct:
+            raise CutawayError(
+                f"{self.name} has no matrix from the stream to attn.{part}: latent attention computes it in two steps."
+            )
+        return found.split(weight_matrix(found.module))[part].detach().transpose(0, 1)
 
     def w_q(self, layer: int) -> Tensor:
         """Query projection by head, [H, d, h] (before QK-norm and rotary)."""
@@ -500,26 +501,20 @@ class LanguageModel:
 
     def _site_table(self) -> SiteTable:
         family = self.family
-        sizes: dict[str, int] = {
-            "d": family.d_model,
-            "H": family.n_heads,
-            "KV": family.n_kv_heads,
-            "h": family.d_head,
-            "m": family.d_mlp,
-            "V": family.d_vocab,
-            "1": 1,
-        }
-        sites = []
         kinds = list(KINDS.values())
         inside = [kind for kind in kinds if kind.per_layer]
         first = kinds.index(inside[0])
         order = [(kind, None) for kind in kinds[:first]]
         order += [(kind, layer) for layer in range(self.n_layers) for kind in inside]
         order += [(kind, None) for kind in kinds[first + len(inside) :]]
+        sites = []
         for kind, layer in order:
             name = kind.name if layer is None else kind.name.replace("{l}", str(layer))
+            sizes = family.sizes(kind.name, layer or 0)
             shape = tuple(sizes.get(part, part) for part in kind.dims.split())
-            sites.append(Site(name, kind, layer, shape, family.absent(kind.name)))
+            absent = family.absent(kind.name, layer or 0)
+            experts = range(sizes["E"] if absent is None else 1) if "{e}" in name else (0,)
+            sites += [Site(name.replace("{e}", str(e)), kind, layer, shape, absent) for e in experts]
         return SiteTable(sites, self.n_layers)
 
     def __repr__(self) -> str:

@@ -1,8 +1,9 @@
 """The algebra that every attached model must satisfy, on every layer.
 
-One forward captures everything and checks identities between sites (a sum that must hold, a product that must come
-out). Then each layer runs alone on a batch of short rows, each with one edit, whose effect at the next sites is
-checked. Names, shapes and logits can all be right while a site is read from the wrong place; sums cannot.
+Two forwards. The first captures every site of one short row and checks identities between sites (a sum that must
+hold, a product that must come out). The second is a batch of the same row again and again, each with one edit at a site
+of one layer, whose effect at the next sites is checked. Names, shapes and logits can all be right while a site is read
+from the wrong place; sums cannot.
 """
 
 from __future__ import annotations
@@ -15,8 +16,21 @@ import torch
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.model.families import Norm
-from cutaway.model.selftest_edits import Case, activation, end_cases, layer_cases, projected
+from cutaway.model.addressing import resolve
+from cutaway.model.execution import Execution
+from cutaway.model.norms import probe_norm
+from cutaway.model.selftest_edits import (
+    At,
+    Case,
+    activation,
+    centred,
+    clipped,
+    end_cases,
+    layer_cases,
+    neurons,
+    projected,
+    wide_of,
+)
 from cutaway.model.tokens import Tokens
 
 if TYPE_CHECKING:
@@ -100,13 +114,7 @@ class _Checks:
         self.rows.append(Check(check, layer, residual if residual == residual else float("inf"), self.tolerance))
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _centred(norm: Norm | None, x: Tensor) -> Tensor:
-    """What of a norm's input is left in normalized * scale."""
-    return x - x.mean(-1, keepdim=True) if norm is not None and norm.centered else x
+Equal = Callable[[str, Tensor, Tensor], None]
 
 
 def _identities(lm: LanguageModel, run: Run, layer: int, checks: _Checks) -> None:
@@ -123,79 +131,172 @@ def _identities(lm: LanguageModel, run: Run, layer: int, checks: _Checks) -> Non
     if not family.parallel:
         equal("resid_pre + attn.out = resid_mid", at("resid_pre") + at("attn.out"), at("resid_mid"))
     before_mlp = at("resid_pre") if family.parallel else at("resid_mid")
-    for norm, name, x, module in (
-        (parts.ln1, "ln1", at("resid_pre"), "attn.in"),
-        (parts.ln2, "ln2", before_mlp, "mlp.in"),
-        (parts.ln1_post, "ln1_post", None, "attn.out"),
-        (parts.ln2_post, "ln2_post", None, "mlp.out"),
+    for norm, name, x, module, multiplier in (
+        (parts.ln1, "ln1", at("resid_pre"), "attn.in", 1.0),
+        (parts.ln2, "ln2", before_mlp, "mlp.in", 1.0),
+        (parts.ln1_post, "ln1_post", None, "attn.out", parts.attn_multiplier),
+        (parts.ln2_post, "ln2_post", None, "mlp.out", parts.mlp_multiplier),
     ):
         if norm is None:
+            if module.endswith(".in"):
+                shared = family.parallel and name == "ln2"
+                what = "attn.in" if shared else "resid_pre" if name == "ln1" else "resid_mid"
+                equal(f"{what} = {module}, without a norm between", at(what), at(module))
             continue
         if x is not None:
-            wide = _centred(norm, x.to(at(f"{name}.scale").dtype))
+            wide = centred(norm, x.to(at(f"{name}.scale").dtype))
             equal(f"{name}.normalized * {name}.scale = its input", at(f"{name}.normalized") * at(f"{name}.scale"), wide)
-        equal(f"gain({name}.normalized) = {module}", norm.gain(at(f"{name}.normalized"), lm.dtype), at(module))
+        gained = norm.gain(at(f"{name}.normalized"), lm.dtype) * multiplier
+        equal(f"gain({name}.normalized) = {module}", gained, at(module))
     _attention(lm, at, layer, equal)
     bias = parts.output.bias
     written = at("attn.result").sum(2) + (bias if isinstance(bias, Tensor) else 0.0)
     if parts.ln1_post is None:
-        equal("sum of attn.result + bias = attn.out", written, at("attn.out"))
+        equal("sum of attn.result + bias = attn.out", written * parts.attn_multiplier, at("attn.out"))
     else:
         writes = at("ln1_post.normalized") * at("ln1_post.scale")
         equal(
-            "sum of attn.result + bias = ln1_post.normalized * ln1_post.scale",
-            _centred(parts.ln1_post, written),
-            writes,
+            "sum of attn.result + bias = ln1_post.normalized * ln1_post.scale", centred(parts.ln1_post, written), writes
         )
-    equal("mlp.in W_in + bias = mlp.pre", parts.mlp_in(at("mlp.in")), at("mlp.pre"))
-    if parts.mlp_linear is not None:
-        equal("mlp.in W_up + bias = mlp.pre_linear", parts.mlp_linear(at("mlp.in")), at("mlp.pre_linear"))
-    if (act := activation(lm, layer)) is not None:
-        activated = act(at("mlp.pre"))
-        equal(
-            "act(mlp.pre) [* mlp.pre_linear] = mlp.post",
-            activated if parts.mlp_linear is None else activated * at("mlp.pre_linear"),
-            at("mlp.post"),
-        )
-    written = parts.mlp_out(at("mlp.post"))
-    if parts.ln2_post is None:
-        equal("mlp.post W_out + bias = mlp.out", written, at("mlp.out"))
+    if parts.experts is None:
+        _mlp(lm, at, layer, equal)
     else:
-        wide = at("ln2_post.normalized") * at("ln2_post.scale")
-        equal("mlp.post W_out + bias = ln2_post.normalized * ln2_post.scale", _centred(parts.ln2_post, written), wide)
+        _experts(lm, at, layer, equal)
     if layer + 1 < lm.n_layers:
         equal("resid_post = the next resid_pre", stream, run[f"blocks.{layer + 1}.resid_pre"])
 
 
-def _attention(
-    lm: LanguageModel, at: Callable[[str], Tensor], layer: int, equal: Callable[[str, Tensor, Tensor], None]
-) -> None:
+def _mlp(lm: LanguageModel, at: At, layer: int, equal: Equal) -> None:
     parts = lm.family.layers[layer]
+    pre, linear = neurons(parts, at("mlp.in"))
+    equal("mlp.in W_in + bias = mlp.pre", pre, at("mlp.pre"))
+    if linear is not None:
+        equal("mlp.in W_up + bias = mlp.pre_linear", linear, at("mlp.pre_linear"))
+    if (act := activation(lm, layer)) is not None:
+        activated = act(at("mlp.pre"))
+        equal(
+            "act(mlp.pre) [* mlp.pre_linear] = mlp.post",
+            activated if linear is None else activated * at("mlp.pre_linear"),
+            at("mlp.post"),
+        )
+    assert parts.mlp_out is not None
+    written = parts.mlp_out(at("mlp.post"))
+    if parts.ln2_post is None:
+        equal("mlp.post W_out + bias = mlp.out", written * parts.mlp_multiplier, at("mlp.out"))
+    else:
+        wide = at("ln2_post.normalized") * at("ln2_post.scale")
+        equal("mlp.post W_out + bias = ln2_post.normalized * ln2_post.scale", centred(parts.ln2_post, written), wide)
+
+
+def _experts(lm: LanguageModel, at: At, layer: int, equal: Equal) -> None:
+    """What all experts write together is what their module returns, given the router's choice."""
+    parts = lm.family.layers[layer]
+    experts = parts.experts
+    assert experts is not None
+    x, weights = at("mlp.in"), at("mlp.router.weights")
+    if (matrix := getattr(experts.router, "weight", None)) is not None and matrix.shape == (experts.n, lm.d_model):
+        bias = getattr(experts.router, "bias", None)
+        logits = wide_of(x) @ wide_of(matrix).T + (wide_of(bias) if isinstance(bias, Tensor) else 0.0)
+        equal("mlp.in W_router + bias = mlp.router.logits", logits, at("mlp.router.logits"))
+    chosen = [at(f"mlp.experts.{e}.out") for e in range(experts.n)]
+    index = torch.arange(experts.n, device=x.device).expand(x.shape[0] * x.shape[1], -1)
+    together = experts.module(x.flatten(0, 1), index, weights.flatten(0, 1)).view(x.shape)
+    equal("sum of mlp.experts.{e}.out = the experts with mlp.router.weights", torch.stack(chosen).sum(0), together)
+    if not experts.shared:
+        written = at("mlp.out") / parts.mlp_multiplier
+        if parts.ln2_post is not None:
+            written = at("ln2_post.normalized") * at("ln2_post.scale")
+            together = centred(parts.ln2_post, together)
+        equal("the experts with mlp.router.weights = what the MLP writes", together, written)
+
+
+def _attention(lm: LanguageModel, at: At, layer: int, equal: Equal) -> None:
+    parts, family = lm.family.layers[layer], lm.family
     for name, value in projected(lm, layer, at("attn.in")).items():
         equal(f"attn.in W + bias = attn.{name}", value, at(f"attn.{name}"))
-    for name in ("q", "k"):
-        plain = at(f"attn.{name}")
-        if lm.family.qk_norm:
-            plain = getattr(parts.attention, f"{name}_norm")(plain)
-        length, turned = _wide(plain).norm(dim=-1), _wide(at(f"attn.rot_{name}")).norm(dim=-1)
-        factor = (length * turned).sum() / length.square().sum()  # some rotary embeddings bring a factor
-        equal(f"attn.rot_{name} is attn.{name} turned: lengths stay", factor * length, turned)
+    for name in ("q",) if family.latent else ("q", "k"):
+        turned = wide_of(at(f"attn.rot_{name}"))
+        norm = parts.q_norm if name == "q" else parts.k_norm
+        if family.qk_norm_last and norm is not None and isinstance(norm.weight, Tensor):
+            turned = turned / wide_of(norm.weight)
+        # a norm's module may want heads first, last, or in one dimension with their width: the one that fits is right
+        residuals = []
+        for plain in _queries_or_keys(lm, layer, name, at(f"attn.{name}")):
+            length = turned.norm(dim=-1)
+            factor = (plain * length).sum() / plain.square().sum()  # some rotary embeddings bring a factor
+            residuals.append((factor * plain, length))
+        left, right = min(residuals, key=lambda pair: float((pair[0] - pair[1]).abs().max()))
+        equal(f"attn.rot_{name} is attn.{name} turned: lengths stay", left, right)
     groups = lm.n_heads // lm.n_kv_heads
-    keys, values = (at(f"attn.{s}").repeat_interleave(groups, 2) for s in ("rot_k", "v"))
+    keys = at("attn.rot_k").repeat_interleave(lm.n_heads // at("attn.rot_k").shape[2], 2)
+    values = clipped(family, at("attn.v")).repeat_interleave(groups, 2)
     pattern, scores = at("attn.pattern"), at("attn.scores")
-    equal("softmax(attn.scores) = attn.pattern", _wide(scores).softmax(-1), pattern)
-    equal("attn.pattern rows sum to 1", _wide(pattern).sum(-1), torch.ones(pattern.shape[:-1], device=pattern.device))
+    sinks = getattr(parts.core, "sinks", None)
+    if sinks is None:
+        equal("softmax(attn.scores) = attn.pattern", wide_of(scores).softmax(-1), pattern)
+        total = wide_of(pattern).sum(-1)
+        equal("attn.pattern rows sum to 1", total, torch.ones_like(total))
+    else:
+        sink = wide_of(sinks).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        whole = torch.cat([wide_of(scores), sink], -1).softmax(-1)
+        equal("softmax(attn.scores, sink) = attn.pattern and the sink's share", whole[..., :-1], pattern)
     equal("attn.pattern attn.v = attn.z", torch.einsum("bhqk,bkhe->bqhe", pattern, values), at("attn.z"))
-    raw = torch.einsum("bqhe,bkhe->bhqk", _wide(at("attn.rot_q")), _wide(keys))
+    raw = torch.einsum("bqhe,bkhe->bhqk", wide_of(at("attn.rot_q")), wide_of(keys))
     seen = scores > -torch.inf
-    scaling, cap = (getattr(parts.attention, name, None) for name in ("scaling", "attn_logit_softcapping"))
-    if not isinstance(scaling, float):  # then at least one factor for all cells
-        scaling = (raw[seen] * _wide(scores[seen])).sum() / raw[seen].square().sum()
-    raw = raw * scaling
-    raw = raw if cap is None else torch.tanh(raw / cap) * cap
-    equal("attn.rot_q attn.rot_k, scaled = attn.scores", raw[seen], scores[seen])
+    scaling, cap = (getattr(parts.core, name, None) for name in ("scaling", "attn_logit_softcapping"))
+    if not family.alibi:
+        fitted = float((raw[seen] * wide_of(scores[seen])).sum() / raw[seen].square().sum())
+        if not isinstance(scaling, float):  # then at least one factor for all cells
+            scaling = fitted
+        elif abs(fitted - 1.0) < 1e-4:  # some families scale the queries themselves, before attention gets them
+            scaling = 1.0
+        raw = raw * scaling
+        raw = raw if cap is None else torch.tanh(raw / cap) * cap
+        equal("attn.rot_q attn.rot_k, scaled = attn.scores", raw[seen], scores[seen])
+    else:
+        _alibi(lm, raw, wide_of(scores), equal)
     by_head = torch.einsum("bphe,hed->bphd", at("attn.z"), lm.w_o(layer))
     equal("attn.z W_O by head = attn.result", by_head, at("attn.result"))
+
+
+def _alibi(lm: LanguageModel, raw: Tensor, scores: Tensor, equal: Equal) -> None:
+    """What the scores hold beside scaled products is a slope of each head times the distance."""
+    length = scores.shape[-1]
+    place = torch.arange(length, device=scores.device, dtype=scores.dtype)
+    row, distance = place[:, None].expand(length, length), place[:, None] - place[None]
+    seen = scores[0, 0] > -torch.inf
+    predicted = torch.zeros_like(scores)
+    for head in range(lm.n_heads):
+        terms = torch.stack([raw[0, head], distance, row, torch.ones_like(row)], -1).double()
+        fit = torch.linalg.lstsq(terms[seen].cpu(), scores[0, head][seen].double().cpu()[:, None]).solution
+        predicted[0, head] = (terms @ fit.to(terms.device))[..., 0].to(scores.dtype)
+    left, right = (x.masked_fill(~seen, 0.0) for x in (predicted, scores))
+    equal("attn.rot_q attn.rot_k, scaled, less slope * distance = attn.scores", left, right)
+
+
+def _queries_or_keys(lm: LanguageModel, layer: int, name: str, value: Tensor) -> list[Tensor]:
+    """The lengths [b p H] that rotated queries or keys have to have, for each way to call a QK-norm."""
+    parts = lm.family.layers[layer]
+    norm = parts.q_norm if name == "q" else parts.k_norm
+    value = clipped(lm.family, value)
+    if norm is None:
+        return [wide_of(value).norm(dim=-1)]
+    if lm.family.qk_norm_last:  # a rotation leaves the length that the norm divides by
+        x, scale = probe_norm(norm, value.shape[-1]).divide(value)
+        return [(x / scale).norm(dim=-1)]
+    found = []
+    for call in (
+        lambda: norm(value),
+        lambda: norm(value.transpose(1, 2)).transpose(1, 2),
+        lambda: norm(value.flatten(-2)).view(value.shape),
+    ):
+        try:
+            normed = call()
+        except (RuntimeError, ValueError, IndexError):  # the module wants another shape
+            continue
+        if normed.shape == value.shape:
+            found.append(wide_of(normed).norm(dim=-1))
+    return found
 
 
 def _ends(lm: LanguageModel, run: Run, checks: _Checks) -> None:
@@ -206,16 +307,18 @@ def _ends(lm: LanguageModel, run: Run, checks: _Checks) -> None:
     else:
         checks.equal("embed + pos_embed = the first resid_pre", None, run["embed"] + run["pos_embed"], start)
     norm, normalized = lm.family.ln_final, run["ln_final.normalized"]
-    wide = _centred(norm, final.to(normalized.dtype))
+    wide = centred(norm, final.to(normalized.dtype))
     checks.equal(
         "ln_final.normalized * ln_final.scale = the last resid_post", None, normalized * run["ln_final.scale"], wide
     )
-    logits, cap = lm.family.unembed(norm.gain(normalized, lm.dtype)), lm.family.final_softcap
-    if cap is not None:
-        checks.equal("gain(ln_final.normalized) W_U = logits_precap", None, logits, run["logits_precap"])
-        logits = torch.tanh(run["logits_precap"] / cap) * cap
-        checks.equal("softcap(logits_precap) = logits", None, logits, run["logits"])
+    unembedded = lm.family.unembed(norm.gain(normalized, lm.dtype))
+    if lm.family.final_softcap is not None:
+        precap = unembedded * lm.family.logit_scale
+        checks.equal("gain(ln_final.normalized) W_U = logits_precap", None, precap, run["logits_precap"])
+        unembedded = run["logits_precap"] / lm.family.logit_scale
+        checks.equal("softcap(logits_precap) = logits", None, lm.family.finish(unembedded), run["logits"])
     else:
+        logits = lm.family.finish(unembedded)
         checks.equal("gain(ln_final.normalized) W_U = logits", None, logits, run["logits"])
     assert run.logits is not None
     checks.equal("logits as captured = logits as returned", None, run["logits"], run.logits)
@@ -231,58 +334,108 @@ def run_selftest(lm: LanguageModel) -> SelfTest:
         return _selftest(lm)
 
 
+def verify(lm: LanguageModel) -> None:
+    """Refuse a model that does not add up: for model types that the test bed does not hold.
+
+    Raises CutawayError with the first check that fails.
+    """
+    try:
+        test = run_selftest(lm)
+    except CutawayError:
+        raise
+    except Exception as error:  # what a model of unknown build raises when its parts are not where they are looked for
+        raise CutawayError(
+            f"{type(lm.hf).__name__} is not supported: its parts do not fit together ({type(error).__name__}: {error})."
+        ) from error
+    failed = test.failures()
+    if failed:
+        where = "" if failed[0].layer is None else f" at layer {failed[0].layer}"
+        raise CutawayError(
+            f"{type(lm.hf).__name__} is not supported: it fails {len(failed)} of {len(test.rows)} checks, the first"
+            f"{where}: {failed[0].check} (residual {failed[0].residual:.2g}, allowed {failed[0].tolerance:.2g})."
+        )
+
+
 def _selftest(lm: LanguageModel) -> SelfTest:
     generator = torch.Generator().manual_seed(0)
     row = torch.randint(0, lm.d_vocab, (1, min(_LENGTH, lm.context_length)), generator=generator)
     tokens = lm.tokens(Tokens(row, torch.ones_like(row, dtype=torch.bool), (tuple(lm.token_strings(row[0])),)))
     checks = _Checks(lm)
-    plain = lm.hf(
-        input_ids=tokens.ids, attention_mask=tokens.mask.long(), position_ids=tokens.position_ids, use_cache=False
-    ).logits
-    untouched = lm.run(tokens)
-    assert untouched.logits is not None
-    exact = 0.0 if torch.equal(plain, untouched.logits) else float("inf")
-    checks.rows.append(Check("nothing captured or edited: logits are bit-equal", None, exact, 0.0))
-    base = lm.run(tokens, capture=lm.sites().present())
+    base = lm.run(tokens, capture=lm.sites().present(), limit_bytes=2**62)
     _ends(lm, base, checks)
     for layer in range(lm.n_layers):
         _identities(lm, base, layer, checks)
-        size = max(float(base[f"blocks.{layer}.{part}"].float().std()) for part in ("resid_pre", "resid_post"))
-        delta = torch.randn(max(lm.d_model, lm.d_head), generator=generator) * size
-        cases = layer_cases(lm, layer, delta.to(lm.device, lm.dtype), layer % lm.n_heads, row.shape[1])
-        observed = [site.name for site in lm.sites() if site.layer == layer and site.absent is None]
-        after = layer + 1 < lm.n_layers
-        observed += [f"blocks.{layer + 1}.resid_pre"] if after else ["ln_final.scale", "ln_final.normalized"]
-        _check_edits(lm, tokens, base, checks, layer, cases, observed)
-    delta = torch.randn(max(lm.d_model, lm.d_vocab), generator=generator)
-    observed = ["embed", "blocks.0.resid_pre", "ln_final.scale", "ln_final.normalized", "logits"]
-    observed += [name for name in ("pos_embed", "logits_precap") if lm.family.absent(name) is None]
-    _check_edits(lm, tokens, base, checks, None, end_cases(lm, delta.to(lm.device, lm.dtype)), observed)
+    _edits(lm, tokens, base, checks, generator)
     return SelfTest(lm.name, str(lm.dtype).removeprefix("torch."), tuple(checks.rows))
 
 
-def _check_edits(
-    lm: LanguageModel,
-    tokens: Tokens,
-    base: Run,
-    checks: _Checks,
-    layer: int | None,
-    cases: Sequence[Case],
-    observed: Sequence[str],
-) -> None:
-    """One row for each case, from the layer's own stream to the last site that is looked at."""
-    edits = [replace(edit, rows=(row,)) for row, (edit, _) in enumerate(cases)]
-    run = lm.run(tokens.repeat(len(cases)), capture=observed, edits=edits, logits=None, resume=base)
-    for row, (_, verify) in enumerate(cases):
+@dataclass(frozen=True)
+class _Batch:
+    """Cases whose effects are looked at in the same sites: one row each, from `start` on."""
 
-        def new(name: str, row: int = row) -> Tensor:
-            return run[_full(name, layer)][row : row + 1]
+    layer: int | None
+    start: int
+    cases: Sequence[Case]
+    observed: Sequence[str]
 
-        def old(name: str) -> Tensor:
-            return base[_full(name, layer)]
 
-        for check, left, right, scale in verify(new, old):
-            checks.equal(check, layer, left, right, scale)
+def _edits(lm: LanguageModel, tokens: Tokens, base: Run, checks: _Checks, generator: torch.Generator) -> None:
+    """One forward of a batch of rows: the first without an edit, each other with one."""
+    batches: list[_Batch] = []
+    end = 1
+    for layer in range(lm.n_layers):
+        size = max(float(base[f"blocks.{layer}.{part}"].float().std()) for part in ("resid_pre", "resid_post"))
+        delta = torch.randn(max(lm.d_model, lm.d_head, lm.family.d_value), generator=generator) * size
+        cases = layer_cases(lm, layer, delta.to(lm.device, lm.dtype), layer % lm.n_heads, tokens.ids.shape[1], base)
+        observed = [site.name for site in lm.sites() if site.layer == layer and site.absent is None]
+        after = layer + 1 < lm.n_layers
+        observed += [f"blocks.{layer + 1}.resid_pre"] if after else ["ln_final.scale", "ln_final.normalized"]
+        batches.append(_Batch(layer, end, cases, observed))
+        end += len(cases)
+    delta = torch.randn(max(lm.d_model, lm.d_vocab), generator=generator).to(lm.device, lm.dtype)
+    observed = ["embed", "blocks.0.resid_pre", "ln_final.scale", "ln_final.normalized", "logits"]
+    observed += [name for name in ("pos_embed", "logits_precap") if lm.family.absent(name) is None]
+    batches.append(_Batch(None, end, end_cases(lm, delta), observed))
+    end += len(batches[-1].cases)
+
+    edits = [replace(edit, rows=(batch.start + i,)) for batch in batches for i, (edit, _) in enumerate(batch.cases)]
+    many = tokens.repeat(end)
+    table = lm.sites()
+    wanted: dict[str, list[_Batch]] = {}
+    for batch in batches:
+        for name in batch.observed:
+            wanted.setdefault(name, []).append(batch)
+    kept = {
+        name: slice(min(b.start for b in users), max(b.start + len(b.cases) for b in users))
+        for name, users in wanted.items()
+    }
+    last_stream = f"blocks.{lm.n_layers - 1}.resid_post"
+    kept[last_stream] = slice(0, kept[last_stream].stop)  # the row without an edit as well
+    resolved = [resolve(i, edit, table[edit.site], many) for i, edit in enumerate(edits)]
+    execution = Execution(lm, table.expand_all(kept), resolved, many.mask, last_only=True)
+    execution.rows_of = kept
+    out = execution.forward(
+        lambda: lm.hf(
+            input_ids=many.ids, attention_mask=many.mask.long(), position_ids=many.position_ids, use_cache=False
+        )
+    )
+    execution.touch("logits", out.logits)
+    values = execution.values
+    checks.equal("a row of a batch without an edit = the row alone", None, values[last_stream][:1], base[last_stream])
+    for batch in batches:
+        for i, (_, verify_case) in enumerate(batch.cases):
+            row = batch.start + i
+
+            def new(name: str, row: int = row, layer: int | None = batch.layer) -> Tensor:
+                full = _full(name, layer)
+                return values[full][row - kept[full].start : row - kept[full].start + 1]
+
+            def old(name: str, layer: int | None = batch.layer) -> Tensor:
+                value = base[_full(name, layer)]
+                return value[:, -1:] if name.startswith("logits") else value
+
+            for check, left, right, scale in verify_case(new, old):
+                checks.equal(check, batch.layer, left, right, scale)
 
 
 def _full(name: str, layer: int | None) -> str:

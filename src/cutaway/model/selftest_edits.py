@@ -7,17 +7,19 @@ lost, lands elsewhere or is applied twice shows.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from cutaway.model import edits as make
-from cutaway.model.families import Norm, weight_matrix
+from cutaway.model.norms import Norm
+from cutaway.model.parts import Family, Layer, weight_matrix
 from cutaway.model.sites import layer_of
 
 if TYPE_CHECKING:
     from cutaway.model.language_model import LanguageModel
+    from cutaway.model.run import Run
 
 At = Callable[[str], Tensor]
 """A site's value, [b p ...] or [b H q k]; names without `blocks.` are of the layer under test."""
@@ -26,33 +28,62 @@ Verify = Callable[[At, At], Iterator[tuple[str, Tensor, Tensor, Tensor]]]
 Case = tuple[make.Edit, Verify]
 
 
+def wide_of(x: Tensor) -> Tensor:
+    """In fp32, or wider if it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def centred(norm: Norm | None, x: Tensor) -> Tensor:
+    """What of a norm's input is left in normalized * scale."""
+    return x - x.mean(-1, keepdim=True) if norm is not None and norm.centered else x
+
+
+def clipped(family: Family, x: Tensor) -> Tensor:
+    """Queries, keys or values as attention gets them, where a model clips what it projected."""
+    return x if family.qkv_clip is None else x.clamp(-family.qkv_clip, family.qkv_clip)
+
+
 def projected(lm: LanguageModel, layer: int, x: Tensor) -> dict[str, Tensor]:
     """What the projections of a layer make of x [b p d]: q [b p H h], k and v [b p KV h]."""
-    projections = lm.family.layers[layer].projections
-    if projections.split is not None:
-        return projections.split(projections.modules["qkv"](x))
-    heads = {"q": lm.n_heads, "k": lm.n_kv_heads, "v": lm.n_kv_heads}
-    return {name: projections.modules[name](x).unflatten(-1, (n, -1)) for name, n in heads.items()}
+    found: dict[str, Tensor] = {}
+    for projection in lm.family.layers[layer].projections:
+        if projection.direct:
+            found |= projection.split(projection.module(x))
+    return found
+
+
+def neurons(layer: Layer, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What an MLP computes of x [b p d] before its activation function: `pre`, and `pre_linear` if it is gated."""
+    assert layer.mlp_in is not None
+    if layer.mlp_fused:
+        pre, linear = layer.mlp_in(x).chunk(2, -1)
+        return pre, linear
+    return layer.mlp_in(x), None if layer.mlp_linear is None else layer.mlp_linear(x)
 
 
 def activation(lm: LanguageModel, layer: int) -> Callable[[Tensor], Tensor] | None:
     """The activation function of a layer's MLP, where it can be found."""
-    mlp = lm.family.layers[layer].mlp
-    found = getattr(mlp, "act_fn", None) or getattr(mlp, "act", None)
-    return found if callable(found) else None  # pyright: ignore[reportReturnType]
+    parts = lm.family.layers[layer]
+    for owner in (parts.mlp, parts.module):
+        for name in ("act_fn", "act", "activation_fn", "gelu_impl"):
+            found: Any = getattr(owner, name, None)
+            if callable(found):
+                return found  # pyright: ignore[reportReturnType]
+    return None
 
 
-def layer_cases(lm: LanguageModel, layer: int, delta: Tensor, head: int, length: int) -> list[Case]:
+def layer_cases(lm: LanguageModel, layer: int, delta: Tensor, head: int, length: int, base: Run) -> list[Case]:
     """Edits of every site of one layer, for rows of `length` tokens.
 
-    delta holds at least d and h entries; `head` is edited where there are heads.
+    delta holds at least d and h entries; `head` is edited where there are heads; `base` is the run without an edit.
     """
     move = delta[: lm.d_model]
+    mixed = lm.family.layers[layer].experts is not None
     return [
         *_stream_cases(lm, layer, move),
         *_norm_cases(lm, layer),
         *_attention_cases(lm, layer, delta, head, length),
-        *_mlp_cases(lm, layer, move),
+        *(_expert_cases(lm, layer, move, base) if mixed else _mlp_cases(lm, layer, move)),
     ]
 
 
@@ -101,22 +132,22 @@ def _stream_cases(lm: LanguageModel, layer: int, move: Tensor) -> Iterator[Case]
 def _norm_cases(lm: LanguageModel, layer: int) -> Iterator[Case]:
     parts = lm.family.layers[layer]
     norms = (
-        (parts.ln1, "ln1", "attn.in"),
-        (parts.ln2, "ln2", "mlp.in"),
-        (parts.ln1_post, "ln1_post", "attn.out"),
-        (parts.ln2_post, "ln2_post", "mlp.out"),
+        (parts.ln1, "ln1", "attn.in", 1.0),
+        (parts.ln2, "ln2", "mlp.in", 1.0),
+        (parts.ln1_post, "ln1_post", "attn.out", parts.attn_multiplier),
+        (parts.ln2_post, "ln2_post", "mlp.out", parts.mlp_multiplier),
     )
-    for norm, name, reader in norms:
+    for norm, name, reader, times in norms:
         if norm is None:
             continue
         for part, factor, multiple in (("scale", 2.0, 0.5), ("normalized", 2.0, 2.0)):
 
             def follows(
-                new: At, old: At, norm=norm, name=name, reader=reader, part=part, multiple=multiple
+                new: At, old: At, norm=norm, name=name, reader=reader, part=part, multiple=multiple, times=times
             ) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
                 wanted = old(f"{name}.normalized") * multiple
                 yield f"{name}.{part} doubled: {name}.normalized", new(f"{name}.normalized"), wanted, wanted
-                gained = norm.gain(wanted, lm.dtype)
+                gained = norm.gain(wanted, lm.dtype) * times
                 yield f"{name}.{part} doubled: {reader} follows", new(reader), gained, gained
 
             yield make.scale(f"blocks.{layer}.{name}.{part}", factor), follows
@@ -124,7 +155,8 @@ def _norm_cases(lm: LanguageModel, layer: int) -> Iterator[Case]:
 
 def _attention_cases(lm: LanguageModel, layer: int, delta: Tensor, head: int, length: int) -> Iterator[Case]:
     parts, b = lm.family.layers[layer], f"blocks.{layer}.attn"
-    move, narrow = delta[: lm.d_model], delta[: lm.d_head]
+    move, narrow = delta[: lm.d_model], delta[: lm.family.d_value]
+    sinks = getattr(parts.core, "sinks", None)
     groups = lm.n_heads // lm.n_kv_heads
     kv = head // groups
     mine = list(range(kv * groups, (kv + 1) * groups))
@@ -136,15 +168,42 @@ def _attention_cases(lm: LanguageModel, layer: int, delta: Tensor, head: int, le
 
     yield make.add(f"{b}.in", move), entry
 
+    def across(site: str) -> bool:
+        """Whether a norm over all heads together follows, so that one head's edit reaches the others."""
+        norm = {"attn.q": parts.q_norm, "attn.k": parts.k_norm}.get(site)
+        weight = getattr(norm, "weight", None)
+        return isinstance(weight, Tensor) and weight.ndim == 1 and weight.shape[0] != lm.d_head
+
     def even(site: str, heads: list[int]) -> Verify:
         def verify(new: At, old: At) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
             found, seen = new("attn.pattern")[:, heads], old("attn.scores")[:, heads] > -torch.inf
-            wanted = seen.to(found.dtype) / seen.sum(-1, keepdim=True)
-            yield f"{site} at zero: even attention", found, wanted, found
+            n = seen.sum(-1, keepdim=True)
+            if sinks is not None:  # one more place to look at, with a logit of its own
+                n = n + wide_of(sinks)[heads].view(1, -1, 1, 1).exp()
+            wanted = seen.to(found.dtype) / n
+            if lm.family.alibi and site != "attn.scores":  # what is left is a slope times the distance
+                left = wide_of(new("attn.scores")[:, heads])
+                bend = (left[..., 2:] - 2 * left[..., 1:-1] + left[..., :-2]).masked_fill(~seen[..., 2:], 0.0)
+                yield (
+                    f"{site} of one head at zero: scores by distance",
+                    bend,
+                    torch.zeros_like(bend),
+                    left.where(seen, 0),
+                )
+            else:
+                yield f"{site} of one head at zero: even attention", found, wanted, found
             rest = [i for i in range(lm.n_heads) if i not in heads]
-            if rest:
+            if rest and not across(site):
                 was = old("attn.pattern")[:, rest]
-                yield f"{site} at zero: other heads stay", new("attn.pattern")[:, rest], was, was
+                yield f"{site} of one head at zero: other heads stay", new("attn.pattern")[:, rest], was, was
+
+        return verify
+
+    def only_bias(part: str, at_head: int, bias: Tensor) -> Verify:
+        def verify(new: At, old: At) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
+            length = wide_of(new(f"attn.rot_{part}")[:, :, at_head]).norm(dim=-1)
+            wanted = wide_of(bias).norm().expand_as(length)
+            yield f"attn.{part} of one head at zero: its norm's bias is left", length, wanted, wanted
 
         return verify
 
@@ -155,16 +214,28 @@ def _attention_cases(lm: LanguageModel, layer: int, delta: Tensor, head: int, le
         ("rot_k", kv, mine),
         ("scores", head, [head]),
     ):
-        yield make.zero(f"{b}.{part}", heads=chosen), even(f"attn.{part} of one head", heads)
+        if lm.family.absent(f"blocks.{{l}}.attn.{part}", layer) is not None:
+            continue
+        norm = {"q": parts.q_norm, "k": parts.k_norm}.get(part)
+        bias = getattr(norm, "bias", None)
+        check = even(f"attn.{part}", heads) if not isinstance(bias, Tensor) else only_bias(part, chosen, bias)
+        yield make.zero(f"{b}.{part}", heads=chosen), check
 
     def value(new: At, old: At) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
         moved = new("attn.z")[:, :, mine] - old("attn.z")[:, :, mine]
         yield "δ at attn.v of one kv head moves its heads' attn.z by δ", moved, narrow.expand_as(moved), old("attn.z")
 
-    yield make.add(f"{b}.v", narrow, heads=kv), value
+    def no_value(new: At, old: At) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
+        z = new("attn.z")[:, :, mine]
+        yield "attn.v of one kv head at zero: its heads' attn.z is zero", z, torch.zeros_like(z), old("attn.z")
+
+    if sinks is None and lm.family.qkv_clip is None:
+        yield make.add(f"{b}.v", narrow, heads=kv), value
+    else:
+        yield make.zero(f"{b}.v", heads=kv), no_value
 
     def first_only(new: At, old: At) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
-        v = old("attn.v")[:, :, kv]
+        v = clipped(lm.family, old("attn.v")[:, :, kv])
         found = new("attn.z")[:, :, head]
         yield "attn.pattern set to the first token: attn.z is its attn.v", found, v[:, :1].expand_as(v), v
 
@@ -186,7 +257,7 @@ def _attention_cases(lm: LanguageModel, layer: int, delta: Tensor, head: int, le
     yield make.zero(f"{b}.z", heads=head), without
 
     def head_result(new: At, old: At) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
-        now, was = (_written(at, "attn.out", "ln1_post", parts.ln1_post) for at in (new, old))
+        now, was = (_written(at, "attn.out", parts.attn_multiplier, "ln1_post", parts.ln1_post) for at in (new, old))
         yield "δ at one head's attn.result moves what attention writes by δ", now - was, move.expand_as(now), was
         if others:
             was = old("attn.result")[:, :, others]
@@ -195,9 +266,9 @@ def _attention_cases(lm: LanguageModel, layer: int, delta: Tensor, head: int, le
     yield make.add(f"{b}.result", move, heads=head), head_result
 
 
-def _written(at: At, out: str, name: str, norm: Norm | None) -> Tensor:
-    """What a module returns before a norm that follows it."""
-    return at(out) if norm is None else at(f"{name}.normalized") * at(f"{name}.scale")
+def _written(at: At, out: str, multiplier: float, name: str, norm: Norm | None) -> Tensor:
+    """What a module returns before a norm or a multiplier that follows it."""
+    return at(out) / multiplier if norm is None else at(f"{name}.normalized") * at(f"{name}.scale")
 
 
 def _mlp_cases(lm: LanguageModel, layer: int, move: Tensor) -> Iterator[Case]:
@@ -205,12 +276,10 @@ def _mlp_cases(lm: LanguageModel, layer: int, move: Tensor) -> Iterator[Case]:
     act = activation(lm, layer)
 
     def entry(new: At, old: At) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
-        x = old("mlp.in") + move
-        wanted = parts.mlp_in(x)
+        wanted, linear = neurons(parts, old("mlp.in") + move)
         yield "δ at mlp.in: mlp.pre follows", new("mlp.pre"), wanted, wanted
-        if parts.mlp_linear is not None:
-            wanted = parts.mlp_linear(x)
-            yield "δ at mlp.in: mlp.pre_linear follows", new("mlp.pre_linear"), wanted, wanted
+        if linear is not None:
+            yield "δ at mlp.in: mlp.pre_linear follows", new("mlp.pre_linear"), linear, linear
 
     yield make.add(f"{b}.in", move), entry
 
@@ -231,7 +300,8 @@ def _mlp_cases(lm: LanguageModel, layer: int, move: Tensor) -> Iterator[Case]:
         yield make.scale(f"{b}.pre_linear", 2.0), linear
 
     def neuron(new: At, old: At) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
-        now, was = (_written(at, "mlp.out", "ln2_post", parts.ln2_post) for at in (new, old))
+        now, was = (_written(at, "mlp.out", parts.mlp_multiplier, "ln2_post", parts.ln2_post) for at in (new, old))
+        assert parts.mlp_out is not None
         row = weight_matrix(parts.mlp_out).sum(0)
         yield (
             "1 added to mlp.post moves what the MLP writes by W_out's sum",
@@ -241,6 +311,46 @@ def _mlp_cases(lm: LanguageModel, layer: int, move: Tensor) -> Iterator[Case]:
         )
 
     yield make.add(f"{b}.post", torch.ones(1)), neuron
+
+
+def _expert_cases(lm: LanguageModel, layer: int, move: Tensor, base: Run) -> Iterator[Case]:
+    parts, b = lm.family.layers[layer], f"blocks.{layer}.mlp"
+    assert parts.experts is not None
+    weights = base[f"{b}.router.weights"].flatten(0, 1)
+    most = int((weights != 0).sum(0).argmax())
+    least = int((weights != 0).sum(0).argmin())
+
+    def entry(new: At, old: At) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
+        router = parts.experts.router if parts.experts is not None else None
+        wanted = wide_of(old("mlp.in") + move) @ wide_of(router.weight).T  # type: ignore[union-attr]
+        bias = getattr(router, "bias", None)
+        wanted = wanted + wide_of(bias) if isinstance(bias, Tensor) else wanted
+        yield "δ at mlp.in: mlp.router.logits follow", new("mlp.router.logits"), wanted, wanted
+
+    matrix = getattr(parts.experts.router, "weight", None)
+    if isinstance(matrix, Tensor) and matrix.shape == (parts.experts.n, lm.d_model):
+        yield make.add(f"{b}.in", move), entry
+
+    def without(new: At, old: At) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
+        now, was = (_written(at, "mlp.out", parts.mlp_multiplier, "ln2_post", parts.ln2_post) for at in (new, old))
+        gone = centred(parts.ln2_post, old(f"mlp.experts.{most}.out"))
+        yield "mlp.experts.{e}.out of one expert at zero: what the MLP writes lacks it", was - now, gone, was
+
+    yield make.zero(f"{b}.experts.{most}.out"), without
+
+    def doubled(new: At, old: At) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
+        found, wanted = new(f"mlp.experts.{most}.out"), 2 * old(f"mlp.experts.{most}.out")
+        yield "mlp.router.weights doubled: mlp.experts.{e}.out doubles", found, wanted, wanted
+
+    yield make.scale(f"{b}.router.weights", 2.0), doubled
+
+    def preferred(new: At, old: At) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
+        chosen = (new("mlp.router.weights")[..., least] > 0).float()
+        yield "mlp.router.logits of one expert raised: it is chosen", chosen, torch.ones_like(chosen), chosen + 1
+
+    raised = torch.full((parts.experts.n,), -1e3, device=lm.device)
+    raised[least] = 1e3
+    yield make.add(f"{b}.router.logits", raised), preferred
 
 
 def end_cases(lm: LanguageModel, delta: Tensor) -> list[Case]:
@@ -255,13 +365,11 @@ def end_cases(lm: LanguageModel, delta: Tensor) -> list[Case]:
         yield "ln_final.scale doubled halves ln_final.normalized", new("ln_final.normalized"), wanted, wanted
 
     def answered(new: At, old: At) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
-        logits = family.unembed(family.ln_final.gain(2 * old("ln_final.normalized"), lm.dtype))
-        logits = logits if family.final_softcap is None else _capped(logits, family.final_softcap)
+        logits = family.finish(family.unembed(family.ln_final.gain(2 * old("ln_final.normalized"), lm.dtype)))[:, -1:]
         yield "ln_final.normalized doubled: logits follow", new("logits"), logits, logits
 
     def capped(new: At, old: At) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
-        assert family.final_softcap is not None
-        wanted = _capped(old("logits_precap") + bump, family.final_softcap)
+        wanted = family.finish((old("logits_precap") + bump) / family.logit_scale)
         yield "δ at logits_precap: logits follow", new("logits"), wanted, wanted
 
     cases += [(make.scale("ln_final.scale", 2.0), halved), (make.scale("ln_final.normalized", 2.0), answered)]
@@ -269,7 +377,3 @@ def end_cases(lm: LanguageModel, delta: Tensor) -> list[Case]:
     if family.final_softcap is not None:
         cases.append((make.add("logits_precap", bump), capped))
     return cases
-
-
-def _capped(logits: Tensor, cap: float) -> Tensor:
-    return torch.tanh(logits / cap) * cap

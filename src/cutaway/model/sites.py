@@ -2,8 +2,8 @@
 absent.
 
 Dimensions are written b (batch), p (position), d (model width), H (heads), KV (key-value heads), h (head width), q
-and k (destination and source position), m (MLP width), V (vocabulary). Names are frozen: one tensor, one name.
-TransformerLens spellings resolve when looking up and are never stored.
+and k (destination and source position), m (MLP width), E (experts), V (vocabulary). Names are frozen: one tensor, one
+name. TransformerLens spellings resolve when looking up and are never stored.
 """
 
 import re
@@ -60,6 +60,11 @@ _BLOCK = [
     SiteKind("blocks.{l}.mlp.pre", "b p m", "input of the activation function (the gate of a gated MLP)"),
     SiteKind("blocks.{l}.mlp.pre_linear", "b p m", "the ungated half of a gated MLP (up projection)"),
     SiteKind("blocks.{l}.mlp.post", "b p m", "the neurons: act(pre), or act(pre) * pre_linear"),
+    SiteKind("blocks.{l}.mlp.router.logits", "b p E", "a mixture of experts: the router's output"),
+    SiteKind("blocks.{l}.mlp.router.weights", "b p E", "each expert's weight; zero where it is not chosen"),
+    SiteKind(
+        "blocks.{l}.mlp.experts.{e}.out", "b p d", "what one expert writes, weighted; zero where it is not chosen"
+    ),
     *_norm_kinds("blocks.{l}.ln2_post", "the norm of what the MLP writes"),
     SiteKind("blocks.{l}.mlp.out", "b p d", "what the MLP adds to the stream"),
     SiteKind("blocks.{l}.resid_post", "b p d", "the stream as the layer leaves it"),
@@ -100,6 +105,7 @@ _ALIASES = {
     **{f"blocks.{{l}}.mlp.hook_{s}": f"blocks.{{l}}.mlp.{s}" for s in ("pre", "pre_linear", "post")},
 }
 _LAYER = re.compile(r"^blocks\.(\d+|\*|\{\d+\.\.\d+\})\.(.+)$")
+_EXPERT = re.compile(r"(?<=\.experts\.)(\d+|\*|\{\d+\.\.\d+\})(?=\.)")
 
 
 @dataclass(frozen=True)
@@ -166,29 +172,28 @@ class SiteTable(Sequence[Site]):
                 return ["logits"]  # the unembedding's output, which nothing follows
             return [self._require(_ALIASES.get(pattern, pattern), pattern)]
         which, rest = match.groups()
-        template = "blocks.{l}." + rest
+        expert = _EXPERT.search(rest)
+        template = "blocks.{l}." + _EXPERT.sub("{e}", rest)
         template = _ALIASES.get(template, template)
         if template not in KINDS:
             raise self._unknown(pattern)
-        if which == "*":
-            layers: Sequence[int] = range(self.n_layers)
-        elif which.startswith("{"):
-            low, high = (int(part) for part in which[1:-1].split(".."))
-            if low > high:
-                raise CutawayError(f"'{pattern}' counts downwards; write the lower layer first.")
-            layers = range(low, high + 1)
-        else:
-            layers = [int(which)]
-        if max(layers) >= self.n_layers:
-            raise CutawayError(
-                f"'{pattern}' asks for layer {max(layers)}, but this model's layers are 0 to {self.n_layers - 1}."
-            )
-        names = [template.replace("{l}", str(layer)) for layer in layers]
+        layers = _numbers(which, self.n_layers, pattern, "layer")
+        named = [template.replace("{l}", str(layer)) for layer in layers]
+        names = named if expert is None else [n for one in named for n in self._experts(one, expert.group(), pattern)]
         if which == "*" or which.startswith("{"):
             present = [name for name in names if self._by_name[name].absent is None]
             if present:
                 return present
         return [self._require(name, pattern) for name in names]
+
+    def _experts(self, template: str, which: str, pattern: str) -> list[str]:
+        """Names of the experts of one layer; the single absent one where it has none."""
+        prefix, suffix = template.split("{e}")
+        n = sum(name.startswith(prefix) and name.endswith(suffix) for name in self._by_name)
+        only = f"{prefix}0{suffix}"
+        if n == 1 and self._by_name[only].absent is not None:
+            return [only]
+        return [f"{prefix}{e}{suffix}" for e in _numbers(which, n, pattern, "expert")]
 
     def expand_all(self, patterns: str | Iterable[str]) -> list[str]:
         """Canonical names of several patterns, without repeats, in the order of the forward pass."""
@@ -210,7 +215,7 @@ class SiteTable(Sequence[Site]):
     def _unknown(self, asked: str) -> CutawayError:
         import difflib
 
-        template = re.sub(r"^blocks\.(\d+|\*|\{[^}]*\})\.", "blocks.{l}.", asked)
+        template = _EXPERT.sub("{e}", re.sub(r"^blocks\.(\d+|\*|\{[^}]*\})\.", "blocks.{l}.", asked))
         close = difflib.get_close_matches(template, [*KINDS, *_ALIASES], n=1, cutoff=0.6)
         hint = f"; did you mean '{close[0]}'?" if close else "; `lm.sites()` lists them."
         return CutawayError(f"There is no site '{asked}'{hint}")
@@ -227,6 +232,18 @@ class SiteTable(Sequence[Site]):
         return "\n".join(lines)
 
 
+def _numbers(which: str, n: int, pattern: str, what: str) -> Sequence[int]:
+    """What stands where a layer or an expert is numbered: `*`, `{3..7}` or one number below n."""
+    if which == "*":
+        return range(n)
+    low, high = (int(x) for x in which[1:-1].split("..")) if which.startswith("{") else (int(which), int(which))
+    if low > high:
+        raise CutawayError(f"'{pattern}' counts downwards; write the lower {what} first.")
+    if high >= n:
+        raise CutawayError(f"'{pattern}' asks for {what} {high}, but this model's {what}s are 0 to {n - 1}.")
+    return range(low, high + 1)
+
+
 def layer_of(name: str) -> int | None:
     """The layer number in a canonical site name, or None."""
     match = _LAYER.match(name)
@@ -235,4 +252,4 @@ def layer_of(name: str) -> int | None:
 
 def template_of(name: str) -> str:
     """The contract row of a canonical site name: `blocks.3.attn.z` -> `blocks.{l}.attn.z`."""
-    return re.sub(r"^blocks\.\d+\.", "blocks.{l}.", name)
+    return _EXPERT.sub("{e}", re.sub(r"^blocks\.\d+\.", "blocks.{l}.", name))

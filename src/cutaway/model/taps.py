@@ -8,24 +8,30 @@ a delta on the output projection.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from cutaway.model.families import Layer, Norm, weight_matrix
+from cutaway.model.experts import tap_experts
+from cutaway.model.norms import Norm
+from cutaway.model.parts import Layer, Projection, weight_matrix
+from cutaway.model.shadow import shadowed
 
 if TYPE_CHECKING:
     from cutaway.model.execution import Execution
 
 OnOutput = Callable[[Tensor], Tensor]
+Inside = Callable[[OnOutput], AbstractContextManager[Any]]
 
 
-class _Installer:
+class Installer:
     def __init__(self, execution: Execution) -> None:
         self.ex = execution
         self.handles: list[RemovableHandle] = []
+        self.shadows = ExitStack()
         self.stream: dict[int, Tensor] = {}  # each layer's input, kept while its resid_mid is edited
 
     def mine(self) -> bool:
@@ -62,8 +68,49 @@ class _Installer:
 
         self.handles.append(module.register_forward_hook(hook))
 
-    def at(self, name: str) -> OnOutput:
-        return lambda value: self.ex.touch(name, value)
+    def rows(self, x: Tensor) -> Tensor:
+        """[b p n], also where a module was given all tokens in one dimension."""
+        return x.view(self.ex.mask.shape[0], -1, x.shape[-1]) if x.ndim == 2 else x
+
+    def at(self, name: str, multiplier: float = 1.0) -> OnOutput:
+        """Touch a value as it is, or times a multiplier that the model applies later."""
+
+        def change(value: Tensor) -> Tensor:
+            x = self.rows(value)
+            scaled = x * multiplier if multiplier != 1.0 else x
+            asked = self.ex.gradients and name in self.ex.capture
+            if asked:  # a step of its own in the graph: others may read this tensor too, or write into it
+                scaled = scaled.clone()
+            new = self.ex.touch(name, scaled)
+            if new is scaled and not asked:
+                return value
+            if multiplier != 1.0:
+                new = new / multiplier
+            elif asked:
+                new = new.clone()
+            return new.reshape(value.shape)
+
+        return change
+
+    def wrap(self, module: nn.Module, change: OnOutput, inside: Inside) -> None:
+        """Run the module's forward in `inside(change)`, in this execution alone."""
+        from cutaway.model.execution import active
+
+        original = module.forward
+
+        def make() -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                execution = active()
+                mine = None if execution is None else execution.wrapped.get(id(module))
+                if mine is None:
+                    return original(*args, **kwargs)
+                with inside(mine):
+                    return original(*args, **kwargs)
+
+            return forward
+
+        self.ex.wrapped[id(module)] = change
+        self.shadows.enter_context(shadowed(module, "forward", make))
 
     def norm(self, norm: Norm, prefix: str) -> None:
         ex, scale_name, value_name = self.ex, f"{prefix}.scale", f"{prefix}.normalized"
@@ -73,42 +120,35 @@ class _Installer:
         def hook(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
             if not self.mine():
                 return None
-            wide, scale = norm.divide(args[0])
+            wide, scale = norm.divide(self.rows(args[0]))
             live = ex.live(scale_name, value_name)
             scale = ex.touch(scale_name, scale)
             normalized = ex.touch(value_name, wide / scale)
-            return norm.gain(normalized, output.dtype) if live else None
+            return norm.gain(normalized, output.dtype).view(output.shape) if live else None
 
         self.handles.append(norm.module.register_forward_hook(hook))
 
-    def heads(self, module: nn.Module, name: str, n: int) -> None:
-        """A projection whose output [b p n*h] is a site by head."""
-        if self.ex.wants(name):
+    def project(self, projection: Projection, prefix: str) -> None:
+        """A projection whose output holds queries, keys or values by head."""
+        names = {part: f"{prefix}.{part}" for part in projection.parts}
+        if not self.ex.wants(*names.values()):
+            return
 
-            def change(y: Tensor) -> Tensor:
-                new = self.ex.touch(name, y.unflatten(-1, (n, -1)))
-                return new.flatten(-2) if self.ex.live(name) else y
+        def change(y: Tensor) -> Tensor:
+            parts = {part: self.ex.touch(names[part], value) for part, value in projection.split(y).items()}
+            if not self.ex.live(*names.values()):
+                return y
+            joined = projection.join(parts, y)
+            return joined.clone() if self.ex.gradients else joined
 
-            self.after(module, change)
+        self.after(projection.module, change)
 
     def attention(self, layer: Layer, prefix: str) -> None:
         ex, family = self.ex, self.ex.lm.family
         if ex.wants(f"{prefix}.in"):
             self.before(layer.attention, self.at(f"{prefix}.in"))
-        names = {part: f"{prefix}.{part}" for part in ("q", "k", "v")}
-        projections = layer.projections
-        if projections.split is None:
-            for part, name in names.items():
-                self.heads(projections.modules[part], name, family.n_heads if part == "q" else family.n_kv_heads)
-        elif ex.wants(*names.values()):
-            split, join = projections.split, projections.join
-            assert join is not None
-
-            def change(y: Tensor) -> Tensor:
-                parts = {part: ex.touch(names[part], value) for part, value in split(y).items()}
-                return join(parts) if ex.live(*names.values()) else y
-
-            self.after(projections.modules["qkv"], change)
+        for projection in layer.projections:
+            self.project(projection, prefix)
         z_name, result_name = f"{prefix}.z", f"{prefix}.result"
         if ex.wants(z_name, result_name):
             z_now: list[Tensor] = []
@@ -138,12 +178,26 @@ class _Installer:
 
     def mlp(self, layer: Layer, prefix: str) -> None:
         ex = self.ex
+        pre, linear = f"{prefix}.pre", f"{prefix}.pre_linear"
         if ex.wants(f"{prefix}.in"):
             self.before(layer.mlp, self.at(f"{prefix}.in"))
-        if ex.wants(f"{prefix}.pre"):
-            self.after(layer.mlp_in, self.at(f"{prefix}.pre"))
-        if layer.mlp_linear is not None and ex.wants(f"{prefix}.pre_linear"):
-            self.after(layer.mlp_linear, self.at(f"{prefix}.pre_linear"))
+        if layer.experts is not None:
+            tap_experts(self, layer.experts, prefix)
+            return
+        assert layer.mlp_in is not None
+        assert layer.mlp_out is not None
+        if layer.mlp_fused and ex.wants(pre, linear):
+
+            def on_both(y: Tensor) -> Tensor:
+                halves = [ex.touch(name, half) for name, half in zip((pre, linear), y.chunk(2, -1), strict=True)]
+                return torch.cat(halves, -1) if ex.live(pre, linear) else y
+
+            self.after(layer.mlp_in, on_both)
+        elif not layer.mlp_fused:
+            if ex.wants(pre):
+                self.after(layer.mlp_in, self.at(pre))
+            if layer.mlp_linear is not None and ex.wants(linear):
+                self.after(layer.mlp_linear, self.at(linear))
         if ex.wants(f"{prefix}.post"):
             self.before(layer.mlp_out, self.at(f"{prefix}.post"))
 
@@ -159,33 +213,43 @@ class _Installer:
                 return x
 
             self.before(layer.module, on_input)
-        self.norm(layer.ln1, f"{prefix}.ln1")
+        if layer.ln1 is not None:
+            self.norm(layer.ln1, f"{prefix}.ln1")
         self.attention(layer, f"{prefix}.attn")
         if layer.ln1_post is not None:
             self.norm(layer.ln1_post, f"{prefix}.ln1_post")
         if ex.wants(f"{prefix}.attn.out") or ex.editing(mid):
+            write, times = self.at(f"{prefix}.attn.out", layer.attn_multiplier), layer.attn_multiplier
 
             def on_write(out: Tensor) -> Tensor:
-                out = ex.touch(f"{prefix}.attn.out", out)
+                out = write(out)
                 if ex.editing(mid):
                     stream = self.stream.pop(index)
-                    before = stream + out
+                    before = stream + out * times if times != 1.0 else stream + out
                     after = ex.edit(mid, before)
                     if ex.gradients:
-                        return out + (after - before)
+                        return out + (after - before) / times
                     # what makes the sum come out right even where it is zero, which the next norm would blow up
-                    return torch.where(after == before, out, after - stream)
+                    return torch.where(after == before, out, (after - stream) / times)
                 return out
 
             self.after(layer.attention_writer, on_write)
         if mid in ex.capture:
-            self.before(layer.ln2.module, lambda x: ex.record(mid, x))
-        self.norm(layer.ln2, f"{prefix}.ln2")
+            reader = layer.mlp if layer.ln2 is None else layer.ln2.module
+            # the very tensor that the stream goes on with, or its gradient would miss that way
+
+            def on_mid(x: Tensor) -> Tensor:
+                ex.record(mid, x if ex.gradients else self.rows(x))
+                return x
+
+            self.before(reader, on_mid)
+        if layer.ln2 is not None:
+            self.norm(layer.ln2, f"{prefix}.ln2")
         self.mlp(layer, f"{prefix}.mlp")
         if layer.ln2_post is not None:
             self.norm(layer.ln2_post, f"{prefix}.ln2_post")
         if ex.wants(f"{prefix}.mlp.out"):
-            self.after(layer.mlp_writer, self.at(f"{prefix}.mlp.out"))
+            self.after(layer.mlp_writer, self.at(f"{prefix}.mlp.out", layer.mlp_multiplier))
         if ex.wants(post):
             self.after(layer.module, self.at(post))
 
@@ -222,20 +286,21 @@ class _Installer:
 
             self.before(family.unembed, keep_last)
         if family.final_softcap is not None and ex.wants("logits_precap"):
-            self.after(family.unembed, self.at("logits_precap"))
+            self.after(family.unembed, self.at("logits_precap", family.logit_scale))
 
 
-def install(execution: Execution) -> list[RemovableHandle]:
-    """Register the hooks that an execution needs, in the order in which a forward reaches their sites."""
-    installer = _Installer(execution)
-    try:
+def install(execution: Execution) -> ExitStack:
+    """Register the hooks that an execution needs, in the order in which a forward reaches their sites.
+
+    Closing the stack takes them away.
+    """
+    installer = Installer(execution)
+    with ExitStack() as stack:
+        stack.callback(lambda: [handle.remove() for handle in installer.handles])
+        stack.push(installer.shadows)
         installer.ends()
         for index, layer in enumerate(execution.lm.family.layers):
             if index >= execution.first_layer:
                 installer.block(index, layer)
         installer.finish()
-    except BaseException:
-        for handle in installer.handles:
-            handle.remove()
-        raise
-    return installer.handles
+        return stack.pop_all()

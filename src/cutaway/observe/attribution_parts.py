@@ -184,6 +184,7 @@ def _mlp_parts(lm: LanguageModel, run: Run, layer: int, g: Tensor, here: Callabl
     parts, inside = lm.family.layers[layer], f"blocks.{layer}."
     multiplier = float(getattr(parts, "mlp_multiplier", 1.0))
     back, constant = _through(parts.ln2_post, run, inside + "ln2_post.scale", here, g, multiplier)
+    assert parts.mlp_out is not None  # or the layer would have no mlp.post
     w_out = weight_matrix(parts.mlp_out).detach().to(_product(lm))
     pulled = (back.to(_product(lm)) @ w_out.T).to(g.dtype)  # [b, K + 1, m]
     neurons = Group("neuron", layer, pulled * here(run[inside + "mlp.post"]).to(g.dtype)[:, None])
