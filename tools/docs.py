@@ -41,7 +41,24 @@ def sites() -> str:
     return "\n".join(lines) + "\n"
 
 
-PAGES = {"commands.md": commands, "sites.md": sites}
+def from_transformerlens() -> str:
+    """The page as it is, with its table of names between the two marks made again."""
+    from cutaway.model.aliases import ALIASES
+    from cutaway.model.sites import KINDS
+
+    spellings: dict[str, list[str]] = {}
+    for theirs, ours in ALIASES.items():
+        for name in ours:
+            spellings.setdefault(name, []).append(f"`{theirs}`")
+    assert set(spellings) <= set(KINDS)
+    rows = [f"| `{name}` | {', '.join(spellings[name])} |" for name in KINDS if name in spellings]
+    start, end = "<!-- names: make docs -->", "<!-- end -->"
+    page = (DOCS / "from-transformerlens.md").read_text()
+    before, after = page.split(start)[0], page.split(end)[1]
+    return "\n".join([f"{before}{start}", "| cutaway | TransformerLens |", "|---|---|", *rows, f"{end}{after}"])
+
+
+PAGES = {"commands.md": commands, "sites.md": sites, "from-transformerlens.md": from_transformerlens}
 
 
 def main(arguments: list[str]) -> int:

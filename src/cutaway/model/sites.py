@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cutaway.artifacts.errors import CutawayError
+from cutaway.model.aliases import ALIASES, BEFORE_A_NORM
 
 
 @dataclass(frozen=True)
@@ -80,30 +81,6 @@ _AFTER = [
 ]
 KINDS: dict[str, SiteKind] = {kind.name: kind for kind in [*_BEFORE, *_BLOCK, *_AFTER]}
 
-# TransformerLens spelling -> ours. hook_mlp_in is the stream before ln2, which is resid_mid and never mlp.in.
-_ALIASES = {
-    "hook_embed": "embed",
-    "hook_pos_embed": "pos_embed",
-    "ln_final.hook_scale": "ln_final.scale",
-    "ln_final.hook_normalized": "ln_final.normalized",
-    "unembed.hook_out": "logits_precap",
-    **{f"blocks.{{l}}.hook_{s}": f"blocks.{{l}}.{s}" for s in ("resid_pre", "resid_mid", "resid_post")},
-    "blocks.{l}.hook_mlp_in": "blocks.{l}.resid_mid",
-    "blocks.{l}.hook_attn_out": "blocks.{l}.attn.out",
-    "blocks.{l}.hook_mlp_out": "blocks.{l}.mlp.out",
-    **{
-        f"blocks.{{l}}.{norm}.hook_{part}": f"blocks.{{l}}.{norm}.{part}"
-        for norm in ("ln1", "ln2", "ln1_post", "ln2_post")
-        for part in ("scale", "normalized")
-    },
-    **{
-        f"blocks.{{l}}.attn.hook_{s}": f"blocks.{{l}}.attn.{s}"
-        for s in ("q", "k", "v", "rot_q", "rot_k", "z", "result")
-    },
-    "blocks.{l}.attn.hook_attn_scores": "blocks.{l}.attn.scores",
-    "blocks.{l}.attn.hook_pattern": "blocks.{l}.attn.pattern",
-    **{f"blocks.{{l}}.mlp.hook_{s}": f"blocks.{{l}}.mlp.{s}" for s in ("pre", "pre_linear", "post")},
-}
 _LAYER = re.compile(r"^blocks\.(\d+|\*|\{\d+\.\.\d+\})\.(.+)$")
 _EXPERT = re.compile(r"(?<=\.experts\.)(\d+|\*|\{\d+\.\.\d+\})(?=\.)")
 
@@ -134,6 +111,7 @@ class SiteTable(Sequence[Site]):
         self._sites = tuple(sites)
         self._by_name = {site.name: site for site in self._sites}
         self._order = {site.name: i for i, site in enumerate(self._sites)}
+        self._present = {site.kind.name for site in self._sites if site.absent is None}
         self.n_layers = n_layers
 
     def __len__(self) -> int:
@@ -168,13 +146,11 @@ class SiteTable(Sequence[Site]):
         """
         match = _LAYER.match(pattern)
         if match is None:
-            if pattern == "unembed.hook_out" and self._by_name["logits_precap"].absent is not None:
-                return ["logits"]  # the unembedding's output, which nothing follows
-            return [self._require(_ALIASES.get(pattern, pattern), pattern)]
+            return [self._require(self._meant(pattern), pattern)]
         which, rest = match.groups()
         expert = _EXPERT.search(rest)
         template = "blocks.{l}." + _EXPERT.sub("{e}", rest)
-        template = _ALIASES.get(template, template)
+        template = self._meant(template)
         if template not in KINDS:
             raise self._unknown(pattern)
         layers = _numbers(which, self.n_layers, pattern, "layer")
@@ -194,6 +170,17 @@ class SiteTable(Sequence[Site]):
         if n == 1 and self._by_name[only].absent is not None:
             return [only]
         return [f"{prefix}{e}{suffix}" for e in _numbers(which, n, pattern, "expert")]
+
+    def _meant(self, template: str) -> str:
+        """Our template for a spelling of TransformerLens, which this model decides; any other as it is."""
+        if BEFORE_A_NORM.get(template) in self._present:
+            ours = ALIASES[template][0]
+            raise CutawayError(
+                f"'{template}' is what the module returns, before a norm; this model has no site there. What is added "
+                f"to the stream, after the norm, is '{ours}'."
+            )
+        names = ALIASES.get(template, (template,))
+        return next((name for name in names if name in self._present), names[-1])
 
     def expand_all(self, patterns: str | Iterable[str]) -> list[str]:
         """Canonical names of several patterns, without repeats, in the order of the forward pass."""
@@ -216,7 +203,7 @@ class SiteTable(Sequence[Site]):
         import difflib
 
         template = _EXPERT.sub("{e}", re.sub(r"^blocks\.(\d+|\*|\{[^}]*\})\.", "blocks.{l}.", asked))
-        close = difflib.get_close_matches(template, [*KINDS, *_ALIASES], n=1, cutoff=0.6)
+        close = difflib.get_close_matches(template, [*KINDS, *ALIASES], n=1, cutoff=0.6)
         hint = f"; did you mean '{close[0]}'?" if close else "; `lm.sites()` lists them."
         return CutawayError(f"There is no site '{asked}'{hint}")
 
