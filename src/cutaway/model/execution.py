@@ -38,7 +38,7 @@ def active() -> Execution | None:
 Replacement = Callable[..., Any]
 
 
-class _Stop(BaseException):
+class Stop(BaseException):
     """Raised inside a forward once the last wanted value is in hand."""
 
 
@@ -118,7 +118,7 @@ class Execution:
                 kept = kept.detach() if own and rows is None and kept.is_contiguous() else kept.detach().clone()
             self.values[name] = kept
             if self.stop and len(self.values) == len(self.capture):
-                raise _Stop
+                raise Stop
         return value
 
     def touch(self, name: str, value: Tensor, *, own: bool = False) -> Tensor:
@@ -164,7 +164,7 @@ class Execution:
         with self.observing():
             try:
                 return call()
-            except _Stop:
+            except Stop:
                 return None
 
     def receipts(self, tokens_first: Tensor) -> tuple[Receipt, ...]:

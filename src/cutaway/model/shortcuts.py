@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from cutaway.model.execution import Execution, Form, Replacement, active, form_of, in_form, passing
+from cutaway.model.execution import Execution, Form, Replacement, Stop, active, form_of, in_form, passing
 from cutaway.model.sites import layer_of, template_of
 from cutaway.model.tokens import Tokens
 
@@ -45,7 +45,7 @@ class Entry:
 
     `attention` is run, entered at its output projection ("z"), or taken over. `layer` is the number of layers where
     everything is. `last` says that only the last token is unembedded, `slim` that it alone leaves the last layer's
-    attention.
+    attention, `defer` that nothing is edited behind the last layer, so that many forwards can be unembedded together.
     """
 
     layer: int
@@ -54,6 +54,7 @@ class Entry:
     block: Literal["run", "skip"] = "run"
     last: bool = True
     slim: bool = True
+    defer: bool = True
 
     @property
     def inner(self) -> bool:
@@ -73,11 +74,12 @@ def entry(lm: LanguageModel, sites: Iterable[str], last: bool) -> Entry:
     tails = {template_of(site).removeprefix("blocks.{l}.") for site, at in zip(sites, layers, strict=True) if at == end}
     outside = {site for site, at in zip(sites, layers, strict=True) if at is None}
     last = last and not outside & {*_OUTPUT}
-    slim = last and tails <= {*_BEFORE_OUTPUT} and not outside - {"embed", "pos_embed"}
+    defer = last and not outside - {"embed", "pos_embed"}
+    slim = defer and tails <= {*_BEFORE_OUTPUT}
     if outside & {"embed", "pos_embed"}:
-        return Entry(0, last=last, slim=slim)
+        return Entry(0, last=last, slim=slim, defer=defer)
     if not any(at is not None for at in layers):
-        return Entry(lm.n_layers, last=last, slim=slim)
+        return Entry(lm.n_layers, last=last, slim=slim, defer=defer)
     first = min(at for at in layers if at is not None)
     here = {
         template_of(site).removeprefix("blocks.{l}.") for site, at in zip(sites, layers, strict=True) if at == first
@@ -91,6 +93,7 @@ def entry(lm: LanguageModel, sites: Iterable[str], last: bool) -> Entry:
         block="skip" if here <= {*_STREAM} else "run",
         last=last,
         slim=slim,
+        defer=defer,
     )
 
 
@@ -100,6 +103,7 @@ class Base:
 
     tokens: Tokens
     logits: Tensor  # [n, 1, V], or [n, p, V]
+    final: Tensor  # the stream behind the last layer at each row's last token [n, 1, d]
     returned: dict[nn.Module, Tensor] = field(default_factory=dict)
     entering: dict[nn.Module, Tensor] = field(default_factory=dict)
     forms: dict[nn.Module, Form] = field(default_factory=dict)
@@ -194,15 +198,19 @@ def first_argument(module: nn.Module, change: Callable[[Tensor], Tensor | None],
 
 def run_base(lm: LanguageModel, tokens: Tokens, entries: Iterable[Entry], *, last: bool, cached: bool) -> Base:
     """The unedited forward, with what forwards that enter at `entries` take over, and keys and values if `cached`."""
-    base = Base(tokens, torch.empty(0))
+    base = Base(tokens, torch.empty(0), torch.empty(0))
+    end = lm.family.layers[-1].module
     outputs, inputs = _needs(lm, entries)
 
     def watch(execution: Execution) -> Iterator[RemovableHandle]:
         def note(module: nn.Module, _args: Any, output: Any) -> None:
             if active() is execution:
                 base.forms[module] = form_of(output)
+                value = output[0] if isinstance(output, tuple) else output
                 if module in outputs:
-                    base.returned[module] = (output[0] if isinstance(output, tuple) else output).clone()
+                    base.returned[module] = value.clone()
+                if module is end:
+                    base.final = pick(value, tokens.last).clone()
 
         def noting_input(module: nn.Module) -> Callable[[Tensor], None]:
             def note_input(x: Tensor) -> None:
@@ -216,7 +224,7 @@ def run_base(lm: LanguageModel, tokens: Tokens, entries: Iterable[Entry], *, las
         for module in inputs:
             yield first_argument(module, noting_input(module), execution)
         if last:
-            yield first_argument(lm.family.unembed, lambda x: _pick(x, tokens.last), execution)
+            yield first_argument(lm.family.unembed, lambda x: pick(x, tokens.last), execution)
 
     def forward(past: DynamicCache | None) -> Tensor:
         execution = Execution(lm, (), (), tokens.mask, watch=watch)
@@ -259,7 +267,7 @@ def call(lm: LanguageModel, tokens: Tokens, start: int, past: DynamicCache | Non
         )
 
 
-def _pick(x: Tensor, columns: Tensor) -> Tensor:
+def pick(x: Tensor, columns: Tensor) -> Tensor:
     """[b, p, ...] -> [b, 1, ...], one column a row."""
     if x.shape[1] == 1:
         return x
@@ -269,20 +277,31 @@ def _pick(x: Tensor, columns: Tensor) -> Tensor:
 
 
 def run_from(lm: LanguageModel, base: Base, at: Entry, start: int, times: int, edits: Iterable[Any]) -> Tensor:
-    """The prompts `times` times with edits, entering at `at` and column `start`: logits [times * n, 1 or p - start, V].
+    """The prompts `times` times with edits, entering at `at` and column `start`.
 
-    Where a row ends before `start`, what it gives for its last token is meaningless. `edits` are as `Execution` takes
-    them, over rows repeated as a whole (prompts 0 to n - 1, then again).
+    Returns logits [times * n, 1 or p - start, V], or, where the entry defers the unembedding, the stream behind the
+    last layer at each row's last token [times * n, 1, d], for `finish`. Where a row ends before `start`, what it gives
+    for its last token is meaningless. `edits` are as `Execution` takes them, over rows repeated as a whole (prompts 0
+    to n - 1, then again).
     """
     family, tokens = lm.family, base.tokens
     last = (tokens.last - start).clamp(min=0)  # what a row that ends before `start` gives there, nobody reads
+    streams: list[Tensor] = []
 
     def watch(execution: Execution) -> Iterator[RemovableHandle]:
         if at.slim and at.layer < lm.n_layers and at.block == "run":
             for module in (family.layers[-1].output, family.layers[-1].mlp):
-                yield first_argument(module, lambda x: _pick(x, last), execution)
-        if at.last:
-            yield first_argument(family.unembed, lambda x: _pick(x, last), execution)
+                yield first_argument(module, lambda x: pick(x, last), execution)
+        if at.last and not at.defer:
+            yield first_argument(family.unembed, lambda x: pick(x, last), execution)
+        if at.defer:
+
+            def leave(_module: nn.Module, _args: Any, output: Any) -> None:
+                if active() is execution:
+                    streams.append(pick(output[0] if isinstance(output, tuple) else output, last))
+                    raise Stop
+
+            yield family.layers[-1].module.register_forward_hook(leave)
 
     execution = Execution(
         lm,
@@ -294,4 +313,18 @@ def run_from(lm: LanguageModel, base: Base, at: Entry, start: int, times: int, e
         watch=watch,
     )
     past = base.past(start, times, at.layer) if start > 0 else None
-    return execution.edit("logits", execution.forward(lambda: call(lm, tokens, start, past, times)).logits)
+    out = execution.forward(lambda: call(lm, tokens, start, past, times))
+    return streams[0] if at.defer else execution.edit("logits", out.logits)
+
+
+def finish(lm: LanguageModel, base: Base, streams: Tensor) -> Tensor:
+    """What the model makes of streams behind its last layer [m, 1, d]: logits [m, 1, V], by its own forward."""
+    layers = lm.family.layers
+    end = layers[-1].module
+    instead = {layer.module: passing(base.forms[layer.module]) for layer in layers[:-1]}
+    instead[end] = lambda *_args, **_kwargs: in_form(streams, base.forms[end])
+    one = base.tokens.ids[:1, :1]
+    mask = torch.ones_like(one, dtype=torch.bool)
+    execution = Execution(lm, (), (), mask, first_layer=lm.n_layers, replace=instead)
+    tokens = Tokens(one, mask, ())
+    return execution.forward(lambda: call(lm, tokens, 0, None, len(streams))).logits

@@ -25,7 +25,7 @@ from cutaway.model.edits import Edit, Receipt, edits_for
 from cutaway.model.execution import receipts_of
 from cutaway.model.flops import Cost, Flops, cost
 from cutaway.model.memory import available_bytes, out_of_memory
-from cutaway.model.shortcuts import Base, Entry, entry, run_base, run_from
+from cutaway.model.shortcuts import Base, Entry, entry, finish, pick, run_base, run_from
 from cutaway.model.sites import Site
 from cutaway.model.tokens import Tokens
 
@@ -200,6 +200,7 @@ class _Sweeper:
         self.limit = limit_bytes
         self.most = 2**31
         self.kept: dict[int, list[Resolved]] = {}
+        self.pending: list[tuple[_Plan, Tensor]] = []
         self.plans: list[_Plan] = []
         self.needed = 0
         held = 0
@@ -321,17 +322,7 @@ class _Sweeper:
                 if not out_of_memory(error):
                     raise
                 problem = str(error)
-            # here the failed forward's tensors are free again
-            if self.lm.device.type == "cuda":
-                torch.cuda.empty_cache()
-            if len(now) == 1:
-                raise CutawayError(
-                    f"One cell of this sweep alone does not fit in memory ({problem.splitlines()[0]}); use fewer or "
-                    "shorter prompts."
-                )
-            half = len(now) // 2
-            self.most = min(self.most, half)
-            self.notes.append(f"memory ran out with {len(now)} cells in a batch, so they ran {half} at a time")
+            half = self._halve(len(now), problem)  # the failed forward's tensors are free again here
             waiting += [now[half:], now[:half]]
 
     def _checked(self, base: Base, at: Entry, start: int, plans: list[_Plan]) -> list[tuple[_Plan, Tensor]]:
@@ -340,7 +331,7 @@ class _Sweeper:
             kind = self._kind(at_now, start_now)
             control = kind not in self.proven and (at_now.layer > 0 or start_now > 0 or at_now.slim)
             try:
-                logits, found = self._forward(base, at_now, start_now, plans, control)
+                out, found = self._forward(base, at_now, start_now, plans, control)
             except CutawayError:
                 raise
             except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
@@ -348,11 +339,11 @@ class _Sweeper:
                     raise
                 continue
             if control:
-                wrong = self._deviation(base, logits[: self.n], start_now)
+                wrong = self._deviation(base, out[: self.n], at_now, start_now)
                 if wrong and self._drop(at_now, start_now, wrong):
                     continue
                 self.proven.add(kind)
-                logits = logits[self.n :]
+                out = out[self.n :]
             break
         self.batches.append(Batch(tuple(plan.index for plan in plans), at_now, start_now, control))
         times = len(plans) + control
@@ -361,8 +352,46 @@ class _Sweeper:
         for i, plan in enumerate(plans):
             receipts_of(found[i], self.tokens.first)  # raises where an edit touched nothing
             self.touched[plan.index] = tuple(replace(edit, source=None, value=None) for edit in found[i])
-            results.append((plan, self.measure(base, logits[i * self.n : (i + 1) * self.n], start_now)))
+            mine = out[i * self.n : (i + 1) * self.n]
+            if at_now.defer:
+                self.pending.append((plan, self._last(base.final, mine, start_now)[:, None]))
+            else:
+                results.append((plan, self.measure(base, mine, start_now)))
         return results
+
+    def unembed(self, base: Base, *, all_of_it: bool) -> Iterator[tuple[_Plan, Tensor]]:
+        """The metric of cells that ended behind the last layer, once there are enough of them, or all."""
+        row = 2 * self.lm.d_vocab * (self.lm.dtype.itemsize + 4)
+        free = int(available_bytes(self.lm.device) * _SHARE_OF_MEMORY) if self.limit is None else self.limit
+        most = max(1, min(512, free // row) // self.n)
+        while self.pending and (all_of_it or len(self.pending) >= most):
+            now = self.pending[:most]
+            problem = ""
+            try:
+                logits = finish(self.lm, base, torch.cat([stream for _, stream in now]))
+                for i, (plan, _) in enumerate(now):
+                    yield plan, self.measure(base, logits[i * self.n : (i + 1) * self.n])
+                del self.pending[: len(now)]
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                problem = str(error)
+            if problem:
+                most = self._halve(len(now), problem)
+
+    def _halve(self, n: int, problem: str) -> int:
+        """How many cells to try after `n` did not fit."""
+        if self.lm.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if n == 1:
+            raise CutawayError(
+                f"One cell of this sweep alone does not fit in memory ({problem.splitlines()[0]}); use fewer or "
+                "shorter prompts."
+            )
+        half = n // 2
+        self.most = min(self.most, half)
+        self.notes.append(f"memory ran out with {n} cells in a batch, so they ran {half} at a time")
+        return half
 
     def _kind(self, at: Entry, start: int) -> tuple[Any, ...]:
         inside = at.layer < self.lm.n_layers
@@ -385,30 +414,27 @@ class _Sweeper:
         edits = [_AtSite(sites[name], cells, self.n) for name, cells in by_site.items()]
         return run_from(self.lm, base, at, start, len(plans) + control, edits), found
 
-    def _deviation(self, base: Base, control: Tensor, start: int) -> str:
+    def _deviation(self, base: Base, control: Tensor, at: Entry, start: int) -> str:
         """What is wrong with the unedited control, or nothing."""
-        wanted = self._last(base, base.logits, 0).double()
-        off = (self._last(base, control, start).double() - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30)
+        what, value = ("stream", base.final) if at.defer else ("logits", base.logits)
+        wanted = self._last(value, value, 0).double()
+        off = (self._last(value, control, start).double() - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30)
         tolerance = _TOLERANCE.get(self.lm.dtype, 4e-2)
-        return "" if float(off) <= tolerance else f"an unedited control was off by {float(off):.1e} of the logits"
+        return "" if float(off) <= tolerance else f"an unedited control was off by {float(off):.1e} of its {what}"
 
-    def _last(self, base: Base, logits: Tensor, start: int) -> Tensor:
-        """[n, 1 or p - start, V] -> [n, V]: each row's last real token; rows that end before `start` are unedited."""
-        if logits.shape[1] == 1:
-            found = logits[:, 0]
-        else:
-            columns = (self.tokens.last - start).clamp(min=0).to(logits.device)
-            found = logits[torch.arange(len(logits), device=logits.device), columns]
+    def _last(self, unedited: Tensor, value: Tensor, start: int) -> Tensor:
+        """[n, 1 or p - start, ...] -> [n, ...] at each row's last real token; `unedited` in rows that end before."""
+        found = pick(value, (self.tokens.last - start).clamp(min=0))[:, 0]
         early = self.tokens.last < start
         if start == 0 or not bool(early.any()):
             return found
-        return torch.where(early.to(found.device)[:, None], self._last(base, base.logits, 0), found)
+        return torch.where(early.to(found.device)[:, None], self._last(unedited, unedited, 0), found)
 
     def measure(self, base: Base, logits: Tensor, start: int = 0) -> Tensor:
         """The metric of one cell's logits [n, 1 or p - start, V]."""
         with torch.no_grad():
             if self.last:
-                given = self._last(base, logits, start)
+                given = self._last(base.logits, logits, start)
             else:
                 given = torch.cat([base.logits[:, :start], logits], dim=1) if start > 0 else logits
             value: Any = self.metric(given, self.tokens)
@@ -491,6 +517,8 @@ def sweep(
                     ]
                     continue
                 for plan, value in sweeper.run(base, at, column, plans):
+                    values[plan.index] = value
+                for plan, value in sweeper.unembed(base, all_of_it=not batches):
                     values[plan.index] = value
                 if progress is not None:
                     progress.advance(len(plans))
