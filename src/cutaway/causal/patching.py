@@ -2,7 +2,8 @@
 
 Denoising runs the corrupt prompt and inserts clean activations: what suffices to bring the answer back? Noising runs
 the clean prompt and inserts corrupt ones: what is needed to keep it? They are not symmetric (Zhang & Nanda 2023;
-Heimersheim & Nanda 2024). Every layer resumes at the layer that is patched, and the cells of a layer run as one batch.
+Heimersheim & Nanda 2024). The cells are one sweep (`lm.sweep`): they run in batches, from the patched layer and token
+on.
 """
 
 from collections.abc import Sequence
@@ -19,9 +20,10 @@ from cutaway.artifacts.statistics import bootstrap_interval, wilson_interval
 from cutaway.causal.competence import Criterion
 from cutaway.causal.metrics import METRICS, Metric, Targets, logit_difference, recovery
 from cutaway.data.pairs import AlignedPairs, PromptPair, align
-from cutaway.model.edits import patch
+from cutaway.model.edits import Edit, patch
 from cutaway.model.language_model import LanguageModel
 from cutaway.model.run import Run
+from cutaway.model.tokens import Tokens
 
 Direction = Literal["denoise", "noise"]
 RANDOM = "random position"
@@ -288,36 +290,32 @@ def patch_grid(
     goal, other = (aligned.wrong, aligned.answer) if noise else (aligned.answer, aligned.wrong)
 
     def flipped(logits: Tensor) -> Tensor:
-        """Whether each row [many * n, V] is answered as the source is."""
-        times = len(logits) // n
+        """Whether each row [n, V] is answered as the source is."""
+        towards, away = goal.to(logits.device), other.to(logits.device)
         if criterion == "top1":
-            return logits.argmax(-1) == goal.repeat(times)
-        wanted, unwanted = (logits.gather(-1, ids.repeat(times)[:, None])[:, 0] for ids in (goal, other))
+            return logits.argmax(-1) == towards
+        wanted, unwanted = (logits.gather(-1, ids[:, None])[:, 0] for ids in (towards, away))
         return wanted > unwanted
 
-    many = max(1, min(len(to), batch_rows // n))
-    rows = torch.arange(n).repeat(many)
-    start = lm.run(base[rows.tolist()], capture=[f"blocks.{layer}.resid_pre" for layer in depth], logits=None)
-    metrics = torch.zeros(len(depth), len(to), n)
-    flips = torch.zeros(len(depth), len(to), n, dtype=torch.bool)
-    for i, layer in enumerate(depth):
-        for first in range(0, len(to), many):
-            # the last batch is filled up with a repeated cell, so that every batch can resume from the same run
-            cells = torch.arange(first, first + many).clamp(max=len(to) - 1)
-            at, of = to[cells].flatten(), frm[cells].flatten()
-            valid = (at >= 0).nonzero()[:, 0].tolist()
-            edit = patch(
-                site.format(l=layer),
-                given,
-                rows=valid,
-                positions=[[int(at[r])] for r in valid],
-                source_rows=[int(rows[r]) for r in valid],
-                source_positions=[[int(of[r])] for r in valid],
-            )
-            run = lm.run(start.tokens, edits=edit, logits="last", resume=start)
-            logits = _answers(run)
-            metrics[i, cells] = measure(logits, targets[rows]).view(many, n)
-            flips[i, cells] = flipped(logits).view(many, n)
+    here = Targets(*(t.to(lm.device) for t in (targets.answer, targets.wrong, targets.clean)))
+
+    def judged(logits: Tensor, _tokens: Tokens) -> Tensor:
+        """Metric and flip of each row [n, 2]."""
+        logits = logits.float()
+        return torch.stack([measure(logits, here), flipped(logits).float()], dim=-1)
+
+    def cell(layer: int, at: list[int], of: list[int]) -> list[Edit]:
+        rows = [row for row in range(n) if at[row] >= 0]
+        if not rows:
+            return []
+        places, origins = [[at[row]] for row in rows], [[of[row]] for row in rows]
+        name = site.format(l=layer)
+        return [patch(name, given, rows=rows, positions=places, source_rows=rows, source_positions=origins)]
+
+    cells = [cell(layer, at, of) for layer in depth for at, of in zip(to.tolist(), frm.tolist(), strict=True)]
+    swept = lm.sweep(base, cells, judged, batch_rows=batch_rows, label="patching")
+    metrics, flips = swept.values.view(len(depth), len(to), n, 2).unbind(-1)
+    flips = flips > 0.5
     values, usable = recovery(metrics, m_source, m_base)
     if not usable.any():
         raise CutawayError(f"the metric {name} does not tell the clean prompts from the corrupt ones; choose another")
