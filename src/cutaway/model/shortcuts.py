@@ -113,9 +113,9 @@ class Base:
     def columns(self, value: Tensor, start: int, times: int) -> Tensor:
         """[n, p, ...] -> the columns from `start` on, the prompts repeated [times * n, p - start, ...]."""
         value = value[:, start:]
-        return (
-            value.expand(times, *value.shape[1:]) if len(value) == 1 else value.repeat(times, *[1] * (value.ndim - 1))
-        )
+        if len(value) == 1:
+            return value.expand(times, *value.shape[1:]).contiguous()
+        return value.repeat(times, *[1] * (value.ndim - 1))
 
     def past(self, start: int, times: int, layer: int) -> DynamicCache:
         """A cache that holds the columns before `start`, in the layers from `layer` on (and the first, for length)."""
@@ -123,10 +123,10 @@ class Base:
         cache = DynamicCache()
         for index, (keys, values) in enumerate(self.cache):
             keys, values = keys[:, :, :start], values[:, :, :start]
-            if index >= layer:
-                grow = (times, *keys.shape[1:]) if len(keys) == 1 else None
-                keys = keys.expand(grow) if grow else keys.repeat(times, 1, 1, 1)
-                values = values.expand(times, *values.shape[1:]) if len(values) == 1 else values.repeat(times, 1, 1, 1)
+            if index >= layer and len(keys) == 1:
+                keys, values = (t.expand(times, *t.shape[1:]) for t in (keys, values))
+            elif index >= layer:
+                keys, values = (t.repeat(times, 1, 1, 1) for t in (keys, values))
             held = DynamicLayer()
             held.lazy_initialization(keys, values)
             held.keys, held.values = keys, values  # it grows by concatenation, so these stay as they are

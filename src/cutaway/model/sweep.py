@@ -37,6 +37,7 @@ Metric = Callable[[Tensor, Tokens], Tensor]
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5, torch.float16: 6e-3, torch.bfloat16: 4e-2}
 _SECONDS_IN_SILENCE = 2.0
 _SHARE_OF_MEMORY = 0.25
+_UNEMBEDDED = 512  # rows at once
 _KEPT_BYTES = 2**26  # sources of resolved edits above this are looked up again, batch by batch
 
 
@@ -363,7 +364,7 @@ class _Sweeper:
         """The metric of cells that ended behind the last layer, once there are enough of them, or all."""
         row = 2 * self.lm.d_vocab * (self.lm.dtype.itemsize + 4)
         free = int(available_bytes(self.lm.device) * _SHARE_OF_MEMORY) if self.limit is None else self.limit
-        most = max(1, min(512, free // row) // self.n)
+        most = max(1, min(_UNEMBEDDED, free // row) // self.n)
         while self.pending and (all_of_it or len(self.pending) >= most):
             now = self.pending[:most]
             problem = ""
@@ -503,7 +504,7 @@ def sweep(
     unedited = sweeper.measure(base, base.logits)
     values: dict[int, Tensor] = {i: unedited for i, edits in enumerate(lists) if not edits}
     todo = [plan for plan in sweeper.plans if start is None or not bool(start.done[plan.index])]
-    began = time.monotonic()
+    began, ran = time.monotonic(), len(lists) - len(todo)
     with ExitStack() as stack:
         progress: Progress | None = None
         try:
@@ -520,11 +521,12 @@ def sweep(
                     values[plan.index] = value
                 for plan, value in sweeper.unembed(base, all_of_it=not batches):
                     values[plan.index] = value
+                ran += len(plans)
                 if progress is not None:
                     progress.advance(len(plans))
                 elif time.monotonic() - began > _SECONDS_IN_SILENCE:
                     progress = stack.enter_context(Progress(label, total=len(lists), unit="cells"))
-                    progress.advance(len(values))
+                    progress.advance(ran)
         except KeyboardInterrupt:
             raise SweepInterrupted(sweeper.result(values, unedited, len(lists), start)) from None
     return sweeper.result(values, unedited, len(lists), start)
