@@ -170,14 +170,12 @@ def test_what_is_not_needed_is_not_run(of_family: Subjects) -> None:
     ran: list[tuple[str, tuple[int, ...]]] = []
     handles = []
     for layer in range(LAYERS):
-        for part in (names.attention, names.mlp):
-            handles.append(
-                subject.hf.get_submodule(
-                    f"{names.layers}.{layer}.{part}.{'o_proj' if part != names.mlp else 'down_proj'}"
-                ).register_forward_hook(
-                    lambda _m, _a, out, name=f"{layer}.{part}": ran.append((name, tuple(out.shape[:2])))
-                )
-            )
+        for part, end in ((names.attention, "o_proj"), (names.mlp, "down_proj")):
+
+            def note(_m: Any, _args: Any, output: Tensor, name: str = f"{layer}.{part}") -> None:
+                ran.append((name, tuple(output.shape[:2])))
+
+            handles.append(subject.hf.get_submodule(f"{names.layers}.{layer}.{part}.{end}").register_forward_hook(note))
     rows = [[5, 6, 7, 8, 9, 10]]
     cells = [cutaway.scale("blocks.1.mlp.post", 0.5, positions=p) for p in (4, 5)]
     found = lm.sweep(rows, cells, two_logits)
@@ -242,7 +240,8 @@ def test_a_wrong_shortcut_is_dropped_and_said(of_family: Subjects, monkeypatch: 
 
     def past(self: Any, start: int, times: int, layer: int) -> Any:
         made = real_past(self, start, times, layer)
-        made.layers[-1].keys = made.layers[-1].keys * 1.5
+        last: Any = made.layers[-1]
+        last.keys = last.keys * 1.5
         return made
 
     def columns(self: Any, value: Tensor, start: int, times: int) -> Tensor:
@@ -272,7 +271,8 @@ def test_an_edit_that_touches_nothing_or_fits_nowhere_is_refused(llama: Language
     with pytest.raises(CutawayError, match="at least one cell"):
         llama.sweep([5, 6, 7], [], two_logits)
     cell = cutaway.zero("blocks.1.mlp.out")
-    for wrong in (lambda x, _: x.sum(), lambda x, _: 3.0, lambda x, _: torch.zeros(2)):
+    metrics: list[Any] = [lambda x, _: x.sum(), lambda x, _: 3.0, lambda x, _: torch.zeros(2)]
+    for wrong in metrics:
         with pytest.raises(CutawayError, match="metric"):
             llama.sweep([5, 6, 7], [cell], wrong)
     with pytest.raises(CutawayError, match="batch_rows"):
