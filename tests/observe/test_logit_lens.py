@@ -86,3 +86,62 @@ def test_atlas_reads_the_state_before_the_capital() -> None:
     data = lens.to_json()
     assert len(data["top"]) == atlas.n_layers + 1
     assert len(data["tokens"]) == len(data["kl"][0])
+
+
+def test_chosen_positions_and_small_chunks_change_no_number(
+    tiny: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = logit_lens(tiny, ROWS, follow=[33])
+    chosen = logit_lens(tiny, ROWS, positions=[1, -1], follow=[33])
+    columns = torch.tensor([[1, 5], [1, 3]])
+    assert torch.equal(chosen.columns, columns)
+    for name in ("entropy", "kl", "target_rank", "target_probability", "followed_probability", "followed_rank"):
+        expected = torch.stack([getattr(whole, name)[:, row, columns[row]] for row in range(2)], 1)
+        torch.testing.assert_close(getattr(chosen, name), expected, rtol=1e-4, atol=1e-5, equal_nan=True)
+    assert chosen.to_json(1)["positions"] == [1, 3]
+    assert chosen.to_json(1)["tokens"] == ["⟨9⟩", "⟨7⟩"]
+    last = logit_lens(tiny, ROWS, positions=-1)
+    torch.testing.assert_close(last.at_last(last.kl), whole.at_last(whole.kl), rtol=1e-4, atol=1e-5)
+    with pytest.raises(CutawayError, match="not read at each row's last token"):
+        logit_lens(tiny, ROWS, positions=0).at_last(whole.kl)
+    monkeypatch.setattr("cutaway.observe.logit_lens._CHUNK_BYTES", 4 * tiny.d_vocab * 3)
+    pieces = logit_lens(tiny, ROWS, follow=[33])
+    torch.testing.assert_close(pieces.kl, whole.kl, rtol=1e-4, atol=1e-5, equal_nan=True)
+    assert torch.equal(pieces.top_ids, whole.top_ids)
+    assert pieces.top_strings == whole.top_strings
+
+
+def test_a_followed_token_is_the_target_elsewhere(llama: LanguageModel) -> None:
+    lens = logit_lens(llama, ROWS, targets=[33, 33], follow=[7, 33])
+    assert lens.followed == ("⟨7⟩", "⟨33⟩")
+    real = lens.tokens.mask
+    torch.testing.assert_close(lens.followed_probability[..., 1], lens.target_probability, equal_nan=True)
+    assert torch.equal(lens.followed_rank[:, real][..., 1], lens.target_rank[:, real])
+    assert "⟨7⟩" in str(lens)
+
+
+def test_other_sites_of_the_streams_width_are_read(llama: LanguageModel) -> None:
+    lens = logit_lens(llama, ROWS, sites=["blocks.*.resid_mid", "blocks.1.mlp.out"])
+    assert lens.layers == ("blocks.0.resid_mid", "blocks.1.resid_mid", "blocks.1.mlp.out", "blocks.2.resid_mid")
+    run = llama.run(ROWS, capture="blocks.1.mlp.out")
+    p = llama.unembed(run["blocks.1.mlp.out"]).softmax(-1)
+    torch.testing.assert_close(lens.top_probability[2, 0, :, 0], p[0].max(-1).values)
+    with pytest.raises(CutawayError, match="dimensions b p H h"):
+        logit_lens(llama, ROWS, sites="blocks.0.attn.z")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"positions": 9}, "Position 9 is outside row 0"),
+        ({"positions": []}, "positions= is empty"),
+        ({"k": 0}, "at least one top token"),
+        ({"targets": [500, 3]}, "500 is no token id"),
+        ({"follow": [-1]}, "-1 is no token id"),
+        ({"follow": [""]}, "has no token"),
+        ({"sites": "blocks.9.resid_post"}, "blocks.9"),
+    ],
+)
+def test_bad_input(llama: LanguageModel, options: dict, says: str) -> None:
+    with pytest.raises(CutawayError, match=says):
+        logit_lens(llama, ROWS, **options)

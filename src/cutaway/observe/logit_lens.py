@@ -2,12 +2,12 @@
 
 Each layer's residual stream goes through the model's own final norm and unembedding, with the stream's own statistics.
 The last layer is the model's output exactly. A token that is readable early is not thereby *used* early: the lens
-looks, it does not intervene.
+looks, it does not intervene. With a tuned lens (`tuned_lens.py`) each layer goes through its affine translator first.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,21 +16,35 @@ from cutaway.artifacts.errors import CutawayError
 from cutaway.model.language_model import LanguageModel
 from cutaway.model.tokens import Tokens
 
+_CHUNK_BYTES = 1 << 26
+"""Size of one fp32 table of [tokens, vocabulary]; about five exist at a time."""
 
-@dataclass(frozen=True)
+
+class Translator(Protocol):
+    """What a tuned lens does; `TunedLens` has it."""
+
+    def check(self, lm: LanguageModel) -> None: ...
+    def translate(self, site: str, stream: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True, eq=False)
 class LogitLens:
-    """The lens at every layer and position, for b rows of p columns.
+    """The lens at S sites and n positions of each of b rows.
 
-    There are L+1 layers; the first, "embed", is what layer 0 receives.
+    By default there are S = L+1 sites: "embed", which is what layer 0 receives, and each layer's resid_post.
 
-    `top_ids`, `top_probability` [L+1, b, p, k]; `target_probability`, `target_rank` (0 is the most probable), `entropy`
-    and `kl` (from this layer's distribution to the final one: KL(final || layer)), in nats, [L+1, b, p]. `target_ids`
-    [b, p]. Columns of padding, and the last token's target when targets are the next tokens, are NaN (rank -1).
+    `columns` [b, n] are the positions' columns in `tokens` (all of them unless `positions` chose some).
+    `top_ids`, `top_probability` [S, b, n, k]; `target_probability`, `target_rank` (0 is the most probable), `entropy`
+    and `kl` (from this layer's distribution to the final one: KL(final || layer)), in nats, [S, b, n]. `target_ids`
+    [b, n]. `followed_probability` and `followed_rank` [S, b, n, f] are those of the tokens `followed`, at every
+    position. Columns of padding, and the last token's target when targets are the next tokens, are NaN (rank -1).
     """
 
     model: str
+    name: str
     layers: tuple[str, ...]
     tokens: Tokens
+    columns: Tensor
     top_ids: Tensor
     top_strings: tuple[tuple[tuple[str, ...], ...], ...]
     top_probability: Tensor
@@ -39,39 +53,78 @@ class LogitLens:
     target_rank: Tensor
     entropy: Tensor
     kl: Tensor
+    followed: tuple[str, ...]
+    followed_probability: Tensor
+    followed_rank: Tensor
 
     def at_last(self, values: Tensor) -> Tensor:
-        """`values` [L+1, b, p, ...] at each row's last real token [L+1, b, ...]."""
-        rows = torch.arange(values.shape[1])
-        return values[:, rows, self.tokens.last.cpu()]
+        """`values` [S, b, n, ...] at each row's last real token [S, b, ...]."""
+        last = self.columns == self.tokens.last.cpu()[:, None]
+        if not bool(last.any(1).all()):
+            raise CutawayError("This lens was not read at each row's last token; leave positions out, or name -1.")
+        return values[:, torch.arange(values.shape[1]), last.int().argmax(1)]
+
+    def _real(self, row: int) -> list[int]:
+        """Which of a row's n places are real tokens."""
+        return self.tokens.mask[row].cpu()[self.columns[row]].nonzero()[:, 0].tolist()
 
     def to_json(self, row: int = 0) -> dict[str, Any]:
-        """One row as plain data; positions are its real tokens."""
-        columns = self.tokens.mask[row].cpu().nonzero()[:, 0]
-        first = int(columns[0])
+        """One row as plain data; positions are its real tokens, or those that were chosen."""
+        places = self._real(row)
+        positions = [int(self.columns[row, place]) - int(self.tokens.first[row]) for place in places]
+        words = self.tokens.strings[row]
         return {
             "model": self.model,
+            "lens": self.name,
             "layers": list(self.layers),
-            "tokens": list(self.tokens.strings[row]),
-            "top": [[self.top_strings[i][row][int(c) - first] for c in columns] for i in range(len(self.layers))],
-            "probability": self.top_probability[:, row, columns, 0].tolist(),
-            "target_probability": self.target_probability[:, row, columns].tolist(),
-            "target_rank": self.target_rank[:, row, columns].tolist(),
-            "entropy": self.entropy[:, row, columns].tolist(),
-            "kl": self.kl[:, row, columns].tolist(),
+            "prompt": "".join(words),
+            "positions": positions,
+            "tokens": [words[position] for position in positions],
+            "top": [[self.top_strings[i][row][j] for j in range(len(places))] for i in range(len(self.layers))],
+            "probability": self.top_probability[:, row, places, 0].tolist(),
+            "top_ids": self.top_ids[:, row, places].tolist(),
+            "top_probability": self.top_probability[:, row, places].tolist(),
+            "target_ids": self.target_ids[row, places].tolist(),
+            "target_probability": self.target_probability[:, row, places].tolist(),
+            "target_rank": self.target_rank[:, row, places].tolist(),
+            "entropy": self.entropy[:, row, places].tolist(),
+            "kl": self.kl[:, row, places].tolist(),
+            "followed": [
+                {
+                    "token": word,
+                    "probability": self.followed_probability[:, row, places, f].tolist(),
+                    "rank": self.followed_rank[:, row, places, f].tolist(),
+                }
+                for f, word in enumerate(self.followed)
+            ],
         }
 
     def __str__(self) -> str:
-        lines = [f"logit lens of {self.model} at the last token of {''.join(self.tokens.strings[0])!r}"]
-        lines.append(f"  {'':<22}{'top token':<16}{'p':>6}{'entropy':>9}{'KL':>8}{'p(target)':>11}{'rank':>6}")
-        at = int(self.tokens.last[0])
+        return self.table()
+
+    def table(self, row: int = 0) -> str:
+        """A row's last position, one line a site: top token, entropy, KL, the target, and the tokens followed."""
+        place = self._real(row)[-1]
+        position = int(self.columns[row, place]) - int(self.tokens.first[row])
+        words = self.tokens.strings[row]
+        where = "the last token" if position == len(words) - 1 else f"position {position} ({words[position]!r})"
+        lines = [f"{self.name} of {self.model} at {where} of {''.join(words)!r}"]
+        extra = "".join(f"{word!r:>16}{'rank':>6}" for word in self.followed)
+        known = int(self.target_ids[row, place]) >= 0
+        head = f"{'p(target)':>11}{'rank':>6}" if known else ""
+        lines.append(f"  {'':<22}{'top token':<16}{'p':>6}{'entropy':>9}{'KL':>8}{head}{extra}")
         for i, layer in enumerate(self.layers):
-            top = self.top_strings[i][0][-1]
-            lines.append(
-                f"  {layer:<22}{top!r:<16}{self.top_probability[i, 0, at, 0]:>6.2f}{self.entropy[i, 0, at]:>9.2f}"
-                f"{self.kl[i, 0, at]:>8.2f}{self.target_probability[i, 0, at]:>11.3f}"
-                f"{int(self.target_rank[i, 0, at]):>6}"
+            top = self.top_strings[i][row][self._real(row).index(place)]
+            line = (
+                f"  {layer:<22}{top!r:<16}{self.top_probability[i, row, place, 0]:>6.2f}"
+                f"{self.entropy[i, row, place]:>9.2f}{self.kl[i, row, place]:>8.2f}"
             )
+            if known:
+                line += f"{self.target_probability[i, row, place]:>11.3f}{int(self.target_rank[i, row, place]):>6}"
+            for f in range(len(self.followed)):
+                chance = float(self.followed_probability[i, row, place, f])
+                line += f"{chance:>16.4f}{int(self.followed_rank[i, row, place, f]):>6}"
+            lines.append(line)
         return "\n".join(lines)
 
 
@@ -81,63 +134,141 @@ def logit_lens(
     k: int = 5,
     targets: Sequence[str | int] | str | int | None = None,
     *,
+    positions: int | Sequence[int] | None = None,
+    sites: str | Sequence[str] | None = None,
+    follow: Sequence[str | int] = (),
+    tuned: Translator | None = None,
     bos: bool | None = None,
 ) -> LogitLens:
-    """Read every layer of the residual stream through the final norm and the unembedding.
+    """Read the residual stream of every layer through the final norm and the unembedding.
 
-    `targets`: one token a row (an id, or a text whose first token is meant), followed at every position; by default
-    each position's target is the token that really comes next. Raises `CutawayError` when targets and rows differ in
-    number, or a target text has no token.
+    Parameters:
+        targets: one token a row (an id, or a text whose first token is meant), followed at every position; by default
+            each position's target is the token that really comes next.
+        positions: token positions of each row to read (0 is its first real token, -1 its last); all by default.
+        sites: other sites to read in the same way, of the model's width, such as "blocks.*.resid_mid"; what a module
+            adds ("blocks.*.mlp.out") is read on its own, with its own statistics.
+        follow: tokens whose probability and rank are wanted at every layer and position, besides the target.
+        tuned: a tuned lens, whose translators the stream goes through first.
+
+    Never more than one table of [some tokens, vocabulary] a layer is held. Raises `CutawayError`: targets and rows
+    differ in number, a target text has no token, a position is outside a row, a site is absent or of another width,
+    a tuned lens of another model, logits that are NaN.
     """
+    if k < 1:
+        raise CutawayError(f"k={k}: the lens shows at least one top token.")
     tokens = lm.tokens(inputs, bos=bos)
-    names = ["blocks.0.resid_pre", *(f"blocks.{layer}.resid_post" for layer in range(lm.n_layers))]
-    run = lm.run(tokens, capture=names, logits="all")
+    if tuned is not None:
+        tuned.check(lm)
+    names = _sites(lm, sites)
+    columns = _columns(tokens, positions)
+    target_ids = _target_ids(lm, tokens, targets).gather(1, columns)
+    followed = [first_token(lm, token) for token in follow]
+    last_only = bool((columns == tokens.last.cpu()[:, None]).all())
+    run = lm.run(tokens, capture=names, logits="last" if last_only else "all")
     assert run.logits is not None
-    mask = tokens.mask
-    target_ids = _target_ids(lm, tokens, targets).to(run.logits.device)
-    known = target_ids >= 0
-    final = run.logits.float().log_softmax(-1)
-    parts: list[tuple[Tensor, ...]] = []
-    for name in names:
-        # the last layer is the model's own output, bit for bit
-        logits = run.logits if name == names[-1] else lm.unembed(run[name])
-        log_p = logits.float().log_softmax(-1)
-        p = log_p.exp()
-        top_p, top_ids = p.topk(min(k, p.shape[-1]), dim=-1)
-        target = log_p.gather(-1, target_ids.clamp(min=0)[..., None])
-        rank = (log_p > target).sum(-1)
-        entropy = -torch.where(p > 0, p * log_p, torch.zeros_like(p)).sum(-1)
-        kl = torch.where(final.exp() > 0, final.exp() * (final - log_p), torch.zeros_like(p)).sum(-1).clamp(min=0)
-        nan = torch.full_like(entropy, float("nan"))
-        parts.append(
-            (
-                top_ids.cpu(),
-                top_p.cpu(),
-                torch.where(known, target[..., 0].exp(), nan).cpu(),
-                torch.where(known, rank, torch.full_like(rank, -1)).cpu(),
-                torch.where(mask, entropy, nan).cpu(),
-                torch.where(mask, kl, nan).cpu(),
-            )
-        )
-    top_ids, top_p, target_p, rank, entropy, kl = (torch.stack(column) for column in zip(*parts, strict=True))
-    real = mask.cpu()
+
+    rows, places = tokens.mask.cpu().gather(1, columns).nonzero(as_tuple=True)
+    cells = columns[rows, places]
+    final_site = f"blocks.{lm.n_layers - 1}.resid_post"
+    k = min(k, lm.d_vocab)
+    step = max(1, _CHUNK_BYTES // (4 * lm.d_vocab))
+    parts: list[list[tuple[Tensor, ...]]] = [[] for _ in names]
+    for start in range(0, len(rows), step):
+        row, cell = rows[start : start + step], cells[start : start + step]
+        target = target_ids[row, places[start : start + step]]
+        logits = run.logits[row, torch.zeros_like(cell) if last_only else cell]
+        final = logits.float().log_softmax(-1)
+        if bool(final.isnan().any()):
+            raise CutawayError(f"The logits of {lm.name} hold NaN here, so there is nothing to compare a layer with.")
+        for i, name in enumerate(names):
+            if name == final_site and tuned is None:  # the model's own output, bit for bit
+                log_p = final
+            else:
+                stream = run[name][row, cell]
+                stream = stream if tuned is None else tuned.translate(name, stream)
+                log_p = final if name == final_site else lm.unembed(stream).float().log_softmax(-1)
+            parts[i].append(_read(log_p, final, k, target, followed))
+        del final
+
+    shape = columns.shape
+
+    def table(which: int, fill: float) -> Tensor:
+        """One measured quantity, put back in its place: [S, b, n, ...]."""
+        values = [torch.cat([part[which] for part in site]) for site in parts]
+        whole = torch.full((len(names), *shape, *values[0].shape[1:]), fill, dtype=values[0].dtype)
+        for i, value in enumerate(values):
+            whole[i, rows, places] = value
+        return whole
+
+    nan = float("nan")
+    top_ids = table(0, 0)
     strings = tuple(
-        tuple(tuple(lm.token_strings(ids[row][real[row]][:, 0].tolist())) for row in range(len(real)))
+        tuple(tuple(lm.token_strings(ids[b, places[rows == b]][:, 0].tolist())) for b in range(len(tokens)))
         for ids in top_ids
     )
+    unknown = (target_ids < 0)[None].expand(len(names), *shape)
     return LogitLens(
         model=lm.name,
-        layers=("embed", *names[1:]),
+        name="logit lens" if tuned is None else "tuned lens",
+        layers=tuple("embed" if name == "blocks.0.resid_pre" else name for name in names),
         tokens=tokens,
+        columns=columns,
         top_ids=top_ids,
         top_strings=strings,
-        top_probability=top_p,
-        target_ids=target_ids.cpu(),
-        target_probability=target_p,
-        target_rank=rank,
-        entropy=entropy,
-        kl=kl,
+        top_probability=table(1, nan),
+        target_ids=target_ids,
+        target_probability=table(2, nan).masked_fill(unknown, nan),
+        target_rank=table(3, -1).masked_fill(unknown, -1),
+        entropy=table(4, nan),
+        kl=table(5, nan),
+        followed=tuple(lm.token_strings(followed)),
+        followed_probability=table(6, nan),
+        followed_rank=table(7, -1),
     )
+
+
+def stream_sites(lm: LanguageModel) -> list[str]:
+    """What a lens reads by default: the stream before layer 0 and after each layer."""
+    return ["blocks.0.resid_pre", *(f"blocks.{layer}.resid_post" for layer in range(lm.n_layers))]
+
+
+def _read(log_p: Tensor, final: Tensor, k: int, target: Tensor, followed: Sequence[int]) -> tuple[Tensor, ...]:
+    """Of log-probabilities [t, V]: top k ids and probabilities, target's probability and rank, entropy, KL from them
+    to the final ones, and the followed tokens' probability and rank [t, f].
+    """
+    p = log_p.exp()
+    top_p, top_ids = p.topk(k, dim=-1)
+    of_target = log_p.gather(-1, target.to(log_p.device).clamp(min=0)[:, None])
+    rank = (log_p > of_target).sum(-1)
+    zero = torch.zeros((), device=p.device)
+    entropy = -torch.where(p == 0, zero, p * log_p).sum(-1)
+    kl = torch.where(final == -torch.inf, zero, final.exp() * (final - log_p)).sum(-1).clamp(min=0)
+    of_followed = log_p[:, list(followed)]
+    ranks = [(log_p > one[:, None]).sum(-1) for one in of_followed.unbind(-1)]
+    followed_rank = torch.stack(ranks, -1) if ranks else rank.new_zeros((len(rank), 0))
+    found = (top_ids, top_p, of_target[:, 0].exp(), rank, entropy, kl, of_followed.exp(), followed_rank)
+    return tuple(value.cpu() for value in found)
+
+
+def _sites(lm: LanguageModel, sites: str | Sequence[str] | None) -> list[str]:
+    if sites is None:
+        return stream_sites(lm)
+    names = lm.sites().expand_all(sites)
+    for name in names:
+        if lm.sites()[name].dims != "b p d":
+            raise CutawayError(f"A lens reads the stream, but '{name}' has the dimensions {lm.sites()[name].dims}.")
+    return names
+
+
+def _columns(tokens: Tokens, positions: int | Sequence[int] | None) -> Tensor:
+    """Columns to read in each row, [b, n]; all of them, padding included, without positions."""
+    if positions is None:
+        return torch.arange(tokens.ids.shape[1]).expand(len(tokens), -1)
+    chosen = [positions] if isinstance(positions, int) else list(positions)
+    if not chosen:
+        raise CutawayError("positions= is empty; leave it out to read every token.")
+    return torch.tensor([[tokens.column(row, place) for place in chosen] for row in range(len(tokens))])
 
 
 def _target_ids(lm: LanguageModel, tokens: Tokens, targets: Sequence[str | int] | str | int | None) -> Tensor:
@@ -157,7 +288,11 @@ def _target_ids(lm: LanguageModel, tokens: Tokens, targets: Sequence[str | int] 
 def first_token(lm: LanguageModel, target: str | int) -> int:
     """The id itself, or the first token of a text (write the leading space that the text has in its sentence)."""
     if isinstance(target, int):
+        if not 0 <= target < lm.d_vocab:
+            raise CutawayError(f"the target {target} is no token id: they go from 0 to {lm.d_vocab - 1}")
         return target
+    if not target:
+        raise CutawayError(f"the target {target!r} has no token")
     tokens = lm.tokens(target, bos=False)
     if int(tokens.lengths[0]) == 0:
         raise CutawayError(f"the target {target!r} has no token")
