@@ -260,7 +260,11 @@ def test_bad_input_is_one_sentence(gemma2: LanguageModel, tiny_words: LanguageMo
     ]:
         with pytest.raises(CutawayError, match=says):
             attribute(gemma2, inputs, answer, wrong, **options)
-    for text, says in [("", "is empty"), ("w3 w4", r"is 2 tokens of tiny: 'w3' \(3\), 'w4' \(4\)")]:
+    for text, says in [
+        ("", "is empty"),
+        ("zebra", "'zebra' is unknown to the tokenizer of tiny"),
+        ("w3 w4", r"is 2 tokens of tiny: 'w3' \(3\), 'w4' \(4\)"),
+    ]:
         with pytest.raises(CutawayError, match=says):
             attribute(tiny_words, "w5 w6", text)
     assert attribute(tiny_words, "w5 w6", "w3", controls=1).answers == ("w3",)

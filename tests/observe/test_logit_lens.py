@@ -108,7 +108,7 @@ def test_chosen_positions_and_small_chunks_change_no_number(
     pieces = logit_lens(tiny, ROWS, follow=[33])
     torch.testing.assert_close(pieces.kl, whole.kl, rtol=1e-4, atol=1e-5, equal_nan=True)
     assert torch.equal(pieces.top_ids, whole.top_ids)
-    assert pieces.top_strings == whole.top_strings
+    assert pieces.words == whole.words
 
 
 def test_a_followed_token_is_the_target_elsewhere(llama: LanguageModel) -> None:

@@ -22,8 +22,10 @@ from cyclopts import App, CycloptsError
 
 from cutaway import __version__
 from cutaway.artifacts.errors import CutawayError
+from cutaway.cli.attribute import attribute
 from cutaway.cli.check import check
 from cutaway.cli.heads import heads
+from cutaway.cli.lens import lens
 from cutaway.cli.sites import sites
 from cutaway.cli.subjects import app as subjects
 from cutaway.cli.tour import tour
@@ -37,7 +39,7 @@ app = App(
     suppress_keyboard_interrupt=False,
     help_epilogue="MODEL is “atlas” (the model that comes along), a Hugging Face folder, or a hub id.",
 )
-for command in (tour, check, sites, subjects, heads):
+for command in (tour, check, sites, lens, heads, attribute, subjects):
     app.command(command)
 
 

@@ -36,10 +36,13 @@ def single_token(lm: LanguageModel, text: str | int, what: str = "answer") -> in
         raise CutawayError(f"The {what} {text!r} is unknown to the tokenizer of {lm.name}; give a text that it knows.")
     if len(ids) != 1:
         pieces = ", ".join(f"{piece!r} ({i})" for piece, i in zip(lm.token_strings(ids), ids, strict=True))
-        raise CutawayError(
-            f"The {what} {text!r} is {len(ids)} tokens of {lm.name}: {pieces}; give one of them, or a text that is one "
-            "token (words inside a sentence begin with a space)."
+        spaced = lm.tokenizer(f" {text}", add_special_tokens=False, verbose=False)["input_ids"]
+        way_out = (
+            f"with a space before it, as inside a sentence, it is one: {f' {text}'!r}"
+            if len(cast("list[int]", spaced)) == 1
+            else "give one of them, or a text that is one token (words inside a sentence begin with a space)"
         )
+        raise CutawayError(f"The {what} {text!r} is {len(ids)} tokens of {lm.name}: {pieces}; {way_out}.")
     return ids[0]
 
 

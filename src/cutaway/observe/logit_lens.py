@@ -5,7 +5,7 @@ The last layer is the model's output exactly. A token that is readable early is 
 looks, it does not intervene. With a tuned lens (`tuned_lens.py`) each layer goes through its affine translator first.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -37,7 +37,8 @@ class LogitLens:
     `top_ids`, `top_probability` [S, b, n, k]; `target_probability`, `target_rank` (0 is the most probable), `entropy`
     and `kl` (from this layer's distribution to the final one: KL(final || layer)), in nats, [S, b, n]. `target_ids`
     [b, n]. `followed_probability` and `followed_rank` [S, b, n, f] are those of the tokens `followed`, at every
-    position. Columns of padding, and the last token's target when targets are the next tokens, are NaN (rank -1).
+    position. `words` are the texts of the top tokens. Columns of padding, and the last token's target when targets are
+    the next tokens, are NaN (rank -1).
     """
 
     model: str
@@ -46,7 +47,6 @@ class LogitLens:
     tokens: Tokens
     columns: Tensor
     top_ids: Tensor
-    top_strings: tuple[tuple[tuple[str, ...], ...], ...]
     top_probability: Tensor
     target_ids: Tensor
     target_probability: Tensor
@@ -56,6 +56,7 @@ class LogitLens:
     followed: tuple[str, ...]
     followed_probability: Tensor
     followed_rank: Tensor
+    words: Mapping[int, str]
 
     def at_last(self, values: Tensor) -> Tensor:
         """`values` [S, b, n, ...] at each row's last real token [S, b, ...]."""
@@ -73,6 +74,7 @@ class LogitLens:
         places = self._real(row)
         positions = [int(self.columns[row, place]) - int(self.tokens.first[row]) for place in places]
         words = self.tokens.strings[row]
+        top = [[[self.words[i] for i in place] for place in layer] for layer in self.top_ids[:, row, places].tolist()]
         return {
             "model": self.model,
             "lens": self.name,
@@ -80,8 +82,9 @@ class LogitLens:
             "prompt": "".join(words),
             "positions": positions,
             "tokens": [words[position] for position in positions],
-            "top": [[self.top_strings[i][row][j] for j in range(len(places))] for i in range(len(self.layers))],
+            "top": [[words[0] for words in layer] for layer in top],
             "probability": self.top_probability[:, row, places, 0].tolist(),
+            "top_words": top,
             "top_ids": self.top_ids[:, row, places].tolist(),
             "top_probability": self.top_probability[:, row, places].tolist(),
             "target_ids": self.target_ids[row, places].tolist(),
@@ -114,7 +117,7 @@ class LogitLens:
         head = f"{'p(target)':>11}{'rank':>6}" if known else ""
         lines.append(f"  {'':<22}{'top token':<16}{'p':>6}{'entropy':>9}{'KL':>8}{head}{extra}")
         for i, layer in enumerate(self.layers):
-            top = self.top_strings[i][row][self._real(row).index(place)]
+            top = self.words[int(self.top_ids[i, row, place, 0])]
             line = (
                 f"  {layer:<22}{top!r:<16}{self.top_probability[i, row, place, 0]:>6.2f}"
                 f"{self.entropy[i, row, place]:>9.2f}{self.kl[i, row, place]:>8.2f}"
@@ -203,10 +206,7 @@ def logit_lens(
 
     nan = float("nan")
     top_ids = table(0, 0)
-    strings = tuple(
-        tuple(tuple(lm.token_strings(ids[b, places[rows == b]][:, 0].tolist())) for b in range(len(tokens)))
-        for ids in top_ids
-    )
+    shown = top_ids[:, rows, places].unique().tolist()
     unknown = (target_ids < 0)[None].expand(len(names), *shape)
     return LogitLens(
         model=lm.name,
@@ -215,7 +215,6 @@ def logit_lens(
         tokens=tokens,
         columns=columns,
         top_ids=top_ids,
-        top_strings=strings,
         top_probability=table(1, nan),
         target_ids=target_ids,
         target_probability=table(2, nan).masked_fill(unknown, nan),
@@ -225,6 +224,7 @@ def logit_lens(
         followed=tuple(lm.token_strings(followed)),
         followed_probability=table(6, nan),
         followed_rank=table(7, -1),
+        words=dict(zip(shown, lm.token_strings(shown), strict=True)),
     )
 
 
