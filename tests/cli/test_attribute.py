@@ -59,6 +59,29 @@ def test_several_prompts_are_averaged_with_intervals(capsys: pytest.CaptureFixtu
     assert low <= data["parts"][0]["value"] <= high
 
 
+def test_means_may_come_from_other_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"The capital of the state containing {city} is" for city in ("Oakland", "Miami") * 60))
+    words = ["attribute", "atlas", PROMPT, *AUSTIN, "--ablate", "1", "--json"]
+    assert main(words) == 0
+    own = json.loads(capsys.readouterr().out)["ablations"][0]
+    assert main([*words, "--reference", str(text)]) == 0
+    other = json.loads(capsys.readouterr().out)["ablations"][0]
+    assert "mean over the prompts" in own["ablation"]
+    assert "mean over the reference texts" in other["ablation"]
+    assert own["value"] != other["value"]
+
+
+def test_without_an_answer_the_models_own_is_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "page.html"
+    assert main(["attribute", "atlas", PROMPT, "--position", "-2", "--top", "3", "--json", "--html", str(page)]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["answer"] == [" is"]
+    assert data["wrong"] == [""]
+    assert data["command"] == f"cutaway attribute atlas '{PROMPT}' --position -2 --top 3"
+    assert "--position -2" in page.read_text()
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [

@@ -28,6 +28,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("gemma3_text", {**_ROTARY, **_GEMMA, "sliding_window_pattern": 2}),
     "neox": ("gpt_neox", {**_NEOX, "rotary_pct": 0.5}),
     "neox sequential": ("gpt_neox", {**_NEOX, "use_parallel_residual": False}),
+    "olmo2": ("olmo2", _ROTARY),
+    "cohere": ("cohere", {**_ROTARY, "logit_scale": 0.3}),
+    "granite": ("granite", {**_ROTARY, "residual_multiplier": 0.4, "logits_scaling": 3.0}),
+    "phi": ("phi", _ROTARY),
+    "opt": ("opt", {"vocab_size": V, "hidden_size": D, "word_embed_proj_dim": D, "ffn_dim": 40, "num_hidden_layers": L,
+                    "num_attention_heads": H, "max_position_embeddings": 64}),
+    "mixtral": ("mixtral", {**_ROTARY, "num_local_experts": 4}),
 }  # fmt: skip
 
 

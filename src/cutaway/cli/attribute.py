@@ -1,19 +1,20 @@
 """`cutaway attribute`: which parts of a model write an answer?"""
 
-import shlex
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.cli.options import Count, Flag, Seed
-from cutaway.cli.output import deliver
+from cutaway.cli.options import Count, ExistingPath, Flag, Seed
+from cutaway.cli.output import command_line, deliver
+
+REFERENCE_ROWS, REFERENCE_TOKENS = 32, 64
 
 
 def attribute(
     model: str,
     /,
     *prompts: str,
-    answer: list[str],
+    answer: list[str] | None = None,
     wrong: list[str] | None = None,
     against: Literal["nothing", "mean"] = "nothing",
     by: Literal["component", "head", "neuron", "source"] = "component",
@@ -21,6 +22,7 @@ def attribute(
     position: int = -1,
     top: Count = 16,
     ablate: int = 0,
+    reference: ExistingPath | None = None,
     controls: Count = 16,
     seed: Seed = 0,
     dtype: str | None = None,
@@ -37,7 +39,8 @@ def attribute(
     prompts
         One prompt, or several to average over.
     answer
-        A token with its leading space (“ Austin”), one for all prompts or one a prompt (--answer “ A” --answer “ B”).
+        A token with its leading space (“ Austin”), one for all prompts or one a prompt (--answer “ A” --answer “ B”);
+        what the model itself says if not given.
     wrong
         The token that it is compared with; one for all prompts or one a prompt. With a single prompt, several are
         averaged.
@@ -53,7 +56,9 @@ def attribute(
     top
         How many parts to show.
     ablate
-        Ablate so many of the largest parts one by one, and show what the answer really loses.
+        Replace so many of the largest parts one by one by their mean, and show what the answer really loses.
+    reference
+        A text file, or a folder of them, over which these means are taken; the prompts themselves if not given.
     controls
         How many random token pairs to measure each part with.
     seed
@@ -68,7 +73,7 @@ def attribute(
         Write a page with the drawings to this file.
     """
     if not prompts:
-        raise CutawayError("there is no prompt: cutaway attribute MODEL PROMPT --answer TOKEN")
+        raise CutawayError("there is no prompt: cutaway attribute MODEL PROMPT")
     if wrong and against != "nothing":
         raise CutawayError("--wrong and --against say the same thing twice: give one of them")
     if ablate < 0:
@@ -76,12 +81,13 @@ def attribute(
 
     import cutaway
     from cutaway.draw.page import page_html
+    from cutaway.observe.answers import model_answers
     from cutaway.observe.attribution import attribute as measure
     from cutaway.observe.attribution_ablation import ablate_parts
     from cutaway.observe.attribution_view import attribution_sections, compared
 
     n = len(prompts)
-    if len(answer) not in (1, n):
+    if answer and len(answer) not in (1, n):
         raise CutawayError(f"{len(answer)} answers for {n} prompts: give one --answer, or one a prompt")
     if wrong and n > 1 and len(wrong) not in (1, n):
         raise CutawayError(f"{len(wrong)} wrong answers for {n} prompts: give one --wrong, or one a prompt")
@@ -89,10 +95,16 @@ def attribute(
     beside = None if against == "nothing" else against
     if wrong:
         beside = [wrong] if n == 1 else [[token] for token in (wrong * n if len(wrong) == 1 else wrong)]
-    answers = answer * n if len(answer) == 1 else answer
+    answers = answer or model_answers(lm, list(prompts), position)
+    answers = answers * n if len(answers) == 1 else answers
     result = measure(lm, list(prompts), answers, beside, position=position, by=by, controls=controls, seed=seed)
-    ablated = ablate_parts(lm, result, ablate, seed=seed) if ablate else []
-    command = shlex.join(_command(model, prompts, answer, wrong, against, by, position, ablate))
+    means = None if reference is None else _reference(lm, reference, seed)
+    ablated = ablate_parts(lm, result, ablate, reference=means, seed=seed) if ablate else []
+    command = command_line(
+        "attribute", model, *prompts, answer=(answer, None), wrong=(wrong, None), against=(against, "nothing"),
+        by=(by, "component"), position=(position, -1), top=(top, 16), ablate=(ablate, 0), reference=(reference, None),
+        controls=(controls, 16), seed=(seed, 0), dtype=(dtype, None), device=(device, None),
+    )  # fmt: skip
     data = {"command": command, "method": method, **result.to_json(top if by in ("neuron", "source") else None)}
     if ablated:
         data["ablations"] = [
@@ -114,21 +126,9 @@ def attribute(
     deliver(text=text, data=data, page=page, as_json=json, html=html)
 
 
-def _command(
-    model: str,
-    prompts: tuple[str, ...],
-    answer: list[str],
-    wrong: list[str] | None,
-    against: str,
-    by: str,
-    position: int,
-    ablate: int,
-) -> list[str]:
-    words = ["cutaway", "attribute", model, *prompts]
-    words += [word for token in answer for word in ("--answer", token)]
-    words += [word for token in wrong or () for word in ("--wrong", token)]
-    words += ["--against", against] if against != "nothing" else []
-    words += ["--by", by] if by != "component" else []
-    words += ["--position", str(position)] if position != -1 else []
-    words += ["--ablate", str(ablate)] if ablate else []
-    return words
+def _reference(lm: Any, path: Path, seed: int) -> list[list[int]]:
+    """Rows of tokens of a corpus, enough for a mean."""
+    from cutaway.data.corpus import read_corpus, token_rows
+
+    documents = read_corpus(path).documents
+    return token_rows(lm, documents, min(REFERENCE_TOKENS, lm.context_length), seed, limit=REFERENCE_ROWS).tolist()

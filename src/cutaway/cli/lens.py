@@ -1,12 +1,11 @@
 """`cutaway lens`: what would each layer say, and how does it come to the answer?"""
 
-import shlex
 from pathlib import Path
 from typing import Any, Literal
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.cli.options import Count, Flag, Seed
-from cutaway.cli.output import deliver
+from cutaway.cli.output import command_line, deliver
 
 WORLD_CHARACTERS = 6_000_000
 
@@ -103,7 +102,13 @@ def lens(
     from cutaway.observe.tuned_lens_files import load_tuned_lens
 
     lm = cutaway.load(model, dtype=dtype, device=device)
-    command = shlex.join(_command(model, prompt, target, position, top, mid, tuned, train, out))
+    command = command_line(
+        "lens", model, prompt, target=(target, None), position=(position, None), top=(top, 5), mid=(mid, False),
+        tuned=(tuned, None), train=(train, None), out=(out, None), steps=(steps, 250),
+        tokens_per_step=(tokens_per_step, 4096), context=(context, 128), optimizer=(optimizer, "sgd"),
+        learning_rate=(learning_rate, None), held_out=(held_out, 64), seed=(seed, 0), dtype=(dtype, None),
+        device=(device, None),
+    )  # fmt: skip
     evaluation = translators = None
     data: dict[str, Any] = {"model": lm.name, "command": command}
     texts: list[str] = []
@@ -146,27 +151,6 @@ def lens(
         return page_html(title="Lens", sections=sections, lead=lead, command=command)
 
     deliver(text="\n\n".join(texts), data=data, page=page, as_json=json, html=html)
-
-
-def _command(
-    model: str,
-    prompt: str | None,
-    target: list[str] | None,
-    position: list[int] | None,
-    top: int,
-    mid: bool,
-    tuned: Path | None,
-    train: str | None,
-    out: Path | None,
-) -> list[str]:
-    words = ["cutaway", "lens", model, *([] if prompt is None else [prompt])]
-    words += [word for token in target or () for word in ("--target", token)]
-    words += [word for place in position or () for word in ("--position", str(place))]
-    words += ["--top", str(top)] if top != 5 else []
-    words += ["--mid"] if mid else []
-    for name, value in (("--tuned", tuned), ("--train", train), ("--out", out)):
-        words += [] if value is None else [name, str(value)]
-    return words
 
 
 def _train(

@@ -1,6 +1,7 @@
 """What commands print on stdout: JSON, or a table."""
 
 import json
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,21 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     for line in lines:
         cells = [cell.ljust(width) for cell, width in zip(line, widths, strict=False)]
         print("  ".join([*cells, line[-1]]).rstrip())
+
+
+def command_line(*words: str | None, **given: tuple[Any, Any]) -> str:
+    """The command line that measures the same again: words, and each option that is not at its default.
+
+    Options are (value, default) by name: a list is given once an entry, True is a switch.
+    """
+    parts = ["cutaway", *(word for word in words if word is not None)]
+    for name, (value, default) in given.items():
+        option = f"--{name.replace('_', '-')}"
+        if value is True:
+            parts.append(option)
+        elif value != default:
+            parts += [part for one in (value if isinstance(value, list) else [value]) for part in (option, str(one))]
+    return shlex.join(parts)
 
 
 def deliver(*, text: str, data: Any, page: Callable[[], str], as_json: bool, html: Path | None) -> None:

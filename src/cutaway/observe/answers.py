@@ -46,6 +46,14 @@ def single_token(lm: LanguageModel, text: str | int, what: str = "answer") -> in
     return ids[0]
 
 
+def model_answers(lm: LanguageModel, inputs: Any, position: int = -1) -> list[int]:
+    """The token that the model itself finds most probable after a position of each prompt."""
+    run = lm.run(inputs, logits="last" if position == -1 else "all")
+    assert run.logits is not None
+    columns = [0 if position == -1 else run.tokens.column(row, position) for row in range(len(run.tokens))]
+    return [int(run.logits[row, column].argmax()) for row, column in enumerate(columns)]
+
+
 def answer_ids(lm: LanguageModel, answer: Any, n: int) -> list[int]:
     """One token a row, from one answer or one a row."""
     given = [answer] * n if isinstance(answer, str | int) else list(answer)

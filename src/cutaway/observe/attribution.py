@@ -306,7 +306,7 @@ def attribute(
         notes=tuple(notes),
     )
     allowed = TOLERANCE.get(lm.dtype, 4e-2)
-    if not attribution.relative_error <= 10 * allowed:
+    if not attribution.relative_error <= min(10 * allowed, 0.1):  # NaN is refused too
         raise CutawayError(
             f"The parts by {by} of {lm.name} miss its logit difference by {attribution.relative_error:.1e} of their "
             f"size (allowed {allowed:.0e}): the model adds something that its sites do not account for, so its "

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.model.families import Norm, weight_matrix
 from cutaway.model.language_model import LanguageModel
+from cutaway.model.norms import Norm
+from cutaway.model.parts import weight_matrix
 from cutaway.model.run import Run
 from cutaway.model.tokens import Tokens
 from cutaway.observe.answers import Wrong, differences
@@ -158,7 +159,7 @@ def _attention_parts(
 ) -> list[Group]:
     """One layer's attention by head, or by head and source position, and its bias."""
     parts, inside, wide = lm.family.layers[layer], f"blocks.{layer}.", g.dtype
-    multiplier = float(getattr(parts, "attn_multiplier", 1.0))
+    multiplier = parts.attn_multiplier
     back, constant = _through(parts.ln1_post, run, inside + "ln1_post.scale", here, g, multiplier)
     # the direction in each head's own space: W_O back, [b, K + 1, H, h]
     pulled = torch.einsum("hed,bkd->bkhe", lm.w_o(layer).to(_product(lm)), back.to(_product(lm))).to(wide)
@@ -182,9 +183,9 @@ def _attention_parts(
 def _mlp_parts(lm: LanguageModel, run: Run, layer: int, g: Tensor, here: Callable[[Tensor], Tensor]) -> list[Group]:
     """One layer's MLP by neuron, and its bias."""
     parts, inside = lm.family.layers[layer], f"blocks.{layer}."
-    multiplier = float(getattr(parts, "mlp_multiplier", 1.0))
+    multiplier = parts.mlp_multiplier
     back, constant = _through(parts.ln2_post, run, inside + "ln2_post.scale", here, g, multiplier)
-    assert parts.mlp_out is not None  # or the layer would have no mlp.post
+    assert parts.mlp_out is not None  # a layer with mlp.post has one
     w_out = weight_matrix(parts.mlp_out).detach().to(_product(lm))
     pulled = (back.to(_product(lm)) @ w_out.T).to(g.dtype)  # [b, K + 1, m]
     neurons = Group("neuron", layer, pulled * here(run[inside + "mlp.post"]).to(g.dtype)[:, None])
@@ -268,7 +269,8 @@ def difference_directions(
     """
     generator = torch.Generator().manual_seed(seed)
     bias = getattr(lm.family.unembed, "bias", None)
-    bias = bias.detach().double().cpu() if isinstance(bias, Tensor) else None
+    factor = lm.family.logit_scale  # is in the output directions already
+    bias = bias.detach().double().cpu() * factor if isinstance(bias, Tensor) else None
     mean = None
     if "mean" in wrongs:
         step = max(1, (1 << 24) // lm.d_model)

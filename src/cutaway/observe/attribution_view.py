@@ -32,7 +32,8 @@ def compared(result: Attribution) -> str:
     """What was attributed, as a phrase."""
     n = len(result.total)
     words = f"the logit of {result.answers[0]!r}"
-    words += f" minus that of {result.wrong[0]}" if result.wrong[0] else ""
+    if result.wrong[0]:
+        words += f" minus {result.wrong[0]}" if result.wrong_ids[0] == "mean" else f" minus that of {result.wrong[0]}"
     return words if n == 1 else f"{words} (prompt 1 of {n})"
 
 
@@ -84,34 +85,28 @@ def _layers(result: Attribution) -> list[Section]:
     kinds = {group.kind for group in result.groups}
     layers = sorted({group.layer for group in result.groups if group.layer is not None})
     values: list[list[float | None]] = []
-    if result.by == "head":
-        values = [row.tolist() for row in result.by_layer("head")] if not result.notes else []
-        columns = [f"H{i}" for i in range(len(values[0]))] if values else []
-        extra = [kind for kind in ("attention bias", "MLP") if kind in kinds]
-        about = "Direct share of every head, and of each MLP."
-    elif result.by in ("component", "neuron"):
-        columns, extra = [], [kind for kind in ("attention", "MLP", "MLP bias") if kind in kinds]
-        about = "Direct share of attention and MLP."
+    columns: list[str] = []
+    if result.by == "head" and not result.notes:
+        values = [row.tolist() for row in result.by_layer("head")]
+        columns = [f"H{i}" for i in range(len(values[0]))]
     else:
-        columns, extra = ["attention"], [kind for kind in ("attention bias", "MLP") if kind in kinds]
-        values = [[float(_of(result, "source", layer) or 0.0)] for layer in layers]
-        about = "Direct share of attention, its sources together, and of the MLP."
-    if not values:
         values = [[] for _ in layers]
-    if result.by == "neuron" and "neuron" in kinds:
-        extra = ["attention", "neuron", *(kind for kind in ("MLP", "MLP bias") if kind in kinds)]
+    splits = {"head": ["head"], "source": ["source"], "neuron": ["attention", "neuron"], "component": []}[result.by]
+    extra = [] if columns else splits
+    extra = [*extra, *(k for k in ("attention", "attention bias", "MLP", "MLP bias") if k in kinds and k not in extra)]
     for row, layer in zip(values, layers, strict=True):
         row += [_of(result, kind, layer) for kind in extra]
-    names = {"neuron": "neurons", "attention bias": "attn bias"}
+    names = {"head": "heads", "source": "sources", "neuron": "neurons", "attention bias": "attn bias"}
     drawing = heatmap_svg(
         rows=[f"L{layer}" for layer in layers],
-        columns=[*columns, *(names.get(kind, kind) for kind in extra)],
+        columns=[*columns, *(names.get(kind) or kind for kind in extra)],
         values=values,
         title="direct shares by layer",
         units="logits",
         diverging=True,
     )
     legend = heatmap_scale(values, diverging=True).legend("logits")
+    about = "Direct shares by layer" + (": every head, and what else writes." if columns else ".")
     return [("Layer by layer", about, Markup(f"{drawing}{legend}"))]
 
 
@@ -130,8 +125,29 @@ def _sources(result: Attribution) -> Section:
         shown: list[float | None] = [v if i <= result.position[row] else None for i, v in enumerate(values)]
         rows.append({"tokens": list(words), "values": shown, "label": f"prompt {row + 1}"})
     text = "What attention, in all heads and layers, writes directly into the difference from each token it reads."
-    drawing = tokens_html(rows=rows, units="logits")
-    return ("Where attention brings it from", text, Markup(f"{drawing}{tokens_scale(rows).legend('logits')}"))
+    drawing = tokens_html(rows=rows, units="logits") + tokens_scale(rows).legend("logits")
+    if len(shares) == 1:
+        text += " Below, layer by layer."
+        drawing += _by_layer_and_source(result)
+    return ("Where attention brings it from", text, drawing)
+
+
+def _by_layer_and_source(result: Attribution) -> Markup:
+    """Layer by source position of the first prompt, heads together, up to the attributed position."""
+    words = result.tokens.strings[0][: result.position[0] + 1]
+    first, width = int(result.tokens.first[0]), result.tokens.ids.shape[1]
+    groups = [group for group in result.groups if group.kind == "source"]
+    values = [
+        group.values[0, 0].unflatten(0, (-1, width)).sum(0)[first : first + len(words)].tolist() for group in groups
+    ]
+    return heatmap_svg(
+        rows=[f"L{group.layer}" for group in groups],
+        columns=list(words),
+        values=values,
+        title="direct share by layer and source token",
+        units="logits",
+        diverging=True,
+    )
 
 
 def _ablations(ablated: Sequence[Ablated]) -> Section:

@@ -8,10 +8,11 @@ from typing import Any
 
 from markupsafe import Markup
 
+from cutaway.artifacts.results import Control, Effect
 from cutaway.draw.charts import Series, line_legend, line_svg
 from cutaway.draw.heatmap import heatmap_scale, heatmap_svg
 from cutaway.draw.panels import table_html
-from cutaway.draw.text import visible
+from cutaway.draw.text import interval, visible
 from cutaway.draw.tokens import LENS_SCALE, lens_html
 from cutaway.observe.lens_evaluation import LensEvaluation
 from cutaway.observe.logit_lens import LogitLens
@@ -74,6 +75,9 @@ def _trajectory(data: dict[str, Any], other: dict[str, Any] | None) -> Section:
     for key, label in (("kl", "KL(final ‖ layer), nats"), ("entropy", "entropy, nats")):
         series = [curve(data, key, data["lens"], control=other is not None)]
         series += [curve(other, key, other["lens"])] if other is not None else []
+        if key == "kl" and data["layers"][0] == "embed" and len(layers) > 2:
+            series = [_without_first(one) for one in series]  # so far off that the rest would lie on the axis
+            label += ", from layer 0 on"
         drawings.append(_plot(series, label))
     followed = _followed(other or data)
     if followed:
@@ -121,6 +125,15 @@ def _followed(data: dict[str, Any]) -> list[tuple[str, Any, Any]]:
 
 def _column(rows: Sequence[Sequence[float]], at: int) -> list[float]:
     return [row[at] for row in rows]
+
+
+def _without_first(one: Series) -> Series:
+    """A curve without its first point."""
+    short: Series = {**one, "x": one["x"][1:], "y": one["y"][1:]}
+    for end in ("low", "high"):
+        if (values := one.get(end)) is not None:
+            short[end] = values[1:]
+    return short
 
 
 def _plot(series: list[Series], label: str) -> Markup:
@@ -172,12 +185,27 @@ def evaluation_section(found: LensEvaluation) -> Section:
         "control": True,
     }
     series = [tuned, logit, constant]
+    rows = [
+        [short_site(layer), *(_interval(one) for one in (effect, effect.controls[0]))]
+        for layer, effect in zip(found.layers, effects, strict=True)
+    ]
+    table = table_html(columns=("", "tuned lens", "logit lens"), rows=rows, title="KL by layer")
+    note = ""
+    if len(layers) > 2:
+        series = [_without_first(one) for one in series]
+        note = " The embedding, where the logit lens is far off, is in the table alone."
     text = (
         f"Mean KL(final ‖ lens) on {found.logit.shape[1]} rows ({found.tokens:,} tokens) that the lens was not trained "
-        "on; bands are 95 % intervals over rows."
+        f"on; bands are 95 % intervals over rows.{note}"
     )
     drawing = line_svg(series=series, title="KL by layer", x_label="layers passed", y_label="KL(final ‖ lens), nats")
-    return ("On held-out text", text, Markup(f'<div style="max-width:620px">{drawing}{line_legend(series)}</div>'))
+    figure = Markup(f'<div style="max-width:620px">{drawing}{line_legend(series)}</div>')
+    return ("On held-out text", text, figure + table)
+
+
+def _interval(one: Effect | Control) -> str:
+    low, high = one.interval or (None, None)
+    return interval(one.value, low, high)
 
 
 def _end(interval: tuple[float, float] | None, which: int) -> float | None:

@@ -167,16 +167,7 @@ def lens_kl(log_q: Tensor, final: Tensor) -> Tensor:
 def lens_logits(lm: LanguageModel, stream: Tensor) -> Tensor:
     """What `lm.unembed` gives for a stream [..., d], as a function that can be differentiated."""
     family = lm.family
-    unembedded = family.unembed(family.ln_final.module(stream.to(lm.dtype)))
-    return _finish(lm, unembedded)
-
-
-def _finish(lm: LanguageModel, unembedded: Tensor) -> Tensor:
-    finish: Any = getattr(lm.family, "finish", None)
-    if finish is not None:
-        return finish(unembedded)
-    cap = lm.family.final_softcap
-    return unembedded if cap is None else torch.tanh(unembedded / cap) * cap
+    return family.finish(family.unembed(family.ln_final.module(stream.to(lm.dtype))))
 
 
 def lens_streams(lm: LanguageModel, rows: Tensor) -> Iterator[tuple[Tensor, list[Tensor], Tensor]]:
@@ -325,8 +316,9 @@ def train_tuned_lens(
         trainer.load(path, source)
     every = max(1, config.steps // 100)
     saved = time.monotonic()
-    with Progress("tuned lens", total=config.steps * per_step * rows.shape[1], unit="tokens") as progress:
-        progress.advance(trainer.steps_done * per_step * rows.shape[1])
+    left = config.steps - trainer.steps_done
+    label = "tuned lens" if left == config.steps else f"tuned lens, from step {trainer.steps_done}"
+    with Progress(label, total=left * per_step * rows.shape[1], unit="tokens") as progress:
         try:
             while trainer.steps_done < config.steps:
                 step = trainer.steps_done
