@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from model_access_models import Models
-from paired import ROOT, Claim, Peer, PeerAbsent, Row, Subject, relative, same, take_turns, timed, verdict
+from paired import ROOT, Claim, Peer, PeerAbsent, Row, Subject, Verdict, relative, same, take_turns, timed, verdict
 from peer_worker import peak_over, resident
 from sweeps import PatchSweep
 from torch import Tensor
@@ -46,6 +46,7 @@ class Bench:
         self.models = Models(folder)
         self.peers: dict[str, Peer] = {}
         self.absent: list[str] = []
+        self.versions: dict[str, str] = {}
         for name in () if options.without_peers else PEERS:
             try:
                 self.peers[name] = Peer(name)
@@ -61,7 +62,8 @@ class Bench:
     def ask(self, peer: str, do: str, shape: str, task: str, ids: Tensor, **more: Any) -> dict[str, Any]:
         """A request to a peer about one of the models; the first one makes it load the model."""
         if (peer, shape) not in self.models.loaded:
-            self.peers[peer].ask(do="load", model=shape, folder=str(self.models.folder(shape)))
+            folder = str(self.models.folder(shape))
+            self.versions[TITLES[peer]] = self.peers[peer].ask(do="load", model=shape, folder=folder)["version"]
             self.models.loaded.add((peer, shape))
         return self.peers[peer].ask(
             do=do, model=shape, task=task, ids=ids.tolist(), threads=torch.get_num_threads(), **more
@@ -131,7 +133,7 @@ def forward(bench: Bench, name: str, shape: str, batch: int, length: int, repeat
         Claim("TransformerLens / HF", "TransformerLens", "HF", ""),
         Claim("nnsight / HF", "nnsight", "HF", ""),
     ]
-    bench.measure(row, subjects, 100 if shape == "toy" else 30, claims)
+    bench.measure(row, subjects, 60 if shape == "toy" else 30, claims)
     return row
 
 
@@ -170,7 +172,7 @@ def captures(bench: Bench) -> Row:
         Claim("TransformerLens / HF with raw hooks", "TransformerLens", "HF with raw hooks", ""),
         Claim("nnsight / HF with raw hooks", "nnsight", "HF with raw hooks", ""),
     ]
-    bench.measure(row, subjects, 100, claims)
+    bench.measure(row, subjects, 60, claims)
     return row
 
 
@@ -183,10 +185,8 @@ def sweep(bench: Bench, name: str, kind: str, length: int, step: int, per_turn: 
     with_peer = length == 16 and "transformerlens" in bench.peers
 
     swept = task.ours()
-    if bench.options.quick or length > 16:
-        cells = [cell for group in groups[:2] for cell in group]
-    else:
-        cells = task.cells
+    checked = len(groups) if name == "heads-16" and not bench.options.quick else 2
+    cells = [cell for group in groups[:checked] for cell in group]
     chosen = swept.values[:, 0][[task.cells.index(cell) for cell in cells]]
     oracle = task.one_by_one(cells)
     same(row, f"cutaway and one forward a cell, {len(cells)} cells", relative(chosen, oracle))
@@ -295,23 +295,29 @@ def main() -> int:
             threads, make = ROWS[name]
             torch.set_num_threads(threads or options.threads)
             began = time.perf_counter()
-            row = make(bench)
+            try:
+                row = make(bench)
+            except Exception as error:  # the other rows are still worth having; this one counts as missed
+                row = Row(name, "failed")
+                row.verdicts.append(Verdict(f"{type(error).__name__}: {error}", float("nan"), 0, 0, 1, "", False))
             row.notes.append(f"{torch.get_num_threads()} threads, {time.perf_counter() - began:.0f} s")
             rows.append(row)
             print(f"\n{row}", flush=True)
         for peer in bench.peers.values():
             peer.close()
-    report(rows, options, bench.absent, time.perf_counter() - start)
+    report(rows, bench, time.perf_counter() - start)
     missed = any(one.met is False for row in rows for one in row.verdicts)
     return 1 if missed or bench.absent else 0
 
 
-def report(rows: Sequence[Row], options: argparse.Namespace, absent: Sequence[str], seconds: float) -> None:
+def report(rows: Sequence[Row], bench: Bench, seconds: float) -> None:
     """The Markdown table and the JSON file."""
+    options, absent = bench.options, bench.absent
+    peers = ", ".join(f"{name} {number}" for name, number in bench.versions.items()) or "no peer"
     head = (
         f"{date.today()}, {processor()}, {os.cpu_count()} cores, {options.threads} threads (the toy 1); Python "
         f"{platform.python_version()}, torch {torch.__version__}, transformers {version('transformers')}, cutaway "
-        f"{version('cutaway')}; TransformerLens 4.3, nnsight 0.8; {seconds / 60:.1f} minutes"
+        f"{version('cutaway')}; {peers}; {seconds / 60:.1f} minutes"
         + (", quick" if options.quick else "")
         + (f"; absent: {', '.join(absent)}" if absent else "")
     )
@@ -340,9 +346,9 @@ ROWS: dict[str, tuple[int, Callable[[Bench], Row]]] = {
     "run-small": (0, lambda bench: forward(bench, "run-small", "small", 4, 128, 1, 1.01)),
     "captures": (1, captures),
     "heads-16": (0, lambda bench: sweep(bench, "heads-16", "heads", 16, 1, 24, 30)),
-    "heads-64": (0, lambda bench: sweep(bench, "heads-64", "heads", 64, 1, 12, 6)),
+    "heads-64": (0, lambda bench: sweep(bench, "heads-64", "heads", 64, 2, 12, 6)),
     "heads-256": (0, lambda bench: sweep(bench, "heads-256", "heads", 256, 4, 6, 4)),
-    "positions-16": (0, lambda bench: sweep(bench, "positions-16", "positions", 16, 1, 24, 30)),
+    "positions-16": (0, lambda bench: sweep(bench, "positions-16", "positions", 16, 1, 16, 30)),
     "positions-64": (0, lambda bench: sweep(bench, "positions-64", "positions", 64, 8, 12, 6)),
     "pattern": (0, pattern),
 }

@@ -14,6 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -115,6 +116,7 @@ def nnsight() -> tuple[Callable[[str], Any], dict[str, Task]]:
     return load, {"forward": forward, "captures": captures}
 
 
+DISTRIBUTIONS = {"transformerlens": "transformer-lens", "nnsight": "nnsight"}
 PEERS = {"transformerlens": transformerlens, "nnsight": nnsight}
 
 
@@ -150,7 +152,7 @@ def serve(peer: str) -> None:
         try:
             if request["do"] == "load":
                 models[request["model"]] = load(request["folder"])
-                answer: dict[str, Any] = {"tasks": sorted(tasks)}
+                answer: dict[str, Any] = {"version": version(DISTRIBUTIONS[peer])}
             else:
                 answer = work(models[request["model"]], tasks[request["task"]], request)
         except Exception as error:  # whatever the peer raises is the driver's to report
