@@ -281,8 +281,8 @@ def test_needles_that_do_not_fit(llama: LanguageModel) -> None:
 
 def test_sight_is_what_the_mask_leaves_open(llama: LanguageModel) -> None:
     tokens = llama.tokens([[5, 6, 7, 8], [9, 10]])
-    pattern = llama.run(tokens, capture="blocks.0.attn.pattern", logits=None)["blocks.0.attn.pattern"]
-    seen = in_sight(pattern, tokens.mask)
+    scores = llama.run(tokens, capture="blocks.0.attn.scores", logits=None)["blocks.0.attn.scores"]
+    seen = in_sight(scores, tokens.mask[:, :, None] & tokens.mask[:, None, :])
     assert torch.equal(seen[0], torch.ones(4, 4, dtype=torch.bool).tril())
     assert seen[1].nonzero().tolist() == [[0, 0], [1, 0], [1, 1]]
 
@@ -310,7 +310,7 @@ def test_layers_without_attention_are_left_out_with_the_reason(llama: LanguageMo
         "_sites",
         SiteTable([Site(s.name, s.kind, s.layer, s.shape, reason) for s in llama.sites()], llama.n_layers),
     )
-    with pytest.raises(CutawayError, match="no attention pattern in any layer: linear attention"):
+    with pytest.raises(CutawayError, match="no attention heads to read in any layer: linear attention"):
         attention_layers(llama)
 
 

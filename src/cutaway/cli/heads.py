@@ -84,7 +84,7 @@ def heads(
     from cutaway.artifacts.errors import CutawayError
     from cutaway.artifacts.files import plain
     from cutaway.observe.attention_view import attention_view
-    from cutaway.observe.circuits import composition
+    from cutaway.observe.circuits import Composition, composition
     from cutaway.observe.head_table import head_table
 
     if "retrieval" in kind and needle is None:
@@ -105,12 +105,19 @@ def heads(
         seed=seed,
         command=command,
     )
-    composed = composition(lm)
+    composed: Composition | None = None
+    try:
+        composed = composition(lm)
+        about = str(composed)
+    except CutawayError as error:  # latent attention has no such circuits
+        about = f"composition is not measured: {error}"
     kinds = list(dict.fromkeys(kind)) or list(table.kinds)
-    text = f"{table.text(kinds, top)}\n\n{composed}"
+    text = f"{table.text(kinds, top)}\n\n{about}"
     deliver(
         text=text,
-        data=plain({**table.to_json(), "composition": composed.to_json(), "command": command}),
+        data=plain(
+            {**table.to_json(), "composition": None if composed is None else composed.to_json(), "command": command}
+        ),
         page=lambda: _page(table, composed, view, kinds, top, command),
         as_json=json,
         html=html,
@@ -147,7 +154,7 @@ def _command(
 
 def _page(
     table: "HeadTable",
-    composed: "Composition",
+    composed: "Composition | None",
     view: "AttentionView | None",
     kinds: Sequence[str],
     top: int,
@@ -187,7 +194,8 @@ def _page(
             same = [e.mean for e in changes if e.units == effects.units]
             reach = max(float(mean[~mean.isnan()].abs().max()) for mean in same) or 1.0
             sections.append((heading, what, _map(table, effects.mean, "nats", heading, Scale(-reach, reach, True))))
-    sections.append(_composition_section(composed))
+    if composed is not None:
+        sections.append(_composition_section(composed))
     lead = (
         f"{table.model}: {table.n_layers} layers of {table.n_heads} heads, read on "
         f"{table.repetition.n} random sequences that come twice."

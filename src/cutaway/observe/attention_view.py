@@ -120,7 +120,7 @@ def attention_view(
     tokens = lm.tokens(prompt)
     if len(tokens) != 1:
         raise CutawayError(f"An attention view shows one prompt, not {len(tokens)}; make one for each.")
-    usable, skipped = attention_layers(lm)
+    usable, skipped = attention_layers(lm, "pattern")
     chosen = _chosen(lm, layers, heads, usable, skipped)
     p = int(tokens.lengths[0])
     if len(chosen) * p * p > CELLS:

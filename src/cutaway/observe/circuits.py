@@ -12,6 +12,7 @@ or ALiBi put into attention, and the attention's scale are not in a circuit.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -443,21 +444,22 @@ def circuit_tokens(
         given = lm.tokens(tokens, bos=False if lm.bos_id is not None else None).row_ids(0)
     else:
         given = list(range(lm.d_vocab)) if tokens is None else lm.tokens([tokens]).row_ids(0)
-    read = _read_embedding(lm, layer) if norms else _embedding(lm).double()
     right = circuit.right.double()
-    if part == "qk":
-        columns = right @ read.T  # [h, V]
-    else:
-        written = _after(lm.family.ln_final, right) if norms else right
-        columns = torch.cat(
-            [written @ lm.output_directions(torch.arange(i, min(i + chunk, lm.d_vocab))).double().T
-             for i in range(0, lm.d_vocab, chunk)], dim=-1,
-        )  # fmt: skip
+    written = _after(lm.family.ln_final, right) if norms and part == "ov" else right
+
+    def read(ids: Sequence[int]) -> Tensor:
+        return _read_embedding(lm, layer, ids) if norms else _embedding(lm)[list(ids)].double()
+
+    def column(ids: Sequence[int]) -> Tensor:
+        return written @ (read(ids) if part == "qk" else lm.output_directions(list(ids)).double()).T
+
+    starts = range(0, lm.d_vocab, chunk)
+    columns = torch.cat([column(range(i, min(i + chunk, lm.d_vocab))) for i in starts], dim=-1)  # [h, V]
     columns -= columns.mean(-1, keepdim=True)  # what all targets share moves no softmax
     best: list[tuple[float, int, int]] = []
     for start in range(0, len(given), chunk):
         ids = given[start : start + chunk]
-        cells = (read[ids] @ circuit.left.double()) @ columns
+        cells = (read(ids) @ circuit.left.double()) @ columns
         if tokens is None:
             values, flat = cells.flatten().topk(min(k, cells.numel()))
             found = [(v, ids[i // cells.shape[1]], i % cells.shape[1])
@@ -472,13 +474,13 @@ def circuit_tokens(
     return [TokenPair(s, t, v) for (v, _, _), s, t in zip(best, sources, targets, strict=True)]
 
 
-def _read_embedding(lm: LanguageModel, layer: int) -> Tensor:
-    """The embedding as the norm before a layer's attention divides it [V, d], float64 (gain and centring are in the
+def _read_embedding(lm: LanguageModel, layer: int, ids: Sequence[int]) -> Tensor:
+    """Embeddings as the norm before a layer's attention divides them [n, d], float64 (gain and centring are in the
     circuit).
     """
     norm = _part(lm, layer, "ln1")
     with torch.no_grad():
-        embedding = lm.hf.get_input_embeddings()(torch.arange(lm.d_vocab, device=lm.device)).double()
+        embedding = lm.hf.get_input_embeddings()(torch.tensor(list(ids), device=lm.device)).double()
     if norm is None:
         return embedding
     wide, divisor = norm.divide(embedding)

@@ -141,19 +141,20 @@ def _lists(values: Tensor) -> Any:
     return [None if value != value else value for value in values.tolist()]
 
 
-def attention_layers(lm: LanguageModel) -> tuple[list[int], dict[int, str]]:
-    """Layers whose attention patterns can be read, and why the others' cannot.
+def attention_layers(lm: LanguageModel, *sites: str) -> tuple[list[int], dict[int, str]]:
+    """Layers that have these sites of attention (by default "pattern" and "z"), and why the others lack them.
 
-    Raises CutawayError when no layer has a pattern.
+    Raises CutawayError when no layer has them.
     """
+    needed = {f"blocks.{{l}}.attn.{site}" for site in sites or ("pattern", "z")}
     absent = {
         site.layer: site.absent
         for site in lm.sites()
-        if site.kind.name == "blocks.{l}.attn.pattern" and site.layer is not None and site.absent is not None
+        if site.kind.name in needed and site.layer is not None and site.absent is not None
     }
     layers = [layer for layer in range(lm.n_layers) if layer not in absent]
     if not layers:
-        raise CutawayError(f"{lm.name} has no attention pattern in any layer: {next(iter(absent.values()))}.")
+        raise CutawayError(f"{lm.name} has no attention heads to read in any layer: {next(iter(absent.values()))}.")
     return layers, absent
 
 

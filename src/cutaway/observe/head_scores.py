@@ -15,7 +15,7 @@ from cutaway.model.language_model import LanguageModel
 from cutaway.model.tokens import Tokens
 from cutaway.observe.circuits import output_map
 from cutaway.observe.head_kinds import KindScores, Sums, attention_layers, ratio_interval
-from cutaway.observe.head_targets import TARGETS, add, attention_to, in_sight
+from cutaway.observe.head_targets import TARGETS, add, attention_to, in_sight, real_cells
 from cutaway.observe.heads import repeated_tokens
 
 
@@ -36,21 +36,21 @@ def repeated_scores(
     n = len(tokens)
     if n < 2:
         raise CutawayError("Scores on random tokens need at least 2 sequences, for their intervals.")
-    layers, _ = attention_layers(lm)
+    layers, _ = attention_layers(lm, "pattern", "scores", "z")
     t = (tokens.ids.shape[1] - 1) // 2
     sums = {kind: Sums(n, lm) for kind in (*TARGETS, "induction-copying")}
     spectra: dict[str, Tensor] = {}
     first_copies: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     targets = {kind: TARGETS[kind](tokens) for kind in TARGETS}
+    sight = _sight(lm, tokens[[0]], layers)  # all sequences are alike in length
     for start in range(0, n, 4):  # patterns are [L, b, H, p, p]: a few rows at a time
         rows = slice(start, min(start + 4, n))
         part = tokens[rows]
         run = lm.run(part, capture=["blocks.*.attn.pattern", "blocks.*.attn.z"], logits=None)
         for layer in layers:
             pattern = run[f"blocks.{layer}.attn.pattern"].float().cpu()
-            seen = in_sight(pattern, part.mask.cpu())
             for kind, target in targets.items():
-                found = attention_to(pattern, target[rows], seen, part.first.cpu())
+                found = attention_to(pattern, target[rows], sight[layer].expand(len(part), -1, -1), part.first.cpu())
                 add(sums[kind], rows, layer, found)
             for kind, spectrum in _spectra(pattern, t).items():
                 shape = (n, lm.n_layers, lm.n_heads, spectrum.shape[-1])
@@ -77,6 +77,13 @@ def repeated_scores(
     for layer, parts in first_copies.items():
         grid[:, layer] = torch.cat(parts)
     return found | position_scores(grid)
+
+
+def _sight(lm: LanguageModel, tokens: Tokens, layers: list[int]) -> dict[int, Tensor]:
+    """What each layer's mask leaves open, [1, q, k]."""
+    sites = {layer: f"blocks.{layer}.attn.scores" for layer in layers}
+    run = lm.run(tokens, capture=list(sites.values()), logits=None)
+    return {layer: in_sight(run[site], real_cells(tokens)) for layer, site in sites.items()}
 
 
 def _spectra(pattern: Tensor, t: int) -> dict[str, Tensor]:

@@ -63,7 +63,8 @@ class HeadTable:
 
     `kinds` has the scores by kind; `effects[behaviour][ablation]` the change of the loss on the "second copy" of
     repeated random tokens and, where prompts were given, of the metric on the "text"; `repetition` says whether the
-    model foresees repeated tokens at all; `skipped` has the layers without attention patterns and why.
+    model foresees repeated tokens at all; `skipped` has the layers without attention patterns and why, `notes` what
+    else could not be measured.
     """
 
     model: str
@@ -74,6 +75,7 @@ class HeadTable:
     repetition: Effect
     skipped: dict[int, str]
     command: str | None = None
+    notes: tuple[str, ...] = ()
 
     def labels(self, head: Head) -> tuple[str, ...]:
         """The labels of a head, in the order of the kinds."""
@@ -148,7 +150,7 @@ class HeadTable:
         for reason in dict.fromkeys(self.skipped.values()):
             layers = ", ".join(str(layer) for layer, why in self.skipped.items() if why == reason)
             told.append(f"Left out, layers {layers}: {reason}.")
-        return tuple(told)
+        return (*told, *self.notes)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -240,7 +242,11 @@ def head_table(
         raise CutawayError("A needle needs prompts that hold it: give inputs too.")
     _, skipped = attention_layers(lm)
     kinds = repeated_scores(lm, n, length, seed)
-    kinds["copying"] = _copying(lm, seed)
+    notes: list[str] = []
+    try:
+        kinds["copying"] = _copying(lm, seed)
+    except CutawayError as error:  # latent attention: no matrix from the stream to the values
+        notes.append(f"Copying is not measured: {error}")
     text = None if inputs is None else lm.tokens(inputs)
     if needle is not None and text is not None:
         kinds["retrieval"] = retrieval_scores(lm, text, needle)
@@ -251,8 +257,9 @@ def head_table(
         effects[REPEATED] = ablate_each_head(lm, others, second_half_loss, ablations=ablations)
         if text is not None:
             effects[TEXT] = ablate_each_head(lm, text, metric, ablations=ablations, units=units)
+    foreseen = repetition(lm, n, t, seed, command)
     return HeadTable(
-        lm.name, lm.n_layers, lm.n_heads, kinds, effects, repetition(lm, n, t, seed, command), skipped, command
+        lm.name, lm.n_layers, lm.n_heads, kinds, effects, foreseen, skipped, command=command, notes=tuple(notes)
     )
 
 

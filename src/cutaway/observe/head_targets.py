@@ -54,10 +54,12 @@ def attention_to(pattern: Tensor, target: Tensor, seen: Tensor, first: Tensor) -
     )
 
 
-def in_sight(pattern: Tensor, mask: Tensor) -> Tensor:
-    """Cells that the layer's mask leaves open, [b, q, k]: some head of the layer puts weight there."""
-    real = mask[:, :, None] & mask[:, None, :]
-    return (pattern > 0).any(1) & real
+def in_sight(scores: Tensor, real: Tensor) -> Tensor:
+    """Cells that a layer's mask leaves open, bool [b, q, k]: `scores` [b, H, q, k] are not -inf, both tokens `real`.
+
+    The pattern would not do: in half precision what is far below the largest score rounds to 0.
+    """
+    return (scores > torch.finfo(scores.dtype).min).any(1).cpu() & real
 
 
 def previous_targets(tokens: Tokens) -> Tensor:
@@ -74,22 +76,23 @@ def first_targets(tokens: Tokens) -> Tensor:
     """[b, q, k]: the first token, from the third on (to the second it is the token before)."""
     columns = torch.arange(tokens.ids.shape[1])
     start = tokens.first.cpu()[:, None, None]
-    return _real(tokens) & (columns[None, None] == start) & (columns[None, :, None] >= start + 2)
+    return real_cells(tokens) & (columns[None, None] == start) & (columns[None, :, None] >= start + 2)
 
 
 def duplicate_targets(tokens: Tokens) -> Tensor:
     """[b, q, k]: every earlier place of the same token."""
     ids = tokens.ids.cpu()
-    return _real(tokens) & (ids[:, :, None] == ids[:, None, :]) & _below(tokens)
+    return real_cells(tokens) & (ids[:, :, None] == ids[:, None, :]) & _below(tokens)
 
 
 def induction_targets(tokens: Tokens) -> Tensor:
     """[b, q, k]: every earlier token that follows an earlier place of the same token (never the token itself)."""
     after = torch.nn.functional.pad(duplicate_targets(tokens)[:, :, :-1], (1, 0))
-    return after & _below(tokens) & _real(tokens)
+    return after & _below(tokens) & real_cells(tokens)
 
 
-def _real(tokens: Tokens) -> Tensor:
+def real_cells(tokens: Tokens) -> Tensor:
+    """[b, q, k]: both tokens are real, no padding."""
     mask = tokens.mask.cpu()
     return mask[:, :, None] & mask[:, None, :]
 
@@ -101,7 +104,7 @@ def _below(tokens: Tokens) -> Tensor:
 
 def _offset(tokens: Tokens, back: int) -> Tensor:
     p = tokens.ids.shape[1]
-    return _real(tokens) & torch.ones(p, p, dtype=torch.bool).tril(-back).triu(-back)
+    return real_cells(tokens) & torch.ones(p, p, dtype=torch.bool).tril(-back).triu(-back)
 
 
 TARGETS: dict[str, Callable[[Tokens], Tensor]] = {
@@ -149,7 +152,7 @@ def retrieval_scores(
         asked[torch.arange(len(tokens)), tokens.last.cpu()] = True
     else:
         asked = _as_mask(queries, tokens, "queries")
-    target = _real(tokens) & asked[:, :, None] & mask[:, None, :] & _below(tokens)
+    target = real_cells(tokens) & asked[:, :, None] & mask[:, None, :] & _below(tokens)
     return _targeted(lm, tokens, {"retrieval": target})["retrieval"]
 
 
@@ -188,7 +191,8 @@ def _as_mask(mask: Tensor, tokens: Tokens, what: str) -> Tensor:
 
 
 def _targeted(lm: LanguageModel, tokens: Tokens, targets: dict[str, Tensor]) -> dict[str, KindScores]:
-    layers, _ = attention_layers(lm)
+    layers, _ = attention_layers(lm, "pattern", "scores")
+    real = real_cells(tokens)
     for kind, target in targets.items():
         if not bool(target.any()):
             raise CutawayError(
@@ -198,10 +202,11 @@ def _targeted(lm: LanguageModel, tokens: Tokens, targets: dict[str, Tensor]) -> 
     first = tokens.first.cpu()
     for row in range(len(tokens)):  # one prompt's patterns at a time: they are [L, H, p, p]
         part = slice(row, row + 1)
-        run = lm.run(tokens[[row]], capture="blocks.*.attn.pattern", logits=None)
+        sites = [f"blocks.{layer}.attn.{site}" for layer in layers for site in ("pattern", "scores")]
+        run = lm.run(tokens[[row]], capture=sites, logits=None)
         for layer in layers:
             pattern = run[f"blocks.{layer}.attn.pattern"].float().cpu()
-            seen = in_sight(pattern, tokens.mask[part].cpu())
+            seen = in_sight(run[f"blocks.{layer}.attn.scores"], real[part])
             for kind, target in targets.items():
                 add(sums[kind], part, layer, attention_to(pattern, target[part], seen, first[part]))
     return {kind: s.scores(kind, "targets moved within their rows") for kind, s in sums.items()}
