@@ -1,0 +1,53 @@
+"""The same architecture with weights that have learned nothing: what a method shows there is not about training.
+
+Nothing here changes the model it is given: it is built anew, or copied first.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import torch
+
+from cutaway.artifacts.errors import CutawayError
+from cutaway.model.language_model import LanguageModel, attach
+
+
+def untrained(lm: LanguageModel, seed: int = 0) -> LanguageModel:
+    """A model of the same class and configuration as `lm`, initialised as its family initialises, from `seed`.
+
+    Raises CutawayError when the class cannot be built from its configuration (quantised weights, adapters).
+    """
+    config = copy.deepcopy(lm.hf.config)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            fresh = type(lm.hf)(config)
+        fresh.to(device=lm.device, dtype=lm.dtype)  # pyright: ignore[reportCallIssue]
+        fresh.eval()
+    except Exception as error:  # whatever the class's own constructor raises
+        raise CutawayError(f"{lm.name} cannot be built anew from its configuration: {error}") from error
+    return attach(fresh, lm.tokenizer, name=f"{lm.name}, untrained ({seed})")
+
+
+def cascade(lm: LanguageModel, seed: int = 0, steps: int = 4) -> Iterator[tuple[str, LanguageModel]]:
+    """The model with its layers made untrained from the top down (Adebayo et al. 2018), then all of it.
+
+    Yields (what is untrained, model): about `steps` stages of decoder layers, and at last everything, embeddings and
+    norms included. Each model is a copy; the next stage changes it further, so use it before asking for the next.
+    """
+    fresh = untrained(lm, seed)
+    changed = attach(copy.deepcopy(lm.hf).eval(), lm.tokenizer, name=f"{lm.name}, partly untrained")
+    order = list(range(lm.n_layers - 1, -1, -1))
+    ends = sorted({round((i + 1) * lm.n_layers / steps) for i in range(steps)} - {0})
+    done = 0
+    with torch.no_grad():
+        for end in ends:
+            for layer in order[done:end]:
+                module, source = changed.family.layers[layer].module, fresh.family.layers[layer].module
+                module.load_state_dict(source.state_dict())
+            done = end
+            lowest = order[done - 1]
+            yield (f"layers {lowest}–{lm.n_layers - 1}" if end > 1 else f"layer {lowest}"), changed
+    yield "everything", fresh
