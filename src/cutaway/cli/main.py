@@ -26,6 +26,8 @@ from cutaway.cli.attribute import attribute
 from cutaway.cli.check import check
 from cutaway.cli.heads import heads
 from cutaway.cli.lens import lens
+from cutaway.cli.probe import probe
+from cutaway.cli.saliency import saliency
 from cutaway.cli.sites import sites
 from cutaway.cli.subjects import app as subjects
 from cutaway.cli.tour import tour
@@ -39,7 +41,7 @@ app = App(
     suppress_keyboard_interrupt=False,
     help_epilogue="MODEL is “atlas” (the model that comes along), a Hugging Face folder, or a hub id.",
 )
-for command in (tour, check, sites, lens, heads, attribute, subjects):
+for command in (tour, check, sites, lens, heads, attribute, saliency, probe, subjects):
     app.command(command)
 
 
