@@ -131,7 +131,7 @@ def test_identity_follows_the_weights(saved: Path, folder: Path) -> None:
 
 
 def test_attaching_needs_nothing_from_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No look-up of a configuration, a tokenizer or a hub."""
+    """No look-up of a configuration, a tokenizer or a hub; no socket is opened and no download begun."""
 
     def fail(*_: Any, **__: Any) -> Any:
         raise AssertionError("a look-up")
@@ -139,6 +139,16 @@ def test_attaching_needs_nothing_from_anywhere(monkeypatch: pytest.MonkeyPatch) 
     model = tiny_model("gpt2")
     for name in ("AutoConfig", "AutoModelForCausalLM", "AutoTokenizer"):
         monkeypatch.setattr(f"cutaway.model.loading.{name}.from_pretrained", fail)
+    monkeypatch.setattr("socket.socket.connect", fail)
+    monkeypatch.setattr("socket.getaddrinfo", fail)
+    for name in ("hf_hub_download", "snapshot_download", "HfApi.model_info", "HfApi.repo_info"):
+        monkeypatch.setattr(f"huggingface_hub.{name}", fail)
+    model.config.name_or_path = "no-one/no-such-model"
+    assert attach(model).name == "no-one/no-such-model"
+    assert attach(model).selftest().passed
+    assert len(attach(model).identity().weight_hash) == 64
+    assert attach(model).generate([5, 6], max_new_tokens=2).new_ids
+    model.config.name_or_path = ""
     lm = attach(model, name="mine")
     assert lm.name == "mine"
     assert attach(model).name == "GPT2LMHeadModel"
@@ -207,6 +217,17 @@ def damage(folder: Path, how: str) -> None:
             weights.unlink()
         case "not a language model":
             config.write_text(json.dumps({"model_type": "bert", "hidden_size": 32}))
+        case "an encoder and a decoder":
+            config.write_text(json.dumps({"model_type": "t5"}))
+        case "a model of pictures":
+            config.write_text(json.dumps({"model_type": "vit"}))
+        case "code of its own":
+            known = {"AutoConfig": "mine.MyConfig", "AutoModelForCausalLM": "mine.MyModel"}
+            config.write_text(json.dumps({"model_type": "mine", "auto_map": known}))
+            (folder / "mine.py").write_text("raise SystemExit('this must not run')")
+        case "code of its own for a known kind":
+            config.write_text(json.dumps({"model_type": "vit", "auto_map": {"AutoModelForCausalLM": "mine.MyModel"}}))
+            (folder / "mine.py").write_text("raise SystemExit('this must not run')")
 
 
 @pytest.mark.parametrize(
@@ -228,7 +249,11 @@ def damage(folder: Path, how: str) -> None:
         ("more layers than weights", r"lacks 9 weights"),
         ("fewer layers than weights", r"holds \d+ layer weights .* no place for"),
         ("a shard is missing", "weights of .* cannot be loaded"),
-        ("not a language model", "lacks|cannot be loaded"),
+        ("not a language model", r"is an encoder \(bert\)"),
+        ("an encoder and a decoder", r"is an encoder-decoder model \(t5\)"),
+        ("a model of pictures", "of the kind 'vit', of which transformers has no causal language model"),
+        ("code of its own", "program code of its own.*cutaway.attach"),
+        ("code of its own for a known kind", "program code of its own.*cutaway.attach"),
     ],
 )
 def test_a_damaged_folder(folder: Path, how: str, words: str) -> None:

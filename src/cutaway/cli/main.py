@@ -24,6 +24,7 @@ from cutaway import __version__
 from cutaway.artifacts.errors import CutawayError
 from cutaway.cli.attribute import attribute
 from cutaway.cli.check import check
+from cutaway.cli.harvest import harvest
 from cutaway.cli.heads import heads
 from cutaway.cli.lens import lens
 from cutaway.cli.probe import probe
@@ -43,6 +44,7 @@ app = App(
 )
 for command in (tour, check, sites, lens, heads, attribute, saliency, probe, subjects):
     app.command(command)
+app.command(harvest)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

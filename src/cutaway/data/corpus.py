@@ -6,9 +6,7 @@ split = split_rows(rows, held_out=64, seed=0)
 """
 
 import hashlib
-import json
 import random
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +16,8 @@ import torch
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
+from cutaway.data.documents import add_document, documents_of
 
-SUFFIXES = (".txt", ".md", ".py", ".jsonl")
-_BLANK_LINES = re.compile(r"\n[ \t]*\n\s*")
 _DOCUMENTS_AT_ONCE = 256
 
 
@@ -52,38 +49,22 @@ class Corpus:
 
 
 def read_corpus(path: str | Path) -> Corpus:
-    """Read a file, or every .txt, .md, .py and .jsonl file below a folder (hidden ones left out), as UTF-8.
+    """Read a file, or every .txt, .md, .py, .jsonl and .parquet file below a folder (hidden ones left out), as UTF-8.
 
-    Documents of a .txt file are separated by blank lines; each line of a .jsonl file is an object with a `text`; other
-    files are one document. Raises `CutawayError` when the path does not exist, a file is not UTF-8 or not as its suffix
-    says, or when there is no text at all.
+    Documents of a .txt file are separated by blank lines; each line of a .jsonl file is an object with a `text`, each
+    row of a .parquet file has one; other files are one document. Raises `CutawayError` when the path does not exist, a
+    file is not UTF-8 or not as its suffix says, or when there is no text at all.
     """
-    path = Path(path)
-    if path.is_dir():
-        files = sorted(
-            file
-            for file in path.rglob("*")
-            if file.is_file() and file.suffix in SUFFIXES and not _hidden(file.relative_to(path))
-        )
-        if not files:
-            raise CutawayError(f"{path} holds no {', '.join(SUFFIXES)} file: name a folder of texts, or one text file")
-    elif path.exists():
-        files = [path]
-    else:
-        raise CutawayError(f"{path} does not exist: name a text file or a folder of text files")
-    documents = tuple(document for file in files for document in _documents(file))
-    if not documents:
-        raise CutawayError(f"{path} holds no text: an empty corpus cannot be used")
-    return Corpus(documents, str(path), corpus_hash(documents))
+    found = documents_of(Path(path))
+    documents = tuple(found)
+    return Corpus(documents, found.source, corpus_hash(documents))
 
 
 def corpus_hash(documents: Sequence[str]) -> str:
     """SHA-256 (hex) of the documents and where each ends; their files and their paths do not matter."""
     digest = hashlib.sha256()
     for document in documents:
-        text = document.encode()
-        digest.update(len(text).to_bytes(8, "little"))
-        digest.update(text)
+        add_document(digest, document)
     return digest.hexdigest()
 
 
@@ -169,42 +150,3 @@ def _token_stream(lm: Tokenizing, documents: Sequence[str], seed: int) -> Iterat
         texts = [documents[place] for place in order[start : start + _DOCUMENTS_AT_ONCE]]
         encoded = lm.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
         yield [token for ids in encoded["input_ids"] for token in (*ids, *join)]
-
-
-def _documents(file: Path) -> Iterator[str]:
-    data = file.read_bytes()
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise CutawayError(
-            f"{file} is not UTF-8: byte {error.start} is 0x{data[error.start]:02x}; save it as UTF-8, for example with "
-            "`iconv -f WINDOWS-1252 -t UTF-8`, or leave it out"
-        ) from error
-    if file.suffix == ".jsonl":
-        pieces: Iterator[str] = _json_lines(file, text)
-    elif file.suffix == ".txt":
-        pieces = iter(_BLANK_LINES.split(text.replace("\r\n", "\n")))
-    else:
-        pieces = iter([text])
-    for piece in pieces:
-        if piece.strip():
-            yield piece.strip("\n") if file.suffix == ".txt" else piece
-
-
-def _json_lines(file: Path, text: str) -> Iterator[str]:
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise CutawayError(f"{file}, line {number}, is not JSON: {error.msg}") from error
-        if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-            raise CutawayError(f'{file}, line {number}, is not an object with a "text"')
-        if any("\ud800" <= character <= "\udfff" for character in record["text"]):
-            raise CutawayError(f"{file}, line {number}, holds half of a surrogate pair, which no UTF-8 text can")
-        yield record["text"]
-
-
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)

@@ -30,6 +30,7 @@ from cutaway.model.sites import KINDS, Site, SiteTable, layer_of
 from cutaway.model.sweep import Cell, Sweep
 from cutaway.model.sweep import Metric as SweepMetric
 from cutaway.model.tokens import Tokens, pad_rows, token_string
+from cutaway.model.wrapped import device_of, unwrap
 
 Inputs = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor | Tokens
 Message = Mapping[str, str]
@@ -78,7 +79,9 @@ class LanguageModel:
     def device(self) -> torch.device:
         """Where token ids go: the device of the embedding."""
         weight = getattr(self.family.embed, "weight", None)
-        return weight.device if isinstance(weight, Tensor) else next(self.family.embed.parameters()).device
+        if isinstance(weight, Tensor) and weight.device.type != "meta":
+            return weight.device
+        return device_of(self.family.embed)
 
     @property
     def bos_id(self) -> int | None:
@@ -557,13 +560,20 @@ def load(
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
     revision: str | None = None,
+    device_map: loading.DeviceMap | None = None,
+    offload_folder: str | Path | None = None,
 ) -> LanguageModel:
-    """Load a model: "atlas" (shipped), a local folder, or a hub id.
+    """Load a model: "atlas" (shipped), a local folder (of a model, or of a PEFT adapter), or a hub id.
 
-    `dtype` is fp32 by default on a CPU and the checkpoint's own on a GPU; `device` is a GPU if there is one. Raises
-    CutawayError: no such model, a folder without weights or with damaged ones, missing weights, an unsupported family.
+    `dtype` is fp32 by default on a CPU and the checkpoint's own on a GPU; `device` is a GPU if there is one.
+    `device_map` places the parts as transformers does ("auto", or module -> device, "cpu" or "disk"), with
+    `offload_folder` for those on "disk". Raises CutawayError: no such model, a folder without weights or with damaged
+    ones, missing weights, a tokenizer that does not fit, no causal language model, an unsupported family.
     """
-    hf, tokenizer, name, identify = loading.load_parts(model, dtype=dtype, device=device, revision=revision)
+    hf, tokenizer, name, identify = loading.load_parts(
+        model, dtype=dtype, device=device, revision=revision, device_map=device_map, offload_folder=offload_folder
+    )
+    loading.check_tokenizer(tokenizer, hf, name)
     return LanguageModel(hf, tokenizer, name, identify)
 
 
@@ -572,12 +582,17 @@ def attach(
 ) -> LanguageModel:
     """Look into a model that is already in memory. Nothing is changed, copied or looked up anywhere.
 
-    Raises CutawayError if its family is not supported, with the reason.
+    It may be placed on several devices or offloaded by accelerate, quantised, or have adapters (of PEFT, as a PEFT
+    model or in the model itself). Raises CutawayError, with the reason, if its family is not supported, the tokenizer
+    does not fit, or what stands around the model would be lost.
     """
+    hf_model = unwrap(hf_model)
     if not isinstance(hf_model, PreTrainedModel):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise CutawayError(
             f"attach takes a PreTrainedModel of transformers, not a {type(hf_model).__name__}; cutaway.load opens a "
             "model by its name."
         )
     chosen = name or getattr(hf_model.config, "name_or_path", "") or type(hf_model).__name__
+    loading.check_kind(hf_model.config, chosen)
+    loading.check_tokenizer(tokenizer, hf_model, chosen)
     return LanguageModel(hf_model, tokenizer, chosen, lambda: loading.identity_of_parameters(hf_model, chosen))
