@@ -578,7 +578,7 @@ def load(
 
 
 def attach(
-    hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, *, name: str | None = None
+    hf_model: PreTrainedModel | nn.Module, tokenizer: PreTrainedTokenizerBase | None = None, *, name: str | None = None
 ) -> LanguageModel:
     """Look into a model that is already in memory. Nothing is changed, copied or looked up anywhere.
 
@@ -587,7 +587,7 @@ def attach(
     does not fit, or what stands around the model would be lost.
     """
     hf_model = unwrap(hf_model)
-    if not isinstance(hf_model, PreTrainedModel):  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not isinstance(hf_model, PreTrainedModel):
         raise CutawayError(
             f"attach takes a PreTrainedModel of transformers, not a {type(hf_model).__name__}; cutaway.load opens a "
             "model by its name."

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from cutaway.model.norms import Norm
+from cutaway.model.wrapped import linear_map, no_matrix
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,8 @@ class Family:
             return "positions enter attention (rotary or ALiBi), not the stream"
         if template == "logits_precap" and self.final_softcap is None:
             return "no final softcap: it would be the same tensor as logits"
+        if part == "attn.result" and (reason := no_matrix(here.output)) is not None:
+            return f"the output projection has no weight matrix to split by head: {reason}"
         if part == "resid_mid" and self.parallel:
             return "parallel residual: attention and MLP read the same stream, so there is no resid_mid"
         if part.startswith("ln1.") and here.ln1 is None:
@@ -160,10 +163,8 @@ class Family:
 
 
 def weight_matrix(module: nn.Module) -> Tensor:
-    """The weight of a projection as [in, out], whatever way its class stores it."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight if type(module).__name__ == "Conv1D" else weight.T
+    """The weight of a projection as it acts, [in, out], whatever stores it; see `wrapped.linear_map`."""
+    return linear_map(module)
 
 
 def width_in(module: nn.Module) -> int:

@@ -32,6 +32,7 @@ from cutaway.model.selftest_edits import (
     wide_of,
 )
 from cutaway.model.tokens import Tokens
+from cutaway.model.wrapped import bias_of, named_weights
 
 if TYPE_CHECKING:
     from cutaway.model.language_model import LanguageModel
@@ -149,8 +150,8 @@ def _identities(lm: LanguageModel, run: Run, layer: int, checks: _Checks) -> Non
         gained = norm.gain(at(f"{name}.normalized"), lm.dtype) * multiplier
         equal(f"gain({name}.normalized) = {module}", gained, at(module))
     _attention(lm, at, layer, equal)
-    bias = parts.output.bias
-    written = at("attn.result").sum(2) + (bias if isinstance(bias, Tensor) else 0.0)
+    bias = bias_of(parts.output)
+    written = at("attn.result").sum(2) + (0.0 if bias is None else bias)
     if parts.ln1_post is None:
         equal("sum of attn.result + bias = attn.out", written * parts.attn_multiplier, at("attn.out"))
     else:
@@ -327,7 +328,7 @@ def _ends(lm: LanguageModel, run: Run, checks: _Checks) -> None:
 
 def run_selftest(lm: LanguageModel) -> SelfTest:
     """See `LanguageModel.selftest`."""
-    for name, weights in lm.hf.named_parameters():
+    for name, weights in named_weights(lm.hf):
         if weights.is_floating_point() and not bool(torch.isfinite(weights).all()):
             raise CutawayError(f"The weights of {lm.name} hold NaN or infinity (first: {name}); they are damaged.")
     with torch.no_grad():

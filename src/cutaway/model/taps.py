@@ -19,6 +19,7 @@ from cutaway.model.experts import tap_experts
 from cutaway.model.norms import Norm
 from cutaway.model.parts import Layer, Projection, weight_matrix
 from cutaway.model.shadow import shadowed
+from cutaway.model.wrapped import bias_of
 
 if TYPE_CHECKING:
     from cutaway.model.execution import Execution
@@ -172,8 +173,8 @@ class Installer:
         if not self.ex.live(name):
             return written
         if self.ex.gradients:  # the result itself has to be in the graph
-            bias = layer.output.bias
-            return new.sum(2) + bias if isinstance(bias, Tensor) else new.sum(2)
+            bias = bias_of(layer.output)
+            return new.sum(2) if bias is None else new.sum(2) + bias
         return written + (new - result).sum(2)
 
     def mlp(self, layer: Layer, prefix: str) -> None:

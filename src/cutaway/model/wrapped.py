@@ -6,6 +6,7 @@ module, so no format is read here; a module that is not linear has no such matri
 """
 
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -99,6 +100,18 @@ def parameter_of(module: nn.Module, name: str) -> Tensor | None:
     return kept[name].to(device_of(module))
 
 
+def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """A model's parameters, those that accelerate keeps elsewhere fetched one by one."""
+    for name, found in model.named_parameters():
+        if found.device.type == "meta":
+            owner, _, part = name.rpartition(".")
+            fetched = parameter_of(model.get_submodule(owner), part)
+            assert fetched is not None
+            yield name, fetched
+        else:
+            yield name, found
+
+
 def is_plain(module: nn.Module) -> bool:
     """Whether a projection is nothing but its weight, a matrix of real numbers, and a bias."""
     weight = module.__dict__.get("_parameters", {}).get("weight")
@@ -153,6 +166,15 @@ def linear_map(module: nn.Module) -> Tensor:
         eye = torch.eye(width, dtype=_dtype_in(module), device=device_of(module))
         asked = _ask(module, torch.cat([eye, eye[:1] * 0]))
         return asked[:-1] - asked[-1]
+
+
+def bias_of(module: nn.Module) -> Tensor | None:
+    """What a projection adds, [out], or None; of one that is not plain, what it makes of zeros."""
+    width = None if is_plain(module) else _width_in(module)
+    if width is None:
+        return parameter_of(module, "bias")
+    with torch.no_grad():
+        return _ask(module, torch.zeros(1, width, dtype=_dtype_in(module), device=device_of(module)))[0]
 
 
 def _ask(module: nn.Module, x: Tensor) -> Tensor:
