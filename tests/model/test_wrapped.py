@@ -15,7 +15,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.model.wrapped import device_of, is_plain, linear_map, no_matrix, parameter_of, unwrap
+from cutaway.model.wrapped import device_of, is_plain, linear_map, named_weights, no_matrix, parameter_of, unwrap
 
 
 def adapted(configuration: Any, family: str = "llama") -> Any:
@@ -140,6 +140,18 @@ def test_weights_that_are_kept_elsewhere_are_fetched(where: str, tmp_path: Any) 
     assert torch.equal(found, plain["model.layers.1.input_layernorm.weight"])
     assert parameter_of(layer.self_attn.o_proj, "bias") is None
     assert device_of(model.model.embed_tokens) == torch.device("cpu")
+
+
+def test_a_tensor_of_several_parts_is_seen_in_its_parts() -> None:
+    """As the tensors of quantising libraries are made; a test of weights for NaN has to look into them."""
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    linear = nn.Linear(3, 4, bias=False)
+    linear.weight = nn.Parameter(TwoTensor(torch.ones(4, 3), torch.zeros(4, 3)))  # type: ignore[no-untyped-call]
+    found = list(named_weights(linear))
+    assert [name for name, _ in found] == ["weight", "weight"]
+    assert [float(part.sum()) for _, part in found] == [12.0, 0.0]
+    assert not is_plain(linear)
 
 
 def test_weights_that_are_nowhere() -> None:

@@ -101,7 +101,7 @@ def parameter_of(module: nn.Module, name: str) -> Tensor | None:
 
 
 def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """A model's parameters, those that accelerate keeps elsewhere fetched one by one."""
+    """A model's parameters; those that accelerate keeps elsewhere fetched one by one, quantised ones as their parts."""
     for name, found in model.named_parameters():
         if found.device.type == "meta":
             owner, _, part = name.rpartition(".")
@@ -109,7 +109,16 @@ def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             assert fetched is not None
             yield name, fetched
         else:
-            yield name, found
+            yield from ((name, part) for part in _stored(found))
+
+
+def _stored(tensor: Tensor) -> Iterator[Tensor]:
+    """The plain tensors that a tensor of another library is made of."""
+    if type(tensor) in (Tensor, nn.Parameter) or not hasattr(tensor, "__tensor_flatten__"):
+        yield tensor
+        return
+    for part in tensor.__tensor_flatten__()[0]:  # type: ignore[attr-defined]
+        yield from _stored(getattr(tensor, part))
 
 
 def is_plain(module: nn.Module) -> bool:
