@@ -13,7 +13,7 @@ from attention_models import LAYERS, MODELS, attentions, batch, eager, everywher
 from torch import Tensor, nn
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.model.attention import NAME, base_kernel, check_dispatch, private_config
+from cutaway.model.attention import NAME, _mask, base_kernel, check_dispatch, private_config
 from cutaway.model.attention_kernels import Watch, find_kernel
 from cutaway.model.tokens import Tokens
 
@@ -87,6 +87,21 @@ def test_patterns_are_the_softmax_of_the_scores(name: str) -> None:
         assert bool((pattern[scores == -torch.inf] == 0).all())
         above = torch.ones(9, 9, dtype=torch.bool).triu(1)
         assert bool((scores[..., above] == -torch.inf).all())
+
+
+@pytest.mark.parametrize(
+    ("name", "windows"),
+    [("mistral", (3, 3)), ("gemma2", (3, 9)), ("gpt_oss", (3, 9)), ("gpt_neo", (9, 3)), ("llama4", (4, 4))],
+)
+def test_cells_outside_a_window_are_minus_infinity(name: str, windows: tuple[int, int]) -> None:
+    run = look(small(name), batch((9,)), everywhere("scores"))
+    for layer, window in enumerate(windows):
+        found = run.values[f"blocks.{layer}.attn.scores"] > -torch.inf
+        distance = torch.arange(9)[:, None] - torch.arange(9)
+        seen = (distance >= 0) & (distance < window)
+        if name == "llama4":  # chunks, not windows
+            seen = (distance >= 0) & (torch.arange(9)[:, None] // window == torch.arange(9) // window)
+        assert torch.equal(found, seen.expand_as(found))
 
 
 def test_what_is_not_asked_for_stays_the_models_own_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,6 +224,52 @@ def test_a_kernel_that_does_something_else_is_refused() -> None:
             check_dispatch(model, module_with(kernel))
     with pytest.raises(CutawayError, match="Linear does not dispatch"):
         check_dispatch(model, nn.Linear(2, 2))
+
+
+def test_an_unknown_base_kernel_runs_as_it_is_and_shows_no_pattern(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody's own attention function: what it computes inside is not known."""
+    model, tokens = small("llama"), batch((9,))
+
+    def halved(*args: Any, **kwargs: Any) -> Any:
+        z, weights = eager_of("llama")(*args, **kwargs)
+        return z / 2, weights
+
+    mapping = type(transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS)._global_mapping
+    monkeypatch.setitem(mapping, "halved", halved)
+    masks = type(transformers.masking_utils.ALL_MASK_ATTENTION_FUNCTIONS)._global_mapping
+    monkeypatch.setitem(masks, "halved", masks["eager"])
+    model.config._attn_implementation = "halved"
+    with torch.no_grad():
+        plain = forward(model, tokens).logits
+    assert same(look(model, tokens, everywhere("rot_q")).out.logits, plain)
+    with pytest.raises(CutawayError, match="the attention kernel 'halved' computes is not known here"):
+        look(model, tokens, everywhere("pattern"))
+
+
+@pytest.mark.parametrize("base", ["eager", "sdpa", "flash_attention_2"])
+def test_what_each_base_kernel_means_by_the_mask_it_is_given(base: str) -> None:
+    """None is everything for eager, causal for SDPA (whose windows always come as a mask), causal in a window for
+    flash; a mask a row is padding beside that.
+    """
+    module = attentions(small("llama"))[0]
+    module.config._attn_implementation = base  # type: ignore[union-attr]
+    query, key = torch.zeros(2, 4, 3, 8), torch.zeros(2, 2, 5, 8)
+    given: dict[str, Any] = {"sliding_window": 2}
+    causal = torch.ones(3, 5, dtype=torch.bool).tril(2)
+    found = _mask(module, None, query, key, given)
+    if base == "eager":
+        assert found is None
+    else:
+        assert found is not None
+        assert torch.equal(found[0, 0], causal.triu(1) if base == "flash_attention_2" else causal)
+    assert _mask(module, None, query, key, given | {"is_causal": False}) is None
+    rows = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]])
+    padded = _mask(module, rows, query, key, {})
+    assert padded is not None
+    assert torch.equal(padded[0, 0], causal & rows[0].bool())
+    both_ways = _mask(module, rows, query, key, {"is_causal": False})
+    assert both_ways is not None
+    assert torch.equal(both_ways.expand(2, 1, 3, 5)[0, 0], rows[0].bool().expand(3, 5))
 
 
 def test_the_dtype_of_the_softmax_is_found_out() -> None:

@@ -92,9 +92,10 @@ def allowed(mask: Tensor | None, n_queries: int, n_keys: int, window: int | None
 
 def _mask(module: nn.Module, mask: Any, query: Tensor, key: Tensor, options: dict[str, Any]) -> Tensor | None:
     """A mask of whatever form the base kernel is given, as numbers to add or as bool, or None where all is seen."""
-    if mask is not None and not isinstance(mask, Tensor):
+    base = _implementation(module)
+    if not (mask is None or isinstance(mask, Tensor)) or not (base in ("eager", "sdpa") or "flash" in base):
         raise CutawayError(
-            f"The attention mask of {type(module).__name__} is a {type(mask).__name__}; load the model with "
+            f"What the attention kernel '{base}' computes is not known here; load the model with "
             "attn_implementation='sdpa' or 'eager' to see scores and patterns."
         )
     n_queries, n_keys = query.shape[2], key.shape[2]
@@ -102,7 +103,6 @@ def _mask(module: nn.Module, mask: Any, query: Tensor, key: Tensor, options: dic
         return mask[..., :n_keys]
     causal = options.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
-    base = _implementation(module)
     if mask is None and (base == "eager" or not causal):
         return None
     if mask is not None and not causal:
