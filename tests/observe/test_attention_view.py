@@ -206,7 +206,7 @@ def visit(browser, tmp_path: Path) -> Iterator:
     path = tmp_path / "page.html"
     words = tuple(f" word{i}" for i in range(12))
     sections = [("hostile", "", planted().html()), ("plain", "", planted(words, 3, 8).html())]
-    path.write_text(page_html(title="views", sections=sections), encoding="utf-8")
+    path.write_text(page_html(title="views/" * 40, sections=sections), encoding="utf-8")
     contexts, noise, requests = [], [], []
 
     def open_page(**options):

@@ -15,6 +15,7 @@ h1 { font-size: 26px; line-height: 1.25; margin: 0 0 6px; }
 h2 { font-size: 19px; margin: 34px 0 6px; }
 p { max-width: 75ch; margin: 6px 0 12px; }
 .page-lead, .page-foot { color: var(--soft); }
+h1, h2, .page-lead { overflow-wrap: anywhere; }
 .page-foot { margin-top: 40px; border-top: 1px solid var(--rule); padding-top: 10px; font-size: 14px; }
 .page-foot code { font-family: var(--mono); overflow-wrap: anywhere; }
 .page-drawing { overflow-x: auto; }
