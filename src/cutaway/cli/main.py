@@ -42,9 +42,8 @@ app = App(
     suppress_keyboard_interrupt=False,
     help_epilogue="MODEL is “atlas” (the model that comes along), a Hugging Face folder, or a hub id.",
 )
-for command in (tour, check, sites, lens, heads, attribute, saliency, probe, subjects):
+for command in (tour, check, sites, lens, heads, attribute, saliency, probe, subjects, harvest):
     app.command(command)
-app.command(harvest)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

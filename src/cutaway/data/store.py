@@ -210,7 +210,10 @@ class Store:
             f"Store: {len(self):,} tokens{model}, {str(self.dtype).removeprefix('torch.')}, {len(self.shards)} shards"
         ]
         lines += [f"  site    {site} {list(shape)}" for site, shape in self.sites.items()]
-        lines.append("  tokens  " + ", ".join(f"{name} {value}" for name, value in self.counts.items()))
+        numbers = {name.replace("_", " "): value for name, value in self.counts.items() if isinstance(value, int)}
+        lines.append("  tokens  " + ", ".join(f"{name} {value:,}" for name, value in numbers.items()))
+        for site, number in self.counts.get("high_norm_by_site", {}).items():
+            lines.append(f"  norm    above {self.thresholds[site]:.4g} at {site}: {number:,} tokens left out")
         return "\n".join(lines)
 
 
