@@ -16,8 +16,8 @@ from cutaway.artifacts.errors import CutawayError
 from cutaway.model.language_model import LanguageModel
 from cutaway.model.tokens import Tokens
 
-_CHUNK_BYTES = 1 << 26
-"""Size of one fp32 table of [tokens, vocabulary]; about five exist at a time."""
+_CHUNK_BYTES = 1 << 24
+"""Size of one fp32 table of [tokens, vocabulary]; about ten exist at a time."""
 
 
 class Translator(Protocol):
@@ -154,9 +154,10 @@ def logit_lens(
         follow: tokens whose probability and rank are wanted at every layer and position, besides the target.
         tuned: a tuned lens, whose translators the stream goes through first.
 
-    Never more than one table of [some tokens, vocabulary] a layer is held. Raises `CutawayError`: targets and rows
-    differ in number, a target text has no token, a position is outside a row, a site is absent or of another width,
-    a tuned lens of another model, logits that are NaN.
+    Tables of [some tokens, vocabulary] are held for one layer at a time, beside the model's own logits.
+
+    Raises `CutawayError`: targets and rows differ in number, a target text has no token, a position is outside a row, a
+    site is absent or of another width, a tuned lens of another model, logits that are NaN.
     """
     if k < 1:
         raise CutawayError(f"k={k}: the lens shows at least one top token.")
