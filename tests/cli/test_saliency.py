@@ -67,3 +67,15 @@ def test_bad_input_is_one_sentence(options: list[str], says: str, capsys: pytest
     assert says in err
     assert err.count("\n") == 1
     assert out == ""
+
+
+def test_attribute_takes_these_methods_too(capsys: pytest.CaptureFixture[str]) -> None:
+    words = [PROMPT, "--answer", " Austin", "--method", "gradient-x-input"]
+    assert main(["attribute", "atlas", *words, "--against", "mean", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [one["method"] for one in found["methods"]] == ["gradient-x-input"]
+    assert "minus the mean logit" in found["methods"][0]["maps"][0]["what"]
+    assert main(["attribute", "atlas", *words, "--by", "head"]) == 2
+    err = capsys.readouterr().err
+    assert "are for direct logit attribution" in err
+    assert err.count("\n") == 1

@@ -6,6 +6,7 @@ from typing import Any, Literal
 from cutaway.artifacts.errors import CutawayError
 from cutaway.cli.options import Count, ExistingPath, Flag, Seed
 from cutaway.cli.output import command_line, deliver
+from cutaway.cli.saliency import saliency
 
 REFERENCE_ROWS, REFERENCE_TOKENS = 32, 64
 
@@ -18,7 +19,7 @@ def attribute(
     wrong: list[str] | None = None,
     against: Literal["nothing", "mean"] = "nothing",
     by: Literal["component", "head", "neuron", "source"] = "component",
-    method: Literal["dla"] = "dla",
+    method: Literal["dla", "gradient-x-input", "integrated-gradients", "occlusion"] = "dla",
     position: int = -1,
     top: Count = 16,
     ablate: int = 0,
@@ -50,7 +51,8 @@ def attribute(
         Parts: component (attention and MLP of each layer), head, neuron, or source (each head's result, split over the
         tokens that it reads).
     method
-        dla: direct logit attribution, which sums to the logit difference.
+        dla: direct logit attribution, which sums to the logit difference. The others attribute to the prompt's tokens
+        instead of the model's parts, as cutaway saliency does, which has their options.
     position
         Whose next token is the answer: 0 is the first token, -1 the last.
     top
@@ -78,6 +80,17 @@ def attribute(
         raise CutawayError("--wrong and --against say the same thing twice: give one of them")
     if ablate < 0:
         raise CutawayError(f"--ablate {ablate}: give 0 or more parts")
+    if method != "dla":
+        if by != "component" or position != -1 or ablate:
+            raise CutawayError(
+                f"--by, --position and --ablate are for direct logit attribution; --method {method} has none"
+            )
+        compare = ["mean"] if against == "mean" else wrong
+        saliency(
+            model, *prompts, answer=answer, wrong=compare, method=[method], dtype=dtype, device=device, seed=seed,
+            json=json, html=html,
+        )  # fmt: skip
+        return
 
     import cutaway
     from cutaway.draw.page import page_html
