@@ -41,9 +41,9 @@ def test_the_city_matters_and_every_map_has_its_checks(tmp_path: Path, capsys: p
 
 
 def test_one_method_in_words(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["saliency", "atlas", PROMPT, "--answer", " Austin", "--method", "occlusion", "--baseline", "delete", *FEW]
+    words = ["saliency", "atlas", PROMPT, "--method", "occlusion", "--baseline", "delete", *FEW]
     assert main(words) == 0
-    out = capsys.readouterr().out
+    out = capsys.readouterr().out  # without --answer: the model's own, which is right
     assert out.startswith("occlusion (baseline: delete): logit of ' Austin'")
     assert "rank correlation with untrained weights" in out
     assert "agreement" not in out

@@ -1,7 +1,5 @@
 """`cutaway probe`: can a label be read off a model's activations, at which layer, and does the model use it?"""
 
-import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -9,7 +7,7 @@ from cyclopts import Parameter
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.cli.options import Count, Flag, Seed
-from cutaway.cli.output import deliver
+from cutaway.cli.output import command_line, deliver
 
 if TYPE_CHECKING:
     from cutaway.observe.probe_data import ProbeData
@@ -102,7 +100,24 @@ def probe(
     from cutaway.observe.probe_use import answer_tokens, use_in_folds
     from cutaway.observe.probes import probe_sweep
 
-    command = shlex.join(["cutaway", *sys.argv[1:]]) if sys.argv[1:2] == ["probe"] else None
+    command = command_line(
+        "probe",
+        model,
+        str(data),
+        site=(site, None),
+        head=(head, None),
+        kind=(kind, "logistic"),
+        position=(position, "last"),
+        regression=(regression, False),
+        folds=(folds, 5),
+        draws=(draws, 10),
+        calibrate=(calibrate, None),
+        use=(use, False),
+        use_site=(use_site, None),
+        answer=(answer, None),
+        wrong=(wrong, None),
+        seed=(seed, 0),
+    )
     lm = cutaway.load(model, dtype=dtype, device=device)
     sites = lm.sites().expand_all(site or "blocks.*.resid_post")
     labels = [row["label"] for row in rows]
@@ -256,6 +271,7 @@ def probe_page(model: str, source: str, sweep: "ProbeSweep", used: "Use | None",
     """Scores by layer beside the controls, the table, the reliability of the best probe, and its use."""
     from markupsafe import Markup
 
+    from cutaway.artifacts.statistics import wilson_interval
     from cutaway.draw.charts import effect_html, line_legend, line_svg
     from cutaway.draw.page import page_html
     from cutaway.draw.panels import table_html
@@ -280,13 +296,20 @@ def probe_page(model: str, source: str, sweep: "ProbeSweep", used: "Use | None",
         bins = best.reliability.bins
         drawn: list[Any] = [
             {"name": "stated and true alike", "x": [0.0, 1.0], "y": [0.0, 1.0], "control": True},
-            {"name": best.site, "x": [b[0] for b in bins], "y": [b[1] for b in bins]},
+            {
+                "name": best.site,
+                "x": [b[0] for b in bins],
+                "y": [b[1] for b in bins],
+                "low": [wilson_interval(round(share * n), n)[0] for _, share, n in bins],
+                "high": [wilson_interval(round(share * n), n)[1] for _, share, n in bins],
+            },
         ]
         sections.append(
             (
                 "Do its probabilities mean what they say?",
                 f"The best probe, out of fold. Expected calibration error {best.reliability.ece:.3f}, Brier score "
-                f"{best.reliability.brier:.3f}; examples in the bins: {', '.join(str(b[2]) for b in bins)}.",
+                f"{best.reliability.brier:.3f}; examples in the bins: {', '.join(str(b[2]) for b in bins)}. The band "
+                "is a 95 % interval.",
                 Markup(
                     line_svg(
                         series=drawn,

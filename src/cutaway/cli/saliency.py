@@ -1,12 +1,11 @@
 """`cutaway saliency`: which tokens of a prompt matter to an answer, by the classical methods and their checks."""
 
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.cli.options import Count, Flag, Seed
-from cutaway.cli.output import deliver
+from cutaway.cli.output import command_line, deliver
 
 if TYPE_CHECKING:
     from cutaway.observe.saliency_checks import SaliencyReport
@@ -16,7 +15,7 @@ def saliency(
     model: str,
     /,
     *prompts: str,
-    answer: list[str],
+    answer: list[str] | None = None,
     wrong: list[str] | None = None,
     method: list[Literal["gradient-x-input", "integrated-gradients", "occlusion"]] | None = None,
     baseline: Literal["zero", "pad", "mean", "delete"] = "mean",
@@ -39,7 +38,8 @@ def saliency(
     prompts
         One prompt, or several.
     answer
-        A token with its leading space (“ Austin”), one for all prompts or one a prompt (--answer “ A” --answer “ B”).
+        A token with its leading space (“ Austin”), one for all prompts or one a prompt (--answer “ A” --answer “ B”);
+        what the model would answer if not given.
     wrong
         The token whose logit is subtracted, likewise; “mean” for the mean over the vocabulary.
     method
@@ -66,27 +66,35 @@ def saliency(
     if not prompts:
         raise CutawayError("there is no prompt: cutaway saliency MODEL PROMPT --answer TOKEN")
     n = len(prompts)
-    for what, given in (("answers", answer), ("wrong answers", wrong or answer)):
-        if len(given) not in (1, n):
+    for what, given in (("answers", answer), ("wrong answers", wrong)):
+        if given and len(given) not in (1, n):
             raise CutawayError(f"{len(given)} {what} for {n} prompts; give one, or one for each prompt.")
 
     import cutaway
+    from cutaway.observe.answers import model_answers
     from cutaway.observe.saliency import METHODS
     from cutaway.observe.saliency_checks import saliency as measure
 
     chosen: Any = tuple(dict.fromkeys(method)) if method else METHODS
-    words = ["cutaway", "saliency", model, *prompts]
-    words += [w for a in answer for w in ("--answer", a)] + [w for a in wrong or () for w in ("--wrong", a)]
-    words += [w for m in (method or ()) for w in ("--method", m)]
-    words += ["--baseline", baseline] if baseline != "mean" else []
-    command = shlex.join(
-        [*words, *(["--steps", str(steps)] if steps else []), *(["--seed", str(seed)] if seed else [])]
+    command = command_line(
+        "saliency",
+        model,
+        *prompts,
+        answer=(answer, None),
+        wrong=(wrong, None),
+        method=(method, None),
+        baseline=(baseline, "mean"),
+        steps=(steps, None),
+        seeds=(seeds, 2),
+        draws=(draws, 20),
+        seed=(seed, 0),
     )
     lm = cutaway.load(model, dtype=dtype, device=device)
+    answers: Any = model_answers(lm, list(prompts)) if not answer else answer * n if len(answer) == 1 else answer
     report = measure(
         lm,
         list(prompts),
-        answer * n if len(answer) == 1 else answer,
+        answers,
         wrong * n if wrong and len(wrong) == 1 else wrong,
         methods=chosen,
         baseline=baseline,
