@@ -3,7 +3,7 @@
 import pytest
 import torch
 from by_hand_address import Case, expected
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from subject import Subjects, close
 from tiny import HEADS, LENGTHS, D, random_rows, tiny_model
@@ -75,6 +75,7 @@ def cases(draw: st.DrawFn) -> tuple[Case, Tokens, str]:
         where["positions"] = cutaway.at_token(wanted, "all", missing="skip")
         by_row = {r: [i for i, token in enumerate(tokens.row_ids(r)) if token == wanted] for r in touched}
 
+    assume(any(by_row.values()))
     heads = None
     if n_heads is not None and draw(st.booleans()):
         heads = draw(st.lists(st.integers(0, n_heads - 1), min_size=1, unique=True))

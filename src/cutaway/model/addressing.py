@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.model.edit_files import StoredSource
-from cutaway.model.edit_values import changed, generator, row_key, token_noise
+from cutaway.model.edit_values import changed, generator, next_key, prefix_keys, row_key, token_noise
 from cutaway.model.edits import PATCHES, Edit, NothingEdited
 from cutaway.model.positions import Places, named, named_new
 from cutaway.model.sites import Site
@@ -31,8 +31,8 @@ class Resolved:
 
     `ordinal` [b, total columns] numbers the touched columns of each row (-1: untouched), so that a value with one
     entry a position finds its entry. `source` holds the patched values [number of cells, ...] in row-major order of
-    the cells, at scores and pattern with one entry a column of the run as keys. `keys` are the rows' random keys,
-    `first` the column of each row's first real token.
+    the cells, at scores and pattern with one entry a column of the run as keys. `keys[row]` has a random key for
+    each token of a row that is given noise, `first` the column of each row's first real token.
     """
 
     index: int
@@ -44,7 +44,7 @@ class Resolved:
     everything: bool
     touched: Tensor
     sums: Tensor  # |delta|, |before|, |after|, count
-    keys: list[bytes] = field(default_factory=list)
+    keys: list[list[bytes]] = field(default_factory=list)
     first: list[int] = field(default_factory=list)
 
     def apply(self, x: Tensor, offset: int) -> Tensor:
@@ -83,6 +83,14 @@ class Resolved:
                 replaced[..., torch.tensor(edit.heads)[:, None], torch.tensor(edit.neurons)] = new
             new = replaced
         return new if plain else x.index_put((rows, columns), new)
+
+    def read(self, ids: Tensor) -> None:
+        """Take note of new tokens [b, columns] of a generation, on which their noise depends."""
+        if self.edit.kind != "noise":
+            return
+        for keys, row in zip(self.keys, ids.tolist(), strict=True):
+            for token in row if keys else ():
+                keys.append(next_key(keys[-1], token))
 
     def _addressed(self, value: Tensor) -> Tensor:
         """The heads and neurons of [..., (heads,) width] that the edit names."""
@@ -133,14 +141,14 @@ class Resolved:
         return taken
 
     def _noise(self, block: Tensor, rows: list[int], columns: list[int], end: int) -> Tensor:
-        """Standard normal numbers in the shape of `block`, from each row's key and the token's position."""
+        """Standard normal numbers in the shape of `block`, from each token's key."""
         drawn = torch.zeros(block.shape, dtype=torch.float32)
         for i, (row, column) in enumerate(zip(rows, columns, strict=True)):
             position = column - self.first[row]
             if not is_grid(self.site.name):
-                drawn[i] = token_noise(self.keys[row], self.site.name, position, block.shape[1:])
+                drawn[i] = token_noise(self.keys[row][position], self.site.name, block.shape[1:])
                 continue
-            seen = token_noise(self.keys[row], self.site.name, position, (position + 1, block.shape[1]))
+            seen = token_noise(self.keys[row][position], self.site.name, (position + 1, block.shape[1]))
             start = self.first[row] - (end - block.shape[-1])  # the place of key 0 among those that are here
             low = max(start, 0)
             drawn[i, :, low : start + position + 1] = seen[low - start :].T
@@ -269,7 +277,7 @@ def _source_rows(
         from_row = dict(zip(rows, edit.source_rows, strict=True))
     elif edit.seed is not None:
         from_row = {}
-        for row, key in zip(rows, _row_keys(edit, tokens, rows), strict=True):
+        for row, seed in zip(rows, _seeds(edit, rows), strict=True):
             if row not in touched:
                 continue
             furthest = int((ordinal[row] >= 0).nonzero().max()) - int(tokens.first[row]) + 1
@@ -286,7 +294,7 @@ def _source_rows(
                     f"'{edit}': the source has no other row that is long enough for row {row}, of {len(own)} tokens; "
                     "name positions that every row has, or give it more rows."
                 )
-            from_row[row] = fit[int(generator(key, "resample").integers(len(fit)))]
+            from_row[row] = fit[int(generator(row_key(seed, own), "resample").integers(len(fit)))]
     elif n_source == 1:
         from_row = dict.fromkeys(rows, 0)
     else:
@@ -344,13 +352,12 @@ def _plain_places(where: Places, what: str) -> Places:
     raise CutawayError(f"{what}: a tensor has no tokens; name its positions by number.")
 
 
-def _row_keys(edit: Edit, tokens: Tokens, rows: Sequence[int]) -> list[bytes]:
-    """The random key of each addressed row."""
+def _seeds(edit: Edit, rows: Sequence[int]) -> tuple[int, ...]:
+    """The seed of each addressed row."""
     seeds = edit.seed or (0,)
     if len(seeds) not in (1, len(rows)):
         raise CutawayError(f"'{edit}': {len(seeds)} seeds for {len(rows)} rows; give one, or one a row.")
-    seeds = seeds * len(rows) if len(seeds) == 1 else seeds
-    return [row_key(seed, tokens.row_ids(row)) for seed, row in zip(seeds, rows, strict=True)]
+    return seeds * len(rows) if len(seeds) == 1 else seeds
 
 
 def _check_parts(edit: Edit, site: Site) -> None:
@@ -409,10 +416,10 @@ def resolve(
     patching = edit.kind in PATCHES
     source = _patch_source(edit, site, tokens, rows, touched, ordinal) if patching else None
     value = edit.tensors.get("value", edit.tensors.get("direction") if edit.kind == "add" else None)
-    keys: list[bytes] = [b""] * n_rows
+    keys: list[list[bytes]] = [[] for _ in range(n_rows)]
     if edit.kind == "noise":
-        for row, key in zip(rows, _row_keys(edit, tokens, rows), strict=True):
-            keys[row] = key
+        for row, seed in zip(rows, _seeds(edit, rows), strict=True):
+            keys[row] = prefix_keys(seed, tokens.row_ids(row))
     device = tokens.ids.device
     ordinal = ordinal.to(device)
     if repeat > 1:
@@ -430,6 +437,6 @@ def resolve(
         everything=bool((ordinal >= 0).all()),
         touched=torch.zeros(ordinal.shape, dtype=torch.bool, device=device),
         sums=torch.zeros(4, dtype=torch.float64, device=device),
-        keys=[key for key in keys for _ in range(repeat)],
+        keys=[list(of_row) for of_row in keys for _ in range(repeat)],
         first=[int(first) for first in tokens.first for _ in range(repeat)],
     )

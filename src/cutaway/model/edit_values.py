@@ -80,6 +80,20 @@ def row_key(seed: int, ids: Sequence[int]) -> bytes:
     return digest.digest()
 
 
+def next_key(key: bytes, token: int) -> bytes:
+    """The key of a row's tokens so far, and one token more."""
+    return hashlib.blake2b(key + token.to_bytes(8, "little"), digest_size=16).digest()
+
+
+def prefix_keys(seed: int, ids: Sequence[int]) -> list[bytes]:
+    """A key for each token of a row, from a seed and the tokens up to and with it."""
+    keys, key = [], row_key(seed, ())
+    for token in ids:
+        key = next_key(key, token)
+        keys.append(key)
+    return keys
+
+
 def generator(key: bytes, *parts: object) -> np.random.Generator:
     """Random numbers that belong to a row's key and what `parts` name."""
     digest = hashlib.blake2b(key, digest_size=16)
@@ -87,13 +101,12 @@ def generator(key: bytes, *parts: object) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(int.from_bytes(digest.digest(), "little")))
 
 
-def token_noise(key: bytes, site: str, position: int, shape: Sequence[int]) -> Tensor:
+def token_noise(key: bytes, site: str, shape: Sequence[int]) -> Tensor:
     """Standard normal numbers for one token's value at a site, the same in every run and every batch, fp32.
 
-    `position` counts the row's real tokens, new ones included. The whole value is drawn, whatever heads or neurons an
-    edit then takes of it.
+    `key` is of the token's prefix. The whole value is drawn, whatever heads or neurons an edit then takes of it.
     """
-    drawn = generator(key, site, position).standard_normal(tuple(shape))
+    drawn = generator(key, site).standard_normal(tuple(shape))
     return torch.from_numpy(drawn).float()
 
 

@@ -421,9 +421,9 @@ def add(site: str, direction: Tensor, scale: float = 1.0, **where: Unpack[Where]
 def noise(site: str, std: float, *, seed: int | Sequence[int] = 0, **where: Unpack[Where]) -> Edit:
     """Add gaussian noise of standard deviation `std`, in the units of the site.
 
-    What a token gets depends on the seed, the row's (or prompt's) own tokens, the site and the position: the same
-    alone or in a batch, cached or not. Two rows of the same tokens get the same noise; give one seed a touched row for
-    several draws. At scores and pattern, keys after a token's own position get none.
+    What a token gets depends on the seed, the site and the row's tokens up to it: the same alone or in a batch, cached
+    or not, in a generation or in a run of its tokens. Two rows of the same tokens get the same noise; give one seed a
+    touched row for several draws. At scores and pattern, keys after a token's own position get none.
     """
     seeds = several(seed, "seed")
     return _make("noise", site, where, numbers={"std": _number(std, "std")}, seed=seeds)

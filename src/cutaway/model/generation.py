@@ -1,15 +1,19 @@
-"""Generation with edits, under the key-value cache, through Hugging Face's own `generate`."""
+"""Generation with edits and captures, under the key-value cache, through Hugging Face's own `generate`."""
 
 from __future__ import annotations
 
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers import (
     GenerationConfig,
-    LogitsProcessor,
     LogitsProcessorList,
+    StoppingCriteriaList,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -17,9 +21,10 @@ from transformers import (
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.model.addressing import resolve
-from cutaway.model.edits import Edit
-from cutaway.model.execution import Execution, active
-from cutaway.model.run import Generation
+from cutaway.model.decoding import Draw, Ends, GenerationStep, LogProbabilities, Recorder, Steps, cut
+from cutaway.model.edits import Edit, Receipt
+from cutaway.model.execution import active
+from cutaway.model.run import CAPTURE_LIMIT, Generation, check_capture_size
 from cutaway.model.tokens import Tokens, pad_rows
 
 if TYPE_CHECKING:
@@ -29,7 +34,6 @@ if TYPE_CHECKING:
 # Settings that a checkpoint's generation_config may carry and that would otherwise be added to what was asked.
 _NEUTRAL: dict[str, Any] = {
     "do_sample": False,
-    "num_beams": 1,
     "temperature": 1.0,
     "top_k": 50,
     "top_p": 1.0,
@@ -37,22 +41,54 @@ _NEUTRAL: dict[str, Any] = {
     "repetition_penalty": 1.0,
     "no_repeat_ngram_size": 0,
     "min_new_tokens": 0,
-    "num_return_sequences": 1,
 }
 
 
-class _Draw(LogitsProcessor):
-    """Leaves one token, drawn with a generator of its own: other threads and the global seed have no part in it."""
+@dataclass(frozen=True)
+class Settings:
+    """What `LanguageModel.generate` takes beside prompts and edits; see there."""
 
-    def __init__(self, seed: int, device: torch.device) -> None:
-        try:
-            self.generator = torch.Generator(device).manual_seed(seed)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise CutawayError(f"A seed is a whole number below 2**63; got {seed!r}.") from error
+    max_new_tokens: int = 40
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+    num_return_sequences: int = 1
+    num_beams: int = 1
+    use_cache: bool = True
+    stop: str | Sequence[str] = ()
+    capture: str | Sequence[str] | None = None
+    limit_bytes: int | None = None
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
-        drawn = torch.multinomial(scores.float().softmax(-1), 1, generator=self.generator)
-        return torch.full_like(scores, -torch.inf).scatter(1, drawn, 0.0)
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1 or self.num_return_sequences < 1 or not self.temperature >= 0:
+            raise CutawayError(
+                "max_new_tokens and num_return_sequences are at least 1, and temperature is not negative."
+            )
+        if not math.isfinite(self.temperature):
+            raise CutawayError("The temperature is a finite number.")
+        if self.num_beams < 1:
+            raise CutawayError("num_beams is at least 1.")
+        if self.num_beams > 1 and (self.temperature > 0 or self.capture is not None):
+            raise CutawayError(
+                "Beams are neither sampled nor captured: they trade places as they go; leave out temperature and "
+                "capture, and run the tokens of the result to look inside."
+            )
+        if self.num_return_sequences > self.num_beams and self.temperature == 0:
+            raise CutawayError(
+                "Greedy decoding gives the same text every time; set a temperature for several sequences, or num_beams "
+                "of as many."
+            )
+        if (self.top_k is not None and self.top_k < 1) or (self.top_p is not None and not 0 < self.top_p <= 1):
+            raise CutawayError("top_k is at least 1, and top_p lies between 0 and 1.")
+        if isinstance(self.seed, bool) or not hasattr(self.seed, "__index__"):
+            raise CutawayError(f"A seed is a whole number; got {self.seed!r}.")
+        if any(not isinstance(s, str) or not s for s in self.stops):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise CutawayError(f"stop= is a text at which to stop, or several; got {self.stop!r}.")
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
 
 def end_ids(lm: LanguageModel) -> list[int]:
@@ -67,81 +103,136 @@ def generate(
     lm: LanguageModel,
     prompts: Tokens,
     edits: tuple[Edit, ...],
-    *,
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    seed: int,
-    num_return_sequences: int,
-    use_cache: bool,
+    settings: Settings,
+    on_step: Callable[[GenerationStep, Callable[[], None]], object] | None = None,
 ) -> Generation:
-    """See `LanguageModel.generate`."""
-    if max_new_tokens < 1 or num_return_sequences < 1 or not temperature >= 0:
-        raise CutawayError("max_new_tokens and num_return_sequences are at least 1, and temperature is not negative.")
-    if temperature == 0 and num_return_sequences > 1:
-        raise CutawayError("Greedy decoding gives the same text every time; set a temperature for several sequences.")
-    if (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
-        raise CutawayError("top_k is at least 1, and top_p lies between 0 and 1.")
-    longest = int(prompts.lengths.max())
-    if longest + max_new_tokens > lm.context_length:
+    """See `LanguageModel.generate`. `on_step` gets each step, and a function that ends the generation after it."""
+    if prompts.longest + settings.max_new_tokens > lm.context_length:
         raise CutawayError(
-            f"{longest} prompt and {max_new_tokens} new tokens exceed the context of {lm.name} ({lm.context_length})."
+            f"{prompts.longest} prompt and {settings.max_new_tokens} new tokens exceed the context of {lm.name} "
+            f"({lm.context_length})."
         )
+    if settings.num_beams > 1 and (on_step is not None or any(edit.rows is not None for edit in edits)):
+        raise CutawayError(
+            "Beams trade places as they go, so they take no edits of single rows and cannot be streamed; leave out "
+            "num_beams, or edit every row."
+        )
+    if settings.num_beams > 1 and any(edit.kind == "noise" for edit in edits):
+        raise CutawayError(
+            "Noise depends on a row's own tokens, and beams trade them as they go; leave out num_beams, or the noise."
+        )
+    if settings.stops and lm.tokenizer is None:
+        raise CutawayError("stop= names texts, and this model has no tokenizer; attach one to use text.")
     layout, prompts = prompts, _left_padded(prompts, lm)
-    n = num_return_sequences
+    width, n = prompts.ids.shape[1], settings.num_return_sequences
+    copies = max(n, settings.num_beams)  # rows that a prompt takes inside generate
     table = lm.sites()
+    names = [] if settings.capture is None else table.expand_all(settings.capture)
+    limit = CAPTURE_LIMIT if settings.limit_bytes is None else settings.limit_bytes
+    columns = width + settings.max_new_tokens
+    check_capture_size(table, names, len(prompts) * n, columns, lm.dtype.itemsize, limit)
     resolved = [
-        resolve(i, edit, table[name], prompts, max_new_tokens, n, layout)
+        resolve(i, edit, table[name], prompts, settings.max_new_tokens, copies, layout)
         for i, edit in enumerate(edits)
         for name in table.expand(edit.site)
     ]
-    execution = Execution(lm, (), resolved, prompts.mask.repeat_interleave(n, 0))
+    recorder = Recorder(lm, names, resolved, prompts.mask.repeat_interleave(copies, 0), settings.use_cache)
     ends = end_ids(lm)
+    until = Ends(lm.tokenizer, settings.stops, width, len(prompts) * n, late=bool(names))
+    scores = LogProbabilities()
+    steps = None
+    if on_step is not None:
+
+        def stop_now() -> None:
+            until.cancelled = True
+
+        steps = Steps(
+            lm.tokenizer,
+            ends,
+            until,
+            settings.max_new_tokens,
+            lambda step: on_step(step, stop_now),
+        )
+    out = _call(lm, prompts, settings, recorder, ends, until, scores, steps)
+    if settings.num_beams > 1:  # beams of one prompt count as one row
+        for edit in resolved:
+            edit.touched = edit.touched.unflatten(0, (len(prompts), copies)).any(1)
+        receipts = recorder.receipts(prompts.first)
+    else:
+        scores.settle(out)
+        receipts = recorder.receipts(prompts.first.repeat_interleave(n))
+    made = settings.max_new_tokens if steps is None or not until.cancelled else steps.made
+    return _collect(lm, prompts, out, settings, ends, until.lengths, made, recorder, names, scores, receipts, edits)
+
+
+def _call(
+    lm: LanguageModel,
+    prompts: Tokens,
+    settings: Settings,
+    recorder: Recorder,
+    ends: list[int],
+    until: Ends,
+    scores: LogProbabilities,
+    steps: Steps | None,
+) -> Tensor:
+    """The call of transformers' `generate`: prompts and new tokens, [rows, columns]."""
+    beams, n = settings.num_beams, settings.num_return_sequences
     config = GenerationConfig(
         **_NEUTRAL,
-        max_new_tokens=max_new_tokens,
-        use_cache=use_cache,
+        **({"length_penalty": 1.0, "early_stopping": False} if beams > 1 else {}),
+        num_beams=beams,
+        num_return_sequences=n if beams > 1 else 1,
+        # to look at the last token too, one more is generated and thrown away
+        max_new_tokens=settings.max_new_tokens + bool(recorder.capture),
+        use_cache=settings.use_cache,
         eos_token_id=ends or None,
         pad_token_id=lm.pad_id if lm.pad_id is not None else (ends[0] if ends else 0),
         bos_token_id=lm.bos_id,
     )
-    draw = LogitsProcessorList()
-    if temperature > 0:
-        draw.append(TemperatureLogitsWarper(float(temperature)))
-        if top_k is not None:
-            draw.append(TopKLogitsWarper(top_k))
-        if top_p is not None:
-            draw.append(TopPLogitsWarper(top_p))
-        draw.append(_Draw(seed, lm.device))
+    processors = LogitsProcessorList([scores] if beams == 1 else [])
+    if settings.temperature > 0:
+        processors.append(TemperatureLogitsWarper(float(settings.temperature)))
+        if settings.top_k is not None:
+            processors.append(TopKLogitsWarper(settings.top_k))
+        if settings.top_p is not None:
+            processors.append(TopPLogitsWarper(settings.top_p))
+        processors.append(Draw(settings.seed, prompts, n))
+    options: dict[str, Any] = {}
+    if (
+        recorder.capture & {"logits", "logits_precap"}
+        and "logits_to_keep" in inspect.signature(lm.hf.forward).parameters
+    ):
+        options["logits_to_keep"] = 0  # all of them
+    if settings.stops or steps is not None:
+        options["stopping_criteria"] = StoppingCriteriaList([until])
 
     def follow(_module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
-        if active() is execution:
-            cache = kwargs.get("past_key_values")
-            execution.end = (0 if cache is None else int(cache.get_seq_length())) + kwargs["input_ids"].shape[1]
+        if active() is recorder:
+            recorder.begin(kwargs["input_ids"])
 
     def answer(_module: nn.Module, _args: Any, output: Any) -> Any:
-        if active() is execution and execution.editing("logits"):
-            output.logits = execution.edit("logits", output.logits)
+        if active() is recorder and recorder.wants("logits"):
+            output.logits = recorder.touch("logits", output.logits)
         return output
 
     def call() -> Tensor:
         return lm.hf.generate(  # type: ignore[operator]
-            input_ids=prompts.ids.repeat_interleave(n, 0),
-            attention_mask=prompts.mask.long().repeat_interleave(n, 0),
+            input_ids=prompts.ids.repeat_interleave(1 if beams > 1 else n, 0),
+            attention_mask=prompts.mask.long().repeat_interleave(1 if beams > 1 else n, 0),
             generation_config=config,
-            logits_processor=draw,
+            logits_processor=processors,
+            streamer=steps,
             custom_generate=None,
+            **options,
         )
 
     handles = [lm.hf.register_forward_pre_hook(follow, with_kwargs=True), lm.hf.register_forward_hook(answer)]
     try:
         with torch.no_grad():
-            out = execution.forward(call)
+            return recorder.forward(call)
     finally:
         for handle in handles:
             handle.remove()
-    return _collect(lm, prompts, out, n, set(ends), execution)
 
 
 def _left_padded(tokens: Tokens, lm: LanguageModel) -> Tokens:
@@ -149,28 +240,46 @@ def _left_padded(tokens: Tokens, lm: LanguageModel) -> Tokens:
         return tokens
     pad = lm.pad_id if lm.pad_id is not None else 0
     ids, mask = pad_rows([tokens.row_ids(i) for i in range(len(tokens))], pad, side="left")
-    return Tokens(ids.to(lm.device), mask.to(lm.device), tokens.strings)
+    return Tokens(ids.to(lm.device), mask.to(lm.device), tokens.spelling)
 
 
 def _collect(
-    lm: LanguageModel, prompts: Tokens, out: Tensor, n: int, ends: set[int], execution: Execution
+    lm: LanguageModel,
+    prompts: Tokens,
+    out: Tensor,
+    settings: Settings,
+    ends: list[int],
+    lengths: list[int | None],
+    made: int,
+    recorder: Recorder,
+    names: list[str],
+    scores: LogProbabilities,
+    receipts: tuple[Receipt, ...],
+    edits: tuple[Edit, ...],
 ) -> Generation:
-    width = prompts.ids.shape[1]
-    new_rows, rows = [], []
+    width, n = prompts.ids.shape[1], settings.num_return_sequences
+    new_rows, rows, texts = [], [], []
     for i, sequence in enumerate(out[:, width:].tolist()):
-        stop = next((j for j, token in enumerate(sequence) if token in ends), len(sequence))
-        new_rows.append(tuple(sequence[:stop]))
-        rows.append([*prompts.row_ids(i // n), *sequence[:stop]])
+        end = next((j for j, token in enumerate(sequence) if token in ends), len(sequence))
+        new = tuple(sequence[: min(end, made, lengths[i] or made)])
+        new_rows.append(new)
+        rows.append([*prompts.row_ids(i // n), *new])
+        text = "" if lm.tokenizer is None else str(lm.tokenizer.decode(list(new), skip_special_tokens=True))
+        texts.append(cut(text, settings.stops))
     ids, mask = pad_rows(rows, lm.pad_id if lm.pad_id is not None else 0)
-    strings = tuple(tuple(lm.token_strings(row)) for row in rows)
-    texts = tuple(
-        str(lm.tokenizer.decode(list(row), skip_special_tokens=True)) if lm.tokenizer is not None else ""
-        for row in new_rows
-    )
+    spelling = lambda: tuple(tuple(lm.token_strings(row)) for row in rows)  # noqa: E731
+    tokens = Tokens(ids.to(lm.device), mask.to(lm.device), spelling)
+    first = prompts.first.repeat_interleave(n).tolist()
     return Generation(
-        texts=texts,
+        texts=tuple(texts),
         new_ids=tuple(new_rows),
         prompts=prompts,
-        tokens=Tokens(ids.to(lm.device), mask.to(lm.device), strings),
-        receipts=execution.receipts(prompts.first.repeat_interleave(n)),
+        tokens=tokens,
+        receipts=receipts,
+        logprobs=scores.rows(new_rows) if settings.num_beams == 1 else None,
+        values=recorder.aligned(names, tokens, first),
+        edits=edits,
+        site_table=lm.sites(),
+        model=lm.name,
+        identity=lm.identity,
     )

@@ -24,9 +24,10 @@ from cutaway.model.attention import check_dispatch
 from cutaway.model.edits import Edit, edits_for
 from cutaway.model.execution import Execution, Form, active, form_of
 from cutaway.model.families import TESTED, find_family, weight_matrix
-from cutaway.model.run import Generation, Gradients, Run, capture_bytes
+from cutaway.model.run import CAPTURE_LIMIT, Generation, Gradients, Run, capture_bytes
 from cutaway.model.selftest import SelfTest, run_selftest, verify
 from cutaway.model.sites import KINDS, Site, SiteTable, layer_of
+from cutaway.model.streaming import GenerationStream
 from cutaway.model.sweep import Cell, Sweep
 from cutaway.model.sweep import Metric as SweepMetric
 from cutaway.model.tokens import Tokens, pad_rows, token_string
@@ -34,7 +35,6 @@ from cutaway.model.wrapped import device_of, unwrap
 
 Inputs = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor | Tokens
 Message = Mapping[str, str]
-CAPTURE_LIMIT = 4 * 2**30
 
 
 class LanguageModel:
@@ -407,35 +407,58 @@ class LanguageModel:
         *,
         max_new_tokens: int = 40,
         edits: Edit | Sequence[Edit] = (),
+        capture: str | Sequence[str] | None = None,
         temperature: float = 0.0,
         top_k: int | None = None,
         top_p: float | None = None,
         seed: int = 0,
         num_return_sequences: int = 1,
+        num_beams: int = 1,
+        stop: str | Sequence[str] = (),
         use_cache: bool = True,
         bos: bool | None = None,
+        limit_bytes: int | None = None,
     ) -> Generation:
-        """Continue prompts, greedily at temperature 0, else by sampling with `seed`.
+        """Continue prompts, greedily at temperature 0, else by sampling with `seed`, or with the best of `num_beams`.
 
         Positions of an edit are resolved once on the prompt and hold in the cache; with `use_cache=False` the same
-        set is applied again at every step. Row edits follow `num_return_sequences`. Of the checkpoint's own generation
-        settings only the tokens that end a text count.
+        set is applied again at every step. Row edits follow `num_return_sequences`. A sample depends on the seed, the
+        prompt and the number of the sequence, not on the batch around it. `capture` names sites whose values at every
+        token, prompt and new, the result holds in the columns of its `tokens`; what they may hold is bounded by
+        `limit_bytes`. A row ends at the model's end-of-text tokens and at a `stop` text, which is cut off. Of the
+        checkpoint's own generation settings only the tokens that end a text count.
 
         Raises CutawayError: what `run` raises for tokens and edits, a prompt that leaves no room in the context for
-        the new tokens, settings out of range.
+        the new tokens, settings out of range, beams with edits of single rows.
         """
-        return generation.generate(
-            self,
-            self.tokens(inputs, bos=bos),
-            edits_for(self, edits),
+        settings = generation.Settings(
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
             seed=seed,
             num_return_sequences=num_return_sequences,
+            num_beams=num_beams,
             use_cache=use_cache,
+            stop=stop,
+            capture=capture,
+            limit_bytes=limit_bytes,
         )
+        return generation.generate(self, self.tokens(inputs, bos=bos), edits_for(self, edits), settings)
+
+    def generate_stream(
+        self, inputs: Inputs, *, edits: Edit | Sequence[Edit] = (), bos: bool | None = None, **options: Any
+    ) -> GenerationStream:
+        """`generate` step by step: iterate for a `GenerationStep` (ids and pieces of text, row by row) each.
+
+        Options as in `generate`, without beams. The stream's `generation` is what `generate` returns, of what was
+        made until the loop was left.
+        """
+        tokens, found = self.tokens(inputs, bos=bos), edits_for(self, edits)
+        settings = generation.Settings(**options)
+        if settings.num_beams > 1:
+            raise CutawayError("Beams are known only at the end, so they cannot be streamed; use generate.")
+        return GenerationStream(lambda on_step: generation.generate(self, tokens, found, settings, on_step))
 
     def chat_tokens(self, messages: Sequence[Message] | Sequence[Sequence[Message]], *, answer: bool = True) -> Tokens:
         """A conversation, or a list of them, through the model's chat template; with `answer` the assistant's turn is

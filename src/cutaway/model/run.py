@@ -16,6 +16,8 @@ from cutaway.model.edits import Edit, Receipt
 from cutaway.model.sites import SiteTable, template_of
 from cutaway.model.tokens import Tokens
 
+CAPTURE_LIMIT = 4 * 2**30  # bytes
+
 
 class Gradients(Mapping[str, Tensor]):
     """d metric / d site by site name, TransformerLens' spellings included when looking up."""
@@ -40,8 +42,47 @@ class Gradients(Mapping[str, Tensor]):
         return len(self._values)
 
 
+class Captured:
+    """Captured values by site name, as a run and a generation hold them."""
+
+    tokens: Tokens
+    values: Mapping[str, Tensor]
+    site_table: SiteTable
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Names of the captured sites, in the order of the forward pass."""
+        return tuple(self.values)
+
+    def __contains__(self, site: str) -> bool:
+        return site in self.values
+
+    def __getitem__(self, site: str) -> Tensor:
+        if site in self.values:
+            return self.values[site]
+        name = self.site_table.resolve(site)
+        if name not in self.values:
+            held = ", ".join(self.sites[:4]) + (", …" if len(self.values) > 4 else "") if self.values else "nothing"
+            what = type(self).__name__.lower()
+            raise CutawayError(f"This {what} did not capture '{name}' (it holds {held}); add it to capture=.")
+        return self.values[name]
+
+    def stack(self, pattern: str) -> Tensor:
+        """The captured values that a wildcard names, stacked by layer: [layers, b, ...]."""
+        return torch.stack([self[name] for name in self.site_table.expand(pattern)])
+
+    def last(self, site: str) -> Tensor:
+        """A site at each row's last real token: [b, ...]."""
+        value = self[site]
+        if template_of(self.site_table.resolve(site)).endswith((".scores", ".pattern")):
+            value = value.transpose(1, 2)
+        if value.shape[1] == 1:
+            return value[:, 0]
+        return value[torch.arange(len(value), device=value.device), self.tokens.last.to(value.device)]
+
+
 @dataclass(frozen=True, eq=False)
-class Run:
+class Run(Captured):
     """One forward pass. `run[site]` is a captured value; sites are listed in `run.sites`.
 
     `logits` is [b, p, V], or [b, 1, V] at each row's last real token with logits="last", or None. Values at padded
@@ -58,36 +99,6 @@ class Run:
     model: str
     identity: Callable[[], ModelIdentity] = field(repr=False)
     manifest: Manifest | None = field(default=None, repr=False)  # of a run that was loaded
-
-    @property
-    def sites(self) -> tuple[str, ...]:
-        """Names of the captured sites, in the order of the forward pass."""
-        return tuple(self.values)
-
-    def __contains__(self, site: str) -> bool:
-        return site in self.values
-
-    def __getitem__(self, site: str) -> Tensor:
-        if site in self.values:
-            return self.values[site]
-        name = self.site_table.resolve(site)
-        if name not in self.values:
-            held = ", ".join(self.sites[:4]) + (", …" if len(self.values) > 4 else "") if self.values else "nothing"
-            raise CutawayError(f"This run did not capture '{name}' (it holds {held}); add it to capture=.")
-        return self.values[name]
-
-    def stack(self, pattern: str) -> Tensor:
-        """The captured values that a wildcard names, stacked by layer: [layers, b, ...]."""
-        return torch.stack([self[name] for name in self.site_table.expand(pattern)])
-
-    def last(self, site: str) -> Tensor:
-        """A site at each row's last real token: [b, ...]."""
-        value = self[site]
-        if template_of(self.site_table.resolve(site)).endswith((".scores", ".pattern")):
-            value = value.transpose(1, 2)
-        if value.shape[1] == 1:
-            return value[:, 0]
-        return value[torch.arange(len(value), device=value.device), self.tokens.last.to(value.device)]
 
     def save(self, folder: str | Path) -> Path:
         """Write the run into a folder, from which `cutaway.load_run` reads it: tensors (`run.safetensors`), tokens,
@@ -139,11 +150,29 @@ def capture_bytes(
     return total
 
 
+def check_capture_size(
+    table: SiteTable, names: list[str], batch: int, positions: int, itemsize: int, limit: int
+) -> None:
+    """Raise CutawayError where a capture would hold more than `limit` bytes."""
+    if limit < 0:
+        raise CutawayError(f"limit_bytes is {limit}; give a number of bytes, 0 or more.")
+    needed = capture_bytes(table, names, batch, positions, itemsize, True)
+    if needed > limit:
+        largest = max(names, key=lambda n: capture_bytes(table, [n], batch, positions, 1, True))
+        raise CutawayError(
+            f"This capture would hold {needed / 2**30:.2f} GiB, above the limit of {limit / 2**30:.2f} GiB "
+            f"(largest: '{largest}'); capture fewer sites, use fewer or shorter prompts, or raise limit_bytes."
+        )
+
+
 @dataclass(frozen=True, eq=False)
-class Generation:
+class Generation(Captured):
     """What a model wrote. `texts` and `new_ids` hold only what is new, up to the end-of-text token.
 
-    Rows are the prompts, each `num_return_sequences` times in a row. `tokens` is prompt and new tokens together.
+    Rows are the prompts, each `num_return_sequences` times in a row. `tokens` is prompt and new tokens together, right
+    padded, and `generation[site]` is a captured value in its columns: [b, prompt + new, ...], or [b, H, prompt + new,
+    prompt + new] at scores and pattern; 0 at padding, -inf in scores. `logprobs` has one number a new token: its
+    log-probability under the model (edits included) at temperature 1; None with beams.
     """
 
     texts: tuple[str, ...]
@@ -151,6 +180,12 @@ class Generation:
     prompts: Tokens
     tokens: Tokens
     receipts: tuple[Receipt, ...]
+    logprobs: tuple[tuple[float, ...], ...] | None = field(repr=False)
+    values: Mapping[str, Tensor] = field(repr=False)
+    edits: tuple[Edit, ...]
+    site_table: SiteTable = field(repr=False)
+    model: str
+    identity: Callable[[], ModelIdentity] = field(repr=False)
 
     def __repr__(self) -> str:
         lines = [f"Generation of {len(self.texts)} texts"]
