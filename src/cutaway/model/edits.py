@@ -39,7 +39,7 @@ from cutaway.model.positions import (
 if TYPE_CHECKING:
     from cutaway.model.edit_files import StoredSource
     from cutaway.model.language_model import LanguageModel
-    from cutaway.model.run import Run
+    from cutaway.model.run import Generation, Run
 
 __all__ = ["AtToken", "Edit", "NothingEdited", "Positions", "Receipt", "at_token"]
 
@@ -101,7 +101,7 @@ class Edit:
     phase: Phase = "all"
     tensors: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     numbers: Mapping[str, float] = field(default_factory=dict)
-    source: Run | StoredSource | None = field(default=None, repr=False)
+    source: Run | Generation | StoredSource | None = field(default=None, repr=False)
     source_positions: Places = None
     source_rows: tuple[int, ...] | None = None
     neurons: tuple[int, ...] | None = None
@@ -330,7 +330,7 @@ def mean(site: str, value: Tensor | float, **where: Unpack[Where]) -> Edit:
 
 def patch(
     site: str,
-    source: Run | StoredSource | Tensor,
+    source: Run | Generation | StoredSource | Tensor,
     *,
     source_positions: Positions = None,
     source_rows: int | Sequence[int] | None = None,
@@ -354,7 +354,7 @@ def patch(
 
 def resample(
     site: str,
-    source: Run | StoredSource | Tensor,
+    source: Run | Generation | StoredSource | Tensor,
     *,
     position_map: Mapping[int, int] | Sequence[Any] | None = None,
     source_rows: int | Sequence[int] | None = None,
