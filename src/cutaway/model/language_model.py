@@ -24,7 +24,7 @@ from cutaway.model.attention import check_dispatch
 from cutaway.model.edits import Edit, edits_for
 from cutaway.model.execution import Execution, Form, active, form_of
 from cutaway.model.families import TESTED, find_family, weight_matrix
-from cutaway.model.run import CAPTURE_LIMIT, Generation, Gradients, Run, capture_bytes
+from cutaway.model.run import CAPTURE_LIMIT, Generation, Gradients, Run, check_capture_size
 from cutaway.model.selftest import SelfTest, run_selftest, verify
 from cutaway.model.sites import KINDS, Site, SiteTable, layer_of
 from cutaway.model.streaming import GenerationStream
@@ -310,23 +310,15 @@ class LanguageModel:
         return list(known)
 
     def _check_size(self, names: list[str], tokens: Tokens, limit: int) -> None:
-        if limit < 0:
-            raise CutawayError(f"limit_bytes is {limit}; give a number of bytes, 0 or more.")
-        if not names:
+        if not names and limit >= 0:
             return
         batch, positions = tokens.ids.shape
         key = (batch, positions, self.dtype, *names)
-        if (needed := self._sizes.get(key)) is None:
-            needed = capture_bytes(self._sites, names, batch, positions, self.dtype.itemsize, True)
-            if len(self._sizes) >= 256:
-                self._sizes.clear()
-            self._sizes[key] = needed
-        if needed > limit:
-            largest = max(names, key=lambda n: capture_bytes(self._sites, [n], batch, positions, 1, True))
-            raise CutawayError(
-                f"This capture would hold {needed / 2**30:.2f} GiB, above the limit of {limit / 2**30:.2f} GiB "
-                f"(largest: '{largest}'); capture fewer sites, use fewer or shorter prompts, or raise limit_bytes."
-            )
+        if self._sizes.get(key, limit + 1) <= limit:
+            return
+        if len(self._sizes) >= 256:
+            self._sizes.clear()
+        self._sizes[key] = check_capture_size(self._sites, names, batch, positions, self.dtype.itemsize, limit)
 
     def _resume_point(self, source: Run, touched: set[str], tokens: Tokens) -> tuple[int, Tensor | None]:
         """The deepest layer that a run of the same tokens lets us start at, and the stream there.

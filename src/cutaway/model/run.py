@@ -152,8 +152,8 @@ def capture_bytes(
 
 def check_capture_size(
     table: SiteTable, names: list[str], batch: int, positions: int, itemsize: int, limit: int
-) -> None:
-    """Raise CutawayError where a capture would hold more than `limit` bytes."""
+) -> int:
+    """Bytes that a capture will hold. Raises CutawayError where they are more than `limit`."""
     if limit < 0:
         raise CutawayError(f"limit_bytes is {limit}; give a number of bytes, 0 or more.")
     needed = capture_bytes(table, names, batch, positions, itemsize, True)
@@ -163,6 +163,7 @@ def check_capture_size(
             f"This capture would hold {needed / 2**30:.2f} GiB, above the limit of {limit / 2**30:.2f} GiB "
             f"(largest: '{largest}'); capture fewer sites, use fewer or shorter prompts, or raise limit_bytes."
         )
+    return needed
 
 
 @dataclass(frozen=True, eq=False)
