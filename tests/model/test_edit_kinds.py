@@ -342,6 +342,18 @@ def test_a_patch_within_a_subspace_changes_nothing_beside_it(of_family: Subjects
     close(gone[SITE], lm.run(subject.rows[0], edits=cutaway.project_out(SITE, basis[0]), capture=SITE)[SITE])
 
 
+def test_a_basis_that_is_orthonormal_stays_as_it_is() -> None:
+    assert torch.equal(cutaway.zero(SITE, basis=-torch.eye(D)[3:5]).tensors["basis"], -torch.eye(D)[3:5])
+    assert cutaway.zero(SITE, basis=torch.ones(1, D).double()).tensors["basis"].dtype == torch.float64
+
+
+def test_a_function_may_write_into_what_it_is_given(llama: LanguageModel) -> None:
+    clean = llama.run([5, 6], capture=SITE)
+    run = llama.run([5, 6], edits=cutaway.function(SITE, lambda x: x.mul_(2)), capture=SITE)
+    assert torch.equal(run[SITE], 2 * clean[SITE])
+    assert run.receipts[0].mean_abs_delta == pytest.approx(float(clean[SITE].abs().mean()), rel=1e-5)
+
+
 def test_gradients_pass_through_functions_and_subspaces(llama: LanguageModel) -> None:
     basis = vector(2 * D).reshape(2, D)
     edits = [cutaway.function(SITE, lambda x: 3 * x), cutaway.scale(SITE, 0.0, basis=basis)]

@@ -297,6 +297,9 @@ def test_chatting_uses_the_models_template(speaker: LanguageModel) -> None:
     assert reply.receipts[0].kind == "scale"
     both = speaker.chat([messages, [*messages, {"role": "assistant", "content": "on"}]], max_new_tokens=4)
     assert both.new_ids[0] == speaker.chat(messages, max_new_tokens=4).new_ids[0]
+    for wrong in ({"role": "user", "content": "the"}, "the cat", [], [[]], [["the"]], [messages, "x"]):
+        with pytest.raises(CutawayError, match="A chat is a list of messages"):
+            speaker.chat(wrong)  # type: ignore[arg-type]
     with pytest.raises(CutawayError, match="no chat template"):
         attach(tiny_model("llama")).chat(messages)
 
