@@ -81,6 +81,7 @@ class _State:
             self.go_on.release()
         step = self.steps.get()
         if step is None:
+            self.thread.join()
             self.over = True
             if self.error is not None:
                 raise self.error
