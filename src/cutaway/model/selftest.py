@@ -249,7 +249,7 @@ def _attention(lm: LanguageModel, at: At, layer: int, equal: Equal) -> None:
         fitted = float((raw[seen] * wide_of(scores[seen])).sum() / raw[seen].square().sum())
         if not isinstance(scaling, float):  # then at least one factor for all cells
             scaling = fitted
-        elif abs(fitted - 1.0) < 1e-4:  # some families scale the queries themselves, before attention gets them
+        elif abs(fitted - 1.0) < abs(fitted - scaling):  # some scale the queries before attention gets them
             scaling = 1.0
         raw = raw * scaling
         raw = raw if cap is None else torch.tanh(raw / cap) * cap
