@@ -34,7 +34,10 @@ def command(model: str, corpus: Path, out: Path, *more: str) -> list[str]:
     return given if "--context" in more else [*given, "--context", "16"]
 
 
-def test_it_leaves_a_store(model: str, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_leaves_a_store(
+    model: str, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CUTAWAY_QUIET", "0")
     out = tmp_path / "a"
     arguments = command(
         model, corpus, out, "--site", "blocks.0.attn.z", "--tokens", "300", "--shard-tokens", "100", "--flatten",
