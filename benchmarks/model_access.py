@@ -24,6 +24,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import harvesting
 import torch
 from model_access_models import Models
 from paired import ROOT, Claim, Peer, PeerAbsent, Row, Subject, Verdict, relative, same, take_turns, timed, verdict
@@ -351,6 +352,8 @@ ROWS: dict[str, tuple[int, Callable[[Bench], Row]]] = {
     "positions-16": (0, lambda bench: sweep(bench, "positions-16", "positions", 16, 1, 16, 30)),
     "positions-64": (0, lambda bench: sweep(bench, "positions-64", "positions", 64, 8, 12, 6)),
     "pattern": (0, pattern),
+    "harvest": (0, harvesting.speed),  # last: from here on this process keeps the memory that it frees
+    "harvest-memory": (1, harvesting.flat),
 }
 
 
