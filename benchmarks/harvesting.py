@@ -103,7 +103,9 @@ def flat(bench: Bench) -> Row:
     lm = bench.lm("toy")
     batches = 100 if bench.options.quick else 1000
     watched = _Watched(lm)
-    row = Row("harvest-memory", f"resident memory over {batches} batches of 8 × 64 tokens; {bench.models.describe('toy')}")
+    row = Row(
+        "harvest-memory", f"resident memory over {batches} batches of 8 × 64 tokens; {bench.models.describe('toy')}"
+    )
     rows = torch.randint(2, lm.d_vocab, (8 * batches, 64), generator=torch.Generator().manual_seed(0))
     folder = bench.models.root / "flat"
     sites = ["blocks.3.resid_post", "blocks.5.mlp.out"]
@@ -114,7 +116,9 @@ def flat(bench: Bench) -> Row:
     late = seen[len(seen) // 10 :]  # shards in flight fill their buffers first
     slope = float(np.polyfit(np.arange(len(late)), late, 1)[0])
     written = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    row.verdicts.append(judged("growth over the last nine tenths / resident", slope * len(late) / late.mean(), "<=", 0.01))
+    row.verdicts.append(
+        judged("growth over the last nine tenths / resident", slope * len(late) / late.mean(), "<=", 0.01)
+    )
     row.notes.append(
         f"{slope:.0f} bytes a batch; resident {late.min() / 2**20:.0f} to {late.max() / 2**20:.0f} MiB while "
         f"{written / 2**20:.0f} MiB were written"
