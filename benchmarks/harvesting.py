@@ -101,8 +101,8 @@ class _Watched:
 
 def flat(bench: Bench) -> Row:
     lm = bench.lm("toy")
-    batches = 100 if bench.options.quick else 1000
-    watched = _Watched(lm)
+    batches = 1000
+    watched: Any = _Watched(lm)
     row = Row(
         "harvest-memory", f"resident memory over {batches} batches of 8 × 64 tokens; {bench.models.describe('toy')}"
     )
@@ -110,7 +110,7 @@ def flat(bench: Bench) -> Row:
     folder = bench.models.root / "flat"
     sites = ["blocks.3.resid_post", "blocks.5.mlp.out"]
     row.seconds["cutaway's harvest"] = [
-        timed(lambda: harvest(watched, rows, sites, out=folder, batch_rows=8, shard_tokens=1 << 14, rules=EVERYTHING))
+        timed(lambda: harvest(watched, rows, sites, out=folder, batch_rows=8, shard_tokens=1 << 13, rules=EVERYTHING))
     ]
     seen = np.array(watched.seen[-batches:], dtype=float)
     late = seen[len(seen) // 10 :]  # shards in flight fill their buffers first
