@@ -9,6 +9,7 @@ import pytest
 
 import cutaway
 from cutaway.cli.main import main
+from cutaway.draw.text import escape
 from cutaway.model.language_model import LanguageModel
 
 
@@ -41,6 +42,19 @@ def test_check_json_is_the_whole_table(atlas: LanguageModel, capsys: pytest.Capt
     assert {row["layer"] for row in found["rows"]} >= set(range(8))
 
 
+def test_check_leaves_a_page(atlas: LanguageModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "check.html"
+    assert main(["check", "atlas", "--html", str(page)]) == 0
+    text = page.read_text(encoding="utf-8")
+    test = atlas.selftest()
+    assert f"all {len(test.rows)} checks pass" in text
+    assert all(escape(row.check) in text for row in test.rows)
+    assert "cutaway check atlas" in text
+    assert str(page) in capsys.readouterr().out
+    assert main(["check", "atlas", "--html", str(tmp_path)]) == 2
+    assert "is a folder" in capsys.readouterr().err
+
+
 def test_check_says_with_its_exit_code_that_a_check_failed(
     atlas: LanguageModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -58,7 +72,7 @@ def test_sites_prints_one_line_for_layers_that_agree(capsys: pytest.CaptureFixtu
     (mid,) = [line for line in lines if line.startswith("blocks.{l}.resid_mid ")]
     assert mid.split() == ["blocks.{l}.resid_mid", "0-7", "b", "p", "d", "b", "p", "256", *mid.split()[8:]]
     (positions,) = [line for line in lines if line.startswith("pos_embed ")]
-    assert "absent: positions enter attention (rotary)" in positions
+    assert "absent: positions enter attention (rotary" in positions
     assert len({line.index("b p") for line in lines if line.startswith("blocks") and " b p" in line}) == 1
 
 
