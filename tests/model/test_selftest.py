@@ -74,7 +74,7 @@ def faulty_sites(subject: Subject, only: str = "") -> list[str]:
 def read_wrongly(monkeypatch: pytest.MonkeyPatch, site: str, fault: Any) -> None:
     right = Execution.record
 
-    def record(self: Execution, name: str, value: Tensor) -> Tensor:
+    def record(self: Execution, name: str, value: Tensor, *, own: bool = False) -> Tensor:
         if name != site or name not in self.capture:
             return right(self, name, value)
         right(self, name, fault(value))
