@@ -123,7 +123,7 @@ def test_patching_every_head_and_every_position(of_family: Subjects, family: str
     found = lm.sweep(tokens, heads, two_logits)
     close(found.values, one_run_a_cell(lm, tokens, heads), 1e-5)
     assert {batch.entry.attention for batch in found.batches} == {"z"}
-    assert sum(batch.control for batch in found.batches) == 2  # one in layer 0, one above
+    assert [batch.entry.layer for batch in found.batches if batch.control] == [LAYERS - 1]
     grid = [
         cutaway.patch(f"blocks.{layer}.resid_pre", source, positions=p)
         for layer in range(LAYERS)
@@ -179,10 +179,12 @@ def test_what_is_not_needed_is_not_run(of_family: Subjects) -> None:
     rows = [[5, 6, 7, 8, 9, 10]]
     cells = [cutaway.scale("blocks.1.mlp.post", 0.5, positions=p) for p in (4, 5)]
     found = lm.sweep(rows, cells, two_logits)
+    lm.sweep(rows, [cutaway.scale("blocks.1.resid_post", 0.5, positions=2)], two_logits)
     for handle in handles:
         handle.remove()
-    base, rest = ran[: 2 * LAYERS], ran[2 * LAYERS :]
+    base, rest, again = ran[: 2 * LAYERS], ran[2 * LAYERS : -2 * LAYERS - 2], ran[-2:]
     assert all(shape == (1, 6) for _, shape in base)
+    assert again == [(f"2.{names.attention}", (2, 1)), (f"2.{names.mlp}", (2, 1))]
     # two cells and their control, in layer 1 without its attention, in the last layer at the last token alone
     assert rest == [(f"1.{names.mlp}", (3, 2)), (f"2.{names.attention}", (3, 1)), (f"2.{names.mlp}", (3, 1))]
     assert found.batches[0].start == 4

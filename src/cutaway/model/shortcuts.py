@@ -289,7 +289,7 @@ def run_from(lm: LanguageModel, base: Base, at: Entry, start: int, times: int, e
     streams: list[Tensor] = []
 
     def watch(execution: Execution) -> Iterator[RemovableHandle]:
-        if at.slim and at.layer < lm.n_layers and at.block == "run":
+        if at.slim and at.layer < lm.n_layers:
             for module in (family.layers[-1].output, family.layers[-1].mlp):
                 yield first_argument(module, lambda x: pick(x, last), execution)
         if at.last and not at.defer:

@@ -3,8 +3,8 @@
 A cell is a list of edits; its value is a metric of the edited run, as `lm.run(prompts, edits=cell)` would give it.
 Cells that enter at the same layer run as one batch: the layers below are taken over from one unedited forward, columns
 before the first edited one come from its keys and values, and only the last token is unembedded where the metric reads
-no other. The first batch of each kind carries an unedited control: where that does not give the unedited logits, the
-shortcut is dropped, and the result says so.
+no other. The first batch that takes a shortcut carries an unedited control: where that does not end as the unedited
+forward did, the shortcut is dropped, and the result says so.
 """
 
 from __future__ import annotations
@@ -193,7 +193,8 @@ class _Sweeper:
         self.cost: Cost = cost(lm)
         self.notes: list[str] = []
         self.batches: list[Batch] = []
-        self.proven: set[tuple[Any, ...]] = set()
+        self.proven: set[Any] = set()
+        self.prefix_proven = lm.n_layers + 1  # the lowest layer from which keys and values were right
         self.allowed = {"prefix": True, "slim": True, "inner": True, "resume": True}
         self.spent = 0
         self.touched: list[tuple[Resolved, ...]] = [()] * len(cells)
@@ -275,13 +276,14 @@ class _Sweeper:
         cpu = self.lm.device.type == "cpu"
         overhead = (16 if cpu else 256) + (5e6 if cpu else 5e8) / max(1.0, self.cost.per_layer)
         batches = []
-        for at in sorted(groups, key=lambda entry: entry.layer):
+        for at in sorted(groups, key=lambda entry: entry.layer, reverse=True):
             group = sorted(groups[at], key=lambda plan: plan.start)
             starts = [plan.start if self.allowed["prefix"] else 0 for plan in group]
             most = self.most_cells(at, starts[0], free)
             for a, b in split(starts, self.width, most, overhead, self.n):
                 batches.append((at, starts[a], group[a:b]))
-        return batches
+        # a control costs least in the deepest layer, but keys and values are to be proven from the lowest on
+        return [b for b in batches if b[1] == 0] + [b for b in batches[::-1] if b[1] > 0]
 
     def _weakened(self, at: Entry, start: int) -> tuple[Entry, int]:
         if not self.allowed["prefix"]:
@@ -329,8 +331,8 @@ class _Sweeper:
     def _checked(self, base: Base, at: Entry, start: int, plans: list[_Plan]) -> list[tuple[_Plan, Tensor]]:
         while True:
             at_now, start_now = self._weakened(at, start)
-            kind = self._kind(at_now, start_now)
-            control = kind not in self.proven and (at_now.layer > 0 or start_now > 0 or at_now.slim)
+            shortcuts = self._shortcuts(at_now)
+            control = not shortcuts <= self.proven or (start_now > 0 and at_now.layer < self.prefix_proven)
             try:
                 out, found = self._forward(base, at_now, start_now, plans, control)
             except CutawayError:
@@ -343,7 +345,9 @@ class _Sweeper:
                 wrong = self._deviation(base, out[: self.n], at_now, start_now)
                 if wrong and self._drop(at_now, start_now, wrong):
                     continue
-                self.proven.add(kind)
+                self.proven |= shortcuts
+                if start_now > 0:
+                    self.prefix_proven = min(self.prefix_proven, at_now.layer)
                 out = out[self.n :]
             break
         self.batches.append(Batch(tuple(plan.index for plan in plans), at_now, start_now, control))
@@ -394,10 +398,17 @@ class _Sweeper:
         self.notes.append(f"memory ran out with {n} cells in a batch, so they ran {half} at a time")
         return half
 
-    def _kind(self, at: Entry, start: int) -> tuple[Any, ...]:
-        inside = at.layer < self.lm.n_layers
-        module = type(self.lm.family.layers[at.layer].attention) if inside else None
-        return (at.layer > 0, at.attention, at.mlp, at.block, at.slim, start > 0, module)
+    def _shortcuts(self, at: Entry) -> set[Any]:
+        """What a control has to prove, apart from the keys and values of a prefix."""
+        layers = self.lm.family.layers
+        used: set[Any] = {"stream"} if at.layer > 0 else set()
+        if at.slim and at.layer < len(layers):
+            used.add("slim")
+        if at.inner:
+            here = layers[at.layer]
+            parts = (at.attention, type(here.attention)), (at.mlp, type(here.mlp)), (at.block, type(here.module))
+            used |= {part for part in parts if part[0] != "run"}
+        return used
 
     def _forward(
         self, base: Base, at: Entry, start: int, plans: list[_Plan], control: bool
