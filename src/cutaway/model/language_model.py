@@ -118,7 +118,7 @@ class LanguageModel:
             tokens = inputs.to(self.device)
         elif isinstance(inputs, Tensor) and bos is None and self._plain_ids(inputs):
             ids = (inputs[None] if inputs.ndim == 1 else inputs).detach().to(self.device, torch.long, copy=True)
-            tokens = Tokens(ids, torch.ones_like(ids, dtype=torch.bool), lambda: self._strings(ids.tolist()))
+            tokens = Tokens.whole(ids, lambda: self._strings(ids.tolist()))
         else:
             rows = self._rows(inputs)
             rows = [self._with_bos(row, bos) for row in rows]

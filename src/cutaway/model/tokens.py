@@ -49,6 +49,14 @@ class Tokens:
         if bool((starts.sum(1) > 1).any()):
             raise CutawayError("The mask has holes inside a row; real tokens must be contiguous.")
 
+    @classmethod
+    def whole(cls, ids: Tensor, spelling: Strings | Callable[[], Strings]) -> Tokens:
+        """Rows of one length [b, p], neither of them 0: nothing is padded, so there is nothing to check."""
+        tokens = object.__new__(cls)
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        tokens.__dict__.update(ids=ids, mask=mask, spelling=spelling, padded=False)
+        return tokens
+
     @cached_property
     def strings(self) -> Strings:
         """The real tokens of each row as text."""
@@ -78,7 +86,7 @@ class Tokens:
     def position_ids(self) -> Tensor:
         """What a model is given as positions, int64 [b, p]: 0 at each row's first real token."""
         if not self.padded:
-            return torch.arange(self.ids.shape[1], device=self.ids.device).repeat(len(self), 1)
+            return torch.arange(self.ids.shape[1], device=self.ids.device).expand(len(self), -1)
         return (self.mask.long().cumsum(1) - 1).clamp(min=0)
 
     @cached_property
