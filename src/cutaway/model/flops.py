@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from cutaway.model.families import weight_matrix
 from cutaway.model.shortcuts import Entry
 
 if TYPE_CHECKING:
@@ -111,8 +110,8 @@ def cost(lm: LanguageModel) -> Cost:
     queries, rest, outputs, mlps = [], [], [], []
     share = family.n_heads / (family.n_heads + 2 * family.n_kv_heads)
     for layer in family.layers:
-        output = weight_matrix(layer.output).numel()
-        projections = _weights(layer.attention) - output
+        output = _weights(layer.output)
+        projections = max(0, _weights(layer.attention) - output)
         queries.append(round(projections * share))
         rest.append(projections - queries[-1])
         outputs.append(output)
@@ -123,5 +122,5 @@ def cost(lm: LanguageModel) -> Cost:
         output=tuple(outputs),
         mlp=tuple(mlps),
         heads=family.n_heads * family.d_head,
-        unembed=weight_matrix(family.unembed).numel(),
+        unembed=_weights(family.unembed),
     )
