@@ -20,7 +20,8 @@ from cutaway.model.language_model import LanguageModel
 from cutaway.model.memory import available_bytes, out_of_memory
 from cutaway.model.run import Run
 from cutaway.model.shortcuts import Entry
-from cutaway.model.sweep import Sweep, SweepInterrupted, split
+from cutaway.model.sweep import split
+from cutaway.model.sweep_results import Sweep, SweepInterrupted
 from cutaway.model.tokens import Tokens
 
 Metric = Callable[[Tensor, Tokens], Tensor]

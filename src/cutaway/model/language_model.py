@@ -28,8 +28,9 @@ from cutaway.model.run import CAPTURE_LIMIT, Generation, Gradients, Run, check_c
 from cutaway.model.selftest import SelfTest, run_selftest, verify
 from cutaway.model.sites import KINDS, Site, SiteTable, layer_of
 from cutaway.model.streaming import GenerationStream
-from cutaway.model.sweep import Cell, Sweep
+from cutaway.model.sweep import Cell
 from cutaway.model.sweep import Metric as SweepMetric
+from cutaway.model.sweep_results import Sweep
 from cutaway.model.tokens import Tokens, pad_rows, token_string
 from cutaway.model.wrapped import device_of, unwrap
 

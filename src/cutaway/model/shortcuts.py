@@ -86,15 +86,27 @@ def entry(lm: LanguageModel, sites: Iterable[str], last: bool) -> Entry:
     }
     beyond_mlp = {*_STREAM, *_MLP_WRITES} | ({*_Z, *_ATTENTION_WRITES} if lm.family.parallel else set())
     beyond_attention = {*_STREAM, *_MLP_WRITES, *_ATTENTION_WRITES, *_MLP_READS}
+    z = beyond_attention | {*_Z}
+    layer = lm.family.layers[first]
+    if _within(layer.attention, layer.attention_writer):  # the module adds to the stream by itself
+        beyond_attention -= {*_ATTENTION_WRITES}
+        z = set()
+    if _within(layer.mlp, layer.mlp_writer):
+        beyond_mlp -= {*_MLP_WRITES}
     return Entry(
         first,
-        attention="skip" if here <= beyond_attention else "z" if here <= beyond_attention | {*_Z} else "run",
+        attention="skip" if here <= beyond_attention else "z" if here <= z else "run",
         mlp="skip" if here <= beyond_mlp else "run",
         block="skip" if here <= {*_STREAM} else "run",
         last=last,
         slim=slim,
         defer=defer,
     )
+
+
+def _within(module: nn.Module, writer: nn.Module) -> bool:
+    """Whether what is written to the stream leaves a module inside this one."""
+    return writer is not module and any(part is writer for part in module.modules())
 
 
 @dataclass
@@ -112,6 +124,9 @@ class Base:
 
     def columns(self, value: Tensor, start: int, times: int) -> Tensor:
         """[n, p, ...] -> the columns from `start` on, the prompts repeated [times * n, p - start, ...]."""
+        n, width = self.tokens.ids.shape
+        if value.shape[:2] != (n, width):  # a module that has all tokens in one dimension
+            return self.columns(value.reshape(n, width, -1), start, times).flatten(0, 1)
         value = value[:, start:]
         if len(value) == 1:
             return value.expand(times, *value.shape[1:]).contiguous()
@@ -268,8 +283,8 @@ def call(lm: LanguageModel, tokens: Tokens, start: int, past: DynamicCache | Non
 
 
 def pick(x: Tensor, columns: Tensor) -> Tensor:
-    """[b, p, ...] -> [b, 1, ...], one column a row."""
-    if x.shape[1] == 1:
+    """[b, p, ...] -> [b, 1, ...], one column a row; tokens in one dimension [b * p, ...] stay as they are."""
+    if x.ndim == 2 or x.shape[1] == 1:
         return x
     columns = columns.to(x.device)
     columns = columns.repeat(len(x) // len(columns))
