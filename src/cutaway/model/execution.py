@@ -6,6 +6,7 @@ and the user's hooks do not mix.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
@@ -66,6 +67,7 @@ class Execution:
         for edit in edits:
             self.edits.setdefault(edit.site.name, []).append(edit)
         self.touched = frozenset((*self.capture, *self.edits))
+        self.asked = Counter(layer_of(name) for name in self.touched)  # sites in each layer
         self.mask = mask
         self.stop = stop
         self.gradients = gradients

@@ -205,6 +205,13 @@ class Installer:
     def block(self, index: int, layer: Layer) -> None:
         ex, prefix = self.ex, f"blocks.{index}"
         pre, mid, post = (f"{prefix}.resid_{s}" for s in ("pre", "mid", "post"))
+        asked = ex.asked.get(index, 0)
+        if asked == ex.wants(pre) + ex.wants(post):  # nothing inside the layer: its ends, and no look at the rest
+            if ex.wants(pre):
+                self.before(layer.module, self.at(pre))
+            if ex.wants(post):
+                self.after(layer.module, self.at(post))
+            return
         if ex.wants(pre) or ex.editing(mid):
 
             def on_input(x: Tensor) -> Tensor:
