@@ -10,7 +10,7 @@ PROMISED = {
     "look_inside.py": ["blocks.*.resid_post (8 layers)", "' Austin'"],
     "patch_a_fact.py": [" Sacramento", "mean |Δ|", "random position"],
     "steer_generation.py": ["warm - cold × +1", "random, same length × +1", "unsteered"],
-    "harvest_and_probe.py": ["always the commonest", "shuffled labels"],
+    "harvest_and_probe.py": ["blocks.3.resid_post", "length of its vector", "shuffled labels", "bag of tokens"],
     "attention.py": ["induction", "2 random heads", "comes after the same token earlier"],
 }
 

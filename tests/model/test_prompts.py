@@ -170,7 +170,7 @@ def test_a_run_prints_itself(lm: LanguageModel) -> None:
     assert text.startswith("Run of speaker: 2 rows x 4 tokens\n")
     for part in (
         "<s>thecatsat",
-        "logits  [2, 4, 20]; next after row 0: id",
+        "logits  [2, 4, 20]; next after row 0: '",
         "blocks.*.resid_post (3 layers) [2, 4, 32] + gradient",
         "blocks.1.attn.pattern [2, 4, 4, 4] + gradient",
         "edit    zero blocks.0.mlp.out: 2 tokens in 2 rows",

@@ -290,6 +290,7 @@ class LanguageModel:
             site_table=self._sites,
             model=self.name,
             identity=self.identity,
+            strings_of=None if self.tokenizer is None else self.token_strings,
         )
 
     @staticmethod

@@ -99,6 +99,7 @@ class Run(Captured):
     model: str
     identity: Callable[[], ModelIdentity] = field(repr=False)
     manifest: Manifest | None = field(default=None, repr=False)  # of a run that was loaded
+    strings_of: Callable[[Tensor], list[str]] | None = field(default=None, repr=False)  # ids to text, with a tokenizer
 
     def save(self, folder: str | Path) -> Path:
         """Write the run into a folder, from which `cutaway.load_run` reads it: tensors (`run.safetensors`), tokens,
@@ -119,8 +120,11 @@ class Run(Captured):
         if self.logits is not None:
             last = self.logits[0, -1 if self.logits.shape[1] == 1 else int(self.tokens.last[0])].detach().float()
             top = last.softmax(-1).topk(min(3, len(last)))
-            ids = ", ".join(f"id {i} {p:.2f}" for p, i in zip(top.values.tolist(), top.indices.tolist(), strict=True))
-            lines.append(f"  logits  {list(self.logits.shape)}; next after row 0: {ids}")
+            names = [f"id {i}" for i in top.indices.tolist()]
+            if self.strings_of is not None:
+                names = [repr(string) for string in self.strings_of(top.indices)]
+            likely = ", ".join(f"{name} {p:.2f}" for p, name in zip(top.values.tolist(), names, strict=True))
+            lines.append(f"  logits  {list(self.logits.shape)}; next after row 0: {likely}")
         groups: dict[str, list[str]] = {}
         for name in self.values:
             groups.setdefault(template_of(name), []).append(name)

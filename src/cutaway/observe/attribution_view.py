@@ -40,8 +40,9 @@ def compared(result: Attribution) -> str:
 def _totals(result: Attribution) -> Section:
     mean = float(result.total.mean())
     detail = "mean over the prompts" if len(result.total) > 1 else "at the attributed position"
+    what = "the model's difference" if result.wrong[0] else "the model's logit"
     items = [
-        {"label": "the model's difference", "value": mean, "detail": detail},
+        {"label": what, "value": mean, "detail": detail},
         {"label": "sum of the parts", "value": float(result.values.sum(1).mean()), "detail": "frozen norms"},
         {"label": "largest error", "value": float(result.error.abs().max()), "detail": "of the sum"},
     ]
@@ -67,7 +68,7 @@ def _parts(result: Attribution, shown: int) -> Section:
         f"{result.n_controls} random token pairs whose direction is as long: a part near its control writes much in "
         "every direction."
     )
-    text += f" The other {left:,} parts add {rest:+.3f}." if left else ""
+    text += f" What is not shown ({left:,} {'part' if left == 1 else 'parts'}) adds {rest:+.3f}." if left else ""
     text += f" Intervals are over {len(result.total)} prompts." if len(result.total) > 1 else ""
     table = table_html(
         columns=("part", "share", "control: random pairs", "middle 95 %"), rows=controls, title="shares and controls"
