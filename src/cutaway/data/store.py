@@ -206,9 +206,8 @@ class Store:
 
     def __repr__(self) -> str:
         model = "" if self.manifest.model is None else f" of {self.manifest.model.id}"
-        lines = [
-            f"Store: {len(self):,} tokens{model}, {str(self.dtype).removeprefix('torch.')}, {len(self.shards)} shard{'s' if len(self.shards) != 1 else ''}"
-        ]
+        shards = "1 shard" if len(self.shards) == 1 else f"{len(self.shards)} shards"
+        lines = [f"Store: {len(self):,} tokens{model}, {str(self.dtype).removeprefix('torch.')}, {shards}"]
         lines += [f"  site    {site} {list(shape)}" for site, shape in self.sites.items()]
         numbers = {name.replace("_", " "): value for name, value in self.counts.items() if isinstance(value, int)}
         lines.append("  tokens  " + ", ".join(f"{name} {value:,}" for name, value in numbers.items()))

@@ -484,6 +484,7 @@ def _verdict(rows: list[UseRow], usual: float) -> str:
             "these answers do not hang on what it reads here."
         )
     other = [row.action for row in rows if row.action not in moved]
-    return f"As a used direction would, and more than every random one: {', '.join(moved)}" + (
-        f"; not: {', '.join(other)}." if other else "."
+    quoted = [", ".join(f"“{action}”" for action in actions) for actions in (moved, other)]
+    return f"Edits that move the answers as a used direction would, and more than every random one: {quoted[0]}" + (
+        f". Edits that do not: {quoted[1]}." if other else "."
     )
