@@ -194,6 +194,12 @@ def test_json_files_come_back_exactly(tmp_path_factory: pytest.TempPathFactory, 
     assert read_json(path) == value
 
 
+def test_json_nested_too_deeply_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("[" * 100_000)
+    with pytest.raises(CutawayError, match="nested too deeply"):
+        read_json(tmp_path / "a.json")
+
+
 def test_a_name_that_is_not_utf8_survives_json_too(tmp_path: Path) -> None:
     name = os.fsdecode(b"caf\xe9")
     write_json(tmp_path / "a.json", {name: "ü"})

@@ -61,6 +61,9 @@ def test_a_manifest_survives_json_and_notices_tampering() -> None:
     assert Manifest.from_json(Manifest.create("corpus").to_json()).model is None
     with pytest.raises(CutawayError, match="changed after it was written"):
         Manifest.from_json({**data, "seed": 7})
+    for broken in ({}, {**data, "model": 3}, {**data, "parents": None}, {**data, "more": 1}, {**data, "id": 5}, []):
+        with pytest.raises(CutawayError, match="is no manifest"):
+            Manifest.from_json(broken)  # type: ignore[arg-type]
 
 
 def test_the_weight_hash_follows_every_byte_and_not_the_order(tmp_path: Path) -> None:

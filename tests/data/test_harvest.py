@@ -353,6 +353,16 @@ def test_a_folder_with_other_files_is_not_used(tiny: LanguageModel, tmp_path: Pa
         harvest(tiny, some_texts(), SITES[0], out=tmp_path / "thesis.tex")
 
 
+def test_a_corpus_that_is_refused_leaves_nothing_behind(tiny: LanguageModel, tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_bytes(b"")
+    with pytest.raises(CutawayError, match="holds no text"):
+        harvest(tiny, corpus, SITES[0], out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    corpus.write_text("w5 w6 w7 w8")
+    assert len(harvest(tiny, corpus, SITES[0], out=tmp_path / "out", context=16)) > 0
+
+
 def test_two_writers_do_not_mix(tiny: LanguageModel, tmp_path: Path) -> None:
     from cutaway.data.journal import Folder
 

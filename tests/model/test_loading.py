@@ -165,6 +165,7 @@ def test_no_such_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "no-one/no-such-model" in refused("no-one/no-such-model")
     for name in ("./missing", "/missing/folder", tmp_path / "missing", "a/b/c", "~/missing"):
         assert "There is no folder" in refused(name)
+    assert "File name too long" in refused("x" * 5000)
     assert "no-such" in refused("no-such", revision="main")
 
 

@@ -118,6 +118,7 @@ def test_which_sites_each_family_has(subject: Subject) -> None:
         ("blocks.*", "There is no site"),
         ("*.resid_post", "There is no site"),
         ("blocks.1.resid_post ", "There is no site"),
+        ("blocks." + "9" * 5000 + ".resid_post", "far too high a number"),
     ],
 )
 def test_a_name_that_is_none_is_refused_in_one_sentence(llama: LanguageModel, name: str, words: str) -> None:
@@ -125,6 +126,13 @@ def test_a_name_that_is_none_is_refused_in_one_sentence(llama: LanguageModel, na
         llama.run([5, 6], capture=name)
     assert words in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_a_name_is_text(llama: LanguageModel) -> None:
+    run = llama.run([5, 6], capture="embed")
+    for name in (3, None, b"embed"):
+        with pytest.raises(CutawayError, match="named by text"):
+            run[name]  # type: ignore[index]
 
 
 def test_one_site_where_one_is_needed(llama: LanguageModel) -> None:

@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 from families import build
+from safetensors.torch import save_file
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.manifest import file_hash
 from cutaway.data.activations import counted
 from cutaway.model.language_model import LanguageModel
 from cutaway.observe.lens_evaluation import evaluate_lens
@@ -273,6 +275,36 @@ def test_damaged_files_are_refused(lens: TunedLens, tmp_path: Path) -> None:
         load_tuned_lens(tmp_path)
 
 
+@pytest.mark.parametrize("manifest", [{}, [], None, 3, {"model": 3, "id": "x"}, {"model": None, "parents": 1}])
+def test_a_record_without_a_manifest_is_refused(lens: TunedLens, tmp_path: Path, manifest: Any) -> None:
+    save_tuned_lens(lens, tmp_path)
+    record = json.loads((tmp_path / MANIFEST).read_text())
+    (tmp_path / MANIFEST).write_text(json.dumps(record | {"manifest": manifest}))
+    with pytest.raises(CutawayError, match="is no manifest"):
+        load_tuned_lens(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"weight": torch.zeros(3, 32, 32)},
+        {"weight": torch.zeros(3, 32, 32), "bias": torch.zeros(32)},
+        {"weight": torch.zeros(3, 32, 31), "bias": torch.zeros(3, 32)},
+        {"weight": torch.zeros(3, 32, 32, dtype=torch.int64), "bias": torch.zeros(3, 32)},
+        {"weight": torch.tensor(1.0), "bias": torch.tensor(1.0)},
+    ],
+)
+def test_tensors_that_are_no_translators_are_refused(
+    lens: TunedLens, tmp_path: Path, tensors: dict[str, Tensor]
+) -> None:
+    save_tuned_lens(lens, tmp_path)
+    save_file(tensors, tmp_path / TENSORS)
+    record = json.loads((tmp_path / MANIFEST).read_text())
+    (tmp_path / MANIFEST).write_text(json.dumps(record | {"sha256": file_hash(tmp_path / TENSORS)}))
+    with pytest.raises(CutawayError, match="are expected"):
+        load_tuned_lens(tmp_path)
+
+
 def library_folder(lm: LanguageModel, folder: Path, **changes: Any) -> torch.nn.ModuleList:
     """What `tuned_lens.TunedLens.save` writes, made by torch alone: a state dict of a ModuleList of linear maps."""
     torch.manual_seed(0)
@@ -307,6 +339,10 @@ def test_a_lens_of_the_tuned_lens_library_is_read(llama: LanguageModel, tmp_path
         ({"lens_type": "mlp"}, "type 'mlp'"),
         ({"d_model": 16}, r"0.bias is \(32,\), where \(16,\) is expected"),
         ({"num_hidden_layers": 4}, "3.bias is missing"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers = 0"),
+        ({"num_hidden_layers": None}, "num_hidden_layers = None"),
+        ({"d_model": "wide"}, "d_model = 'wide'"),
+        ({"d_model": float("inf")}, "d_model = inf"),
     ],
 )
 def test_a_library_folder_that_does_not_fit(

@@ -161,6 +161,8 @@ def read_json(path: Path) -> Any:
         raise CutawayError(f"{path} is not JSON: byte {error.start} is not UTF-8") from error
     except json.JSONDecodeError as error:
         raise CutawayError(f"{path} is not JSON: line {error.lineno}, column {error.colno}: {error.msg}") from error
+    except RecursionError as error:
+        raise CutawayError(f"{path} is not usable: its JSON is nested too deeply") from error
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:

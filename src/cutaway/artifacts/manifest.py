@@ -91,9 +91,16 @@ class Manifest:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Manifest":
-        """The manifest that `to_json` wrote; `CutawayError` when its id does not fit what it says."""
-        model = None if data["model"] is None else ModelIdentity(**data["model"])
-        manifest = cls(**{**data, "model": model, "parents": tuple(data["parents"])})
+        """The manifest that `to_json` wrote; `CutawayError` when it is none, or its id does not fit what it says."""
+        try:
+            model = None if data["model"] is None else ModelIdentity(**data["model"])
+            manifest = cls(**{**data, "model": model, "parents": tuple(data["parents"])})
+        except (KeyError, TypeError) as error:
+            raise CutawayError(
+                f"this is no manifest: {error.args[0]} is missing, unknown or of another type"
+            ) from error
+        if not isinstance(manifest.id, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise CutawayError(f"this is no manifest: its id is {manifest.id!r}")
         if manifest.id != manifest.recomputed_id():
             raise CutawayError(f"the manifest {manifest.id[:12]} was changed after it was written: its id does not fit")
         return manifest

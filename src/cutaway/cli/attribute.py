@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.cli.options import Count, ExistingPath, Flag, Seed
+from cutaway.cli.options import Count, ExistingPath, Flag, Page, Seed
 from cutaway.cli.output import command_line, deliver
 from cutaway.cli.saliency import saliency
 
@@ -29,7 +29,7 @@ def attribute(
     dtype: str | None = None,
     device: str | None = None,
     json: Flag = False,
-    html: Path | None = None,
+    html: Page = None,
 ) -> None:
     """Split the logit of an answer, or its lead over a wrong answer, into what each part of the model writes.
 

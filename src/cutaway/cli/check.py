@@ -1,9 +1,8 @@
 """`cutaway check`: is this model what the library takes it for?"""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cutaway.cli.options import Flag
+from cutaway.cli.options import Flag, Page
 from cutaway.cli.output import command_line, deliver
 
 if TYPE_CHECKING:
@@ -17,7 +16,7 @@ def check(
     dtype: str | None = None,
     device: str | None = None,
     json: Flag = False,
-    html: Path | None = None,
+    html: Page = None,
 ) -> int:
     """Load a model, print its card, and test on every layer that its parts add up. Exit code 1 if one does not.
 

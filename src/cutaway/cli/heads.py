@@ -1,12 +1,11 @@
 """`cutaway heads`: what every attention head looks at, and what is lost without it."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
-from cutaway.cli.options import Count, Flag, Seed
+from cutaway.cli.options import Count, Flag, Page, Seed
 from cutaway.cli.output import deliver
 
 if TYPE_CHECKING:
@@ -47,7 +46,7 @@ def heads(
     dtype: str | None = None,
     device: str | None = None,
     json: Flag = False,
-    html: Path | None = None,
+    html: Page = None,
 ) -> None:
     """Score, label and ablate every attention head; with a prompt, draw what each looks at.
 

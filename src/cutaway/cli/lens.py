@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.cli.options import Count, Flag, Seed
+from cutaway.cli.options import Count, Flag, Page, Seed
 from cutaway.cli.output import command_line, deliver
 
 WORLD_CHARACTERS = 6_000_000
@@ -33,7 +33,7 @@ def lens(
     dtype: str | None = None,
     device: str | None = None,
     json: Flag = False,
-    html: Path | None = None,
+    html: Page = None,
 ) -> None:
     """Read each layer's stream through the unembedding (logit lens), or through trained translators (tuned lens).
 
@@ -175,6 +175,7 @@ def _train(
     context = min(context, lm.context_length)
     most = held_out + config.steps * max(1, round(config.tokens_per_step / context))
     split = split_rows(token_rows(lm, documents, context, config.seed, limit=most), held_out, config.seed)
+    config.rows_per_step(split.train)
     configuration = {
         **options,
         "model": lm.identity().weight_hash,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.cli.options import Count, Flag, Seed
+from cutaway.cli.options import Count, Flag, Page, Seed
 from cutaway.cli.output import command_line, deliver
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def probe(
     device: str | None = None,
     seed: Seed = 0,
     json: Flag = False,
-    html: Path | None = None,
+    html: Page = None,
 ) -> None:
     """Fit a probe at every layer, cross-validated, beside its controls: shuffled labels, a control task, the bag of
     tokens, positions and lengths, the embedding, an untrained model. A probe is a detector, not a cause; --use edits
@@ -187,16 +187,24 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     if path.suffix.lower() in (".csv", ".tsv"):
         delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
         reader = csv.DictReader(content.splitlines(keepends=True), delimiter=delimiter)
-        missing = {"text", "label"} - set(reader.fieldnames or ())
+        names = reader.fieldnames or ()
+        missing = {"text", "label"} - set(names)
         if missing:
             raise CutawayError(
                 f"The first line of {path} must name the columns text and label (and if you like group); it lacks "
                 f"{' and '.join(sorted(missing))}."
             )
+        if twice := [name for name in COLUMNS if names.count(name) > 1]:
+            raise CutawayError(f"The first line of {path} names the column {twice[0]} twice; name each once.")
         try:
             rows = [(reader.line_num, dict(row)) for row in reader]
         except csv.Error as error:
             raise CutawayError(f"{path}, line {reader.line_num}: {error}.") from error
+        if longer := [number for number, row in rows if None in row]:
+            raise CutawayError(
+                f"{path}, line {longer[0]} has more cells than the {len(names)} columns that the first line names; put "
+                f"a text that holds the separator {delimiter!r} in double quotes."
+            )
     elif path.suffix.lower() in (".jsonl", ".ndjson"):
         for number, line in enumerate(content.splitlines(), 1):
             if not line.strip():
@@ -205,6 +213,8 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
                 raise CutawayError(f"{path}, line {number} is not JSON: {error.msg}.") from error
+            except RecursionError as error:
+                raise CutawayError(f"{path}, line {number} is JSON nested too deeply.") from error
             if not isinstance(row, dict):
                 raise CutawayError(f'{path}, line {number} is no object such as {{"text": "...", "label": "..."}}.')
             rows.append((number, row))

@@ -1,10 +1,9 @@
 """`cutaway saliency`: which tokens of a prompt matter to an answer, by the classical methods and their checks."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.cli.options import Count, Flag, Seed
+from cutaway.cli.options import Count, Flag, Page, Seed
 from cutaway.cli.output import command_line, deliver
 
 if TYPE_CHECKING:
@@ -26,7 +25,7 @@ def saliency(
     device: str | None = None,
     seed: Seed = 0,
     json: Flag = False,
-    html: Path | None = None,
+    html: Page = None,
 ) -> None:
     """Attribute an answer to the tokens of a prompt: gradient × input, integrated gradients, occlusion. Beside each
     stand the same map with randomised weights, what deleting its top tokens costs, and the other methods.

@@ -225,6 +225,8 @@ def _json_lines(file: Path, field: str) -> Iterator[str]:
                 record = json.loads(line)
             except json.JSONDecodeError as error:
                 raise CutawayError(f"{file}, line {number}, is not JSON: {error.msg}") from error
+            except RecursionError as error:
+                raise CutawayError(f"{file}, line {number}, is JSON nested too deeply") from error
             if not isinstance(record, dict) or not isinstance(record.get(field), str):
                 raise CutawayError(f'{file}, line {number}, is not an object with a "{field}"')
             if any("\ud800" <= character <= "\udfff" for character in record[field]):

@@ -5,6 +5,7 @@ lies under its name, then how many there are. When the journals together say tha
 `manifest.json`, and are removed.
 """
 
+import contextlib
 import fcntl
 import json
 import os
@@ -98,6 +99,7 @@ class Folder:
         self.done: dict[int, Written] = {}
         self.thresholds: dict[str, float] | None = None
         self._file: IO[bytes] | None = None
+        self._made = False  # whether the folder was not there before
         self._begun = False  # whether this process's journal says what is harvested
 
     def __enter__(self) -> Self:
@@ -108,6 +110,7 @@ class Folder:
             not entry.name.startswith(".") for entry in self.path.iterdir() if not self._is_ours(entry)
         ):
             raise CutawayError(f"{self.path} holds other files; name an empty or a new folder for the activations")
+        self._made = not self.path.exists()
         make_folder(self.path)
         with disk_errors(self.path):
             self._file = open(self._journal(self.rank), "ab+")
@@ -123,9 +126,15 @@ class Folder:
             self._clean()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._file is not None:
-            self._file.close()
+    def __exit__(self, _kind: object, error: object, _trace: object) -> None:
+        if self._file is None:
+            return
+        if isinstance(error, CutawayError) and all("header" in line for line in self._lines(self.rank)):
+            self._journal(self.rank).unlink(missing_ok=True)  # nothing to resume, and it would keep other input out
+            if self._made:
+                with contextlib.suppress(OSError):  # of another process, say
+                    self.path.rmdir()
+        self._file.close()
 
     # What a harvest does
 

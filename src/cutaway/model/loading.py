@@ -93,7 +93,10 @@ def load_parts(
     place = _device(device)
     name = str(model)
     folder = SHIPPED.get(name) or Path(model).expanduser()
-    local = folder.is_dir()
+    try:
+        local = folder.is_dir()
+    except OSError as error:
+        raise CutawayError(f"There is no model {name[:60]!r}…: {error.strerror}; check the name.") from error
     if local and (folder / _ADAPTER).is_file() and not (folder / "config.json").is_file():
         options: dict[str, Any] = {"device_map": device_map, "offload_folder": offload_folder}
         return _with_adapter(folder, name, {"dtype": dtype, "device": device, "revision": revision, **options})

@@ -144,6 +144,8 @@ class SiteTable(Sequence[Site]):
         A wildcard skips layers that lack the site and raises when every layer does; a plain name that is absent
         raises.
         """
+        if not isinstance(pattern, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise CutawayError(f"A site is named by text such as 'blocks.3.resid_post'; got {pattern!r}.")
         match = _LAYER.match(pattern)
         if match is None:
             return [self._require(self._meant(pattern), pattern)]
@@ -223,7 +225,10 @@ def _numbers(which: str, n: int, pattern: str, what: str) -> Sequence[int]:
     """What stands where a layer or an expert is numbered: `*`, `{3..7}` or one number below n."""
     if which == "*":
         return range(n)
-    low, high = (int(x) for x in which[1:-1].split("..")) if which.startswith("{") else (int(which), int(which))
+    ends = which[1:-1].split("..") if which.startswith("{") else [which, which]
+    if max(map(len, ends)) > 9:
+        raise CutawayError(f"'{pattern[:40]}…' asks for a {what} of far too high a number; the last is {n - 1}.")
+    low, high = int(ends[0]), int(ends[1])
     if low > high:
         raise CutawayError(f"'{pattern}' counts downwards; write the lower {what} first.")
     if high >= n:

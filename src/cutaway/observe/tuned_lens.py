@@ -66,6 +66,16 @@ class TunedLensConfig:
         if not 0 <= self.momentum < 1 or not self.weight_decay >= 0:
             raise CutawayError("momentum goes from 0 up to, but not including, 1, and weight_decay from 0 up")
 
+    def rows_per_step(self, rows: Tensor) -> int:
+        """How many of these rows [n, p] a step takes. Raises CutawayError where they are fewer."""
+        per_step = max(1, round(self.tokens_per_step / rows.shape[1]))
+        if len(rows) < per_step:
+            raise CutawayError(
+                f"The text has {len(rows)} rows of {rows.shape[1]} tokens, and a step takes {per_step}: give more "
+                "text, or fewer tokens a step."
+            )
+        return per_step
+
     @property
     def rate(self) -> float:
         """The highest learning rate, before the factor 1 - momentum of SGD."""
@@ -299,12 +309,7 @@ def train_tuned_lens(
     """
     config = config or TunedLensConfig()
     rows = rows.to(lm.device)
-    per_step = max(1, round(config.tokens_per_step / rows.shape[1]))
-    if len(rows) < per_step:
-        raise CutawayError(
-            f"The text has {len(rows)} rows of {rows.shape[1]} tokens, and a step takes {per_step}: give more text, or "
-            "fewer tokens a step."
-        )
+    per_step = config.rows_per_step(rows)
     if lm.hf.training:
         raise CutawayError("The model is in training mode, so its answers are noisy; call lm.hf.eval() first.")
     identity = lm.identity()

@@ -88,7 +88,10 @@ def _ours(folder: Path) -> TunedLens:
     record = read_json(folder / MANIFEST)
     if not isinstance(record, dict) or not {"manifest", "sha256", "model_name"} <= record.keys():
         raise CutawayError(f"{folder / MANIFEST} is not the manifest of a tuned lens")
-    manifest = Manifest.from_json(record["manifest"])
+    try:
+        manifest = Manifest.from_json(record["manifest"])
+    except CutawayError as error:
+        raise CutawayError(f"{folder / MANIFEST}: {error}: {way_out}") from error
     path = folder / TENSORS
     if not path.is_file():
         raise CutawayError(f"{path} is missing: {way_out}")
@@ -100,7 +103,14 @@ def _ours(folder: Path) -> TunedLens:
         raise CutawayError(f"{path} could not be read ({error}): {way_out}") from error
     about = {key: record.get(key) for key in ("history", "evaluation")}
     about |= {"configuration": manifest.configuration, "corpus_hash": manifest.corpus_hash, "seed": manifest.seed}
-    return TunedLens(tensors["weight"], tensors["bias"], manifest.model, record["model_name"], None, about)
+    weight, bias = tensors.get("weight"), tensors.get("bias")
+    good = weight is not None and bias is not None and weight.is_floating_point() and bias.is_floating_point()
+    if weight is None or bias is None or not good or bias.ndim != 2 or weight.shape != (*bias.shape, bias.shape[1]):
+        found = {name: [*tensor.shape] for name, tensor in tensors.items()}
+        raise CutawayError(
+            f"{path} holds {found}, where weight [layers, d, d] and bias [layers, d] are expected: {way_out}"
+        )
+    return TunedLens(weight, bias, manifest.model, str(record["model_name"]), None, about)
 
 
 def _of_the_library(folder: Path) -> TunedLens:
@@ -111,7 +121,10 @@ def _of_the_library(folder: Path) -> TunedLens:
     kind = config.get("lens_type", "linear_tuned_lens")
     if kind != "linear_tuned_lens":
         raise CutawayError(f"{folder} holds a lens of the type {kind!r}; only linear_tuned_lens can be read")
-    layers, width, bias = int(config["num_hidden_layers"]), int(config["d_model"]), bool(config.get("bias", True))
+    layers, width, bias = config["num_hidden_layers"], config["d_model"], bool(config.get("bias", True))
+    for name, number in (("num_hidden_layers", layers), ("d_model", width)):
+        if type(number) is not int or number < 1:
+            raise CutawayError(f"{folder / 'config.json'} says {name} = {number!r}, where a number above 0 is expected")
     path = folder / "params.pt"
     if not path.is_file():
         raise CutawayError(f"{path} is missing: it holds the translators")
