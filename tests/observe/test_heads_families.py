@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from families import FAMILIES, build
+from small_models import FAMILIES, build
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 import cutaway

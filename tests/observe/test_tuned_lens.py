@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from families import build
 from safetensors.torch import save_file
+from small_models import build
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
