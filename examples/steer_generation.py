@@ -9,7 +9,7 @@ import cutaway
 
 WARM = ["I love this place, it is", "What a wonderful day, it was", "The meal was great and"]
 COLD = ["I hate this place, it is", "What a terrible day, it was", "The meal was awful and"]
-PROMPTS = ["I went to the new cafe. The food was", "I went to the new hotel. The room was"]
+PROMPTS = ["I went to the new cafe. The food was", "Review: The museum was"]
 LAYER, SITE = 3, "blocks.3.resid_post"
 
 lm = cutaway.load("atlas")

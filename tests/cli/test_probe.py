@@ -108,7 +108,7 @@ ROWS = "text,label\n" + "".join(f"word {i},{'a' if i % 2 else 'b'}\n" for i in r
         ("d.csv", "text,label\n,1\n", [], "line 2 has no text"),
         ("d.csv", "text,label\nA dog,1\nA cat,1\n", [], "at least two classes"),
         ("d.csv", "text,label\nA dog,1\nA cat,0\nA cow,0\n", [], "is in 1; give 4 more rows of it"),
-        ("d.csv", ROWS, ["--site", "blocks.*.resid_pst"], "did you mean 'blocks.{l}.resid_post'"),
+        ("d.csv", ROWS, ["--site", "blocks.*.resid_pst"], "did you mean 'blocks.*.resid_post'"),
         ("d.csv", ROWS, ["--site", "pos_embed"], "rotary"),
         ("d.csv", ROWS, ["--site", "blocks.99.resid_post"], "layers are 0 to 7"),
         ("d.csv", ROWS, ["--site", "blocks.*.attn.pattern"], "one vector a token"),

@@ -106,7 +106,7 @@ def test_which_sites_each_family_has(subject: Subject) -> None:
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("blocks.1.resid_pots", "did you mean 'blocks.{l}.resid_post'"),
+        ("blocks.1.resid_pots", "did you mean 'blocks.1.resid_post' or 'blocks.1.resid_pre'"),
         ("blocks.1.hook_resid_pst", "did you mean"),
         ("resid_post", "There is no site 'resid_post'"),
         ("", "There is no site"),

@@ -204,9 +204,17 @@ class SiteTable(Sequence[Site]):
     def _unknown(self, asked: str) -> CutawayError:
         import difflib
 
-        template = _EXPERT.sub("{e}", re.sub(r"^blocks\.(\d+|\*|\{[^}]*\})\.", "blocks.{l}.", asked))
-        close = difflib.get_close_matches(template, [*KINDS, *ALIASES], n=1, cutoff=0.6)
-        hint = f"; did you mean '{close[0]}'?" if close else "; `lm.sites()` lists them."
+        layer = re.match(r"blocks\.(\d+|\*|\{[^}]*\})\.", asked)
+        expert = _EXPERT.search(asked)
+        template = _EXPERT.sub("{e}", asked if layer is None else f"blocks.{{l}}.{asked[layer.end() :]}")
+        known = [*KINDS, *ALIASES]
+        close = difflib.get_close_matches(template, known, n=3, cutoff=0.75)
+        close = close or difflib.get_close_matches(template, known, n=1, cutoff=0.6)
+        names = [
+            name.replace("{l}", layer.group(1) if layer else "{l}").replace("{e}", expert.group() if expert else "{e}")
+            for name in close
+        ]
+        hint = f"; did you mean {' or '.join(map(repr, names))}?" if names else "; `lm.sites()` lists them."
         return CutawayError(f"There is no site '{asked}'{hint}")
 
     def __repr__(self) -> str:
