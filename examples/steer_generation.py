@@ -24,7 +24,8 @@ random *= direction.norm() / random.norm()  # the control: another direction of 
 
 def cost(edit: cutaway.Edit) -> float:
     """Mean KL(as it was || edited) of the next token on the prompts, in nats."""
-    before, after = (lm.run(PROMPTS, edits=e, logits="last").logits[:, 0].log_softmax(-1) for e in ((), edit))
+    runs = (lm.run(PROMPTS, edits=e, capture="logits") for e in ((), edit))
+    before, after = (run.last("logits").log_softmax(-1) for run in runs)
     return (before.exp() * (before - after)).sum(-1).mean().item()
 
 
