@@ -62,7 +62,7 @@ def test_a_manifest_survives_json_and_notices_tampering() -> None:
     with pytest.raises(CutawayError, match="changed after it was written"):
         Manifest.from_json({**data, "seed": 7})
     for broken in ({}, {**data, "model": 3}, {**data, "parents": None}, {**data, "more": 1}, {**data, "id": 5}, []):
-        with pytest.raises(CutawayError, match="is no manifest"):
+        with pytest.raises(CutawayError, match="manifest is damaged"):
             Manifest.from_json(broken)  # type: ignore[arg-type]
 
 

@@ -353,6 +353,11 @@ def test_a_folder_with_other_files_is_not_used(tiny: LanguageModel, tmp_path: Pa
         harvest(tiny, some_texts(), SITES[0], out=tmp_path / "thesis.tex")
 
 
+def test_a_limit_that_no_corpus_reaches_is_none(tiny: LanguageModel) -> None:
+    whole = harvest(tiny, some_texts(), SITES[0], context=16)
+    assert len(harvest(tiny, some_texts(), SITES[0], context=16, tokens=10**30)) == len(whole)
+
+
 def test_a_corpus_that_is_refused_leaves_nothing_behind(tiny: LanguageModel, tmp_path: Path) -> None:
     corpus = tmp_path / "corpus.txt"
     corpus.write_bytes(b"")

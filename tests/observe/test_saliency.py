@@ -50,6 +50,15 @@ def embedded(lm: LanguageModel, ids: list[int]) -> torch.Tensor:
     return lm.hf.get_input_embeddings()(torch.tensor([ids])).detach()  # type: ignore[operator]
 
 
+def test_nothing_to_attribute_to_and_too_fine_an_integral(atlas: LanguageModel) -> None:
+    with pytest.raises(CutawayError, match="beginning-of-text alone"):
+        question(atlas, [atlas.bos_id], 5)
+    with pytest.raises(CutawayError, match="takes 1 to 4096"):
+        integrated_gradients(atlas, question(atlas, [5, 6], 7), steps=10**8)
+    with pytest.raises(CutawayError, match="not valid Unicode"):
+        question(atlas, [5, 6], "\ud800")
+
+
 def test_gradient_times_input_is_autograds(wide: LanguageModel) -> None:
     x = embedded(wide, IDS).requires_grad_()
     (slope,) = torch.autograd.grad(by_hand(wide, x), x)

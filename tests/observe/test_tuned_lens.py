@@ -280,7 +280,7 @@ def test_a_record_without_a_manifest_is_refused(lens: TunedLens, tmp_path: Path,
     save_tuned_lens(lens, tmp_path)
     record = json.loads((tmp_path / MANIFEST).read_text())
     (tmp_path / MANIFEST).write_text(json.dumps(record | {"manifest": manifest}))
-    with pytest.raises(CutawayError, match="is no manifest"):
+    with pytest.raises(CutawayError, match="manifest is damaged"):
         load_tuned_lens(tmp_path)
 
 

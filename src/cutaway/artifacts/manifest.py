@@ -97,10 +97,10 @@ class Manifest:
             manifest = cls(**{**data, "model": model, "parents": tuple(data["parents"])})
         except (KeyError, TypeError) as error:
             raise CutawayError(
-                f"this is no manifest: {error.args[0]} is missing, unknown or of another type"
+                f"the manifest is damaged: {error.args[0]} is missing, unknown or of another type"
             ) from error
         if not isinstance(manifest.id, str):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise CutawayError(f"this is no manifest: its id is {manifest.id!r}")
+            raise CutawayError(f"the manifest is damaged: its id is {manifest.id!r}")
         if manifest.id != manifest.recomputed_id():
             raise CutawayError(f"the manifest {manifest.id[:12]} was changed after it was written: its id does not fit")
         return manifest

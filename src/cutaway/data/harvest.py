@@ -421,7 +421,7 @@ def _close(
 
 def _to_do(plan: _Plan, sink: Memory | Folder, done: dict[int, Written]) -> int | None:
     """Tokens that this process has to run, where that is known beforehand."""
-    if plan.limit is None:
+    if plan.limit is None or plan.limit > 1_000_000 * plan.shard_tokens:  # no corpus has so many
         return None
     ends = range(0, plan.limit, plan.shard_tokens)
     sizes = {number: min(plan.shard_tokens, plan.limit - begin) for number, begin in enumerate(ends)}

@@ -43,7 +43,7 @@ class Resolved:
     source: Tensor | None
     everything: bool
     touched: Tensor
-    sums: Tensor  # |delta|, |before|, |after|, count
+    sums: Tensor  # |delta|, |before|, |after|, count, values that were finite and no longer are
     keys: list[list[bytes]] = field(default_factory=list)
     first: list[int] = field(default_factory=list)
 
@@ -71,7 +71,9 @@ class Resolved:
         with torch.no_grad():
             finite = torch.isfinite(part) & torch.isfinite(new)  # scores hold -inf at masked cells
             before, after = part.double().where(finite, 0.0), new.double().where(finite, 0.0)
-            parts = [(after - before).abs().sum(), before.abs().sum(), after.abs().sum(), finite.sum().double()]
+            count = finite.sum().double()
+            lost = torch.isfinite(part).sum().double() - count
+            parts = [(after - before).abs().sum(), before.abs().sum(), after.abs().sum(), count, lost]
             self.sums += torch.stack(parts).to(self.sums.device)
         if not whole:
             replaced = block.clone()
@@ -436,7 +438,7 @@ def resolve(
         source=source,
         everything=bool((ordinal >= 0).all()),
         touched=torch.zeros(ordinal.shape, dtype=torch.bool, device=device),
-        sums=torch.zeros(4, dtype=torch.float64, device=device),
+        sums=torch.zeros(5, dtype=torch.float64, device=device),
         keys=[list(of_row) for of_row in keys for _ in range(repeat)],
         first=[int(first) for first in tokens.first for _ in range(repeat)],
     )

@@ -56,7 +56,7 @@ def orthonormal(basis: Tensor) -> Tensor:
     """Rows [k, width] -> orthonormal rows that span the same subspace, in fp32 or wider (QR in float64)."""
     if basis.ndim == 1:
         basis = basis[None]
-    if basis.ndim != 2 or basis.shape[0] > basis.shape[1]:
+    if basis.ndim != 2 or not 0 < basis.shape[0] <= basis.shape[1]:
         raise CutawayError(
             f"A basis has the shape [k, width], with k vectors in its rows; got one of shape {list(basis.shape)}."
         )
@@ -108,6 +108,20 @@ def token_noise(key: bytes, site: str, shape: Sequence[int]) -> Tensor:
     """
     drawn = generator(key, site).standard_normal(tuple(shape))
     return torch.from_numpy(drawn).float()
+
+
+def plain_numbers(tensor: Tensor, what: str) -> Tensor:
+    """The tensor, unless it has no real numbers to compute with. Raises CutawayError then."""
+    odd = [
+        ("sparse", tensor.layout is not torch.strided),
+        ("on the meta device", tensor.device.type == "meta"),
+        ("quantised", tensor.is_quantized),
+        ("complex", tensor.is_complex()),
+    ]
+    for how, found in odd:
+        if found:
+            raise CutawayError(f"The edit's {what} is {how}; give a plain tensor of real numbers.")
+    return tensor
 
 
 def changed(edit: Edit, block: Tensor, value: Tensor | None) -> Tensor:
@@ -169,6 +183,8 @@ def _applied(edit: Edit, block: Tensor) -> Tensor:
     if not isinstance(result, Tensor) or result.shape != block.shape:  # pyright: ignore[reportUnnecessaryIsInstance]
         got = f"a tensor of shape {list(result.shape)}" if isinstance(result, Tensor) else f"a {type(result).__name__}"
         raise CutawayError(f"The function of '{edit}' returned {got}; it was given {list(block.shape)}.")
+    if result.is_complex() or result.device.type == "meta":
+        raise CutawayError(f"The function of '{edit}' returned numbers that are complex, or on the meta device.")
     if not bool(torch.isfinite(result).all()):
         raise CutawayError(f"The function of '{edit}' returned NaN or infinity.")
     return result.to(device=block.device, dtype=block.dtype)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.model.edit_values import EditFunction, name_of_function, orthonormal, registered_function
+from cutaway.model.edit_values import EditFunction, name_of_function, orthonormal, plain_numbers, registered_function
 from cutaway.model.positions import (
     AtToken,
     NothingEdited,
@@ -260,7 +260,8 @@ def edits_for(lm: LanguageModel, edits: Edit | Sequence[Edit] | None) -> tuple[E
 def _tensor(value: Tensor | float | Sequence[float], what: str) -> Tensor:
     """A snapshot of a value, so that an edit stays what it is."""
     try:
-        return value.detach().clone() if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float32)
+        given = value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float32)
+        return plain_numbers(given, what).detach().clone()
     except (TypeError, ValueError, RuntimeError) as error:
         raise CutawayError(f"The edit's {what} is a number or a tensor of numbers; got {value!r}.") from error
 
@@ -307,10 +308,11 @@ def _unit(direction: Tensor) -> Tensor:
     direction = direction.to(torch.promote_types(direction.dtype, torch.float32))
     if direction.ndim != 1:
         raise CutawayError(f"A direction is one vector; got a tensor of shape {tuple(direction.shape)}.")
-    norm = direction.norm()
-    if float(norm) == 0.0:
+    largest = float(direction.abs().max()) if direction.numel() else 0.0
+    if largest == 0.0:
         raise CutawayError("The direction is the zero vector, so there is nothing to project on.")
-    return direction / norm
+    direction = direction / largest  # or the squares of very large or small entries are infinite or 0
+    return direction / direction.norm()
 
 
 def set(site: str, value: Tensor | float, **where: Unpack[Where]) -> Edit:
@@ -403,7 +405,7 @@ def _from_source(
         kind,
         site,
         where,
-        tensors={"value": source.detach().clone()} if isinstance(source, Tensor) else {},
+        tensors={"value": _tensor(source, "source")} if isinstance(source, Tensor) else {},
         source=None if isinstance(source, Tensor) else source,
         source_positions=origins,
         source_rows=source_rows,
@@ -454,10 +456,11 @@ def clamp(
     """Set the projection x·u on a unit direction to `value`, or keep it between `minimum` and `maximum`."""
     if (value is None) == (minimum is None and maximum is None):
         raise CutawayError("clamp needs either a value, or a minimum, a maximum or both.")
-    low, high = (value, value) if value is not None else (minimum, maximum)
+    ends = (value, value) if value is not None else (minimum, maximum)
+    low, high = (None if end is None else _number(end, "end") for end in ends)
     if low is not None and high is not None and low > high:
         raise CutawayError(f"clamp's minimum {low} is above its maximum {high}.")
-    numbers = {k: _number(v, k) for k, v in (("minimum", low), ("maximum", high)) if v is not None}
+    numbers = {k: v for k, v in (("minimum", low), ("maximum", high)) if v is not None}
     return _make("clamp", site, where, tensors={"direction": _unit(direction)}, numbers=numbers)
 
 

@@ -200,7 +200,7 @@ class Execution:
 
 
 def receipts_of(edits: Iterable[Resolved], tokens_first: Tensor) -> tuple[Receipt, ...]:
-    """What every edit did. Raises NothingEdited where one did nothing."""
+    """What every edit did. Raises NothingEdited where one did nothing, and CutawayError where it made numbers none."""
     made = []
     for resolved in sorted(edits, key=lambda r: r.index):
         touched = resolved.touched.cpu()
@@ -212,7 +212,12 @@ def receipts_of(edits: Iterable[Resolved], tokens_first: Tensor) -> tuple[Receip
         rows = touched.any(1).nonzero()[:, 0].tolist()
         first = tokens_first.cpu()
         positions = tuple(tuple((touched[r].nonzero()[:, 0] - first[r]).tolist()) for r in rows)
-        delta, before, after, count = resolved.sums.cpu().tolist()
+        delta, before, after, count, lost = resolved.sums.cpu().tolist()
+        if lost and not resolved.site.name.endswith(".scores"):  # where -inf says that a source does not look there
+            raise CutawayError(
+                f"'{resolved.edit}' made {lost:.0f} numbers at '{resolved.site.name}' NaN or infinite: its values are, "
+                "or are larger than the model's dtype holds."
+            )
         count = max(count, 1.0)
         made.append(
             Receipt(

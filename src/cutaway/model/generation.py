@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+import numbers
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +62,14 @@ class Settings:
     limit_bytes: int | None = None
 
     def __post_init__(self) -> None:
+        whole = ("max_new_tokens", "seed", "num_return_sequences", "num_beams", "top_k")
+        for name in (*whole, "temperature", "top_p"):
+            value = getattr(self, name)
+            kind = numbers.Integral if name in whole else numbers.Real
+            given = isinstance(value, kind) and not isinstance(value, bool)
+            if given or (value is None and name in ("top_k", "top_p")):
+                continue
+            raise CutawayError(f"{name} is a {'whole ' if name in whole else ''}number; got {value!r}.")
         if self.max_new_tokens < 1 or self.num_return_sequences < 1 or not self.temperature >= 0:
             raise CutawayError(
                 "max_new_tokens and num_return_sequences are at least 1, and temperature is not negative."
@@ -81,9 +90,7 @@ class Settings:
             )
         if (self.top_k is not None and self.top_k < 1) or (self.top_p is not None and not 0 < self.top_p <= 1):
             raise CutawayError("top_k is at least 1, and top_p lies between 0 and 1.")
-        if isinstance(self.seed, bool) or not hasattr(self.seed, "__index__"):
-            raise CutawayError(f"A seed is a whole number; got {self.seed!r}.")
-        if any(not isinstance(s, str) or not s for s in self.stops):  # pyright: ignore[reportUnnecessaryIsInstance]
+        if not isinstance(self.stop, Iterable) or any(not isinstance(s, str) or not s for s in self.stops):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise CutawayError(f"stop= is a text at which to stop, or several; got {self.stop!r}.")
 
     @property

@@ -24,6 +24,7 @@ from cutaway.model.attention import check_dispatch
 from cutaway.model.edits import Edit, edits_for
 from cutaway.model.execution import Execution, Form, active, form_of
 from cutaway.model.families import TESTED, find_family, weight_matrix
+from cutaway.model.parts import Layer
 from cutaway.model.run import CAPTURE_LIMIT, Generation, Gradients, Run, check_capture_size
 from cutaway.model.selftest import SelfTest, run_selftest, verify
 from cutaway.model.sites import KINDS, Site, SiteTable, layer_of
@@ -115,6 +116,10 @@ class LanguageModel:
         starts with one beginning-of-text token and `bos=False` that none does. Raises CutawayError for a doubled
         beginning-of-text, ids outside the vocabulary, and rows longer than the context.
         """
+        if bos is not None and not isinstance(bos, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise CutawayError(f"bos= is True, False or None; got {bos!r}.")
+        if isinstance(inputs, Tensor) and (inputs.layout is not torch.strided or inputs.device.type == "meta"):
+            raise CutawayError("Token ids are a plain tensor of numbers, neither sparse nor on the meta device.")
         if isinstance(inputs, Tokens):
             tokens = inputs.to(self.device)
         elif isinstance(inputs, Tensor) and bos is None and self._plain_ids(inputs):
@@ -235,6 +240,8 @@ class LanguageModel:
         tokens = self.tokens(inputs, bos=bos)
         if logits not in ("all", "last", None):
             raise CutawayError(f"logits={logits!r} is not 'all', 'last' or None.")
+        if grad is not None and not callable(grad):
+            raise CutawayError(f"grad= takes a function of the logits; got {grad!r}.")
         if grad is not None and logits is None:
             raise CutawayError("grad= needs logits: ask for logits='last' or 'all'.")
         names = self._names(capture)
@@ -312,11 +319,12 @@ class LanguageModel:
         return list(known)
 
     def _check_size(self, names: list[str], tokens: Tokens, limit: int) -> None:
-        if not names and limit >= 0:
+        if not names:
+            check_capture_size(self._sites, [], 0, 0, 0, limit)
             return
         batch, positions = tokens.ids.shape
         key = (batch, positions, self.dtype, *names)
-        if self._sizes.get(key, limit + 1) <= limit:
+        if isinstance(limit, int) and self._sizes.get(key, limit + 1) <= limit:
             return
         if len(self._sizes) >= 256:
             self._sizes.clear()
@@ -483,6 +491,10 @@ class LanguageModel:
 
     def unembed(self, residual: Tensor) -> Tensor:
         """What the model would answer from a stream [..., d]: final norm, unembedding and softcap, [..., V]."""
+        if residual.ndim == 0 or residual.shape[-1] != self.d_model:
+            raise CutawayError(
+                f"A stream of {self.name} is [..., {self.d_model}]; got a tensor of shape {list(residual.shape)}."
+            )
         with torch.no_grad():
             module = self.family.ln_final.module
             return self.family.finish(self.family.unembed(module(residual.to(device=self.device, dtype=self.dtype))))
@@ -493,14 +505,21 @@ class LanguageModel:
         A factor that the model puts on its logits is in them; a softcap is not.
         """
         chosen = ids if isinstance(ids, Tensor) else torch.as_tensor(list(ids), dtype=torch.long)
+        if chosen.numel() and not 0 <= int(chosen.min()) <= int(chosen.max()) < self.d_vocab:
+            raise self._no_such_id()
         return weight_matrix(self.family.unembed).detach().T[chosen.to(self.device)] * self.family.logit_scale
+
+    def _layer(self, layer: int) -> Layer:
+        if type(layer) is not int or not -self.n_layers <= layer < self.n_layers:
+            raise CutawayError(f"{self.name} has no layer {layer!r}; its layers are 0 to {self.n_layers - 1}.")
+        return self.family.layers[layer]
 
     def w_o(self, layer: int) -> Tensor:
         """Output projection by head, [H, h, d]."""
-        return weight_matrix(self.family.layers[layer].output).detach().unflatten(0, (self.n_heads, -1))
+        return weight_matrix(self._layer(layer).output).detach().unflatten(0, (self.n_heads, -1))
 
     def _w(self, layer: int, part: str) -> Tensor:
-        found = self.family.layers[layer].projection(part)
+        found = self._layer(layer).projection(part)
         if found is None or not found.direct:
             raise CutawayError(
                 f"{self.name} has no matrix from the stream to attn.{part}: latent attention computes it in two steps."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -52,7 +53,7 @@ def _device(device: str | torch.device | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise CutawayError(f"'{device}' is not a device; use cpu, cuda or cuda:N.") from error
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise CutawayError(f"Device '{device}' was asked for, but PyTorch sees no GPU here; leave device out.")
@@ -91,6 +92,8 @@ def load_parts(
     if device_map is not None and importlib.util.find_spec("accelerate") is None:
         raise CutawayError("device_map takes the library accelerate, which is not installed: pip install accelerate")
     place = _device(device)
+    if not isinstance(model, (str, os.PathLike)):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise CutawayError(f"A model is named by text or a path; got {model!r} (give cutaway.attach an object).")
     name = str(model)
     folder = SHIPPED.get(name) or Path(model).expanduser()
     try:
@@ -191,6 +194,8 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase | None, hf: PreTrainedMod
     """
     if tokenizer is None:
         return
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise CutawayError(f"A tokenizer is one of transformers; got {tokenizer!r}.")
     size = getattr(hf.config.get_text_config(), "vocab_size", None)
     if not isinstance(size, int):
         return

@@ -158,6 +158,8 @@ def check_capture_size(
     table: SiteTable, names: list[str], batch: int, positions: int, itemsize: int, limit: int
 ) -> int:
     """Bytes that a capture will hold. Raises CutawayError where they are more than `limit`."""
+    if not isinstance(limit, (int, float)) or limit != limit:  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise CutawayError(f"limit_bytes is a number of bytes; got {limit!r}.")
     if limit < 0:
         raise CutawayError(f"limit_bytes is {limit}; give a number of bytes, 0 or more.")
     needed = capture_bytes(table, names, batch, positions, itemsize, True)

@@ -431,6 +431,15 @@ def sweep(
     """See `LanguageModel.sweep`."""
     if logits not in ("all", "last"):
         raise CutawayError(f"logits={logits!r} of a sweep is 'all' or 'last': what the metric reads.")
+    if isinstance(cells, (Edit, str)) or not isinstance(cells, Iterable):
+        raise CutawayError(f"cells= is a list of edits, or of lists of edits; got {cells!r}.")
+    if not callable(metric):
+        raise CutawayError(f"metric= is a function of the logits and the tokens; got {metric!r}.")
+    for name, number in (("batch_rows", batch_rows), ("limit_bytes", limit_bytes)):
+        if number is not None and type(number) is not int:
+            raise CutawayError(f"{name} is a whole number; got {number!r}.")
+    if start is not None and not isinstance(start, Sweep):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise CutawayError(f"start= is an earlier part of this sweep; got {start!r}.")
     if batch_rows is not None and batch_rows < 1:
         raise CutawayError(f"batch_rows is {batch_rows}; give a number of rows, 1 or more.")
     lists = [edits_for(lm, cell) for cell in cells]

@@ -29,6 +29,8 @@ def single_token(lm: LanguageModel, text: str | int, what: str = "answer") -> in
         raise CutawayError(f"{lm.name} has no tokenizer: give the {what} as a token id.")
     if not text:
         raise CutawayError(f"The {what} is empty; give a text that is one token, with its leading space if it has one.")
+    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        raise CutawayError(f"The {what} {text!r} is not valid Unicode text; give it again.")
     ids = lm.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     ids = [int(i) for i in cast("list[int]", ids)]
     unknown = getattr(lm.tokenizer, "unk_token_id", None)

@@ -29,6 +29,7 @@ Method = Literal["gradient-x-input", "integrated-gradients", "occlusion"]
 METHODS: tuple[Method, ...] = get_args(Method)
 Baseline = Literal["zero", "pad", "mean", "delete"]
 BASELINES: tuple[Baseline, ...] = get_args(Baseline)
+MOST_STEPS = 4096  # the points of a quadrature take a matrix of their square
 _ROWS_A_FORWARD = 32
 _MOST_STEPS = 1024
 
@@ -119,6 +120,8 @@ def question(
     tokens = lm.tokens(prompt, bos=bos)
     if len(tokens) != 1:
         raise CutawayError(f"Saliency is of one prompt at a time; got {len(tokens)}.")
+    if tokens.row_ids(0) == [lm.bos_id]:
+        raise CutawayError("The prompt is a beginning-of-text alone, so there is no token to attribute to; give text.")
     right = single_token(lm, answer)
     other = wrong_ids(lm, wrong, 1)[0]
     if isinstance(other, list) and right in other:
@@ -177,8 +180,8 @@ def integrated_gradients(
     Without `steps` they are doubled from 32 until the sum over tokens is within 1 % of f(x) − f(x'), or 1,024 are
     reached; `gap` says what is left. Every token's embedding starts at the baseline, a beginning-of-text's too.
     """
-    if steps is not None and steps < 1:
-        raise CutawayError(f"steps is {steps}; the integral needs 1 or more.")
+    if steps is not None and not 1 <= steps <= MOST_STEPS:
+        raise CutawayError(f"steps is {steps}; the integral takes 1 to {MOST_STEPS}.")
     start = baseline_vector(lm, baseline)
     embeddings, _, value = _gradients(lm, asked, None)
     there = start.expand_as(embeddings)
