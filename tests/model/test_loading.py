@@ -14,6 +14,7 @@ from tiny import FAMILIES, tiny_config, tiny_model, word_tokenizer
 from transformers import (
     AfmoeConfig,
     AfmoeForCausalLM,
+    AutoConfig,
     AutoModelForCausalLM,
     BartConfig,
     BartForCausalLM,
@@ -30,6 +31,7 @@ from transformers import (
 
 import cutaway
 from cutaway.artifacts.errors import CutawayError
+from cutaway.model.families import TESTED
 from cutaway.model.language_model import LanguageModel, attach
 
 
@@ -335,6 +337,32 @@ MISFITS: dict[str, tuple[Callable[[], Any], str]] = {
     "a name": (lambda: "gpt2", "not a str; cutaway.load opens"),
     "nothing": (lambda: None, "not a NoneType"),
 }
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("minicpm3", {}),
+        ("hyperclovax", {"use_post_norm": True}),
+        ("hyperclovax", {"use_post_norm": False}),
+        ("cwm", {}),
+    ],
+)
+def test_a_type_outside_the_bed_attaches_where_its_self_test_passes(kind: str, options: dict[str, Any]) -> None:
+    assert kind not in TESTED
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **SMALL | {"num_hidden_layers": 2, "num_key_value_heads": 4}, **options)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    ids = torch.tensor([[5, 6, 7]])
+    logits = attach(model).run(ids).logits
+    assert logits is not None
+    assert torch.equal(logits, model(ids).logits)
+
+
+def test_layers_of_different_widths_are_refused() -> None:
+    config = AutoConfig.for_model("gemma4_unified_text", **SMALL | {"num_hidden_layers": 2, "head_dim": 8})
+    with pytest.raises(CutawayError, match="its layers differ in head_dim"):
+        attach(AutoModelForCausalLM.from_config(config))
 
 
 @pytest.mark.parametrize("what", list(MISFITS))

@@ -280,11 +280,11 @@ def _norms(module: nn.Module, about: _Numbers) -> dict[str, Norm | None]:
         module, "input_layernorm", "ln_1", "norm_1", "self_attn_layer_norm", "attention_layernorm", "ln_attn"
     )
     after = _child(module, "post_attention_layernorm")
-    last = _child(module, "post_feedforward_layernorm", "post_mlp_layernorm")
+    last = _child(module, "post_feedforward_layernorm", "post_mlp_layernorm", "post_norm2")
     found: dict[str, nn.Module | None] = {"ln1": first, "ln2": None, "ln1_post": None, "ln2_post": last}
     if (sandwiched := _child(module, "pre_feedforward_layernorm", "pre_mlp_layernorm")) is not None:
         found |= {"ln2": sandwiched, "ln1_post": after}
-    elif (own := _child(module, "post_self_attn_layernorm")) is not None:
+    elif (own := _child(module, "post_self_attn_layernorm", "post_norm1")) is not None:
         found |= {"ln2": after, "ln1_post": own}
     elif first is None or last is not None:
         found |= {"ln1_post": after}
@@ -297,7 +297,10 @@ def _norms(module: nn.Module, about: _Numbers) -> dict[str, Norm | None]:
     if first is None and after is None:
         raise _refuse(about.model, f"its {type(module).__name__} has no norm that is known")
     try:
-        return {name: None if norm is None else probe_norm(norm, about.d) for name, norm in found.items()}
+        return {
+            name: None if norm is None or isinstance(norm, nn.Identity) else probe_norm(norm, about.d)
+            for name, norm in found.items()
+        }
     except CutawayError as error:
         raise _refuse(about.model, str(error)) from error
 
@@ -345,7 +348,7 @@ def _layer(module: nn.Module, index: int, about: _Numbers) -> Layer:
     output = _need(about.model, core, "output projection", "o_proj", "c_proj", "dense", "out_proj")
     norms = _norms(module, about)
     mlp = _mlp(module, about)
-    multiplier = float(getattr(module, "residual_multiplier", 1.0))
+    multiplier = float(getattr(module, "residual_multiplier", None) or getattr(module, "residual_scale", 1.0))
     ln1_post, ln2_post = norms["ln1_post"], norms["ln2_post"]
     plain_writer = output if "attention" in about.traits.adds else attention
     mlp["mlp_writer"] = ln2_post.module if ln2_post is not None else mlp["mlp_writer"]
@@ -389,6 +392,9 @@ def find_family(model: PreTrainedModel) -> Family:
     traits = TRAITS.get(config.model_type, Traits())
     if traits.refuse is not None and (reason := traits.refuse(config)) is not None:
         raise _refuse(model, reason)
+    own = getattr(vars(config).get("_heterogeneity_spec"), "per_layer_attributes", ())
+    if differ := sorted({"hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"} & {*own}):
+        raise _refuse(model, f"its layers differ in {', '.join(differ)}")
     owner, stack = _decoder(model)
     heads = getattr(config, "num_attention_heads", None)
     if heads is None:
