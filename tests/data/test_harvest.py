@@ -513,6 +513,34 @@ def test_a_damaged_store_is_named(saved: Path, tmp_path: Path, how: str, words: 
             Store.open(folder)[150]
 
 
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [
+        *[((name,), value) for name in ("sites", "dtype", "format", "counts", "shards") for value in (None, 3, "x")],
+        (("sites", SITES[0]), [-1]),
+        (("shards", 0), {}),
+        (("shards", 0, "file"), "../shard-000000.safetensors"),
+        (("shards", 0, "file"), "/etc/passwd"),
+        (("shards", 0, "rows"), -1),
+        (("shards", 0, "bytes"), "many"),
+    ],
+    ids=str,
+)
+def test_a_manifest_that_says_nonsense_is_named(
+    saved: Path, tmp_path: Path, where: tuple[str | int, ...], value: Any
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(saved, folder)
+    info = json.loads((folder / "manifest.json").read_text())
+    place = info
+    for step in where[:-1]:
+        place = place[step]
+    place[where[-1]] = value
+    (folder / "manifest.json").write_text(json.dumps(info))
+    with pytest.raises(CutawayError, match=f"manifest.json is damaged at {where[0]}"):
+        Store.open(folder)
+
+
 def resident() -> int:
     """Bytes of this process in memory that belong to it alone."""
     pages = Path("/proc/self/statm").read_text().split()

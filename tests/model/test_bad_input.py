@@ -47,9 +47,10 @@ WRONG: dict[str, tuple[Callable[[LanguageModel], Any], str]] = {
         lambda lm: lm.run(IDS, edits=cutaway.set(SITE, torch.full((D,), 1e300, dtype=torch.float64))),
         "larger than the model's dtype holds",
     ),
-    "too large to scale": (lambda lm: lm.run(IDS, edits=cutaway.scale(SITE, 1e300)), "NaN or infinite"),
+    "too large to scale": (lambda lm: lm.run(IDS, edits=cutaway.scale(SITE, 1e38)), "NaN or infinite"),
+    "larger than fp32": (lambda _: cutaway.clamp(SITE, torch.ones(D), minimum=1e300), "as fp32 holds them"),
     "too large to generate": (
-        lambda lm: lm.generate(IDS, max_new_tokens=2, edits=cutaway.scale(SITE, 1e300)),
+        lambda lm: lm.generate(IDS, max_new_tokens=2, edits=cutaway.scale(SITE, 1e38)),
         "NaN or infinite",
     ),
     "clamp by text": (lambda _: cutaway.clamp(SITE, torch.ones(D), minimum="a", maximum=1), "is a number"),  # type: ignore[arg-type]

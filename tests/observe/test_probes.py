@@ -1,5 +1,6 @@
 """What probes read, compared with raw hooks; what a sweep finds where the answer is planted; saved and loaded."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -423,6 +424,13 @@ def test_another_model_another_width_and_damage_are_refused(
         narrow.require_model(llama)
     with pytest.raises(CutawayError, match="does not exist"):
         load_probe(tmp_path / "none")
+    about = json.loads((folder / "probe.json").read_text())
+    for change in ({"site": 3}, {"classes": None}, {"n": "many"}, {"manifest": {}}, {"manifest": None}, {"more": 1}):
+        (folder / "probe.json").write_text(json.dumps(about | change))
+        with pytest.raises(CutawayError, match="damaged"):
+            load_probe(folder)
+    (folder / "probe.json").write_text(json.dumps(about))
+    assert load_probe(folder).site == about["site"]
     data = (folder / "probe.safetensors").read_bytes()
     (folder / "probe.safetensors").write_bytes(data[:-8] + b"\0" * 8)
     with pytest.raises(CutawayError, match=r"not the file that probe\.json describes"):

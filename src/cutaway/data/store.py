@@ -13,10 +13,11 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+from pydantic import BaseModel, Field, StrictInt, ValidationError
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
@@ -71,6 +72,34 @@ class Shard:
     sha256: str
 
 
+class _ShardRecord(BaseModel):
+    file: str = Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$")  # never a path out of the folder
+    rows: StrictInt = Field(ge=0)
+    bytes: StrictInt = Field(ge=0)
+    sha256: str
+
+
+class _Record(BaseModel):
+    """What `manifest.json` says beside what a harvest compares."""
+
+    manifest: dict[str, Any]
+    sites: dict[str, list[Annotated[StrictInt, Field(ge=0)]]]
+    dtype: Literal["float32", "float16", "bfloat16"]
+    format: Literal["safetensors", "parquet"]
+    counts: dict[str, Any]
+    thresholds: dict[str, float]
+    shards: list[_ShardRecord]
+
+
+def _record(file: Path, info: Mapping[str, Any]) -> _Record:
+    try:
+        return _Record.model_validate(info)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise CutawayError(f"{file} is damaged at {where}: {first['msg']}; take it from a backup") from error
+
+
 class Store:
     """A set of activations that can be read anywhere. Make one with `harvest`, or `Store.open` a folder.
 
@@ -108,19 +137,17 @@ class Store:
         with `verify` also one that was changed.
         """
         folder = Path(folder)
-        info = read_manifest(folder)
-        names = list(info["sites"])
-        file_format = info["format"]
-        shards = [Shard(**shard) for shard in info["shards"]]
+        record = _record(folder / MANIFEST, read_manifest(folder))
+        shards = [Shard(**shard.model_dump()) for shard in record.shards]
         for shard in shards:
             _check_size(folder, shard)
-        reader = _Reader(folder, shards, info["sites"], info["dtype"], file_format)
+        reader = _Reader(folder, shards, record.sites, record.dtype, record.format)
         store = cls(
-            manifest=Manifest.from_json(info["manifest"]),
-            sites={name: info["sites"][name] for name in names},
-            dtype=info["dtype"],
-            counts=info["counts"],
-            thresholds=info["thresholds"],
+            manifest=Manifest.from_json(record.manifest),
+            sites=record.sites,
+            dtype=record.dtype,
+            counts=record.counts,
+            thresholds=record.thresholds,
             shards=shards,
             read=reader,
             folder=folder,

@@ -12,7 +12,6 @@ them, where no positions are named).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -133,8 +132,8 @@ class Edit:
         if lacking:
             raise CutawayError(f"An edit of the kind '{self.kind}' lacks its {' and '.join(lacking)}.")
         for name, number in self.numbers.items():
-            if not math.isfinite(number):
-                raise CutawayError(f"The edit's {name} is {number}; give a finite number.")
+            if not abs(number) <= torch.finfo(torch.float32).max:
+                raise CutawayError(f"The edit's {name} is {number}; give a finite number, as fp32 holds them.")
         if self.numbers.get("std", 0.0) < 0:
             raise CutawayError(f"Noise has a standard deviation of 0 or more; got {self.numbers['std']}.")
         for name, tensor in self.tensors.items():

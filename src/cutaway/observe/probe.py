@@ -167,6 +167,32 @@ class Probe:
         return folder
 
 
+def _probe_from(about: dict[str, Any], tensors: dict[str, np.ndarray]) -> Probe:
+    """A probe of what its two files hold. Raises what the first misfit raises."""
+    manifest = Manifest.from_json(about["manifest"])
+    if manifest.model is None or manifest.configuration != {
+        name: value for name, value in about.items() if name not in ("format", "manifest")
+    }:
+        raise ValueError("it says something else than its manifest")
+    layers = range(sum(name.startswith("matrix.") for name in tensors))
+    kind = about["calibrator"]
+    return Probe(
+        site=about["site"],
+        head=about["head"],
+        rule=about["position"],
+        kind=about["kind"],
+        classes=None if about["classes"] is None else tuple(about["classes"]),
+        weights=Weights(
+            tuple(tensors[f"matrix.{i}"] for i in layers),
+            tuple(tensors[f"bias.{i}"] for i in layers),
+            about["regularisation"],
+        ),
+        model=manifest.model,
+        n=about["n"],
+        calibrator=None if kind is None else Calibrator(kind, tensors["calibrator.x"], tensors["calibrator.y"]),
+    )
+
+
 def load_probe(folder: str | Path, lm: LanguageModel | None = None) -> Probe:
     """The probe that `Probe.save` wrote; with `lm`, checked to belong to that model.
 
@@ -184,25 +210,12 @@ def load_probe(folder: str | Path, lm: LanguageModel | None = None) -> Probe:
         tensors = load_file(file)
     except (OSError, SafetensorError) as error:
         raise CutawayError(f"{file} could not be read: {error}") from error
-    if file_hash(file) != about["tensors"]:
+    if file_hash(file) != about.get("tensors"):
         raise CutawayError(f"{file} is not the file that probe.json describes; save the probe again.")
-    layers = range(sum(name.startswith("matrix.") for name in tensors))
-    kind = about["calibrator"]
-    probe = Probe(
-        site=about["site"],
-        head=about["head"],
-        rule=about["position"],
-        kind=about["kind"],
-        classes=None if about["classes"] is None else tuple(about["classes"]),
-        weights=Weights(
-            tuple(tensors[f"matrix.{i}"] for i in layers),
-            tuple(tensors[f"bias.{i}"] for i in layers),
-            about["regularisation"],
-        ),
-        model=ModelIdentity(**about["manifest"]["model"]),
-        n=about["n"],
-        calibrator=None if kind is None else Calibrator(kind, tensors["calibrator.x"], tensors["calibrator.y"]),
-    )
+    try:
+        probe = _probe_from(about, tensors)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CutawayError(f"{folder / 'probe.json'} is damaged ({error}); save the probe again.") from error
     if lm is not None:
         probe.require_model(lm)
     return probe
