@@ -348,7 +348,8 @@ def _layer(module: nn.Module, index: int, about: _Numbers) -> Layer:
     output = _need(about.model, core, "output projection", "o_proj", "c_proj", "dense", "out_proj")
     norms = _norms(module, about)
     mlp = _mlp(module, about)
-    multiplier = float(getattr(module, "residual_multiplier", None) or getattr(module, "residual_scale", 1.0))
+    numbers = (getattr(module, name, None) for name in ("residual_multiplier", "residual_scale"))
+    multiplier = next((float(number) for number in numbers if isinstance(number, int | float)), 1.0)
     ln1_post, ln2_post = norms["ln1_post"], norms["ln2_post"]
     plain_writer = output if "attention" in about.traits.adds else attention
     mlp["mlp_writer"] = ln2_post.module if ln2_post is not None else mlp["mlp_writer"]
