@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 
-import families  # noqa: E402
+import families_page as families  # noqa: E402
 
 PAGE = (ROOT / "docs" / "parity.md").read_text(encoding="utf-8")
 ROWS = {cells[0]: cells for line in PAGE.splitlines() if len(cells := line.strip("| ").split(" | ")) == 8}

@@ -61,9 +61,9 @@ def from_transformerlens() -> str:
 def parity() -> str:
     """The table of families, measured."""
     sys.path.insert(0, str(ROOT / "tools"))
-    import families
+    import families_page
 
-    return families.page()
+    return families_page.page()
 
 
 PAGES = {

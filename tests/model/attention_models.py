@@ -12,9 +12,9 @@ from hand_hooks import positions_of
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from cutaway.model import execution as running
 from cutaway.model.addressing import resolve
 from cutaway.model.attention import check_dispatch, switches
+from cutaway.model.current import current
 from cutaway.model.edits import Edit
 from cutaway.model.execution import Execution
 from cutaway.model.shadow import shadowed
@@ -158,8 +158,8 @@ def observing(execution: Execution, modules: Sequence[nn.Module], layers: Sequen
             for module, attribute, make in switches(modules[layer]):
                 execution.attention_layers[id(module)] = layer
                 stack.enter_context(shadowed(module, attribute, make))
-        token = running._active.set(execution)
-        stack.callback(running._active.reset, token)
+        token = current.set(execution)
+        stack.callback(current.reset, token)
         yield
 
 

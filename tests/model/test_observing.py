@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 import cutaway
 from cutaway.artifacts.errors import CutawayError
-from cutaway.model.execution import active
+from cutaway.model.current import active
 from cutaway.model.language_model import LanguageModel, attach
 from cutaway.model.tokens import Tokens
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.model.attention_kernels import Watch, visible
+from cutaway.model.current import active
 
 Shown = Callable[..., Any]
 """(watch, module, the module's own arguments...) -> what the module's own method returns."""
@@ -45,8 +46,6 @@ class Adapter:
 
 def watch(module: nn.Module) -> Watch | None:
     """What the running execution, if it asks for this attention module, wants to see of it."""
-    from cutaway.model.execution import active
-
     execution = active()
     layer = None if execution is None else execution.attention_layers.get(id(module))
     return None if layer is None else Watch(execution, f"blocks.{layer}.attn")

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from cutaway.artifacts.errors import CutawayError
 from cutaway.model.addressing import Resolved
 from cutaway.model.attention import switches
+from cutaway.model.current import active, current
 from cutaway.model.edits import NothingEdited, Receipt
 from cutaway.model.shadow import shadowed
 from cutaway.model.sites import layer_of
@@ -27,14 +27,7 @@ from cutaway.model.taps import install
 if TYPE_CHECKING:
     from cutaway.model.language_model import LanguageModel
 
-_active: ContextVar[Execution | None] = ContextVar("cutaway_execution", default=None)
 _IN_ATTENTION = (".attn.rot_q", ".attn.rot_k", ".attn.scores", ".attn.pattern")
-
-
-def active() -> Execution | None:
-    """The execution that the current forward belongs to."""
-    return _active.get()
-
 
 Replacement = Callable[..., Any]
 
@@ -146,8 +139,8 @@ class Execution:
             stack.push(install(self))
             for handle in self.watch(self) if self.watch is not None else ():
                 stack.callback(handle.remove)
-            token = _active.set(self)
-            stack.callback(_active.reset, token)
+            token = current.set(self)
+            stack.callback(current.reset, token)
             yield
 
     @property
@@ -158,11 +151,11 @@ class Execution:
     def forward(self, call: Callable[[], Any]) -> Any:
         """Run `call` observed; returns its result, or None where it was stopped early."""
         if self.idle:
-            token = _active.set(self)  # a forward inside an observed one belongs to nobody but itself
+            token = current.set(self)  # a forward inside an observed one belongs to nobody but itself
             try:
                 return call()
             finally:
-                _active.reset(token)
+                current.reset(token)
         with self.observing():
             try:
                 return call()

@@ -22,9 +22,9 @@ from transformers import (
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.model.addressing import resolve
+from cutaway.model.current import active
 from cutaway.model.decoding import Draw, Ends, GenerationStep, LogProbabilities, Recorder, Steps, cut
 from cutaway.model.edits import Edit, Receipt
-from cutaway.model.execution import active
 from cutaway.model.run import CAPTURE_LIMIT, Generation, check_capture_size
 from cutaway.model.tokens import Tokens, pad_rows
 

@@ -21,8 +21,9 @@ from cutaway.model import generation, loading
 from cutaway.model import sweep as sweeps
 from cutaway.model.addressing import resolve
 from cutaway.model.attention import check_dispatch
+from cutaway.model.current import active
 from cutaway.model.edits import Edit, edits_for
-from cutaway.model.execution import Execution, Form, active, form_of
+from cutaway.model.execution import Execution, Form, form_of
 from cutaway.model.families import TESTED, find_family, weight_matrix
 from cutaway.model.parts import Layer
 from cutaway.model.run import CAPTURE_LIMIT, Generation, Gradients, Run, check_capture_size

@@ -19,7 +19,8 @@ from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from cutaway.model.execution import Execution, Form, Replacement, Stop, active, form_of, in_form, passing
+from cutaway.model.current import active
+from cutaway.model.execution import Execution, Form, Replacement, Stop, form_of, in_form, passing
 from cutaway.model.sites import layer_of, template_of
 from cutaway.model.tokens import Tokens
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from cutaway.model.current import active, current
 from cutaway.model.experts import tap_experts
 from cutaway.model.norms import Norm
 from cutaway.model.parts import Layer, Projection, weight_matrix
@@ -36,9 +37,17 @@ class Installer:
         self.stream: dict[int, Tensor] = {}  # each layer's input, kept while its resid_mid is edited
 
     def mine(self) -> bool:
-        from cutaway.model.execution import active
+        return current.get() is self.ex
 
-        return active() is self.ex
+    def read(self, module: nn.Module, name: str) -> None:
+        """Capture what a module returns, where it is neither edited nor in a graph."""
+        ex = self.ex
+
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            if current.get() is ex:
+                ex.record(name, output[0] if isinstance(output, tuple) else output)
+
+        self.handles.append(module.register_forward_hook(hook))
 
     def before(self, module: nn.Module, change: OnOutput) -> None:
         """`change` sees, and may replace, the module's first argument (or its hidden_states)."""
@@ -95,8 +104,6 @@ class Installer:
 
     def wrap(self, module: nn.Module, change: OnOutput, inside: Inside) -> None:
         """Run the module's forward in `inside(change)`, in this execution alone."""
-        from cutaway.model.execution import active
-
         original = module.forward
 
         def make() -> Callable[..., Any]:
@@ -209,8 +216,10 @@ class Installer:
         if asked == ex.wants(pre) + ex.wants(post):  # nothing inside the layer: its ends, and no look at the rest
             if ex.wants(pre):
                 self.before(layer.module, self.at(pre))
-            if ex.wants(post):
+            if ex.live(post):
                 self.after(layer.module, self.at(post))
+            elif ex.wants(post):
+                self.read(layer.module, post)
             return
         if ex.wants(pre) or ex.editing(mid):
 

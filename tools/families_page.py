@@ -1,6 +1,6 @@
 """How exactly each family of the test bed is read: the numbers of docs/parity.md.
 
-    python tools/families.py [FAMILY ...]
+    python tools/families_page.py [FAMILY ...]
 
 prints one line a family; `make docs` writes the page, and the tests measure every number again.
 """
