@@ -57,10 +57,10 @@ def test_packed_rows_are_the_joined_documents_cut(lengths: list[int], context: i
         if bos is None:
             row, stream = stream[:context], stream[context:]
         else:
-            if stream[0][0] == bos:
+            while stream and stream[0][0] == bos:
                 stream = stream[1:]
-                if not stream:
-                    break
+            if not stream:
+                break
             body, stream = stream[: context - 1], stream[context - 1 :]
             row = [(bos, body[0][1], -1), *body]
         expected.append(row)

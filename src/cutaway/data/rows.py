@@ -124,7 +124,8 @@ def _packed(encoded: Iterable[np.ndarray], context: int, bos: int | None, separa
         ids, document, offset = (np.concatenate(column) for column in zip(*parts, strict=True))
         begin = 0
         while True:
-            if begin < len(ids) and bos is not None and ids[begin] == bos:  # the row's own BOS stands there already
+            # the row's own BOS stands there already; empty documents leave several behind each other
+            while begin < len(ids) and bos is not None and ids[begin] == bos:
                 begin += 1
             end = begin + body
             if end > len(ids) and not (final and begin < len(ids)):
