@@ -33,6 +33,30 @@ def fail_with(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     monkeypatch.setattr(module, "app", command)
 
 
+def test_ctrl_c_while_a_library_is_imported_ends_at_once() -> None:
+    done = python(
+        """
+        import importlib.machinery, os, signal, sys, types
+        from cutaway.cli import main as module
+
+        def command(*_, **__):
+            half = types.ModuleType("torch")
+            half.__spec__ = importlib.machinery.ModuleSpec("torch", None)
+            half.__spec__._initializing = True
+            sys.modules["torch"] = half
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+            except BaseException:  # as from a static initialiser
+                os.abort()
+
+        module.app = command
+        module.main([])
+        """
+    )
+    assert done.returncode == 130
+    assert done.stderr == "cutaway: interrupted; the same command resumes\n"
+
+
 @pytest.mark.parametrize(
     "arguments", [["--help"], ["--version"], ["tour", "--help"], ["subjects", "--help"], ["subjects", "train", "-h"]]
 )

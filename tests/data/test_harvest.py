@@ -541,6 +541,16 @@ def test_a_manifest_that_says_nonsense_is_named(
         Store.open(folder)
 
 
+def test_a_damaged_header_keeps_a_harvest_out(tiny: LanguageModel, tmp_path: Path) -> None:
+    harvest(tiny, some_texts(), SITES[0], context=16, out=tmp_path / "a")
+    file = tmp_path / "a" / "manifest.json"
+    info = json.loads(file.read_text())
+    for header in (None, [], {}, {**info["header"], "settings": 3}):
+        file.write_text(json.dumps({**info, "header": header}))
+        with pytest.raises(CutawayError, match="is damaged; name another folder"):
+            harvest(tiny, some_texts(), SITES[0], context=16, out=tmp_path / "a")
+
+
 def resident() -> int:
     """Bytes of this process in memory that belong to it alone."""
     pages = Path("/proc/self/statm").read_text().split()

@@ -92,10 +92,19 @@ def _note_interrupts(noted: list[int]) -> Any:
 
     def note(number: int, frame: Any) -> None:
         noted.append(number)
+        if any(_half_imported(name) for name in ("torch", "numpy")):  # whose C++ parts abort on a Python exception
+            code = _interrupted()
+            sys.stderr.flush()
+            os._exit(code)
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGINT, note)
     return before
+
+
+def _half_imported(name: str) -> bool:
+    spec = getattr(sys.modules.get(name), "__spec__", None)
+    return bool(getattr(spec, "_initializing", False))
 
 
 def _interrupted() -> int:

@@ -176,7 +176,7 @@ class Folder:
         """Whether the folder holds this harvest, whole. Raises where it holds another."""
         if not (self.path / MANIFEST).exists():
             return False
-        self._compare(read_manifest(self.path)["header"])
+        self._compare(read_manifest(self.path).get("header"))
         return True
 
     def _merge(self, make: MakeManifest) -> bool:
@@ -243,8 +243,12 @@ class Folder:
             data = self._journal(rank).read_bytes()
             self._file.truncate(data.rfind(b"\n") + 1)
 
-    def _compare(self, header: Mapping[str, Any]) -> None:
+    def _compare(self, header: Any) -> None:
         """Raise when a folder holds another harvest than the one asked for."""
+        parts = {"fingerprint", "source", "settings", "model", "version"}
+        whole = isinstance(header, dict) and parts <= header.keys() and isinstance(header["settings"], dict)
+        if not whole:
+            raise CutawayError(f"what {self.path} says of its harvest is damaged; name another folder, or delete it")
         if self.header["fingerprint"] != header["fingerprint"]:
             raise CutawayError(
                 f"{self.path} was begun with another corpus ({header['source']}), or with this one before it changed; "
