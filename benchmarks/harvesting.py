@@ -20,7 +20,7 @@ from cutaway.model.language_model import LanguageModel
 if TYPE_CHECKING:
     from model_access import Bench
 
-LAYER, ROWS, BATCHES, LENGTH = 3, 16, 4, 128
+LAYER, ROWS, BATCHES, LENGTH = 3, 16, 32, 128  # long enough that opening and closing a store do not count
 EVERYTHING = Rules(bos="keep", first_position="keep")
 
 

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import secrets
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -183,7 +184,14 @@ def write_safetensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[
 
         whole = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
     with atomic_path(path) as temporary, _safetensors_errors():
-        save_file(whole, temporary, metadata=None if metadata is None else dict(metadata))
+        # safetensors makes a file of its own beside the one it is given, which a kill would leave under a random name
+        room = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        room.mkdir()
+        try:
+            save_file(whole, room / "file", metadata=None if metadata is None else dict(metadata))
+            os.replace(room / "file", temporary)
+        finally:
+            shutil.rmtree(room, ignore_errors=True)
 
 
 def write_parquet(path: Path, table: "pyarrow.Table") -> None:

@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -271,7 +272,9 @@ class Folder:
             match = _SHARD.match(path.name)
             if match is None or not self.mine(number := int(match[1])):
                 continue
-            if match[3] or number not in self.done:
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif match[3] or number not in self.done:
                 path.unlink()
         for number, written in self.done.items():
             path = self.path / _shard_name(number, self.header["settings"]["format"])
