@@ -298,6 +298,16 @@ class _Buffer:
     def add(self, name: str, values: Tensor) -> None:
         self.tensors[name][self.rows : self.rows + len(values)].copy_(values.reshape(-1, *self.tensors[name].shape[1:]))
 
+    def take(self, name: str, values: Tensor, places: Tensor) -> None:
+        """The values [b, p, ...] at `places` (int [n, 2]), without a copy in between where the buffer allows it."""
+        room = self.tensors[name][self.rows : self.rows + len(places)]
+        flat = (places[:, 0] * values.shape[1] + places[:, 1]).to(values.device)
+        source = values.flatten(0, 1).reshape(-1, *room.shape[1:])
+        if (source.dtype, source.device) == (room.dtype, room.device):
+            torch.index_select(source, 0, flat, out=room)
+        else:
+            room.copy_(source.index_select(0, flat))
+
     def filled(self) -> dict[str, Tensor]:
         return {name: tensor[: self.rows] for name, tensor in self.tensors.items()}
 
@@ -348,7 +358,9 @@ class _Ring:
 
 def _check_finite(tensors: dict[str, Tensor], plan: _Plan) -> None:
     for name in plan.sites:
-        if not bool(torch.isfinite(tensors[name]).all()):
+        # a sum is many times faster, and finite only if all is; where it is not, it may have been too large itself
+        total = tensors[name].sum(dtype=torch.float32)
+        if not bool(torch.isfinite(total)) and not bool(torch.isfinite(tensors[name]).all()):
             stored = str(plan.dtype).removeprefix("torch.")
             raise CutawayError(
                 f"'{name}' has values that are not finite as {stored}: the model gave them so, or they are beyond "
@@ -440,18 +452,17 @@ def _add(
     buffer: _Buffer, plan: _Plan, batch: RowBatch, places: Tensor, values: Any, thresholds: dict[str, float]
 ) -> None:
     """Put the tokens at `places` (int [n, 2]) of a batch into a shard's buffer."""
-    kept = {name: values[name][places.to(values[name].device).unbind(1)] for name in plan.sites}
     if thresholds:
         high = torch.zeros(len(places), dtype=torch.bool)
-        for name, value in kept.items():
+        for name in plan.sites:
+            value = values[name][places.to(values[name].device).unbind(1)]
             above = (value.flatten(1).float().norm(dim=1) > thresholds[name]).cpu()
             buffer.high_norm[name] = buffer.high_norm.get(name, 0) + int(above.sum())
             high |= above
-        kept = {name: value[~high.to(value.device)] for name, value in kept.items()}
         places = places[~high]
     row, column = places.unbind(1)
-    for name, value in kept.items():
-        buffer.add(name, value)
+    for name in plan.sites:
+        buffer.take(name, values[name], places)
     columns = {
         "token": batch.ids[row, column],
         "document": batch.document[row, column],
