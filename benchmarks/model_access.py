@@ -24,6 +24,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded; the command line and the peers do too
+
 import harvesting
 import torch
 from model_access_models import Models
