@@ -43,10 +43,11 @@ def small(d: int = 8, n: int = 24, k: int = 3, seed: int = 0, dtype: torch.dtype
 def plain_encode(dictionary: Dictionary, x: torch.Tensor) -> torch.Tensor:
     """The equation, one token and one latent at a time, in float64."""
     d = dictionary.to(dtype=torch.float64)
+    assert isinstance(d.selector, TopK)
     a = torch.zeros(len(x), dictionary.d_sae, dtype=torch.float64)
     for row, token in enumerate(x.double()):
         h = [float((token - d.b_dec) @ d.W_enc[:, i] + d.b_enc[i]) for i in range(dictionary.d_sae)]
-        for latent in sorted(range(len(h)), key=lambda i: h[i])[-dictionary.k :]:
+        for latent in sorted(range(len(h)), key=lambda i: h[i])[-d.selector.k :]:
             a[row, latent] = max(h[latent], 0.0)
     return a
 
@@ -65,15 +66,15 @@ def test_encode_and_decode_are_the_equations() -> None:
 def test_any_leading_shape_and_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     dictionary = small()
     x = torch.randn(4, 5, 8, generator=torch.Generator().manual_seed(2))
-    values, latents = dictionary.encode_topk(x)
+    values, latents = dictionary.encode_sparse(x)
     assert values.shape == latents.shape == (4, 5, 3)
     assert (values[..., :-1] >= values[..., 1:]).all()
     dense = torch.zeros(4, 5, 24).scatter(-1, latents, values)
     torch.testing.assert_close(dense, dictionary.encode(x))
     torch.testing.assert_close(dictionary(x).view(-1, 8), dictionary(x.view(-1, 8)))
     monkeypatch.setattr("cutaway.dictionaries.dictionary._CHUNK_BYTES", 24 * 4 * 3)
-    torch.testing.assert_close(dictionary.encode_topk(x)[0], values)
-    assert torch.equal(dictionary.encode_topk(x)[1], latents)
+    torch.testing.assert_close(dictionary.encode_sparse(x)[0], values)
+    assert torch.equal(dictionary.encode_sparse(x)[1], latents)
     chosen = torch.tensor([7, 0, 19])
     torch.testing.assert_close(dictionary.activations_of(x, chosen), dense[..., chosen])
 
@@ -88,7 +89,7 @@ def test_the_control_has_unit_random_directions_and_a_fitted_gain() -> None:
     dictionary = small()
     sample = torch.randn(3_000, 8, generator=torch.Generator().manual_seed(4)) + 5
     control = random_dictionary(dictionary, sample, seed=1)
-    assert control.k == dictionary.k
+    assert control.selector == dictionary.selector
     assert control.W_dec.shape == dictionary.W_dec.shape
     torch.testing.assert_close(control.W_dec.norm(dim=1), torch.ones(24))
     error = (control(sample) - sample).square().sum()
@@ -107,7 +108,7 @@ def test_wrong_shapes_and_widths_are_named() -> None:
     with pytest.raises(CutawayError, match="k = 25"):
         replace(dictionary, selector=TopK(25))
     with pytest.raises(CutawayError, match=r"width 9 .* width 8: .* blocks.3.resid_post of tiny"):
-        dictionary.encode_topk(torch.zeros(2, 9))
+        dictionary.encode_sparse(torch.zeros(2, 9))
 
 
 def test_a_saved_dictionary_comes_back_the_same(tmp_path: Path) -> None:

@@ -1,44 +1,58 @@
-"""A dictionary: an encoder, a selector and a decoder that write an activation as a few named directions.
+"""A dictionary: encoder(s), a selector and decoder(s) that write an activation as a few named directions.
 
-    h = (x − b_dec) · W_enc + b_enc          pre-activations, [n, F]
-    a = relu(h) on the k largest of h        TopK (Gao et al. 2024, arXiv 2406.04093), else 0
-    x̂ = a · W_dec + b_dec
+    h = (x − b_dec) · W_enc + b_enc          pre-activations, [n, F]; without "− b_dec" where `subtract_b_dec` is off
+    a = selector(h)                          see `selectors.py`; zero almost everywhere
+    x̂ = a · W_dec + b_dec (+ x · W_skipᵀ)    [n, d_out]
 
-Whatever scaling was used in training is already in the weights: `x` is the model's activation as it is at `site`, rows
-of W_dec have length 1, so an activation is the length of what its latent adds to the stream.
+One definition for all kinds, which differ in what is read and written:
+
+    SAE            reads and writes one site
+    transcoder     reads one site (mlp.in) and writes another (mlp.out), with W_skip a skip-transcoder
+    crosscoder     reads and writes several sites, of one model or of several: x is their concatenation, so the blocks
+                   of W_enc and W_dec are its encoders and decoders
+
+Whatever scaling of the data set was used in training is already in the weights: x is the model's activation as it is.
+Only what depends on the token cannot be folded: `input_norm` "layer_norm" or "unit" is applied to x first and undone
+on what is written to the same site.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.dictionaries import sparse
+from cutaway.dictionaries import selectors, sparse
+from cutaway.dictionaries.selectors import BatchTopK, Gated, JumpReLU, ReLU, Selector, TopK
+
+__all__ = ["BatchTopK", "Dictionary", "Gated", "JumpReLU", "Port", "ReLU", "TopK", "log_sparsity", "random_dictionary"]
 
 _CHUNK_BYTES = 32 << 20  # pre-activations of one chunk of tokens: they should stay in a cache, and memory flat
+_EPSILON = 1e-5  # SAELens and OpenAI's dictionaries were trained with it; added to the standard deviation
+_WEIGHTS = ("W_enc", "b_enc", "W_dec", "b_dec")
+
+InputNorm = Literal["layer_norm", "unit"]
+Kind = Literal["sae", "transcoder", "skip_transcoder", "crosscoder"]
 
 
 @dataclass(frozen=True)
-class TopK:
-    """Keep the k largest pre-activations of a token; of those, the positive ones are active."""
+class Port:
+    """A tensor that a dictionary reads or writes: a site, its width (heads flattened), and whose it is."""
 
-    k: int
-
-    def select(self, pre: Tensor) -> tuple[Tensor, Tensor]:
-        """Pre-activations [n, F] -> values [n, k] (≥ 0), indices [n, k]."""
-        values, indices = sparse.largest(pre, self.k)
-        return values.relu(), indices
+    site: str
+    width: int
+    model: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
 class Dictionary:
     """Weights of a sparse dictionary and where they belong.
 
-    `W_enc` [d, F], `b_enc` [F], `W_dec` [F, d], `b_dec` [d]; `site` is the canonical name of the tensor it was trained
-    on; `model` says which model's ("id", "revision", "weight_hash"); `sparsity` is each latent's firing frequency as
+    `W_enc` [d_in, F], `b_enc` [F], `W_dec` [F, d_out], `b_dec` [d_out], `W_skip` [d_out, d_in] or None. `site` is the
+    canonical name of the tensor it reads and `model` says which model's ("id", "revision", "weight_hash"); `reads` and
+    `writes` are given where these are not one and the same tensor. `sparsity` is each latent's firing frequency as
     log10 [F], where measured; `metadata` holds what else is to travel with the weights. Raises `CutawayError` when
     shapes disagree or a weight is not finite.
     """
@@ -47,19 +61,27 @@ class Dictionary:
     b_enc: Tensor
     W_dec: Tensor
     b_dec: Tensor
-    selector: TopK
+    selector: Selector
     site: str
     model: Mapping[str, Any] = field(default_factory=dict)
     sparsity: Tensor | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    reads: tuple[Port, ...] = field(default=(), kw_only=True)
+    writes: tuple[Port, ...] = field(default=(), kw_only=True)
+    subtract_b_dec: bool = field(default=True, kw_only=True)
+    W_skip: Tensor | None = field(default=None, kw_only=True)
+    input_norm: InputNorm | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         if self.W_enc.ndim != 2 or 0 in self.W_enc.shape:
             raise CutawayError(f"W_enc has shape {list(self.W_enc.shape)}; a dictionary needs [d_in, d_sae]")
         d, n = self.W_enc.shape
-        shapes: dict[str, tuple[int, ...]] = {"W_enc": (d, n), "b_enc": (n,), "W_dec": (n, d), "b_dec": (d,)}
+        out = self.W_dec.shape[-1] if self.writes else d
+        shapes: dict[str, tuple[int, ...]] = {"W_enc": (d, n), "b_enc": (n,), "W_dec": (n, out), "b_dec": (out,)}
         if self.sparsity is not None:
             shapes["sparsity"] = (n,)
+        if self.W_skip is not None:
+            shapes["W_skip"] = (out, d)
         for name, shape in shapes.items():
             tensor: Tensor = getattr(self, name)
             if tuple(tensor.shape) != shape:
@@ -68,13 +90,34 @@ class Dictionary:
                 )
             if name != "sparsity" and not torch.isfinite(tensor).all():
                 raise CutawayError(f"{name} holds NaN or infinite weights: the dictionary cannot be used")
-        if not 1 <= self.selector.k <= n:
-            raise CutawayError(f"k = {self.selector.k} latents cannot be active out of {n}")
+        selectors.check(self.selector, n)
+        for name, ports, width in (("reads", self.inputs, d), ("writes", self.outputs, out)):
+            if sum(port.width for port in ports) != width:
+                raise CutawayError(f"{name} {[port.width for port in ports]} values, but the weights have {width}")
+        if self.subtract_b_dec and d != out:
+            raise CutawayError(f"b_dec [{out}] cannot be subtracted from an input of width {d}")
+        if self.input_norm and len(self.inputs) > 1:
+            raise CutawayError("a crosscoder cannot normalise its inputs token by token: fold a scale in instead")
+
+    @property
+    def inputs(self) -> tuple[Port, ...]:
+        """What it reads: `reads`, or the one tensor at `site`."""
+        return self.reads or (Port(self.site, self.W_enc.shape[0], self.model),)
+
+    @property
+    def outputs(self) -> tuple[Port, ...]:
+        """What it writes: `writes`, or what it reads."""
+        return self.writes or self.inputs
 
     @property
     def d_in(self) -> int:
-        """Width of the activations it reads."""
+        """Width of what it reads."""
         return self.W_enc.shape[0]
+
+    @property
+    def d_out(self) -> int:
+        """Width of what it writes."""
+        return self.W_dec.shape[1]
 
     @property
     def d_sae(self) -> int:
@@ -82,66 +125,91 @@ class Dictionary:
         return self.W_enc.shape[1]
 
     @property
-    def k(self) -> int:
-        """The most latents that are active on a token."""
-        return self.selector.k
+    def kind(self) -> Kind:
+        """What it is in the field's words."""
+        if len(self.inputs) > 1 or len(self.outputs) > 1:
+            return "crosscoder"
+        if self.W_skip is not None:
+            return "skip_transcoder"
+        return "sae" if self.writes_what_it_reads else "transcoder"
+
+    @property
+    def writes_what_it_reads(self) -> bool:
+        """Whether what is written stands in place of what is read, as in an SAE or a crosscoder."""
+        return self.outputs == self.inputs
 
     def pre_activations(self, x: Tensor) -> Tensor:
-        """h: [..., d] -> [..., F]."""
-        centred = x.to(self.W_enc) - self.b_dec
-        return torch.addmm(self.b_enc, centred.reshape(-1, self.d_in), self.W_enc).view(*x.shape[:-1], self.d_sae)
+        """h: [..., d_in] -> [..., F]."""
+        return self._pre(self._flat(x)).view(*x.shape[:-1], self.d_sae)
 
     @torch.no_grad()
-    def encode_topk(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Only what is active: [..., d] -> values [..., k] and latents [..., k], by falling value, zeros at the end.
+    def encode_sparse(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Only what is active: [..., d_in] -> values [..., m] and latents [..., m], by falling value, zeros at the end.
 
+        m is k for TopK, and else the greatest number of latents that are active on one of these tokens (1 at least).
         Goes through the tokens in chunks, so memory beyond the result does not grow with their number.
         """
         flat = self._flat(x)
-        values = flat.new_empty(len(flat), self.k, dtype=self.W_enc.dtype)
-        indices = torch.empty(len(flat), self.k, dtype=torch.int64, device=flat.device)
         step = max(1, _CHUNK_BYTES // (self.d_sae * self.W_enc.element_size()))
-        for start in range(0, len(flat), step):
-            part = slice(start, start + step)
-            chosen, latents = self.selector.select(self.pre_activations(flat[part]))
-            values[part], order = chosen.sort(dim=-1, descending=True, stable=True)
-            indices[part] = latents.gather(-1, order)
-        return values.view(*x.shape[:-1], self.k), indices.view(*x.shape[:-1], self.k)
+        parts = [self._active(flat[start : start + step]) for start in range(0, len(flat), step)]
+        m = max((values.shape[1] for values, _ in parts), default=1)
+        values = flat.new_zeros(len(flat), m, dtype=self.W_enc.dtype)
+        indices = torch.zeros(len(flat), m, dtype=torch.int64, device=flat.device)
+        for number, (some, latents) in enumerate(parts):
+            rows = slice(number * step, number * step + step)
+            values[rows, : some.shape[1]] = some
+            indices[rows, : some.shape[1]] = latents
+        return values.view(*x.shape[:-1], m), indices.view(*x.shape[:-1], m)
 
     def encode(self, x: Tensor) -> Tensor:
-        """Activations of every latent, [..., d] -> [..., F]; differentiable in x. For many tokens use `encode_topk`."""
-        pre = self.pre_activations(self._flat(x))
-        values, indices = self.selector.select(pre)
-        return torch.zeros_like(pre).scatter(-1, indices, values).view(*x.shape[:-1], self.d_sae)
+        """Activations of every latent, [..., d_in] -> [..., F]; differentiable in x. Many tokens: `encode_sparse`."""
+        pre = self._pre(self._flat(x))
+        return self.selector.dense(pre, self.b_enc).view(*x.shape[:-1], self.d_sae)
 
     def activations_of(self, x: Tensor, latents: Tensor) -> Tensor:
-        """Activations of a few latents, selection included: [..., d], [m] -> [..., m]."""
-        values, indices = self.encode_topk(x)
+        """Activations of a few latents, selection included: [..., d_in], [m] -> [..., m]."""
+        if not isinstance(self.selector, TopK):  # the others choose each latent without looking at the rest
+            return self._some(latents).encode(x)
+        values, indices = self.encode_sparse(x)
         match = indices[..., :, None] == latents.to(indices)
         return (values[..., :, None] * match).sum(-2)
 
-    def decode(self, activations: Tensor) -> Tensor:
-        """x̂ of dense activations: [..., F] -> [..., d]."""
-        return activations @ self.W_dec + self.b_dec
+    def decode(self, activations: Tensor, x: Tensor | None = None) -> Tensor:
+        """x̂ of dense activations: [..., F] -> [..., d_out].
 
-    def decode_topk(self, values: Tensor, indices: Tensor) -> Tensor:
-        """x̂ of what `encode_topk` returns: [..., k], [..., k] -> [..., d]."""
-        flat = sparse.decode(values.reshape(-1, self.k), indices.reshape(-1, self.k), self.W_dec) + self.b_dec
-        return flat.view(*values.shape[:-1], self.d_in)
+        `x` [..., d_in] is what they were encoded from; it is needed where `input_norm` or `W_skip` is set.
+        """
+        return self._finish(activations @ self.W_dec, x)
+
+    def decode_sparse(self, values: Tensor, indices: Tensor, x: Tensor | None = None) -> Tensor:
+        """x̂ of what `encode_sparse` returns: [..., m], [..., m] -> [..., d_out]; for `x` see `decode`."""
+        m = values.shape[-1]
+        flat = sparse.decode(values.reshape(-1, m), indices.reshape(-1, m), self.W_dec)
+        return self._finish(flat.view(*values.shape[:-1], self.d_out), x)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The reconstruction x̂: [..., d] -> [..., d]. Not differentiable in x: use `decode(encode(x))` for that."""
-        return self.decode_topk(*self.encode_topk(x))
+        """What is written, x̂: [..., d_in] -> [..., d_out]. Not differentiable in x; `decode(encode(x), x)` is."""
+        return self.decode_sparse(*self.encode_sparse(x), x)
+
+    def decoders(self) -> tuple[Tensor, ...]:
+        """The decoder of each tensor that is written: views [F, width] of W_dec."""
+        return self.W_dec.split([port.width for port in self.outputs], dim=1)
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> "Dictionary":
         """The same dictionary on another device or in another floating-point type."""
-        moved = {
-            name: getattr(self, name).to(device=device, dtype=dtype) for name in ("W_enc", "b_enc", "W_dec", "b_dec")
+        moved = {name: getattr(self, name).to(device=device, dtype=dtype) for name in _WEIGHTS}
+        if self.W_skip is not None:
+            moved["W_skip"] = self.W_skip.to(device=device, dtype=dtype)
+        own = {
+            name: tensor.to(device=device, dtype=dtype) for name, tensor in selectors.tensors_of(self.selector).items()
         }
-        return replace(self, **moved)
+        return replace(self, **moved, selector=replace(self.selector, **own))
 
     def __repr__(self) -> str:
-        return f"Dictionary({self.site}, d_in={self.d_in}, d_sae={self.d_sae}, k={self.k})"
+        sites = " + ".join(port.site for port in self.inputs)
+        if not self.writes_what_it_reads:
+            sites += " → " + " + ".join(port.site for port in self.outputs)
+        return f"Dictionary({sites}, d_in={self.d_in}, d_sae={self.d_sae}, {selectors.describe(self.selector)})"
 
     def _flat(self, x: Tensor) -> Tensor:
         if x.shape[-1] != self.d_in:
@@ -151,29 +219,106 @@ class Dictionary:
             )
         return x.reshape(-1, self.d_in)
 
+    def _pre(self, flat: Tensor) -> Tensor:
+        x = self._normalised(flat.to(self.W_enc))[0]
+        return torch.addmm(self.b_enc, x - self.b_dec if self.subtract_b_dec else x, self.W_enc)
 
-def random_dictionary(like: Dictionary, sample: Tensor, seed: int) -> Dictionary:
-    """The control: as many untrained unit directions with the same k; encoder = gain · decoderᵀ, b_dec the mean.
+    def _active(self, flat: Tensor) -> tuple[Tensor, Tensor]:
+        """Values and latents [n, m] of some tokens, by falling value."""
+        pre = self._pre(flat)
+        if not isinstance(self.selector, TopK):
+            return selectors.active(self.selector.dense(pre, self.b_enc))
+        chosen, latents = self.selector.select(pre)
+        values, order = chosen.sort(dim=-1, descending=True, stable=True)
+        return values, latents.gather(-1, order)
 
-    `sample` [n, d] are activations; the one number `gain` is fitted to them by least squares, since k directions that
-    overlap would else add up to too much or too little. It shows what any overcomplete set of directions reaches.
+    def _normalised(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """x [..., d] as the encoder wants it; what to multiply what is written with [..., 1], and to add [..., 1]."""
+        if self.input_norm == "layer_norm":
+            mean = x.mean(-1, keepdim=True)
+            spread = x.std(-1, keepdim=True) + _EPSILON
+            return (x - mean) / spread, spread, mean
+        if self.input_norm == "unit":
+            length = x.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny) / x.shape[-1] ** 0.5
+            return x / length, length, None
+        return x, x.new_ones(()), None
+
+    def _finish(self, written: Tensor, x: Tensor | None) -> Tensor:
+        written = written + self.b_dec
+        if self.W_skip is None and self.input_norm is None:
+            return written
+        if x is None:
+            why = "W_skip" if self.W_skip is not None else f"input_norm {self.input_norm!r}"
+            raise CutawayError(f"this dictionary has {why}: give decode() the x that was encoded as well")
+        normalised, scale, shift = self._normalised(x.to(self.W_dec))
+        if self.W_skip is not None:
+            written = written + normalised @ self.W_skip.T
+        if self.input_norm and self.writes_what_it_reads:
+            written = written * scale
+            written = written if shift is None else written + shift
+        return written
+
+    def _some(self, latents: Tensor) -> "Dictionary":
+        """The dictionary with a few of its latents only; not for TopK, which would choose among fewer."""
+        own = {name: tensor[latents] for name, tensor in selectors.tensors_of(self.selector).items()}
+        return replace(
+            self,
+            W_enc=self.W_enc[:, latents],
+            b_enc=self.b_enc[latents],
+            W_dec=self.W_dec[latents],
+            selector=_of_size(replace(self.selector, **own), len(latents)),
+            sparsity=None,
+        )
+
+
+def _of_size(selector: Selector, n_latents: int) -> Selector:
+    """BatchTopK's k is what it was trained with; of fewer latents no more than all can be active."""
+    return replace(selector, k=min(selector.k, n_latents)) if isinstance(selector, BatchTopK) else selector
+
+
+def random_dictionary(like: Dictionary, sample: Tensor, seed: int, target: Tensor | None = None) -> Dictionary:
+    """The control: as many untrained unit directions, each token described by as many of them; b_dec the mean.
+
+    `sample` [n, d_in] are activations and `target` [n, d_out] what is to be written, for a dictionary that does not
+    write what it reads (then the encoder's directions are random too). The one number `gain` is fitted by least
+    squares, since directions that overlap would else add up to too much or too little. The control selects by TopK
+    with k = the L0 of `like` on the sample, rounded. It shows what any overcomplete set of directions reaches.
     """
     generator = torch.Generator().manual_seed(seed)
-    directions = torch.nn.functional.normalize(torch.randn(like.d_sae, like.d_in, generator=generator), dim=1)
-    directions = directions.to(like.W_dec)
-    mean = sample.mean(0).to(like.b_dec)
-    control = replace(
-        like,
-        W_enc=directions.T.contiguous(),
-        b_enc=torch.zeros_like(like.b_enc),
-        W_dec=directions,
+
+    def directions(width: int) -> Tensor:
+        rows = torch.randn(like.d_sae, width, generator=generator)
+        return torch.nn.functional.normalize(rows, dim=1).to(like.W_dec)
+
+    if isinstance(like.selector, TopK):
+        k = like.selector.k
+    else:
+        active = (like.encode_sparse(sample)[0] > 0).sum().item() / max(1, len(sample))
+        k = min(like.d_sae, max(1, round(active)))
+    decoder = directions(like.d_out)
+    same = like.writes_what_it_reads
+    encoder = decoder if same else directions(like.d_in)
+    mean_in = sample.mean(0).to(like.W_dec)
+    if target is None and not same:
+        raise CutawayError("a random control of a transcoder needs the target as well as the input")
+    wanted = (sample if target is None else target).to(like.W_dec)
+    mean = wanted.mean(0)
+    control = Dictionary(
+        W_enc=encoder.T.contiguous(),
+        b_enc=torch.zeros_like(like.b_enc) if same else -(encoder @ mean_in),
+        W_dec=decoder,
         b_dec=mean,
-        sparsity=None,
+        selector=TopK(k),
+        site=like.site,
+        model=like.model,
         metadata={"control": "random directions", "seed": seed},
+        reads=like.reads,
+        writes=like.writes,
+        subtract_b_dec=same,
     )
-    centred, written = sample.to(mean) - mean, control(sample) - mean
+    centred, written = wanted - mean, control(sample) - mean
     gain = (centred * written).sum() / written.square().sum().clamp_min(torch.finfo(written.dtype).tiny)
-    return replace(control, W_enc=control.W_enc * gain)
+    return replace(control, W_enc=control.W_enc * gain, b_enc=control.b_enc * gain)
 
 
 def log_sparsity(frequency: Tensor) -> Tensor:

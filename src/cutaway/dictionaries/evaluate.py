@@ -123,11 +123,11 @@ def _reconstruction(
     dictionary: Dictionary, x: Tensor, mean: Tensor, row_of: Tensor, n_rows: int, counts: Tensor | None = None
 ) -> Sums:
     """Per row: tokens, active latents, Σ‖x − x̂‖², Σ‖x − x̄‖², Σ cosine. Adds each latent's firings to `counts`."""
-    values, latents = dictionary.encode_topk(x)
+    values, latents = dictionary.encode_sparse(x)
     active = values > 0
     if counts is not None:
         counts += torch.bincount(latents[active], minlength=dictionary.d_sae)
-    written = dictionary.decode_topk(values, latents)
+    written = dictionary.decode_sparse(values, latents)
     per_token = {
         "tokens": torch.ones(len(x)),
         "active": active.sum(1),

@@ -118,7 +118,7 @@ def load_dictionary(folder: str | Path, device: str | torch.device = "cpu") -> D
         raise CutawayError(
             f"{folder}: W_enc has shape {list(tensors['W_enc'].shape)}, but {CFG} says d_in={d_in}, d_sae={d_sae}"
         )
-    weights = {name: tensors[name].to(device) for name in _TENSORS}
+    weights: dict[str, Any] = {name: tensors[name].to(device) for name in _TENSORS}
     if not cfg.get("apply_b_dec_to_input", True):  # h = x·W + b is (x − b_dec)·W + (b + b_dec·W)
         weights["b_enc"] = weights["b_enc"] + weights["b_dec"] @ weights["W_enc"]
     if cfg.get("rescale_acts_by_decoder_norm", False):
@@ -145,7 +145,7 @@ def _configuration(dictionary: Dictionary) -> dict[str, Any]:
         "architecture": "topk",
         "d_in": dictionary.d_in,
         "d_sae": dictionary.d_sae,
-        "k": dictionary.k,
+        "k": dictionary.selector.k if isinstance(dictionary.selector, TopK) else None,
         "dtype": "float32",
         "device": "cpu",
         "apply_b_dec_to_input": True,

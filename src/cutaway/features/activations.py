@@ -57,7 +57,7 @@ def fires(
         if lm.pad_id is not None:
             keep &= tokens.ids != lm.pad_id
         r, c = keep.nonzero(as_tuple=True)
-        values, latents = dictionary.encode_topk(run[dictionary.site][keep])
+        values, latents = dictionary.encode_sparse(run[dictionary.site][keep])
         at = (torch.tensor(part)[r.cpu()] * width + c.cpu())[:, None].expand(-1, values.shape[1])
         values, latents = values.detach().float().cpu(), latents.cpu()
         active = values > 0

@@ -210,7 +210,7 @@ def _windows(
         stream = lm.run(tokens, capture=dictionary.site, logits=None)[dictionary.site]
         for k, row in enumerate(part):
             length = int(tokens.lengths[k])
-            values, latents = dictionary.encode_topk(stream[k, :length])
+            values, latents = dictionary.encode_sparse(stream[k, :length])
             values, latents = values.detach().float().cpu(), latents.cpu()
             for number in by_row[row]:
                 latent, at, quantile = wanted[number]
