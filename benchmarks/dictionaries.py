@@ -1,204 +1,238 @@
-"""Training steps of a TopK dictionary a second: ours, a plain dense one, and SAELens', on the same activations.
+"""Training steps of a dictionary a second, and what they end in: ours, a plain dense one, and the field's trainers'.
 
-    python benchmarks/dictionaries.py                     # every setting, three paired runs
-    python benchmarks/dictionaries.py --settings 256,4096,32,512 --runs 5 --steps 60
+    python benchmarks/dictionaries.py                      # the table (minutes; an idle machine)
+    python benchmarks/dictionaries.py --settings 256,4096,32,1024,batchtopk --runs 5 --steps 60
+    python benchmarks/dictionaries.py --methods cutaway "dense autograd" SAELens --steps 200 --curve
+    python benchmarks/dictionaries.py --quality            # sparse beside dense, trained to the end (hours; it resumes)
+    python benchmarks/dictionaries.py --quality --quality-steps 200 --seeds 1            # the same in a minute
 
-SAELens runs in its own environment (`make parity` builds it) and is left out where that is absent. Each run is a fresh
-process that takes the same batches in the same order; runs alternate, so that a busy moment hits all alike, and the
-ratio is the median over the pairs. Variance explained is on activations held out. Results go to
-runs/bench/dictionaries.json as well.
+Every run is a fresh process (dictionary_peers.py) in the environment of its method, on the same stored activations
+(runs/bench/activations-*.safetensors, written once), in the same batches and order. Runs take turns, so that a busy
+moment hits all alike, and ratios are medians over the turns. `make parity` builds the peers' environments; a peer that
+has none is printed as absent. Peers run with their defaults, but for width, k, batch and learning rate; a second row of
+a peer has what makes it faster without changing what it computes (fused Adam, bfloat16 autocast, an allocator that
+keeps freed memory, as ours does). Results go to runs/bench/dictionaries.json as well.
+
+The loss is mean_b Σ_d (x − x̂)² on held-out activations, the mean over the last 20 steps; L0 and the share of dead
+latents (none of 8,192 held-out tokens) are those of the end. `measure` takes all of it from the weights alone.
 """
 
 import argparse
-import importlib.util
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
+from typing import Any
+
+from dictionary_peers import Request
 
 ROOT = Path(__file__).resolve().parent.parent
-SETTINGS = ("256,4096,32,512", "768,4096,25,1024", "768,16384,32,2048")
-RATE = 1e-3
-METHODS = {
-    "sparse step, bfloat16 candidates": ("low_precision", "cutaway"),
-    "sparse step": ("sparse", "cutaway"),
-    "dense autograd step": ("dense", "cutaway"),
-    "SAELens 6.54": ("saelens", "saelens"),
-}
+OUT = ROOT / "runs" / "bench"
+STORED, HELD_OUT = 1 << 17, 1 << 13  # tokens: 134 MB at width 256
+LAYER = 3
 
 
-def activations(d: int, n: int, seed: int):
-    """Sums of about 12 of 4·d random directions, scaled so that the mean length is √d: [n, d]."""
+@dataclass(frozen=True)
+class Row:
+    """A method as the table has it; `selectors` are those that it can train."""
+
+    name: str
+    environment: str
+    method: str
+    options: dict[str, Any] = field(default_factory=dict)
+    selectors: tuple[str, ...] = ("topk", "batchtopk", "jumprelu")
+
+
+_FAST = {"fused": True, "autocast": True, "allocator": True}
+ROWS = (
+    Row("cutaway, bfloat16 candidates", "cutaway", "cutaway", {"low_precision": True}, ("topk",)),
+    Row("cutaway", "cutaway", "cutaway", selectors=("topk",)),
+    Row("dense autograd", "cutaway", "dense", selectors=("topk",)),
+    Row("dense autograd, fast", "cutaway", "dense", _FAST, ("topk",)),
+    Row("SAELens", "saelens", "saelens"),
+    Row("SAELens, fast", "saelens", "saelens", _FAST),
+    Row("SAELens, sparse", "saelens", "saelens", {"sparse": True, "fused": True, "allocator": True}, ("topk",)),
+    Row("sparsify", "sparsify", "sparsify", selectors=("topk",)),
+    Row("sparsify, Adam, fast", "sparsify", "sparsify", {"optimizer": "adam", "allocator": True}, ("topk",)),
+    Row("dictionary_learning", "dictionary_learning", "dictionary_learning"),
+    Row("dictionary_learning, fast", "dictionary_learning", "dictionary_learning", _FAST),
+)
+DENSE = "dense autograd"
+DISTRIBUTIONS = {
+    "saelens": "sae-lens", "sparsify": "eai-sparsify", "dictionary_learning": "dictionary-learning",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Width of the activations, latents, active latents, tokens a batch, and how latents are chosen."""
+
+    d: int
+    d_sae: int
+    k: int
+    batch: int
+    selector: str = "topk"
+
+    @classmethod
+    def parse(cls, text: str) -> "Setting":
+        """`D,F,K,BATCH` or `D,F,K,BATCH,SELECTOR`."""
+        d, d_sae, k, batch, *selector = text.split(",")
+        return cls(int(d), int(d_sae), int(k), int(batch), *selector)
+
+    def __str__(self) -> str:
+        return f"d = {self.d}, {self.d_sae:,} latents, k = {self.k}, batch {self.batch:,}, {self.selector}"
+
+
+def activations(d: int) -> Path:
+    """The file of the stored activations of width d, made where it is not there: x [n, d] and held [m, d].
+
+    Width 256 is the shipped model's stream after layer 3, on text of its own world and the standard library's source;
+    other widths are made. Scaled so that the mean length is √d, as every trainer here wants them.
+    """
+    path = OUT / f"activations-{d}.safetensors"
+    if not path.exists():
+        from cutaway.artifacts.files import write_safetensors
+
+        print(f"making {path.relative_to(ROOT)}", flush=True)
+        x = _real() if d == 256 else _made(d)
+        x *= d**0.5 / x.norm(dim=1).mean()
+        write_safetensors(path, {"x": x[HELD_OUT:].contiguous(), "held": x[:HELD_OUT].contiguous()})
+    return path
+
+
+def _real():
+    import torch
+
+    import cutaway
+    from cutaway.data.activations import harvest
+    from cutaway.data.corpus import token_rows
+    from cutaway.subjects.world.corpus import PARTS, documents
+    from cutaway.subjects.world.real_text import standard_library
+
+    texts = [text for part, about in PARTS.items() for text in documents(part, "bench", int(about.share * 1_000_000))]
+    texts += [document.text for document in standard_library()]
+    lm = cutaway.load("atlas")
+    rows = token_rows(lm, texts, context=256, seed=0, limit=(STORED + HELD_OUT) // 240)
+    x = harvest(lm, rows, f"blocks.{LAYER}.resid_post")
+    if len(x) < STORED + HELD_OUT:
+        raise SystemExit(f"{len(x):,} activations were harvested where {STORED + HELD_OUT:,} are needed")
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    return x[order[: STORED + HELD_OUT]]
+
+
+def _made(d: int):
+    """Sums of about 12 of 4·d random directions, with noise, around an offset: [n, d]."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
+    n = STORED + HELD_OUT
     directions = torch.nn.functional.normalize(torch.randn(4 * d, d, generator=generator), dim=1)
-    generator = torch.Generator().manual_seed(seed)
     chosen = torch.randint(0, 4 * d, (n, 12), generator=generator)
     strength = torch.rand(n, 12, generator=generator) + 0.5
     x = torch.nn.functional.embedding_bag(chosen, directions, per_sample_weights=strength, mode="sum")
-    x += 0.02 * torch.randn(n, d, generator=generator)
-    return x * d**0.5 / x.norm(dim=1).mean()
+    return x + 0.02 * torch.randn(n, d, generator=generator) + 0.02 * torch.randn(d, generator=generator)
 
 
-def worker(method: str, setting: str, steps: int) -> dict[str, float]:
-    """Run the steps in this process: seconds (the first five not counted), variance explained, peak memory."""
-    import torch
-
-    d, n_latents, k, batch = map(int, setting.split(","))
-    x, held = activations(d, steps * batch, 1), activations(d, 2048, 2)
-    make = {"saelens": saelens, "dense": dense, "sparse": sparse, "low_precision": sparse}
-    step, reconstruct = make[method](method, n_latents, k, batch, steps, x[:batch])
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    start = time.perf_counter()
-    for number, part in enumerate(x.split(batch)):
-        if number == 5:
-            start = time.perf_counter()
-        step(part)
-    seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with torch.no_grad():
-        error = (held - reconstruct(held)).square().sum()
-    return {
-        "tokens_per_second": (steps - 5) * batch / seconds,
-        "variance_explained": 1 - (error / (held - held.mean(0)).square().sum()).item(),
-        "memory_mb": (peak - before) / 1024,
-    }
+def built(environment: str) -> bool:
+    """Whether a method's environment is there, built to the end."""
+    return environment == "cutaway" or (ROOT / ".venvs" / environment / "requirements.txt").is_file()
 
 
-def sparse(method: str, n_latents: int, k: int, batch: int, steps: int, first) -> tuple[Callable, Callable]:
-    from cutaway.data.hardware import keep_freed_memory
-    from cutaway.dictionaries.train import TrainConfig, Trainer
-
-    keep_freed_memory()
-    trainer = Trainer(_config(TrainConfig, n_latents, k, batch, steps, low_precision=method == "low_precision"), first)
-    return trainer.step, lambda x: trainer.dictionary("site", {}, {})(x)
-
-
-def dense(method: str, n_latents: int, k: int, batch: int, steps: int, first) -> tuple[Callable, Callable]:
-    """The same step with the dense loss of the tests, autograd, and Adam as PyTorch picks it by default."""
-    import torch
-
-    from cutaway.data.hardware import keep_freed_memory
-    from cutaway.dictionaries.step import Parameters
-    from cutaway.dictionaries.train import TrainConfig, Trainer
-
-    keep_freed_memory()
-    place = ROOT / "tests" / "dictionaries" / "dense_oracle.py"
-    spec = importlib.util.spec_from_file_location("dense_oracle", place)
-    assert spec is not None
-    assert spec.loader is not None
-    oracle = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(oracle)
-    trainer = Trainer(_config(TrainConfig, n_latents, k, batch, steps), first)
-    leaves = {name: tensor.requires_grad_() for name, tensor in trainer.parameters.tensors().items()}
-    adam = torch.optim.Adam(leaves.values(), lr=RATE)
-
-    def step(x) -> None:
-        reconstruction, auxiliary = oracle.dense_loss(Parameters(**leaves), x * trainer.scale, k)
-        adam.zero_grad()
-        (reconstruction + auxiliary).backward()
-        decoder = leaves["decoder"]
-        with torch.no_grad():
-            assert decoder.grad is not None
-            decoder.grad -= (decoder.grad * decoder).sum(1, keepdim=True) * decoder
-            adam.step()
-            decoder /= decoder.norm(dim=1, keepdim=True)
-
-    return step, lambda x: trainer.dictionary("site", {}, {})(x)
-
-
-def _config(kind, n_latents: int, k: int, batch: int, steps: int, **more):
-    return kind(
-        d_sae=n_latents, k=k, tokens=steps * batch, batch=batch, learning_rate=RATE, warmup=0, decay=0.0, **more
-    )
-
-
-def saelens(method: str, n_latents: int, k: int, batch: int, steps: int, first) -> tuple[Callable, Callable]:
-    """SAELens' own trainer step, in its environment, with its defaults but for the learning rate."""
-    from sae_lens.config import SAETrainerConfig  # pyright: ignore[reportMissingImports]
-    from sae_lens.saes.topk_sae import (  # pyright: ignore[reportMissingImports]
-        TopKTrainingSAE,
-        TopKTrainingSAEConfig,
-    )
-    from sae_lens.training.sae_trainer import SAETrainer  # pyright: ignore[reportMissingImports]
-
-    cfg = TopKTrainingSAEConfig(d_in=first.shape[1], d_sae=n_latents, k=k)
-    sae = TopKTrainingSAE(cfg)
-    sae.b_dec.data = first.mean(0)
-    options = SAETrainerConfig(
-        total_training_samples=steps * batch, train_batch_size_samples=batch, lr=RATE, lr_end=RATE
-    )
-    trainer = SAETrainer(options, sae, data_provider=iter(()))
-
-    def step(x) -> None:
-        trainer._train_step(sae=sae, sae_in=x)
-        trainer.n_training_steps += 1
-
-    return step, sae
-
-
-def run(method: str, environment: str, setting: str, steps: int) -> dict[str, float]:
+def run(environment: str, request: Request) -> dict[str, Any]:
+    """One training run in a fresh process."""
     python = Path(sys.executable) if environment == "cutaway" else ROOT / ".venvs" / environment / "bin" / "python"
-    command = [python, __file__, "--worker", method, "--settings", setting, "--steps", str(steps)]
     environ = {"OMP_WAIT_POLICY": "passive", **os.environ}  # as the command line does, for all alike
+    environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "WANDB_MODE": "disabled"}
+    if environment != "cutaway":
+        environ["PYTHONPATH"] = ""
+    if request.options.get("allocator"):  # what `keep_freed_memory` asks the C library for
+        environ |= {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str((1 << 31) - 1)}
+        environ |= {"MALLOC_TOP_PAD_": str(64 << 20)}
+    command = [python, Path(__file__).with_name("dictionary_peers.py"), json.dumps(asdict(request))]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environ)
     if done.returncode:
-        raise SystemExit(f"{method} failed:\n{done.stderr[-3000:]}")
+        raise SystemExit(f"{request.method} failed:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def version_of(environment: str) -> str:
+    """The version that a peer's environment holds."""
+    code = f"from importlib.metadata import version; print(version({DISTRIBUTIONS[environment]!r}))"
+    python = ROOT / ".venvs" / environment / "bin" / "python"
+    return subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def compare(setting: Setting, rows: Sequence[Row], runs: int, steps: int, rate: float, curve: bool) -> list[dict]:
+    """Run every method in turns on one setting; print and return its rows of the table."""
+    path = activations(setting.d)
+    found: dict[str, list[dict[str, Any]]] = {row.name: [] for row in rows}
+    for turn in range(runs):
+        for row in rows[:: 1 if turn % 2 == 0 else -1]:
+            request = Request(
+                method=row.method,
+                data=str(path),
+                d_sae=setting.d_sae,
+                k=setting.k,
+                batch=setting.batch,
+                steps=steps,
+                selector=setting.selector,
+                learning_rate=rate,
+                last=min(20, steps // 2),
+                curve=max(1, steps // 20) if curve else 0,
+                options=row.options,
+            )
+            found[row.name].append(run(row.environment, request))
+    print(f"\n{setting}, {steps} steps, {runs} turns; ratio to {DENSE if DENSE in found else rows[0].name}")
+    print(f"{'':30}{'tokens/s':>10}{'ratio':>7}{'range':>13}{'MB':>7}{'loss':>10}{'variance':>10}{'L0':>8}{'dead':>7}")
+    base = [one["tokens_per_second"] for one in found.get(DENSE, found[rows[0].name])]
+    table = []
+    for name, several in found.items():
+        ratios = [one["tokens_per_second"] / other for one, other in zip(several, base, strict=True)]
+        middle = {
+            key: median(one[key] for one in several)
+            for key in ("tokens_per_second", "memory_mb", "final_loss", "variance_explained", "l0", "dead")
+        }
+        entry = {"setting": asdict(setting), "method": name, "steps": steps, "runs": runs, "ratios": ratios}
+        table.append({**entry, **middle, "ratio": median(ratios), "curve": several[0]["curve"]})
+        spread = f"{min(ratios):.2f}–{max(ratios):.2f}"
+        print(
+            f"{name:30}{middle['tokens_per_second']:10,.0f}{median(ratios):7.2f}{spread:>13}{middle['memory_mb']:7,.0f}"
+            f"{middle['final_loss']:10.3f}{middle['variance_explained']:10.4f}{middle['l0']:8.2f}{middle['dead']:7.1%}",
+            flush=True,
+        )
+    ours = [row for row in table if row["method"].startswith("cutaway")]
+    others = [row for row in table if row not in ours]
+    if ours and others:
+        best, rival = (max(group, key=lambda row: row["ratio"]) for group in (ours, others))
+        print(f"{best['method']} takes {best['ratio'] / rival['ratio']:.2f} × the tokens of {rival['method']}")
+    return table
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--settings", nargs="+", default=SETTINGS, metavar="D,F,K,BATCH")
-    parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--settings", nargs="+", default=["256,4096,32,1024", "768,16384,32,2048"])
+    parser.add_argument("--methods", nargs="+", metavar="NAME", help=f"of: {'; '.join(row.name for row in ROWS)}")
+    parser.add_argument("--runs", type=int, default=3, help="turns")
+    parser.add_argument("--steps", type=int, help="default: 60, and 20 where there are 16,384 latents or more")
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--curve", action="store_true", help="measure the loss all along (into the JSON file)")
     options = parser.parse_args()
-    if options.worker:
-        print(json.dumps(worker(options.worker, options.settings[0], options.steps)))
-        return
-    methods = {
-        name: how
-        for name, how in METHODS.items()
-        if how[1] == "cutaway" or (ROOT / ".venvs" / how[1] / "bin" / "python").exists()
-    }
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {options.runs} runs", flush=True)
-    results = []
-    for setting in options.settings:
-        found: dict[str, list[dict[str, float]]] = {name: [] for name in methods}
-        for _ in range(options.runs):
-            for name, (method, environment) in methods.items():
-                found[name].append(run(method, environment, setting, options.steps))
-        d, n_latents, k, batch = setting.split(",")
-        print(f"\nd = {d}, {n_latents} latents, k = {k}, batch {batch}, {options.steps} steps")
-        print(f"{'':34}{'tokens/s':>10}{'ratio':>8}{'variance':>10}{'MB':>7}")
-        for name, runs in found.items():
-            speeds = [one["tokens_per_second"] for one in runs]
-            base = [one["tokens_per_second"] for one in found["dense autograd step"]]
-            row = {
-                "setting": setting,
-                "method": name,
-                "tokens_per_second": median(speeds),
-                "ratio_to_dense": median(a / b for a, b in zip(speeds, base, strict=True)),
-                "variance_explained": median(one["variance_explained"] for one in runs),
-                "memory_mb": median(one["memory_mb"] for one in runs),
-            }
-            results.append(row)
-            print(
-                f"{name:34}{row['tokens_per_second']:10,.0f}{row['ratio_to_dense']:8.2f}"
-                f"{row['variance_explained']:10.4f}{row['memory_mb']:7,.0f}",
-                flush=True,
-            )
-    target = ROOT / "runs" / "bench" / "dictionaries.json"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(json.dumps(results, indent=1) + "\n")
+    chosen = [row for row in ROWS if options.methods is None or row.name in options.methods]
+    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores")
+    for peer in dict.fromkeys(row.environment for row in chosen if row.environment != "cutaway"):
+        print(f"{peer} {version_of(peer)}" if built(peer) else f"peer absent: {peer} (make parity builds it)")
+    table = []
+    for setting in map(Setting.parse, options.settings):
+        rows = [row for row in chosen if built(row.environment) and setting.selector in row.selectors]
+        steps = options.steps or (60 if setting.d_sae < 16_384 else 20)
+        table += compare(setting, rows, options.runs, steps, options.learning_rate, options.curve)
+    OUT.mkdir(parents=True, exist_ok=True)
+    (OUT / "dictionaries.json").write_text(json.dumps(table, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,9 @@
 
 A peer is a file `benchmarks/environments/PEER.txt` of pip requirements; its environment is `.venvs/PEER`, made once and
 made again when the file changes. Peers have pins that fight each other and ours, so none is ever installed beside the
-package. `TORCH_INDEX` names the index that torch comes from; unset means pip's own configuration.
+package. `TORCH_INDEX` names the index that torch comes from; unset means pip's own configuration. A line
+`# without dependencies: A==1 B==2` of the file names packages that are installed after the rest, without what they ask
+for.
 """
 
 import argparse
@@ -18,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 REQUIREMENTS = ROOT / "benchmarks" / "environments"
 ENVIRONMENTS = ROOT / ".venvs"
 STAMP = "requirements.txt"  # a copy of what the environment was built from, written last
+ALONE = "# without dependencies:"
 
 
 def is_built(peer: str) -> bool:
@@ -40,6 +43,9 @@ def build(peer: str) -> None:
     if index and torch:
         subprocess.run([*install, "--index-url", index, *torch], check=True)
     subprocess.run([*install, "-r", str(requirements)], check=True)
+    for line in text.splitlines():
+        if line.startswith(ALONE):
+            subprocess.run([*install, "--no-deps", *line.removeprefix(ALONE).split()], check=True)
     (folder / STAMP).write_text(text)
 
 
