@@ -4,39 +4,26 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_llama import tiny_llama
 
 import cutaway
 from cutaway.artifacts.errors import CutawayError
 from cutaway.data.activations import as_tokens, counted, harvest
 from cutaway.data.corpus import read_corpus, split_rows, token_rows
 from cutaway.dictionaries.dictionary import Dictionary, TopK
-from cutaway.dictionaries.evaluate import evaluate, splice
+from cutaway.dictionaries.evaluate import evaluate
 from cutaway.dictionaries.from_model import train_on_model
+from cutaway.dictionaries.ports import bench
 from cutaway.dictionaries.saelens_format import load_dictionary, save_dictionary
 from cutaway.dictionaries.train import TrainConfig
-from cutaway.model.language_model import LanguageModel, attach
+from cutaway.model.language_model import LanguageModel
 
 SITE = "blocks.1.resid_post"
 
 
 @pytest.fixture(scope="module")
 def lm() -> LanguageModel:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=50,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=32,
-    )
-    model = LlamaForCausalLM(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(4)  # far enough from uniform that cross-entropies differ
-    return attach(model)
+    return tiny_llama()
 
 
 @pytest.fixture(scope="module")
@@ -76,19 +63,30 @@ def test_figures_equal_slow_sums_and_hooks(lm: LanguageModel, rows: torch.Tensor
 
     clean, logits = cross_entropy(None)
     spliced, changed = cross_entropy(written)
-    zero, average = cross_entropy(torch.zeros_like(x))[0], cross_entropy(mean.expand_as(x))[0]
-    kl = torch.nn.functional.kl_div(
-        changed.log_softmax(-1), logits.log_softmax(-1), log_target=True, reduction="none"
-    ).sum(-1)
+    zero, without = cross_entropy(torch.zeros_like(x))
+    average, with_mean = cross_entropy(mean.expand_as(x))
+    kl, kl_zero, kl_mean = (
+        torch.nn.functional.kl_div(
+            other.log_softmax(-1).flatten(0, 1),
+            logits.log_softmax(-1).flatten(0, 1),
+            log_target=True,
+            reduction="batchmean",
+        ).item()
+        for other in (changed, without, with_mean)
+    )
     flat, flat_written = x.flatten(0, 1), written.flatten(0, 1)
     expected = {
         "l0": (a > 0).sum().item() / a[..., 0].numel(),
         "variance_explained": 1 - ((flat - flat_written).square().sum() / (flat - mean).square().sum()).item(),
+        "fvu": ((flat - flat_written).square().sum() / (flat - mean).square().sum()).item(),
         "cosine": torch.cosine_similarity(flat, flat_written).mean().item(),
+        "norm_ratio": (flat_written.norm(dim=1).sum() / flat.norm(dim=1).sum()).item(),
         "ce_increase": spliced - clean,
         "ce_recovered_zero": (zero - spliced) / (zero - clean),
         "ce_recovered_mean": (average - spliced) / (average - clean),
-        "kl": kl.mean().item(),
+        "kl_recovered_zero": (kl_zero - kl) / kl_zero,
+        "kl_recovered_mean": (kl_mean - kl) / kl_mean,
+        "kl": kl,
     }
     for name, value in expected.items():
         effect = result.effects[name]
@@ -128,14 +126,15 @@ def test_a_perfect_dictionary_recovers_everything(lm: LanguageModel, rows: torch
 def test_a_splice_leaves_first_positions_and_bos_alone(
     lm: LanguageModel, rows: torch.Tensor, dictionary: Dictionary
 ) -> None:
-    run = lm.run(as_tokens(rows[:3]), capture=SITE, logits=None)
-    edit = splice(run, dictionary, bos_id=int(rows[1, 7]))
-    value = edit.tensors["value"]
+    where = bench(lm, dictionary)
+    runs = where.run(rows[:3], logits=False)
     keep = counted(rows[:3], int(rows[1, 7]))
     assert not keep[:, 0].any()
     assert not keep[1, 7]
-    assert torch.equal(value[~keep], run[SITE][~keep])
-    torch.testing.assert_close(value[keep], dictionary(run[SITE][keep]))
+    ((edit,),) = where.splice(runs, keep, dictionary(where.read(runs, keep)))
+    value = edit.tensors["value"]
+    assert torch.equal(value[~keep], runs[0][SITE][~keep])
+    torch.testing.assert_close(value[keep], dictionary(runs[0][SITE][keep]))
 
 
 def test_training_on_a_model_resumes_and_names_its_data(lm: LanguageModel, rows: torch.Tensor, tmp_path: Path) -> None:

@@ -1,0 +1,177 @@
+"""Do two trainings that differ in their seed find the same latents?
+
+Decoder rows of one dictionary are matched with those of the other, and the cosines of matched pairs are the figure.
+*Signed* cosines tell a direction from its opposite, which is what a latent of non-negative activations needs;
+*absolute* ones do not, and are larger. The name of every figure says which. Two matchings:
+
+    assignment   one to one, with the greatest sum of cosines (`scipy.optimize.linear_sum_assignment`, O(F³) at worst)
+    mutual       pairs that are each other's nearest; the others have no match. For dictionaries too large to assign
+
+With either, a large dictionary of random directions has matches too: the control is the same figure between two random
+dictionaries of the same sizes.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.results import Control, Effect, Interval
+from cutaway.artifacts.statistics import bootstrap_interval
+from cutaway.dictionaries.dictionary import Dictionary
+
+Matching = Literal["assignment", "mutual"]
+
+ASSIGNABLE = 4096  # the most latents that are assigned by default: about 10 s on one core
+SAME = 0.7  # pairs above this cosine are counted as one and the same latent
+
+
+@dataclass(frozen=True, eq=False)
+class Matched:
+    """Pairs of rows: `first` [m] of one, `second` [m] of the other, and their `cosine` [m]; how, and whether signed.
+
+    With "mutual" m is how many pairs there are, with "assignment" the number of rows of the smaller dictionary.
+    """
+
+    first: Tensor
+    second: Tensor
+    cosine: Tensor
+    matching: Matching
+    signed: bool
+    n: int
+
+    @property
+    def mean(self) -> float:
+        """Mean cosine of the matched pairs; NaN without any."""
+        return float(self.cosine.mean())
+
+    @property
+    def share_same(self) -> float:
+        """Share of the smaller dictionary's latents whose match has a cosine above `SAME`."""
+        return float((self.cosine > SAME).sum()) / self.n
+
+
+@torch.no_grad()
+def match_rows(a: Tensor, b: Tensor, *, signed: bool = True, matching: Matching | None = None) -> Matched:
+    """Match the rows of a [m, d] with those of b [n, d] by cosine.
+
+    By assignment up to 4,096 rows, else by mutual nearest neighbours, unless `matching` says. Raises `CutawayError`
+    for widths that differ or no rows at all.
+    """
+    if a.shape[1] != b.shape[1]:
+        raise CutawayError(f"decoders of widths {a.shape[1]} and {b.shape[1]} cannot be compared")
+    if not len(a) or not len(b):
+        raise CutawayError("there are no latents to match")
+    matching = matching or ("assignment" if max(len(a), len(b)) <= ASSIGNABLE else "mutual")
+    unit = torch.nn.functional.normalize
+    one, other = unit(a.detach().float().cpu(), dim=1), unit(b.detach().float().cpu(), dim=1)
+    n = min(len(a), len(b))
+    if matching == "assignment":
+        from scipy.optimize import linear_sum_assignment
+
+        cosines = one @ other.T
+        if not signed:
+            cosines = cosines.abs()
+        first, second = linear_sum_assignment(cosines.numpy(), maximize=True)
+        rows, columns = torch.from_numpy(first), torch.from_numpy(second)
+        return Matched(rows, columns, cosines[rows, columns], matching, signed, n)
+    forth, cosine = _nearest(one, other, signed)
+    back, _ = _nearest(other, one, signed)
+    rows = torch.arange(len(one))
+    mutual = back[forth] == rows
+    return Matched(rows[mutual], forth[mutual], cosine[mutual], matching, signed, n)
+
+
+def _nearest(a: Tensor, b: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
+    """For each row of a the nearest row of b and the cosine, a block of rows at a time."""
+    found = []
+    for some in a.split(1024):
+        cosines = some @ b.T
+        found.append((cosines if signed else cosines.abs()).max(1))
+    return torch.cat([one.indices for one in found]), torch.cat([one.values for one in found])
+
+
+def stability(
+    dictionaries: Sequence[Dictionary],
+    *,
+    signed: bool = True,
+    matching: Matching | None = None,
+    alive: Sequence[Tensor] | None = None,
+    seed: int = 0,
+    command: str | None = None,
+) -> tuple[dict[str, Effect], dict[str, tuple[float, ...]]]:
+    """Matched decoder cosine of every pair of dictionaries of different seeds, and the share of latents found again.
+
+    `alive` are masks [F], one a dictionary: dead latents, which are where they began, are left out. Returns "cosine"
+    and "found_again" as effects beside two random dictionaries of the same sizes, and the values pair by pair. The
+    interval is over pairs and latents. Raises `CutawayError` with fewer than two dictionaries, or as `match_rows`.
+    """
+    if len(dictionaries) < 2:
+        raise CutawayError("stability compares dictionaries of different seeds: give two or more")
+    rows = [one.W_dec.detach().float().cpu() for one in dictionaries]
+    if alive is not None:
+        rows = [some[mask.cpu()] for some, mask in zip(rows, alive, strict=True)]
+    generator = torch.Generator().manual_seed(seed)
+    pairs = list(itertools.combinations(range(len(rows)), 2))
+    trained = [match_rows(rows[i], rows[j], signed=signed, matching=matching) for i, j in pairs]
+    i, j = pairs[0]
+    random = match_rows(
+        torch.randn(rows[i].shape, generator=generator),
+        torch.randn(rows[j].shape, generator=generator),
+        signed=signed,
+        matching=matching,
+    )
+    kind = "signed" if signed else "absolute"
+    how = "one-to-one assignment" if trained[0].matching == "assignment" else "mutual nearest neighbours"
+    effects: dict[str, Effect] = {}
+    each: dict[str, tuple[float, ...]] = {}
+    for name, label, units in (
+        ("cosine", f"matched decoder cosine ({kind}, {how})", "cosine"),
+        ("found_again", f"latents found again ({kind} cosine of the match above {SAME:g}, {how})", "share"),
+    ):
+        values = [_per_latent(one, name) for one in trained]
+        other = _per_latent(random, name)
+        each[name] = tuple(float(value.mean()) for value in values)
+        effects[name] = Effect(
+            name=label,
+            value=float(np.mean(each[name])),
+            n=sum(map(len, values)),
+            interval=_interval(values),
+            controls=(
+                Control(
+                    "two random dictionaries",
+                    float(other.mean()),
+                    bootstrap_interval(other, n_resamples=500),
+                    len(other),
+                ),
+            ),
+            ablation="none",
+            units=units,
+            command=command,
+        )
+    return effects, each
+
+
+def _per_latent(matched: Matched, name: str) -> np.ndarray:
+    """One number a latent of the smaller dictionary; for "cosine" one a matched pair."""
+    if name == "cosine":
+        return matched.cosine.double().numpy()
+    same = np.zeros(matched.n)
+    same[: len(matched.cosine)] = (matched.cosine > SAME).double().numpy()
+    return same
+
+
+def _interval(values: Sequence[np.ndarray]) -> Interval:
+    """Of the mean over pairs of dictionaries: pairs are drawn, and in each of them latents."""
+    generator = np.random.default_rng(0)
+    draws = []
+    for _ in range(500):
+        chosen = generator.integers(0, len(values), len(values))
+        draws.append(np.mean([generator.choice(values[k], len(values[k])).mean() for k in chosen]))
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return float(low), float(high)
