@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from cutaway.dictionaries.step import Parameters
+from cutaway.dictionaries.parameters import Parameters
 
 
 def dense_loss(
@@ -27,6 +27,6 @@ def dense_loss(
 def dense_gradients(parameters: Parameters, x: Tensor, k: int, **auxiliary) -> tuple[Tensor, Tensor, Parameters]:
     """The two losses and the gradients of their sum."""
     leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in parameters.tensors().items()}
-    reconstruction, extra = dense_loss(Parameters(**leaves), x, k, **auxiliary)
+    reconstruction, extra = dense_loss(Parameters.of(leaves), x, k, **auxiliary)
     gradients = torch.autograd.grad(reconstruction + extra, list(leaves.values()))
-    return reconstruction.detach(), extra.detach(), Parameters(*gradients)
+    return reconstruction.detach(), extra.detach(), Parameters.of(dict(zip(leaves, gradients, strict=True)))

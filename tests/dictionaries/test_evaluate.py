@@ -14,6 +14,7 @@ from cutaway.dictionaries.dictionary import Dictionary, TopK
 from cutaway.dictionaries.evaluate import evaluate
 from cutaway.dictionaries.from_model import train_on_model
 from cutaway.dictionaries.ports import bench
+from cutaway.dictionaries.rules import TopKRule
 from cutaway.dictionaries.saelens_format import load_dictionary, save_dictionary
 from cutaway.dictionaries.train import TrainConfig
 from cutaway.model.language_model import LanguageModel
@@ -33,7 +34,7 @@ def rows() -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def dictionary(lm: LanguageModel, rows: torch.Tensor) -> Dictionary:
-    config = TrainConfig(d_sae=64, k=6, tokens=40_000, batch=64, warmup=10)
+    config = TrainConfig(d_sae=64, selector=TopKRule(6), tokens=40_000, batch=64, warmup=10)
     return train_on_model(lm, rows[:50], SITE, config).dictionary
 
 
@@ -138,7 +139,7 @@ def test_a_splice_leaves_first_positions_and_bos_alone(
 
 
 def test_training_on_a_model_resumes_and_names_its_data(lm: LanguageModel, rows: torch.Tensor, tmp_path: Path) -> None:
-    config = TrainConfig(d_sae=32, k=4, tokens=4_000, batch=50, warmup=5)
+    config = TrainConfig(d_sae=32, selector=TopKRule(4), tokens=4_000, batch=50, warmup=5)
     first = train_on_model(lm, rows, SITE, config, folder=tmp_path).dictionary
     again = train_on_model(lm, rows, SITE, config, folder=tmp_path).dictionary
     assert torch.equal(first.W_enc, again.W_enc)
@@ -172,7 +173,7 @@ def test_real_models(shared: Path, tmp_path: Path, model: str, text: str | None,
 
     corpus = read_corpus(Path(library.__file__).parent.parent / "asyncio" if text is None else shared / text)
     split = split_rows(token_rows(lm, corpus.documents, 256, limit=600), held_out=16)
-    config = TrainConfig(d_sae=2048, k=32, tokens=200_000, low_precision=True)
+    config = TrainConfig(d_sae=2048, selector=TopKRule(32), tokens=200_000, low_precision=True)
     dictionary = train_on_model(lm, split.train, site, config).dictionary
     result = evaluate(lm, dictionary, split.held_out, spliced_rows=16)
     explained, recovered = result.effects["variance_explained"], result.effects["ce_recovered_mean"]

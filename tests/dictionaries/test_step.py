@@ -7,7 +7,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cutaway.dictionaries import sparse
-from cutaway.dictionaries.step import Parameters, topk_step
+from cutaway.dictionaries.parameters import Parameters
+from cutaway.dictionaries.rules import TopKRule
+from cutaway.dictionaries.sparse import Places
+from cutaway.dictionaries.step import StepResult, step
+from cutaway.dictionaries.terms import AuxK, Reconstruction
+
+
+def topk_step(
+    weights: Parameters, x: torch.Tensor, k: int, aux_k: int = 0, aux_coefficient: float = 0.0, **options
+) -> StepResult:
+    terms = (Reconstruction(), AuxK(aux_coefficient, k=aux_k or None, form="sum"))
+    return step(weights, TopKRule(k), terms, x, **{"way": "sparse", **options})
 
 
 def parameters(d: int, n_latents: int, seed: int, dtype: torch.dtype = torch.float32) -> Parameters:
@@ -58,11 +69,12 @@ def test_products_with_codes_equal_dense_products() -> None:
     rows = torch.randn(width, d, generator=generator)
     x = torch.randn(n, d, generator=generator)
     code = torch.zeros(n, width).scatter(1, indices, values)
-    turned = sparse.by_latent(indices, width)
+    places = Places.of_rows(indices, width)
     torch.testing.assert_close(sparse.decode(values, indices, rows), code @ rows)
-    torch.testing.assert_close(sparse.row_products(indices, rows, x), (x @ rows.T).gather(1, indices))
-    torch.testing.assert_close(turned.outer(values, x), code.T @ x)
-    torch.testing.assert_close(sparse.latent_sums(values, indices, width), code.sum(0))
+    torch.testing.assert_close(places.combine(values.flatten(), rows), code @ rows)
+    torch.testing.assert_close(places.products(rows, x), (x @ rows.T).gather(1, indices).flatten())
+    torch.testing.assert_close(places.outer(values.flatten(), x), code.T @ x)
+    torch.testing.assert_close(places.latent_sums(values.flatten()), code.sum(0))
 
 
 @pytest.mark.parametrize(("d", "n_latents", "k", "n"), [(16, 64, 4, 33), (32, 512, 8, 200), (24, 40, 40, 17)])
@@ -76,7 +88,7 @@ def test_gradients_equal_dense_autograd(d: int, n_latents: int, k: int, n: int, 
         reconstruction, extra, expected = dense_gradients(weights, x, k, **auxiliary)
         result = topk_step(weights, x, k, **auxiliary)
         assert relative_error(result.reconstruction, reconstruction) < tolerance
-        assert (result.auxiliary - extra).abs() <= tolerance * extra.abs()
+        assert (result.terms["auxk"] - extra).abs() <= tolerance * extra.abs()
         for name, gradient in result.gradients.tensors().items():
             assert relative_error(gradient, getattr(expected, name)) < tolerance, name
 

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,27 +19,41 @@ from planted import planted
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.dictionaries.dictionary import Dictionary, mean_max_cosine, random_dictionary
-from cutaway.dictionaries.step import Parameters
-from cutaway.dictionaries.train import (
-    CHECKPOINT,
-    TrainConfig,
-    Trained,
-    Trainer,
-    geometric_median,
-    tensor_batches,
-    train,
-)
+from cutaway.dictionaries.dictionary import Dictionary, Port, mean_max_cosine, random_dictionary
+from cutaway.dictionaries.parameters import Parameters
+from cutaway.dictionaries.rules import TopKRule
+from cutaway.dictionaries.scaling import geometric_median
+from cutaway.dictionaries.sources import Tensors
+from cutaway.dictionaries.terms import AuxK, Reconstruction
+from cutaway.dictionaries.train import CHECKPOINT, Job, TrainConfig, Trained, Trainer, train_jobs
 
-SMALL = TrainConfig(d_sae=96, k=4, tokens=200 * 64, batch=64, learning_rate=3e-3, warmup=10, dead_after=2_000)
+SITE = "blocks.0.resid_post"
+
+
+def topk(k: int, **options) -> TrainConfig:
+    return TrainConfig(selector=TopKRule(k), **options)
+
+
+SMALL = topk(4, d_sae=96, tokens=200 * 64, batch=64, learning_rate=3e-3, warmup=10, dead_after=2_000)
 
 
 def batches_of(x: Tensor, batch: int, start: int) -> Iterator[Tensor]:
-    return tensor_batches(x, batch, seed=0, start=start)
+    return (values[SITE] for values in Tensors({SITE: x}).batches(batch, start))
 
 
 def train_on(x: Tensor, config: TrainConfig, folder: Path | None = None, **options) -> Trained:
-    return train(partial(batches_of, x, config.batch), config, site="blocks.0.resid_post", folder=folder, **options)
+    return train_jobs(Tensors({SITE: x}), {"": Job(config, (SITE,))}, folder=folder, **options)[""]
+
+
+class Stream(Tensors):
+    """A source with other batches than its tensors' own."""
+
+    def __init__(self, x: Tensor, batches: Callable[[int], Iterator[Tensor]]) -> None:
+        super().__init__({SITE: x})
+        self.make = batches
+
+    def batches(self, size: int, start: int = 0) -> Iterator[Mapping[str, Tensor]]:
+        return ({SITE: batch} for batch in self.make(start))
 
 
 def weights(dictionary: Dictionary) -> dict[str, Tensor]:
@@ -48,7 +62,7 @@ def weights(dictionary: Dictionary) -> dict[str, Tensor]:
 
 def test_recovers_planted_features_where_a_random_dictionary_does_not() -> None:
     features, x = planted(d=32, n_features=48, n_tokens=8_192, active=2, seed=0)
-    config = TrainConfig(d_sae=64, k=4, tokens=400_000, batch=512, learning_rate=4e-3, dead_after=20_000)
+    config = topk(4, d_sae=64, tokens=400_000, batch=512, learning_rate=4e-3, dead_after=20_000)
     dictionary = train_on(x, config).dictionary
     found, chance = mean_max_cosine(dictionary.W_dec, features), []
     for seed in range(10, 13):
@@ -70,15 +84,13 @@ def test_trajectory_equals_dense_autograd() -> None:
     silent = torch.zeros(config.d_sae, dtype=torch.int64)
     auxiliary = 0.0
     for step, batch in batches:
-        scaled = batch * trainer.scale
+        scaled = batch * trainer.scaling_in.scale
         dead = (silent >= config.dead_after).nonzero().flatten()
-        now = Parameters(**oracle)
-        _, extra, gradients = dense_gradients(
-            now, scaled, config.k, dead=dead, aux_k=12, aux_coefficient=config.aux_coefficient
-        )
+        now = Parameters.of(oracle)
+        _, extra, gradients = dense_gradients(now, scaled, 4, dead=dead, aux_k=12, aux_coefficient=1 / 32)
         auxiliary += extra.item()
         h = (scaled - now.decoder_bias) @ now.encoder.T + now.encoder_bias
-        fires = ((torch.zeros_like(h).scatter(1, h.topk(config.k, 1).indices, 1.0) * h) > 0).any(0)
+        fires = ((torch.zeros_like(h).scatter(1, h.topk(4, 1).indices, 1.0) * h) > 0).any(0)
         silent = torch.where(fires, 0, silent + len(batch))
         direction = now.decoder
         along = (gradients.decoder * direction).sum(1, keepdim=True) * direction
@@ -100,20 +112,21 @@ def test_decoder_rows_stay_unit_vectors_and_the_scale_is_folded() -> None:
     trainer = Trainer(SMALL, x[:64])
     for batch, _ in zip(batches_of(100 * x, 64, 0), range(5), strict=False):
         trainer.step(batch)
-    dictionary = trainer.dictionary("blocks.0.resid_post", {}, {})
+    dictionary = trainer.dictionary([Port(SITE, 24)])
     torch.testing.assert_close(dictionary.W_dec.norm(dim=1), torch.ones(96))
     raw = 100 * x[:50]
     p = trainer.parameters
-    h = (raw * trainer.scale - p.decoder_bias) @ p.encoder.T + p.encoder_bias
+    h = (raw * trainer.scaling_in.scale - p.decoder_bias) @ p.encoder.T + p.encoder_bias
     a = torch.zeros_like(h).scatter(1, h.topk(4, 1).indices, 1.0) * h.relu()
-    torch.testing.assert_close(dictionary(raw), (a @ p.decoder + p.decoder_bias) / trainer.scale, rtol=1e-4, atol=1e-3)
-    torch.testing.assert_close(dictionary.encode(raw), a / trainer.scale, rtol=1e-4, atol=1e-3)
+    written = (a @ p.decoder + p.decoder_bias) / trainer.scaling_in.scale
+    torch.testing.assert_close(dictionary(raw), written, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(dictionary.encode(raw), a / trainer.scaling_in.scale[0], rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("coefficient", [0.0, 1 / 32])
 def test_dead_latents_are_counted_in_tokens_and_revived_by_the_auxiliary_term(coefficient: float) -> None:
     _, x = planted(d=24, n_features=40, n_tokens=4_096, active=3, seed=3)
-    config = replace(SMALL, tokens=600 * 64, dead_after=1_000, aux_coefficient=coefficient)
+    config = replace(SMALL, tokens=600 * 64, dead_after=1_000, terms=(Reconstruction(), AuxK(coefficient, form="sum")))
     trainer = Trainer(config, x[:64])
     ten = set(range(10))
     trainer.parameters.encoder_bias[:10] = -2.5  # never among the top k, though sometimes above zero
@@ -151,7 +164,7 @@ def test_resumes_to_the_same_bits(tmp_path: Path) -> None:
 
     for stop in (37, 38, 120):
         with pytest.raises(KeyboardInterrupt):
-            train(partial(interrupted, stop), SMALL, site="blocks.0.resid_post", folder=tmp_path)
+            train_jobs(Stream(x, partial(interrupted, stop)), {"": Job(SMALL, (SITE,))}, folder=tmp_path)
     resumed = train_on(x, SMALL, tmp_path)
     assert all(
         torch.equal(weights(whole.dictionary)[name], tensor) for name, tensor in weights(resumed.dictionary).items()
@@ -166,17 +179,22 @@ import sys, time, torch
 sys.path.insert(0, {here!r})
 from pathlib import Path
 from planted import planted
-import cutaway.dictionaries.train as training
-from cutaway.dictionaries.train import TrainConfig, tensor_batches, train
+from cutaway.dictionaries.rules import TopKRule
+from cutaway.dictionaries.sources import Tensors
+from cutaway.dictionaries.train import Job, TrainConfig, train_jobs
 torch.set_num_threads(1)
-config = TrainConfig(d_sae=96, k=4, tokens=200 * 64, batch=64, learning_rate=3e-3, warmup=10, dead_after=2_000)
-x = planted(d=24, n_features=40, n_tokens=2_048, active=3, seed=4)[1]
-def slow(start):
-    for batch in tensor_batches(x, 64, 0, start):
-        time.sleep({pause})
-        yield batch
+config = TrainConfig(
+    d_sae=96, selector=TopKRule(4), tokens=200 * 64, batch=64, learning_rate=3e-3, warmup=10, dead_after=2_000
+)
+class Slow(Tensors):
+    def batches(self, size, start=0):
+        for batch in super().batches(size, start):
+            time.sleep({pause})
+            yield batch
+source = Slow({{"s": planted(d=24, n_features=40, n_tokens=2_048, active=3, seed=4)[1]}})
 print("ready", flush=True)
-trained = train(slow, config, site="s", folder=Path({folder!r}), seconds_between_checkpoints=0.05)
+jobs = {{"": Job(config, ("s",))}}
+trained = train_jobs(source, jobs, folder=Path({folder!r}), seconds_between_checkpoints=0.05)[""]
 print(trained.dictionary.W_dec.double().sum().item().hex(), trained.dictionary.W_enc.double().sum().item().hex())
 """
 
@@ -214,10 +232,10 @@ def test_ctrl_c_saves_a_whole_step(tmp_path: Path) -> None:
     _, x = planted(d=24, n_features=40, n_tokens=2_048, active=3, seed=4)
 
     class Interrupting(Trainer):
-        def step(self, x: Tensor):
+        def step(self, x: Tensor, y: Tensor | None = None, **options):
             if self.steps_done == 20:
                 os.kill(os.getpid(), signal.SIGINT)  # in the middle of a step
-            return super().step(x)
+            return super().step(x, y, **options)
 
     import cutaway.dictionaries.train as training
 
@@ -226,15 +244,15 @@ def test_ctrl_c_saves_a_whole_step(tmp_path: Path) -> None:
         patch.setattr(training, "Trainer", Interrupting)
         with pytest.raises(KeyboardInterrupt):
             train_on(x, SMALL, tmp_path)
-    assert Trainer.load(tmp_path / CHECKPOINT, SMALL, _source()).steps_done == 21
+    assert Trainer.load(tmp_path / CHECKPOINT, SMALL, _source(x)).steps_done == 21
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert torch.equal(train_on(x, SMALL, tmp_path).dictionary.W_enc, whole.dictionary.W_enc)
 
 
-def _source() -> str:
+def _source(x: Tensor) -> str:
     from cutaway.artifacts.manifest import json_hash
 
-    return json_hash({"source": "", "site": "blocks.0.resid_post"})
+    return json_hash({"source": Tensors({SITE: x}).identity, "sites": [(SITE,), ()]})
 
 
 def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
@@ -242,9 +260,9 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
     short = replace(SMALL, tokens=640)
     train_on(x, short, tmp_path)
     with pytest.raises(CutawayError, match="another configuration"):
-        train_on(x, replace(short, k=5), tmp_path)
+        train_on(x, replace(short, selector=TopKRule(5)), tmp_path)
     with pytest.raises(CutawayError, match="other activations"):
-        train_on(x, short, tmp_path, source="another corpus")
+        train_on(x + 1, short, tmp_path)
     data = (tmp_path / CHECKPOINT).read_bytes()
     (tmp_path / CHECKPOINT).write_bytes(data[: len(data) // 2])
     with pytest.raises(CutawayError, match="not a readable checkpoint"):
@@ -262,9 +280,9 @@ def test_bad_activations_are_refused() -> None:
     with pytest.raises(CutawayError, match="less than one batch"):
         train_on(x[:10], SMALL)
     with pytest.raises(CutawayError, match="ended after 2 of 200"):
-        train(lambda start: iter([x[:64], x[64:128]]), SMALL, site="s")
+        train_jobs(Stream(x, lambda start: iter([x[:64], x[64:128]])), {"": Job(SMALL, (SITE,))})
     with pytest.raises(CutawayError, match="k = 97"):
-        TrainConfig(d_sae=96, k=97)
+        TrainConfig(d_sae=96, selector=TopKRule(97))
 
 
 def test_history_is_json_and_improves() -> None:
@@ -273,4 +291,4 @@ def test_history_is_json_and_improves() -> None:
     assert json.loads(json.dumps(history)) == list(history)
     assert history[-1]["variance_explained"] > history[0]["variance_explained"] + 0.1
     assert history[-1]["step"] == SMALL.steps
-    assert all(record["l0"] <= SMALL.k for record in history)
+    assert all(record["l0"] <= 4 for record in history)

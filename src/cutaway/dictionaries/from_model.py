@@ -1,15 +1,12 @@
 """A dictionary of a model's site, from rows of tokens."""
 
-from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 
 from torch import Tensor
 
-from cutaway.artifacts.manifest import json_hash
-from cutaway.data.activations import activation_batches
-from cutaway.data.corpus import rows_hash
-from cutaway.dictionaries.train import TrainConfig, Trained, train
+from cutaway.dictionaries.config import TrainConfig
+from cutaway.dictionaries.sources import LiveRows
+from cutaway.dictionaries.train import Job, Trained, train_jobs
 from cutaway.model.language_model import LanguageModel
 
 
@@ -28,32 +25,11 @@ def train_on_model(
 
     Each buffer of activations is trained on `passes` times: a fresh token costs a forward, a used one does not. With
     `config.low_precision` the harvest's products run in bfloat16 too. Raises `CutawayError` for a site that the model
-    lacks, rows that hold less than a batch, and what `train` raises.
+    lacks, rows that hold less than a batch, and what `train_jobs` raises.
     """
-    site = lm.sites().resolve(site)  # an unknown site is refused before anything is run
-
-    def batches(start: int) -> Iterator[Tensor]:
-        return activation_batches(
-            lm,
-            rows,
-            site,
-            batch_tokens=config.batch,
-            seed=config.seed,
-            start=start,
-            passes=passes,
-            buffer_tokens=buffer_tokens,
-            low_precision=config.low_precision,
-        )
-
-    identity = asdict(lm.identity())
-    data = {"rows": rows_hash(rows), "passes": passes, "buffer_tokens": buffer_tokens, "dtype": str(lm.dtype)}
-    return train(
-        batches,
-        config,
-        site=site,
-        source=json_hash({"model": identity, **data}),
-        model=identity,
-        metadata={"context": rows.shape[1], "prepend_bos": lm.bos_id is not None, "data": data},
-        folder=folder,
-        seconds_between_checkpoints=seconds_between_checkpoints,
+    source = LiveRows(
+        lm, rows, site, passes=passes, buffer_tokens=buffer_tokens, seed=config.seed, low_precision=config.low_precision
     )
+    jobs = {"": Job(config, (source.site,))}
+    seconds = seconds_between_checkpoints
+    return train_jobs(source, jobs, folder=folder, seconds_between_checkpoints=seconds)[""]

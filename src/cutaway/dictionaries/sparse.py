@@ -1,11 +1,13 @@
-"""Products with k-sparse codes that touch only what is active.
+"""Products with codes that are zero almost everywhere, touching only what is active.
 
-A code of n tokens is a pair (values [n, k], indices [n, k]): row b stands for Σ_j values[b, j] · e_indices[b, j]. With
-rows R [F, d] of a decoder the dense products would cost n·F·d; these cost n·k·d. Sums run in a fixed order, so results
-repeat bit for bit on the same machine with the same number of threads.
+A code of n tokens over F latents has values at a few places, in order of tokens. With rows R [F, d] of a decoder the
+dense products would cost n·F·d; these cost (number of places)·d. Sums run in a fixed order, so results repeat bit for
+bit on the same machine with the same number of threads.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,45 +34,161 @@ def largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values, groups.gather(1, chosen - member * k) + member * (width // group)
 
 
+_SAMPLE = 1 << 16
+
+
+def largest_of_all(scores: Tensor, count: int, least: float = 0.0) -> Tensor:
+    """Places of the `count` largest scores above `least` of a whole table [n, F], flat and ascending; fewer if need be.
+
+    Exact, ties broken by place. A sample of the scores gives a bound that about 1.5 times as many exceed, so only these
+    are compared in earnest; sorting the table would take ten times as long as the product that made it.
+    """
+    flat = scores.reshape(-1)
+    count = min(count, len(flat))
+    sample = flat[:: max(1, len(flat) // _SAMPLE)].float().sort(descending=True).values
+    share = 1.5 * count / len(flat)
+    while True:
+        rank = int(share * len(sample)) + 8
+        bound = max(least, float(sample[rank])) if rank < len(sample) else least
+        places = (flat > bound).nonzero().flatten()
+        if len(places) >= count or bound <= least:
+            break
+        share *= 2
+    if len(places) <= count:
+        return places
+    values = flat[places]
+    last = values.kthvalue(len(values) - count + 1).values
+    keep = values > last
+    ties = (values == last).nonzero().flatten()[: count - int(keep.sum())]
+    keep[ties] = True
+    return places[keep]
+
+
 def decode(values: Tensor, indices: Tensor, rows: Tensor) -> Tensor:
     """Σ_j values[b, j] · rows[indices[b, j]]: [n, k], [n, k], [F, d] -> [n, d]. Differentiable."""
     return F.embedding_bag(indices, rows, per_sample_weights=values, mode="sum")
 
 
-def row_products(indices: Tensor, rows: Tensor, x: Tensor) -> Tensor:
-    """⟨rows[indices[b, j]], x[b]⟩: [n, k], [F, d], [n, d] -> [n, k], without gathering n·k rows into memory.
-
-    It is the derivative of `decode` with respect to its values, which PyTorch has a kernel for.
-    """
-    with torch.enable_grad():
-        weights = torch.zeros(indices.shape, dtype=x.dtype, device=x.device, requires_grad=True)
-        (products,) = torch.autograd.grad(decode(weights, indices, rows.detach()), weights, x)
-    return products
-
-
 @dataclass(frozen=True)
-class ByLatent:
-    """A code turned round: for each latent the tokens in which it is active."""
+class Places:
+    """Where a code has values: the latent and the token of each of P places, in order of tokens."""
 
-    order: Tensor  # [n·k] places in the flattened code, sorted by latent
-    tokens: Tensor  # [n·k] token of each place
-    offsets: Tensor  # [F] where each latent begins
+    latents: Tensor  # [P]
+    tokens: Tensor  # [P], ascending
+    offsets: Tensor  # [n] where each token begins
+    n_latents: int
+
+    @classmethod
+    def of_rows(cls, indices: Tensor, n_latents: int) -> "Places":
+        """As many latents for each token: indices [n, k]."""
+        n, k = indices.shape
+        device = indices.device
+        tokens = torch.arange(n, device=device)
+        return cls(indices.reshape(-1), tokens.repeat_interleave(k), tokens * k, n_latents)
+
+    @classmethod
+    def of_flat(cls, flat: Tensor, n: int, n_latents: int) -> "Places":
+        """From ascending places in a table [n, F] read row by row."""
+        tokens = torch.div(flat, n_latents, rounding_mode="floor")
+        counts = torch.bincount(tokens, minlength=n)
+        return cls(flat - tokens * n_latents, tokens, counts.cumsum(0) - counts, n_latents)
+
+    @property
+    def n(self) -> int:
+        """Number of tokens."""
+        return len(self.offsets)
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def where(self, keep: Tensor) -> "Places":
+        """Only some of the places: keep [P], bool."""
+        tokens = self.tokens[keep]
+        counts = torch.bincount(tokens, minlength=self.n)
+        return Places(self.latents[keep], tokens, counts.cumsum(0) - counts, self.n_latents)
+
+    def among(self, first: int, last: int) -> tuple["Places", Tensor]:
+        """The places of the latents first ≤ i < last, counted from `first`, and which places those are."""
+        keep = (self.latents >= first) & (self.latents < last)
+        part = self.where(keep)
+        return Places(part.latents - first, part.tokens, part.offsets, last - first), keep
+
+    @cached_property
+    def by_latent(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Turned round: places sorted by latent (stably), their tokens, and where each latent begins [F]."""
+        order = torch.argsort(self.latents.to(torch.int32), stable=True)
+        counts = torch.bincount(self.latents, minlength=self.n_latents)
+        return order, self.tokens[order], counts.cumsum(0) - counts
+
+    def combine(self, values: Tensor, rows: Tensor) -> Tensor:
+        """code · R: values [P], rows [F, d] -> [n, d]."""
+        return F.embedding_bag(self.latents, rows, self.offsets, per_sample_weights=values, mode="sum")
+
+    def products(self, rows: Tensor, x: Tensor) -> Tensor:
+        """⟨rows[latent], x[token]⟩ of each place: [F, d], [n, d] -> [P], without gathering P rows into memory.
+
+        It is the derivative of `combine` with respect to its values, which PyTorch has a kernel for.
+        """
+        if not len(self):
+            return x.new_zeros(0)
+        with torch.enable_grad():
+            weights = torch.zeros(len(self), dtype=x.dtype, device=x.device, requires_grad=True)
+            (products,) = torch.autograd.grad(self.combine(weights, rows.detach()), weights, x)
+        return products
 
     def outer(self, values: Tensor, x: Tensor) -> Tensor:
-        """codeᵀ · x: values [n, k], x [n, d] -> [F, d]; row i is the sum over its tokens b of values · x[b]."""
-        weights = values.reshape(-1)[self.order]
-        return F.embedding_bag(self.tokens, x, self.offsets, per_sample_weights=weights, mode="sum")
+        """codeᵀ · x: values [P], x [n, d] -> [F, d]; row i is the sum over its tokens b of values · x[b]."""
+        order, tokens, offsets = self.by_latent
+        return F.embedding_bag(tokens, x, offsets, per_sample_weights=values[order], mode="sum")
+
+    def latent_sums(self, values: Tensor) -> Tensor:
+        """Sum of each latent's values over the tokens: [P] -> [F]."""
+        return torch.bincount(self.latents, weights=values, minlength=self.n_latents).to(values.dtype)
+
+    def token_sums(self, values: Tensor) -> Tensor:
+        """Sum of each token's values over its places: [P] -> [n]. Differentiable."""
+        return torch.zeros(self.n, dtype=values.dtype, device=values.device).index_add(0, self.tokens, values)
 
 
-def by_latent(indices: Tensor, n_latents: int) -> ByLatent:
-    """Sort a code's places by latent (a stable counting sort in effect, so sums keep the order of tokens)."""
-    flat = indices.reshape(-1)
-    order = torch.argsort(flat.to(torch.int32), stable=True)
-    counts = torch.bincount(flat, minlength=n_latents)
-    tokens = torch.div(order, indices.shape[1], rounding_mode="floor")
-    return ByLatent(order, tokens, counts.cumsum(0) - counts)
+class Combine(torch.autograd.Function):
+    """`Places.combine` with gradients of values and rows that touch only the places."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, rows: Tensor, places: Places) -> Tensor:
+        ctx.save_for_backward(values, rows)
+        ctx.places = places
+        return places.combine(values, rows)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        values, rows = ctx.saved_tensors
+        (gradient,) = gradients
+        gradient = gradient.contiguous()
+        to_values = ctx.places.products(rows, gradient) if ctx.needs_input_grad[0] else None
+        to_rows = ctx.places.outer(values, gradient) if ctx.needs_input_grad[1] else None
+        return to_values, to_rows, None
 
 
-def latent_sums(values: Tensor, indices: Tensor, n_latents: int) -> Tensor:
-    """Sum of each latent's values over the tokens: [n, k], [n, k] -> [F]."""
-    return torch.bincount(indices.reshape(-1), weights=values.reshape(-1), minlength=n_latents).to(values.dtype)
+class Encode(torch.autograd.Function):
+    """h = (x − b_dec) Eᵀ + b, given as computed: at some places [P], or the whole table [n, F] if `places` is None.
+
+    Every h depends on b_dec as −E does, so its gradient needs only the bias's, not the tokens again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, encoder: Tensor, bias: Tensor, b_dec: Tensor | None, centred: Tensor, pre: Tensor, places: Any
+    ) -> Tensor:
+        ctx.save_for_backward(encoder, centred)
+        ctx.places, ctx.subtracts = places, b_dec is not None
+        return pre.view_as(pre)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        encoder, centred = ctx.saved_tensors
+        (gradient,) = gradients
+        if ctx.places is None:
+            to_encoder, to_bias = gradient.T @ centred, gradient.sum(0)
+        else:
+            to_encoder, to_bias = ctx.places.outer(gradient, centred), ctx.places.latent_sums(gradient)
+        return to_encoder, to_bias, -(to_bias @ encoder) if ctx.subtracts else None, None, None, None

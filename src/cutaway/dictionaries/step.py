@@ -1,127 +1,162 @@
-"""One training step of a TopK dictionary, gradients written by hand along the active latents.
+"""One training step: the loss of a batch and its gradients, dense or along the active places.
 
-    L = mean_b Σ_d (x̂ − x)²  +  α · mean_b Σ_d (ê − (x − x̂))²
-
-with x̂ = b_dec + Σ_{i in top k of h} relu(h_i) D_i, h = (x − b_dec) Eᵀ + b, and, where latents are dead, ê the sum of
-relu(h_i) D_i over the k_aux dead latents with the largest h (AuxK of Gao et al. 2024, arXiv 2406.04093; no bias). In
-the second term x − x̂ is a constant, so it moves only the dead latents, their encoder rows included, and b_dec through
-the encoder. Dense autograd needs 12·d·F operations a token; here the encoding, 2·d·F, is the only dense product.
+Both ways run the same terms (`terms.py`) on the same pre-activations. The dense one multiplies whole tables; the sparse
+one only gathers and sums what is active, so the encoding, 2·d·F operations a token, is the only dense product of it
+(dense autograd needs 12·d·F). Sparse is taken where few enough places have a value or a gradient, which is known before
+anything is differentiated; it is exact, and the tests hold it against dense autograd.
 """
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from cutaway.dictionaries import sparse
+from cutaway.dictionaries.code import Code, DenseCode, SparseCode
+from cutaway.dictionaries.parameters import Parameters
+from cutaway.dictionaries.rules import BatchTopKRule, Rule, TopKRule, rough_margin
+from cutaway.dictionaries.sparse import Encode, Places
+from cutaway.dictionaries.terms import Forward, Term
 
+# Gathering one row costs about as much as multiplying so many rows of a dense product (measured, two cores, d 256-768).
+_DENSE_FROM = 12
 
-@dataclass(frozen=True)
-class Parameters:
-    """What is trained. Encoder and decoder both hold one latent a row, which the sparse gradients need."""
-
-    encoder: Tensor  # E [F, d], W_encᵀ
-    encoder_bias: Tensor  # b [F]
-    decoder: Tensor  # D [F, d], rows of length 1
-    decoder_bias: Tensor  # b_dec [d]
-
-    def tensors(self) -> dict[str, Tensor]:
-        """By name, in a fixed order."""
-        return dict(vars(self))
+Way = Literal["auto", "dense", "sparse"]
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """Losses as 0-d tensors (sum over d, mean over the batch), how often each latent fired [F], and the gradients."""
+    """`terms`: each term's value by name, 0-d; `reconstruction`: mean_b Σ_d e²; `fired` [F]: in how many tokens."""
 
+    terms: Mapping[str, Tensor]
     reconstruction: Tensor
-    auxiliary: Tensor
     fired: Tensor
+    threshold: Tensor | None
     gradients: Parameters
+    sparse: bool
+
+    @property
+    def loss(self) -> Tensor:
+        """The sum of the terms."""
+        return torch.stack(list(self.terms.values())).sum()
 
 
-@torch.no_grad()
-def topk_step(
+def step(
     parameters: Parameters,
+    rule: Rule,
+    terms: Sequence[Term],
     x: Tensor,
-    k: int,
+    y: Tensor | None = None,
     *,
+    subtract_b_dec: bool = True,
     dead: Tensor | None = None,
-    aux_k: int = 0,
-    aux_coefficient: float = 0.0,
+    variance: float = 1.0,
+    progress: float = 1.0,
     low_precision: bool = False,
+    way: Way = "auto",
+    downstream: Callable[[Tensor], Tensor] | None = None,
 ) -> StepResult:
-    """Loss and gradients on a batch x [n, d]; `dead` are the numbers of the dead latents [m], if any.
+    """Loss and gradients on a batch x [n, d_in] that is to be written as y [n, d_out] (x if None).
 
-    With `low_precision` candidates for the top k are found with a bfloat16 product, a quarter more than k of them, and
-    then scored in full precision, so only a latent that bfloat16 misplaces by that many ranks can be missed.
+    `dead` [m] are the numbers of dead latents. `low_precision` finds candidates with a bfloat16 product and scores them
+    again in full precision: TopK a quarter more than k, BatchTopK an eighth more, the others all that lie within eight
+    standard deviations of bfloat16's error of their bound; so what is chosen differs only where bfloat16 errs by more.
     """
-    encoder, decoder = parameters.encoder, parameters.decoder
-    n, n_latents = len(x), len(encoder)
-    centred = x - parameters.decoder_bias
-    pre = None
-    if low_precision:
-        scores, indices = _low_precision_top(parameters, centred, k)
-    else:
-        pre = torch.addmm(parameters.encoder_bias, centred, encoder.T)
-        scores, indices = sparse.largest(pre, k)
+    y = x if y is None else y
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in parameters.tensors().items()}
+    live = Parameters.of(leaves, blocks=parameters.blocks)
+    centred = x - parameters.decoder_bias.detach() if subtract_b_dec else x
+    b_dec = live.decoder_bias if subtract_b_dec else None
     with torch.enable_grad():
-        values = scores.relu().requires_grad_()
-        written = sparse.decode(values, indices, decoder)
-        error = written.detach() + parameters.decoder_bias - x
-        from_above = error * (2 / n)
-        (to_values,) = torch.autograd.grad(written, values, from_above)
-    values = values.detach()
-    active = values > 0
-    to_scores = to_values * active
+        code = _encode(live, b_dec, rule, centred, low_precision, way)
+        none = torch.empty(0, dtype=torch.int64, device=x.device)
 
-    latents = sparse.by_latent(indices, n_latents)
-    grad_decoder = latents.outer(values, from_above)
-    grad_encoder = latents.outer(to_scores, centred)
-    grad_encoder_bias = sparse.latent_sums(to_scores, indices, n_latents)
-    auxiliary = error.new_zeros(())
-    if dead is not None and len(dead) and aux_coefficient > 0:
-        dead_pre = pre[:, dead] if pre is not None else _pre(parameters, centred, dead)
-        auxiliary, to_dead, to_dead_decoder = _auxiliary(dead_pre, decoder[dead], -error, aux_k, aux_coefficient)
-        grad_decoder.index_add_(0, dead, to_dead_decoder)
-        grad_encoder.index_add_(0, dead, to_dead.T @ centred)
-        grad_encoder_bias.index_add_(0, dead, to_dead.sum(0))
-    # every h depends on b_dec as −E does, so its share needs only the bias's gradient, not the tokens again
-    grad_decoder_bias = from_above.sum(0) - grad_encoder_bias @ encoder
-    return StepResult(
-        reconstruction=error.square().sum() / n,
-        auxiliary=auxiliary,
-        fired=sparse.latent_sums(active.to(x.dtype), indices, n_latents),
-        gradients=Parameters(grad_encoder, grad_encoder_bias, grad_decoder, grad_decoder_bias),
-    )
+        def pre_of(latents: Tensor) -> Tensor:
+            encoder, bias = live.encoder, live.encoder_bias
+            if len(latents) < len(encoder):
+                encoder, bias = encoder[latents], bias[latents]
+            pre = torch.addmm(bias.detach(), centred, encoder.detach().T)
+            return Encode.apply(encoder, bias, b_dec, centred, pre, None)
 
-
-def _pre(parameters: Parameters, centred: Tensor, latents: Tensor) -> Tensor:
-    return torch.addmm(parameters.encoder_bias[latents], centred, parameters.encoder[latents].T)
+        forward = Forward(
+            live, rule, x, y, code, pre_of,
+            dead=none if dead is None else dead,
+            variance=variance, progress=progress, downstream=downstream,
+        )  # fmt: skip
+        values = _named(terms, forward)
+        torch.stack(list(values.values())).sum().backward()
+    gradients = {name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for name, leaf in leaves.items()}
+    with torch.no_grad():
+        active = code.values.detach() > 0
+        return StepResult(
+            terms={name: value.detach() for name, value in values.items()},
+            reconstruction=forward.error.detach().square().sum() / len(x),
+            fired=code.per_latent(active.to(x.dtype)),
+            threshold=_least(code, active, rule, parameters),
+            gradients=Parameters.of(gradients, blocks=parameters.blocks),
+            sparse=isinstance(code, SparseCode),
+        )
 
 
-def _low_precision_top(parameters: Parameters, centred: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    half = torch.bfloat16
-    rough = torch.addmm(parameters.encoder_bias.to(half), centred.to(half), parameters.encoder.to(half).T)
-    _, candidates = sparse.largest(rough, min(k + max(k // 4, 1), rough.shape[1]))
-    scores = sparse.row_products(candidates, parameters.encoder, centred) + parameters.encoder_bias[candidates]
-    values, chosen = scores.topk(k, dim=-1, sorted=False)
-    return values, candidates.gather(1, chosen)
+def _named(terms: Sequence[Term], forward: Forward) -> dict[str, Tensor]:
+    """Each term's value by its kind; a second one of the same kind gets a number."""
+    values: dict[str, Tensor] = {}
+    for term in terms:
+        name, number = term.kind, 2
+        while name in values:
+            name, number = f"{term.kind}_{number}", number + 1
+        values[name] = term(forward)
+    return values
 
 
-def _auxiliary(
-    pre: Tensor, decoder: Tensor, residual: Tensor, aux_k: int, coefficient: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """α · mean_b Σ_d (ê − residual)² over the dead latents (pre [n, m], decoder [m, d]); gradients of pre and decoder.
+def _encode(live: Parameters, b_dec: Tensor | None, rule: Rule, centred: Tensor, low_precision: bool, way: Way) -> Code:
+    encoder, bias = live.encoder.detach(), live.encoder_bias.detach()
+    if low_precision and way != "dense":
+        half = torch.bfloat16
+        rough = torch.addmm(bias.to(half), centred.to(half), encoder.to(half).T)
+        with torch.no_grad():
+            places = rule.places(rough, live, rough_margin(centred, encoder))
+        if way == "sparse" or len(places) * _DENSE_FROM <= rough.numel():
+            del rough
+            pre = places.products(encoder, centred) + bias[places.latents]
+            if isinstance(rule, TopKRule | BatchTopKRule):
+                with torch.no_grad():
+                    chosen = rule.refine(pre, places, live)
+                    places, pre = _only(places, chosen), pre[chosen]
+            return _sparse(live, b_dec, rule, centred, pre, places)
+        way = "dense"
+    pre = torch.addmm(bias, centred, encoder.T)
+    if way != "dense":
+        with torch.no_grad():
+            places = rule.places(pre, live, None)
+        if way == "sparse" or len(places) * _DENSE_FROM <= pre.numel():
+            flat = places.tokens * places.n_latents + places.latents
+            return _sparse(live, b_dec, rule, centred, pre.view(-1)[flat], places)
+    whole = Encode.apply(live.encoder, live.encoder_bias, b_dec, centred, pre, None)
+    code = DenseCode(whole, whole)
+    return code.with_values(rule.values(code, live))
 
-    Dense over the dead: AuxK keeps so many of them that gathering rows would cost more than multiplying.
-    """
-    if aux_k < pre.shape[1]:
-        values, indices = sparse.largest(pre.contiguous(), aux_k)
-        activations = torch.zeros_like(pre).scatter_(1, indices, values.relu())
-    else:
-        activations = pre.relu()
-    error = activations @ decoder - residual
-    from_above = error * (2 * coefficient / len(pre))
-    to_pre = (from_above @ decoder.T) * (activations > 0)
-    return coefficient * error.square().sum() / len(pre), to_pre, activations.T @ from_above
+
+def _sparse(
+    live: Parameters, b_dec: Tensor | None, rule: Rule, centred: Tensor, pre: Tensor, places: Places
+) -> SparseCode:
+    at_places = Encode.apply(live.encoder, live.encoder_bias, b_dec, centred, pre, places)
+    code = SparseCode(at_places, at_places, places)
+    return code.with_values(rule.values(code, live))
+
+
+def _only(places: Places, chosen: Tensor) -> Places:
+    """The chosen ones of some candidates, given by number, in order of tokens."""
+    tokens = places.tokens[chosen]
+    counts = torch.bincount(tokens, minlength=places.n)
+    return Places(places.latents[chosen], tokens, counts.cumsum(0) - counts, places.n_latents)
+
+
+def _least(code: Code, active: Tensor, rule: Rule, parameters: Parameters) -> Tensor | None:
+    """The smallest score that was kept in this batch, 0-d: what one threshold for all would have to lie below."""
+    if not isinstance(rule, BatchTopKRule) or not active.any():
+        return None
+    scores = code.pre.detach()
+    scores = scores * code.at(parameters.decoder_norms()) if rule.by_norm else scores
+    return scores[active].min()

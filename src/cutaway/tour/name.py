@@ -19,6 +19,7 @@ from cutaway.artifacts.progress import Progress
 from cutaway.dictionaries.dictionary import Dictionary
 from cutaway.dictionaries.evaluate import evaluate
 from cutaway.dictionaries.from_model import train_on_model
+from cutaway.dictionaries.rules import TopKRule
 from cutaway.dictionaries.saelens_format import load_dictionary, save_dictionary
 from cutaway.dictionaries.train import TrainConfig
 from cutaway.features.activations import Firing, fires
@@ -53,11 +54,16 @@ def configuration(tour: Tour) -> TrainConfig:
     return TrainConfig(
         batch=min(TrainConfig.batch, max(16, available // 8)),
         d_sae=d_sae,
-        k=min(16, max(4, tour.lm.d_model // 16)),
+        selector=TopKRule(min(16, max(4, tour.lm.d_model // 16))),
         tokens=max(512, min(_TOKENS, 8 * available)),
         low_precision=True,
         seed=tour.seed,
     )
+
+
+def _k(config: TrainConfig) -> int:
+    assert isinstance(config.selector, TopKRule)
+    return config.selector.k
 
 
 def dictionary(tour: Tour) -> page.Section:
@@ -84,8 +90,8 @@ def dictionary(tour: Tour) -> page.Section:
         question="Can a layer be taken apart into single features?",
         lead=(
             f"A sparse autoencoder learns to write the stream after layer {site_of(tour).split('.')[1]} as a sum of "
-            f"{config.k} out of {config.d_sae:,} directions. It is judged on text it was not trained on, beside random "
-            "directions and by putting its output back into the model."
+            f"{_k(config)} out of {config.d_sae:,} directions. It is judged on text it was not trained on, beside "
+            "random directions and by putting its output back into the model."
         ),
         note=(
             f"Trained on {config.tokens:,} tokens ({tour.text.description}), judged on {judged.n_tokens:,} others; one "
@@ -101,7 +107,7 @@ def dictionary(tour: Tour) -> page.Section:
                         units="share",
                         detail="of what zeros in its place would cost",
                     ),
-                    page.Figure(label="active a token (L0)", value=effects["l0"].value, detail=f"k is {config.k}"),
+                    page.Figure(label="active a token (L0)", value=effects["l0"].value, detail=f"k is {_k(config)}"),
                     page.Figure(
                         label="dead latents", value=judged.dead, units="share", detail="never active on held-out text"
                     ),

@@ -1,0 +1,54 @@
+"""One threshold for all latents such that a wanted number of them are active on a token, on average."""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from cutaway.artifacts.errors import CutawayError
+from cutaway.dictionaries import sparse
+from cutaway.dictionaries.dictionary import Dictionary
+from cutaway.dictionaries.selectors import BatchTopK, ReLU, TopK
+
+
+@torch.no_grad()
+def calibrate(dictionary: Dictionary, batches: Callable[[], Iterable[Tensor]], l0: float) -> Dictionary:
+    """The dictionary with a = relu(h)·1[h > θ], θ such that `l0` latents are active on a token of the sample.
+
+    `batches()` gives batches [n, d_in] of the sample, the same each time. θ is exact: the (l0·N + 1)-th largest
+    pre-activation of all N tokens. For a ReLU, TopK or BatchTopK dictionary; raises `CutawayError` for others, for an
+    empty sample, and for an l0 that more latents than are ever positive would need.
+    """
+    if not isinstance(dictionary.selector, ReLU | TopK | BatchTopK):
+        raise CutawayError(f"a {dictionary.selector.name} dictionary has thresholds of its own")
+    room = 4.0
+    while True:
+        kept: list[Tensor] = []
+        lowest = -math.inf  # everything above it has been kept
+        tokens = 0
+        for x in batches():
+            pre = dictionary.pre_activations(x)
+            count = math.ceil(room * l0 * len(x))
+            values = pre.view(-1)[sparse.largest_of_all(pre, count)]
+            if len(values) == count:
+                lowest = max(lowest, float(values.min()))
+            kept.append(values)
+            tokens += len(x)
+        if not tokens:
+            raise CutawayError("there are no activations to set a threshold on")
+        found = torch.cat(kept)
+        wanted = round(l0 * tokens)
+        if lowest == -math.inf and len(found) <= wanted:
+            if len(found) < wanted:
+                raise CutawayError(
+                    f"only {len(found) / tokens:.4g} latents are positive on a token, fewer than the wanted {l0:g}"
+                )
+            threshold = 0.0
+        else:
+            threshold = float(found.kthvalue(len(found) - wanted).values) if len(found) > wanted else -math.inf
+        if threshold >= lowest:
+            k = max(1, min(dictionary.d_sae, round(l0)))
+            return replace(dictionary, selector=BatchTopK(k, max(0.0, threshold)))
+        room *= 2

@@ -1,0 +1,127 @@
+"""How a dictionary is trained, as one value that can be written down, compared and read again."""
+
+import math
+from dataclasses import asdict, dataclass
+from functools import cache
+from typing import Any, Literal
+
+from cutaway.artifacts.errors import CutawayError
+from cutaway.dictionaries.initial import Initial, Start
+from cutaway.dictionaries.rules import BatchTopKRule, Rule, TopKRule
+from cutaway.dictionaries.scaling import Normalise
+from cutaway.dictionaries.terms import AuxK, Matryoshka, Reconstruction, Term, check_terms
+
+
+@dataclass(frozen=True)
+class Resample:
+    """Give dead latents the directions of badly reconstructed tokens (Anthropic 2023, arXiv-less: Bricken et al.).
+
+    `at`: after these shares of training; dead: silent for `window`, a share of training too. A dead latent takes the
+    direction of a token drawn with chance ∝ (its loss)², `encoder_norm` × the mean length of the living encoders' rows,
+    bias 0, and its moments in Adam start again.
+    """
+
+    at: tuple[float, ...] = (1 / 8, 1 / 4, 3 / 8, 1 / 2)
+    window: float = 1 / 16
+    encoder_norm: float = 0.2
+
+
+_SELECTOR: Rule = TopKRule(32)
+_TERMS: tuple[Term, ...] = (Reconstruction(), AuxK(form="sum"))
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything here changes the result, so it is part of a dictionary's identity.
+
+    `d_sae` latents, `selector` and the loss `terms`; `skip` adds W_skip. `tokens` counts every token each time it is
+    used. `normalise` sets the units of training (`scaling.py`), `input_norm` what is done to each token; both from the
+    first `sample` tokens, as are `b_dec` and the encoder's bias (`active`; see `initial.py`).
+    `learning_rate` (None: 2e-4/√(F/2¹⁴)) rises over `warmup` steps and falls linearly to 0 over the last `decay` share.
+    `decoder_norm` "unit": rows keep length 1, the gradient's part along them is taken away first. `clip`: greatest norm
+    of the gradient. `dead_after`: a latent silent for so many tokens is dead. `calibrate`: tokens that set BatchTopK's
+    threshold at the end. `low_precision`: candidates by a bfloat16 product (`step.py`).
+    """
+
+    d_sae: int = 4096
+    selector: Rule = _SELECTOR
+    terms: tuple[Term, ...] = _TERMS
+    tokens: int = 4_000_000
+    batch: int = 512
+    normalise: Normalise = "centred"
+    input_norm: Literal["layer_norm", "unit"] | None = None
+    initial: Initial = "tied"
+    initial_norm: float = 1.0
+    b_dec: Start = "geometric_median"
+    subtract_b_dec: bool = True
+    active: int | None = None
+    skip: bool = False
+    decoder_norm: Literal["unit", "free"] = "unit"
+    learning_rate: float | None = 3e-3
+    warmup: int = 100
+    decay: float = 0.3
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    adam_epsilon: float = 1e-8
+    clip: float | None = None
+    dead_after: int = 250_000
+    resample: Resample | None = None
+    sample: int = 0
+    calibrate: int = 65_536
+    low_precision: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.d_sae < 1:
+            raise CutawayError(f"d_sae = {self.d_sae}: a dictionary has 1 latent or more")
+        if isinstance(self.selector, TopKRule | BatchTopKRule) and not 1 <= self.selector.k <= self.d_sae:
+            raise CutawayError(f"k = {self.selector.k} latents cannot be active out of d_sae = {self.d_sae}")
+        for name in ("tokens", "batch", "dead_after"):
+            if getattr(self, name) <= 0:
+                raise CutawayError(f"{name} = {getattr(self, name)}: it must be positive")
+        if self.learning_rate is not None and not self.learning_rate > 0:
+            raise CutawayError(f"learning_rate = {self.learning_rate}: it must be positive")
+        if self.tokens < self.batch:
+            raise CutawayError(f"tokens = {self.tokens} is less than one batch of {self.batch}")
+        if self.decoder_norm == "unit" and self.initial == "zero_decoder":
+            raise CutawayError("a decoder that starts at zero has no direction to keep: give decoder_norm 'free'")
+        check_terms(self.terms, self.selector)
+        for term in self.terms:
+            if isinstance(term, Matryoshka) and len(set(term.ends(self.d_sae))) < len(term.prefixes):
+                raise CutawayError(f"{self.d_sae} latents are too few for the prefixes {term.prefixes}")
+
+    @property
+    def steps(self) -> int:
+        """Number of optimiser steps."""
+        return self.tokens // self.batch
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step, counted from 0."""
+        top = 2e-4 / math.sqrt(self.d_sae / 2**14) if self.learning_rate is None else self.learning_rate
+        falling = max(1.0, self.decay * self.steps)
+        return top * min(1.0, (step + 1) / max(1, self.warmup), (self.steps - step) / falling)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; `from_json` reads them."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Any) -> "TrainConfig":
+        """The configuration that some plain values describe; defaults for what is not there.
+
+        Raises `CutawayError` that names the first field that is unknown or of the wrong kind.
+        """
+        from pydantic import ValidationError
+
+        try:
+            return _adapter().validate_python(values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"]) or "the recipe"
+            raise CutawayError(f"{where}: {first['msg']}") from error
+
+
+@cache
+def _adapter() -> Any:
+    from pydantic import ConfigDict, TypeAdapter
+
+    return TypeAdapter(TrainConfig, config=ConfigDict(extra="forbid"))

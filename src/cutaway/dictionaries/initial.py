@@ -1,0 +1,86 @@
+"""Parameters before the first step, from a sample of activations."""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from cutaway.dictionaries.parameters import Parameters
+from cutaway.dictionaries.rules import GatedRule, JumpReLURule, Rule
+from cutaway.dictionaries.scaling import geometric_median
+
+Start = Literal["zero", "mean", "geometric_median"]
+Initial = Literal["tied", "uniform", "zero_decoder"]
+
+
+def initial_parameters(
+    x: Tensor,
+    y: Tensor,
+    rule: Rule,
+    *,
+    d_sae: int,
+    how: Initial,
+    decoder_norm: float,
+    b_dec: Start,
+    subtract_b_dec: bool,
+    active: int | None,
+    skip: bool,
+    blocks: tuple[int, ...],
+    seed: int,
+) -> Parameters:
+    """Parameters for x [n, d_in] and y [n, d_out], both as the trainer sees them.
+
+    `how`: "tied" random directions of length `decoder_norm` as decoder, the encoder the same rows (where input and
+    output are of one kind; else other directions of length 1); "uniform" entries of the decoder uniform in ±1/√d_out
+    and the encoder its rows times d/F (Anthropic, January 2025); "zero_decoder" no decoder, random unit encoder.
+    `active`: set the encoder's bias so that each latent fires on the share active/F of the sample, at most a half.
+    """
+    d_in, d_out = x.shape[1], y.shape[1]
+    generator = torch.Generator().manual_seed(seed)
+    same = subtract_b_dec or (d_in == d_out and x is y)
+
+    def unit(width: int) -> Tensor:
+        rows = torch.randn(d_sae, width, generator=generator)
+        return torch.nn.functional.normalize(rows, dim=1).to(x)
+
+    if how == "uniform":
+        decoder = ((2 * torch.rand(d_sae, d_out, generator=generator) - 1) / math.sqrt(d_out)).to(x)
+        encoder = decoder * (d_in / d_sae) if same else unit(d_in) * (d_in / d_sae) / math.sqrt(3)
+    elif how == "zero_decoder":
+        decoder, encoder = x.new_zeros(d_sae, d_out), unit(d_in)
+    else:
+        direction = unit(d_out)
+        if len(blocks) > 1:  # each block of a crosscoder's decoder has the length
+            parts = [torch.nn.functional.normalize(part, dim=1) for part in direction.split(list(blocks), dim=1)]
+            direction = torch.cat(parts, dim=1)
+        decoder = direction * decoder_norm
+        encoder = decoder.clone() if same else unit(d_in)
+    centre = {"zero": y.new_zeros(d_out), "mean": y.mean(0)}.get(b_dec)
+    if centre is None:
+        centre = torch.cat([geometric_median(part) for part in y.split(list(blocks or (d_out,)), dim=1)])
+    bias = x.new_zeros(d_sae)
+    threshold = x.new_full((d_sae,), rule.initial_threshold) if isinstance(rule, JumpReLURule) else None
+    if active is not None:
+        bias = _rate_calibrated(encoder, x - centre if subtract_b_dec else x, min(0.5, active / d_sae))
+        bias = bias if threshold is None else bias + threshold
+    gated = isinstance(rule, GatedRule)
+    return Parameters(
+        encoder=encoder.contiguous(),
+        encoder_bias=bias,
+        decoder=decoder.contiguous(),
+        decoder_bias=centre.clone(),
+        threshold=threshold,
+        gate_scale=x.new_zeros(d_sae) if gated else None,
+        magnitude_bias=x.new_zeros(d_sae) if gated else None,
+        skip=x.new_zeros(d_out, d_in) if skip else None,
+        blocks=blocks,
+    )
+
+
+def _rate_calibrated(encoder: Tensor, centred: Tensor, rate: float) -> Tensor:
+    """Biases [F] with which each latent is above 0 on that share of the sample, a block of latents at a time."""
+    sample = centred[:8192]
+    rank = min(len(sample), max(1, round((1 - rate) * len(sample))))
+    found = [(sample @ rows.T).kthvalue(rank, dim=0).values for rows in encoder.split(1024)]
+    return -torch.cat(found)
