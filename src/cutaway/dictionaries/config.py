@@ -3,18 +3,21 @@
 import math
 from dataclasses import asdict, dataclass
 from functools import cache
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, TypeAdapter, ValidationError
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.dictionaries.initial import Initial, Start
+from cutaway.dictionaries.parameters import Plain
 from cutaway.dictionaries.rules import BatchTopKRule, Rule, TopKRule
 from cutaway.dictionaries.scaling import Normalise
 from cutaway.dictionaries.terms import AuxK, Matryoshka, Reconstruction, Term, check_terms
 
 
 @dataclass(frozen=True)
-class Resample:
-    """Give dead latents the directions of badly reconstructed tokens (Anthropic 2023, arXiv-less: Bricken et al.).
+class Resample(Plain):
+    """Give dead latents the directions of badly reconstructed tokens (Bricken et al. 2023).
 
     `at`: after these shares of training; dead: silent for `window`, a share of training too. A dead latent takes the
     direction of a token drawn with chance ∝ (its loss)², `encoder_norm` × the mean length of the living encoders' rows,
@@ -31,7 +34,7 @@ _TERMS: tuple[Term, ...] = (Reconstruction(), AuxK(form="sum"))
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Plain):
     """Everything here changes the result, so it is part of a dictionary's identity.
 
     `d_sae` latents, `selector` and the loss `terms`; `skip` adds W_skip. `tokens` counts every token each time it is
@@ -44,8 +47,8 @@ class TrainConfig:
     """
 
     d_sae: int = 4096
-    selector: Rule = _SELECTOR
-    terms: tuple[Term, ...] = _TERMS
+    selector: Annotated[Rule, Field(discriminator="kind")] = _SELECTOR
+    terms: tuple[Annotated[Term, Field(discriminator="kind")], ...] = _TERMS
     tokens: int = 4_000_000
     batch: int = 512
     normalise: Normalise = "centred"
@@ -110,8 +113,6 @@ class TrainConfig:
 
         Raises `CutawayError` that names the first field that is unknown or of the wrong kind.
         """
-        from pydantic import ValidationError
-
         try:
             return _adapter().validate_python(values)
         except ValidationError as error:
@@ -122,6 +123,4 @@ class TrainConfig:
 
 @cache
 def _adapter() -> Any:
-    from pydantic import ConfigDict, TypeAdapter
-
-    return TypeAdapter(TrainConfig, config=ConfigDict(extra="forbid"))
+    return TypeAdapter(TrainConfig)

@@ -1,11 +1,17 @@
-"""What is trained."""
+"""What is trained, and what the values that say how have in common."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+
+
+class Plain:
+    """A dataclass of plain values that is read from files: a field that it does not have is an error there."""
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
 
 
 @dataclass(frozen=True, eq=False)

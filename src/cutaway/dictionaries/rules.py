@@ -15,7 +15,7 @@ from torch import Tensor
 from cutaway.artifacts.errors import CutawayError
 from cutaway.dictionaries import sparse
 from cutaway.dictionaries.code import Code, DenseCode, Jump
-from cutaway.dictionaries.parameters import Parameters
+from cutaway.dictionaries.parameters import Parameters, Plain
 from cutaway.dictionaries.sparse import Places
 
 # With bfloat16 a pre-activation is off by about 2^-9 of the typical size of one summand times √d; this many standard
@@ -24,7 +24,7 @@ _DEVIATIONS = 8
 
 
 @dataclass(frozen=True)
-class ReLURule:
+class ReLURule(Plain):
     """Every positive pre-activation. Sparse only once an L1 or a similar term has made it so."""
 
     kind: Literal["relu"] = "relu"
@@ -37,7 +37,7 @@ class ReLURule:
 
 
 @dataclass(frozen=True)
-class TopKRule:
+class TopKRule(Plain):
     """The k largest of each token; by_norm: the largest h·‖W_dec‖, for decoders whose norms are free."""
 
     k: int
@@ -67,7 +67,7 @@ class TopKRule:
 
 
 @dataclass(frozen=True)
-class BatchTopKRule:
+class BatchTopKRule(Plain):
     """The k·n largest positive pre-activations of a batch of n tokens; by_norm: the largest h·‖W_dec‖."""
 
     k: int
@@ -96,7 +96,7 @@ class BatchTopKRule:
 
 
 @dataclass(frozen=True)
-class GatedRule:
+class GatedRule(Plain):
     """A gate h > 0, and a magnitude that shares the gate's directions (arXiv 2404.16014)."""
 
     kind: Literal["gated"] = "gated"
@@ -113,7 +113,7 @@ class GatedRule:
 
 
 @dataclass(frozen=True)
-class JumpReLURule:
+class JumpReLURule(Plain):
     """h > θ with a straight-through gradient of width `bandwidth`; see `code.Jump`.
 
     θ is learned as it is, in float32, and set back to 0 where a step takes it below; its logarithm would hardly move.

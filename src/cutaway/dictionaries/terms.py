@@ -16,7 +16,7 @@ from torch import Tensor
 from cutaway.artifacts.errors import CutawayError
 from cutaway.dictionaries import sparse
 from cutaway.dictionaries.code import Code, Over
-from cutaway.dictionaries.parameters import Parameters
+from cutaway.dictionaries.parameters import Parameters, Plain
 from cutaway.dictionaries.rules import BatchTopKRule, JumpReLURule, Rule, TopKRule
 
 Norms = Literal["none", "l2", "sum"]
@@ -91,7 +91,7 @@ def ramp(progress: float, over: float) -> float:
 
 
 @dataclass(frozen=True)
-class Reconstruction:
+class Reconstruction(Plain):
     """weight · e² as `form` says (see `Forward.reduce`)."""
 
     form: Form = "sum"
@@ -103,7 +103,7 @@ class Reconstruction:
 
 
 @dataclass(frozen=True)
-class Matryoshka:
+class Matryoshka(Plain):
     """The reconstruction by nested prefixes of the latents: Σ_g e_g², or their mean if `average` (arXiv 2503.17547).
 
     `prefixes` are shares of the latents, ascending, the last 1. `bias_level` adds the level with no latent at all.
@@ -139,7 +139,7 @@ class Matryoshka:
 
 
 @dataclass(frozen=True)
-class EndToEnd:
+class EndToEnd(Plain):
     """weight · mean KL(model ‖ model with ŷ in place of y) in nats a token (Braun et al. 2024, arXiv 2405.12241).
 
     Only where training runs the model on: see `train_end_to_end`.
@@ -157,7 +157,7 @@ class EndToEnd:
 
 
 @dataclass(frozen=True)
-class Lp:
+class Lp(Plain):
     """coefficient · mean_b Σ_i |a_i|^p · w_i, w_i = 1, ‖D_i‖ ("l2"), or the sum of its blocks' lengths ("sum").
 
     `of` "gate": on relu(gate) of a gated dictionary instead of on a. `warmup`: the share of training over which the
@@ -178,7 +178,7 @@ class Lp:
 
 
 @dataclass(frozen=True)
-class L0:
+class L0(Plain):
     """coefficient · mean_b Σ_i 1[h_i > θ_i], θ learned straight through (arXiv 2407.14435). JumpReLU only."""
 
     coefficient: float
@@ -190,7 +190,7 @@ class L0:
 
 
 @dataclass(frozen=True)
-class QuadraticL0:
+class QuadraticL0(Plain):
     """Drives L0 to a target instead of to 0. JumpReLU only.
 
     per "token": coefficient · mean_b [(2/L*)·(L0_b − L*)²]; per "batch": coefficient · (mean_b L0_b / L* − 1)².
@@ -212,7 +212,7 @@ class QuadraticL0:
 
 
 @dataclass(frozen=True)
-class Tanh:
+class Tanh(Plain):
     """coefficient · mean_b Σ_i tanh(scale · a_i · w_i), w as in `Lp` (Anthropic, January 2025)."""
 
     coefficient: float
@@ -227,7 +227,7 @@ class Tanh:
 
 
 @dataclass(frozen=True)
-class PreActivation:
+class PreActivation(Plain):
     """coefficient · mean_b Σ_i relu(θ_i − h_i) · ‖D_i‖: pulls silent latents back (Anthropic, January 2025).
 
     θ is 0 for other selectors than JumpReLU. It reaches every latent, so a step with it is dense, unless `dead_only`.
@@ -249,7 +249,7 @@ class PreActivation:
 
 
 @dataclass(frozen=True)
-class AuxK:
+class AuxK(Plain):
     """Dead latents learn to reconstruct what is missing (Gao et al. 2024, arXiv 2406.04093).
 
         coefficient · s · R of (ê − sg(y − ŷ))²,   ê = Σ relu(h_i) D_i over the k (d/2 if None) strongest dead latents
@@ -289,7 +289,7 @@ class AuxK:
 
 
 @dataclass(frozen=True)
-class MultiTopK:
+class MultiTopK(Plain):
     """weight · e² of the reconstruction by `factor` times as many latents (arXiv 2406.04093). TopK only; dense."""
 
     factor: int = 4
@@ -310,7 +310,7 @@ class MultiTopK:
 
 
 @dataclass(frozen=True)
-class GatedAuxiliary:
+class GatedAuxiliary(Plain):
     """weight · mean_b Σ_d (y − (relu(gate) · sg(D) + sg(b_dec)))²: the gate has to reconstruct too (arXiv 2404.16014).
 
     The decoder is constant here; where it is not, the gate's share can be moved into it and L1 is cheated.
