@@ -1,0 +1,49 @@
+"""What superposition looks like: norms, interference, and how many dimensions each feature has (Elhage et al. 2022)."""
+
+import torch
+from torch import Tensor
+
+# polytopes that the paper found, by the dimensionality of each of their features: m_polytope / n_vertices
+POLYTOPES = {"alone": 1.0, "tetrahedron": 3 / 4, "triangle": 2 / 3, "digon": 1 / 2, "pentagon": 2 / 5, "square antiprism": 3 / 8}
+
+
+def feature_norms(W: Tensor) -> Tensor:
+    """‖W_i‖, how strongly each feature is represented: [..., m, n] -> [..., n]."""
+    return W.norm(dim=-2)
+
+
+def interference(W: Tensor) -> Tensor:
+    """Σ_{j≠i} (Ŵ_i · W_j)², what else stands in a feature's direction: [..., m, n] -> [..., n]; 0 where W_i is 0."""
+    return _shared(W) - W.square().sum(-2)
+
+
+def dimensionality(W: Tensor) -> Tensor:
+    """D_i = ‖W_i‖² / Σ_j (Ŵ_i · W_j)²: 1 for a direction of its own, ½ for one of an antipodal pair, 0 for none.
+
+    [..., m, n] -> [..., n]. Features in a tight frame of their subspace share its dimensions equally, so that
+    Σ_i D_i is the number of dimensions in use.
+    """
+    shared = _shared(W)
+    return W.square().sum(-2) / shared.clamp_min(torch.finfo(W.dtype).tiny) * (shared > 0)
+
+
+def dimensions_per_feature(W: Tensor) -> Tensor:
+    """D* = m / ‖W‖²_F: as many dimensions as each represented feature gets, [..., m, n] -> [...]."""
+    return W.shape[-2] / W.square().sum((-2, -1))
+
+
+def nearest_polytope(D: Tensor, within: float = 0.04) -> list[str]:
+    """The polytope whose features have about these dimensionalities: D [n] -> n names; “none” below ½·3/8, else “other”."""
+    names = list(POLYTOPES)
+    ideal = torch.tensor([POLYTOPES[name] for name in names], dtype=D.dtype)
+    gap, place = (D[:, None] - ideal).abs().min(1)
+    return [
+        "none" if d < 3 / 16 else names[p] if g <= within else "other"
+        for d, g, p in zip(D.tolist(), gap.tolist(), place.tolist(), strict=True)
+    ]
+
+
+def _shared(W: Tensor) -> Tensor:
+    """Σ_j (Ŵ_i · W_j)²: [..., n]."""
+    unit = torch.nn.functional.normalize(W, dim=-2, eps=torch.finfo(W.dtype).tiny)
+    return (unit.mT @ W).square().sum(-1)
