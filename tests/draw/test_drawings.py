@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from markupsafe import Markup
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.draw.charts import _ticks, bars_html, effect_html, line_legend, line_svg
+from cutaway.draw.charts import axis_ticks, bars_html, effect_html, line_legend, line_svg
 from cutaway.draw.heatmap import heatmap_svg
 from cutaway.draw.panels import compare_html, features_html, figures_html, table_html
 from cutaway.draw.stack import stack_svg
@@ -132,7 +132,7 @@ def test_ticks_are_few_round_and_cover_the_range(low, width):
     high = low + width
     if not high > low + 1e-9 * abs(low):
         return
-    ticks = _ticks(low, high)
+    ticks = axis_ticks(low, high)
     assert 2 <= len(ticks) <= 9
     assert ticks == sorted(set(ticks))
     assert ticks[0] <= low + 1e-6 * width
@@ -140,8 +140,8 @@ def test_ticks_are_few_round_and_cover_the_range(low, width):
 
 
 def test_whole_axes_have_whole_ticks():
-    assert _ticks(0, 7, whole=True) == [0, 1, 2, 3, 4, 5, 6, 7]
-    assert all(tick.is_integer() for tick in _ticks(0, 37, whole=True))
+    assert axis_ticks(0, 7, whole=True) == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert all(tick.is_integer() for tick in axis_ticks(0, 37, whole=True))
 
 
 EFFECT = {

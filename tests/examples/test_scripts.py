@@ -11,6 +11,7 @@ PROMISED = {
     "patch_a_fact.py": [" Sacramento", "mean |Δ|", "random position"],
     "steer_generation.py": ["warm - cold × +1", "random, same length × +1", "unsteered"],
     "harvest_and_probe.py": ["blocks.3.resid_post", "length of its vector", "shuffled labels", "bag of tokens"],
+    "superposition_numpy.py": ["2 of 5 features in 2 dimensions", "5 of 5 features", "[0.4 0.4 0.4 0.4 0.4]"],
     "attention.py": ["induction", "2 random heads", "comes after the same token earlier"],
 }
 

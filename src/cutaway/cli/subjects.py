@@ -5,7 +5,8 @@ from typing import Literal
 
 from cyclopts import App
 
-from cutaway.cli.options import Count, ExistingFolder, Flag, Seed
+from cutaway.cli.options import Count, ExistingFolder, Flag, Page, Seed
+from cutaway.cli.output import command_line, deliver
 
 app = App(name="subjects", help="Make, judge and read the models whose world we know.", result_action="return_value")
 
@@ -124,3 +125,31 @@ def samples(part: str, /, *, n: Count = 10, seed: Seed = 0) -> None:
     from cutaway.subjects.atlas.corpus import print_samples
 
     print_samples(part, n=n, seed=seed)
+
+
+@app.command
+def superposition(*, out: Page = None, seed: Seed = 0, json: Flag = False) -> None:
+    """Train the toy models of superposition and show what they do: geometry, polytopes, phase diagram (a minute).
+
+    Parameters
+    ----------
+    out
+        Write a page with the drawings.
+    seed
+        Of initial weights and samples.
+    json
+        Print every figure as JSON on stdout, and nothing else.
+    """
+    from cutaway.draw.page import page_html
+    from cutaway.subjects.superposition.page import LEAD, toy_sections
+    from cutaway.subjects.superposition.study import toy_study
+
+    study = toy_study(seed=seed)
+    command = command_line("subjects", "superposition", out=(out, None), seed=(seed, 0))
+    deliver(
+        text=str(study),
+        data={**study.to_json(), "command": command},
+        page=lambda: page_html(title="Superposition", lead=LEAD, sections=toy_sections(study), command=command),
+        as_json=json,
+        html=out,
+    )

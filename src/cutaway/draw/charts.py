@@ -44,9 +44,12 @@ def line_svg(*, series: Sequence[Series], title: str, x_label: str = "", y_label
     It scales with the box it stands in. Colours and marker shapes follow the order of the series; `line_legend`
     names them.
     """
-    xs = _range(x for one in series for x in one["x"])
-    ys = _range(y for one in series for key in ("y", "low", "high") for y in (one.get(key) or ()))
-    y_ticks, x_ticks = _ticks(*ys), _ticks(*xs, whole=all(float(x).is_integer() for one in series for x in one["x"]))
+    xs = axis_range(x for one in series for x in one["x"])
+    ys = axis_range(y for one in series for key in ("y", "low", "high") for y in (one.get(key) or ()))
+    y_ticks, x_ticks = (
+        axis_ticks(*ys),
+        axis_ticks(*xs, whole=all(float(x).is_integer() for one in series for x in one["x"])),
+    )
     ys = (min(ys[0], y_ticks[0]), max(ys[1], y_ticks[-1]))
 
     def px(x: float) -> float:
@@ -168,7 +171,7 @@ def _known(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
 
 
-def _range(values: Iterable[float | None]) -> tuple[float, float]:
+def axis_range(values: Iterable[float | None]) -> tuple[float, float]:
     known = [float(value) for value in values if value is not None and math.isfinite(value)]
     if not known:
         return 0.0, 1.0
@@ -176,7 +179,7 @@ def _range(values: Iterable[float | None]) -> tuple[float, float]:
     return (low, high) if high > low else (low - 0.5, high + 0.5)
 
 
-def _ticks(low: float, high: float, whole: bool = False) -> list[float]:
+def axis_ticks(low: float, high: float, whole: bool = False) -> list[float]:
     """About five round numbers from just outside `low` to `high` (inside them when `whole`)."""
     if whole and high - low <= 12:
         return [float(place) for place in range(math.ceil(low), math.floor(high) + 1)]
@@ -277,6 +280,6 @@ def _whisker(place: Any, low: float | None, high: float | None) -> str:
 
 def _percent(values: Iterable[float | None]) -> Any:
     """A function from a number to its place across the drawing in percent, with room at both ends for a mark."""
-    low, high = _range([0.0, *values])
+    low, high = axis_range([0.0, *values])
     inner = 2.0 if low < 0 else 0.5
     return lambda value: inner + (value - low) / (high - low) * (98.0 - inner)

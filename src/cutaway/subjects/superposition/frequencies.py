@@ -11,7 +11,7 @@ from cutaway.artifacts.errors import CutawayError
 class Forest:
     """Features 0 … n−1, parents before their children. A feature without parent is a root.
 
-    `parent` [n] int64 (−1 for a root); `first_child`, `n_children` [n]: the children of a feature are numbered in a row;
+    `parent` [n] int64 (−1 for a root); `first_child`, `n_children` [n]: a feature's children are numbered in a row;
     `frequency` [n]: how often each is active; `conditional` [n]: the same given that its parent is.
     """
 

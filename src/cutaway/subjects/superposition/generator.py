@@ -1,16 +1,16 @@
-"""Made activations whose features are known: sums of a few directions, drawn at the cost of the features that are active.
+"""Made activations whose features are known: sums of a few directions, at the cost of the features that are active.
 
     x = Σ_i a_i d_i + noise            a_i ≥ 0 (or signed), few of them not 0; d_i unit vectors in R^d
 
 Which features are active follows a Zipf law over a forest (`frequencies.py`): a child only with its parent, and at most
-one child of a parent where siblings exclude each other. Roots are correlated by a Gaussian copula of low rank: each root
-i hangs on one of r factors f_c ~ N(0, 1) with a loading ρ_i,
+one child of a parent where siblings exclude each other. Roots are correlated by a Gaussian copula of low rank: root i
+hangs on one of r factors f_c ~ N(0, 1) with a loading ρ_i,
 
     root i is active  ⇔  ρ_i f_c(i) + √(1 − ρ_i²) ε_i > t_i = Φ⁻¹(1 − p_i)
 
 so that its frequency is p_i, two roots of one factor have latent correlation ρ_i ρ_j, and others none.
 
-Drawn literally that costs a Gaussian for every root and token. Instead, given the factors, the roots are independent with
+Drawn literally that costs a Gaussian for every root and token. But given the factors the roots are independent, with
 p_i(f) = Φ((ρ_i f − t_i) / √(1 − ρ_i²)), and a coin that shows heads with probability p is a Poisson event of rate
 −log(1 − p) that happened at least once. So candidates are thrown with rates that are at least as high (a table: the
 highest rate of the root over an interval of f) and kept with probability rate(f) / table: thinning, which is exact. A
@@ -39,11 +39,11 @@ _LEVELS = 64  # intervals of a factor, each with its table of rates
 class World:
     """What to make. Everything here changes the activations.
 
-    n features in d dimensions, `l0` of them active on average, with frequencies by `zipf_forest` (its options: exponent,
-    p_max, p_min, trees, branching, depth, exclusive, with_children) and correlations of `factors` factors with loadings
-    ±`correlation`. `active=(lo, hi)` replaces all that: each token has a uniform number of features between the two, any
-    of them. Magnitudes have a mean that falls linearly from `magnitude[0]` (feature 0) to `magnitude[1]` and, for each
-    feature, a standard deviation |N(spread, spread)|; what falls below 0 is 0 (such a feature is not active).
+    n features in d dimensions, `l0` of them active on average, with frequencies by `zipf_forest` (`exponent` to
+    `with_children` are its options) and correlations of `factors` factors with loadings ±`correlation`.
+    `active=(lo, hi)` replaces all that: each token has a uniform number of features between the two, any of them.
+    Magnitudes have a mean that falls linearly from `magnitude[0]` (feature 0) to `magnitude[1]` and, for each feature,
+    a standard deviation |N(spread, spread)|; what falls below 0 is turned positive, so that frequencies hold.
     `signed` gives each a random sign. `noise` is the standard deviation of what is added to every coordinate.
     Directions are random unit vectors, pushed apart by `orthogonal_steps` steps of descent.
     """
@@ -77,7 +77,9 @@ class World:
         if self.active is None and not self.l0:
             raise CutawayError("say how many features are active: l0= on average, or active=(lo, hi)")
         if not 0 <= self.correlation < 1 or self.factors < 0:
-            raise CutawayError(f"correlation = {self.correlation} must be in [0, 1), factors = {self.factors} not negative")
+            raise CutawayError(
+                f"correlation = {self.correlation} must be in [0, 1), factors = {self.factors} not negative"
+            )
         if self.noise < 0 or self.spread < 0 or min(self.magnitude) <= 0:
             raise CutawayError("noise and spread must not be negative, magnitudes positive")
 
@@ -120,7 +122,7 @@ class Generator:
 
     @cached_property
     def forest(self) -> Forest:
-        """Who is whose parent, and how often each feature is active (before magnitudes that are cut off at 0)."""
+        """Who is whose parent, and how often each feature is active."""
         w = self.world
         if w.active is not None:
             p = np.full(w.n, sum(w.active) / 2 / w.n)
@@ -164,9 +166,7 @@ class Generator:
         random = np.random.default_rng(np.random.SeedSequence((self.world.seed, 7, number)))
         token, feature = self._subsets(random, size) if self.world.active else self._active(random, size)
         values = self.means[feature] + self.spreads[feature] * random.standard_normal(len(feature))
-        positive = values > 0
-        if not positive.all():
-            token, feature, values = token[positive], feature[positive], values[positive]
+        values = np.abs(values)
         if self.world.signed:
             values *= random.choice([-1.0, 1.0], len(values))
         offsets = np.zeros(size + 1, np.int64)
@@ -200,7 +200,7 @@ class Generator:
     def _roots(self, random: np.random.Generator, size: int) -> np.ndarray:
         """token · n + feature of the roots that are active, each once."""
         table, roots = self._table, self.forest.roots
-        factor, rho = self.loadings
+        rho = self.loadings[1]
         if self.world.factors:
             f = np.clip(random.standard_normal((size, self.world.factors)), -_REACH, _REACH)
             level = np.minimum(((f + _REACH) * (_LEVELS / 2 / _REACH)).astype(np.int64), _LEVELS - 1)
@@ -266,7 +266,8 @@ class Generator:
         """For each (level, factor) the roots of the factor with their highest rates over the level's interval."""
         factor, rho = self.loadings
         if self.world.active is not None:
-            return _Table(*(np.zeros(0),) * 3, *(np.zeros(0, np.int64),) * 2, np.zeros(0))
+            none, nothing = np.zeros(0), np.zeros(0, np.int64)
+            return _Table(none, none, none, nothing, nothing, none)
         levels, factors = (_LEVELS, self.world.factors) if self.world.factors else (1, 1)
         edges = np.linspace(-_REACH, _REACH, levels + 1) if self.world.factors else np.zeros(2)
         order = np.argsort(factor, kind="stable")
@@ -283,12 +284,13 @@ class Generator:
         return _Table(cumulative, start, end - start, ends - 1, np.tile(order, levels), rates)
 
     def _directions(self) -> Tensor:
-        generator = torch.Generator().manual_seed(self.world.seed)
-        directions = torch.randn(self.world.n, self.world.d, generator=generator)
-        return pushed_apart(directions, self.world.orthogonal_steps)
+        # a stream that nobody else has: dictionaries and controls begin with random numbers from small seeds too, and
+        # with the same ones they would begin at the truth (NumPy takes the seeds s and (s, 0) for the same)
+        drawn = self._random(0).standard_normal((self.world.n, self.world.d))
+        return pushed_apart(torch.from_numpy(drawn.astype(np.float32)), self.world.orthogonal_steps)
 
     def _random(self, what: int) -> np.random.Generator:
-        return np.random.default_rng(np.random.SeedSequence((self.world.seed, what)))
+        return np.random.default_rng(np.random.SeedSequence((self.world.seed, what, 0xC0FFEE)))
 
 
 @dataclass(frozen=True, eq=False)

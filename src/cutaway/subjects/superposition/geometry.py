@@ -4,7 +4,14 @@ import torch
 from torch import Tensor
 
 # polytopes that the paper found, by the dimensionality of each of their features: m_polytope / n_vertices
-POLYTOPES = {"alone": 1.0, "tetrahedron": 3 / 4, "triangle": 2 / 3, "digon": 1 / 2, "pentagon": 2 / 5, "square antiprism": 3 / 8}
+POLYTOPES = {
+    "alone": 1.0,
+    "tetrahedron": 3 / 4,
+    "triangle": 2 / 3,
+    "digon": 1 / 2,
+    "pentagon": 2 / 5,
+    "square antiprism": 3 / 8,
+}
 
 
 def feature_norms(W: Tensor) -> Tensor:
@@ -33,7 +40,7 @@ def dimensions_per_feature(W: Tensor) -> Tensor:
 
 
 def nearest_polytope(D: Tensor, within: float = 0.04) -> list[str]:
-    """The polytope whose features have about these dimensionalities: D [n] -> n names; “none” below ½·3/8, else “other”."""
+    """The polytope with features of about these dimensionalities, D [n] -> [n]; else “none” below 3/16, or “other”."""
     names = list(POLYTOPES)
     ideal = torch.tensor([POLYTOPES[name] for name in names], dtype=D.dtype)
     gap, place = (D[:, None] - ideal).abs().min(1)

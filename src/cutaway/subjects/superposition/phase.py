@@ -1,8 +1,8 @@
 """The phase diagram of two features in one dimension, trained and by brute force (Elhage et al. 2022).
 
-Feature 1 has importance 1; feature 2's importance and the density of both vary. A model may leave feature 2 out, give it
-the dimension, or put both on it in opposite directions. With so few numbers the expected loss is an integral that can
-be computed, and its minimum found by trying: the oracle for what training finds.
+Feature 1 has importance 1; feature 2's importance and the density of both vary. A model may leave feature 2 out, give
+it the dimension, or put both on it in opposite directions. With so few numbers the expected loss is an integral that
+can be computed, and its minimum found by trying: the oracle for what training finds.
 """
 
 from dataclasses import dataclass
@@ -63,7 +63,7 @@ def expected_loss(W: Tensor, b: Tensor, density: Tensor, importance: Tensor, *, 
 def trained_diagram(
     density: tuple[float, ...], importance: tuple[float, ...], *, steps: int = 1500, restarts: int = 3, seed: int = 0
 ) -> PhaseDiagram:
-    """Train a model at every cell, keep the best of `restarts` by expected loss, and say what it does with feature 2."""
+    """At every cell the best of `restarts` trained models by expected loss: what does it do with feature 2?"""
     p, weights = _grid(density, importance)
     models, found = best_of(
         restarts,
@@ -107,12 +107,12 @@ def _alone(p: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
     return importance[:, 1] * variance, importance[:, 0] * variance
 
 
-def _antipodal(p: Tensor, importance: Tensor, steps: int = 400) -> tuple[Tensor, Tensor]:
+def _antipodal(p: Tensor, importance: Tensor, steps: int = 250) -> tuple[Tensor, Tensor]:
     """The lowest loss with both features on the dimension, in opposite directions; and (w, v, b1, b2) that reach it."""
     starts = torch.cartesian_prod(
         torch.tensor([0.8, 1.1], dtype=torch.float64),
         torch.tensor([0.8, 1.1], dtype=torch.float64),
-        torch.tensor([-0.1, 0.1], dtype=torch.float64),
+        torch.zeros(1, dtype=torch.float64),
     )
     best = torch.full((len(p),), torch.inf, dtype=torch.float64)
     kept = torch.zeros(len(p), 4, dtype=torch.float64)

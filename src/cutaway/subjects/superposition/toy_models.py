@@ -24,7 +24,7 @@ Relation = Literal["independent", "correlated", "anticorrelated"]
 
 @dataclass(frozen=True, eq=False)
 class ToyModels:
-    """k trained instances: `W` [k, m, n], `b` [k, n]; `density` [k] = 1 − S and `importance` [k, n] they were made for."""
+    """k trained instances: `W` [k, m, n], `b` [k, n]; `density` [k] = 1 − S and `importance` [k, n] are given."""
 
     W: Tensor
     b: Tensor
@@ -49,7 +49,9 @@ def loss(W: Tensor, b: Tensor, x: Tensor, importance: Tensor, *, linear: bool = 
     return torch.einsum("kbn,kn->k", error.square(), importance) / x.shape[1]
 
 
-def sample(density: Tensor, n: int, batch: int, generator: torch.Generator, relation: Relation = "independent") -> Tensor:
+def sample(
+    density: Tensor, n: int, batch: int, generator: torch.Generator, relation: Relation = "independent"
+) -> Tensor:
     """Feature values [k, batch, n], each active (uniform on [0, 1]) with probability `density` [k].
 
     “correlated”: features 2j and 2j+1 are active together, with values of their own; “anticorrelated”: one of the two
@@ -72,9 +74,7 @@ def sample(density: Tensor, n: int, batch: int, generator: torch.Generator, rela
     return values * torch.stack((first, second), dim=3).flatten(2)
 
 
-def batches(
-    density: Tensor, n: int, batch: int, seed: int, relation: Relation = "independent"
-) -> Iterator[Tensor]:
+def batches(density: Tensor, n: int, batch: int, seed: int, relation: Relation = "independent") -> Iterator[Tensor]:
     """Endless batches of `sample`, the same for the same seed."""
     generator = torch.Generator().manual_seed(seed)
     while True:
@@ -113,7 +113,7 @@ def train_toys(
     k, n = importance.shape
     if density.shape != (k,) or not ((density > 0) & (density <= 1)).all():
         raise CutawayError(f"density needs {k} numbers in (0, 1], one for each instance; it is {density.tolist()}")
-    if not 1 <= m or steps < 1:
+    if m < 1 or steps < 1:
         raise CutawayError(f"m = {m} dimensions and {steps} steps: both must be at least 1")
     W, b = (tensor.clone().requires_grad_() for tensor in (start or initial(k, n, m, seed, density.dtype)))
     data = batches(density, n, batch, seed + 1, relation) if data is None else data

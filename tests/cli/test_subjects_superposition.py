@@ -1,0 +1,46 @@
+"""`cutaway subjects superposition`: figures as text and JSON, and the page."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from cutaway.cli.main import main
+from cutaway.subjects.superposition import study
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole study with few steps and small diagrams: what is shown is not what is found."""
+    monkeypatch.setattr(study, "toy_study", partial(study.toy_study, effort=0.02, cells=3))
+
+
+@pytest.mark.usefixtures("quick")
+def test_it_prints_and_leaves_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "page.html"
+    assert main(["subjects", "superposition", "--out", str(page)]) == 0
+    said = capsys.readouterr().out
+    assert "trained and optimal agree in" in said
+    assert "linear, control" in said
+    text = page.read_text(encoding="utf-8")
+    for heading in ("Five features in two dimensions", "Phase diagram", "Polytopes", "The optimum, by brute force"):
+        assert f"<h2>{heading}</h2>" in text
+    assert "control: linear" in text
+    assert "http" not in text.split("</style>")[1], "nothing is fetched"
+
+
+@pytest.mark.usefixtures("quick")
+def test_json_has_every_figure(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["subjects", "superposition", "--json", "--seed", "3"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["command"] == "cutaway subjects superposition --seed 3"
+    assert len(data["phases"]["trained"]) == 3
+    assert 0 <= data["phases"]["agreement"] <= 1
+    assert [len(row["dimensionality"]) for row in data["sweep_120_in_20"]] == [120] * len(study.SWEEP)
+    assert all(sum(counts.values()) == 120 for counts in data["polytopes"])
+
+
+def test_a_folder_is_not_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["subjects", "superposition", "--out", str(tmp_path)]) == 2
+    assert "is a folder" in capsys.readouterr().err
