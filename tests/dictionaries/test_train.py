@@ -292,3 +292,14 @@ def test_history_is_json_and_improves() -> None:
     assert history[-1]["variance_explained"] > history[0]["variance_explained"] + 0.1
     assert history[-1]["step"] == SMALL.steps
     assert all(record["l0"] <= 4 for record in history)
+
+
+def test_k_is_annealed_from_its_start() -> None:
+    rule = TopKRule(4, start_k=24, anneal=0.5)
+    assert [rule.at(progress).k for progress in (0, 0.25, 0.4999, 0.5, 1)] == [24, 14, 4, 4, 4]
+    _, x = planted(d=24, n_features=40, n_tokens=2_048, active=3, seed=6)
+    history = train_on(x, replace(SMALL, selector=rule)).history
+    assert history[0]["l0"] > 12
+    assert history[-1]["l0"] <= 4
+    with pytest.raises(CutawayError, match="k = 100"):
+        replace(SMALL, selector=TopKRule(4, start_k=100))

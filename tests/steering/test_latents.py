@@ -1,10 +1,12 @@
 """A clamped latent reads as clamped; the dose curve is the probability of the concept; controls are alike."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.dictionaries.dictionary import Dictionary
+from cutaway.dictionaries.dictionary import BatchTopK, Dictionary, Gated, JumpReLU, Port
 from cutaway.model.language_model import LanguageModel
 from cutaway.steering.latents import latent_edit, similar_latents, steer_latent
 
@@ -19,6 +21,30 @@ def test_the_clamped_latent_reads_its_value(tiny: LanguageModel, dictionary: Dic
     moved = (run[site] - free)[run.tokens.mask]
     expected = (2.5 - before)[run.tokens.mask][:, None] * dictionary.W_dec[3]
     torch.testing.assert_close(moved, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_any_selector_with_one_threshold_can_be_clamped_and_others_say_why_not(
+    tiny: LanguageModel, dictionary: Dictionary
+) -> None:
+    site = dictionary.site
+    free = tiny.run(PROMPTS, capture=site)[site]
+    for kind, subtract in ((BatchTopK, True), (JumpReLU, False)):
+        other = replace(dictionary, subtract_b_dec=subtract)
+        positive = other.pre_activations(free)[..., 3].relu().unique()
+        high = float(positive[len(positive) // 2])  # some tokens that are active lie below it, some above
+        theta = torch.full((dictionary.d_sae,), 9.0).index_fill(0, torch.tensor(3), high)
+        other = replace(other, selector=BatchTopK(4, high) if kind is BatchTopK else JumpReLU(theta))
+        before = other.encode(free)[..., 3]
+        assert 0 < int((before > 0).sum()) < int((other.pre_activations(free)[..., 3] > 0).sum())
+        run = tiny.run(PROMPTS, capture=site, edits=latent_edit(other, 3, 2.5))
+        expected = (2.5 - before)[run.tokens.mask][:, None] * other.W_dec[3]
+        torch.testing.assert_close((run[site] - free)[run.tokens.mask], expected, rtol=1e-4, atol=1e-4)
+    gated = replace(dictionary, selector=Gated(torch.zeros(dictionary.d_sae), torch.zeros(dictionary.d_sae)))
+    with pytest.raises(CutawayError, match="with a gate cannot be clamped"):
+        latent_edit(gated, 3, 1.0)
+    elsewhere = (Port("blocks.1.mlp.out", dictionary.d_out),)
+    with pytest.raises(CutawayError, match=r"latent of a transcoder .* add its decoder to blocks.1.mlp.out"):
+        latent_edit(replace(dictionary, writes=elsewhere, subtract_b_dec=False), 3, 1.0)
 
 
 def test_similar_latents_are_other_latents_of_like_density() -> None:
@@ -61,8 +87,6 @@ def test_a_null_result_is_not_called_an_effect(tiny: LanguageModel, dictionary: 
 
 def test_a_latent_that_writes_the_concept_moves_it(tiny: LanguageModel, dictionary: Dictionary) -> None:
     """Its decoder is made the unembedding of token 8 at the last layer, so that clamping it must raise token 8."""
-    from dataclasses import replace
-
     row = tiny.output_directions(torch.tensor([8]))[0].detach()
     planted = replace(dictionary, W_dec=dictionary.W_dec.clone(), site="blocks.2.resid_post")
     planted.W_dec[3] = row / row.norm()

@@ -76,8 +76,10 @@ class TrainConfig(Plain):
     def __post_init__(self) -> None:
         if self.d_sae < 1:
             raise CutawayError(f"d_sae = {self.d_sae}: a dictionary has 1 latent or more")
-        if isinstance(self.selector, TopKRule | BatchTopKRule) and not 1 <= self.selector.k <= self.d_sae:
-            raise CutawayError(f"k = {self.selector.k} latents cannot be active out of d_sae = {self.d_sae}")
+        if isinstance(self.selector, TopKRule | BatchTopKRule):
+            for k in (self.selector.k, self.selector.start_k or self.selector.k):
+                if not 1 <= k <= self.d_sae:
+                    raise CutawayError(f"k = {k} latents cannot be active out of d_sae = {self.d_sae}")
         for name in ("tokens", "batch", "dead_after"):
             if getattr(self, name) <= 0:
                 raise CutawayError(f"{name} = {getattr(self, name)}: it must be positive")

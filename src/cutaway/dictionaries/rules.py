@@ -6,7 +6,7 @@ What a finished dictionary does is in `selectors.py`; a rule says which places o
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -38,11 +38,20 @@ class ReLURule(Plain):
 
 @dataclass(frozen=True)
 class TopKRule(Plain):
-    """The k largest of each token; by_norm: the largest h·‖W_dec‖, for decoders whose norms are free."""
+    """The k largest of each token; by_norm: the largest h·‖W_dec‖, for decoders whose norms are free.
+
+    `start_k`: as many at the start, falling linearly to k over the first `anneal` share of training.
+    """
 
     k: int
     by_norm: bool = False
+    start_k: int | None = None
+    anneal: float = 0.0
     kind: Literal["topk"] = "topk"
+
+    def at(self, progress: float) -> "TopKRule":
+        """The rule at a share of training."""
+        return replace(self, k=_annealed(self.k, self.start_k, self.anneal, progress))
 
     def places(self, pre: Tensor, parameters: Parameters, margin: Tensor | None) -> Places:
         scores = pre * parameters.decoder_norms().to(pre) if self.by_norm else pre
@@ -68,11 +77,20 @@ class TopKRule(Plain):
 
 @dataclass(frozen=True)
 class BatchTopKRule(Plain):
-    """The k·n largest positive pre-activations of a batch of n tokens; by_norm: the largest h·‖W_dec‖."""
+    """The k·n largest positive pre-activations of a batch of n tokens; by_norm: the largest h·‖W_dec‖.
+
+    `start_k` and `anneal` as in `TopKRule`.
+    """
 
     k: int
     by_norm: bool = False
+    start_k: int | None = None
+    anneal: float = 0.0
     kind: Literal["batchtopk"] = "batchtopk"
+
+    def at(self, progress: float) -> "BatchTopKRule":
+        """The rule at a share of training."""
+        return replace(self, k=_annealed(self.k, self.start_k, self.anneal, progress))
 
     def places(self, pre: Tensor, parameters: Parameters, margin: Tensor | None) -> Places:
         scores = pre * parameters.decoder_norms().to(pre) if self.by_norm else pre
@@ -146,6 +164,12 @@ RULES: dict[str, Callable[..., Rule]] = {
     "gated": GatedRule,
     "jumprelu": JumpReLURule,
 }
+
+
+def _annealed(k: int, start: int | None, over: float, progress: float) -> int:
+    if start is None or progress >= over:
+        return k
+    return round(start + (k - start) * progress / over)
 
 
 def rough_margin(centred: Tensor, encoder: Tensor) -> Tensor:

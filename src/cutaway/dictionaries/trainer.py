@@ -103,16 +103,17 @@ class Trainer:
         raw = x
         x, y = self.prepared(x, y)
         self._resample(x, y)
+        rule, progress = config.selector, self.steps_done / config.steps
         result = step(
             parameters,
-            config.selector,
+            rule.at(progress) if isinstance(rule, TopKRule | BatchTopKRule) else rule,
             config.terms,
             x,
             y,
             subtract_b_dec=config.subtract_b_dec,
             dead=self.dead(),
             variance=self.variance,
-            progress=self.steps_done / config.steps,
+            progress=progress,
             low_precision=config.low_precision,
             downstream=None if downstream is None else lambda written: downstream(self._written(written, raw)),
         )

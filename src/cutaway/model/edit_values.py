@@ -172,6 +172,7 @@ def _whole(edit: Edit, block: Tensor, value: Tensor | None) -> Tensor:
     else:
         x = wide - vector("offset") if "offset" in edit.tensors else wide
         activation = (x @ vector("encoder") + edit.numbers["bias"]).relu()
+        activation = activation * (activation > edit.numbers.get("threshold", 0.0))
         result = wide + (edit.numbers["value"] - activation)[..., None] * vector("decoder")
     return result.to(block.dtype)
 

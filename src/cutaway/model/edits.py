@@ -471,17 +471,20 @@ def clamp_latent(
     decoder: Tensor,
     value: float,
     offset: Tensor | None = None,
+    threshold: float = 0.0,
     **where: Unpack[Where],
 ) -> Edit:
     """Set a dictionary latent to `value`, leaving what the dictionary does not explain as it is.
 
-    x + (value - a) * decoder with a = relu((x - offset)·encoder + bias), the latent's activation before any selection
-    among latents (top-k). All vectors are [d]; `value` is in the units of the latent.
+    x + (value - a) * decoder with a = relu(h)·1[h > threshold], h = (x - offset)·encoder + bias, the latent's
+    activation before any selection among latents (top-k). All vectors are [d]; `value` is in the units of the latent.
     """
     tensors = {"encoder": _tensor(encoder, "encoder"), "decoder": _tensor(decoder, "decoder")}
     if offset is not None:
         tensors["offset"] = _tensor(offset, "offset")
     numbers = {"bias": _number(bias, "bias"), "value": _number(value, "value")}
+    if threshold:
+        numbers["threshold"] = _number(threshold, "threshold")
     return _make("clamp_latent", site, where, tensors=tensors, numbers=numbers)
 
 

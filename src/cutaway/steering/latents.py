@@ -15,7 +15,7 @@ from torch import Tensor
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.results import Control, Effect
 from cutaway.artifacts.statistics import bootstrap_interval
-from cutaway.dictionaries.dictionary import Dictionary
+from cutaway.dictionaries.dictionary import BatchTopK, Dictionary, Gated, JumpReLU
 from cutaway.model.edits import Edit, clamp_latent
 from cutaway.model.language_model import LanguageModel
 from cutaway.model.tokens import Tokens
@@ -25,15 +25,34 @@ from cutaway.steering.price import Price, prices
 def latent_edit(dictionary: Dictionary, latent: int, value: float, **where: Any) -> Edit:
     """Clamp one latent to a value wherever `where` says (positions=, rows=, phase=; default every token).
 
-    The current activation is taken as relu of the pre-activation: whether TopK would have kept it is not asked.
+    The current activation is relu of the pre-activation, 0 below a threshold where the dictionary has any: whether TopK
+    would have kept it is not asked. Raises `CutawayError` for a dictionary that does not write what it reads, or whose
+    activation is another function of one token's pre-activation.
     """
+    if dictionary.kind != "sae":
+        sites = ", ".join(port.site for port in dictionary.outputs)
+        raise CutawayError(
+            f"a latent of a {dictionary.kind} is not read where it is written, so it cannot be clamped there: add its "
+            f"decoder to {sites} instead"
+        )
+    if dictionary.input_norm or isinstance(dictionary.selector, Gated):
+        why = f"input_norm '{dictionary.input_norm}'" if dictionary.input_norm else "a gate"
+        raise CutawayError(
+            f"a latent of a dictionary with {why} cannot be clamped by one edit: add its decoder instead"
+        )
+    selector, threshold = dictionary.selector, 0.0
+    if isinstance(selector, BatchTopK):
+        threshold = selector.threshold
+    elif isinstance(selector, JumpReLU):
+        threshold = float(selector.threshold[latent])
     return clamp_latent(
         dictionary.site,
         encoder=dictionary.W_enc[:, latent],
         bias=float(dictionary.b_enc[latent]),
         decoder=dictionary.W_dec[latent],
         value=value,
-        offset=dictionary.b_dec,
+        offset=dictionary.b_dec if dictionary.subtract_b_dec else None,
+        threshold=threshold,
         **where,
     )
 
