@@ -50,10 +50,10 @@ class Row:
 
 _FAST = {"fused": True, "autocast": True, "allocator": True}
 ROWS = (
-    Row("cutaway, bfloat16 candidates", "cutaway", "cutaway", {"low_precision": True}, ("topk",)),
-    Row("cutaway", "cutaway", "cutaway", selectors=("topk",)),
-    Row("dense autograd", "cutaway", "dense", selectors=("topk",)),
-    Row("dense autograd, fast", "cutaway", "dense", _FAST, ("topk",)),
+    Row("cutaway, bfloat16 candidates", "cutaway", "cutaway", {"low_precision": True}),
+    Row("cutaway", "cutaway", "cutaway"),
+    Row("dense autograd", "cutaway", "dense"),
+    Row("dense autograd, fast", "cutaway", "dense", _FAST),
     Row("SAELens", "saelens", "saelens"),
     Row("SAELens, fast", "saelens", "saelens", _FAST),
     Row("SAELens, sparse", "saelens", "saelens", {"sparse": True, "fused": True, "allocator": True}, ("topk",)),
