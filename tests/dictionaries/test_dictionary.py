@@ -1,24 +1,12 @@
-"""The dictionary itself, and its files."""
+"""The dictionary itself."""
 
-import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.dictionaries.dictionary import Dictionary, TopK, log_sparsity, random_dictionary
-from cutaway.dictionaries.saelens_format import (
-    CFG,
-    SPARSITY,
-    WEIGHTS,
-    hook_name,
-    load_dictionary,
-    save_dictionary,
-    site_name,
-)
 
 
 def small(d: int = 8, n: int = 24, k: int = 3, seed: int = 0, dtype: torch.dtype = torch.float32) -> Dictionary:
@@ -109,107 +97,3 @@ def test_wrong_shapes_and_widths_are_named() -> None:
         replace(dictionary, selector=TopK(25))
     with pytest.raises(CutawayError, match=r"width 9 .* width 8: .* blocks.3.resid_post of tiny"):
         dictionary.encode_sparse(torch.zeros(2, 9))
-
-
-def test_a_saved_dictionary_comes_back_the_same(tmp_path: Path) -> None:
-    dictionary = small()
-    folder = save_dictionary(dictionary, tmp_path / "a" / "dictionary")
-    back = load_dictionary(folder)
-    for name in ("W_enc", "b_enc", "W_dec", "b_dec", "sparsity"):
-        assert torch.equal(getattr(back, name), getattr(dictionary, name)), name
-    assert (back.selector, back.site, back.model, back.metadata) == (
-        dictionary.selector,
-        dictionary.site,
-        dictionary.model,
-        dictionary.metadata,
-    )
-    cfg = json.loads((folder / CFG).read_text())
-    assert cfg["architecture"] == "topk"
-    assert cfg["metadata"]["hook_name"] == "blocks.3.hook_resid_post"
-    assert cfg["metadata"]["cutaway"]["site"] == "blocks.3.resid_post"
-    assert sorted(file.name for file in folder.parent.rglob("*") if file.is_file()) == sorted([CFG, WEIGHTS, SPARSITY])
-    with pytest.raises(CutawayError, match="exists"):
-        save_dictionary(dictionary, folder)
-    save_dictionary(small(seed=9), folder, overwrite=True)
-    assert not torch.equal(load_dictionary(folder).W_enc, dictionary.W_enc)
-    assert [file.name for file in folder.parent.iterdir()] == ["dictionary"]
-
-
-def test_a_failed_write_leaves_the_old_dictionary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    dictionary = small()
-    folder = save_dictionary(dictionary, tmp_path / "dictionary")
-
-    def full(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("cutaway.dictionaries.saelens_format.write_safetensors", full)
-    with pytest.raises(OSError, match="No space"):
-        save_dictionary(small(seed=9), folder, overwrite=True)
-    assert torch.equal(load_dictionary(folder).W_enc, dictionary.W_enc)
-    assert [file.name for file in tmp_path.iterdir()] == ["dictionary"]
-    other = tmp_path / "notes"
-    other.mkdir()
-    with pytest.raises(CutawayError, match="not a dictionary's folder"):
-        save_dictionary(dictionary, other, overwrite=True)
-
-
-def test_other_conventions_are_folded_when_loaded(tmp_path: Path) -> None:
-    """A decoder whose norms rescale the activations, and a bias that is not taken off the input."""
-    dictionary = small()
-    folder = save_dictionary(dictionary, tmp_path / "dictionary")
-    tensors = load_file(folder / WEIGHTS)
-    norms = torch.linspace(0.5, 2, 24)
-    save_file(tensors | {"W_dec": tensors["W_dec"] * norms[:, None]}, folder / WEIGHTS)
-    cfg = json.loads((folder / CFG).read_text())
-    cfg |= {"rescale_acts_by_decoder_norm": True, "apply_b_dec_to_input": False}
-    (folder / CFG).write_text(json.dumps(cfg))
-    back = load_dictionary(folder)
-    x = torch.randn(30, 8, generator=torch.Generator().manual_seed(5))
-    h = (x @ tensors["W_enc"] + tensors["b_enc"]) * norms
-    a = torch.zeros_like(h).scatter(1, h.topk(3, dim=1).indices, 1.0) * h.relu()
-    torch.testing.assert_close(back.encode(x), a, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(back(x), (a / norms) @ (tensors["W_dec"] * norms[:, None]) + tensors["b_dec"])
-
-
-def test_spoiled_files_are_refused_with_their_name(tmp_path: Path) -> None:
-    folder = save_dictionary(small(), tmp_path / "dictionary")
-    good, cfg = load_file(folder / WEIGHTS), json.loads((folder / CFG).read_text())
-
-    def refused(match: str) -> None:
-        with pytest.raises(CutawayError, match=match):
-            load_dictionary(folder)
-
-    data = (folder / WEIGHTS).read_bytes()
-    (folder / WEIGHTS).write_bytes(data[:-100])
-    refused("sae_weights.safetensors is cut short")
-    save_file({name: tensor for name, tensor in good.items() if name != "b_dec"}, folder / WEIGHTS)
-    refused("lacks b_dec")
-    save_file(good | {"W_enc": good["W_enc"].T.contiguous()}, folder / WEIGHTS)
-    refused(r"W_enc has shape \[24, 8\], but cfg.json says d_in=8, d_sae=24")
-    save_file(good | {"b_enc": torch.zeros(7)}, folder / WEIGHTS)
-    refused("b_enc has shape")
-    save_file(good | {"b_enc": torch.full((24,), torch.inf)}, folder / WEIGHTS)
-    refused("b_enc holds NaN or infinite")
-    (folder / WEIGHTS).unlink()
-    refused("sae_weights.safetensors is missing")
-    save_file(good, folder / WEIGHTS)
-    for change, match in (
-        ({"k": None}, "lacks 'k'"),
-        ({"d_in": "8"}, "'d_in' is '8'"),
-        ({"architecture": "gated"}, "architecture 'gated'"),
-        ({"normalize_activations": "layer_norm"}, "normalises its input"),
-        ({"k": 500}, "k = 500"),
-    ):
-        (folder / CFG).write_text(json.dumps(cfg | change))
-        refused(match)
-    (folder / CFG).write_text("{")
-    refused("not JSON")
-    (folder / CFG).unlink()
-    refused("holds no dictionary")
-
-
-def test_hook_names_go_there_and_back() -> None:
-    for site in ("blocks.11.resid_post", "blocks.0.mlp.out", "blocks.2.attn.z", "embed", "blocks.1.ln2.normalized"):
-        assert site_name(hook_name(site)) == site
-        assert hook_name(site) != site
-    assert hook_name("blocks.3.mlp.in") == "blocks.3.mlp.in"  # the value after the gain has no hook there

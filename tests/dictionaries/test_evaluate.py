@@ -12,10 +12,10 @@ from cutaway.data.activations import as_tokens, counted, harvest
 from cutaway.data.corpus import read_corpus, split_rows, token_rows
 from cutaway.dictionaries.dictionary import Dictionary, TopK
 from cutaway.dictionaries.evaluate import evaluate
+from cutaway.dictionaries.formats.files import load, save
 from cutaway.dictionaries.from_model import train_on_model
 from cutaway.dictionaries.ports import bench
 from cutaway.dictionaries.rules import TopKRule
-from cutaway.dictionaries.saelens_format import load_dictionary, save_dictionary
 from cutaway.dictionaries.train import TrainConfig
 from cutaway.model.language_model import LanguageModel
 
@@ -181,8 +181,8 @@ def test_real_models(shared: Path, tmp_path: Path, model: str, text: str | None,
     assert explained.value > least
     assert explained.value > explained.controls[0].value + 0.2
     assert recovered.value > recovered.controls[0].value
-    folder = save_dictionary(dictionary, tmp_path / "dictionary")
-    back = load_dictionary(folder)
+    folder = save(dictionary, tmp_path / "dictionary")
+    back = load(folder)
     assert back.selector == TopK(32)
     x = harvest(lm, split.held_out[:2], site)
     torch.testing.assert_close(back(x), dictionary(x))

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cutaway.dictionaries.dictionary import Dictionary
-from cutaway.dictionaries.saelens_format import load_dictionary, save_dictionary
+from cutaway.dictionaries.formats.files import load, save
 from cutaway.dictionaries.train import TrainConfig, tensor_batches, train
 
 LOAD = """
@@ -69,7 +69,7 @@ def test_saelens_loads_what_we_save(tmp_path: Path, peer: Callable[[str], Path])
     python = peer("saelens")
     x = 5 * torch.randn(1_024, 32, generator=torch.Generator().manual_seed(0)) + 3
     dictionary = trained(x)
-    folder = save_dictionary(dictionary, tmp_path / "dictionary")
+    folder = save(dictionary, tmp_path / "dictionary")
     save_file({"x": x}, tmp_path / "x.safetensors")
     in_peer(python, LOAD, folder, tmp_path / "x.safetensors", tmp_path / "out.safetensors")
     assert_equal(dictionary, x, load_file(tmp_path / "out.safetensors"))
@@ -81,4 +81,4 @@ def test_we_load_what_saelens_saves(tmp_path: Path, peer: Callable[[str], Path])
     x = torch.randn(256, 32, generator=torch.Generator().manual_seed(1))
     save_file({"x": x}, tmp_path / "x.safetensors")
     in_peer(python, SAVE, tmp_path / "theirs", tmp_path / "x.safetensors", tmp_path / "out.safetensors")
-    assert_equal(load_dictionary(tmp_path / "theirs"), x, load_file(tmp_path / "out.safetensors"))
+    assert_equal(load(tmp_path / "theirs"), x, load_file(tmp_path / "out.safetensors"))

@@ -236,8 +236,8 @@ class Dictionary:
         """x [..., d] as the encoder wants it; what to multiply what is written with [..., 1], and to add [..., 1]."""
         if self.input_norm == "layer_norm":
             mean = x.mean(-1, keepdim=True)
-            spread = x.std(-1, keepdim=True) + _EPSILON
-            return (x - mean) / spread, spread, mean
+            spread = x.std(-1, keepdim=True)
+            return (x - mean) / (spread + _EPSILON), spread, mean  # both leave the epsilon out when they undo it
         if self.input_norm == "unit":
             length = x.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny) / x.shape[-1] ** 0.5
             return x / length, length, None

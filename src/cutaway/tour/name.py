@@ -18,9 +18,9 @@ from cutaway.artifacts.files import write_parquet
 from cutaway.artifacts.progress import Progress
 from cutaway.dictionaries.dictionary import Dictionary
 from cutaway.dictionaries.evaluate import evaluate
+from cutaway.dictionaries.formats.files import load, save
 from cutaway.dictionaries.from_model import train_on_model
 from cutaway.dictionaries.rules import TopKRule
-from cutaway.dictionaries.saelens_format import load_dictionary, save_dictionary
 from cutaway.dictionaries.train import TrainConfig
 from cutaway.features.activations import Firing, fires
 from cutaway.features.concepts import ConceptMatch, match_concepts, mentions
@@ -74,7 +74,7 @@ def dictionary(tour: Tour) -> page.Section:
     trained = train_on_model(tour.lm, tour.rows.train, site_of(tour), config, folder=work)
     if dictionary_folder(tour).exists():
         _remove(dictionary_folder(tour))
-    save_dictionary(trained.dictionary, dictionary_folder(tour))
+    save(trained.dictionary, dictionary_folder(tour))
     _remove(work)
     judged = evaluate(tour.lm, trained.dictionary, tour.judged_rows, seed=tour.seed, command=command)
     effects = judged.effects
@@ -145,7 +145,7 @@ def _remove(folder: Path) -> None:
 
 def trained_dictionary(tour: Tour) -> Dictionary:
     """The dictionary that the step before has saved."""
-    return load_dictionary(dictionary_folder(tour))
+    return load(dictionary_folder(tour))
 
 
 def concepts(tour: Tour) -> dict[str, tuple[str, ...]]:

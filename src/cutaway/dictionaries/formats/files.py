@@ -1,0 +1,237 @@
+"""Dictionaries in files: `load` finds out which format they are in, `save` writes one."""
+
+import contextlib
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+
+from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.files import disk_errors, make_folder
+from cutaway.dictionaries.dictionary import Dictionary, Port
+from cutaway.dictionaries.formats import (
+    circuit_tracer,
+    crosscoders,
+    dictionary_learning,
+    gemma_scope,
+    hub,
+    linear,
+    saelens,
+    sparsify,
+)
+from cutaway.dictionaries.formats.reading import Reading
+
+Format = Literal[
+    "cutaway",
+    "saelens",
+    "saelens-5",
+    "sparsify",
+    "dictionary_learning",
+    "gemma-scope",
+    "gemma-scope-2",
+    "circuit-tracer",
+]
+
+
+@dataclass(frozen=True)
+class _Format:
+    name: str
+    looks_for: str
+    fits: Callable[[Path], bool]
+    read: Callable[[Path], Reading]
+
+
+# the first that fits is taken, so what is more particular stands first
+_READ = (
+    _Format("Gemma Scope", "params.npz or params.safetensors", gemma_scope.fits, gemma_scope.read),
+    _Format("sparsify", "sae.safetensors with cfg.json", sparsify.fits, sparsify.read),
+    _Format("crosscoder", "cc_weights.pt with cfg.json", crosscoders.fits, crosscoders.read),
+    _Format("SAELens", "sae_weights.safetensors with cfg.json", saelens.fits, saelens.read),
+    _Format(
+        "Llama Scope",
+        "hyperparams.json with checkpoints/final.safetensors",
+        linear.fits_llama_scope,
+        linear.read_llama_scope,
+    ),
+    _Format(
+        "dictionary_learning",
+        "ae.pt or ae_1000.pt with config.json",
+        dictionary_learning.fits,
+        dictionary_learning.read,
+    ),
+    _Format(
+        "circuit-tracer", "config.yaml with layer_0.safetensors, ...", circuit_tracer.fits, lambda path: _only(path)
+    ),
+    _Format(
+        "OpenAI, Goodfire, DeepSeek-R1, Qwen-Scope", "a .pt or .pth file", linear.fits_archive, linear.read_archive
+    ),
+)
+
+
+def read(where: str | Path) -> Reading:
+    """A dictionary and how its files were read: see `load`, which keeps the dictionary alone."""
+    path = hub.local(where)
+    for known in _READ:
+        if known.fits(path):
+            return known.read(path)
+    below = (
+        sorted(child for child in path.glob("*") if child.is_dir() and any(k.fits(child) for k in _READ))
+        if path.is_dir()
+        else []
+    )
+    if below:
+        names = ", ".join(child.name for child in below[:8])
+        raise CutawayError(f"{path} is no dictionary, but holds {len(below)}: name one of {names}")
+    raise CutawayError(f"{path} is no dictionary that is read here: looked for {'; '.join(k.looks_for for k in _READ)}")
+
+
+def load(
+    where: str | Path,
+    *,
+    site: str | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> Dictionary:
+    """The dictionary in a folder or file, or at "hf://owner/repository/folder", whatever format it is in.
+
+    What can be folded into the weights is folded, so it takes the model's activations as they are. `site` says where it
+    belongs if the files do not, or do wrongly. Files are not trusted: pickled objects are refused. Raises
+    `CutawayError` for what is no dictionary, spoiled, or of a kind that is not read, and for a set of several, which
+    `load_all` reads.
+    """
+    dictionary = read(where).dictionary
+    if site is not None:
+        dictionary = at_site(dictionary, site)
+    return dictionary if device is None and dtype is None else dictionary.to(device, dtype)
+
+
+def load_all(where: str | Path) -> dict[str, Dictionary]:
+    """Every dictionary of a circuit-tracer set by its name ("layer_0"), or of a folder of folders by theirs.
+
+    A single dictionary comes alone, under the name of its folder. Raises `CutawayError` as `load` does.
+    """
+    return {name: reading.dictionary for name, reading in read_all(where).items()}
+
+
+def read_all(where: str | Path) -> dict[str, Reading]:
+    """`load_all`, and how the files were read."""
+    path = hub.local(where)
+    known = next((known for known in _READ if known.fits(path)), None)
+    if known is not None and known.name != "circuit-tracer":
+        return {path.stem if path.is_file() else path.name: known.read(path)}
+    if known is None:
+        below = sorted(child for child in path.iterdir() if child.is_dir()) if path.is_dir() else []
+        found = {child.name: read(child) for child in below if any(k.fits(child) for k in _READ)}
+        return found or {path.name: read(path)}
+    folder = path.parent if path.is_file() else path
+    found = {}
+    for name, place in circuit_tracer.layers(path).items():
+        file = hub.local(place)
+        own = circuit_tracer.fits(file) and file.is_file()
+        found[name] = circuit_tracer.read(file, folder) if own else read(file)
+    return found
+
+
+def _only(path: Path) -> Reading:
+    readings = circuit_tracer.layers(path)
+    if len(readings) > 1:
+        names = ", ".join(list(readings)[:4])
+        raise CutawayError(
+            f"{path} holds {len(readings)} transcoders ({names}, ...): name the file of one, or use load_all for all"
+        )
+    return next(iter(read_all(path).values()))
+
+
+def at_site(dictionary: Dictionary, site: str) -> Dictionary:
+    """The same dictionary, said to read (and, where it writes what it reads, to write) another site."""
+    if len(dictionary.reads) > 1:
+        raise CutawayError("a crosscoder reads several sites: one name cannot stand for them")
+    same = dictionary.writes_what_it_reads
+    one = (Port(site, dictionary.d_in, dictionary.inputs[0].model),)
+    return replace(
+        dictionary,
+        site=site,
+        reads=one if dictionary.reads else (),
+        writes=one if same and dictionary.writes else dictionary.writes,
+    )
+
+
+def save(dictionary: Dictionary, folder: str | Path, format: Format = "cutaway", *, overwrite: bool = False) -> Path:
+    """Write a dictionary in one of the formats, whole or not at all, and return the folder.
+
+    "cutaway" takes every dictionary: it is SAELens' layout, which SAELens reads where it has the architecture.
+    "saelens" is the same, and refuses what SAELens would not read; the others refuse what they cannot express. Raises
+    `CutawayError` then, when the folder exists (and not `overwrite`), is not a dictionary's, or cannot be written to.
+    """
+    return save_all([dictionary], folder, format, overwrite=overwrite)
+
+
+def save_all(
+    dictionaries: Sequence[Dictionary], folder: str | Path, format: Format = "cutaway", *, overwrite: bool = False
+) -> Path:
+    """Write several dictionaries: a circuit-tracer set, or a folder for each below one, named after its site.
+
+    One alone is written into `folder` itself. Raises `CutawayError` as `save` does.
+    """
+    if format not in get_args(Format):
+        raise CutawayError(f"{format!r} is no format: write {', '.join(get_args(Format))}")
+    if not dictionaries:
+        raise CutawayError("there is no dictionary to save")
+    with _whole_folder(Path(folder), overwrite) as fresh:
+        if format == "circuit-tracer":
+            circuit_tracer.write(dictionaries, fresh)
+        elif len(dictionaries) == 1:
+            _write(dictionaries[0], fresh, format)
+        else:
+            for dictionary in dictionaries:
+                part = fresh / dictionary.site
+                if part.exists():
+                    raise CutawayError(
+                        f"two dictionaries are of {dictionary.site}: save them into folders of their own"
+                    )
+                part.mkdir()
+                _write(dictionary, part, format)
+    return Path(folder)
+
+
+def _write(dictionary: Dictionary, folder: Path, format: Format) -> None:
+    if format in ("cutaway", "saelens", "saelens-5"):
+        saelens.write(dictionary, folder, strict=format != "cutaway", version=5 if format == "saelens-5" else 6)
+    elif format == "sparsify":
+        sparsify.write(dictionary, folder)
+    elif format == "dictionary_learning":
+        dictionary_learning.write(dictionary, folder)
+    elif format == "gemma-scope":
+        gemma_scope.write_first(dictionary, folder)
+    else:
+        gemma_scope.write_second(dictionary, folder)
+
+
+@contextlib.contextmanager
+def _whole_folder(folder: Path, overwrite: bool) -> Iterator[Path]:
+    """A new folder beside, which takes the place of `folder` when the body ends well."""
+    if folder.exists():
+        if not overwrite:
+            raise CutawayError(f"{folder} exists: name another folder, or allow it to be overwritten")
+        children = [child for child in folder.iterdir() if child.is_dir()] if folder.is_dir() else []
+        if not folder.is_dir() or not any(known.fits(place) for place in (folder, *children) for known in _READ):
+            raise CutawayError(f"{folder} exists and is not a dictionary's folder: name another")
+    make_folder(folder.parent)
+    token = secrets.token_hex(4)
+    fresh, old = (folder.with_name(f".{folder.name}.{token}.{end}") for end in ("tmp", "old"))
+    try:
+        make_folder(fresh)
+        yield fresh
+        with disk_errors(folder):
+            if folder.exists():
+                os.rename(folder, old)
+            os.rename(fresh, folder)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)

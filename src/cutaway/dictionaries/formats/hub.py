@@ -1,0 +1,65 @@
+"""Folders of the Hugging Face hub as folders of this machine: "hf://owner/repository/folder"."""
+
+import re
+from pathlib import Path
+
+from cutaway.artifacts.errors import CutawayError
+
+PREFIX = "hf://"
+_ADDRESS = re.compile(r"^hf://([\w.-]+/[\w.-]+?)(?:@([^/?]+))?(?:/+([^?]*?))?/?(?:\?revision=(.+))?$")
+_BESIDE = ("config.yaml", "config.json", "cfg.json", "hyperparams.json")
+
+
+def local(where: str | Path) -> Path:
+    """The path itself, or where the hub's client has put what an address names: that folder's files, or one file.
+
+    An address is hf://owner/repository, @revision or ?revision= if wanted, and a folder or file in it. Only that folder
+    is fetched, not what is below it (but for `checkpoints/final.safetensors`); without a network what an earlier call
+    has left in the hub's cache. Raises `CutawayError` when the path does not exist or the hub does not have it.
+    """
+    if not str(where).startswith(PREFIX):
+        path = Path(where).expanduser()
+        if not path.exists():
+            raise CutawayError(
+                f"{path} does not exist: name a folder or file, or an address such as hf://owner/repository/folder"
+            )
+        return path
+    match = _ADDRESS.match(str(where))
+    if match is None or ".." in (match[3] or "").split("/"):
+        raise CutawayError(f"{where} is no address: write hf://owner/repository/folder")
+    repository, revision, inside = match[1], match[2] or match[4], (match[3] or "").strip("/")
+    snapshot = _snapshot(repository, revision, inside, str(where))
+    path = snapshot / inside
+    if not path.exists():
+        raise CutawayError(f"{repository} has no {inside} (or it is not in the cache, and there is no network)")
+    return path
+
+
+def _snapshot(repository: str, revision: str | None, inside: str, where: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    base = f"{inside}/" if inside else ""
+    above = inside.rpartition("/")[0]
+    above = f"{above}/" if above else ""
+    allowed = [f"{base}*", *([inside] if inside else []), *(f"{above}{name}" for name in _BESIDE)]
+    # fnmatch's * goes through folders: everything below is left out, or a whole repository would be fetched
+    below = [f"{base}*/*"] if "checkpoints" not in inside else []
+    try:
+        folder = Path(
+            snapshot_download(repository, revision=revision, allow_patterns=allowed, ignore_patterns=below or None)
+        )
+        if (folder / inside / "hyperparams.json").is_file():
+            folder = Path(
+                snapshot_download(
+                    repository, revision=revision, allow_patterns=[f"{base}checkpoints/final.safetensors"]
+                )
+            )
+        return folder
+    except LocalEntryNotFoundError as error:
+        raise CutawayError(f"{where} is not in the cache of the hub's client, and the hub cannot be reached") from error
+    except HfHubHTTPError as error:
+        code = getattr(error.response, "status_code", "")
+        raise CutawayError(f"the hub refused {repository} ({code}): see its name, or log in if it is gated") from error
+    except (HFValidationError, OSError, ValueError) as error:
+        raise CutawayError(f"{where} could not be fetched: {' '.join(str(error).split())[:200]}") from error
