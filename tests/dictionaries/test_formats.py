@@ -28,11 +28,19 @@ from cutaway.dictionaries.dictionary import (
     TopK,
     log_sparsity,
 )
-from cutaway.dictionaries.formats.files import load, load_all, read, save, save_all
+from cutaway.dictionaries.formats.files import Format, load, load_all, read, save, save_all
 
 D, F = 6, 20
 MODEL = {"id": "tiny", "revision": None, "weight_hash": "abc"}
-WRITTEN = ["saelens", "saelens-5", "sparsify", "dictionary_learning", "gemma-scope", "gemma-scope-2", "circuit-tracer"]
+WRITTEN: list[Format] = [
+    "saelens",
+    "saelens-5",
+    "sparsify",
+    "dictionary_learning",
+    "gemma-scope",
+    "gemma-scope-2",
+    "circuit-tracer",
+]
 
 
 class Draw:
@@ -304,7 +312,8 @@ def test_gemma_scope_is_read_as_it_computes(tmp_path: Path) -> None:
     def folder(*parts: str) -> Path:
         place = tmp_path.joinpath(*parts)
         place.mkdir(parents=True)
-        np.savez(place / "params.npz", **{k: v.numpy() for k, v in t.items()})
+        arrays: dict[str, Any] = {k: v.numpy() for k, v in t.items()}
+        np.savez(place / "params.npz", **arrays)
         return place
 
     hub = "models--google--gemma-scope-2b-pt"
@@ -509,7 +518,7 @@ def cases() -> list[tuple[str, str, str | None, bool]]:
 
 @pytest.mark.parametrize("format", WRITTEN)
 def test_what_is_written_computes_the_same_by_the_format_s_equations_and_comes_back(
-    tmp_path: Path, format: str
+    tmp_path: Path, format: Format
 ) -> None:
     x = some_x()
     written = 0
@@ -518,10 +527,10 @@ def test_what_is_written_computes_the_same_by_the_format_s_equations_and_comes_b
         folder = tmp_path / str(number)
         if not expressible(format, selector, kind, norm):
             with pytest.raises(CutawayError, match="format='"):
-                save(dictionary, folder, format)  # pyright: ignore[reportArgumentType]
+                save(dictionary, folder, format)
             assert not folder.exists()
             continue
-        save(dictionary, folder, format)  # pyright: ignore[reportArgumentType]
+        save(dictionary, folder, format)
         written += 1
         a, y = FORWARD[format](folder, x)
         agrees(dictionary, x, a, y)
@@ -567,7 +576,7 @@ def test_any_chain_of_formats_computes_the_same(tmp_path_factory: pytest.TempPat
     now = dictionary
     for step in range(3):
         name = now.selector.name
-        possible = ["cutaway", *(f for f in WRITTEN if expressible(f, name, kind, norm))]
+        possible: list[Format] = ["cutaway", *(f for f in WRITTEN if expressible(f, name, kind, norm))]
         now = load(save(now, place / str(step), data.draw(st.sampled_from(possible))))
     torch.testing.assert_close(now(x), expected, rtol=1e-8, atol=1e-8)
 

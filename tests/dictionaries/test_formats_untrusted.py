@@ -162,9 +162,13 @@ def test_npz_files_run_nothing(tmp_path: Path) -> None:
     folder = save(dictionary(jump=True), tmp_path / "dictionary", "gemma-scope")
     file, mark = folder / "params.npz", tmp_path / "ran"
     with np.load(file) as stored:
-        good = {name: stored[name] for name in stored.files}
+        good: dict[str, Any] = {name: stored[name] for name in stored.files}
     data = file.read_bytes()
-    np.savez(file, **(good | {"b_enc": np.array([Bomb(mark)], dtype=object)}), allow_pickle=True)
+
+    def spoiled(**changes: Any) -> dict[str, Any]:
+        return good | changes
+
+    np.savez(file, **spoiled(b_enc=np.array([Bomb(mark)], dtype=object)), allow_pickle=True)
     refused(folder, "b_enc.npy holds Python objects")
     assert not mark.exists()
     for cut in (10, len(data) // 2, len(data) - 10):
@@ -172,11 +176,11 @@ def test_npz_files_run_nothing(tmp_path: Path) -> None:
         refused(folder, "params.npz is cut short or not an npz file")
     np.savez(file, **{name: value for name, value in good.items() if name != "threshold"})
     refused(folder, "lacks threshold")
-    np.savez(file, **(good | {"threshold": np.full(F, np.nan, dtype=np.float32)}))
+    np.savez(file, **spoiled(threshold=np.full(F, np.nan, dtype=np.float32)))
     refused(folder, "threshold holds NaN")
-    np.savez(file, **(good | {"W_enc": good["W_enc"].astype(np.complex64)}))
+    np.savez(file, **spoiled(W_enc=good["W_enc"].astype(np.complex64)))
     refused(folder, "W_enc is torch.complex64")
-    np.savez_compressed(file, **(good | {"W_enc": np.zeros((1 << 13, 1 << 12), dtype=np.float32)}))
+    np.savez_compressed(file, **spoiled(W_enc=np.zeros((1 << 13, 1 << 12), dtype=np.float32)))
     refused(folder, "unpacks from")
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": (1 << 40, 1 << 20)})

@@ -2,7 +2,6 @@
 
 import subprocess
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,7 +9,9 @@ from safetensors.torch import load_file, save_file
 
 from cutaway.dictionaries.dictionary import Dictionary
 from cutaway.dictionaries.formats.files import load, save
-from cutaway.dictionaries.train import TrainConfig, tensor_batches, train
+from cutaway.dictionaries.rules import TopKRule
+from cutaway.dictionaries.sources import Tensors
+from cutaway.dictionaries.train import Job, TrainConfig, train_jobs
 
 LOAD = """
 import sys, torch
@@ -54,8 +55,9 @@ def in_peer(python: Path, code: str, *arguments: Path) -> None:
 
 
 def trained(x: torch.Tensor) -> Dictionary:
-    config = TrainConfig(d_sae=128, k=6, tokens=100 * 64, batch=64, warmup=10)
-    return train(partial(tensor_batches, x, config.batch, 0), config, site="blocks.3.resid_post").dictionary
+    config = TrainConfig(selector=TopKRule(6), d_sae=128, tokens=100 * 64, batch=64, warmup=10)
+    site = "blocks.3.resid_post"
+    return train_jobs(Tensors({site: x}), {"": Job(config, (site,))})[""].dictionary
 
 
 def assert_equal(dictionary: Dictionary, x: torch.Tensor, theirs: dict[str, torch.Tensor]) -> None:
