@@ -1,5 +1,6 @@
 """The stream of activations: the right positions, every token once a pass, and the same stream from any point."""
 
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -8,8 +9,8 @@ import torch
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.data import activations
-from cutaway.data.activations import activation_batches, counted, harvest
+from cutaway.data.activations import counted, harvest, harvest_sites, shuffled_batches
+from cutaway.data.harvest import Rules
 from cutaway.model.tokens import Tokens
 
 BOS = 0
@@ -24,12 +25,13 @@ class Counting:
     def __init__(self) -> None:
         self.rows_run = 0
 
-    def run(self, tokens: Tokens, *, capture: str, logits: str | None) -> dict[str, Tensor]:
+    def run(self, tokens: Tokens, *, capture: Sequence[str], logits: str | None) -> dict[str, Tensor]:
         assert logits is None
         ids = tokens.ids
         self.rows_run += len(ids)
         column = torch.arange(ids.shape[1]).expand_as(ids)
-        return {capture: torch.stack([ids, column, ids[:, 1:2].expand_as(ids)], dim=-1).float()}
+        value = torch.stack([ids, column, ids[:, 1:2].expand_as(ids)], dim=-1).float()
+        return {site: value if site == "s" else value.unflatten(-1, (3, 1)) for site in capture}
 
 
 def some_rows(n: int = 40, p: int = 9) -> Tensor:
@@ -37,6 +39,20 @@ def some_rows(n: int = 40, p: int = 9) -> Tensor:
     rows[:, 0] = BOS
     rows[::3, 5] = BOS  # a document ends inside the row
     return rows
+
+
+def activation_batches(
+    lm: Counting, rows: Tensor, site: str, sizes: list[int] | None = None, **options: Any
+) -> Iterator[Tensor]:
+    keep = counted(rows, lm.bos_id)
+
+    def fill(chosen: Tensor) -> dict[str, Tensor]:
+        found = harvest_sites(lm, rows[chosen], [site], keep[chosen])
+        if sizes is not None:
+            sizes.append(len(found[site]))
+        return found
+
+    return (batch[site] for batch in shuffled_batches(keep.sum(1), fill, **options))
 
 
 def ids(batches: list[Tensor]) -> list[int]:
@@ -95,19 +111,53 @@ def test_turns_and_seeds_shuffle_differently() -> None:
     assert stream(0)[:n] != stream(0)[n : 2 * n]
 
 
-def test_memory_is_one_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = []
-    original = activations.harvest
-
-    def watched(*arguments, **options) -> Tensor:
-        found = original(*arguments, **options)
-        sizes.append(len(found))
-        return found
-
-    monkeypatch.setattr(activations, "harvest", watched)
-    list(islice(activation_batches(Counting(), some_rows(400), "s", batch_tokens=8, buffer_tokens=200), 1_000))
+def test_memory_is_one_buffer() -> None:
+    sizes: list[int] = []
+    stream = activation_batches(Counting(), some_rows(400), "s", sizes, batch_tokens=8, buffer_tokens=200)
+    list(islice(stream, 1_000))
     assert len(sizes) > 10
     assert max(sizes) < 2 * 200 + 9
+
+
+def test_several_sites_are_of_the_same_tokens_and_one_forward() -> None:
+    rows, lm = some_rows(), Counting()
+    keep = counted(rows, BOS)
+    found = harvest_sites(lm, rows, ["s", "by head"], keep)
+    assert lm.rows_run == len(rows)
+    assert torch.equal(found["s"], found["by head"])
+
+    def fill(chosen: Tensor) -> dict[str, Tensor]:
+        return harvest_sites(lm, rows[chosen], ["s", "by head"], keep[chosen])
+
+    for batch in islice(shuffled_batches(keep.sum(1), fill, batch_tokens=8, buffer_tokens=60), 60):
+        assert torch.equal(batch["s"], batch["by head"])
+
+
+def test_tokens_that_are_left_out_are_replaced_by_others_of_the_buffer() -> None:
+    rows = some_rows()
+    keep = counted(rows, BOS)
+    options: dict[str, Any] = {"batch_tokens": 8, "buffer_tokens": 60, "passes": 2}
+
+    def fill(chosen: Tensor) -> dict[str, Tensor]:
+        values = harvest_sites(Counting(), rows[chosen], ["s"], keep[chosen])["s"]
+        return {"s": values[values[:, 0] % 5 != 0]}
+
+    whole = [batch["s"] for batch in islice(shuffled_batches(keep.sum(1), fill, **options), 100)]
+    assert all(len(batch) == 8 for batch in whole)
+    assert all(one % 5 for one in ids(whole))
+    for start in (3, 17, 64):
+        entered = [batch["s"] for batch in islice(shuffled_batches(keep.sum(1), fill, start=start, **options), 9)]
+        assert all(torch.equal(a, b) for a, b in zip(entered, whole[start:], strict=False)), start
+    with pytest.raises(CutawayError, match="leave out every token"):
+        next(shuffled_batches(keep.sum(1), lambda chosen: {"s": torch.zeros(0, 3)}, **options))
+
+
+def test_rules_keep_what_they_are_told_to() -> None:
+    rows = some_rows()
+    everything = counted(rows, BOS, Rules(bos="keep", first_position="keep"))
+    assert everything.all()
+    assert torch.equal(counted(rows, BOS, Rules(first_position="keep")), rows != BOS)
+    assert counted(rows, BOS, Rules(bos="keep"))[:, 1:].all()
 
 
 def test_too_little_text_and_wrong_sites_are_refused() -> None:
@@ -115,8 +165,20 @@ def test_too_little_text_and_wrong_sites_are_refused() -> None:
         next(activation_batches(Counting(), some_rows(), "s", batch_tokens=1000))
 
     class Scalars(Counting):
-        def run(self, tokens: Tokens, *, capture: str, logits: str | None) -> dict[str, Tensor]:
-            return {capture: tokens.ids.float()}
+        def run(self, tokens: Tokens, *, capture: Sequence[str], logits: str | None) -> dict[str, Tensor]:
+            return {site: tokens.ids.float() for site in capture}
 
     with pytest.raises(CutawayError, match=r"one vector a position"):
         harvest(Scalars(), some_rows(), "s")
+
+
+def test_values_that_are_not_finite_are_refused_by_site() -> None:
+    class Broken(Counting):
+        def run(self, tokens: Tokens, *, capture: Sequence[str], logits: str | None) -> dict[str, Tensor]:
+            found = super().run(tokens, capture=capture, logits=logits)
+            found["by head"] = found["by head"].clone()
+            found["by head"][0, 1, 0] = float("nan")
+            return found
+
+    with pytest.raises(CutawayError, match="at by head hold NaN"):
+        harvest_sites(Broken(), some_rows(), ["s", "by head"], counted(some_rows(), BOS))

@@ -11,7 +11,7 @@ import contextlib
 import os
 import re
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Self
@@ -119,6 +119,19 @@ class RunFolder:
         if not _STEP_NAME.fullmatch(name):
             raise ValueError(f"{name!r} is not a step's name: letters, digits, '.', '_' and '-'")
         return self.path / "steps" / f"{name}.json"
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a folder, which is made if need be, for this process while the block runs.
+
+    Raises `CutawayError` when another process holds it.
+    """
+    lock = _acquire(make_folder(path))
+    try:
+        yield
+    finally:
+        _unlock(lock)
 
 
 def _release() -> str:

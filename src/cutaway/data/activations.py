@@ -1,6 +1,6 @@
-"""Activations of a model on rows of tokens, shuffled, as an endless stream of batches that can be entered anywhere."""
+"""Activations of models on rows of tokens, shuffled, as an endless stream of batches that can be entered anywhere."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.data.hardware import keep_freed_memory
+from cutaway.data.harvest import Rules
 from cutaway.model.tokens import Tokens
 
 _ROWS_A_FORWARD = 16
@@ -24,15 +25,18 @@ class Running(Protocol):
     def run(self) -> Callable[..., Any]: ...
 
 
-def counted(rows: Tensor, bos_id: int | None) -> Tensor:
-    """Which positions of rows [n, p] count: bool [n, p]. Not the first of a row, and no BOS anywhere.
+def counted(rows: Tensor, bos_id: int | None, rules: Rules | None = None) -> Tensor:
+    """Which positions of rows [n, p] count: bool [n, p]. Not the first of a row, and no BOS anywhere, unless `rules`
+    keep them.
 
     Models park attention on the first position; its activation is often a hundred times longer than any other, and
     one direction would explain most of the variance.
     """
+    rules = rules or Rules()
     keep = torch.ones_like(rows, dtype=torch.bool)
-    keep[:, 0] = False
-    return keep if bos_id is None else keep & (rows != bos_id)
+    if rules.first_position == "drop":
+        keep[:, 0] = False
+    return keep & (rows != bos_id) if bos_id is not None and rules.bos == "drop" else keep
 
 
 def as_tokens(rows: Tensor) -> Tokens:
@@ -41,51 +45,73 @@ def as_tokens(rows: Tensor) -> Tokens:
 
 
 def harvest(lm: Running, rows: Tensor, site: str, *, low_precision: bool = False) -> Tensor:
-    """Activations at `site` of the positions of rows [n, p] that count, in their order: float32 [m, d].
+    """Activations at one site of the positions of rows [n, p] that count, in their order: float32 [m, width]."""
+    return harvest_sites(lm, rows, [site], counted(rows, lm.bos_id), low_precision=low_precision)[site]
 
-    The forward stops after the site. `low_precision` lets the forward's matrix products run in bfloat16.
+
+def harvest_sites(
+    lm: Running, rows: Tensor, sites: Sequence[str], keep: Tensor, *, low_precision: bool = False
+) -> dict[str, Tensor]:
+    """Activations at several sites of the positions `keep` (bool [n, p]) of rows [n, p]: by site float32 [m, width].
+
+    One forward, which stops after the last of them, gives all; sites by head are flattened. `low_precision` lets the
+    forward's matrix products run in bfloat16. Raises `CutawayError` for a site without one vector a position, and for
+    values that are not finite.
     """
     keep_freed_memory()
-    mask = counted(rows, lm.bos_id)
-    found: Tensor = torch.empty(0)
+    found: dict[str, Tensor] = {}
     end = 0
     for start in range(0, len(rows), _ROWS_A_FORWARD):
         part = slice(start, start + _ROWS_A_FORWARD)
+        tokens = as_tokens(rows[part].long()).to(lm.device)
         with torch.autocast(lm.device.type, dtype=torch.bfloat16, enabled=low_precision):
-            captured = lm.run(as_tokens(rows[part]), capture=site, logits=None)[site]
-        if captured.ndim != 3:
+            run = lm.run(tokens, capture=list(sites), logits=None)
+        n = 0
+        for site in sites:
+            captured: Tensor = run[site]
+            if captured.ndim < 3 or captured.shape[:2] != tokens.ids.shape:
+                raise CutawayError(
+                    f"{site} has shape {list(captured.shape)}: a dictionary needs one vector a position, [b, p, d]"
+                )
+            kept = captured[keep[part].to(captured.device)].flatten(1)
+            n = len(kept)
+            if site not in found:  # one allocation, filled in place: concatenating would take twice the memory
+                found[site] = kept.new_empty((int(keep.sum()), kept.shape[1]), dtype=torch.float32)
+            found[site][end : end + n] = kept
+        end += n
+    for site, values in found.items():
+        # a sum is many times faster, and finite only if all is; where it is not, it may have been too large itself
+        if not torch.isfinite(values.sum()) and not torch.isfinite(values).all():
             raise CutawayError(
-                f"{site} has shape {list(captured.shape)}: a dictionary needs one vector a position, [batch, pos, d]"
+                f"the activations at {site} hold NaN or infinite values: load the model in float32, or look for the "
+                "first site that holds them"
             )
-        kept = captured[mask[part].to(captured.device)]
-        if not end:  # one allocation, filled in place: concatenating would take twice the memory
-            found = kept.new_empty((int(mask.sum()), kept.shape[-1]), dtype=torch.float32)
-        found[end : end + len(kept)] = kept
-        end += len(kept)
     return found
 
 
-def activation_batches(
-    lm: Running,
-    rows: Tensor,
-    site: str,
+def shuffled_batches(
+    lengths: Tensor,
+    fill: Callable[[Tensor], Mapping[str, Tensor]],
     *,
     batch_tokens: int,
     seed: int = 0,
     start: int = 0,
     passes: int = 1,
     buffer_tokens: int = 1 << 18,
-    low_precision: bool = False,
-) -> Iterator[Tensor]:
-    """Endless shuffled batches [batch_tokens, d] of the activations at `site` of rows [n, p], from batch `start` on.
+) -> Iterator[dict[str, Tensor]]:
+    """Endless shuffled batches of the activations of rows, by site [batch_tokens, width], from batch `start` on.
 
-    Rows are shuffled and taken in buffers of about `buffer_tokens` tokens, so memory is that of one buffer however long
-    the corpus. Each buffer is used `passes` times in a new order before the next one replaces it: on a small model the
-    forward costs more than a training step, and a token bears being seen a few times. When all rows have been used they
-    are shuffled anew. Batch t depends on t and the arguments alone, so a stream entered at `start` is the one that an
-    interrupted run would have gone on with. Raises `CutawayError` when the rows hold less than one batch.
+    `lengths` [n] says how many positions of each row count, and `fill(chosen)` gives their activations for some rows,
+    by site [m, width]. All rows are shuffled and taken in buffers of about `buffer_tokens` tokens, and the tokens of a
+    buffer are shuffled: so tokens of one row meet only tokens of the rows that fell into the same buffer, and memory is
+    that of one buffer however long the corpus. Each buffer is used `passes` times in a new order before the next one
+    replaces it: on a small model the forward costs more than a training step, and a token bears being seen a few times.
+    When all rows have been used they are shuffled anew.
+
+    Batch t depends on t and the arguments alone, so a stream entered at `start` is the one that an interrupted run
+    would have gone on with; nothing is run for what lies before. Where `fill` leaves tokens out, others of the buffer
+    take their places. Raises `CutawayError` when the rows hold less than one batch.
     """
-    lengths = counted(rows, lm.bos_id).sum(1)
     if int(lengths.sum()) < batch_tokens:
         raise CutawayError(
             f"the corpus has {int(lengths.sum())} tokens, less than one batch of {batch_tokens}: give a longer corpus "
@@ -93,24 +119,33 @@ def activation_batches(
         )
     number, turn = 0, 0
     while True:
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(_seed(seed, turn)))
+        order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(_seed(seed, turn)))
         for place, piece in enumerate(_pieces(lengths[order].tolist(), buffer_tokens, batch_tokens)):
             chosen = order[piece]
             per_pass = int(lengths[chosen].sum()) // batch_tokens
             if number + per_pass * passes > start:
-                buffer = harvest(lm, rows[chosen], site, low_precision=low_precision)
+                buffer = fill(chosen)
                 for again in range(passes):
-                    mixed = torch.randperm(
-                        len(buffer), generator=torch.Generator().manual_seed(_seed(seed, turn, place, again))
-                    )
+                    generator = torch.Generator().manual_seed(_seed(seed, turn, place, again))
+                    mixed = _order(buffer, per_pass * batch_tokens, generator)
                     first = max(0, start - number)
                     for batch in range(first, per_pass):
-                        yield buffer[mixed[batch * batch_tokens : (batch + 1) * batch_tokens].to(buffer.device)]
+                        some = mixed[batch * batch_tokens : (batch + 1) * batch_tokens]
+                        yield {site: values[some.to(values.device)] for site, values in buffer.items()}
                     number += per_pass
                 del buffer
             else:
                 number += per_pass * passes
         turn += 1
+
+
+def _order(buffer: Mapping[str, Tensor], wanted: int, generator: torch.Generator) -> Tensor:
+    """A random order of the buffer's tokens, gone through again where it holds fewer than `wanted`."""
+    n = len(next(iter(buffer.values())))
+    if not n:
+        raise CutawayError("the rules leave out every token of the corpus: there is nothing to train on")
+    orders = [torch.randperm(n, generator=generator) for _ in range(max(1, -(-wanted // n)))]
+    return torch.cat(orders)
 
 
 def _pieces(lengths: Sequence[int], buffer_tokens: int, batch_tokens: int) -> Iterator[slice]:

@@ -201,7 +201,7 @@ def _plan(
         if number is not None and number < 1:
             raise CutawayError(f"{name} is {number}; it must be 1 or more")
     context = min(_CONTEXT, lm.context_length) if context is None else context
-    dims = _token_shapes(lm, sites)
+    dims = token_shapes(lm, sites)
     shapes = {name: (_product(shape),) if heads == "flatten" else shape for name, shape in dims.items()}
     width = sum(map(_product, shapes.values())) * DTYPES[stored].itemsize
     size = shard_tokens or max(1024, _SHARD_BYTES // width)
@@ -268,7 +268,7 @@ def _given(corpus: Any) -> tuple[Tensor, Tensor | None] | None:
     return corpus.long(), None
 
 
-def _token_shapes(lm: Harvesting, sites: str | Sequence[str]) -> dict[str, tuple[int, ...]]:
+def token_shapes(lm: Harvesting, sites: str | Sequence[str]) -> dict[str, tuple[int, ...]]:
     """Each site's shape at one token. Raises for sites that have no value of their own at each token."""
     table = lm.sites()
     shapes: dict[str, tuple[int, ...]] = {}

@@ -12,7 +12,7 @@ import itertools
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,6 +23,7 @@ from torch import Tensor
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.manifest import json_hash
 from cutaway.artifacts.progress import Progress
+from cutaway.artifacts.run_folder import locked
 from cutaway.dictionaries.calibrate import calibrate
 from cutaway.dictionaries.config import TrainConfig
 from cutaway.dictionaries.dictionary import Dictionary, Port
@@ -100,6 +101,7 @@ def train_jobs(
     folder: Path | None = None,
     seconds_between_checkpoints: float = 30.0,
     records: int = 100,
+    on_begin: Callable[[str, Trainer], None] | None = None,
     on_record: Callable[[str, Mapping[str, float]], None] | None = None,
     label: str | None = None,
 ) -> dict[str, Trained]:
@@ -108,107 +110,78 @@ def train_jobs(
     With a `folder` each job's state is written to `folder/NAME/` (to `folder` itself for the one named "") every so
     many seconds, at the end, and on Ctrl-C; a run that is killed and started again ends with the same bits as one that
     was not. About `records` records a job are kept as history; `on_record` gets each with the job's name, after a
-    resumption also those of steps that are done again. Raises `CutawayError` when jobs have different batch sizes, a
-    site is not in the source, the data end early, are not finite, or the folder holds another run.
+    resumption also those of steps that are done again, and `on_begin` each job's trainer before its first step here.
+    Raises `CutawayError` when jobs have different batch sizes, a site is not in the source, the data end early, are not
+    finite, the folder holds another run, or another process is training in it.
     """
-    size = _one_batch_size(jobs)
-    for name, job in jobs.items():
-        for site in job.sites:
-            if site not in source.ports:
-                raise CutawayError(f"'{site}' is not among the activations: there are {', '.join(source.ports)}")
-        if job.config.steps < 1:
-            raise CutawayError(
-                f"{name or 'the dictionary'}: {job.config.tokens} tokens are less than one batch of {size}"
-            )
-    longest = max(job.config.steps for job in jobs.values())
+    size = _batch_size(source, jobs)
     paths = {name: None if folder is None else Path(folder) / name / CHECKPOINT for name in jobs}
     sources = {
         name: json_hash({"source": source.identity, "sites": [job.reads, job.writes]}) for name, job in jobs.items()
     }
-    trainers: dict[str, Trainer] = {}
-    for name, path in paths.items():
-        if path is not None and path.exists():
-            trainers[name] = Trainer.load(path, jobs[name].config, sources[name])
-    fresh = [name for name in jobs if name not in trainers]
-    stream: Iterator[Mapping[str, Tensor]] | None = None
-    first = min((trainer.steps_done for trainer in trainers.values()), default=0) if not fresh else 0
-    if fresh:
-        stream = source.batches(size, 0)
-        wanted = max(1, *(-(-jobs[name].config.sample // size) for name in fresh))
-        held = list(itertools.islice(stream, wanted))
-        if not held:
-            raise CutawayError("there is not one batch of activations: give a longer corpus or a smaller batch")
-        sample = {site: torch.cat([batch[site] for batch in held]) for site in held[0]}
-        for name in fresh:
-            trainers[name] = _new_trainer(jobs[name], source, sample, size)
-        stream = itertools.chain(held, stream)
-        del held, sample
+    longest = max(job.config.steps for job in jobs.values())
     every = {name: max(1, job.config.steps // records) for name, job in jobs.items()}
+    with contextlib.nullcontext() if folder is None else locked(Path(folder)):
+        trainers = {
+            name: Trainer.load(path, jobs[name].config, sources[name])
+            for name, path in paths.items()
+            if path is not None and path.exists()
+        }
+        saved = {name: trainer.steps_done for name, trainer in trainers.items()}
+        held: list[Mapping[str, Tensor]] = []
+        stream: Iterator[Mapping[str, Tensor]] | None = None
+        if fresh := {name: job for name, job in jobs.items() if name not in trainers}:
+            stream = source.batches(size, 0)
+            held = _first_batches(stream, fresh, size)
+            trainers |= {name: _new_trainer(job, source, held, size) for name, job in fresh.items()}
+            stream = itertools.chain(held, stream)
+            del held
+        first = min(trainer.steps_done for trainer in trainers.values())
+        if on_begin is not None:
+            for name in jobs:
+                on_begin(name, trainers[name])
 
-    def save() -> None:
-        for name, path in paths.items():
-            if path is not None:
-                trainers[name].save(path, sources[name])
+        def save() -> None:
+            for name, path in paths.items():
+                if path is not None and saved.get(name) != trainers[name].steps_done:
+                    trainers[name].save(path, sources[name])
+                    saved[name] = trainers[name].steps_done
 
-    label = label or "training " + (f"{len(jobs)} dictionaries" if len(jobs) > 1 else _of_one(jobs))
-    with Progress(label, total=longest * size, unit="tokens") as progress:
-        progress.advance(first * size)
-        saved = time.monotonic()
-        try:
-            for number in range(first, longest):
-                stream = stream or source.batches(size, first)
-                batch = next(stream, None)
-                if batch is None:
-                    raise CutawayError(f"the activations ended after {number} of {longest} steps")
-                note = None
-                with _whole_step():
-                    for name, job in jobs.items():
-                        trainer = trainers[name]
-                        if trainer.steps_done != number or number >= job.config.steps:
-                            continue
-                        x, y = job.split(batch)
-                        result = trainer.step(x, y)
-                        if number % every[name] == 0 or number == job.config.steps - 1:
-                            trainer.history.append(trainer.record(x, y, result))
-                            note = _note(trainer.history)
-                            if on_record is not None:
-                                on_record(name, trainer.history[-1])
-                progress.advance(size, note=note)
-                if folder is not None and time.monotonic() - saved >= seconds_between_checkpoints:
-                    save()
-                    saved = time.monotonic()
-        except KeyboardInterrupt:
-            save()
-            raise
-    save()
-    return {name: _finished(jobs[name], trainer, source, size) for name, trainer in trainers.items()}
-
-
-def _new_trainer(job: Job, source: Source, sample: Mapping[str, Tensor], size: int) -> Trainer:
-    part = {site: sample[site][: max(size, job.config.sample)] for site in job.sites}
-    x, y = job.split(part)
-    blocks = [source.ports[site].width for site in job.reads] if len(job.reads) > 1 else None
-    return Trainer(job.config, x, y, blocks=blocks)
-
-
-def _finished(job: Job, trainer: Trainer, source: Source, size: int) -> Trained:
-    """The dictionary; a BatchTopK one gets its threshold from batches after the last."""
-    config = job.config
-    metadata = {**source.metadata, "training": config.to_json()}
-    ports = [tuple(source.ports[site] for site in sites) for sites in (job.reads, job.writes)]
-    dictionary = trainer.dictionary(*ports, metadata=metadata)
-    if isinstance(config.selector, BatchTopKRule) and config.calibrate:
-        count = max(1, config.calibrate // size)
-
-        def batches() -> Iterator[Tensor]:
-            for batch in itertools.islice(source.batches(size, config.steps), count):
-                yield job.split(batch)[0]
-
-        dictionary = calibrate(dictionary, batches, config.selector.k)
-    return Trained(dictionary, tuple(trainer.history))
+        with Progress(label or f"training {_named(jobs)}", total=longest * size, unit="tokens") as progress:
+            progress.advance(first * size)
+            last_save = time.monotonic()
+            try:
+                for number in range(first, longest):
+                    stream = stream or source.batches(size, first)
+                    batch = next(stream, None)
+                    if batch is None:
+                        raise CutawayError(f"the activations ended after {number} of {longest} steps")
+                    noted = False
+                    with _whole_step():
+                        for name, job in jobs.items():
+                            trainer = trainers[name]
+                            if trainer.steps_done != number or number >= job.config.steps:
+                                continue
+                            x, y = job.split(batch)
+                            result = trainer.step(x, y, downstream=_downstream(source, batch, job))
+                            if number % every[name] == 0 or number == job.config.steps - 1:
+                                trainer.history.append(trainer.record(x, y, result))
+                                noted = True
+                                if on_record is not None:
+                                    on_record(name, trainer.history[-1])
+                    progress.advance(size, note=_note(trainers.values()) if noted else None)
+                    if folder is not None and time.monotonic() - last_save >= seconds_between_checkpoints:
+                        save()
+                        last_save = time.monotonic()
+            except KeyboardInterrupt:
+                save()
+                raise
+        save()
+        return _finished(source, jobs, trainers, size, stream)
 
 
-def _one_batch_size(jobs: Mapping[str, Job]) -> int:
+def _batch_size(source: Source, jobs: Mapping[str, Job]) -> int:
+    """The one batch size of all jobs; raises for what can be seen to be wrong before any work."""
     sizes = {job.config.batch for job in jobs.values()}
     if len(sizes) != 1:
         raise CutawayError(
@@ -216,10 +189,78 @@ def _one_batch_size(jobs: Mapping[str, Job]) -> int:
             if not sizes
             else f"dictionaries that share a stream share its batches, but the sizes are {sorted(sizes)}"
         )
+    for job in jobs.values():
+        for site in job.sites:
+            if site not in source.ports:
+                raise CutawayError(f"'{site}' is not among the activations: there are {', '.join(source.ports)}")
     return sizes.pop()
 
 
-def _of_one(jobs: Mapping[str, Job]) -> str:
+def _first_batches(
+    stream: Iterator[Mapping[str, Tensor]], fresh: Mapping[str, Job], size: int
+) -> list[Mapping[str, Tensor]]:
+    """As many as the largest sample takes that a new trainer starts from."""
+    held = list(itertools.islice(stream, max(1, *(-(-job.config.sample // size) for job in fresh.values()))))
+    if not held:
+        raise CutawayError("there is not one batch of activations: give a longer corpus or a smaller batch")
+    return held
+
+
+def _new_trainer(job: Job, source: Source, held: Sequence[Mapping[str, Tensor]], size: int) -> Trainer:
+    parts = held[: max(1, -(-job.config.sample // size))]
+    sample = {site: torch.cat([batch[site] for batch in parts])[: max(size, job.config.sample)] for site in job.sites}
+    x, y = job.split(sample)
+    blocks = [source.ports[site].width for site in job.reads] if len(job.reads) > 1 else None
+    return Trainer(job.config, x, y, blocks=blocks)
+
+
+def _downstream(source: Source, batch: Mapping[str, Tensor], job: Job) -> Callable[[Tensor], Tensor] | None:
+    """What takes ŷ to a loss, where the source runs its model on (see `end_to_end.py`)."""
+    run_on = getattr(source, "downstream", None)
+    return None if run_on is None else run_on(batch, job.writes or job.reads)
+
+
+def _finished(
+    source: Source,
+    jobs: Mapping[str, Job],
+    trainers: Mapping[str, Trainer],
+    size: int,
+    stream: Iterator[Mapping[str, Tensor]] | None,
+) -> dict[str, Trained]:
+    """The dictionaries; BatchTopK ones get their threshold from the batches after the last.
+
+    `stream`, if begun, stands behind the last step of the longest job, so that its model need not be run again.
+    """
+    later: dict[int, list[dict[str, Tensor]]] = {}
+    calibrated = {
+        name: job
+        for name, job in jobs.items()
+        if isinstance(job.config.selector, BatchTopKRule) and job.config.calibrate
+    }
+    for steps in {job.config.steps for job in calibrated.values()}:
+        same = [job for job in calibrated.values() if job.config.steps == steps]
+        sites = dict.fromkeys(site for job in same for site in job.reads)
+        count = max(1, max(job.config.calibrate for job in same) // size)
+        begun = stream is not None and steps == max(job.config.steps for job in jobs.values())
+        batches = stream if stream is not None and begun else source.batches(size, steps)
+        later[steps] = [{site: batch[site] for site in sites} for batch in itertools.islice(batches, count)]
+    done: dict[str, Trained] = {}
+    for name, job in jobs.items():
+        trainer = trainers[name]
+        ports = [tuple(source.ports[site] for site in sites) for sites in (job.reads, job.writes)]
+        metadata = {**source.metadata, "training": job.config.to_json()}
+        dictionary = trainer.dictionary(*ports, metadata=metadata)
+        if name in calibrated and isinstance(job.config.selector, BatchTopKRule):
+            some = later[job.config.steps][: max(1, job.config.calibrate // size)]
+            values = [_joined([batch[site] for site in job.reads]) for batch in some]
+            dictionary = calibrate(dictionary, lambda values=values: values, job.config.selector.k)
+        done[name] = Trained(dictionary, tuple(trainer.history))
+    return done
+
+
+def _named(jobs: Mapping[str, Job]) -> str:
+    if len(jobs) > 1:
+        return f"{len(jobs)} dictionaries"
     (job,) = jobs.values()
     into = f" → {' + '.join(job.writes)}" if job.writes and job.writes != job.reads else ""
     return f"a dictionary at {' + '.join(job.reads)}{into}"
@@ -229,11 +270,20 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
 
 
-def _note(history: list[dict[str, float]]) -> str:
-    last = history[-1]
+def _note(trainers: Iterable[Trainer]) -> str:
+    """The last record of each in a few words; of several, from the least to the greatest."""
+    lasts = [
+        {**trainer.history[-1], "dead": trainer.history[-1]["dead"] / trainer.config.d_sae} for trainer in trainers
+    ]
+
+    def between(name: str, form: str) -> str:
+        values = [last[name] for last in lasts]
+        low, high = format(min(values), form), format(max(values), form)
+        return low if low == high else f"{low} to {high}"
+
     return (
-        f"loss {last['loss']:.4g}, L0 {last['l0']:.3g}, variance explained {last['variance_explained']:.3f}, "
-        f"dead {last['dead']:.0f}"
+        f"loss {between('loss', '.4g')}, L0 {between('l0', '.3g')}, "
+        f"variance explained {between('variance_explained', '.3f')}, dead {between('dead', '.1%')}"
     )
 
 
