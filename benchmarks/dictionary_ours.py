@@ -16,11 +16,12 @@ from dictionary_peers import Method, Request, Weights
 from torch import Tensor
 
 from cutaway.data.hardware import keep_freed_memory
+from cutaway.dictionaries.config import TrainConfig
 from cutaway.dictionaries.dictionary import Port
 from cutaway.dictionaries.rules import BatchTopKRule, JumpReLURule, TopKRule
 from cutaway.dictionaries.selectors import JumpReLU
 from cutaway.dictionaries.terms import AuxK, QuadraticL0, Reconstruction
-from cutaway.dictionaries.train import TrainConfig, Trainer
+from cutaway.dictionaries.trainer import Trainer
 
 _BANDWIDTH, _AUX = 0.1, 1 / 32
 

@@ -10,13 +10,13 @@ import cutaway
 from cutaway.artifacts.errors import CutawayError
 from cutaway.data.activations import as_tokens, counted, harvest
 from cutaway.data.corpus import read_corpus, split_rows, token_rows
+from cutaway.dictionaries.config import TrainConfig
 from cutaway.dictionaries.dictionary import Dictionary, TopK
 from cutaway.dictionaries.evaluate import evaluate
 from cutaway.dictionaries.formats.files import load, save
 from cutaway.dictionaries.from_model import train_on_model
 from cutaway.dictionaries.ports import bench
 from cutaway.dictionaries.rules import TopKRule
-from cutaway.dictionaries.train import TrainConfig
 from cutaway.model.language_model import LanguageModel
 
 SITE = "blocks.1.resid_post"

@@ -20,12 +20,12 @@ from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.dictionaries.dictionary import Dictionary, Port, mean_max_cosine, random_dictionary
+from cutaway.dictionaries.jobs import CHECKPOINT, Job, TrainConfig, Trained, Trainer, train_jobs
 from cutaway.dictionaries.parameters import Parameters
 from cutaway.dictionaries.rules import TopKRule
 from cutaway.dictionaries.scaling import geometric_median
 from cutaway.dictionaries.sources import Tensors
 from cutaway.dictionaries.terms import AuxK, Reconstruction
-from cutaway.dictionaries.train import CHECKPOINT, Job, TrainConfig, Trained, Trainer, train_jobs
 
 SITE = "blocks.0.resid_post"
 
@@ -181,7 +181,7 @@ from pathlib import Path
 from planted import planted
 from cutaway.dictionaries.rules import TopKRule
 from cutaway.dictionaries.sources import Tensors
-from cutaway.dictionaries.train import Job, TrainConfig, train_jobs
+from cutaway.dictionaries.jobs import Job, TrainConfig, train_jobs
 torch.set_num_threads(1)
 config = TrainConfig(
     d_sae=96, selector=TopKRule(4), tokens=200 * 64, batch=64, learning_rate=3e-3, warmup=10, dead_after=2_000
@@ -237,7 +237,7 @@ def test_ctrl_c_saves_a_whole_step(tmp_path: Path) -> None:
                 os.kill(os.getpid(), signal.SIGINT)  # in the middle of a step
             return super().step(x, y, **options)
 
-    import cutaway.dictionaries.train as training
+    import cutaway.dictionaries.jobs as training
 
     whole = train_on(x, SMALL)
     with pytest.MonkeyPatch.context() as patch:

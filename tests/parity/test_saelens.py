@@ -7,11 +7,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from cutaway.dictionaries.config import TrainConfig
 from cutaway.dictionaries.dictionary import Dictionary
 from cutaway.dictionaries.formats.files import load, save
+from cutaway.dictionaries.jobs import Job, train_jobs
 from cutaway.dictionaries.rules import TopKRule
 from cutaway.dictionaries.sources import Tensors
-from cutaway.dictionaries.train import Job, TrainConfig, train_jobs
 
 LOAD = """
 import sys, torch

@@ -5,8 +5,8 @@ from pathlib import Path
 from torch import Tensor
 
 from cutaway.dictionaries.config import TrainConfig
+from cutaway.dictionaries.jobs import Job, Trained, train_jobs
 from cutaway.dictionaries.sources import LiveRows
-from cutaway.dictionaries.train import Job, Trained, train_jobs
 from cutaway.model.language_model import LanguageModel
 
 

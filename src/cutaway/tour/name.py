@@ -16,12 +16,12 @@ from torch import Tensor
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.files import write_parquet
 from cutaway.artifacts.progress import Progress
+from cutaway.dictionaries.config import TrainConfig
 from cutaway.dictionaries.dictionary import Dictionary
 from cutaway.dictionaries.evaluate import evaluate
 from cutaway.dictionaries.formats.files import load, save
 from cutaway.dictionaries.from_model import train_on_model
 from cutaway.dictionaries.rules import TopKRule
-from cutaway.dictionaries.train import TrainConfig
 from cutaway.features.activations import Firing, fires
 from cutaway.features.concepts import ConceptMatch, match_concepts, mentions
 from cutaway.features.effects import logit_effects
