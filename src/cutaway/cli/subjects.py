@@ -110,6 +110,33 @@ def evaluate(
 
 
 @app.command
+def text(
+    subject: Literal["atlas"],
+    /,
+    *,
+    out: Path,
+    characters: Count = 20_000_000,
+    seed: Seed = 0,
+) -> None:
+    """Write text for looking into a subject: its world as no training has seen it, and held-out library source.
+
+    Parameters
+    ----------
+    subject
+        Whose text.
+    out
+        A file of JSON lines, one document each, as every command with a corpus reads it.
+    characters
+        Of the world, about; the library's held-out source comes on top.
+    seed
+        Which stream of the world.
+    """
+    from cutaway.subjects.atlas.text import write_text
+
+    print(f"{out}: {write_text(out, characters, seed):,} documents")
+
+
+@app.command
 def samples(part: str, /, *, n: Count = 10, seed: Seed = 0) -> None:
     """Print samples of one part of the atlas corpus.
 

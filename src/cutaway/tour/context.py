@@ -18,8 +18,8 @@ from cutaway.data.corpus import Split, corpus_hash, read_corpus, split_rows, tok
 from cutaway.data.pairs import AlignedPairs
 from cutaway.data.tasks import TASKS, readable_pairs
 from cutaway.model.language_model import LanguageModel
-from cutaway.subjects.world.corpus import PARTS, documents
-from cutaway.subjects.world.real_text import held_out_document, standard_library
+from cutaway.subjects.atlas.text import library_text, world_text
+from cutaway.subjects.world.real_text import standard_library
 from cutaway.tour.world_tasks import WORLD_TASKS
 
 LEAST_RIGHT = 0.8
@@ -44,17 +44,12 @@ def read_text(corpus: Path | None, *, of_atlas: bool, seed: int) -> Text:
     if corpus is not None:
         found = read_corpus(corpus)
         return Text(tuple(found.documents), str(corpus), corpus_hash(found.documents))
-    library = standard_library()
     if not of_atlas:
+        library = standard_library()
         prose = [document.text for document in library if ":" in document.name]
         chosen = (*prose, *(document.text for document in library if ":" not in document.name))
         return Text(chosen, "prose and source of Python's standard library", corpus_hash(chosen))
-    world = [
-        text
-        for part, about in PARTS.items()
-        for text in documents(part, f"tour-{seed}", int(about.share * _WORLD_CHARACTERS))
-    ]
-    real = [document.text for document in library if held_out_document(document.name)]
+    world, real = world_text(_WORLD_CHARACTERS, f"tour-{seed}"), library_text()
     description = "a stream of atlas's world drawn with a seed that no training used, and held-out library source"
     return Text((*world, *real), description, corpus_hash([*world, *real]))
 
