@@ -47,7 +47,7 @@ bench: environment ## measure speed beside the peers (minutes); results go to ru
 	.venv/bin/python benchmarks/model_access.py
 
 docs: environment ## write the generated pages of docs/ again
-	.venv/bin/python tools/docs.py
+	.venv/bin/python tools/docs.py --measure
 
 clean: ## remove what tools leave behind; environments and runs stay
 	find src tests tools benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
