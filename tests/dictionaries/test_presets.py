@@ -1,11 +1,18 @@
 """Presets: what they ask for, how they scale with the run, and what they refuse."""
 
+from typing import Any, Literal
+
 import pytest
+import torch
+from equations import Equation, Quantities, Selecting, by_equation
+from torch import Tensor
+from weights import apart, batch, random_parameters
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.dictionaries.config import TrainConfig
 from cutaway.dictionaries.presets import PRESETS, preset
 from cutaway.dictionaries.rules import BatchTopKRule, TopKRule
+from cutaway.dictionaries.step import step
 from cutaway.dictionaries.terms import L0, Lp, QuadraticL0, Tanh
 
 
@@ -77,3 +84,102 @@ def test_counts_of_the_source_are_scaled_to_a_short_run_and_kept_in_a_long_one()
     assert short.learning_rate == pytest.approx(7e-5 * 10)
     assert (short.warmup, short.dead_after) == (500, 4_096 * 10_000 // 16)
     assert gemma(4_096 * 50).learning_rate == 3e-3
+
+
+# The losses, written down once more from their sources. λ is 0.3 and k 3 wherever there is one; half of training is
+# over, so a ramp over all of it stands at ½, and the shorter ones at 1. e = ŷ − y; d = 12; 6 prefixes' ends of F = 32.
+D_IN, F, N = 12, 32, 8
+DEAD, VARIANCE = (0, 3, 5, 11, 17, 26, 30), 1.3
+
+
+def squares(q: Quantities) -> Tensor:
+    return q.e.square().sum(1).mean()
+
+
+def auxk_mean(q: Quantities) -> Tensor:
+    """1/32 · mean over tokens and dimensions; 512 latents are more than are dead."""
+    return q.missing(512)[0].square().mean() / 32
+
+
+def auxk_residual(q: Quantities) -> Tensor:
+    off, r = q.missing(D_IN // 2)
+    return off.square().sum() / (r - r.mean(0)).square().sum() / 32
+
+
+def gate(q: Quantities) -> Tensor:
+    return (q.y - q.h.relu() @ q.D.detach() - q.b_dec.detach()).square().sum(1).mean()
+
+
+def anthropic_2025(q: Quantities) -> Tensor:
+    sparse = 0.3 * 0.5 * torch.tanh(4 * q.a * q.norms).sum(1).mean()
+    return squares(q) + sparse + 3e-6 * ((q.theta - q.h).relu() * q.norms).sum(1).mean()
+
+
+def nested(q: Quantities) -> Tensor:
+    return torch.stack([q.up_to(end).square().mean() for end in (0, 2, 4, 8, 16, 32)]).mean() + auxk_mean(q)
+
+
+def l1(q: Quantities) -> Tensor:
+    return squares(q) + 0.3 * q.a.abs().sum(1).mean()
+
+
+TOPK, BATCHTOPK, RELU = Selecting("topk", k=3), Selecting("batchtopk", k=3), Selecting("relu")
+EQUATIONS: dict[str, tuple[Selecting, Equation]] = {
+    "anthropic-2023": (RELU, l1),
+    "anthropic-2024": (RELU, lambda q: squares(q) + 0.3 * (q.a * q.norms).sum(1).mean()),
+    "anthropic-2025": (Selecting("jumprelu", bandwidth=2.0, through_pre=True), anthropic_2025),
+    "openai-topk": (TOPK, lambda q: q.e.square().mean() / VARIANCE + auxk_residual(q)),
+    "gated-2024": (Selecting("gated"), lambda q: squares(q) + 0.3 * q.h.relu().sum(1).mean() + gate(q)),
+    "gemma-scope-1": (Selecting("jumprelu", bandwidth=0.001), lambda q: squares(q) + 0.3 * q.over.sum(1).mean()),
+    "batchtopk": (BATCHTOPK, lambda q: q.e.square().mean() + auxk_mean(q)),
+    "matryoshka": (BATCHTOPK, nested),
+    "sparsify": (TOPK, lambda q: q.e.square().sum() / q.spread),
+    "saprmarks": (RELU, l1),
+    "transcoder": (RELU, l1),
+    "skip-transcoder": (TOPK, lambda q: q.e.square().sum() / q.spread),
+    "crosscoder-2024": (RELU, lambda q: squares(q) + 0.3 * (q.a * q.summed_norms).sum(1).mean()),
+}
+TARGETED: dict[str, Equation] = {
+    "anthropic-2025": lambda q: squares(q) + D_IN * (q.over.sum(1).mean() / 6 - 1).square()
+    + 3e-6 * ((q.theta - q.h).relu() * q.norms).sum(1).mean(),
+    "gemma-scope-1": lambda q: squares(q) + (q.over.sum(1).mean() / 6 - 1).square(),
+}  # fmt: skip
+
+
+def check(name: str, equation: Equation, way: Literal["dense", "sparse"], **control: Any) -> None:
+    kind, selecting = PRESETS[name].kind, EQUATIONS[name][0]
+    config = preset(name, d_in=D_IN, d_sae=F, **control)
+    width = 7 if "transcoder" in kind else None
+    parameters = random_parameters(
+        D_IN, F, config.selector, d_out=width, skip=config.skip, blocks=(5, 7) if kind == "crosscoder" else (), seed=3
+    )
+    x = batch(N, D_IN, 4)
+    y = None if width is None else batch(N, width, 5)
+    if selecting.name == "jumprelu" and parameters.threshold is not None:  # a narrow window has to hold something
+        parameters.threshold.copy_((x @ parameters.encoder.T + parameters.encoder_bias).abs()[2] + 0.0002)
+    expected, gradients = by_equation(
+        parameters, selecting, equation, x, y, subtract_b_dec=config.subtract_b_dec, dead=DEAD
+    )
+    result = step(
+        parameters, config.selector, config.terms, x, y, subtract_b_dec=config.subtract_b_dec,
+        dead=torch.tensor(DEAD), variance=VARIANCE, progress=0.5, way=way,
+    )  # fmt: skip
+    assert apart(result.loss, expected) < 1e-10
+    found = result.gradients.tensors()
+    assert set(found) == set(gradients)
+    for parameter, gradient in gradients.items():
+        assert gradient.norm() > 0, parameter
+        assert apart(found[parameter], gradient) < 1e-10, parameter
+
+
+@pytest.mark.parametrize("way", ["dense", "sparse"])
+@pytest.mark.parametrize("name", PRESETS)
+def test_loss_and_gradients_equal_the_written_equation(name: str, way: Literal["dense", "sparse"]) -> None:
+    control = {"k": 3} if PRESETS[name].control == "k" else {"sparsity": 0.3}
+    check(name, EQUATIONS[name][1], way, **control)
+
+
+@pytest.mark.parametrize("way", ["dense", "sparse"])
+@pytest.mark.parametrize("name", TARGETED)
+def test_a_target_l0_has_the_written_equation_too(name: str, way: Literal["dense", "sparse"]) -> None:
+    check(name, TARGETED[name], way, l0=6)

@@ -255,8 +255,9 @@ class AuxK(Plain):
         coefficient · s · R of (ê − sg(y − ŷ))²,   ê = Σ relu(h_i) D_i over the k (d/2 if None) strongest dead latents
 
     `form`: "sum" mean_b Σ_d; "mean" mean_b mean_d; "fvu" over Σ(y − ȳ)²; "residual" mean_b Σ_d / mean_b Σ_d (e − ē)²;
-    "token" mean_b [mean_d / mean_d e²], of each token. s is min(number of dead / k, 1) if `by_share`, else 1.
-    The gradient reaches the encoder as well: without it dead latents cannot move.
+    "token" mean_b [mean_d / mean_d e²], of each token; these two are 0 where they would divide by 0.
+    s is min(number of dead / k, 1) if `by_share`, else 1. The gradient reaches the encoder as well: without it dead
+    latents cannot move.
     """
 
     coefficient: float = 1 / 32
@@ -278,10 +279,9 @@ class AuxK(Plain):
         error = activations @ f.parameters.decoder[f.dead] - residual
         if self.form == "residual":
             spread = (residual - residual.mean(0)).square().sum()
-            loss = error.square().sum() / spread.clamp_min(torch.finfo(spread.dtype).tiny)
+            loss = error.square().sum() / _or_infinite(spread)
         elif self.form == "token":
-            square = residual.square().mean(1).clamp_min(torch.finfo(residual.dtype).tiny)
-            loss = (error.square().mean(1) / square).mean()
+            loss = (error.square().mean(1) / _or_infinite(residual.square().mean(1))).mean()
         else:
             loss = f.reduce(error, self.form)
         share = min(len(f.dead) / k, 1.0) if self.by_share else 1.0
@@ -361,3 +361,8 @@ def _over(f: Forward) -> Tensor:
     assert isinstance(f.rule, JumpReLURule)
     assert f.parameters.threshold is not None
     return Over.apply(f.code.pre, f.code.at(f.parameters.threshold), f.rule.bandwidth, f.rule.through_pre)
+
+
+def _or_infinite(divisor: Tensor) -> Tensor:
+    """What divides by nothing is nothing: of a batch of one token, or of an error that is 0."""
+    return torch.where(divisor > 0, divisor, torch.inf)
