@@ -284,3 +284,22 @@ def test_bfloat16_candidates_leave_out_next_to_nothing(rule: Rule) -> None:
     assert apart(low.loss, plain.loss) < 1e-5
     for name, gradient in plain.gradients.tensors().items():
         assert apart(low.gradients.tensors()[name], gradient) < 3e-3, name
+
+
+@given(
+    n=st.integers(1, 9),
+    width=st.sampled_from([1, 8, 40, 513, 20_000]),
+    count=st.integers(0, 60),
+    ties=st.booleans(),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=80, deadline=None)
+def test_largest_of_all_is_a_sort_of_the_table(n: int, width: int, count: int, ties: bool, seed: int) -> None:
+    scores = torch.randn(n, width, generator=torch.Generator().manual_seed(seed))
+    scores = scores.mul(3).round() if ties else scores
+    places = sparse.largest_of_all(scores, count)
+    flat = scores.flatten()
+    assert len(places) == min(count, int((flat > 0).sum()))
+    assert torch.equal(places, places.unique())
+    expected = flat[flat > 0].sort(descending=True).values[:count]
+    assert torch.equal(flat[places].sort(descending=True).values, expected)

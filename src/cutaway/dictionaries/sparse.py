@@ -34,7 +34,7 @@ def largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values, groups.gather(1, chosen - member * k) + member * (width // group)
 
 
-_SAMPLE = 1 << 16
+_SAMPLE = 1 << 15
 
 
 def largest_of_all(scores: Tensor, count: int, least: float = 0.0) -> Tensor:
@@ -45,11 +45,13 @@ def largest_of_all(scores: Tensor, count: int, least: float = 0.0) -> Tensor:
     """
     flat = scores.reshape(-1)
     count = min(count, len(flat))
-    sample = flat[:: max(1, len(flat) // _SAMPLE)].float().sort(descending=True).values
+    if count == 0:
+        return flat.new_zeros(0, dtype=torch.int64)
+    sample = flat[:: max(1, len(flat) // _SAMPLE)].float()
     share = 1.5 * count / len(flat)
     while True:
-        rank = int(share * len(sample)) + 8
-        bound = max(least, float(sample[rank])) if rank < len(sample) else least
+        rank = int(share * len(sample)) + 8  # of the largest, from 0
+        bound = max(least, float(sample.kthvalue(len(sample) - rank).values)) if rank < len(sample) / 2 else least
         places = (flat > bound).nonzero().flatten()
         if len(places) >= count or bound <= least:
             break
