@@ -63,6 +63,9 @@ class Trainer:
             blocks=self.blocks,
             seed=config.seed,
         )
+        if config.decoder_norm == "unit":  # "uniform" rows and those of a crosscoder's blocks begin otherwise
+            decoder = self.parameters.decoder
+            decoder.div_(torch.linalg.vector_norm(decoder, dim=1, keepdim=True))
         device = x.device
         self.silent = torch.zeros(config.d_sae, dtype=torch.int64, device=device)
         self.fired = torch.zeros(config.d_sae, dtype=torch.float64, device=device)
@@ -189,7 +192,12 @@ class Trainer:
         norm = 1.0 if config.decoder_norm == "unit" else parameters.decoder[alive].norm(dim=1).mean()
         parameters.decoder[dead] = torch.nn.functional.normalize(wanted, dim=1) * norm
         parameters.encoder_bias[dead] = 0 if parameters.threshold is None else parameters.threshold[dead]
-        for parameter in (parameters.encoder, parameters.decoder, parameters.encoder_bias):
+        fresh = [parameters.encoder, parameters.decoder, parameters.encoder_bias]
+        for of_gate in (parameters.gate_scale, parameters.magnitude_bias):
+            if of_gate is not None:
+                of_gate[dead] = 0
+                fresh.append(of_gate)
+        for parameter in fresh:
             for key in ("exp_avg", "exp_avg_sq"):
                 if key in self.adam.state.get(parameter, {}):
                     self.adam.state[parameter][key][dead] = 0
@@ -248,18 +256,18 @@ class Trainer:
 
         All selectors commute with one positive factor for all latents, so h and a are divided by the scale of what is
         written. All but TopK and BatchTopK also do with one a latent; there, and where these select by h·‖D‖, decoder
-        norms are folded into the encoder, so that a is the length of what its latent adds. A crosscoder keeps its own:
-        how they compare between its blocks is what it is trained for.
+        norms are folded into the encoder, so that a is the length of what its latent adds. A crosscoder that
+        does not select so keeps its own; how they compare between its blocks is kept in any case.
         """
         p = self.parameters
         factor: Tensor | float = self._common_scale()
         # rows of D in the model's units, times 1/factor so that a·D does not change
         decoder = self.scaling_out.undo_rows(p.decoder) / factor
         rule = self.config.selector
-        free = not isinstance(rule, TopKRule | BatchTopKRule) or rule.by_norm
-        if free and not self.blocks:
+        chooses = isinstance(rule, TopKRule | BatchTopKRule)
+        if rule.by_norm if chooses else not self.blocks:
             # in training units for by_norm rules, whose scores are h·‖D‖ there
-            norms = (p.decoder if isinstance(rule, TopKRule | BatchTopKRule) else decoder).norm(dim=1)
+            norms = (p.decoder if chooses else decoder).norm(dim=1)
             norms = torch.where(norms > 0, norms, torch.ones_like(norms))
             decoder = decoder / norms[:, None]
             factor = factor * norms
