@@ -27,7 +27,7 @@ from cutaway.dictionaries.dictionary import Dictionary
 
 Matching = Literal["assignment", "mutual"]
 
-ASSIGNABLE = 4096  # the most latents that are assigned by default: about 10 s on one core
+ASSIGNABLE = 4096  # the most latents that are assigned by default: a second or a few on one core
 SAME = 0.7  # pairs above this cosine are counted as one and the same latent
 
 
