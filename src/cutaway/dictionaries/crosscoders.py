@@ -27,9 +27,9 @@ from torch import Tensor
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.results import Control, Effect
 from cutaway.artifacts.statistics import bootstrap_interval
-from cutaway.dictionaries import sparse
 from cutaway.dictionaries.dictionary import Dictionary
 from cutaway.dictionaries.figures import share_effect
+from cutaway.dictionaries.sparse import Places
 
 EXCLUSIVE = 0.1  # at most this share of one side, or one less this
 SHARED = (0.4, 0.6)
@@ -212,13 +212,14 @@ def _latent_scaling(
         if own is None:
             continue
         written = dictionary.decode_sparse(values, latents, x[some])
-        square += sparse.latent_sums(values.double().square(), latents, n_latents).cpu()
+        places, flat = Places.of_rows(latents, n_latents), values.reshape(-1).float()
+        square += places.latent_sums(flat.double().square()).cpu()
         for side, (part, scale) in enumerate(zip(parts, scales, strict=True)):
             error = (y[some][:, part] - written[:, part]).float() / scale
             reconstruction = (written[:, part] - dictionary.b_dec[part]).float() / scale
             for kind, target in enumerate((error, reconstruction)):
-                products = sparse.row_products(latents, own, target)
-                sums[kind, side] += sparse.latent_sums((products * values).double(), latents, n_latents).cpu()
+                products = places.products(own, target)
+                sums[kind, side] += places.latent_sums((products * flat).double()).cpu()
     if own is None:
         nothing = torch.full((n_latents,), float("nan"))
         return firings, (nothing, nothing)

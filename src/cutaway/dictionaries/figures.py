@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from cutaway.artifacts.results import Control, Effect, Interval
+from cutaway.artifacts.statistics import wilson_interval
 
 RESAMPLES = 1000
 
@@ -161,8 +162,6 @@ def share_effect(
     """
 
     def measured(counts: Sequence[int]) -> tuple[float, Interval]:
-        from cutaway.artifacts.statistics import wilson_interval
-
         shares = np.array(counts) / n
         if len(counts) == 1:
             return float(shares[0]), wilson_interval(int(counts[0]), n)
@@ -178,3 +177,34 @@ def share_effect(
         stood_beside.append(Control(control, other, other_interval, n))
     found = Effect(name, value, n, interval, tuple(stood_beside), "none", units, command)
     return found, tuple(count / n for count in successes)
+
+
+def mean_effect(
+    name: str,
+    values: Sequence[np.ndarray],
+    controls: Mapping[str, Sequence[np.ndarray]],
+    *,
+    units: str,
+    command: str | None = None,
+) -> tuple[Effect, tuple[float, ...]]:
+    """Mean over latents of a number each has, in each of several dictionaries, beside controls; and each's own mean.
+
+    Latents that have none (NaN) are left out. Latents and seeds are drawn for the interval.
+    """
+
+    def measured(given: Sequence[np.ndarray]) -> tuple[float, Interval | None, int]:
+        some = [each[np.isfinite(each)] for each in given]
+        if not all(map(len, some)):
+            return float("nan"), None, 0
+        generator = np.random.default_rng(0)
+        drawn = np.array([[generator.choice(one, len(one)).mean() for _ in range(300)] for one in some])
+        low, high = np.quantile(over_seeds(drawn, generator), [0.025, 0.975])
+        return float(np.mean([one.mean() for one in some])), (float(low), float(high)), len(some[0])
+
+    value, interval, n = measured(values)
+    beside = []
+    for control, given in controls.items():
+        other, other_interval, m = measured(given)
+        beside.append(Control(control, other, other_interval, m))
+    each = tuple(float(np.nanmean(one)) for one in values)
+    return Effect(name, value, n, interval, tuple(beside), "none", units, command), each

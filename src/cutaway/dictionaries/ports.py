@@ -19,6 +19,7 @@ from cutaway.model import edits
 from cutaway.model.language_model import LanguageModel
 from cutaway.model.run import Run
 from cutaway.model.sites import layer_of
+from cutaway.model.tokens import Tokens
 
 Models = LanguageModel | Sequence[LanguageModel]
 
@@ -59,9 +60,9 @@ class Bench:
             keep &= counted(rows, lm.bos_id)
         return keep
 
-    def run(self, rows: Tensor, *, logits: bool) -> list[Run]:
+    def run(self, rows: Tensor | Tokens, *, logits: bool) -> list[Run]:
         """One run a model that captures its sites, and with `logits` also where a later run can resume."""
-        tokens = as_tokens(rows)
+        tokens = as_tokens(rows) if isinstance(rows, Tensor) else rows
         return [
             lm.run(tokens, capture=self._captured(number, logits), logits="all" if logits else None)
             for number, lm in enumerate(self.models)
@@ -188,6 +189,29 @@ def harvest_ports(
     chosen = low.to(x.device)
     x, y = (x[chosen], x[chosen]) if same else (x[chosen], y[chosen])
     return PortValues(x, y, fewer, int((~low).sum()))
+
+
+def read_texts(models: Models, dictionary: Dictionary, texts: Sequence[str], at: Sequence[str] | None = None) -> Tensor:
+    """What the dictionary reads at one token of each text: float32 [n, d_in].
+
+    That is the last token, or with `at` the last token of where each text last has those words. Raises `CutawayError`
+    for words that are not there, and as `bench`.
+    """
+    where = bench(models, dictionary)
+    lm = where.models[0]
+    found = []
+    with Progress("activations", total=len(texts), unit="texts") as progress:
+        for part in batches(len(texts)):
+            tokens = lm.tokens(list(texts[part]))
+            columns = tokens.last.clone()
+            if at is not None:
+                for row, words in enumerate(at[part]):
+                    columns[row] = tokens.column(row, tokens.find(row, words))
+            keep = torch.zeros_like(tokens.mask)
+            keep[torch.arange(len(keep)), columns.cpu()] = True
+            found.append(where.read(where.run(tokens, logits=False), keep))
+            progress.advance(len(keep))
+    return torch.cat(found)
 
 
 def batches(n: int) -> Iterator[slice]:

@@ -38,22 +38,27 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 30, 50
 COLOURS = 6
 
 
-def line_svg(*, series: Sequence[Series], title: str, x_label: str = "", y_label: str = "") -> Markup:
+def line_svg(
+    *, series: Sequence[Series], title: str, x_label: str = "", y_label: str = "", log_x: bool = False
+) -> Markup:
     """Curves on one pair of axes; a missing value breaks its curve, an interval is a band around it.
 
     It scales with the box it stands in. Colours and marker shapes follow the order of the series; `line_legend`
-    names them.
+    names them. With `log_x` equal steps to the right are equal factors, and every x is above 0.
     """
-    xs = axis_range(x for one in series for x in one["x"])
+    along = math.log10 if log_x else float
+    xs = axis_range(along(x) for one in series for x in one["x"])
     ys = axis_range(y for one in series for key in ("y", "low", "high") for y in (one.get(key) or ()))
-    y_ticks, x_ticks = (
-        axis_ticks(*ys),
-        axis_ticks(*xs, whole=all(float(x).is_integer() for one in series for x in one["x"])),
-    )
+    y_ticks = axis_ticks(*ys)
+    if log_x:
+        x_ticks = _log_ticks(*xs)
+        xs = (min(xs[0], along(x_ticks[0])), max(xs[1], along(x_ticks[-1])))
+    else:
+        x_ticks = axis_ticks(*xs, whole=all(float(x).is_integer() for one in series for x in one["x"]))
     ys = (min(ys[0], y_ticks[0]), max(ys[1], y_ticks[-1]))
 
     def px(x: float) -> float:
-        return _LEFT + (x - xs[0]) / (xs[1] - xs[0]) * (_WIDTH - _LEFT - _RIGHT)
+        return _LEFT + (along(x) - xs[0]) / (xs[1] - xs[0]) * (_WIDTH - _LEFT - _RIGHT)
 
     def py(y: float) -> float:
         return _HEIGHT - _BOTTOM - (y - ys[0]) / (ys[1] - ys[0]) * (_HEIGHT - _TOP - _BOTTOM)
@@ -191,6 +196,16 @@ def axis_ticks(low: float, high: float, whole: bool = False) -> list[float]:
     else:
         first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [float(f"{place * step:.12g}") for place in range(first, last + 1)]
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times powers of ten (powers alone over more than three of them) around 10^low to 10^high."""
+    factors = (1, 2, 5) if high - low <= 3 else (1,)
+    exponents = range(math.floor(low), math.ceil(high) + 1)
+    ticks = [float(f"{factor}e{exponent}") for exponent in exponents for factor in factors]
+    first = max((place for place, tick in enumerate(ticks) if math.log10(tick) <= low + 1e-9), default=0)
+    last = min((place for place, tick in enumerate(ticks) if math.log10(tick) >= high - 1e-9), default=len(ticks) - 1)
+    return ticks[first : last + 1]
 
 
 # Bars and effects ---------------------------------------------------------------------------------------------------
