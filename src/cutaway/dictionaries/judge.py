@@ -24,7 +24,7 @@ from cutaway.artifacts.results import Effect
 from cutaway.dictionaries.crosscoders import Sides, compare_sides
 from cutaway.dictionaries.dictionary import Dictionary, random_dictionary
 from cutaway.dictionaries.evaluate import ALL, RANDOM, Measured, measure
-from cutaway.dictionaries.figures import mean_effect, share_effect
+from cutaway.dictionaries.figures import NAMES, mean_effect, share_effect
 from cutaway.dictionaries.frontier import Point
 from cutaway.dictionaries.latents import DENSE, LatentStatistics, latent_statistics
 from cutaway.dictionaries.ports import Models, PortValues
@@ -103,11 +103,13 @@ class Judgement:
             beside = "; ".join(f"{control.name} {control.value:.4g}" for control in one.controls)
             seeds = [", ".join(f"{value:.4g}" for value in each[:6]) + (" …" if len(each) > 6 else "")]
             cells = [one.name, f"{one.value:.4g}", f"{low:.4g} to {high:.4g}", *(seeds if several else []), beside]
-            rows.append([*cells, f"{one.n:,}"])
+            of = "rows" if any(one.name.startswith(label) for label, *_ in NAMES.values()) else "latents"
+            rows.append([*cells, f"{one.n:,} {of}"])
         return heads, rows
 
     def __str__(self) -> str:
-        seeds = f"{len(self.dictionaries)} seeds" if len(self.dictionaries) > 1 else "one seed"
+        n_seeds = len(self.dictionaries)
+        seeds = f"{n_seeds} seeds" if n_seeds > 1 else "one seed"
         ports = repr(self.dictionaries[0])
         excluded = f", {self.values.excluded:,} left out for their norm" if self.values.excluded else ""
         lines = [
