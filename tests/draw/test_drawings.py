@@ -1,5 +1,6 @@
 """Each drawing shows the numbers it was given, where they belong, whatever the strings are."""
 
+import math
 import re
 import xml.etree.ElementTree as ET
 from xml.etree.ElementTree import Element
@@ -104,6 +105,17 @@ def test_line_draws_the_numbers_to_scale():
     drawn = [(float(words(tick)), float(tick.get("y", "")) - 5) for tick in ticks]
     both = [*[(y, place) for (_, y), (_, place) in zip(known, dots, strict=True)], *drawn]
     _affine([value for value, _ in both], [place for _, place in both])  # the axis is the curve's scale
+
+
+def test_a_logarithmic_axis_is_to_scale():
+    xs = [3.0, 40.0, 900.0]
+    root = parse(line_svg(series=[{"name": "a", "x": xs, "y": [1.0, 2.0, 3.0]}], title="T", log_x=True))
+    dots = [float(dot.get("cx", "")) for dot in classed(root, "cw-dot")]
+    ticks = [text for text in root[0].findall("text") if text.get("text-anchor") == "middle"]
+    written = [float(words(tick).replace(",", "")) for tick in ticks]
+    assert written == [2, 5, 10, 20, 50, 100, 200, 500, 1000]
+    values = [math.log10(x) for x in [*xs, *written]]
+    _affine(values, [*dots, *(float(tick.get("x", "")) for tick in ticks)])
 
 
 def _affine(values: list[float], places: list[float]) -> float:

@@ -96,6 +96,7 @@ def judge(
     asked = {name: _rows_of(name) for name in probe or ()}  # a file that cannot be read is refused before any work
 
     import cutaway
+    from cutaway import dictionaries as files
     from cutaway.data.corpus import read_corpus, token_rows
     from cutaway.dictionaries.frontier import frontier
     from cutaway.dictionaries.judge import by_setting
@@ -115,7 +116,7 @@ def judge(
         absolute=(absolute, False),
         seed=(seed, 0),
     )
-    dictionaries = {path: _load(path) for path in dict.fromkeys(paths)}
+    dictionaries = {path: files.load(path) for path in dict.fromkeys(paths)}
     lms = [cutaway.load(name, dtype=dtype, device=device) for name in model]
     dictionaries = {path: one.to(lms[0].device) for path, one in dictionaries.items()}
     given = read_corpus(corpus)
@@ -155,12 +156,6 @@ def judge(
 
 
 # Input --------------------------------------------------------------------------------------------------------------
-
-
-def _load(path: str) -> "Dictionary":
-    from cutaway.dictionaries.saelens_format import load_dictionary
-
-    return load_dictionary(path)
 
 
 def _context(dictionaries: Any, lms: "Sequence[LanguageModel]") -> int:
@@ -286,8 +281,11 @@ def judge_page(
             "the same number of active latents is better."
         )
     for one in found:
-        name = "" if len(found) == 1 else f"{', '.join(Path(path).name for path in one.paths)}: "
-        sections += _sections(one, name)
+        named = "" if len(found) == 1 else f"{', '.join(Path(path).name for path in one.paths)}: "
+        sections += [
+            (named + (heading if named else heading[:1].upper() + heading[1:]), text, drawing)
+            for heading, text, drawing in _sections(one)
+        ]
     names = " and ".join(lm.name for lm in lms)
     first = found[0].judgement
     return page_html(
@@ -298,7 +296,7 @@ def judge_page(
     )
 
 
-def _sections(one: Judged, name: str) -> "list[tuple[str, str, Markup]]":
+def _sections(one: Judged) -> "list[tuple[str, str, Markup]]":
     from markupsafe import Markup
 
     from cutaway.draw.charts import effect_html, line_legend, line_svg
@@ -322,9 +320,9 @@ def _sections(one: Judged, name: str) -> "list[tuple[str, str, Markup]]":
         "One seed: intervals count rows alone, and say nothing about what another training would have found."
     )  # fmt: skip
     sections = [
-        (f"{name}in short", f"{judged.setting}. {seeds}", figures_html(items=tiles)),
+        ("in short", f"{judged.setting}. {seeds}", figures_html(items=tiles)),
         (
-            f"{name}beside the controls",
+            "beside the controls",
             "Each figure and the same figure of its controls, with 95 % intervals.",
             Markup("").join(effect_html(effects[key].to_json()) for key in _DRAWN if key in effects),
         ),
@@ -346,7 +344,7 @@ def _sections(one: Judged, name: str) -> "list[tuple[str, str, Markup]]":
     )
     sections.append(
         (
-            f"{name}how often latents fire",
+            "how often latents fire",
             f"Latents that never fired are not drawn: {dead} of {judged.dictionaries[0].d_sae:,} (random directions: "
             f"{judged.control_latents.n_dead}). On more than 10 % of tokens fire {dense} (random directions: "
             f"{judged.control_latents.n_dense}).",
@@ -364,13 +362,13 @@ def _sections(one: Judged, name: str) -> "list[tuple[str, str, Markup]]":
             series=share, title="share of the norm", x_label=f"share of {sides.labels[1]}", y_label="latents"
         )
         shown = Markup("").join(effect_html(effect.to_json()) for effect in sides.effects.values())
-        sections.append((f"{name}{sides.labels[0]} and {sides.labels[1]}", text, Markup(drawn) + shown))
+        sections.append((f"{sides.labels[0]} and {sides.labels[1]}", text, Markup(drawn) + shown))
     if one.probing:
-        sections.append((f"{name}what few latents tell", _PROBE_NOTE, _probe_table(one.probing)))
+        sections.append(("what few latents tell", _PROBE_NOTE, _probe_table(one.probing)))
     if one.absorption:
-        sections.append((f"{name}absorption", _ABSORPTION_NOTE, _absorption_table(one.absorption)))
+        sections.append(("absorption", _ABSORPTION_NOTE, _absorption_table(one.absorption)))
     heads, rows = judged.table()
-    sections.append((f"{name}every figure", "", table_html(columns=heads, rows=rows, title="every figure")))
+    sections.append(("every figure", "", table_html(columns=heads, rows=rows, title="every figure")))
     return sections
 
 

@@ -100,7 +100,7 @@ class Judgement:
         rows = []
         for _, one, each in self.all_effects():
             low, high = one.interval or (float("nan"), float("nan"))
-            beside = "; ".join(f"{control.name} {control.value:.4g}" for control in one.controls)
+            beside = "; ".join(f"{control.name.split(',')[0]} {control.value:.4g}" for control in one.controls)
             seeds = [", ".join(f"{value:.4g}" for value in each[:6]) + (" …" if len(each) > 6 else "")]
             cells = [one.name, f"{one.value:.4g}", f"{low:.4g} to {high:.4g}", *(seeds if several else []), beside]
             of = "rows" if any(one.name.startswith(label) for label, *_ in NAMES.values()) else "latents"
