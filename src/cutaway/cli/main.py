@@ -24,6 +24,7 @@ from cutaway import __version__
 from cutaway.artifacts.errors import CutawayError
 from cutaway.cli.attribute import attribute
 from cutaway.cli.check import check
+from cutaway.cli.dictionary import app as dictionary
 from cutaway.cli.harvest import harvest
 from cutaway.cli.heads import heads
 from cutaway.cli.lens import lens
@@ -42,7 +43,7 @@ app = App(
     suppress_keyboard_interrupt=False,
     help_epilogue="MODEL is “atlas” (the model that comes along), a Hugging Face folder, or a hub id.",
 )
-for command in (tour, check, sites, lens, heads, attribute, saliency, probe, subjects, harvest):
+for command in (tour, check, sites, lens, heads, attribute, saliency, probe, subjects, harvest, dictionary):
     app.command(command)
 
 
