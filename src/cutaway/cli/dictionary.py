@@ -278,7 +278,7 @@ def _page(found: dict[str, Any], fit: "Fit | None", text: str, command: str) -> 
     ]
     verdict = ""
     if fit is not None:
-        verdict = "; ".join(fit.verdicts)
+        verdict = " ".join(f"{said[0].upper()}{said[1:]}." for said in fit.verdicts)
         measured = Markup("").join(effect_html(effect.to_json()) for effect in fit.effects)
         about = f"{fit.n_tokens:,} tokens of {fit.n_rows} rows, {text}. 95 % bootstrap intervals over rows."
         sections.append(("At the stated site", about, measured))

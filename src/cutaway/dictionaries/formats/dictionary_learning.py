@@ -87,8 +87,11 @@ def read(path: Path) -> Reading:
         )
     source.rest()
     where = trainer.get("submodule_name")
+    block = mapping(config, "cutaway", settings or file)
+    if not block and dictionary.site.startswith("blocks.") and not isinstance(where, str):
+        source.notes.append(f"the site is taken for the output of layer {trainer['layer']}: no module is named")
     return Reading(
-        dictionary=restored(dictionary, mapping(config, "cutaway", settings or file), settings or file),
+        dictionary=restored(dictionary, block, settings or file),
         format=f"dictionary_learning {kind}",
         path=path,
         tensors=tuple(source.stored),
@@ -136,7 +139,6 @@ def _dictionary(source: Source, kind: str, trainer: dict[str, Any]) -> Dictionar
     site = site_name(where) if isinstance(where, str) else ""
     if not site.startswith("blocks.") and isinstance(layer, int):
         site = f"blocks.{layer}.resid_post"
-        source.notes.append(f"the site is taken for the output of layer {layer}: no module is named")
     dictionary = assemble(
         source,
         {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec},

@@ -378,19 +378,17 @@ def _about_alternatives(
             enough = _UNTOLD
         return one.fvu < enough * own and one.difference[1] < 0
 
-    said = []
-    for kind, found in (("site", sites), ("scale", scales)):
-        clear = [one for one in found if is_better(one)]
-        if clear:
-            best = clear[0]
-            what = f"{best.name} fits" if kind == "site" else f"activations {best.name} fit"
-            said.append(
-                f"{what} clearly better: FVU {best.fvu:.3f}, L0 {best.l0:.1f}, where the stated {kind} has {own:.3f}, "
-                f"{own_l0:.1f}"
-            )
-    if not said and own >= 1:
-        said.append(f"FVU is {own:.3f}: it reconstructs no better than the mean does, and no site or scale near fits")
-    return said
+    clear = [("site", one) for one in sites if is_better(one)] + [("scale", one) for one in scales if is_better(one)]
+    if clear:  # only the best is named: at a wrong site another scale may do better too
+        kind, best = min(clear, key=lambda one: one[1].fvu)
+        what = f"{best.name} fits" if kind == "site" else f"activations {best.name} fit"
+        return [
+            f"{what} clearly better: FVU {best.fvu:.3f}, L0 {best.l0:.1f}, where the stated {kind} has {own:.3f}, "
+            f"{own_l0:.1f}"
+        ]
+    if own >= 1:
+        return [f"FVU is {own:.3f}: it reconstructs no better than the mean does, and no site or scale near fits"]
+    return []
 
 
 def _l0_distance(l0: float, expected: Sequence[ExpectedL0]) -> float:
