@@ -2,9 +2,10 @@
 
     python benchmarks/dictionaries.py                      # the table (minutes; an idle machine)
     python benchmarks/dictionaries.py --settings 256,4096,32,1024,batchtopk --runs 5 --steps 60
-    python benchmarks/dictionaries.py --methods cutaway "dense autograd" SAELens --steps 200 --curve
-    python benchmarks/dictionaries.py --quality            # sparse beside dense, trained to the end (hours; it resumes)
-    python benchmarks/dictionaries.py --quality --quality-steps 200 --seeds 1            # the same in a minute
+    python benchmarks/dictionaries.py --settings 768,16384,32,2048 --steps 200 --runs 1 --curve \
+        --methods cutaway "cutaway, bfloat16 candidates" "dense autograd" SAELens
+    python benchmarks/dictionaries.py --quality            # sparse beside dense, trained to the end; it resumes
+    python benchmarks/dictionaries.py --quality --quality-steps 60 --seeds 1                # the same in a minute
 
 Every run is a fresh process (dictionary_peers.py) in the environment of its method, on the same stored activations
 (runs/bench/activations-*.safetensors, written once), in the same batches and order. Runs take turns, so that a busy
@@ -30,11 +31,17 @@ from statistics import median
 from typing import Any
 
 from dictionary_peers import Request
+from dictionary_quality import Plan, quality
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "runs" / "bench"
-STORED, HELD_OUT = 1 << 17, 1 << 13  # tokens: 134 MB at width 256
+HELD_OUT = 1 << 13
 LAYER = 3
+
+
+def stored(d: int) -> int:
+    """Tokens to train on. At width 256 (537 MB) 5,000 steps of 1,024 pass over them ten times; else a quarter."""
+    return 1 << 19 if d == 256 else 1 << 17
 
 
 @dataclass(frozen=True)
@@ -99,13 +106,14 @@ def activations(d: int) -> Path:
         from cutaway.artifacts.files import write_safetensors
 
         print(f"making {path.relative_to(ROOT)}", flush=True)
-        x = _real() if d == 256 else _made(d)
+        n = stored(d) + HELD_OUT
+        x = _real(n) if d == 256 else _made(d, n)
         x *= d**0.5 / x.norm(dim=1).mean()
         write_safetensors(path, {"x": x[HELD_OUT:].contiguous(), "held": x[:HELD_OUT].contiguous()})
     return path
 
 
-def _real():
+def _real(n: int):
     import torch
 
     import cutaway
@@ -117,20 +125,19 @@ def _real():
     texts = [text for part, about in PARTS.items() for text in documents(part, "bench", int(about.share * 1_000_000))]
     texts += [document.text for document in standard_library()]
     lm = cutaway.load("atlas")
-    rows = token_rows(lm, texts, context=256, seed=0, limit=(STORED + HELD_OUT) // 240)
+    rows = token_rows(lm, texts, context=256, seed=0, limit=n // 240)
     x = harvest(lm, rows, f"blocks.{LAYER}.resid_post")
-    if len(x) < STORED + HELD_OUT:
-        raise SystemExit(f"{len(x):,} activations were harvested where {STORED + HELD_OUT:,} are needed")
+    if len(x) < n:
+        raise SystemExit(f"{len(x):,} activations were harvested where {n:,} are needed")
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    return x[order[: STORED + HELD_OUT]]
+    return x[order[:n]]
 
 
-def _made(d: int):
+def _made(d: int, n: int):
     """Sums of about 12 of 4·d random directions, with noise, around an offset: [n, d]."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
-    n = STORED + HELD_OUT
     directions = torch.nn.functional.normalize(torch.randn(4 * d, d, generator=generator), dim=1)
     chosen = torch.randint(0, 4 * d, (n, 12), generator=generator)
     strength = torch.rand(n, 12, generator=generator) + 0.5
@@ -205,6 +212,12 @@ def compare(setting: Setting, rows: Sequence[Row], runs: int, steps: int, rate: 
             f"{middle['final_loss']:10.3f}{middle['variance_explained']:10.4f}{middle['l0']:8.2f}{middle['dead']:7.1%}",
             flush=True,
         )
+    if curve and DENSE in found:
+        for row in table:
+            if row["method"].startswith("cutaway"):
+                dense = found[DENSE][0]["curve"]
+                apart = max(abs(loss / dense[step] - 1) for step, loss in row["curve"].items())
+                print(f"loss of {row['method']} along the way: at most {apart:.2%} from {DENSE}")
     ours = [row for row in table if row["method"].startswith("cutaway")]
     others = [row for row in table if row not in ours]
     if ours and others:
@@ -218,18 +231,38 @@ def main() -> None:
     parser.add_argument("--settings", nargs="+", default=["256,4096,32,1024", "768,16384,32,2048"])
     parser.add_argument("--methods", nargs="+", metavar="NAME", help=f"of: {'; '.join(row.name for row in ROWS)}")
     parser.add_argument("--runs", type=int, default=3, help="turns")
-    parser.add_argument("--steps", type=int, help="default: 60, and 20 where there are 16,384 latents or more")
+    parser.add_argument("--steps", type=int, help="default: 40, and 10 where there are 16,384 latents or more")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--curve", action="store_true", help="measure the loss all along (into the JSON file)")
+    parser.add_argument("--quality", action="store_true", help="train to the end, sparse and dense, and compare")
+    parser.add_argument("--quality-steps", type=int, default=5000)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--control-seeds", type=int, default=1, help="seeds that are trained densely twice")
+    parser.add_argument("--selectors", nargs="+", default=["topk"], help="of: topk, batchtopk, jumprelu")
     options = parser.parse_args()
-    chosen = [row for row in ROWS if options.methods is None or row.name in options.methods]
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores")
+    if options.quality:
+        plan = Plan(
+            d_sae=4096,
+            k=32,
+            batch=1024,
+            steps=options.quality_steps,
+            seeds=options.seeds,
+            controls=options.control_seeds,
+            selectors=tuple(options.selectors),
+        )
+        table = quality(plan, activations(256), OUT / "quality", run)
+        (OUT / "dictionary_quality.json").write_text(json.dumps(table, indent=1) + "\n")
+        return
+    chosen = [row for row in ROWS if options.methods is None or row.name in options.methods]
+    if not chosen:
+        parser.error(f"no such method; there are {'; '.join(row.name for row in ROWS)}")
     for peer in dict.fromkeys(row.environment for row in chosen if row.environment != "cutaway"):
         print(f"{peer} {version_of(peer)}" if built(peer) else f"peer absent: {peer} (make parity builds it)")
     table = []
     for setting in map(Setting.parse, options.settings):
         rows = [row for row in chosen if built(row.environment) and setting.selector in row.selectors]
-        steps = options.steps or (60 if setting.d_sae < 16_384 else 20)
+        steps = options.steps or (40 if setting.d_sae < 16_384 else 10)
         table += compare(setting, rows, options.runs, steps, options.learning_rate, options.curve)
     OUT.mkdir(parents=True, exist_ok=True)
     (OUT / "dictionaries.json").write_text(json.dumps(table, indent=1) + "\n")
