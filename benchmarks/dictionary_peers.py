@@ -108,7 +108,7 @@ def measure(weights: Weights, held: Tensor, selector: str, k: int) -> dict[str, 
         a = activations(weights, x, selector, k)
         fired |= (a != 0).any(0)
         active += int((a != 0).sum())
-        loss += float((torch.sparse.mm(a.to_sparse_csr(), weights.W_dec) + weights.b_dec - x).double().square().sum())
+        loss += float((torch.sparse.mm(a.to_sparse(), weights.W_dec) + weights.b_dec - x).double().square().sum())
     variance = float((held - held.mean(0)).double().square().sum())
     return {
         "loss": loss / len(held),

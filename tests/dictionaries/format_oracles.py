@@ -112,7 +112,8 @@ def dictionary_learning(folder: Path, x: Tensor) -> tuple[Tensor, Tensor]:
     if kind == "GatedAutoEncoder":
         a = (u + t["gate_bias"] > 0) * torch.relu(t["r_mag"].exp() * u + t["mag_bias"])
     elif kind == "AutoEncoder":
-        a = torch.relu(u + t["encoder.bias"])
+        a = torch.relu(u + t["encoder.bias"])  # its loader makes them lengths
+        return a * t["decoder.weight"].norm(dim=0), a @ t["decoder.weight"].T + t[bias]
     elif kind == "AutoEncoderTopK":
         a = keep_largest(u + t["encoder.bias"], int(t["k"]))
     else:

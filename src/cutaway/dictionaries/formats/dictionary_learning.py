@@ -1,7 +1,8 @@
 """dictionary_learning: `ae.pt`, a torch archive, beside `config.json`; checkpoints are `checkpoints/ae_{step}.pt`.
 
     class                     keys, and what the forward is
-    AutoEncoder               encoder.weight [F, d], encoder.bias, decoder.weight [d, F], bias; relu(E(x − bias))
+    AutoEncoder               encoder.weight [F, d], encoder.bias, decoder.weight [d, F], bias; relu(E(x − bias)); its
+                              loader folds decoder norms into the encoder, so that activations are lengths
     AutoEncoderNew            decoder.bias in place of bias, and nothing taken off x
     GatedAutoEncoder          r_mag, gate_bias, mag_bias, decoder_bias in place of the biases
     AutoEncoderTopK           b_dec, k, threshold; the k largest of a token
@@ -146,7 +147,19 @@ def _dictionary(source: Source, kind: str, trainer: dict[str, Any]) -> Dictionar
         subtract_b_dec=kind not in ("AutoEncoderNew", "JumpReluAutoEncoder"),
         **ports(site, None, (W_enc.shape[0], W_dec.shape[1]), model),
     )
+    norms = dictionary.W_dec.norm(dim=1)
+    if kind == "AutoEncoder" and not _unit(norms):
+        dictionary = fold(
+            source,
+            "decoder norms: into W_enc and b_enc and out of W_dec, as dictionary_learning does when it loads",
+            dictionary,
+            lambda d: folds.selected_by_decoder_norm(d, torch.where(norms > 0, norms, torch.ones_like(norms))),
+        )
     return _denormalised(source, dictionary)
+
+
+def _unit(norms: Tensor) -> bool:
+    return torch.allclose(norms, torch.ones_like(norms))
 
 
 def _selector(source: Source, kind: str, trainer: dict[str, Any], n_latents: int) -> Selector:
@@ -231,7 +244,9 @@ def write(dictionary: Dictionary, folder: Path) -> None:
             "format='saelens' or 'cutaway'"
         )
     selector = dictionary.selector
-    dictionary = folds.subtracting(dictionary, subtract=not isinstance(selector, JumpReLU))
+    # AutoEncoder's loader folds decoder norms away, which would change the activations; AutoEncoderNew's does not
+    free = isinstance(selector, ReLU) and not _unit(dictionary.W_dec.float().norm(dim=1))
+    dictionary = folds.subtracting(dictionary, subtract=not (isinstance(selector, JumpReLU) or free))
     linear = {"encoder.weight": dictionary.W_enc.T, "decoder.weight": dictionary.W_dec.T}
     plain_names = {name: getattr(dictionary, name) for name in ("W_enc", "W_dec", "b_enc", "b_dec")}
     if isinstance(selector := dictionary.selector, Gated):
@@ -245,7 +260,8 @@ def write(dictionary: Dictionary, folder: Path) -> None:
     elif isinstance(selector, JumpReLU):
         kind, tensors = "JumpReluAutoEncoder", plain_names | {"threshold": selector.threshold}
     elif isinstance(selector, ReLU):
-        kind, tensors = "AutoEncoder", linear | {"encoder.bias": dictionary.b_enc, "bias": dictionary.b_dec}
+        kind, bias = ("AutoEncoderNew", "decoder.bias") if free else ("AutoEncoder", "bias")
+        tensors = linear | {"encoder.bias": dictionary.b_enc, bias: dictionary.b_dec}
     else:
         kind = "AutoEncoderTopK" if isinstance(selector, TopK) else "BatchTopKSAE"
         threshold = selector.threshold if isinstance(selector, BatchTopK) else -1.0
