@@ -155,11 +155,13 @@ def samples(part: str, /, *, n: Count = 10, seed: Seed = 0) -> None:
 
 
 @app.command
-def superposition(*, out: Page = None, seed: Seed = 0, json: Flag = False) -> None:
+def superposition(*, recovery: Flag = False, out: Page = None, seed: Seed = 0, json: Flag = False) -> None:
     """Train the toy models of superposition and show what they do: geometry, polytopes, phase diagram (a minute).
 
     Parameters
     ----------
+    recovery
+        Also train dictionaries on features that are known: where are they found, and where not? (Minutes.)
     out
         Write a page with the drawings.
     seed
@@ -167,16 +169,24 @@ def superposition(*, out: Page = None, seed: Seed = 0, json: Flag = False) -> No
     json
         Print every figure as JSON on stdout, and nothing else.
     """
+    from cutaway.dictionaries.recovery import recovery_study
+    from cutaway.dictionaries.recovery_page import recovery_sections
     from cutaway.draw.page import page_html
     from cutaway.subjects.superposition.page import LEAD, toy_sections
     from cutaway.subjects.superposition.study import toy_study
 
+    command = command_line("subjects", "superposition", recovery=(recovery, False), out=(out, None), seed=(seed, 0))
     study = toy_study(seed=seed)
-    command = command_line("subjects", "superposition", out=(out, None), seed=(seed, 0))
+    found = recovery_study(seed=seed) if recovery else None
+
+    def page() -> str:
+        sections = [*toy_sections(study), *(recovery_sections(found) if found else [])]
+        return page_html(title="Superposition", lead=LEAD, sections=sections, command=command)
+
     deliver(
-        text=str(study),
-        data={**study.to_json(), "command": command},
-        page=lambda: page_html(title="Superposition", lead=LEAD, sections=toy_sections(study), command=command),
+        text=f"{study}\n\n{found}" if found else str(study),
+        data={**study.to_json(), "recovery": found.to_json() if found else None, "command": command},
+        page=page,
         as_json=json,
         html=out,
     )

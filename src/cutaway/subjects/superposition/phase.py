@@ -75,7 +75,7 @@ def trained_diagram(
     return _diagram(density, importance, phases(models), found)
 
 
-def optimal_diagram(density: tuple[float, ...], importance: tuple[float, ...]) -> PhaseDiagram:
+def optimal_diagram(density: tuple[float, ...], importance: tuple[float, ...], *, steps: int = 250) -> PhaseDiagram:
     """The optimum by brute force: at every cell the lowest expected loss among solutions of each kind.
 
     Kinds: only feature 1, only feature 2 (the other's output is its mean, so both losses have a closed form up to the
@@ -84,7 +84,7 @@ def optimal_diagram(density: tuple[float, ...], importance: tuple[float, ...]) -
     """
     p, weights = _grid(density, importance)
     alone = _alone(p, weights)
-    both, _ = _antipodal(p, weights)
+    both = _antipodal(p, weights, steps)
     losses = torch.stack((alone[0], alone[1], both))
     lowest, kind = losses.min(0)
     return _diagram(density, importance, kind, lowest)
@@ -107,15 +107,14 @@ def _alone(p: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
     return importance[:, 1] * variance, importance[:, 0] * variance
 
 
-def _antipodal(p: Tensor, importance: Tensor, steps: int = 250) -> tuple[Tensor, Tensor]:
-    """The lowest loss with both features on the dimension, in opposite directions; and (w, v, b1, b2) that reach it."""
+def _antipodal(p: Tensor, importance: Tensor, steps: int) -> Tensor:
+    """The lowest loss with both features on the dimension, in opposite directions."""
     starts = torch.cartesian_prod(
         torch.tensor([0.8, 1.1], dtype=torch.float64),
         torch.tensor([0.8, 1.1], dtype=torch.float64),
         torch.zeros(1, dtype=torch.float64),
     )
     best = torch.full((len(p),), torch.inf, dtype=torch.float64)
-    kept = torch.zeros(len(p), 4, dtype=torch.float64)
     for w, v, bias in starts.tolist():
         free = torch.tensor([w, v, bias, bias], dtype=torch.float64).repeat(len(p), 1).requires_grad_()
         adam = torch.optim.Adam([free], lr=0.03)
@@ -128,9 +127,8 @@ def _antipodal(p: Tensor, importance: Tensor, steps: int = 250) -> tuple[Tensor,
             adam.step()
         with torch.no_grad():
             found = expected_loss(*_two(free), p, importance)
-            kept = torch.where((found < best)[:, None], free.detach(), kept)
             best = torch.minimum(best, found)
-    return best, kept
+    return best
 
 
 def _two(free: Tensor) -> tuple[Tensor, Tensor]:

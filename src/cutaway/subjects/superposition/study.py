@@ -138,7 +138,7 @@ def toy_study(*, seed: int = 0, effort: float = 1.0, cells: int = 13) -> ToyStud
         sweep=toys("120 in 20", SWEEP, torch.ones(120), 20, 1500),
         pairs=tuple(_best_pair(relation, p, steps(1000), seed) for relation, p in PAIRS),
         trained=trained_diagram(density, importance, steps=steps(1500), restarts=5, seed=seed),
-        optimal=optimal_diagram(density, importance),
+        optimal=optimal_diagram(density, importance, steps=steps(250)),
     )
 
 
