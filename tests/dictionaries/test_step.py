@@ -181,7 +181,7 @@ def situations(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @given(situations())
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_sparse_equals_dense_whatever_is_active(s: dict[str, Any]) -> None:
     width = s["d"] + 2 if s["kind"] in ("transcoder", "skip") else s["d"]
     blocks = (1, s["d"] - 1) if s["kind"] in ("sae", "untied") and s["d"] > 1 else ()

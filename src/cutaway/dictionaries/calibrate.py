@@ -19,10 +19,12 @@ def calibrate(dictionary: Dictionary, batches: Callable[[], Iterable[Tensor]], l
 
     `batches()` gives batches [n, d_in] of the sample, the same each time. θ is exact: the (l0·N + 1)-th largest
     pre-activation of all N tokens. For a ReLU, TopK or BatchTopK dictionary; raises `CutawayError` for others, for an
-    empty sample, and for an l0 that more latents than are ever positive would need.
+    empty sample, and for an l0 that is not positive or that more latents than are ever positive would need.
     """
     if not isinstance(dictionary.selector, ReLU | TopK | BatchTopK):
         raise CutawayError(f"a {dictionary.selector.name} dictionary has thresholds of its own")
+    if not l0 > 0 or not math.isfinite(l0):
+        raise CutawayError(f"l0 = {l0}: a threshold is set for more than 0 active latents a token")
     room = 4.0
     while True:
         kept: list[Tensor] = []

@@ -39,7 +39,7 @@ class TrainConfig(Plain):
 
     `d_sae` latents, `selector` and the loss `terms`; `skip` adds W_skip. `tokens` counts every token each time it is
     used. `normalise` sets the units of training (`scaling.py`), `input_norm` what is done to each token; both from the
-    first `sample` tokens, as are `b_dec` and the encoder's bias (`active`; see `initial.py`).
+    first `sample` tokens, as are `b_dec` and the encoder's bias (`active`, `centre_encoder`; see `initial.py`).
     `learning_rate` (None: 2e-4/√(F/2¹⁴)) rises over `warmup` steps and falls linearly to 0 over the last `decay` share.
     `decoder_norm` "unit": rows keep length 1, the gradient's part along them is taken away first. `clip`: greatest norm
     of the gradient. `dead_after`: a latent silent for so many tokens is dead. `calibrate`: tokens that set BatchTopK's
@@ -58,6 +58,7 @@ class TrainConfig(Plain):
     b_dec: Start = "geometric_median"
     subtract_b_dec: bool = True
     active: int | None = None
+    centre_encoder: bool = False
     skip: bool = False
     decoder_norm: Literal["unit", "free"] = "unit"
     learning_rate: float | None = 3e-3

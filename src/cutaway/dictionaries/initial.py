@@ -25,6 +25,7 @@ def initial_parameters(
     b_dec: Start,
     subtract_b_dec: bool,
     active: int | None,
+    centre_encoder: bool,
     skip: bool,
     blocks: tuple[int, ...],
     seed: int,
@@ -35,6 +36,7 @@ def initial_parameters(
     output are of one kind; else other directions of length 1); "uniform" entries of the decoder uniform in ±1/√d_out
     and the encoder its rows times d/F (Anthropic, January 2025); "zero_decoder" no decoder, random unit encoder.
     `active`: set the encoder's bias so that each latent fires on the share active/F of the sample, at most a half.
+    `centre_encoder`: set it so that pre-activations have mean 0, as if the mean were subtracted (sparsify).
     """
     d_in, d_out = x.shape[1], y.shape[1]
     generator = torch.Generator().manual_seed(seed)
@@ -60,6 +62,8 @@ def initial_parameters(
     if centre is None:
         centre = torch.cat([geometric_median(part) for part in y.split(list(blocks or (d_out,)), dim=1)])
     bias = x.new_zeros(d_sae)
+    if centre_encoder:
+        bias = -(encoder @ (x - centre if subtract_b_dec else x).mean(0))
     threshold = x.new_full((d_sae,), rule.initial_threshold) if isinstance(rule, JumpReLURule) else None
     if active is not None:
         bias = _rate_calibrated(encoder, x - centre if subtract_b_dec else x, min(0.5, active / d_sae))

@@ -6,7 +6,7 @@ source gives as an absolute number of a far longer run or of another width is sc
     steps of warm-up      at most a twentieth of the run
     dead latents          silent for 10 M tokens there, at most a sixteenth of the run
     learning rate         the source's × √(its steps / this run's steps) in shorter runs, at most 3e-3
-    coefficients          with mean ‖x‖ = √d, L1 ∝ √d and what counts latents ∝ d: then λ means the same for every width
+    coefficients          with mean ‖x‖ = √d, L1 ∝ √d and what counts latents ∝ d: then λ means the same at each width
     tokens, batch         4 M and 512, and the first 8,192 tokens set scales and biases
 
 `docs/presets.md` has them side by side, with what differs from each source.
@@ -37,7 +37,7 @@ Control = Literal["k", "coefficient", "coefficient or l0"]
 
 _HIGHEST_RATE = 3e-3
 _SAMPLE = 8_192
-_WIDTH = 4_096  # the width that published coefficients are taken to be of, where the source does not say
+_WIDTH = 2_304  # Gemma 2 2B, where others used the published coefficients; their sources do not say the width
 
 
 @dataclass(frozen=True)
@@ -187,11 +187,10 @@ def _anthropic_2024(run: _Run) -> dict[str, Any]:
 
 
 def _anthropic_2025(run: _Run) -> dict[str, Any]:
-    scale = run.d_in / _WIDTH
     sparse = (
         QuadraticL0(run.l0, coefficient=float(run.d_in), per="batch")
         if run.l0 is not None
-        else Tanh(run.coefficient(20 * scale), scale=4.0, norms="l2", warmup=1.0)
+        else Tanh(run.coefficient(5 * run.d_in / _WIDTH), scale=4.0, norms="l2", warmup=1.0)
     )
     return {
         "selector": JumpReLURule(bandwidth=2.0, initial_threshold=0.1, through_pre=True),
@@ -308,6 +307,7 @@ def _transcoder(run: _Run) -> dict[str, Any]:
         "terms": (Reconstruction("sum"), Lp(run.coefficient(5 * math.sqrt(run.d_in / _WIDTH)))),
         "normalise": "mean_norm",
         "b_dec": "mean",
+        "centre_encoder": True,
         "subtract_b_dec": False,
         "learning_rate": run.rate(4e-4, 15_000),
         "warmup": run.warmup(5_000),
@@ -322,6 +322,7 @@ def _skip_transcoder(run: _Run) -> dict[str, Any]:
         "normalise": "mean_norm",
         "initial": "zero_decoder",
         "b_dec": "mean",
+        "centre_encoder": True,
         "subtract_b_dec": False,
         "skip": True,
         "decoder_norm": "free",
@@ -333,7 +334,7 @@ def _skip_transcoder(run: _Run) -> dict[str, Any]:
 
 def _crosscoder_2024(run: _Run) -> dict[str, Any]:
     # λ = 2 was for two residual streams of Gemma 2 2B, 2,304 wide each.
-    coefficient = run.coefficient(2 * math.sqrt(run.d_in / 4_608))
+    coefficient = run.coefficient(2 * math.sqrt(run.d_in / (2 * _WIDTH)))
     return {
         "selector": ReLURule(),
         "terms": (Reconstruction("sum"), Lp(coefficient, norms="sum", warmup=0.05)),

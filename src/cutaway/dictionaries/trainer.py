@@ -59,6 +59,7 @@ class Trainer:
             b_dec=config.b_dec,
             subtract_b_dec=config.subtract_b_dec,
             active=config.active,
+            centre_encoder=config.centre_encoder,
             skip=config.skip,
             blocks=self.blocks,
             seed=config.seed,
