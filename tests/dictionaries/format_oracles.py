@@ -82,7 +82,8 @@ def saelens(folder: Path, x: Tensor) -> tuple[Tensor, Tensor]:
     y = y / scale
     if "W_skip" in t:
         y = y + whole @ t["W_skip"].T
-    return a, y
+    rescaled = cfg.get("rescale_acts_by_decoder_norm") and whitening is None
+    return a / scale if rescaled else a, y  # SAELens exports activations for decoders of norm 1 in the model's units
 
 
 def sparsify(folder: Path, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -172,6 +173,7 @@ def circuit_tracer(folder: Path, x: Tensor) -> tuple[Tensor, Tensor]:
 FORWARD: dict[str, Callable[[Path, Tensor], tuple[Tensor, Tensor]]] = {
     "saelens": saelens,
     "saelens-5": saelens,
+    "saelens-training": saelens,
     "sparsify": sparsify,
     "dictionary_learning": dictionary_learning,
     "gemma-scope": gemma_scope,

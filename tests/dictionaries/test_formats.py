@@ -35,6 +35,7 @@ MODEL = {"id": "tiny", "revision": None, "weight_hash": "abc"}
 WRITTEN: list[Format] = [
     "saelens",
     "saelens-5",
+    "saelens-training",
     "sparsify",
     "dictionary_learning",
     "gemma-scope",
@@ -493,7 +494,7 @@ def expressible(format: str, selector: str, kind: str, norm: str | None) -> bool
         return kind == "sae" or (
             kind in ("transcoder", "skip_transcoder") and thresholded and not (norm and "skip" in kind)
         )
-    if format == "saelens-5":
+    if format in ("saelens-5", "saelens-training"):
         return kind == "sae"
     if norm:
         return False
@@ -549,7 +550,7 @@ def test_what_is_written_computes_the_same_by_the_format_s_equations_and_comes_b
 def test_cutaway_s_own_layout_takes_every_dictionary(tmp_path: Path, selector: str, kind: str) -> None:
     x = some_x()
     for norm, subtract in itertools.product((None, "layer_norm", "unit"), (True, False)):
-        if norm and kind in ("crosscoder", "skip_transcoder"):
+        if norm and kind == "crosscoder":
             continue
         dictionary = a_dictionary(selector, kind=kind, norm=norm, subtract=subtract)
         folder = save(dictionary, tmp_path / f"{norm}-{subtract}")
@@ -563,13 +564,11 @@ def test_cutaway_s_own_layout_takes_every_dictionary(tmp_path: Path, selector: s
                 assert torch.equal(getattr(back, name), getattr(dictionary, name))
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_chain_of_formats_computes_the_same(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     selector, kind, norm, subtract = data.draw(st.sampled_from(cases()))
     dictionary = a_dictionary(selector, kind=kind, norm=norm, subtract=subtract, seed=data.draw(st.integers(0, 99)))
-    if norm and dictionary.W_skip is not None:
-        return
     x = some_x()
     expected = dictionary(x)
     place = tmp_path_factory.mktemp("chain")
@@ -643,7 +642,7 @@ def test_importing_the_package_loads_no_torch() -> None:
     import subprocess
     import sys
 
-    code = "import sys, cutaway.dictionaries as d; print('torch' in sys.modules, 'load' in dir(d)); d.load"
+    code = "import sys, cutaway.dictionaries as d; print('torch' in sys.modules, 'load' in dir(d))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "True"]
     assert cutaway.dictionaries.load is load

@@ -4,11 +4,13 @@ import io
 import json
 import os
 import pickle
+import random
+import re
 import struct
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.dictionaries.dictionary import Dictionary, JumpReLU, TopK
-from cutaway.dictionaries.formats.files import load, load_all, save
+from cutaway.dictionaries.formats.files import Format, load, load_all, save
 from cutaway.dictionaries.formats.hooks import hook_name, site_name
 
 D, F = 6, 20
@@ -298,3 +300,39 @@ def test_hook_names_go_there_and_back() -> None:
         assert site_name(hook_name(site)) == site
         assert hook_name(site) != site
     assert hook_name("blocks.3.attn.in") == "blocks.3.attn.in"  # no hook there has one meaning
+
+
+def test_any_spoiled_byte_is_refused_in_one_sentence_or_does_not_matter(tmp_path: Path) -> None:
+    """Bytes changed, cut off and taken out, and values of the settings replaced: no other error, and no other line."""
+    rng = random.Random(0)
+    values = (b"null", b"-1", b"1e99", b'"x"', b"[]", b"{}", b"true", b"0", b"123456789012345678901234567890")
+    said: list[str] = []
+    for number, format in enumerate(get_args(Format)):
+        folder = save(dictionary(jump=format.startswith("gemma")), tmp_path / str(number), format)
+        kept = {file: file.read_bytes() for file in folder.iterdir()}
+        for _ in range(40):
+            file = rng.choice(list(kept))
+            data = bytearray(kept[file])
+            found = (
+                list(re.finditer(rb"(?<=: )[^,\n{}\[\]]+", bytes(data))) if file.suffix in (".json", ".yaml") else []
+            )
+            how = rng.randrange(4)
+            if found and how < 3:
+                place = rng.choice(found)
+                data[place.start() : place.end()] = rng.choice(values)
+            elif how == 0:
+                del data[rng.randrange(len(data)) :]
+            elif how == 1:
+                place = rng.randrange(len(data))
+                del data[place : place + rng.randrange(1, 40)]
+            else:
+                for _ in range(rng.randrange(1, 5)):
+                    data[rng.randrange(min(len(data), 1500))] = rng.randrange(256)
+            file.write_bytes(data)
+            try:
+                load_all(folder)
+            except CutawayError as error:
+                said.append(str(error))
+            file.write_bytes(kept[file])
+    assert len(said) > 100
+    assert not any("\n" in sentence for sentence in said)

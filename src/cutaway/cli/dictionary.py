@@ -104,8 +104,8 @@ def convert(
     /,
     *,
     format: Literal[
-        "cutaway", "saelens", "saelens-5", "sparsify", "dictionary_learning", "gemma-scope", "gemma-scope-2",
-        "circuit-tracer",
+        "cutaway", "saelens", "saelens-5", "saelens-training", "sparsify", "dictionary_learning", "gemma-scope",
+        "gemma-scope-2",        "circuit-tracer",
     ] = "cutaway",
     site: str | None = None,
     overwrite: Flag = False,

@@ -30,6 +30,7 @@ Format = Literal[
     "cutaway",
     "saelens",
     "saelens-5",
+    "saelens-training",
     "sparsify",
     "dictionary_learning",
     "gemma-scope",
@@ -200,8 +201,9 @@ def save_all(
 
 
 def _write(dictionary: Dictionary, folder: Path, format: Format) -> None:
-    if format in ("cutaway", "saelens", "saelens-5"):
-        saelens.write(dictionary, folder, strict=format != "cutaway", version=5 if format == "saelens-5" else 6)
+    if format in ("cutaway", "saelens", "saelens-5", "saelens-training"):
+        layouts = {"cutaway": "cutaway", "saelens": "6", "saelens-5": "5", "saelens-training": "training"}
+        saelens.write(dictionary, folder, layouts[format])  # pyright: ignore[reportArgumentType]
     elif format == "sparsify":
         sparsify.write(dictionary, folder)
     elif format == "dictionary_learning":

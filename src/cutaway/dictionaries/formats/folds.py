@@ -84,6 +84,20 @@ def selected_by_decoder_norm(dictionary: Dictionary, norms: Tensor) -> Dictionar
     return replace(wide, W_enc=wide.W_enc * norms, b_enc=wide.b_enc * norms, W_dec=wide.W_dec / norms[:, None])
 
 
+def activations_times(dictionary: Dictionary, factor: float) -> Dictionary:
+    """Multiply every activation by a positive number and divide the decoder by it: the same function."""
+    wide, selector = _wide(dictionary), dictionary.selector
+    if isinstance(selector, BatchTopK):
+        selector = replace(selector, threshold=selector.threshold * factor)
+    elif isinstance(selector, JumpReLU):
+        selector = JumpReLU(selector.threshold.to(wide.W_enc) * factor)
+    elif isinstance(selector, Gated):
+        selector = replace(selector, b_mag=selector.b_mag.to(wide.W_enc) * factor)
+    return replace(
+        wide, W_enc=wide.W_enc * factor, b_enc=wide.b_enc * factor, W_dec=wide.W_dec / factor, selector=selector
+    )
+
+
 def as_thresholds(dictionary: Dictionary) -> Tensor | None:
     """θ [F] of the JumpReLU that selects as the dictionary does; None where no thresholds do."""
     selector = dictionary.selector

@@ -12,14 +12,14 @@ dictionary ("crosscoder", ...) the same files are written under a name that it d
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.files import plain, write_json, write_safetensors
-from cutaway.dictionaries.dictionary import Dictionary, Gated, Port, ReLU, TopK
+from cutaway.dictionaries.dictionary import BatchTopK, Dictionary, Gated, Port, ReLU, TopK
 from cutaway.dictionaries.formats import folds
 from cutaway.dictionaries.formats.hooks import hook_name, site_name
 from cutaway.dictionaries.formats.reading import (
@@ -47,6 +47,7 @@ _WRITTEN_FOR = "6.54.0"
 _TRANSCODERS = ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder")
 _SAES = ("standard", "gated", "jumprelu", "topk", "batchtopk", "matryoshka_batchtopk")
 _OURS = ("crosscoder", "topk_transcoder", "topk_skip_transcoder", "gated_transcoder", "gated_skip_transcoder")
+_NORMALISED = "normalised_"  # before the name of one whose skip connection sees the normalised input, not x itself
 _OURS_SAES = ("skip", "jumprelu_skip", "topk_skip", "gated_skip")
 _REFUSED = {
     "abstopk": "its activations have signs",
@@ -67,7 +68,7 @@ def read(path: Path) -> Reading:
     cfg = read_settings(path / CFG)
     version, cfg = _modern(cfg, path)
     metadata = mapping(cfg, "metadata", path / CFG)
-    architecture = cfg.get("architecture")
+    architecture = str(cfg.get("architecture")).removeprefix(_NORMALISED)
     if architecture in _REFUSED:
         raise CutawayError(
             f"{path} is a dictionary of architecture {architecture!r}, not read: {_REFUSED[architecture]}"
@@ -154,7 +155,7 @@ def _dictionary(
         raise CutawayError(
             f"{path / CFG}: normalize_activations is {norm!r}; read are {', '.join((*_NORMS, *_FOLDED_NORMS))}"
         )
-    if skip is not None and _NORMS.get(norm) is not None:
+    if skip is not None and _NORMS.get(norm) is not None and not str(cfg["architecture"]).startswith(_NORMALISED):
         raise CutawayError(f"{path} normalises its input but not that of its skip connection, which is not read")
     named = _ports(metadata, W_enc.shape[0], W_dec.shape[1], other)
     if architecture == "crosscoder":  # the sites are in our block
@@ -249,6 +250,11 @@ def _unscaled(source: Source, dictionary: Dictionary, cfg: Mapping[str, Any], pa
             source, f"scale {scale:.6g} of {_SCALER}: W_enc times it, W_dec and b_dec divided", dictionary,
             lambda d: folds.scaled(d, float(scale), float(scale)),
         )  # fmt: skip
+        if cfg.get("rescale_acts_by_decoder_norm", False):  # by the norms as they are in the model's own units
+            dictionary = fold(
+                source, f"activations divided by {scale:.6g}, with which the decoder norms are 1 again", dictionary,
+                lambda d: folds.activations_times(d, 1 / float(scale)),
+            )  # fmt: skip
     if norm in _FOLDED_NORMS and scale is None and whitening is None:
         source.notes.append(
             f"normalize_activations is {norm!r} and no file says by how much: the weights are read as if it were folded"
@@ -284,26 +290,26 @@ def architecture_of(dictionary: Dictionary) -> tuple[str, bool]:
     if isinstance(selector, ReLU):
         name = ""
     skip = dictionary.W_skip is not None
-    if dictionary.writes_what_it_reads:
-        return ("_".join(part for part in (name, "skip") if part), False) if skip else (name or "standard", True)
-    whole = "_".join(part for part in (name, "skip" if skip else "", "transcoder") if part)
-    return whole, whole in _TRANSCODERS and not (skip and dictionary.input_norm)
+    parts = [name, "skip" if skip else "", "" if dictionary.writes_what_it_reads else "transcoder"]
+    whole = "_".join(part for part in parts if part) or "standard"
+    theirs = whole in (*_SAES, *_TRANSCODERS)
+    return (_NORMALISED + whole, False) if skip and dictionary.input_norm else (whole, theirs)
 
 
-def write(dictionary: Dictionary, folder: Path, *, strict: bool, version: int = 6) -> None:
+def write(dictionary: Dictionary, folder: Path, layout: Literal["cutaway", "6", "5", "training"]) -> None:
     """Write the files into an existing, empty folder.
 
-    `strict` refuses what SAELens itself could not load. Version 5 has one flat object of settings.
+    Layout "cutaway" is that of version 6, also for what SAELens could not load; "5" has one flat object of settings,
+    "training" are the weights of a training checkpoint, where BatchTopK is not yet jumprelu.
     """
     architecture, theirs = architecture_of(dictionary)
-    if not theirs and (strict or version < 6):
+    if not theirs and layout != "cutaway":
         raise CutawayError(
             f"SAELens has no architecture for this dictionary ({dictionary!r}): save it as format='cutaway'"
         )
-    if version < 6 and architecture in _TRANSCODERS:
-        raise CutawayError("SAELens 5 has no transcoders: save it as format='saelens'")
-    if dictionary.W_skip is not None and dictionary.input_norm:
-        raise CutawayError("SAELens' layout cannot normalise the input of a skip connection: no format here can")
+    if layout in ("5", "training") and architecture in _TRANSCODERS:
+        which = "5 has no transcoders" if layout == "5" else "does not train transcoders"
+        raise CutawayError(f"SAELens {which}: save it as format='saelens'")
     if not dictionary.writes_what_it_reads:
         dictionary = folds.subtracting(dictionary, subtract=False)
     tensors = {name: getattr(dictionary, name) for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
@@ -311,6 +317,9 @@ def write(dictionary: Dictionary, folder: Path, *, strict: bool, version: int = 
     if isinstance(selector, Gated):
         tensors |= {"r_mag": selector.r_mag, "b_mag": selector.b_mag}
         tensors["b_gate"] = tensors.pop("b_enc")
+    elif layout == "training" and isinstance(selector, BatchTopK):
+        architecture = "batchtopk"
+        tensors["topk_threshold"] = torch.tensor(selector.threshold, dtype=torch.float64)
     elif not isinstance(selector, ReLU | TopK):
         threshold = folds.as_thresholds(dictionary)
         assert threshold is not None
@@ -318,7 +327,9 @@ def write(dictionary: Dictionary, folder: Path, *, strict: bool, version: int = 
     if dictionary.W_skip is not None:
         tensors["W_skip"] = dictionary.W_skip
     cfg = _configuration(dictionary, architecture)
-    write_json(folder / CFG, cfg if version == 6 else _flat(cfg))
+    write_json(folder / CFG, _flat(cfg) if layout == "5" else cfg)
+    if layout == "training":
+        write_json(folder / _SCALER, {"scaling_factor": None, "has_whitening": False})
     write_safetensors(
         folder / WEIGHTS, {name: tensor.detach().cpu() for name, tensor in tensors.items()}, {"format": "pt"}
     )
@@ -340,7 +351,8 @@ def _configuration(dictionary: Dictionary, architecture: str) -> dict[str, Any]:
         "normalize_activations": theirs[dictionary.input_norm],
         "reshape_activations": "hook_z" if hook.endswith("hook_z") and dictionary.writes_what_it_reads else "none",
     }
-    if isinstance(selector, TopK):
+    if isinstance(selector, TopK) or architecture == "batchtopk":
+        assert isinstance(selector, TopK | BatchTopK)
         cfg |= {"k": selector.k, "rescale_acts_by_decoder_norm": False}
     if dictionary.writes:
         cfg["d_out"] = dictionary.d_out

@@ -115,11 +115,11 @@ def _within_bounds(path: Path, archive: zipfile.ZipFile) -> None:
 
 
 def _torch_archive(path: Path) -> dict[str, Any]:
-    if not zipfile.is_zipfile(path):
-        raise CutawayError(
-            f"{path} is cut short or not an archive of torch.save (1.6 or later): save it again, or as safetensors"
-        )
     try:
+        if not zipfile.is_zipfile(path):
+            raise CutawayError(
+                f"{path} is cut short or not an archive of torch.save (1.6 or later): save it again, or as safetensors"
+            )
         with zipfile.ZipFile(path) as archive:
             _within_bounds(path, archive)
         stored = torch.load(path, map_location="cpu", weights_only=True)
