@@ -190,4 +190,4 @@ def _over_seeds(name: str, found: Sequence[float], random: Sequence[float], unit
         return bootstrap_interval(values) if len(values) > 1 else None
 
     control = Control("random directions", sum(random) / len(random), interval(random), len(random))
-    return Effect(name, sum(found) / len(found), len(found), interval(found), (control,), "none", units)
+    return Effect(name, sum(found) / len(found), len(found), interval(found), (control,), "", units)
