@@ -7,6 +7,7 @@ import torch
 
 from cutaway.dictionaries.config import TrainConfig
 from cutaway.dictionaries.dictionary import Dictionary, TopK
+from cutaway.dictionaries.presets import preset
 from cutaway.dictionaries.recovery import (
     EASY,
     HARD,
@@ -81,3 +82,16 @@ def test_the_study_has_every_cell_beside_its_control() -> None:
     hard, again = study.toys[HARD]
     assert hard.scores != again.scores, "seeds differ"
     assert "Recovered of 32 signed" in str(study)
+
+
+@pytest.mark.slow
+def test_a_thousand_features_in_128_dimensions_begin_to_be_found() -> None:
+    """Half a million samples: measured F1 0.32 to 0.34 and MCC 0.52, seeds 0 and 1; random directions 0.04 and 0.27."""
+    world = World(1024, 128, 6, trees=128, factors=25, magnitude=(5, 4), spread=0.5, orthogonal_steps=100)
+    config = preset("matryoshka", d_in=128, d_sae=1024, k=6, tokens=500_000, batch=1024, learning_rate=3e-3)
+    (found,) = recover(Generator(world), {"matryoshka": config})
+    assert found.scores.f1 > 0.28
+    assert found.scores.mcc_signed > 0.47
+    assert found.scores.l0 == pytest.approx(6, abs=0.2)
+    assert found.control.f1 < 0.06
+    assert found.control.mcc_signed < 0.3

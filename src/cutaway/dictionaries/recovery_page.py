@@ -19,7 +19,10 @@ def recovery_sections(study: RecoveryStudy) -> list[Section]:
     hard, easy = study.toys[HARD][0], study.toys[EASY][0]
     rows = []
     for name, runs in study.toys.items():
-        rows += [[name.removeprefix("32 in "), *score_row(runs[0].scores)], ["control: random", *score_row(runs[0].control)]]
+        rows += [
+            [name.removeprefix("32 in "), *score_row(runs[0].scores)],
+            ["control: random", *score_row(runs[0].control)],
+        ]
     return [
         (
             "Two toys side by side",
