@@ -1,5 +1,6 @@
 """Sparse dictionaries: trained, judged, exchanged with the field.
 
+    cutaway.dictionaries.train("atlas", "blocks.3.resid_post", preset="batchtopk", corpus="texts/", out="runs/one")
     dictionary = cutaway.dictionaries.load("hf://owner/repository/folder")
     cutaway.dictionaries.save(dictionary, "runs/dictionary", format="sparsify")
 
@@ -10,11 +11,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cutaway.dictionaries.api import train
     from cutaway.dictionaries.formats.files import load, load_all, save, save_all
 
-__all__ = ["load", "load_all", "save", "save_all"]
+__all__ = ["load", "load_all", "save", "save_all", "train"]
 
-_HOMES = {"cutaway.dictionaries.formats.files": ("load", "load_all", "save", "save_all")}
+_HOMES = {
+    "cutaway.dictionaries.api": ("train",),
+    "cutaway.dictionaries.formats.files": ("load", "load_all", "save", "save_all"),
+}
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 
