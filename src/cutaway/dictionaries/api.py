@@ -27,7 +27,7 @@ from cutaway.data.store import MANIFEST, Store
 from cutaway.data.training_rows import training_rows
 from cutaway.dictionaries.dictionary import Port
 from cutaway.dictionaries.formats.files import load, save
-from cutaway.dictionaries.jobs import Job, Source, Trained, train_jobs
+from cutaway.dictionaries.jobs import Job, Source, Trained, tokens_used, train_jobs
 from cutaway.dictionaries.log import Logs, read_log, trackers
 from cutaway.dictionaries.recipe import Recipe, expand, written_out
 from cutaway.dictionaries.sources import LiveRows, StoreSource, Tensors, find_ports
@@ -137,8 +137,9 @@ def _live(recipe: Recipe, models: tuple[LanguageModel, ...], corpus: Any) -> Tra
         return {name: port for name, (_, port) in find_ports(models, pattern).items()}
 
     jobs = expand(recipe, find)
-    longest = max(job.config.tokens for job in jobs.values())
-    later = max(job.config.calibrate for job in jobs.values())
+    # what is used, and a batch more, since each pass leaves less than one over; some tokens are BOS
+    used = max(tokens_used(job) for job in jobs.values())
+    fresh = round(1.03 * used / recipe.passes) + max(job.config.batch for job in jobs.values())
     given = recipe.corpus if corpus is None else corpus
     if given is None:
         raise CutawayError("a model needs a corpus to read: give a text file, a folder of them, or hub:NAME")
@@ -147,7 +148,7 @@ def _live(recipe: Recipe, models: tuple[LanguageModel, ...], corpus: Any) -> Tra
         models[0],
         given,
         context=recipe.context or min(256, *(lm.context_length for lm in models)),
-        tokens=-(-(longest + later) // recipe.passes),
+        tokens=fresh,
         more_rows=recipe.held_out,
         seed=recipe.data_seed,
         field=recipe.field,

@@ -14,12 +14,15 @@ from cutaway.dictionaries.selectors import BatchTopK, ReLU, TopK
 
 
 @torch.no_grad()
-def calibrate(dictionary: Dictionary, batches: Callable[[], Iterable[Tensor]], l0: float) -> Dictionary:
+def calibrate(
+    dictionary: Dictionary, batches: Callable[[], Iterable[Tensor]], l0: float, *, at_most: bool = False
+) -> Dictionary:
     """The dictionary with a = relu(h)·1[h > θ], θ such that `l0` latents are active on a token of the sample.
 
     `batches()` gives batches [n, d_in] of the sample, the same each time. θ is exact: the (l0·N + 1)-th largest
     pre-activation of all N tokens. For a ReLU, TopK or BatchTopK dictionary; raises `CutawayError` for others, for an
-    empty sample, and for an l0 that is not positive or that more latents than are ever positive would need.
+    empty sample, and for an l0 that is not positive or that more latents than are ever positive would need; with
+    `at_most` all that are positive are active then.
     """
     if not isinstance(dictionary.selector, ReLU | TopK | BatchTopK):
         raise CutawayError(f"a {dictionary.selector.name} dictionary has thresholds of its own")
@@ -43,7 +46,7 @@ def calibrate(dictionary: Dictionary, batches: Callable[[], Iterable[Tensor]], l
         found = torch.cat(kept)
         wanted = round(l0 * tokens)
         if lowest == -math.inf and len(found) <= wanted:
-            if len(found) < wanted:
+            if len(found) < wanted and not at_most:
                 raise CutawayError(
                     f"only {len(found) / tokens:.4g} latents are positive on a token, fewer than the wanted {l0:g}"
                 )

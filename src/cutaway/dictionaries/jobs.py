@@ -94,6 +94,12 @@ class Trained:
     history: tuple[Mapping[str, float], ...]
 
 
+def tokens_used(job: Job) -> int:
+    """Tokens that a job takes from the stream, those that set a BatchTopK threshold included."""
+    config = job.config
+    return config.tokens + (config.calibrate if isinstance(config.selector, BatchTopKRule) else 0)
+
+
 def train_jobs(
     source: Source,
     jobs: Mapping[str, Job],
@@ -253,7 +259,7 @@ def _finished(
         if name in calibrated and isinstance(job.config.selector, BatchTopKRule):
             some = later[job.config.steps][: max(1, job.config.calibrate // size)]
             values = [_joined([batch[site] for site in job.reads]) for batch in some]
-            dictionary = calibrate(dictionary, lambda values=values: values, job.config.selector.k)
+            dictionary = calibrate(dictionary, lambda values=values: values, job.config.selector.k, at_most=True)
         done[name] = Trained(dictionary, tuple(trainer.history))
     return done
 

@@ -173,7 +173,7 @@ def written_out(recipe: Recipe, jobs: Mapping[str, Job]) -> Recipe:
 def expand(recipe: Recipe, find: Find) -> dict[str, Job]:
     """The jobs of a recipe by name. A name says the ports, and whatever is not the same for all.
 
-    Raises `CutawayError` for what does not fit together: a preset without ports of its kind, a `k` that no preset takes,
+    Raises `CutawayError` for what does not fit together: a preset without its kind of ports, a `k` that no preset has,
     a grid beside named dictionaries.
     """
     if recipe.dictionaries:

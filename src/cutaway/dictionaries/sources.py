@@ -162,6 +162,10 @@ class LiveRows:
             keep &= counted(self.rows, lm.bos_id, self.rules)
         return keep
 
+    def sites_of(self, model: int) -> list[str]:
+        """The sites that one of the models is run for."""
+        return [port.site for of, port in self._where.values() if of == model]
+
     def values(self, chosen: Tensor) -> dict[str, Tensor]:
         """Each port's values at the positions of some rows that count, `high_norm` not applied: [m, width]."""
         rows, keep = self.rows[chosen], self._keep[chosen]
