@@ -47,7 +47,19 @@ def saved(tiny: LanguageModel, corpus: Path, tmp_path: Path, monkeypatch: pytest
 
 
 def words(corpus: Path, *more: str) -> list[str]:
-    return ["dictionary", "judge", *more, "--model", "tiny", "--corpus", str(corpus), "--rows", "12", "--spliced-rows", "4"]
+    return [
+        "dictionary",
+        "judge",
+        *more,
+        "--model",
+        "tiny",
+        "--corpus",
+        str(corpus),
+        "--rows",
+        "12",
+        "--spliced-rows",
+        "4",
+    ]
 
 
 def test_seeds_are_judged_together(saved: dict[str, str], corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -110,7 +122,7 @@ def test_letters_are_probed_with_their_absorption(
         ([], "there is no dictionary to judge"),
         (["no/such/folder"], "no/such/folder"),
         (["{a}", "--probe", "nothing.csv"], "there is no such file"),
-        (["{a}", "--probe", "states"], "cities of only 0 states"),
+        (["{a}", "--probe", "states"], "no city of atlas's world"),
         (["{a}", "--high-norm", "0.5"], "high_norm is 0.5"),
         (["{a}", "--context", "1000"], "1000"),
         (["{a}", "--spliced-rows", "-1"], "spliced-rows"),

@@ -10,7 +10,7 @@ from cutaway.dictionaries.absorption import RANDOM, RANDOM_DIRECTION, absorption
 from cutaway.dictionaries.dictionary import Dictionary, Port, ReLU, TopK
 from cutaway.dictionaries.probing import sparse_codes
 
-D, N, TOKENS = 64, 2400, 48
+D, N, TOKENS = 56, 1440, 48
 HALF = TOKENS // 2
 
 
@@ -135,5 +135,5 @@ def test_bad_input_is_named() -> None:
         absorption(transcoder, x, labels)
     with pytest.raises(CutawayError, match="every label is the same"):
         absorption(planted(basis, ()), x, np.ones(N, dtype=bool))
-    with pytest.raises(CutawayError, match="2400 activations but 3 labels"):
+    with pytest.raises(CutawayError, match="1440 activations but 3 labels"):
         absorption(planted(basis, ()), x, [True, False, True])

@@ -16,8 +16,9 @@ from cutaway.dictionaries.evaluate import RANDOM, evaluate
 from cutaway.dictionaries.figures import RESAMPLES, mean_effect, over_seeds, share_effect, summary
 from cutaway.dictionaries.frontier import Point, frontier
 from cutaway.dictionaries.judge import by_setting, judge
-from cutaway.dictionaries.labels import first_letters, frequent, named, states_of_cities
+from cutaway.dictionaries.labels import first_letters, frequent, states_of_cities
 from cutaway.model.language_model import LanguageModel
+from cutaway.subjects.world.facts import CITIES
 
 SITE = "blocks.1.resid_post"
 
@@ -196,19 +197,34 @@ def test_a_frontier_needs_points_with_controls() -> None:
         frontier([Point("a", "b", {"l0": bare})])
 
 
-def test_first_letters_and_names(atlas: LanguageModel) -> None:
+def test_first_letters_and_states(atlas: LanguageModel) -> None:
     ids = atlas.tokens("Dallas is in Texas, and Oakland is in 1 big State.", bos=False).ids[0]
     strings = atlas.token_strings(ids.tolist())
     expected = [text.strip()[:1].lower() if text.strip()[:1].isalpha() else "" for text in strings]
     assert first_letters(atlas, ids).tolist() == expected
-    states, cities = states_of_cities(atlas, ids)
-    assert {(s, c) for s, c in zip(states, cities, strict=True) if s} == {
-        (state, city)
-        for state, city in (("Texas", "Dallas"), ("California", "Oakland"))
-        if f" {city}" in strings or (city == "Dallas" and strings[0] == " Dallas")
-    }
-    labels, names = named(atlas, ids, {"place": ["Texas", "no such name at all"]})
-    assert labels.tolist().count("place") == 1
-    assert names[labels == "place"].tolist() == ["Texas"]
+    texts, states, cities = states_of_cities(atlas, n_states=3)
+    assert len(set(states)) == 3
+    for text, state, city in zip(texts, states, cities, strict=True):
+        assert text.endswith(f" {city}")
+        assert atlas.token_strings(atlas.tokens(text).ids[0].tolist())[-1] == f" {city}"
+        assert next(one for one in CITIES if one.name == city and one.state.name == state)
     letters = np.array(["a", "a", "b", "", "a"])
     assert frequent(letters, np.array([0, 1, 0, 0, 1]), least=2, least_groups=2) == ["a"]
+
+
+def test_an_ablation_that_costs_nothing_is_noted(lm: LanguageModel, rows: Tensor) -> None:
+    dictionary = axes(lm, rows, 0)
+    # what it would say itself, so that ablating costs something
+    own = lm.hf.generate(rows[:, :2], max_new_tokens=10, do_sample=False)  # type: ignore
+    assert judge(lm, dictionary, own).notes == ()
+    weight = lm.hf.lm_head.weight
+    before = weight.detach().clone()
+    with torch.no_grad():
+        weight.zero_()
+    try:
+        first, second = judge(lm, dictionary, own).notes
+    finally:
+        with torch.no_grad():
+            weight.copy_(before)
+    assert first.startswith("zero ablation of the site raises the cross-entropy by 0 nats")
+    assert second.startswith("mean ablation")

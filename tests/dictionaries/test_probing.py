@@ -7,7 +7,15 @@ from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.dictionaries.dictionary import Dictionary, ReLU
-from cutaway.dictionaries.probing import DENSE_PROBE, NO_ACTIVATION, RANDOM, best_latents, sparse_codes, sparse_probing
+from cutaway.dictionaries.probing import (
+    DENSE_PROBE,
+    NO_ACTIVATION,
+    RANDOM,
+    best_cut,
+    best_latents,
+    sparse_codes,
+    sparse_probing,
+)
 
 D, N = 16, 600
 
@@ -109,3 +117,25 @@ def test_bad_input_is_named() -> None:
         sparse_probing(identity(), x, ["a", "b"] * 300, groups=[1, 2])
     with pytest.raises(CutawayError, match="fewer than the 5 folds"):
         sparse_probing(identity(), x, ["a"] * (N - 3) + ["b"] * 3)
+
+
+def test_the_cut_is_where_f1_is_best() -> None:
+    generator = np.random.default_rng(0)
+    for _ in range(20):
+        scores = generator.standard_normal(30).round(1)  # with ties
+        target = generator.random(30) < 0.3
+        target[0] = True
+        cut = best_cut(scores, target)
+
+        def f1(at: float, scores: np.ndarray = scores, target: np.ndarray = target) -> float:
+            yes = scores > at
+            return 2 * (yes & target).sum() / max(1, yes.sum() + target.sum())
+
+        assert f1(cut) == pytest.approx(max(f1(at) for at in [*scores, scores.min() - 1]))
+
+
+def test_a_rare_label_is_still_said() -> None:
+    x = features(6)
+    rare = ((x[:, 3] > 0.5) & (x[:, 5] > 0.5)).numpy()  # 4 %, and latent 3 alone is right in one of five
+    one = sparse_probing(identity(), x, rare, ks=(1,), folds=3).effects[1]["f1"]
+    assert one.value > 0.25

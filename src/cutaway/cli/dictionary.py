@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
+from cutaway.cli.dictionary_judge import judge
 from cutaway.cli.options import Count, ExistingPath, Flag, Page, Seed
 from cutaway.cli.output import command_line, deliver, print_json
 
@@ -15,9 +16,10 @@ if TYPE_CHECKING:
 
 app = App(
     name="dictionary",
-    help="Sparse dictionaries: look into their files, check that they fit, write them in another format.",
+    help="Sparse dictionaries: look into their files, check that they fit, judge them, write them in another format.",
     result_action="return_value",
 )
+app.command(judge)
 
 _WORLD_CHARACTERS = 400_000
 _TEXT_CHARACTERS = 2_000_000

@@ -216,28 +216,15 @@ def _probe(
         groups = column(table, "group", path) or [row["text"] for row in table]
         judged.probing.append(sparse_probing(some, x, labels, groups=groups, what=path.name, **options))
         return
+    if name == "states":
+        texts, states, cities = states_of_cities(lms[0])
+        if len(set(states)) < 2:
+            raise CutawayError(f"--probe states: {lms[0].name} reads no city of atlas's world as one token")
+        x, what = read_texts(lms, some[0], texts), "the state of a city"
+        judged.probing.append(sparse_probing(some, x, states, groups=cities, what=what, folds=3, **options))
+        return
     values = judged.judgement.values
     ids, row_of = counted_ids(rows, values), values.row_of.numpy()
-    if name == "states":
-        labels, cities = states_of_cities(lms[0], ids)
-        known = frequent(labels, cities, least=_LEAST_TOKENS, least_groups=3)
-        if len(known) < 2:
-            raise CutawayError(
-                f"--probe states: cities of only {len(known)} states are on {_LEAST_TOKENS} tokens and by 3 names in "
-                "these rows; give text of atlas's world, or more rows"
-            )
-        chosen = np.flatnonzero(np.isin(labels, known))[:_MOST_TOKENS]
-        found = sparse_probing(
-            some,
-            values.x[chosen],
-            labels[chosen],
-            groups=cities[chosen],
-            what="the state of a city",
-            folds=3,
-            **options,
-        )
-        judged.probing.append(found)
-        return
     letters = first_letters(lms[0], ids)
     known = frequent(letters, row_of, least=_LEAST_TOKENS, least_groups=10)
     if not known:
@@ -320,7 +307,11 @@ def _sections(one: Judged) -> "list[tuple[str, str, Markup]]":
         "One seed: intervals count rows alone, and say nothing about what another training would have found."
     )  # fmt: skip
     sections = [
-        ("in short", f"{judged.setting}. {seeds}", figures_html(items=tiles)),
+        (
+            "in short",
+            " ".join([f"{judged.setting}. {seeds}", *(f"{note[0].upper()}{note[1:]}." for note in judged.notes)]),
+            figures_html(items=tiles),
+        ),
         (
             "beside the controls",
             "Each figure and the same figure of its controls, with 95 % intervals.",
@@ -356,7 +347,7 @@ def _sections(one: Judged) -> "list[tuple[str, str, Markup]]":
         share: list[Any] = [{"name": "latents that fire", "x": middles, "y": counts}]
         text = (
             f"0 is a latent of {sides.labels[0]} alone, 1 of {sides.labels[1]} alone; decoder norms in units of each "
-            f"side's spread. {' '.join(warning + '.' for warning in sides.warnings())}"
+            f"side's spread."
         )
         drawn = line_svg(
             series=share, title="share of the norm", x_label=f"share of {sides.labels[1]}", y_label="latents"

@@ -30,7 +30,7 @@ from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.results import Control, Effect
 from cutaway.dictionaries.dictionary import Dictionary, random_dictionary
 from cutaway.dictionaries.figures import Tables, summary
-from cutaway.dictionaries.probing import best_latents, dense_probe, fold_splits, sparse_codes, sparse_logistic
+from cutaway.dictionaries.probing import best_latents, dense_probe, fold_splits, sparse_codes, sparse_probe
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
@@ -116,12 +116,12 @@ def absorption(
     numbers = np.arange(len(x)) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
     splits = fold_splits(target, numbers, folds, what, seed)
     values = x.float().cpu().numpy()
-    probes = [_probe(values, target, numbers, train) for train, _ in splits]
+    probes = [dense_probe(values[train], target[train], numbers[train]) for train, _ in splits]
     told = np.zeros(len(x), dtype=bool)
-    for (_, test), (predict, _) in zip(splits, probes, strict=True):
-        told[test] = predict(values[test])
+    for (_, test), probe in zip(splits, probes, strict=True):
+        told[test] = probe.guesses(values[test])[1]
     generator = np.random.default_rng(seed)
-    directions = [direction for _, direction in probes]
+    directions = [probe.direction for probe in probes if probe.direction is not None]
     chance = [[_unit(generator.standard_normal(x.shape[1])) for _ in probes] for _ in range(_DRAWS)]
     random = [random_dictionary(one, x, seed + i) for i, one in enumerate(some)]
     codes = [sparse_codes(one, x) for one in some]
@@ -247,20 +247,13 @@ def concept_latents(
     scores = []
     n = 1
     for k in range(1, len(ranked) + 1):
-        predict = sparse_logistic(code[fit], target[fit], ranked[:k])
-        scores.append(_f1(predict(code[check]), target[check]))
+        probe = sparse_probe(code[fit], target[fit], ranked[:k])
+        scores.append(_f1(probe.guesses(code[check])[1], target[check]))
         if k > 1:
             if scores[k - 1] - scores[k - 2] <= SPLIT_GAIN:
                 break
             n = k
     return tuple(int(latent) for latent in ranked[:n]), tuple(scores)
-
-
-def _probe(values: np.ndarray, target: np.ndarray, groups: np.ndarray, train: np.ndarray) -> tuple[Any, np.ndarray]:
-    """A dense probe's `predict`, and its direction in the units of x (the gradient of its logit), of length 1."""
-    model = dense_probe(values[train], target[train], groups[train])
-    scaler, logistic = model.named_steps["standardscaler"], model.named_steps["logisticregression"]
-    return model.predict, _unit(logistic.coef_[0] / scaler.scale_)
 
 
 def _unit(direction: np.ndarray) -> np.ndarray:

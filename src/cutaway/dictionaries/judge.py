@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,7 +25,7 @@ from cutaway.artifacts.results import Effect
 from cutaway.dictionaries.crosscoders import Sides, compare_sides
 from cutaway.dictionaries.dictionary import Dictionary, random_dictionary
 from cutaway.dictionaries.evaluate import ALL, RANDOM, Measured, measure
-from cutaway.dictionaries.figures import NAMES, mean_effect, share_effect
+from cutaway.dictionaries.figures import NAMES, SPLICED, mean_effect, share_effect, summary
 from cutaway.dictionaries.frontier import Point
 from cutaway.dictionaries.latents import DENSE, LatentStatistics, latent_statistics
 from cutaway.dictionaries.ports import Models, PortValues
@@ -41,7 +42,7 @@ class Judgement:
     `effects` by name and `per_seed` values [S] (of stability: one a pair of seeds); `parts` the figures of a
     crosscoder's outputs and models. `latents` [S], and `control_latents`: those of a random dictionary. `ce`: mean
     cross-entropies in nats. `sides`: a crosscoder's outputs in pairs. `values`: the activations, for what else is to be
-    asked of them.
+    asked of them. `notes`: what makes a figure mean less than it seems.
     """
 
     dictionaries: tuple[Dictionary, ...]
@@ -56,6 +57,7 @@ class Judgement:
     n_tokens: int
     n_spliced: int
     values: PortValues
+    notes: tuple[str, ...] = ()
 
     @property
     def setting(self) -> str:
@@ -91,6 +93,7 @@ class Judgement:
             "latents": [some.to_json() for some in self.latents],
             "control_latents": self.control_latents.to_json(),
             "sides": [sides.to_json() for sides in self.sides],
+            "notes": list(self.notes),
         }
 
     def table(self) -> tuple[list[str], list[list[str]]]:
@@ -123,7 +126,7 @@ class Judgement:
         widths = [max(len(row[i]) for row in [heads, *rows]) for i in range(len(heads))]
         for row in [heads, *rows]:
             lines.append("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-        lines += [f"warning: {warning}" for sides in self.sides for warning in sides.warnings()]
+        lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)
 
 
@@ -183,7 +186,29 @@ def judge(
         n_tokens=measured.n_tokens,
         n_spliced=min(spliced_rows, len(rows)),
         values=measured.values,
+        notes=(*_idle_ablations(measured), *(warning for one in sides for warning in one.warnings())),
     )
+
+
+def _idle_ablations(measured: Measured) -> list[str]:
+    """A sentence for each ablation that the model hardly minds: what is recovered of next to nothing says nothing."""
+    table = measured.trained[ALL].get("spliced")
+    if table is None:
+        return []
+    found = []
+    for ablation in ("zero", "mean"):
+        place = SPLICED.index(f"ce_{ablation}")
+
+        def rise(sums: np.ndarray, place: int = place) -> np.ndarray:
+            return (sums[..., place] - sums[..., SPLICED.index("ce_clean")]) / sums[..., SPLICED.index("targets")]
+
+        value, (low, _), _ = summary(table[:1], rise)
+        if not low > 0:
+            found.append(
+                f"{ablation} ablation of the site raises the cross-entropy by {value:.3g} nats, no more than chance on "
+                "these rows: the share recovered against it means nothing"
+            )
+    return found
 
 
 def _latent_effects(

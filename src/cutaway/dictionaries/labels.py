@@ -1,6 +1,6 @@
-"""Labels of tokens that any text has, to probe a dictionary for: first letters, and things of atlas's world."""
+"""Labels to probe a dictionary for: first letters, which any text has, and the states of cities of atlas's world."""
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
 
 import numpy as np
 import torch
@@ -20,31 +20,27 @@ def first_letters(lm: LanguageModel, ids: Tensor) -> np.ndarray:
     return np.array(letters)[place.numpy()]
 
 
-def named(lm: LanguageModel, ids: Tensor, names: Mapping[str, Sequence[str]]) -> tuple[np.ndarray, np.ndarray]:
-    """What each token [n] names, and by which name: labels and names, "" where it is none of them.
+_CITY_FRAMES = ("The capital of the state containing{}", "The state containing{}", "She lives in{}", "The city of{}")
 
-    `names` are the names that a label goes by, {"Texas": ("Dallas", "Houston")}. Only names of one token (with a space
-    before it) are found.
+
+def states_of_cities(lm: LanguageModel, n_states: int = 8) -> tuple[list[str], list[str], list[str]]:
+    """Texts that end with a city of atlas's world, its state, and the city: for the states with the most cities.
+
+    Only cities of one token (with a space before it) are used, so that all are read alike.
     """
-    unique, place = torch.unique(ids.cpu(), return_inverse=True)
-    label_of: dict[int, tuple[str, str]] = dict.fromkeys(unique.tolist(), ("", ""))
-    for label, some in names.items():
-        for name in some:
-            tokens = lm.tokens(f" {name}", bos=False).ids[0].tolist()
-            if len(tokens) == 1 and tokens[0] in label_of:
-                label_of[tokens[0]] = (label, name)
-    found = np.array([label_of[number] for number in unique.tolist()], dtype=object).reshape(-1, 2)
-    return found[place.numpy(), 0].astype(str), found[place.numpy(), 1].astype(str)
-
-
-def states_of_cities(lm: LanguageModel, ids: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """The state of each token [n] that is a city of atlas's world, and the city; "" elsewhere."""
     from cutaway.subjects.world.facts import CITIES
 
-    names: dict[str, list[str]] = {}
+    whole = []
     for city in CITIES:
-        names.setdefault(city.state.name, []).append(city.name)
-    return named(lm, ids, names)
+        ids = lm.tokens(f" {city.name}", bos=False).ids[0].tolist()
+        if len(ids) == 1 and lm.token_strings(ids)[0].strip(" ▁Ġ") == city.name:  # not a word that is unknown
+            whole.append(city)
+    counts = Counter(city.state.name for city in whole)
+    chosen = set(sorted(counts, key=lambda state: (-counts[state], state))[:n_states])
+    told = [
+        (frame.format(f" {city.name}"), city) for city in whole if city.state.name in chosen for frame in _CITY_FRAMES
+    ]
+    return [text for text, _ in told], [city.state.name for _, city in told], [city.name for _, city in told]
 
 
 def counted_ids(rows: Tensor, values: PortValues) -> Tensor:

@@ -7,7 +7,8 @@ each is told from the rest, and figures are means over classes.
 
 Every figure stands beside the same k latents of a random dictionary of the same size and L0, a logistic regression on
 the whole activation (what a linear probe could reach), and what needs no activation: the more frequent class for the
-accuracy, "always yes" for F1. A probe is a detector, not a cause.
+accuracy, "always yes" for F1. The accuracy cuts at a probability of ½, F1 where it is best on the training folds: a
+rare label would else never be said at all. A probe is a detector, not a cause.
 """
 
 from collections.abc import Callable, Sequence
@@ -108,12 +109,12 @@ def sparse_probing(
     random = [
         random_dictionary(one, x, seed + i, None if one.writes_what_it_reads else one(x)) for i, one in enumerate(some)
     ]
-    guesses: dict[str, dict[int, np.ndarray]] = {"trained": {}, RANDOM: {}}  # bool [S, classes, n] for each k
+    guesses: dict[str, dict[int, np.ndarray]] = {"trained": {}, RANDOM: {}}  # bool [S, classes, 2, n] for each k
     chosen: dict[str, list[int]] = {name: [] for name in names}
     with Progress(f"probing {what}", total=2 * len(some) * len(names), unit="probes") as progress:
         for who, members in (("trained", some), (RANDOM, random)):
             for k in ks:
-                guesses[who][k] = np.zeros((len(some), len(names), len(x)), dtype=bool)
+                guesses[who][k] = np.zeros((len(some), len(names), 2, len(x)), dtype=bool)
             for place, one in enumerate(members):
                 code = sparse_codes(one, x)
                 for row, (name, target) in enumerate(zip(names, targets, strict=True)):
@@ -126,17 +127,18 @@ def sparse_probing(
     dense = np.stack(
         [_dense_out_of_fold(x, target, splits[name], numbers) for name, target in zip(names, targets, strict=True)]
     )
-    tables = {who: {k: _tables(found, targets, numbers) for k, found in by_k.items()} for who, by_k in guesses.items()}
-    dense_table = _tables(dense[None], targets, numbers)
     effects: dict[int, dict[str, Effect]] = {}
     per_seed: dict[int, dict[str, tuple[float, ...]]] = {}
     for k in ks:
         effects[k], per_seed[k] = {}, {}
-        for name, statistic, floor in (("accuracy", _accuracy, _majority(targets)), ("f1", _f1, _always_yes(targets))):
-            value, interval, per_seed[k][name] = summary(tables["trained"][k], statistic)
+        for cut, (name, statistic, floor) in enumerate(
+            (("accuracy", _accuracy, _majority(targets)), ("f1", _f1, _always_yes(targets)))
+        ):
+            table = _tables(guesses["trained"][k][:, :, cut], targets, numbers)
+            value, interval, per_seed[k][name] = summary(table, statistic)
             controls = [Control(NO_ACTIVATION[name], floor, None, len(x))]
-            for label, table in ((RANDOM, tables[RANDOM][k]), (DENSE_PROBE, dense_table)):
-                other, other_interval, _ = summary(table, statistic)
+            for label, found in ((RANDOM, guesses[RANDOM][k]), (DENSE_PROBE, dense[None])):
+                other, other_interval, _ = summary(_tables(found[:, :, cut], targets, numbers), statistic)
                 controls.append(Control(label, other, other_interval, len(x)))
             effects[k][name] = Effect(
                 name=f"{name.replace('f1', 'F1')} of {k} latent{'s' if k > 1 else ''} on {what}",
@@ -224,8 +226,8 @@ def _out_of_fold(
     ks: Sequence[int],
     selection: Selection,
 ) -> tuple[dict[int, np.ndarray], int]:
-    """Held-out predictions for each k, bool [n], and the latent that most folds found best."""
-    predicted = {k: np.zeros(len(target), dtype=bool) for k in ks}
+    """Held-out guesses for each k, cut in two ways (see `Probe.guesses`), and the latent that most folds found best."""
+    predicted = {k: np.zeros((2, len(target)), dtype=bool) for k in ks}
     firsts = []
     for train, test in splits:
         fitted, held_out = code[train], code[test]
@@ -234,45 +236,79 @@ def _out_of_fold(
             latents = ranked[:k]
             if selection == "l1":
                 latents = _by_l1(fitted, target[train], ranked[:_L1_CANDIDATES], k)
-            predicted[k][test] = sparse_logistic(fitted, target[train], latents)(held_out)
+            predicted[k][:, test] = sparse_probe(fitted, target[train], latents).guesses(held_out)
             if k == min(ks):
                 firsts.append(int(latents[0]))
     return predicted, max(set(firsts), key=firsts.count)
 
 
-def sparse_logistic(
-    code: "csr_matrix", target: np.ndarray, latents: np.ndarray
-) -> Callable[["csr_matrix"], np.ndarray]:
-    """A logistic regression on a few latents of activations [n, F]: from activations [m, F] to guesses, bool [m]."""
+@dataclass(frozen=True)
+class Probe:
+    """A fitted classifier: `scores` of features [n], positive where a yes is more likely than not; `cut`: the score
+    from which on to say yes for the best F1 on the training examples. `direction` [features] of a linear probe on x.
+    """
+
+    scores: Callable[[Any], np.ndarray]
+    cut: float
+    direction: np.ndarray | None = None
+
+    def guesses(self, features: Any) -> np.ndarray:
+        """Yes or no, bool [2, n]: cut at a probability of ½ (for the accuracy), and at `cut` (for F1)."""
+        scores = self.scores(features)
+        return np.stack([scores > 0, scores > self.cut])
+
+
+def sparse_probe(code: "csr_matrix", target: np.ndarray, latents: np.ndarray) -> Probe:
+    """A logistic regression on a few latents of activations [n, F] for target (bool [n]); its features are such too."""
     features, units = _scaled(code[:, latents].toarray())
     model = _logistic(1.0).fit(features, target)
-    return lambda other: model.predict(other[:, latents].toarray() / units)
+
+    def scores(other: "csr_matrix") -> np.ndarray:
+        return model.decision_function(other[:, latents].toarray() / units)
+
+    return Probe(scores, best_cut(model.decision_function(features), target))
 
 
-def dense_probe(x: np.ndarray, target: np.ndarray, groups: np.ndarray) -> Any:
-    """A logistic regression on standardised x [n, d], its penalty chosen by F1 on a third of the groups.
+def dense_probe(x: np.ndarray, target: np.ndarray, groups: np.ndarray) -> Probe:
+    """A logistic regression on standardised x [n, d], its penalty chosen by log loss on a third of the groups.
 
-    Returns a fitted pipeline (`predict`, and its steps "standardscaler" and "logisticregression").
+    `direction` is the gradient of its logit in x's own units, of length 1.
     """
     from sklearn.model_selection import GridSearchCV, StratifiedGroupKFold
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    model = make_pipeline(StandardScaler(), _logistic(1.0))
+    model: Any = make_pipeline(StandardScaler(), _logistic(0.1))
     if min(len(np.unique(groups[target])), len(np.unique(groups[~target]))) < 3:
-        return model.fit(x, target)
-    grid = {"logisticregression__C": list(_STRENGTHS)}
-    inner = list(StratifiedGroupKFold(3, shuffle=True, random_state=0).split(x, target, groups))[:1]
-    return GridSearchCV(model, grid, scoring="f1", cv=inner).fit(x, target).best_estimator_
+        model.fit(x, target)
+    else:
+        grid = {"logisticregression__C": list(_STRENGTHS)}
+        inner = list(StratifiedGroupKFold(3, shuffle=True, random_state=0).split(x, target, groups))[:1]
+        model = GridSearchCV(model, grid, scoring="neg_log_loss", cv=inner).fit(x, target).best_estimator_
+    slope = model.named_steps["logisticregression"].coef_[0] / model.named_steps["standardscaler"].scale_
+    direction = slope / max(float(np.linalg.norm(slope)), np.finfo(np.float64).tiny)
+    return Probe(model.decision_function, best_cut(model.decision_function(x), target), direction)
+
+
+def best_cut(scores: np.ndarray, target: np.ndarray) -> float:
+    """The score above which saying yes has the best F1, halfway between two scores; bool target [n] with a True."""
+    order = np.argsort(-scores, kind="stable")
+    ranked = scores[order]
+    hits = np.cumsum(target[order])
+    f1 = 2 * hits / (np.arange(1, len(scores) + 1) + target.sum())
+    f1[:-1][ranked[:-1] == ranked[1:]] = -1  # equal scores cannot be parted
+    last = int(np.argmax(f1))
+    below = ranked[last + 1] if last + 1 < len(ranked) else ranked[last] - 2
+    return float((ranked[last] + below) / 2)
 
 
 def _dense_out_of_fold(
     x: Tensor, target: np.ndarray, splits: list[tuple[np.ndarray, np.ndarray]], groups: np.ndarray
 ) -> np.ndarray:
-    found = np.zeros(len(target), dtype=bool)
+    found = np.zeros((2, len(target)), dtype=bool)
     values = x.float().cpu().numpy()
     for train, test in splits:
-        found[test] = dense_probe(values[train], target[train], groups[train]).predict(values[test])
+        found[:, test] = dense_probe(values[train], target[train], groups[train]).guesses(values[test])
     return found
 
 
