@@ -60,10 +60,15 @@ def read_all(folder: Path, refused: Mapping[str, str]) -> int:
 
 def write_all(folder: Path, dictionaries: Mapping[str, Dictionary], format: Format) -> None:
     """Write ours in a peer's format, with inputs beside each."""
-    x = 3 * torch.randn(64, D, generator=torch.Generator().manual_seed(5)) + 1
     for name, dictionary in dictionaries.items():
-        cutaway.dictionaries.save(dictionary, folder / name, format=format)
-        save_file({"x": x}, folder / f"{name}.x.safetensors")
+        write_one(folder, name, folder / name, dictionary, format)
+
+
+def write_one(folder: Path, name: str, place: Path, dictionary: Dictionary, format: Format) -> None:
+    """Write one of ours to a place, and its inputs to FOLDER/NAME.x.safetensors."""
+    cutaway.dictionaries.save(dictionary, place, format=format)
+    x = 3 * torch.randn(64, D, generator=torch.Generator().manual_seed(5)) + 1
+    save_file({"x": x}, folder / f"{name}.x.safetensors")
 
 
 def assert_read(folder: Path, dictionaries: Mapping[str, Dictionary]) -> None:

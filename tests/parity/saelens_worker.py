@@ -2,9 +2,12 @@
 
     .venvs/saelens/bin/python tests/parity/saelens_worker.py make FOLDER
     .venvs/saelens/bin/python tests/parity/saelens_worker.py read FOLDER
+    .venvs/saelens/bin/python tests/parity/saelens_worker.py convert FOLDER
 
 `make` writes FOLDER/CASE/… with SAELens' own code and FOLDER/CASE.safetensors with x, its activations a and what it
 writes, y. `read` takes each FOLDER/CASE/… and the x of FOLDER/CASE.x.safetensors, and writes FOLDER/CASE.safetensors.
+`convert` does the same with SAELens' importers of other formats: FOLDER/convert.json says for each case which one, and
+where below FOLDER the repository lies that it believes to download from.
 """
 
 import json
@@ -237,5 +240,26 @@ def read(folder: Path) -> None:
         (folder / f"{name}.json").write_text(json.dumps(found))
 
 
+def convert(folder: Path) -> None:
+    from huggingface_hub.errors import EntryNotFoundError
+    from sae_lens import SAE  # pyright: ignore[reportMissingImports]
+    from sae_lens.loading import pretrained_sae_loaders as loaders  # pyright: ignore[reportMissingImports]
+
+    def download(repo_id: str, filename: str, subfolder: str = "", **_: Any) -> str:
+        path = folder / repo_id / subfolder / filename
+        if not path.is_file():
+            raise EntryNotFoundError(str(path))
+        return str(path)
+
+    loaders.hf_hub_download = download
+    loaders.get_safetensors_tensor_shapes = lambda repo_id, filename: {
+        name: list(tensor.shape) for name, tensor in load_file(folder / repo_id / filename).items()
+    }
+    for name, (importer, repository, place, settings) in json.loads((folder / "convert.json").read_text()).items():
+        cfg, tensors, _ = getattr(loaders, importer)(repository, place, cfg_overrides=settings)
+        sae = SAE.load_from_disk(folder, converter=lambda *_, cfg=cfg, tensors=tensors, **__: (cfg, tensors))
+        save_file(computed(sae, load_file(folder / f"{name}.x.safetensors")["x"]), folder / f"{name}.safetensors")
+
+
 if __name__ == "__main__":
-    {"make": make, "read": read}[sys.argv[1]](Path(sys.argv[2]))
+    {"make": make, "read": read, "convert": convert}[sys.argv[1]](Path(sys.argv[2]))

@@ -282,8 +282,9 @@ def write(dictionary: Dictionary, folder: Path) -> None:
     }
     if isinstance(selector, TopK | BatchTopK):
         trainer["k"] = selector.k
+    buffer = {"ctx_len": dictionary.metadata.get("context")}  # SAELens asks for it when it reads this format
     write_archive(folder / WEIGHTS, tensors)
-    write_json(folder / CFG, {"trainer": trainer, "buffer": {}, "cutaway": plain(our_block(dictionary))})
+    write_json(folder / CFG, {"trainer": trainer, "buffer": buffer, "cutaway": plain(our_block(dictionary))})
 
 
 def write_archive(path: Path, tensors: dict[str, Tensor]) -> None:
