@@ -20,6 +20,7 @@ Batch t depends on (seed, t) alone. Tests compare with the literal version.
 """
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -29,6 +30,7 @@ from scipy.special import ndtr, ndtri
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.progress import Progress
 from cutaway.subjects.superposition.frequencies import Forest, zipf_forest
 
 _REACH = 5.0  # factors are cut off here: 6e-7 of the draws
@@ -324,11 +326,15 @@ def pushed_apart(directions: Tensor, steps: int, rate: float = 1e-2) -> Tensor:
     free = directions.clone().requires_grad_()
     adam = torch.optim.Adam([free], lr=rate)
     d = directions.shape[1]
-    for _ in range(steps):
-        unit = torch.nn.functional.normalize(free, dim=1)
-        # ‖UUᵀ‖² = ‖UᵀU‖²: the d × d side never needs all pairs
-        gram = unit.T @ unit if d < len(unit) else unit @ unit.T
-        adam.zero_grad()
-        gram.square().sum().backward()
-        adam.step()
+    large = directions.numel() > 1 << 20  # a minute for 16,384 in 768 dimensions
+    with Progress("directions", total=steps, unit="steps") if large else nullcontext() as progress:
+        for _ in range(steps):
+            unit = torch.nn.functional.normalize(free, dim=1)
+            # ‖UUᵀ‖² = ‖UᵀU‖²: the d × d side never needs all pairs
+            gram = unit.T @ unit if d < len(unit) else unit @ unit.T
+            adam.zero_grad()
+            gram.square().sum().backward()
+            adam.step()
+            if progress is not None:
+                progress.advance()
     return torch.nn.functional.normalize(free.detach(), dim=1)

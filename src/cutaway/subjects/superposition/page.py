@@ -17,7 +17,7 @@ from cutaway.subjects.superposition.geometry import (
     interference,
 )
 from cutaway.subjects.superposition.phase import PHASES, PhaseDiagram
-from cutaway.subjects.superposition.study import PAIRS, PLANE, ROWS, SWEEP, ToyStudy, pair_cosines
+from cutaway.subjects.superposition.study import DECAYS, PAIRS, PLANE, ROWS, SWEEP, ToyStudy, pair_cosines
 from cutaway.subjects.superposition.toy_models import ToyModels
 
 Section = tuple[str, str, Markup]
@@ -54,6 +54,21 @@ def toy_sections(study: ToyStudy) -> list[Section]:
             "Interference Σ_{j≠i} (Ŵ_i · W_j)² of the same models: 0 is a direction of its own. “–” is a feature that "
             "is not represented (‖W_i‖ below ½).",
             _interference(study.rows),
+        ),
+        (
+            "Importance and sparsity",
+            "How many of the 20 features are represented (‖W_i‖ above ½) when importance falls as r to the power i. "
+            "Five have a dimension each; more is superposition.",
+            heatmap_svg(
+                rows=[f"{r:g}" for r in DECAYS],
+                columns=[f"{p:g}" for p in ROWS],
+                values=[[float(n) for n in row] for row in study.represented()],
+                title="Represented features by importance and density",
+                row_axis="importance, r",
+                column_axis="density",
+                cell_text=[[str(n) for n in row] for row in study.represented()],
+                scale=Scale(0.0, 20.0),
+            ),
         ),
         (
             "Dimensions a feature",

@@ -19,6 +19,7 @@ from cutaway.subjects.superposition.toy_models import Relation, ToyModels, loss,
 
 PLANE = (1.0, 0.4, 0.2, 0.03)
 ROWS = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003)
+DECAYS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 SWEEP = (1.0, 0.7, 0.5, 0.4, 0.3, 0.2, 0.14, 0.1, 0.07, 0.05, 0.03, 0.02)
 PAIRS: tuple[tuple[Relation, float], ...] = (("correlated", 0.1), ("correlated", 0.4), ("anticorrelated", 0.1))
 
@@ -28,7 +29,8 @@ class ToyStudy:
     """Trained toy models.
 
     `plane`: 5 features in 2 dimensions, a density of PLANE each, importance 0.9^i; `plane_linear`: the same without
-    ReLU. `rows`, `rows_linear`: 20 in 5, ROWS, 0.7^i. `sweep`: 120 in 20, SWEEP, all of importance 1. `pairs`: 4 in 2,
+    ReLU. `rows`, `rows_linear`: 20 in 5, ROWS, 0.7^i; `decays`: the same for every importance r^i, r of DECAYS, and
+    density, importance by importance. `sweep`: 120 in 20, SWEEP, all of importance 1. `pairs`: 4 in 2,
     the best of 8 for each of PAIRS. `trained`, `optimal`: phase diagrams of 2 in 1.
     """
 
@@ -36,6 +38,7 @@ class ToyStudy:
     plane_linear: ToyModels
     rows: ToyModels
     rows_linear: ToyModels
+    decays: ToyModels
     sweep: ToyModels
     pairs: tuple[ToyModels, ...]
     trained: PhaseDiagram
@@ -48,6 +51,10 @@ class ToyStudy:
             names = nearest_polytope(D)
             counts.append({name: names.count(name) for name in (*POLYTOPES, "other", "none")})
         return counts
+
+    def represented(self) -> list[list[int]]:
+        """How many of 20 features have ‖W_i‖ > ½ in 5 dimensions: rows for DECAYS, columns for ROWS."""
+        return (feature_norms(self.decays.W) > 0.5).sum(1).view(len(DECAYS), len(ROWS)).tolist()
 
     def to_json(self) -> dict[str, Any]:
         """What the figures show, as JSON."""
@@ -69,6 +76,7 @@ class ToyStudy:
             "five_in_two_linear": models(self.plane_linear),
             "twenty_in_five": models(self.rows),
             "twenty_in_five_linear": models(self.rows_linear),
+            "represented_by_importance": {"decay": DECAYS, "density": ROWS, "features": self.represented()},
             "sweep_120_in_20": models(self.sweep),
             "polytopes": self.polytopes(),
             "pairs": [
@@ -96,6 +104,9 @@ class ToyStudy:
         for name, toys in (("ReLU", self.rows), ("linear, control", self.rows_linear)):
             kept = (feature_norms(toys.W) > 0.5).sum(1).tolist()
             lines.append(f"  {name:<16}" + "".join(f"  {p:g}: {n}" for p, n in zip(ROWS, kept, strict=True)))
+        lines.append("  by importance r^i (rows) and density (columns)")
+        for decay, counts in zip(DECAYS, self.represented(), strict=True):
+            lines.append(f"    {decay:3.1f}" + "".join(f"{n:5d}" for n in counts))
         lines.append("120 features in 20 dimensions: dimensions a feature, m / ‖W‖²")
         shares = dimensions_per_feature(self.sweep.W).tolist()
         lines.append("  " + "  ".join(f"{p:g}: {share:.2f}" for p, share in zip(SWEEP, shares, strict=True)))
@@ -135,6 +146,14 @@ def toy_study(*, seed: int = 0, effort: float = 1.0, cells: int = 13) -> ToyStud
         plane_linear=toys("5 in 2, linear", PLANE, five, 2, 3000, linear=True),
         rows=toys("20 in 5", ROWS, twenty, 5, 3000),
         rows_linear=toys("20 in 5, linear", ROWS, twenty, 5, 3000, linear=True),
+        decays=train_toys(
+            torch.tensor(ROWS).repeat(len(DECAYS)),
+            torch.stack([r ** torch.arange(20.0) for r in DECAYS]).repeat_interleave(len(ROWS), 0),
+            5,
+            steps=steps(2000),
+            seed=seed,
+            label="20 in 5, importances",
+        ),
         sweep=toys("120 in 20", SWEEP, torch.ones(120), 20, 1500),
         pairs=tuple(_best_pair(relation, p, steps(1000), seed) for relation, p in PAIRS),
         trained=trained_diagram(density, importance, steps=steps(1500), restarts=5, seed=seed),
