@@ -304,7 +304,7 @@ def _saprmarks(run: _Run) -> dict[str, Any]:
 def _transcoder(run: _Run) -> dict[str, Any]:
     return {
         "selector": ReLURule(),
-        "terms": (Reconstruction("sum"), Lp(run.coefficient(5 * math.sqrt(run.d_in / _WIDTH)))),
+        "terms": (Reconstruction("sum"), Lp(run.coefficient(2.5 * math.sqrt(run.d_in / _WIDTH)))),
         "normalise": "mean_norm",
         "b_dec": "mean",
         "centre_encoder": True,
