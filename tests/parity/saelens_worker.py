@@ -171,7 +171,7 @@ def trained() -> Iterator[tuple[str, dict[str, Tensor], Callable[[Path], Any]]]:
 def as_trained(sae: Any, scaler: Any) -> dict[str, Tensor]:
     """What a checkpoint computes that has its scale or whitening beside it: of SAELens' own parts, with nothing folded.
 
-    BatchTopK's threshold is applied as it will be when it is finished.
+    BatchTopK's threshold is applied, and activations are scaled by decoder norms, as when it is finished.
     """
     x = inputs()
     with torch.no_grad():
@@ -179,7 +179,10 @@ def as_trained(sae: Any, scaler: Any) -> dict[str, Tensor]:
         a, hidden = sae.encode_with_hidden_pre(z)
         if hasattr(sae, "topk_threshold"):
             a = hidden.relu() * (hidden > sae.topk_threshold)
-        return {"x": x, "a": a, "y": scaler.unscale(sae.decode(a))}
+        y = scaler.unscale(sae.decode(a))
+        if scaler.scaling_factor is not None and getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
+            a = a / scaler.scaling_factor  # finished, its decoder is of norm 1 in the model's own units, not in these
+        return {"x": x, "a": a, "y": y}
 
 
 def version_five() -> Iterator[tuple[str, dict[str, Any], dict[str, Tensor]]]:

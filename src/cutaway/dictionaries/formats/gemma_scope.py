@@ -54,7 +54,7 @@ def read(path: Path) -> Reading:
 def _read_first(folder: Path) -> Reading:
     source = Source(folder / NPZ, dict(read_tensors(folder / NPZ)))
     name = str(folder.absolute())
-    W_enc, W_dec = (source.take(k, k, dims=2) for k in ("W_enc", "W_dec"))
+    W_enc, W_dec = source.take("W_enc", "W_enc [d_in, F]", dims=2), source.take("W_dec", "W_dec [F, d_out]", dims=2)
     release = re.search(r"gemma-scope-(\w+)-(pt|it)-(res|mlp|att|transcoders)", name)
     layer = re.search(r"layer_(\d+)", name)
     embedding = re.search(r"[/\\]embedding[/\\]", name) is not None
@@ -110,7 +110,7 @@ def _read_second(folder: Path) -> Reading:
     architecture = cfg.get("architecture", "jump_relu")
     if architecture != "jump_relu":
         raise CutawayError(f"{folder / CFG}: architecture is {architecture!r}, where 'jump_relu' is read")
-    W_enc, W_dec = source.take("w_enc", "W_enc", dims=2), source.take("w_dec", "W_dec", dims=2)
+    W_enc, W_dec = source.take("w_enc", "W_enc [d_in, F]", dims=2), source.take("w_dec", "W_dec [F, d_out]", dims=2)
     point_in, point_out = cfg.get("hf_hook_point_in"), cfg.get("hf_hook_point_out")
     layer = re.search(r"layer_(\d+)", name)
     release = re.search(r"gemma-scope-2-(\w+)-(pt|it)", name)
