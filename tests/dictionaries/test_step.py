@@ -303,3 +303,23 @@ def test_largest_of_all_is_a_sort_of_the_table(n: int, width: int, count: int, t
     assert torch.equal(places, places.unique())
     expected = flat[flat > 0].sort(descending=True).values[:count]
     assert torch.equal(flat[places].sort(descending=True).values, expected)
+
+
+@pytest.mark.parametrize("rule", [TopKRule(16), BatchTopKRule(16), JumpReLURule(0.5)], ids=str)
+def test_a_large_constant_part_does_not_cost_bfloat16_its_digits(rule: Rule) -> None:
+    """x is read without b_dec, and 20 times as long as what differs between tokens."""
+    features, x = planted(d=64, n_features=1_024, n_tokens=2_048, active=12, seed=2)
+    constant = 20 * (x - x.mean(0)).norm(dim=1).mean() * torch.nn.functional.normalize(batch(1, 64, 3, torch.float32))
+    x = x - x.mean(0) + constant
+    weights = random_parameters(64, 1_024, rule, seed=4, dtype=torch.float32)
+    weights.encoder.copy_(features + 0.5 * batch(1_024, 1, 5, torch.float32).abs() * constant / constant.norm())
+    weights.encoder_bias.copy_(-(weights.encoder @ x.mean(0)) - 0.6)
+    exact, rough = Probe(), Probe()
+
+    def terms(probe: Any) -> list[Any]:
+        return [Reconstruction(), *([L0(0.1)] if isinstance(rule, JumpReLURule) else []), probe]
+
+    step(weights, rule, terms(exact), x, subtract_b_dec=False, way="sparse")
+    step(weights, rule, terms(rough), x, subtract_b_dec=False, way="sparse", low_precision=True)
+    assert exact.active.sum() > 8 * len(x)
+    assert (exact.active != rough.active).any(1).float().mean() < 2e-3

@@ -114,9 +114,13 @@ def _encode(live: Parameters, b_dec: Tensor | None, rule: Rule, centred: Tensor,
     encoder, bias = live.encoder.detach(), live.encoder_bias.detach()
     if low_precision and way != "dense":
         half = torch.bfloat16
-        rough = torch.addmm(bias.to(half), centred.to(half), encoder.to(half).T)
+        # a large constant part of x, where b_dec does not take it out, would cost all of bfloat16's digits
+        constant = None if b_dec is not None else centred.mean(0)
+        x = centred if constant is None else centred - constant
+        start = bias if constant is None else bias + encoder @ constant
+        rough = torch.addmm(start.to(half), x.to(half), encoder.to(half).T)
         with torch.no_grad():
-            places = rule.places(rough, live, rough_margin(centred, encoder))
+            places = rule.places(rough, live, rough_margin(x, encoder))
         if way == "sparse" or len(places) * _DENSE_FROM <= rough.numel():
             del rough
             pre = places.products(encoder, centred) + bias[places.latents]
