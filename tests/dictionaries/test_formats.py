@@ -361,6 +361,9 @@ def test_gemma_scope_2_is_read_as_it_computes(tmp_path: Path) -> None:
     save_file(t | {"w_dec": draw(F, 3, out)}, folder / "params.safetensors")
     with pytest.raises(CutawayError, match="several layers at once"):
         load(folder)
+    save_file(t | {"w_dec": draw(F, 3, out)}, tmp_path / "params_layer_0.safetensors")  # a layer of a CLT is a file
+    with pytest.raises(CutawayError, match="several layers at once"):
+        load(tmp_path / "params_layer_0.safetensors")
 
 
 def test_a_set_of_circuit_tracer_is_several_dictionaries(tmp_path: Path) -> None:
@@ -406,6 +409,10 @@ def test_a_set_of_circuit_tracer_is_several_dictionaries(tmp_path: Path) -> None
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config | {"model_kind": "cross_layer_transcoder"}))
     with pytest.raises(CutawayError, match="cross-layer transcoder"):
         load_all(tmp_path)
+    (tmp_path / "clt").mkdir()
+    save_file({"W_enc_0": draw(F, D)}, tmp_path / "clt" / "W_enc_0.safetensors")
+    with pytest.raises(CutawayError, match="cross-layer transcoder"):
+        load(tmp_path / "clt")
 
 
 def test_single_releases_are_read_as_they_compute(tmp_path: Path) -> None:

@@ -40,7 +40,8 @@ def fits(path: Path) -> bool:
     """Whether the path is a layer's file, or a folder of them."""
     if path.is_file():
         return _LAYER.fullmatch(path.name) is not None
-    return path.is_dir() and ((path / CFG).is_file() or any(_LAYER.fullmatch(file.name) for file in path.iterdir()))
+    marked = (path / CFG).is_file() or (path / "W_enc_0.safetensors").is_file()
+    return path.is_dir() and (marked or any(_LAYER.fullmatch(file.name) for file in path.iterdir()))
 
 
 def layers(path: Path) -> dict[str, str | Path]:

@@ -32,7 +32,7 @@ from cutaway.dictionaries.formats.reading import (
     restored,
     thresholded,
 )
-from cutaway.dictionaries.formats.untrusted import read_settings, read_tensors
+from cutaway.dictionaries.formats.untrusted import read_settings, read_tensors, tensor_names
 
 NPZ, SAFETENSORS, CFG, BESIDE = "params.npz", "params.safetensors", "config.json", "cutaway.json"
 _L0 = {"small": (10, 20), "medium": (30, 60), "big": (90, 150)}  # what the second scope was trained for
@@ -42,13 +42,17 @@ _SITES_2 = {"resid_post": "resid_post", "mlp_out": "mlp.out", "attn_out": "attn.
 
 def fits(path: Path) -> bool:
     """Whether the folder holds a file of either scope."""
-    return (path / NPZ).is_file() or (path / SAFETENSORS).is_file() or path.name in (NPZ, SAFETENSORS)
+    if path.is_file():
+        return path.name == NPZ or (path.suffix == ".safetensors" and {"w_enc", "w_dec"} <= tensor_names(path))
+    return (path / NPZ).is_file() or (path / SAFETENSORS).is_file()
 
 
 def read(path: Path) -> Reading:
     """Read a folder, or the file in it."""
     folder = path.parent if path.is_file() else path
-    return _read_first(folder) if (folder / NPZ).is_file() else _read_second(folder)
+    if path.suffix == ".safetensors":
+        return _read_second(folder, path)
+    return _read_first(folder) if (folder / NPZ).is_file() else _read_second(folder, folder / SAFETENSORS)
 
 
 def _read_first(folder: Path) -> Reading:
@@ -97,14 +101,14 @@ def _read_first(folder: Path) -> Reading:
     )
 
 
-def _read_second(folder: Path) -> Reading:
-    source = Source(folder / SAFETENSORS, dict(read_tensors(folder / SAFETENSORS)))
+def _read_second(folder: Path, file: Path) -> Reading:
+    source = Source(file, dict(read_tensors(file)))
     cfg = read_settings(folder / CFG) if (folder / CFG).is_file() else {}
     name = str(folder.absolute())
     for tensor in ("w_enc", "w_dec"):
         if isinstance(stored := source.tensors.get(tensor), Tensor) and stored.ndim == 3:
             raise CutawayError(
-                f"{folder} has {tensor} of shape {list(stored.shape)}: cross-layer transcoders and crosscoders of "
+                f"{file} has {tensor} of shape {list(stored.shape)}: cross-layer transcoders and crosscoders of "
                 "Gemma Scope 2 write one latent to several layers at once, which is not read"
             )
     architecture = cfg.get("architecture", "jump_relu")
