@@ -221,7 +221,7 @@ def test_what_comes_after_is_given_what_the_dictionary_writes(normalise: str, in
     config = config_of(
         "openai-topk", normalise=normalise, input_norm=input_norm, terms=({"kind": "end_to_end"},), learning_rate=1e-9
     )
-    x = activations("sae", BATCH, 20)[0]
+    x = activations("sae", BATCH, 20)[0] / 1_000  # so small that layer norm's ε counts
     trainer = Trainer(config, x)
     expected = trainer.dictionary(*ports("sae"))(x)
     given: list[Tensor] = []
@@ -231,7 +231,7 @@ def test_what_comes_after_is_given_what_the_dictionary_writes(normalise: str, in
         return (written - x).square().sum(1).mean()
 
     result = trainer.step(x, downstream=downstream)
-    assert apart(given[0], expected) < 1e-4
+    assert apart(given[0], expected) < 2e-5
     assert result.gradients.decoder.norm() > 0
 
 

@@ -115,6 +115,15 @@ def geometric_median(x: Tensor, iterations: int = 100, tolerance: float = 1e-5) 
     return point
 
 
+def undo_per_token(written: Tensor, x: Tensor, how: str | None) -> Tensor:
+    """What is written for x as `per_token` makes it -> for x as it is; the ε is left out, as SAELens and OpenAI do."""
+    if how == "layer_norm":
+        return written * x.std(-1, keepdim=True) + x.mean(-1, keepdim=True)
+    if how == "unit":
+        return written * x.norm(dim=-1, keepdim=True) / x.shape[-1] ** 0.5
+    return written
+
+
 def per_token(x: Tensor, how: str | None, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """x as `input_norm` makes it, and y (or x) by the same numbers of each token."""
     y = x if y is None else y

@@ -59,9 +59,10 @@ def step(
 ) -> StepResult:
     """Loss and gradients on a batch x [n, d_in] that is to be written as y [n, d_out] (x if None).
 
-    `dead` [m] are the numbers of dead latents. `low_precision` finds candidates with a bfloat16 product and scores them
-    again in full precision: TopK a quarter more than k, BatchTopK an eighth more, the others all that lie within eight
-    standard deviations of bfloat16's error of their bound; so what is chosen differs only where bfloat16 errs by more.
+    `dead` [m] are the numbers of dead latents, ascending. `low_precision` finds candidates with a bfloat16 product and
+    scores them again in full precision: TopK a quarter more than k, BatchTopK an eighth more, the others all that lie
+    within eight standard deviations of bfloat16's error of their bound; so what is chosen differs only where bfloat16
+    errs by more.
     """
     y = x if y is None else y
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in parameters.tensors().items()}
@@ -74,6 +75,8 @@ def step(
 
         def pre_of(latents: Tensor) -> Tensor:
             encoder, bias = live.encoder, live.encoder_bias
+            if len(latents) == len(encoder) and isinstance(code, DenseCode):
+                return code.pre
             if len(latents) < len(encoder):
                 encoder, bias = encoder[latents], bias[latents]
             pre = torch.addmm(bias.detach(), centred, encoder.detach().T)

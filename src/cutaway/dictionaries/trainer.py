@@ -15,7 +15,7 @@ from cutaway.dictionaries.dictionary import Dictionary, Port, log_sparsity
 from cutaway.dictionaries.initial import initial_parameters
 from cutaway.dictionaries.parameters import Parameters
 from cutaway.dictionaries.rules import BatchTopKRule, GatedRule, JumpReLURule, TopKRule
-from cutaway.dictionaries.scaling import Scaling, fit, per_token
+from cutaway.dictionaries.scaling import Scaling, fit, per_token, undo_per_token
 from cutaway.dictionaries.selectors import BatchTopK, Gated, JumpReLU, ReLU, Selector, TopK
 from cutaway.dictionaries.step import StepResult, step
 
@@ -137,12 +137,7 @@ class Trainer:
     def _written(self, written: Tensor, raw: Tensor) -> Tensor:
         """ŷ in the units of training -> as the model has it; differentiable."""
         back = self.scaling_out.undo(written)
-        if self.config.input_norm is None or not self.same:
-            return back
-        zero, one = torch.zeros_like(raw.float()), torch.ones_like(raw.float())
-        low = per_token(raw.float(), self.config.input_norm, zero)[1]
-        scale = per_token(raw.float(), self.config.input_norm, one)[1] - low  # (1 − μ)/σ − (0 − μ)/σ = 1/σ
-        return (back - low) / scale
+        return undo_per_token(back, raw.float(), self.config.input_norm) if self.same else back
 
     def _update(self, gradients: Parameters) -> None:
         config, parameters = self.config, self.parameters
