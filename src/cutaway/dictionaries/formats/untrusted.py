@@ -96,7 +96,7 @@ def _npz(path: Path) -> dict[str, Tensor]:
                 if math.prod(shape) * dtype.itemsize > member.file_size:
                     raise CutawayError(f"{path}: {member.filename} claims {list(shape)} values and holds fewer")
         with np.load(path, allow_pickle=False) as stored:
-            return {name: torch.from_numpy(np.array(stored[name])) for name in stored.files}
+            return {name: torch.from_numpy(np.ascontiguousarray(stored[name])) for name in stored.files}
     except (zipfile.BadZipFile, ValueError, OSError, EOFError, KeyError, TypeError, NotImplementedError) as error:
         raise CutawayError(f"{path} is cut short or not an npz file: {error}") from error
 
