@@ -8,7 +8,7 @@ from torch import Tensor
 from cutaway.artifacts.errors import CutawayError
 from cutaway.dictionaries.absorption import RANDOM, RANDOM_DIRECTION, absorption, concept_latents
 from cutaway.dictionaries.dictionary import Dictionary, Port, ReLU, TopK
-from cutaway.dictionaries.probing import sparse_codes
+from cutaway.dictionaries.probing import Probe, sparse_codes
 
 D, N, TOKENS = 56, 1440, 48
 HALF = TOKENS // 2
@@ -123,6 +123,18 @@ def test_concept_latents_are_found_in_the_training_part() -> None:
         np.arange(N) % TOKENS >= HALF - 1
     )  # only one token has the concept here: one latent
     assert len(concept_latents(code, labels, train_of_one_token)[0]) == 1
+
+
+def test_a_concept_that_nothing_tells_has_no_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The dense probe never says yes: there is no token to ask about, and that is NaN, not 0."""
+    x, _, basis, labels = world(6)
+    silent = Probe(lambda features: np.full(len(features), -1.0), 0.0, np.ones(D) / D**0.5)
+    monkeypatch.setattr("cutaway.dictionaries.absorption.dense_probe", lambda *_: silent)
+    found = absorption(planted(basis, ()), x, labels)
+    assert np.isnan(found.rate.value)
+    assert found.rate.n == 0
+    assert len(found.rate.controls) == 2
+    assert "absorbed nan" in str(found)
 
 
 def test_bad_input_is_named() -> None:

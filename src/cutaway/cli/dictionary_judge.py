@@ -383,11 +383,10 @@ def _probe_table(probing: "list[Probing]") -> "Markup":
         for k, effects in some.effects.items():
             one = effects["f1"]
             low, high = one.interval or (float("nan"), float("nan"))
-            beside = {control.name: control.value for control in one.controls}
-            rows.append([some.what, k, one.value, f"{low:.3f} to {high:.3f}", *beside.values(), one.n])
-    names = [control.name for control in probing[0].effects[min(probing[0].effects)]["f1"].controls]
+            beside = [control.value for control in one.controls]
+            rows.append([some.what, k, one.value, f"{low:.3f} to {high:.3f}", *beside, one.n])
     return table_html(
-        columns=["label", "k", "F1", "95 % interval", *(f"{name} (control)" for name in names), "n"],
+        columns=["label", "k", "F1", "95 % interval", "always yes", "random dictionary", "whole activation", "n"],
         rows=rows,
         title="k-sparse probing",
     )
@@ -403,9 +402,8 @@ def _absorption_table(absorption: "list[Absorption]") -> "Markup":
         latents = "; ".join(", ".join(map(str, each)) for each in some.latents)
         rows.append([some.what, some.rate.value, f"{low:.3f} to {high:.3f}", *beside, some.missed.value, latents,
                      some.probe_f1, some.rate.n])  # fmt: skip
-    names = [control.name for control in absorption[0].rate.controls]
     return table_html(
-        columns=["concept", "absorbed", "95 % interval", *(f"{name} (control)" for name in names), "latents silent",
+        columns=["concept", "absorbed", "95 % interval", "random dictionary", "random directions", "latents silent",
                  "latents", "F1 of the probe", "n"],
         rows=rows,
         title="absorption",

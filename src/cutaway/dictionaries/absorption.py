@@ -140,7 +140,8 @@ def absorption(
             return np.stack([_by_group(column[asked], numbers[asked]) for column in columns])
 
         if not n_asked:
-            return Effect(name, float("nan"), 0, None, (Control(RANDOM, float("nan")),), "none", "share", command), ()
+            nothing = tuple(Control(label, float("nan")) for label in controls)
+            return Effect(name, float("nan"), 0, None, nothing, "none", "share", command), ()
         value, interval, each = summary(table(found), _mean)
         beside = []
         for label, columns in controls.items():

@@ -133,6 +133,8 @@ class Measured:
                 continue
             others = {name: scopes[scope][kind] for name, scopes in self.controls.items()}
             for name, statistic in statistics_of(columns).items():
+                if name == "l0" and scope != ALL:
+                    continue  # a latent is active for all parts at once
                 of = f"at {scope}" if scope else ""
                 effects[name], each[name] = effect(name, table, others, statistic, command=command, of=of)
         return effects, each

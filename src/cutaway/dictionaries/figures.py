@@ -158,7 +158,8 @@ def share_effect(
 ) -> tuple[Effect, tuple[float, ...]]:
     """A share of n latents that holds in each of several dictionaries, beside controls; and each one's own value.
 
-    The interval is Wilson's for one dictionary; for several, latents (binomially) and seeds are drawn.
+    The interval is Wilson's for one dictionary; for several, latents (binomially) and seeds are drawn, and it is no
+    narrower than Wilson's.
     """
 
     def measured(counts: Sequence[int]) -> tuple[float, Interval]:
@@ -168,7 +169,9 @@ def share_effect(
         generator = np.random.default_rng(0)
         drawn = np.stack([generator.binomial(n, share, RESAMPLES) / n for share in shares])
         low, high = np.quantile(over_seeds(drawn, generator), [0.025, 0.975])
-        return float(shares.mean()), (float(max(0.0, low)), float(min(1.0, high)))
+        # draws of a share of 0 or 1 do not vary, but what was not seen among n may still be
+        least, most = wilson_interval(round(float(shares.mean()) * n), n)
+        return float(shares.mean()), (float(min(max(0.0, low), least)), float(max(min(1.0, high), most)))
 
     value, interval = measured(successes)
     stood_beside = []

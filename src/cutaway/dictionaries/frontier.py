@@ -96,7 +96,7 @@ class Frontier:
         reach = 4 * max(high - low, 0.05)
         if min(controls) >= low - reach and max(controls) <= high + reach:
             return ""
-        return f"{RANDOM}: {min(controls):.3g} to {max(controls):.3g}, too far away to be drawn."
+        return f"{RANDOM[0].upper()}{RANDOM[1:]}: {min(controls):.3g} to {max(controls):.3g}, too far away to be drawn."
 
     def svg(self, fidelity: str = FIDELITIES[0]) -> Markup:
         """L0 on a logarithmic axis against one figure, intervals as bands. With it goes `legend`."""

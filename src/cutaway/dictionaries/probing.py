@@ -70,10 +70,15 @@ class Probing:
     def __str__(self) -> str:
         lines = [f"{self.what}: {self.n:,} examples in {self.n_groups} groups, latents chosen by {self.selection}"]
         for k, effects in self.effects.items():
-            for one in effects.values():
+            told = []
+            for name, one in effects.items():
                 low, high = one.interval or (float("nan"), float("nan"))
-                beside = ", ".join(f"{control.name} {control.value:.3f}" for control in one.controls)
-                lines.append(f"  k = {k:>2}, {one.name}: {one.value:.3f} [{low:.3f}, {high:.3f}]; {beside}")
+                floor, random, whole = (control.value for control in one.controls)
+                told.append(
+                    f"{name.replace('f1', 'F1')} {one.value:.3f} [{low:.3f}, {high:.3f}] (random dictionary "
+                    f"{random:.3f}, whole activation {whole:.3f}, {NO_ACTIVATION[name]} {floor:.3f})"
+                )
+            lines.append(f"  k = {k:>2}: {'; '.join(reversed(told))}")
         return "\n".join(lines)
 
 
