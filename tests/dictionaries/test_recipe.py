@@ -77,6 +77,10 @@ def test_transcoders_and_crosscoders_take_their_own_ports() -> None:
     job = jobs["blocks.0.resid_post+blocks.2.resid_post-crosscoder-2024"]
     assert job.reads == ("blocks.0.resid_post", "blocks.2.resid_post")
     assert job.config == preset("crosscoder-2024", d_in=32, d_sae=64)
+    both = {"crosscoder": "blocks.0.resid_post, blocks.2.resid_post", "d_sae": 64}
+    (job,) = expand(Recipe.of(both), find).values()  # one that would normalise each token scales each site instead
+    assert isinstance(job.config.selector, BatchTopKRule)
+    assert (job.config.input_norm, job.config.normalise) == (None, "mean_norm")
     plain = expand(Recipe.of({"site": "blocks.1.mlp.in", "to": "blocks.1.mlp.out", "preset": "matryoshka"}), find)
     (job,) = plain.values()  # any selector may be a transcoder's
     assert not job.config.subtract_b_dec

@@ -231,7 +231,11 @@ class _Cell:
         for key, value in (("tokens", recipe.tokens), ("batch", recipe.batch)):
             if value is not None:
                 given[key] = value
-        return preset(name, d_in=self.ports.width, **given)
+        config = preset(name, d_in=self.ports.width, **given)
+        if self.ports.kind == "crosscoder" and config.input_norm and "input_norm" not in given:
+            # several tensors have no common norm of a token; each gets its own scale of the data set
+            config = preset(name, d_in=self.ports.width, **{"normalise": "mean_norm", **given, "input_norm": None})
+        return config
 
 
 def _options(recipe: Recipe) -> dict[str, Any]:
