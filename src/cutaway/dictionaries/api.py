@@ -26,11 +26,13 @@ from cutaway.data.harvest import Rules
 from cutaway.data.store import MANIFEST, Store
 from cutaway.data.training_rows import training_rows
 from cutaway.dictionaries.dictionary import Port
+from cutaway.dictionaries.end_to_end import RowBatches
 from cutaway.dictionaries.formats.files import load, save
 from cutaway.dictionaries.jobs import Job, Source, Trained, tokens_used, train_jobs
 from cutaway.dictionaries.log import Logs, read_log, trackers
 from cutaway.dictionaries.recipe import Recipe, expand, written_out
 from cutaway.dictionaries.sources import LiveRows, StoreSource, Tensors, find_ports
+from cutaway.dictionaries.terms import EndToEnd
 from cutaway.model.language_model import LanguageModel
 
 _WRITES = ("recipe.toml", "manifest.json", "logs", "checkpoints", "tensorboard", "wandb")
@@ -159,16 +161,22 @@ def _live(recipe: Recipe, models: tuple[LanguageModel, ...], corpus: Any) -> Tra
         parts = split_rows(rows, recipe.held_out, recipe.data_seed)
         rows, held_out = parts.train, parts.held_out
     sites = list(dict.fromkeys(site for job in jobs.values() for site in job.sites))
-    source = LiveRows(
-        models,
-        rows,
-        sites,
-        rules=rules,
-        passes=recipe.passes,
-        buffer_tokens=recipe.buffer_tokens,
-        seed=recipe.data_seed,
-        low_precision=all(job.config.low_precision for job in jobs.values()),
-    )
+    seed = recipe.data_seed
+    if any(isinstance(term, EndToEnd) for job in jobs.values() for term in job.config.terms):
+        if len(models) > 1:
+            raise CutawayError("end-to-end training is of one model")
+        source: Source = RowBatches(models[0], rows, sites, rules=rules, seed=seed)
+    else:
+        source = LiveRows(
+            models,
+            rows,
+            sites,
+            rules=rules,
+            passes=recipe.passes,
+            buffer_tokens=recipe.buffer_tokens,
+            seed=seed,
+            low_precision=all(job.config.low_precision for job in jobs.values()),
+        )
     names = {"model": recipe.model or models[0].name}
     if isinstance(given, (str, Path)):
         names["corpus"] = str(given)
