@@ -24,7 +24,7 @@ from cutaway.dictionaries import api
 from cutaway.dictionaries.recipe import Recipe
 from cutaway.model.language_model import LanguageModel, attach
 
-STEPS, BATCH, KILLS = 100, 64, 5
+STEPS, BATCH, KILLS = 60, 64, 3
 STREAM, OTHER = "blocks.1.resid_post", "blocks.0.attn.z"
 
 
@@ -50,7 +50,7 @@ def training() -> api.Training:
     mlp = ("blocks.2.mlp.in", "blocks.2.mlp.out")
     dictionaries = {
         "topk": of("openai-topk", STREAM, k=2, d_sae=256, dead_after=200),
-        "batchtopk": of("batchtopk", STREAM, k=4, tokens=(STEPS - 30) * BATCH),  # it ends before the others
+        "batchtopk": of("batchtopk", STREAM, k=4, tokens=(STEPS - 20) * BATCH),  # it ends before the others
         "matryoshka": of("matryoshka", OTHER, k=4),
         "jumprelu": of("gemma-scope-1", STREAM, seed=1),
         "tanh": of("anthropic-2025", OTHER),

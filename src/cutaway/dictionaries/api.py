@@ -100,6 +100,8 @@ def prepare(recipe: Recipe, what: Any = None, corpus: Any = None) -> Training:
         (site,) = recipe.site or ("activations",)
         what, recipe = {site: what}, replace(recipe, site=(site,))
     if isinstance(what, Store | Mapping):
+        if corpus is not None or recipe.corpus is not None or recipe.held_out:
+            raise CutawayError("a corpus, and rows to judge on, go with a model; activations that are there have none")
         return _at_hand(recipe, what)
     if isinstance(what, (str, Path)):
         what = _load(str(what), recipe.other)
@@ -116,8 +118,6 @@ def _load(name: str, other: str | None) -> tuple[LanguageModel, ...]:
 
 
 def _at_hand(recipe: Recipe, what: Store | Mapping[str, Tensor]) -> Training:
-    if recipe.corpus is not None or recipe.held_out:
-        raise CutawayError("a corpus, and rows to judge on, go with a model; activations that are there have none")
     seed = recipe.data_seed
     whole = StoreSource(what, seed=seed) if isinstance(what, Store) else Tensors(what, seed=seed)
 

@@ -60,11 +60,15 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Job:
-    """One dictionary to train: on what it reads and, unless it writes the same, what it writes."""
+    """One dictionary to train: on what it reads and, unless it writes the same, what it writes.
+
+    `preset` is the name that `config` came from, if any; it is written down with the dictionary and changes nothing.
+    """
 
     config: TrainConfig
     reads: tuple[str, ...]
     writes: tuple[str, ...] = ()
+    preset: str = ""
 
     def __post_init__(self) -> None:
         if not self.reads:
@@ -255,6 +259,8 @@ def _finished(
         trainer = trainers[name]
         ports = [tuple(source.ports[site] for site in sites) for sites in (job.reads, job.writes)]
         metadata = {**source.metadata, "training": job.config.to_json()}
+        if job.preset:
+            metadata["preset"] = job.preset
         dictionary = trainer.dictionary(*ports, metadata=metadata)
         if name in calibrated and isinstance(job.config.selector, BatchTopKRule):
             some = later[job.config.steps][: max(1, job.config.calibrate // size)]

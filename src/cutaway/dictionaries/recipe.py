@@ -48,10 +48,14 @@ Numbers = Annotated[tuple[float, ...], BeforeValidator(_several)]
 
 @dataclass(frozen=True)
 class Plan(Plain):
-    """One dictionary: what it reads, what it writes if that is something else, and fields of its `TrainConfig`."""
+    """One dictionary: what it reads, what it writes if that is something else, and fields of its `TrainConfig`.
+
+    `preset` says where `config` came from, for those who read it; it sets nothing.
+    """
 
     reads: Texts
     writes: Texts = ()
+    preset: str = ""
     config: dict[str, Any] = member(default_factory=dict)
 
 
@@ -164,7 +168,7 @@ def _without_nulls(value: Any) -> Any:
 
 def written_out(recipe: Recipe, jobs: Mapping[str, Job]) -> Recipe:
     """The same recipe with each dictionary by name instead of the grid."""
-    plans = {name: Plan(job.reads, job.writes, plain(job.config.to_json())) for name, job in jobs.items()}
+    plans = {name: Plan(job.reads, job.writes, job.preset, plain(job.config.to_json())) for name, job in jobs.items()}
     return replace(
         recipe, **dict.fromkeys(_GRID, ()), tokens=None, batch=None, options={}, dictionaries=plans
     )  # fmt: skip
@@ -189,7 +193,7 @@ def expand(recipe: Recipe, find: Find) -> dict[str, Job]:
         name = _as_folder("-".join([cell.ports.label, *said]))
         if name in jobs:
             raise CutawayError(f"{name} would be trained twice: leave out what is given twice")
-        jobs[name] = Job(cell.config(recipe), cell.ports.reads, cell.ports.writes)
+        jobs[name] = Job(cell.config(recipe), cell.ports.reads, cell.ports.writes, cell.values["preset"])
     return jobs
 
 
@@ -330,7 +334,7 @@ def _named(recipe: Recipe, find: Find) -> dict[str, Job]:
         values = {**one.config, **over}
         if values.get("learning_rate") == "auto":
             values["learning_rate"] = None
-        jobs[name] = Job(TrainConfig.from_json(values), reads, writes)
+        jobs[name] = Job(TrainConfig.from_json(values), reads, writes, one.preset)
     return jobs
 
 
