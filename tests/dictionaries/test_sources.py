@@ -183,10 +183,10 @@ def test_tensors_stores_and_models_by_one_function(tiny: LanguageModel, rows: Te
     assert live.dictionary.d_in == from_store.dictionary.d_in == 32
     with pytest.raises(CutawayError, match="go with a model"):
         train(x, "a", corpus="texts", **SMALL)
-    with pytest.raises(CutawayError, match="not on a int"):
-        train(3, "a", **SMALL)
+    with pytest.raises(CutawayError, match="not on a set"):
+        train({3}, "a", **SMALL)
     spoiled = x.clone()
-    spoiled[5, 3] = float("inf")
+    spoiled[::50, 3] = float("inf")
     with pytest.raises(CutawayError, match="NaN or infinite"):
         train(spoiled, "a", out=tmp_path / "spoiled", **SMALL)
     assert not (tmp_path / "spoiled" / "a").exists()

@@ -105,8 +105,8 @@ def prepare(recipe: Recipe, what: Any = None, corpus: Any = None) -> Training:
         return _at_hand(recipe, what)
     if isinstance(what, (str, Path)):
         what = _load(str(what), recipe.other)
-    models = (what,) if isinstance(what, LanguageModel) else tuple(what)
-    if not all(isinstance(lm, LanguageModel) for lm in models) or not models:
+    models: tuple[Any, ...] = tuple(what) if isinstance(what, (list, tuple)) else (what,)
+    if not models or not all(isinstance(lm, LanguageModel) for lm in models):
         raise CutawayError(f"dictionaries are trained on a model, a store or tensors; not on a {type(what).__name__}")
     return _live(recipe, models, corpus)
 
@@ -163,7 +163,7 @@ def _live(recipe: Recipe, models: tuple[LanguageModel, ...], corpus: Any) -> Tra
     sites = list(dict.fromkeys(site for job in jobs.values() for site in job.sites))
     seed = recipe.data_seed
     if any(isinstance(term, EndToEnd) for job in jobs.values() for term in job.config.terms):
-        if len(models) > 1:
+        if models[1:]:
             raise CutawayError("end-to-end training is of one model")
         source: Source = RowBatches(models[0], rows, sites, rules=rules, seed=seed)
     else:
@@ -180,7 +180,7 @@ def _live(recipe: Recipe, models: tuple[LanguageModel, ...], corpus: Any) -> Tra
     names = {"model": recipe.model or models[0].name}
     if isinstance(given, (str, Path)):
         names["corpus"] = str(given)
-    if len(models) > 1:
+    if models[1:]:
         names["other"] = recipe.other or models[1].name
     return Training(written_out(replace(recipe, **names), jobs), source, jobs, models, held_out)
 
