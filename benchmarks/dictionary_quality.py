@@ -76,7 +76,8 @@ def quality(plan: Plan, data: Path, folder: Path, run: Callable[[str, Request], 
                 commits.add(done[key]["commit"])
             if "dense" in cells:
                 rows += _compared(selector, seed, cells, folder)
-        _show(selector, plan, rows)
+        if rows:
+            _show(selector, plan, rows)
         table += rows
     if len(commits) > 1:
         print(f"these trainings are of {len(commits)} states of the code: {', '.join(sorted(commits))}")
@@ -155,11 +156,12 @@ def _show(selector: str, plan: Plan, rows: Sequence[dict]) -> None:
             f"{row['l0']:8.2f}{row['dead']:7.1%}{decoders}"
         )
     for way in ("sparse", "bfloat16", "shuffled"):
-        ratios = [row["ratio"] for row in rows if row["way"] == way]
-        if ratios:
-            mean = sum(ratios) / len(ratios)
+        beside = [row for row in rows if row["way"] == way]
+        if beside:
+            ratios = [row["ratio"] for row in beside]
             within = "within" if all(abs(ratio - 1) <= BOUND for ratio in ratios) else "NOT within"
+            loss, cosine = (sum(row[name] for row in beside) / len(beside) for name in ("ratio", "cosine"))
             print(
-                f"{way}: loss / dense {mean:.4f} on average, {min(ratios):.4f} to {max(ratios):.4f} over {len(ratios)} "
-                f"seed(s); {within} {BOUND:.1%} with every seed"
+                f"{way}: loss / dense {loss:.4f} on average, {min(ratios):.4f} to {max(ratios):.4f} over {len(ratios)} "
+                f"seed(s), {within} {BOUND:.1%} with every seed; cosine {cosine:.3f} on average"
             )
