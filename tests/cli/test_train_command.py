@@ -98,6 +98,23 @@ def test_transcoder_and_crosscoder_beside_each_other(
     assert [port.site for port in crosscoder.inputs] == ["blocks.0.resid_post", SITE]
 
 
+def test_it_judges_on_rows_that_it_kept_out(
+    model: str, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "a"
+    grid = ["--preset", "batchtopk", "--k", "2", "4", "--seed", "0", "1", "--judge", "8"]
+    assert main(command(model, corpus, out, *grid)) == 0
+    said = capsys.readouterr().out
+    assert "FVU" in said
+    found = json.loads((out / "judged.json").read_text())
+    assert len(found["judged"]) == 2  # seeds of one setting are judged together
+    assert len(found["frontier"]["points"] if isinstance(found["frontier"], dict) else found["frontier"]) == 2
+    assert "batchtopk" in (out / "judged.html").read_text()
+    command_again = ["dictionary", "judge", str(out), "--model", model, "--corpus", str(corpus), "--rows", "8"]
+    assert main([*command_again, "--spliced-rows", "0", "--json"]) == 0  # the folder stands for its dictionaries
+    assert len(json.loads(capsys.readouterr().out)["judged"]) == 2
+
+
 def test_from_a_store(tiny: LanguageModel, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store = harvest(tiny, corpus, [SITE, "blocks.0.attn.z"], out=tmp_path / "store", context=16)
     arguments = ["train", "--store", str(tmp_path / "store"), "--site", "blocks.0.attn.z", *SMALL[2:]]

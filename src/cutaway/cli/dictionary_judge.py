@@ -61,7 +61,7 @@ def judge(
     Parameters
     ----------
     paths
-        Folders or files of dictionaries.
+        Folders or files of dictionaries; a folder of several, such as that of a training run, stands for all.
     model
         “atlas”, a Hugging Face folder, or a hub id. Repeat it for a crosscoder of two models.
     corpus
@@ -116,7 +116,12 @@ def judge(
         absolute=(absolute, False),
         seed=(seed, 0),
     )
-    dictionaries = {path: files.load(path) for path in dict.fromkeys(paths)}
+    dictionaries = {
+        path if len(several) == 1 else str(Path(path) / name): one
+        for path in dict.fromkeys(paths)
+        for several in [files.load_all(path)]
+        for name, one in several.items()
+    }
     lms = [cutaway.load(name, dtype=dtype, device=device) for name in model]
     dictionaries = {path: one.to(lms[0].device) for path, one in dictionaries.items()}
     given = read_corpus(corpus)
@@ -130,7 +135,7 @@ def judge(
         for name, table in asked.items():
             _probe(one, name, table, lms, text, seed, command)
         found.append(one)
-    points = frontier([one.judgement.point(*_line(one.judgement.dictionaries[0])) for one in found])
+    points = frontier([one.judgement.point(*line_of(one.judgement.dictionaries[0])) for one in found])
     deliver(
         text=_text(found, points),
         data={
@@ -165,7 +170,7 @@ def _context(dictionaries: Any, lms: "Sequence[LanguageModel]") -> int:
     return min(wanted, *(lm.context_length for lm in lms))
 
 
-def _line(dictionary: "Dictionary") -> tuple[str, str]:
+def line_of(dictionary: "Dictionary") -> tuple[str, str]:
     """The line of the frontier that a dictionary belongs to, and its name there."""
     from cutaway.dictionaries.selectors import describe
 

@@ -8,10 +8,15 @@ from cyclopts import Parameter, validators
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.cli.options import Count, Flag, Seed
-from cutaway.cli.output import deliver, print_json, print_table
+from cutaway.cli.output import command_line, deliver, print_json, print_table
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from cutaway.dictionaries.api import Training
     from cutaway.dictionaries.estimate import Estimate
+    from cutaway.dictionaries.frontier import Frontier
+    from cutaway.dictionaries.jobs import Trained
 
 Several = Parameter(consume_multiple=True, negative="")
 Positive = Annotated[float, Parameter(validator=validators.Number(gt=0))]
@@ -48,7 +53,7 @@ def train(
     high_norm: float | None = None,
     field: str | None = None,
     split: str | None = None,
-    held_out: Count | None = None,
+    judge: Count | None = None,
     data_seed: Seed | None = None,
     log: Annotated[list[Literal["wandb", "tensorboard"]] | None, Several] = None,
     print_recipe: Flag = False,
@@ -121,8 +126,8 @@ def train(
         Where a record of a .jsonl or .parquet file, or of a data set, has its text.
     split
         Which split of a data set.
-    held_out
-        Keep so many rows out of training.
+    judge
+        Keep so many rows out of training, and judge on them in the end: a table here, OUT/judged.html and .json.
     data_seed
         Shuffles documents, rows and tokens.
     log
@@ -168,7 +173,7 @@ def train(
         high_norm=high_norm,
         field=field,
         split=split,
-        held_out=held_out,
+        held_out=judge,
         data_seed=data_seed,
     )
     if out is None and not (print_recipe or dry_run):
@@ -189,6 +194,8 @@ def train(
     done = api.run(training, out, log=log or (), resume=not overwrite)
     last = {name: dict(one.history[-1]) for name, one in done.items()}
     if json:
+        if training.held_out is not None:
+            _judged(training, done, out)
         print_json({"folder": str(out), "dictionaries": last})
         return
     columns = ["dictionary", "variance explained", "L0", "dead", "tokens"]
@@ -204,6 +211,30 @@ def train(
     ]
     print_table(columns, rows)
     print(f"\nfolder: {out}  (figures are of the last batch that was trained on)")
+    if training.held_out is not None:
+        print(f"\n{_judged(training, done, out)}")
+
+
+def _judged(training: "Training", done: "Mapping[str, Trained]", out: Path) -> "Frontier":
+    """Judge what was trained on the rows that were kept out of it; seeds of one setting together."""
+    from cutaway.artifacts.files import write_json, write_text
+    from cutaway.cli.dictionary_judge import Judged, judge_page, line_of
+    from cutaway.dictionaries.frontier import frontier
+    from cutaway.dictionaries.judge import by_setting
+    from cutaway.dictionaries.judge import judge as judged_together
+
+    assert training.held_out is not None
+    models, rows = list(training.models), training.held_out
+    command = command_line("train", recipe=(out / "recipe.toml", None), out=(out, None))
+    found: list[Judged] = []
+    for group in by_setting({name: one.dictionary for name, one in done.items()}):
+        some = judged_together(models, list(group.values()), rows, spliced_rows=min(32, len(rows)), command=command)
+        found.append(Judged(list(group), some))
+    points = frontier([one.judgement.point(*line_of(one.judgement.dictionaries[0])) for one in found])
+    write_json(out / "judged.json", {"frontier": points, "judged": [one.judgement.to_json() for one in found]})
+    source = f"{training.recipe.corpus}, kept out of training"
+    write_text(out / "judged.html", judge_page(found, points, models, source, command))
+    return points
 
 
 def _assignments(texts: list[str]) -> dict[str, Any]:

@@ -35,7 +35,7 @@ from cutaway.dictionaries.sources import LiveRows, StoreSource, Tensors, find_po
 from cutaway.dictionaries.terms import EndToEnd
 from cutaway.model.language_model import LanguageModel
 
-_WRITES = ("recipe.toml", "manifest.json", "logs", "checkpoints", "tensorboard", "wandb")
+_WRITES = ("recipe.toml", "manifest.json", "logs", "checkpoints", "tensorboard", "wandb", "judged.*")
 
 
 def train(
