@@ -32,7 +32,7 @@ WIDTH, BATCH = 1024, 1024
 RESULTS = ROOT / "runs" / "bench" / "recovery.jsonl"
 LEVELS = (32, 96, 224, 480, 1024)  # SAELens' matryoshka: the shares of our preset
 
-# what sets the sparsity: k and l0 hold the asked L0; a coefficient is searched on short runs
+# what sets the sparsity: k and l0 hold the asked L0; a coefficient is searched on runs half as long
 OURS: dict[str, dict[str, Any]] = {
     "TopK": {"default": "topk"},
     "BatchTopK": {"default": "batchtopk"},
@@ -118,7 +118,7 @@ def ours(method: str, generator: Any, l0: int, seed: int, samples: int, rate: fl
 
     sparsity = None
     if how.get("by") == "sparsity":
-        sparsity = coefficient_for(l0, lambda value: active(trained(config(samples // 8, value)), generator))
+        sparsity = coefficient_for(l0, lambda value: active(trained(config(samples // 2, value)), generator))
     start = time.perf_counter()
     dictionary = trained(config(samples, sparsity))
     about = {"seconds": time.perf_counter() - start, "coefficient": sparsity}
