@@ -122,6 +122,10 @@ def test_from_a_store(tiny: LanguageModel, corpus: Path, tmp_path: Path, capsys:
     dictionary = load(tmp_path / "a" / "blocks.0.attn.z")
     assert (dictionary.site, dictionary.d_in) == ("blocks.0.attn.z", 32)
     assert json.loads((tmp_path / "a" / "manifest.json").read_text())["parents"] == [store.manifest.id]
+    assert main([*arguments, "--dry-run"]) == 0
+    assert "the model reads" not in capsys.readouterr().out
+    assert main([*arguments, "--high-norm", "5", "--out", str(tmp_path / "b")]) == 2
+    assert "'high_norm' goes with a model" in capsys.readouterr().err
     assert main([*arguments, "--site", "blocks.2.resid_post", "--out", str(tmp_path / "b")]) == 2
     assert "there are" in capsys.readouterr().err
     assert not (tmp_path / "b").exists()

@@ -102,6 +102,9 @@ def prepare(recipe: Recipe, what: Any = None, corpus: Any = None) -> Training:
     if isinstance(what, Store | Mapping):
         if corpus is not None or recipe.corpus is not None or recipe.held_out:
             raise CutawayError("a corpus, and rows to judge on, go with a model; activations that are there have none")
+        fixed = ("context", "bos", "first_position", "high_norm", "buffer_tokens", "passes", "other")
+        if given := [name for name in fixed if getattr(recipe, name) != getattr(Recipe(), name)]:
+            raise CutawayError(f"'{given[0]}' goes with a model: which activations are there was decided before")
         return _at_hand(recipe, what)
     if isinstance(what, (str, Path)):
         what = _load(str(what), recipe.other)
