@@ -1,0 +1,101 @@
+"""Make the dictionaries that ship with atlas again: text, activations, training, judgement, cards.
+
+    python tools/atlas_dictionaries.py --work /tmp/atlas            # resumes where it was interrupted
+
+Three SAEs of the residual stream, trained on one harvest. Weights are stored in float16 (the figures on the cards are
+those of the stored weights). The harvest needs about 8 GB of disk; all of it about 40 minutes of two cores.
+"""
+
+import argparse
+import shutil
+from pathlib import Path
+
+import torch
+
+import cutaway
+from cutaway.artifacts.files import plain, write_json
+from cutaway.artifacts.manifest import file_hash
+from cutaway.data.corpus import read_corpus, token_rows
+from cutaway.data.hardware import bfloat16_is_fast
+from cutaway.data.harvest import harvest
+from cutaway.dictionaries import load, save
+from cutaway.dictionaries.config import TrainConfig
+from cutaway.dictionaries.dictionary import Dictionary
+from cutaway.dictionaries.evaluate import Evaluation, evaluate
+from cutaway.dictionaries.jobs import Job, train_jobs
+from cutaway.dictionaries.rules import TopKRule
+from cutaway.dictionaries.selectors import describe
+from cutaway.dictionaries.sources import StoreSource
+from cutaway.subjects.atlas.text import write_text
+
+TARGET = Path(__file__).resolve().parent.parent / "src" / "cutaway" / "subjects" / "atlas" / "dictionaries"
+SITES = tuple(f"blocks.{layer}.resid_post" for layer in (1, 3, 5))
+# read by other trainings of the same harvest
+ALSO = ("blocks.3.mlp.in", "blocks.3.mlp.out")
+CHARACTERS, TOKENS, PASSES = 60_000_000, 3_000_000, 3
+JUDGED_ROWS, SPLICED_ROWS = 128, 64
+COMMAND = "python tools/atlas_dictionaries.py"
+
+
+def configuration() -> TrainConfig:
+    """4,096 latents, 32 active on a token."""
+    return TrainConfig(
+        d_sae=4096,
+        selector=TopKRule(32),
+        tokens=PASSES * TOKENS,
+        batch=1024,
+        dead_after=500_000,
+        low_precision=bfloat16_is_fast(),
+    )
+
+
+def card(dictionary: Dictionary, judged: Evaluation, weights: Path) -> dict[str, object]:
+    """What somebody who meets the file should know."""
+    return {
+        "site": dictionary.site,
+        "model": dict(dictionary.model),
+        "d_in": dictionary.d_in,
+        "d_sae": dictionary.d_sae,
+        "selector": describe(dictionary.selector),
+        "tokens": PASSES * TOKENS,
+        "different_tokens": TOKENS,
+        "text": f"cutaway subjects text atlas --characters {CHARACTERS} --seed 0",
+        "judged_on": f"{judged.n_tokens} tokens of {judged.n_rows} rows of the stream with seed 1",
+        "figures": {name: effect.to_json() for name, effect in judged.effects.items()},
+        "dead": judged.dead,
+        "dense": judged.dense,
+        "cross_entropy": judged.ce,
+        "weights_sha256": file_hash(weights),
+        "command": COMMAND,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="folder for text, activations and checkpoints")
+    parser.add_argument("--out", type=Path, default=TARGET)
+    options = parser.parse_args()
+    lm = cutaway.load("atlas")
+    for name, characters, seed in (("text", CHARACTERS, 0), ("held-out", 1_000_000, 1)):
+        if not (options.work / f"{name}.jsonl").exists():
+            write_text(options.work / f"{name}.jsonl", characters, seed)
+    corpus = options.work / "text.jsonl"
+    harvest(lm, corpus, [*SITES, *ALSO], out=options.work / "store", tokens=TOKENS, dtype="bfloat16")
+    source = StoreSource(options.work / "store", SITES)
+    jobs = {site: Job(configuration(), (site,)) for site in SITES}
+    trained = train_jobs(source, jobs, folder=options.work / "training")
+    rows = token_rows(lm, read_corpus(options.work / "held-out.jsonl").documents, 256, limit=JUDGED_ROWS)
+    for site, result in trained.items():
+        folder = options.out / site
+        save(result.dictionary.to(dtype=torch.float16), folder, overwrite=folder.exists())
+        stored = load(folder, dtype=torch.float32)
+        judged = evaluate(lm, stored, rows, spliced_rows=SPLICED_ROWS, command=COMMAND)
+        print(site, judged, sep="\n", flush=True)
+        write_json(folder / "card.json", plain(card(stored, judged, folder / "sae_weights.safetensors")))
+    size = sum(file.stat().st_size for file in options.out.rglob("*") if file.is_file())
+    print(f"{size / 1e6:.1f} MB in {options.out}")
+    shutil.rmtree(options.work / "training")
+
+
+if __name__ == "__main__":
+    main()
