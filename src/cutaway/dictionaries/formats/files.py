@@ -100,6 +100,8 @@ def load(
 ) -> Dictionary:
     """The dictionary in a folder or file, or at "hf://owner/repository/folder", whatever format it is in.
 
+    "atlas/blocks.3.resid_post" is one that ships with the package.
+
     What can be folded into the weights is folded, so it takes the model's activations as they are. `site` says where it
     belongs if the files do not, or do wrongly. Files are not trusted: pickled objects are refused. Raises
     `CutawayError` for what is no dictionary, spoiled, or of a kind that is not read, and for a set of several, which
@@ -108,6 +110,8 @@ def load(
     dictionary = read(where).dictionary
     if site is not None:
         dictionary = at_site(dictionary, site)
+    if dtype is None and hub.is_shipped(where):
+        dtype = torch.float32  # stored in half precision for its size only
     return dictionary if device is None and dtype is None else dictionary.to(device, dtype)
 
 

@@ -4,8 +4,10 @@ import re
 from pathlib import Path
 
 from cutaway.artifacts.errors import CutawayError
+from cutaway.subjects.atlas.shipped import shipped_dictionary
 
 PREFIX = "hf://"
+SHIPPED = "atlas/"  # and a site: the dictionaries in the package
 _ADDRESS = re.compile(r"^hf://([\w.-]+/[\w.-]+?)(?:@([^/?]+))?(?:/+([^?]*?))?/?(?:\?revision=(.+))?$")
 _BESIDE = ("config.yaml", "config.json", "cfg.json", "hyperparams.json")
 
@@ -15,10 +17,13 @@ def local(where: str | Path) -> Path:
 
     An address is hf://owner/repository, @revision or ?revision= if wanted, and a folder or file in it. Only that folder
     is fetched, not what is below it (but for `checkpoints/final.safetensors`); without a network what an earlier call
-    has left in the hub's cache. Raises `CutawayError` when the path does not exist or the hub does not have it.
+    has left in the hub's cache. "atlas/blocks.3.resid_post" is a dictionary that ships with the
+    package. Raises `CutawayError` when the path does not exist or the hub does not have it.
     """
     if not str(where).startswith(PREFIX):
         path = Path(where).expanduser()
+        if is_shipped(where):
+            return shipped_dictionary(str(where).removeprefix(SHIPPED))
         if not path.exists():
             raise CutawayError(
                 f"{path} does not exist: name a folder or file, or an address such as hf://owner/repository/folder"
@@ -33,6 +38,11 @@ def local(where: str | Path) -> Path:
     if not path.exists():
         raise CutawayError(f"{repository} has no {inside} (or it is not in the cache, and there is no network)")
     return path
+
+
+def is_shipped(where: str | Path) -> bool:
+    """Whether that is the name of a dictionary in the package, and not of a folder here."""
+    return str(where).startswith(SHIPPED) and not Path(where).expanduser().exists()
 
 
 def _snapshot(repository: str, revision: str | None, inside: str, where: str) -> Path:

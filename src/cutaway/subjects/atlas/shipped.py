@@ -25,6 +25,18 @@ def atlas_folder() -> Path:
     return folder
 
 
+def shipped_dictionary(site: str) -> Path:
+    """The folder of the dictionary of that site that ships with atlas.
+
+    Raises `CutawayError` when there is none, with the sites that have one.
+    """
+    folder = Path(str(files("cutaway.subjects.atlas"))) / "dictionaries"
+    if "/" in site or not (folder / site / "cfg.json").is_file():
+        names = ", ".join(sorted(path.name for path in folder.glob("*") if path.is_dir())) or "none"
+        raise CutawayError(f"no dictionary of '{site}' ships with atlas; there are: {names}")
+    return folder / site
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """What the weights in `folder` are: corpus, seed, tokens, recipe, and a SHA-256 for each file beside it."""
     path = folder / MANIFEST
