@@ -80,7 +80,8 @@ def main() -> None:
         if not (options.work / f"{name}.jsonl").exists():
             write_text(options.work / f"{name}.jsonl", characters, seed)
     corpus = options.work / "text.jsonl"
-    harvest(lm, corpus, [*SITES, *ALSO], out=options.work / "store", tokens=TOKENS, dtype="bfloat16")
+    if not (options.work / "store" / "manifest.json").exists():
+        harvest(lm, corpus, [*SITES, *ALSO], out=options.work / "store", tokens=TOKENS, dtype="bfloat16")
     source = StoreSource(options.work / "store", SITES)
     jobs = {site: Job(configuration(), (site,)) for site in SITES}
     trained = train_jobs(source, jobs, folder=options.work / "training")
