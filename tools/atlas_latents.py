@@ -67,7 +67,7 @@ def main() -> None:
             selector=first["selector"].replace("topk k=", "TopK with k = "),
             tokens=first["tokens"],
             different=first["different_tokens"],
-            judged=first["judged_on"].replace("stream with seed 1", "same stream with another seed"),
+            judged=first["judged_on"],
         ),
         _cards(cards),
     ]
