@@ -12,12 +12,13 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cutaway.dictionaries import api
@@ -92,18 +93,29 @@ def main(folder: Path, seed: int) -> None:
     torch.set_num_threads(1)
     made = training()
 
-    def run(name: str, checkpoints: float = 0.3) -> None:
+    def run(name: str, checkpoints: float, pause: float) -> None:
+        batches = made.source.batches
+
+        def slowly(size: int, start: int = 0) -> Iterator[Mapping[str, Tensor]]:
+            for batch in batches(size, start):
+                time.sleep(pause)
+                yield batch
+
+        made.source.batches = slowly  # type: ignore[method-assign]
         api.run(made, folder / name, seconds_between_checkpoints=checkpoints)
 
+    def killed() -> None:  # so slowly that there is time to kill it, on a quick machine too
+        run("killed", 0.15, 0.04)
+
     begun = time.monotonic()
-    assert os.waitpid(start(lambda: run("whole", 1e9)), 0)[1] == 0
+    assert os.waitpid(start(lambda: run("whole", 1e9, 0.0)), 0)[1] == 0
     seconds = time.monotonic() - begun
     chance = random.Random(seed)
     stops: list[int] = []
     patience = 1.0
     while len([stop for stop in stops if stop]) < KILLS:
-        child = start(lambda: run("killed"))
-        time.sleep(seconds * (0.03 + 0.25 * chance.random()) * patience)
+        child = start(killed)
+        time.sleep((0.4 + 0.7 * chance.random()) * patience)
         os.kill(child, signal.SIGKILL)
         if os.waitpid(child, 0)[1] == 0:  # it had ended before
             break
@@ -113,7 +125,7 @@ def main(folder: Path, seed: int) -> None:
         # with other work beside it a run may not get to its first step; then the next one gets more time
         patience = 1.0 if not stops or done > stops[-1] else 1.4 * patience
         stops.append(done)
-    assert os.waitpid(start(lambda: run("killed")), 0)[1] == 0  # finished, whatever the last kill left
+    assert os.waitpid(start(killed), 0)[1] == 0  # finished, whatever the last kill left
     print(json.dumps({"stops": stops, "seconds": seconds}))
 
 
