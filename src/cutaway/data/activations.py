@@ -117,6 +117,18 @@ def shuffled_batches(
             f"the corpus has {int(lengths.sum())} tokens, less than one batch of {batch_tokens}: give a longer corpus "
             "or a smaller batch"
         )
+    return _shuffled(lengths, fill, batch_tokens, seed, start, passes, buffer_tokens)
+
+
+def _shuffled(
+    lengths: Tensor,
+    fill: Callable[[Tensor], Mapping[str, Tensor]],
+    batch_tokens: int,
+    seed: int,
+    start: int,
+    passes: int,
+    buffer_tokens: int,
+) -> Iterator[dict[str, Tensor]]:
     number, turn = 0, 0
     while True:
         order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(_seed(seed, turn)))

@@ -203,6 +203,8 @@ def run(
         with contextlib.closing(logs):
             return train_jobs(training.source, training.jobs, on_begin=logs.begin, on_record=logs.record)
     out = Path(out)
+    for job in training.jobs.values():
+        training.source.batches(job.config.batch)  # refused before anything is written, if there is not one
     configuration = {
         "source": training.source.identity,
         "dictionaries": plain({name: asdict(job) for name, job in training.jobs.items()}),

@@ -84,6 +84,9 @@ class RowBatches:
             raise CutawayError(
                 f"{len(self.rows)} rows are less than one batch of {some}: give a longer corpus or a smaller batch"
             )
+        return self._endless(some, start, per_turn)
+
+    def _endless(self, some: int, start: int, per_turn: int) -> Iterator["RowBatch"]:
         turn, first = divmod(start, per_turn)
         while True:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + turn)

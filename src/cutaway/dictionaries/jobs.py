@@ -54,7 +54,10 @@ class Source(Protocol):
         ...
 
     def batches(self, size: int, start: int = 0) -> Iterator[Mapping[str, Tensor]]:
-        """Endless batches, each site [size, width], from number `start` on: always the same ones."""
+        """Endless batches, each site [size, width], from number `start` on: always the same ones.
+
+        Raises `CutawayError` at once, not with the first batch, when there is not one.
+        """
         ...
 
 

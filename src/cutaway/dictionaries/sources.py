@@ -50,6 +50,10 @@ class Tensors:
         per_pass = n // size
         if per_pass == 0:
             raise CutawayError(f"{n} activations are less than one batch of {size}: give more, or a smaller batch")
+        return self._endless(size, start, per_pass)
+
+    def _endless(self, size: int, start: int, per_pass: int) -> Iterator[Mapping[str, Tensor]]:
+        n = len(next(iter(self.values.values())))
         number = start
         while True:
             turn, first = divmod(number, per_pass)
@@ -97,6 +101,9 @@ class StoreSource:
                 f"the store has {len(self.store)} tokens, less than one batch of {size}: harvest more, or take a "
                 "smaller batch"
             )
+        return self._endless(size, start, per_epoch)
+
+    def _endless(self, size: int, start: int, per_epoch: int) -> Iterator[Mapping[str, Tensor]]:
         epoch, first = divmod(start, per_epoch)
         while True:
             options = {"sites": list(self.ports), "seed": self.seed, "epoch": epoch, "drop_last": True}
