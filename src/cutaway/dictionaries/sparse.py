@@ -104,7 +104,7 @@ class Places:
         return len(self.latents)
 
     def where(self, keep: Tensor) -> "Places":
-        """Only some of the places: keep [P], bool."""
+        """Only some of the places: keep [P], bool, or their numbers in order of tokens."""
         tokens = self.tokens[keep]
         counts = torch.bincount(tokens, minlength=self.n)
         return Places(self.latents[keep], tokens, counts.cumsum(0) - counts, self.n_latents)

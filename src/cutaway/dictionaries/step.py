@@ -130,7 +130,7 @@ def _encode(live: Parameters, b_dec: Tensor | None, rule: Rule, centred: Tensor,
             if isinstance(rule, TopKRule | BatchTopKRule):
                 with torch.no_grad():
                     chosen = rule.refine(pre, places, live)
-                    places, pre = _only(places, chosen), pre[chosen]
+                    places, pre = places.where(chosen), pre[chosen]
             return _sparse(live, b_dec, rule, centred, pre, places)
         way = "dense"
     pre = torch.addmm(bias, centred, encoder.T)
@@ -151,13 +151,6 @@ def _sparse(
     at_places = Encode.apply(live.encoder, live.encoder_bias, b_dec, centred, pre, places)
     code = SparseCode(at_places, at_places, places)
     return code.with_values(rule.values(code, live))
-
-
-def _only(places: Places, chosen: Tensor) -> Places:
-    """The chosen ones of some candidates, given by number, in order of tokens."""
-    tokens = places.tokens[chosen]
-    counts = torch.bincount(tokens, minlength=places.n)
-    return Places(places.latents[chosen], tokens, counts.cumsum(0) - counts, places.n_latents)
 
 
 def _least(code: Code, active: Tensor, rule: Rule, parameters: Parameters) -> Tensor | None:
