@@ -13,3 +13,9 @@ def planted(d: int, n_features: int, n_tokens: int, active: float, seed: int) ->
     offset = 3 * torch.randn(d, generator=generator)
     noise = 0.01 * torch.randn(n_tokens, d, generator=generator)
     return features, strength @ features + offset + noise
+
+
+def mean_max_cosine(found: Tensor, true: Tensor) -> float:
+    """For each row of `true` [m, d] the largest signed cosine with a row of `found` [F, d]; their mean."""
+    unit = torch.nn.functional.normalize
+    return (unit(true.float(), dim=1) @ unit(found.float(), dim=1).T).amax(1).mean().item()

@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 from dense_oracle import dense_gradients
-from planted import planted
+from planted import mean_max_cosine, planted
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.dictionaries.dictionary import Dictionary, Port, mean_max_cosine, random_dictionary
+from cutaway.dictionaries.dictionary import Dictionary, Port, random_dictionary
 from cutaway.dictionaries.jobs import CHECKPOINT, Job, TrainConfig, Trained, Trainer, train_jobs
 from cutaway.dictionaries.parameters import Parameters
 from cutaway.dictionaries.rules import TopKRule
@@ -178,7 +178,7 @@ KILLED = """
 import sys, time, torch
 sys.path.insert(0, {here!r})
 from pathlib import Path
-from planted import planted
+from planted import mean_max_cosine, planted
 from cutaway.dictionaries.rules import TopKRule
 from cutaway.dictionaries.sources import Tensors
 from cutaway.dictionaries.jobs import Job, TrainConfig, train_jobs

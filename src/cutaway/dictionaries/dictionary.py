@@ -324,9 +324,3 @@ def random_dictionary(like: Dictionary, sample: Tensor, seed: int, target: Tenso
 def log_sparsity(frequency: Tensor) -> Tensor:
     """log10 of firing frequencies [F]; −10 for latents that never fired, as a file cannot hold −∞ portably."""
     return frequency.double().clamp_min(1e-10).log10().float()
-
-
-def mean_max_cosine(found: Tensor, true: Tensor) -> float:
-    """For each row of `true` [m, d] the largest signed cosine with a row of `found` [F, d]; their mean."""
-    unit = torch.nn.functional.normalize
-    return (unit(true.float(), dim=1) @ unit(found.float(), dim=1).T).amax(1).mean().item()
