@@ -6,7 +6,7 @@ ablation that was used. A page or a report calls `require_controls` and so refus
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from cutaway.artifacts.errors import CutawayError
@@ -46,12 +46,39 @@ class Control:
 
 
 @dataclass(frozen=True)
+class Choices:
+    """The six choices that a causal effect depends on (Miller, Chughtai & Saunders 2024); two effects that differ in one
+    of them are not comparable.
+
+    `granularity`: what is cut, such as "node", "edge", "neuron", "latent"; `component`: which of them, such as
+    "attn.z of every head"; `ablation`: what stands in their place, such as "resample", "mean by position", "zero";
+    `positions`: "all", or the roles or tokens touched; `direction`: what is put where, such as "denoise", "noise",
+    "complement"; `evaluation`: the examples, such as "48 held-out pairs of indirect object, seed 0".
+    """
+
+    granularity: str
+    component: str
+    ablation: str
+    positions: str
+    direction: str
+    evaluation: str
+
+    def to_json(self) -> dict[str, str]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, str]) -> "Choices":
+        """The choices that `to_json` wrote."""
+        return cls(**data)
+
+
+@dataclass(frozen=True)
 class Effect:
     """A measured effect and its evidence.
 
     `value` is in `units` (such as "nats", "logit difference", "probability"), the mean over `n` examples, with its 95 %
     `interval`; `ablation` names what was done to the model ("mean ablation", "patch from the corrupt run", "none");
-    `command` is the command line that measures it again.
+    `command` is the command line that measures it again; `choices` are there where the effect is causal.
     """
 
     name: str
@@ -62,6 +89,7 @@ class Effect:
     ablation: str
     units: str
     command: str | None = None
+    choices: Choices | None = None
 
     def require_controls(self) -> "Effect":
         """The effect itself; raises `MissingControls` when it stands alone."""
@@ -80,6 +108,7 @@ class Effect:
             "ablation": self.ablation,
             "units": self.units,
             "command": self.command,
+            "choices": None if self.choices is None else self.choices.to_json(),
         }
 
     @classmethod
@@ -94,6 +123,7 @@ class Effect:
             ablation=data["ablation"],
             units=data["units"],
             command=data["command"],
+            choices=Choices.from_json(data["choices"]) if data.get("choices") else None,
         )
 
 

@@ -9,20 +9,44 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cutaway.data.pairs import AlignedPairs
+
 
 @dataclass(frozen=True)
 class Targets:
-    """What the logits of b examples are compared with: token ids [b], and the clean run's logits [b, V]."""
+    """What the logits of b examples are compared with: token ids [b], and the clean run's logits [b, V].
+
+    `answers` and `wrongs` [b, V] bool are all right and all wrong tokens where a task has several (every later year);
+    None where `answer` and `wrong` are the only ones.
+    """
 
     answer: Tensor
     wrong: Tensor
     clean: Tensor
+    answers: Tensor | None = None
+    wrongs: Tensor | None = None
 
     def __getitem__(self, rows: Tensor) -> "Targets":
-        return Targets(self.answer[rows], self.wrong[rows], self.clean[rows])
+        return Targets(
+            self.answer[rows],
+            self.wrong[rows],
+            self.clean[rows],
+            None if self.answers is None else self.answers[rows],
+            None if self.wrongs is None else self.wrongs[rows],
+        )
+
+    def to(self, device: torch.device) -> "Targets":
+        """The same on another device."""
+        answers, wrongs = (None if t is None else t.to(device) for t in (self.answers, self.wrongs))
+        return Targets(self.answer.to(device), self.wrong.to(device), self.clean.to(device), answers, wrongs)
 
 
 Metric = Callable[[Tensor, Targets], Tensor]
+
+
+def targets_of(pairs: AlignedPairs, clean_logits: Tensor) -> Targets:
+    """What metrics compare with, from aligned pairs and the clean run's logits at the last position [n, V]."""
+    return Targets(pairs.answer, pairs.wrong, clean_logits, pairs.answers, pairs.wrongs)
 
 
 def logit_difference(logits: Tensor, targets: Targets) -> Tensor:

@@ -26,7 +26,8 @@ class PromptPair:
     Prompts are texts, or tuples of token ids (then the answers are ids too). Answers are texts that follow the prompt
     directly, so they usually begin with a space. `positions` names places by role: a token position (0 is the first
     real token, -1 the last), a text that stands in both prompts, or (text in clean, text in corrupt); a text means its
-    last token, at its last occurrence.
+    last token, at its last occurrence. `answers` and `wrongs` are all right and all wrong continuations of the clean
+    prompt where there are several (every later year); empty means `answer` and `wrong` alone.
     """
 
     clean: Prompt
@@ -34,6 +35,8 @@ class PromptPair:
     answer: str | int
     wrong: str | int
     positions: Mapping[str, Place] = field(default_factory=dict)
+    answers: tuple[str | int, ...] = ()
+    wrongs: tuple[str | int, ...] = ()
 
     def swapped(self) -> "PromptPair":
         """The same pair with clean and corrupt exchanged."""
@@ -58,7 +61,8 @@ class AlignedPairs:
 
     `answer` and `wrong` are the ids of the first token in which the answers differ [n]. Tokens that both answers
     share at their start are part of the prompts. `places[role]` are the positions in clean and in corrupt [2, n].
-    `refused` holds the pairs left out, with the reason.
+    `refused` holds the pairs left out, with the reason. `answers` and `wrongs` [n, V] bool are all right and all wrong
+    tokens where the pairs name several, else None.
     """
 
     pairs: tuple[PromptPair, ...]
@@ -68,6 +72,8 @@ class AlignedPairs:
     wrong: Tensor
     places: Mapping[str, Tensor]
     refused: tuple[tuple[PromptPair, str], ...] = ()
+    answers: Tensor | None = None
+    wrongs: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -81,6 +87,8 @@ class AlignedPairs:
             answer=self.answer[index],
             wrong=self.wrong[index],
             places={role: places[:, index] for role, places in self.places.items()},
+            answers=None if self.answers is None else self.answers[index],
+            wrongs=None if self.wrongs is None else self.wrongs[index],
         )
 
     def first_difference(self) -> Tensor:
