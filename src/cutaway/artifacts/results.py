@@ -47,8 +47,9 @@ class Control:
 
 @dataclass(frozen=True)
 class Choices:
-    """The six choices that a causal effect depends on (Miller, Chughtai & Saunders 2024); two effects that differ in one
-    of them are not comparable.
+    """The six choices that a causal effect depends on (Miller, Chughtai & Saunders 2024).
+
+    Two effects that differ in one of them are not comparable.
 
     `granularity`: what is cut, such as "node", "edge", "neuron", "latent"; `component`: which of them, such as
     "attn.z of every head"; `ablation`: what stands in their place, such as "resample", "mean by position", "zero";
