@@ -27,7 +27,8 @@ class PromptPair:
     directly, so they usually begin with a space. `positions` names places by role: a token position (0 is the first
     real token, -1 the last), a text that stands in both prompts, or (text in clean, text in corrupt); a text means its
     last token, at its last occurrence. `answers` and `wrongs` are all right and all wrong continuations of the clean
-    prompt where there are several (every later year); empty means `answer` and `wrong` alone.
+    prompt where there are several (every later year); empty means `answer` and `wrong` alone. `template` names what
+    the pair was made from, so that pairs of one template can be averaged token by token.
     """
 
     clean: Prompt
@@ -37,13 +38,14 @@ class PromptPair:
     positions: Mapping[str, Place] = field(default_factory=dict)
     answers: tuple[str | int, ...] = ()
     wrongs: tuple[str | int, ...] = ()
+    template: str = ""
 
     def swapped(self) -> "PromptPair":
         """The same pair with clean and corrupt exchanged."""
         places = {
             role: (place[1], place[0]) if isinstance(place, tuple) else place for role, place in self.positions.items()
         }
-        return PromptPair(self.corrupt, self.clean, self.wrong, self.answer, places)
+        return PromptPair(self.corrupt, self.clean, self.wrong, self.answer, places, template=self.template)
 
     def to_json(self) -> dict[str, object]:
         return {
