@@ -10,7 +10,13 @@ from hypothesis import strategies as st
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
-from cutaway.artifacts.statistics import auroc, auroc_columns, bootstrap_interval, wilson_interval
+from cutaway.artifacts.statistics import (
+    auroc,
+    auroc_columns,
+    bootstrap_interval,
+    sign_flip_p,
+    wilson_interval,
+)
 
 
 def auroc_by_counting(scores: list[float], labels: list[bool]) -> float:
@@ -100,3 +106,24 @@ def test_bootstrap_is_the_same_for_a_seed_and_absent_for_one_value() -> None:
     assert bootstrap_interval([3.0] * 10) == (3.0, 3.0)
     assert all(math.isnan(end) for end in bootstrap_interval([3.0]))
     assert all(math.isnan(end) for end in bootstrap_interval([]))
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 9])
+def test_sign_flip_p_counts_every_pattern(n: int) -> None:
+    values = np.random.default_rng(n).normal(0.4, 1, n)
+    patterns = list(product((1, -1), repeat=n))
+    extreme = sum(abs(np.dot(signs, values)) >= abs(values.sum()) - 1e-12 for signs in patterns)
+    assert sign_flip_p(values) == extreme / len(patterns)
+    assert sign_flip_p(np.abs(values) + 0.01) == 2 / 2**n  # all of one sign: only its mirror is as far out
+
+
+def test_sign_flip_p_by_drawing_is_near_the_exact_one() -> None:
+    values = np.random.default_rng(3).normal(0.35, 1, 16)
+    patterns = np.array(list(product((1, -1), repeat=16)))
+    exact = float(np.mean(np.abs(patterns @ values) >= abs(values.sum()) - 1e-12))
+    drawn = sign_flip_p(values)
+    assert abs(drawn - exact) < 4 * math.sqrt(exact * (1 - exact) / 9999)
+    assert drawn == sign_flip_p(values)
+    assert sign_flip_p(np.ones(40), n_draws=99) == 1 / 100  # never 0
+    assert math.isnan(sign_flip_p([]))
+    assert sign_flip_p(np.zeros(20)) == 1.0

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cutaway.artifacts.errors import CutawayError
 from cutaway.data.pairs import AlignedPairs
 
 
@@ -61,17 +62,75 @@ def probability(logits: Tensor, targets: Targets) -> Tensor:
     return logits.float().softmax(-1).gather(-1, targets.answer[:, None])[:, 0]
 
 
+def probability_difference(logits: Tensor, targets: Targets) -> Tensor:
+    """Probability of all right answers together minus that of all wrong ones together [b].
+
+    Where a task names several answers (greater-than: every later year against every earlier one, Hanna et al. 2023);
+    of the answer and the wrong answer alone where it names one of each.
+    """
+    p = logits.float().softmax(-1)
+
+    def total(several: Tensor | None, one: Tensor) -> Tensor:
+        return p.gather(-1, one[:, None])[:, 0] if several is None else (p * several).sum(-1)
+
+    return total(targets.answers, targets.answer) - total(targets.wrongs, targets.wrong)
+
+
 def kl_from_clean(logits: Tensor, targets: Targets) -> Tensor:
     """KL(clean || these) in nats over the whole vocabulary [b]. Its gradient at the clean point is zero."""
     clean = targets.clean.float().log_softmax(-1)
     return (clean.exp() * (clean - logits.float().log_softmax(-1))).sum(-1).clamp(min=0)
 
 
+def nll(logits: Tensor, targets: Targets) -> Tensor:
+    """Negative log-probability of the answer in nats [b]."""
+    return -logits.float().log_softmax(-1).gather(-1, targets.answer[:, None])[:, 0]
+
+
+def rank(logits: Tensor, targets: Targets) -> Tensor:
+    """Place of the answer among all tokens [b]: 1 where no logit is higher, ties at the better place.
+
+    A count has no gradient: what needs one refuses this metric (`differentiable`).
+    """
+    own = logits.gather(-1, targets.answer[:, None])
+    return 1.0 + (logits > own).sum(-1).float()
+
+
 METRICS: dict[str, Metric] = {
     "logit_difference": logit_difference,
     "probability": probability,
+    "probability_difference": probability_difference,
     "kl": kl_from_clean,
+    "nll": nll,
+    "rank": rank,
 }
+_COUNTS = (rank,)
+UNITS = {
+    "logit_difference": "logits",
+    "probability": "probability",
+    "probability_difference": "probability",
+    "kl": "nats",
+    "nll": "nats",
+    "rank": "places",
+}
+
+
+def named_metric(metric: str | Metric) -> tuple[str, Metric]:
+    """The name and the function of a metric given as either.
+
+    Raises `CutawayError` for a name that there is not, with those that there are.
+    """
+    if callable(metric):
+        known = next((name for name, function in METRICS.items() if function is metric), None)
+        return known or getattr(metric, "__name__", "metric"), metric
+    if metric not in METRICS:
+        raise CutawayError(f"no metric is called {metric!r}; there are {', '.join(METRICS)}, or give a function")
+    return metric, METRICS[metric]
+
+
+def differentiable(metric: str | Metric) -> bool:
+    """Whether a metric of this module has a gradient; of a user's function it is taken for granted."""
+    return named_metric(metric)[1] not in _COUNTS
 
 
 def recovery(patched: Tensor, clean: Tensor, corrupt: Tensor, *, guard: float = 0.1) -> tuple[Tensor, Tensor]:
@@ -84,3 +143,13 @@ def recovery(patched: Tensor, clean: Tensor, corrupt: Tensor, *, guard: float = 
     usable = denominator.abs() >= max(1e-6, guard * denominator.abs().median().item())
     safe = torch.where(usable, denominator, torch.ones_like(denominator))
     return torch.where(usable, (patched - corrupt) / safe, torch.full_like(patched, float("nan"))), usable
+
+
+def ratio_of_means(patched: Tensor, clean: Tensor, corrupt: Tensor) -> Tensor:
+    """(mean patched - mean corrupt) / (mean clean - mean corrupt) [...], over all n examples of `patched` [..., n].
+
+    The mean of `recovery` weighs every example alike; here one whose prompts differ more counts for more. The two are
+    different numbers (Miller, Chughtai & Saunders 2024), and this one needs no guard for single examples.
+    """
+    whole = clean.double().mean() - corrupt.double().mean()
+    return ((patched.double().mean(-1) - corrupt.double().mean()) / whole).to(patched.dtype)
