@@ -33,6 +33,7 @@ from cutaway.cli.saliency import saliency
 from cutaway.cli.sites import sites
 from cutaway.cli.subjects import app as subjects
 from cutaway.cli.tour import tour
+from cutaway.cli.trace import trace
 from cutaway.cli.train import train
 
 app = App(
@@ -44,7 +45,21 @@ app = App(
     suppress_keyboard_interrupt=False,
     help_epilogue="MODEL is “atlas” (the model that comes along), a Hugging Face folder, or a hub id.",
 )
-for command in (tour, check, sites, lens, heads, attribute, saliency, probe, subjects, harvest, train, dictionary):
+for command in (
+    tour,
+    check,
+    sites,
+    lens,
+    heads,
+    attribute,
+    saliency,
+    probe,
+    trace,
+    subjects,
+    harvest,
+    train,
+    dictionary,
+):
     app.command(command)
 
 

@@ -1,0 +1,102 @@
+"""`cutaway trace` on the shipped model: table, JSON, page, files of prompts, and bad input as one sentence."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import cutaway
+from cutaway.cli.main import main
+from cutaway.model.language_model import LanguageModel
+
+PROMPT = "The capital of the state containing Dallas is"
+DALLAS = ["--prompt", PROMPT, "--subject", "Dallas"]
+
+
+@pytest.fixture(autouse=True)
+def loaded_once(atlas: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    load = cutaway.load
+    monkeypatch.setattr(cutaway, "load", lambda model, **options: atlas if model == "atlas" else load(model, **options))
+    monkeypatch.setenv("CUTAWAY_QUIET", "1")
+
+
+def test_one_prompt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "page.html"
+    words = ["trace", "atlas", *DALLAS, "--answer", " Austin", "--draws", "3"]
+    assert main([*words, "--json", "--html", str(page)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["command"].startswith("cutaway trace atlas --prompt 'The capital")
+    assert (found["n"], found["draws"], found["noise_in_sigma"]) == (1, 3, 3.0)
+    assert found["total_effect"]["value"] > 0.4
+    assert found["prompts"][0]["tokens"] == [" Dallas", " is"]
+    assert set(found["grids"]) == {"state", "attention", "MLP"}
+    html = page.read_text()
+    assert html.count('<svg class="cw-heatmap"') == 3
+    for text in (
+        "What the noise takes",
+        "0 is nothing",
+        "would be all that the noise took",
+        "·Dallas",
+        "random other position",
+    ):
+        assert text in html.replace("<i>·</i>", "·")
+    assert main(words) == 0
+    assert "average indirect effect of resid_post, one layer" in capsys.readouterr().out
+
+
+def test_a_file_of_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, page = tmp_path / "facts.json", tmp_path / "page.html"
+    capitals = {"France": " Paris", "Germany": " Berlin", "Italy": " Paris"}
+    prompts = [{"prompt": f"The capital of {x} is", "subject": x, "answer": y} for x, y in capitals.items()]
+    file.write_text(json.dumps(prompts))
+    words = ["trace", "atlas", "--prompts", str(file), "--draws", "2", "--window", "1", "--noise", "4"]
+    assert main([*words, "--json", "--html", str(page)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["n"] == 2
+    assert found["grids"]["MLP"]["window"] == 1
+    assert [one["prompt"] for one in found["refused"]] == ["The capital of Italy is"]
+    assert "subject last" in page.read_text()
+
+
+def test_without_prompts_it_traces_landmarks(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["trace", "atlas", "--n", "2", "--draws", "1"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("causal tracing of atlas: 2 prompts answered rightly")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--prompt", PROMPT], "needs --prompt and --subject"),
+        (["--subject", "Dallas"], "needs --prompt and --subject"),
+        (["--prompt", PROMPT, "--subject", "Tampa"], "'Tampa' does not stand in the prompt"),
+        ([*DALLAS, "--answer", " Boston"], "atlas answers no prompt rightly"),
+        ([*DALLAS, "--window", "99"], "a window of 99 layers"),
+        ([*DALLAS, "--noise", "0"], "hides nothing"),
+        ([*DALLAS, "--draws", "0"], "draws"),
+        ([*DALLAS, "--prompts", "FILE"], "leave --prompt"),
+        (["--prompts", "FILE"], "prompt 1 of"),
+        (["--prompts", "NOWHERE"], "NOWHERE"),
+        (["--prompts", "EMPTY"], "holds no list"),
+    ],
+)
+def test_bad_input_is_one_sentence(
+    options: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, empty = tmp_path / "facts.json", tmp_path / "empty.json"
+    file.write_text('[{"prompt": "The capital of France is", "subject": "France"}, {"prompt": "no subject"}]')
+    empty.write_text("{}")
+    given = {"FILE": str(file), "EMPTY": str(empty)}
+    assert main(["trace", "atlas", *(given.get(option, option) for option in options)]) == 2
+    out, err = capsys.readouterr()
+    assert says in err
+    assert err.count("\n") == 1
+    assert out == ""
+
+
+def test_a_model_that_knows_no_landmark_says_so(shared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["trace", str(shared / "models" / "stories260K")]) == 2
+    out, err = capsys.readouterr()
+    assert "answers no prompt rightly" in err
+    assert err.count("\n") == 1
+    assert out == ""
