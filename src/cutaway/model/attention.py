@@ -133,12 +133,25 @@ def _observed(
 ) -> tuple[Tensor, Tensor | None]:
     query, key = watch.rotated(query, key)
     if not watch.wants("scores", "pattern"):
-        return base_kernel(module)(module, query, key, value, attention_mask, **options)
+        seen: Any = _Ungrouped(module) if watch.execution is not None and watch.execution.ungrouped else module
+        return base_kernel(module)(seen, query, key, value, attention_mask, **options)
     kernel = find_kernel(module, _eager(module))
     mask = _mask(module, attention_mask, query, key, options)
     shown = _implementation(module) == "eager"  # the others return no weights
     z, pattern = kernel.attend(watch, module, query, key, value, mask, own=not shown, **options)
     return z, pattern if shown else None
+
+
+class _Ungrouped:
+    """An attention module in the eyes of a kernel that is given as many keys as queries."""
+
+    num_key_value_groups = 1
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
 
 
 def check_dispatch(model: PreTrainedModel, attention: nn.Module) -> None:

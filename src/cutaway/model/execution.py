@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.model.addressing import Resolved
@@ -30,6 +29,12 @@ if TYPE_CHECKING:
 _IN_ATTENTION = (".attn.rot_q", ".attn.rot_k", ".attn.scores", ".attn.pattern")
 
 Replacement = Callable[..., Any]
+
+
+class Removable(Protocol):
+    """A hook, or whatever else is taken away after a run."""
+
+    def remove(self) -> None: ...
 
 
 class Stop(BaseException):
@@ -52,7 +57,8 @@ class Execution:
         resumed: Tensor | None = None,
         last_only: bool = False,
         replace: Mapping[nn.Module, Replacement] | None = None,
-        watch: Callable[[Execution], Iterable[RemovableHandle]] | None = None,
+        watch: Callable[[Execution], Iterable[Removable]] | None = None,
+        ungrouped: bool = False,
     ) -> None:
         self.lm = lm
         self.capture = frozenset(capture)
@@ -69,6 +75,7 @@ class Execution:
         self.last_only = last_only
         self.replace = dict(replace or {})  # what a module does instead of its forward, in this execution alone
         self.watch = watch  # hooks of its owner, behind those of the sites
+        self.ungrouped = ungrouped  # its owner gives keys and values to every query head by itself
         self.end = mask.shape[1]  # columns read so far, those of this forward included
         self.values: dict[str, Tensor] = {}
         self.attention_layers: dict[int, int] = {}
@@ -125,13 +132,15 @@ class Execution:
         """Install what this execution needs, and take it away again whatever happens."""
         with ExitStack() as stack:
             layers = self.lm.family.layers
-            for name in {*self.capture, *self.edits}:
-                index = layer_of(name)
-                if index is not None and name.endswith(_IN_ATTENTION):
-                    for module, attribute, make in switches(layers[index].core):
-                        if id(module) not in self.attention_layers:
-                            self.attention_layers[id(module)] = index
-                            stack.enter_context(shadowed(module, attribute, make))
+            watched = {layer_of(name) for name in {*self.capture, *self.edits} if name.endswith(_IN_ATTENTION)}
+            if self.ungrouped:
+                watched.update(range(self.first_layer, len(layers)))
+            for index in watched:
+                assert index is not None  # these sites are inside layers
+                for module, attribute, make in switches(layers[index].core):
+                    if id(module) not in self.attention_layers:
+                        self.attention_layers[id(module)] = index
+                        stack.enter_context(shadowed(module, attribute, make))
             for index in range(self.first_layer):
                 self.replace.setdefault(layers[index].module, passing(self.lm.layer_forms.get(layers[index].module)))
             for module in self.replace:

@@ -1,0 +1,236 @@
+"""What the parts of a graph write and read in one forward, for the edge engines.
+
+Heads are kept as z and multiplied with W_O when they are needed; what a head reads is computed from a stream by the
+layer's norm and its own columns of the projection, so the forward itself stays the model's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from cutaway.artifacts.errors import CutawayError
+from cutaway.causal.graph import Graph
+from cutaway.model.current import current
+from cutaway.model.execution import Execution, Stop
+from cutaway.model.language_model import LanguageModel
+from cutaway.model.norms import Norm
+from cutaway.model.parts import Layer, Projection
+from cutaway.model.tokens import Tokens
+from cutaway.model.wrapped import bias_of
+
+PARTS = ("q", "k", "v")
+
+
+def centred(norm: Norm | None, x: Tensor) -> Tensor:
+    """x without its mean where the norm takes it away."""
+    return x - x.mean(-1, keepdim=True) if norm is not None and norm.centered else x
+
+
+def gained(norm: Norm | None, x: Tensor) -> Tensor:
+    """x [..., d] times the norm's gain."""
+    if norm is None or norm.weight is None:
+        return x
+    weight = norm.weight.detach().to(x)
+    return x * (weight + norm.offset if norm.offset else weight)
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How one layer's heads read a stream x: part = (centred(x) / scale(x)) · weight + constant.
+
+    `weights[part]` [K, d, h] have the norm's gain folded in, `constants[part]` [K, h] hold biases; K is the number of
+    destinations of that part in the graph.
+    """
+
+    norm: Norm | None
+    weights: dict[str, Tensor]
+    constants: dict[str, Tensor]
+
+    def divide(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Centred x [..., d] and its scale [..., 1] (None without a norm)."""
+        if self.norm is None:
+            return x, None
+        wide, scale = self.norm.divide(x)
+        return wide, scale
+
+    def part(self, part: str, wide: Tensor, scale: Tensor | None) -> Tensor:
+        """One part [K, m, h] of each destination's own stream: `wide` [K, m, d] and `scale` [K, m, 1]."""
+        product = torch.bmm(wide, self.weights[part])
+        if scale is not None:
+            product = product / scale
+        return product + self.constants[part][:, None]
+
+
+def reader(lm: LanguageModel, graph: Graph, layer: int) -> Reader:
+    """The reader of one layer, in fp32 or wider."""
+    parts, norm = lm.family.layers[layer], lm.family.layers[layer].ln1
+    dtype = torch.promote_types(lm.dtype, torch.float32)
+    weights: dict[str, Tensor] = {}
+    constants: dict[str, Tensor] = {}
+    bias = None if norm is None else norm.bias
+    by_part = {"q": lm.w_q, "k": lm.w_k, "v": lm.w_v}
+    with torch.no_grad():
+        for part in PARTS:
+            projection = parts.projection(part)
+            assert projection is not None  # Graph.of has looked
+            w = by_part[part](layer).to(dtype)  # [H or KV, d, h]
+            w = gained(norm, w.transpose(-1, -2)).transpose(-1, -2)
+            at = torch.zeros(1, 1, lm.d_model, dtype=lm.dtype, device=lm.device) if bias is None else bias[None, None]
+            constant = projection.split(projection.module(at.to(lm.dtype)))[part][0, 0].to(dtype)
+            if part != "q" and (each := graph.kv // w.shape[0]) > 1:
+                w, constant = w.repeat_interleave(each, 0), constant.repeat_interleave(each, 0)
+            weights[part], constants[part] = w.contiguous(), constant
+    return Reader(norm, weights, constants)
+
+
+def norm_pull(norm: Norm | None, normalized: Tensor, scale: Tensor | None, g: Tensor) -> Tensor:
+    """A gradient g [..., d] at a norm's output, behind its gain, carried to its input.
+
+    `normalized` is the value before the gain, `scale` its divisor: the Jacobian is (I − n nᵀ / d) / scale between two
+    centrings.
+    """
+    if norm is None or scale is None:
+        return g
+    g = gained(norm, g)
+    g = (g - normalized * (normalized * g).mean(-1, keepdim=True)) / scale
+    return centred(norm, g)
+
+
+def norm_push(norm: Norm, normalized: Tensor, scale: Tensor, x: Tensor) -> Tensor:
+    """A small change x [..., d] of a norm's input as it arrives behind the gain: the same Jacobian the other way."""
+    x = centred(norm, x)
+    x = (x - normalized * (normalized * x).mean(-1, keepdim=True)) / scale
+    return gained(norm, x)
+
+
+def head_results(lm: LanguageModel, layer: int, z: Tensor) -> Tensor:
+    """What each head writes, before a post-norm and without the bias: z [b, p, H, h] -> [H, b, p, d]."""
+    b, p, heads, width = z.shape
+    w_o = lm.w_o(layer).to(z.dtype)
+    return torch.bmm(z.permute(2, 0, 1, 3).reshape(heads, b * p, width), w_o).view(heads, b, p, -1)
+
+
+def output_bias(layer: Layer) -> Tensor | None:
+    """What attention's output projection adds whatever the heads say."""
+    return bias_of(layer.output)
+
+
+Hook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]
+
+
+class Hooks:
+    """Forward hooks of one execution, made one by one and given to it as `watch`."""
+
+    def __init__(self) -> None:
+        self._made: list[Callable[[Execution], RemovableHandle]] = []
+
+    def before(self, module: nn.Module, change: Callable[[Tensor], Tensor | None]) -> None:
+        """`change` sees a module's first argument and returns what stands in its place, or None."""
+
+        def make(execution: Execution) -> RemovableHandle:
+            def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+                if current.get() is not execution:
+                    return None
+                if args:
+                    new = change(args[0])
+                    return None if new is None else ((new, *args[1:]), kwargs)
+                new = change(kwargs["hidden_states"])
+                return None if new is None else (args, {**kwargs, "hidden_states": new})
+
+            return module.register_forward_pre_hook(hook, with_kwargs=True)
+
+        self._made.append(make)
+
+    def after(self, module: nn.Module, change: Callable[[Tensor], Tensor | None]) -> None:
+        """`change` sees what a module returns (the first item of a tuple)."""
+
+        def make(execution: Execution) -> RemovableHandle:
+            def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+                if current.get() is not execution:
+                    return None
+                if isinstance(output, tuple):
+                    new = change(output[0])
+                    return None if new is None else (new, *output[1:])
+                return change(output)
+
+            return module.register_forward_hook(hook)
+
+        self._made.append(make)
+
+    def __call__(self, execution: Execution) -> Iterable[RemovableHandle]:
+        return [make(execution) for make in self._made]
+
+
+def forward(
+    lm: LanguageModel,
+    tokens: Tokens,
+    hooks: Hooks,
+    *,
+    first_layer: int = 0,
+    stream: Tensor | None = None,
+    ungrouped: bool = False,
+) -> Tensor | None:
+    """Logits at each row's last real token [b, V] of a forward under these hooks; None where one raised `Stop`."""
+    execution = Execution(
+        lm,
+        (),
+        (),
+        tokens.mask,
+        first_layer=first_layer,
+        resumed=stream,
+        last_only=True,
+        watch=hooks,
+        ungrouped=ungrouped,
+    )
+    out = execution.forward(
+        lambda: lm.hf(
+            input_ids=tokens.ids,
+            attention_mask=tokens.mask.long(),
+            position_ids=tokens.position_ids,
+            use_cache=False,
+        )
+    )
+    return None if out is None else out.logits[:, 0]
+
+
+def start_of_stream(lm: LanguageModel, tokens: Tokens) -> Tensor:
+    """What enters the first layer [b, p, d]."""
+    kept: list[Tensor] = []
+    hooks = Hooks()
+
+    def keep(x: Tensor) -> None:
+        kept.append(x.detach().clone())
+        raise Stop
+
+    hooks.before(lm.family.layers[0].module, keep)
+    with torch.no_grad():
+        forward(lm, tokens, hooks)
+    return kept[0]
+
+
+def projections(layer: Layer) -> Iterator[Projection]:
+    """A layer's modules that compute queries, keys and values, each once."""
+    yield from layer.projections
+
+
+def mlp_entry(lm: LanguageModel, layer: int) -> tuple[nn.Module, Norm | None]:
+    """The module whose first argument is the stream that an MLP reads, and no norm; or, with one norm for attention and
+    MLP, the MLP itself and the norm in front of it.
+    """
+    parts = lm.family.layers[layer]
+    if parts.ln2 is not None:
+        return parts.ln2.module, None
+    return parts.mlp, parts.ln1 if lm.family.parallel else None
+
+
+def refuse_unreadable(lm: LanguageModel) -> None:
+    """CutawayError where an output projection has no matrix to split by head."""
+    for site in lm.sites():
+        if site.kind.name == "blocks.{l}.attn.result" and site.absent is not None:
+            raise CutawayError(f"The heads of {lm.name} cannot be told apart: {site.absent}.")
