@@ -23,7 +23,7 @@ from torch import Tensor
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.progress import Progress
 from cutaway.causal.graph import Graph
-from cutaway.causal.metrics import Metric, Targets, metric_named, targets_of
+from cutaway.causal.metrics import Metric, Targets, named_metric, targets_of
 from cutaway.causal.parts import (
     PARTS,
     Hooks,
@@ -134,7 +134,7 @@ def random_scores(
     """Scores drawn uniformly from [0, 1): what a circuit of this size is worth by chance."""
     graph = Graph.of(lm)
     values = torch.rand(graph.shape, generator=torch.Generator().manual_seed(seed)) * graph.real
-    name, _ = metric_named(metric)
+    name, _ = named_metric(metric)
     nothing = torch.full((len(pairs),), float("nan"))
     return EdgeScores(graph, values, None, "random", name, "noise", len(pairs), nothing, nothing)
 
@@ -179,7 +179,7 @@ def attribute_edges(
     graph = Graph.of(lm) if graph is None else graph
     if (graph.columns is None) != (columns is None):
         raise CutawayError("A graph with positions needs columns=, and a graph without them takes none.")
-    name, measure = metric_named(metric)
+    name, measure = named_metric(metric)
     engine = _Engine(lm, graph, measure, name, tuple(at), rules)
     if direction == "denoise":
         pairs = _exchanged(pairs)
@@ -275,6 +275,7 @@ class _Engine:
     ) -> None:
         self.lm, self.graph, self.measure, self.name, self.at, self.rules = lm, graph, measure, name, at, rules
         self.ungrouped = graph.kv != lm.n_kv_heads
+        self.wide = torch.promote_types(lm.dtype, torch.float32)
         self.readers = [reader(lm, graph, layer) for layer in range(lm.n_layers)]
 
     def batch(
@@ -304,7 +305,7 @@ class _Engine:
         layers = [_Layer() for _ in range(lm.n_layers)]
         scores = torch.zeros(n, *self.graph.shape)
         self._listen(hooks, layers, scores, n)
-        tokens = pairs.clean.repeat(len(self.at))
+        tokens = _tiled(pairs.clean, len(self.at))
         with torch.enable_grad(), relp_rules(lm) if self.rules == "relp" else nullcontext():
             hooks.before(lm.family.layers[0].module, lambda _: points)
             found = forward(lm, tokens, hooks, ungrouped=self.ungrouped)
@@ -312,8 +313,8 @@ class _Engine:
             logits.update({end: found[where].detach() for end, where in rows.items()})
             # in the direction "denoise" pairs are exchanged, and what the metric calls clean is the other run
             reference = logits[1.0] if direction == "noise" else logits[0.0]
-            targets = targets_of(pairs, reference.float()).to(lm.device)
-            each = self.measure(found.float(), _repeated(targets, len(self.at)))
+            targets = targets_of(pairs, reference.to(self.wide)).to(lm.device)
+            each = self.measure(found.to(self.wide), _repeated(targets, len(self.at)))
             if not each.requires_grad:
                 raise CutawayError(f"{self.name} has no gradient; use logit_difference, or score edges exactly.")
             if not bool(torch.isfinite(each).all()):
@@ -321,7 +322,7 @@ class _Engine:
             (slope,) = torch.autograd.grad(each.sum(), found)
             self.delta = self._changes(written, base, other)
             torch.autograd.grad(found, points, slope)
-        both = torch.stack([self.measure(logits[end].float(), targets).detach().float().cpu() for end in ends])
+        both = torch.stack([self.measure(logits[end].to(self.wide), targets).detach().float().cpu() for end in ends])
         del self.delta
         return scores / len(self.at), both, float(slope.abs().max())
 
@@ -333,13 +334,13 @@ class _Engine:
 
             def on_z(flat: Tensor, index: int = index) -> None:
                 for end, where in rows.items():
-                    z = flat.detach()[where, self.first :].float()
+                    z = flat.detach()[where, self.first :].to(self.wide)
                     written[end].z[index] = z.unflatten(-1, (self.lm.n_heads, -1)).clone()
 
             def on_mlp(out: Tensor, index: int = index, times: float = layer.mlp_multiplier) -> None:
                 for end, where in rows.items():
                     out3 = out.view(-1, *out.shape[-2:]) if out.ndim == 3 else out.view(len(self.at), -1, out.shape[-1])
-                    written[end].mlp[index] = out3.detach()[where, self.first :].float() * times
+                    written[end].mlp[index] = out3.detach()[where, self.first :].to(self.wide) * times
 
             hooks.before(layer.output, on_z)
             hooks.after(layer.mlp_writer, on_mlp)
@@ -355,7 +356,7 @@ class _Engine:
     def _changes(self, written: dict[float, _Written], base: Tensor, other: Tensor) -> Tensor:
         """corrupt − clean of every source, float [n, F, t, d]."""
         n, t, d = len(base), base.shape[1] - self.first, base.shape[2]
-        delta = torch.empty(n, self.graph.n_sources, t, d, dtype=torch.float32, device=base.device)
+        delta = torch.empty(n, self.graph.n_sources, t, d, dtype=self.wide, device=base.device)
         delta[:, 0] = (other - base)[:, self.first :]
         clean, corrupt = written[1.0], written[0.0]
         for index, layer in enumerate(self.lm.family.layers):
@@ -386,7 +387,7 @@ class _Engine:
 
             def on_mlp(x: Tensor, index: int = index, now: _Layer = now, norm: Any = norm) -> Tensor:
                 def on_gradient(g: Tensor) -> None:
-                    g = g[:, self.first :].float()
+                    g = g[:, self.first :].to(self.wide)
                     if norm is not None and self.rules == "relp":
                         assert now.scale is not None
                         g = centred(norm, gained(norm, g) / now.scale)
@@ -402,7 +403,7 @@ class _Engine:
 
         def on_logits(x: Tensor) -> Tensor:
             def on_gradient(g: Tensor) -> None:
-                g = g[:, self.first :].float().unflatten(0, (-1, n)).sum(0)[:, None]
+                g = g[:, self.first :].to(self.wide).unflatten(0, (-1, n)).sum(0)[:, None]
                 last = self.graph.n_destinations - 1
                 self._contract(g, self.graph.n_sources, slice(last, last + 1), scores)
 
@@ -420,16 +421,13 @@ class _Engine:
             (part,) = projection.parts
             parts = {part: parts[part].repeat_interleave(self.graph.kv // self.lm.n_kv_heads, dim=-2)}
             y = new = parts[part].flatten(-2)
-        else:
-            y = new = y.view_as(y)
         for part in projection.parts:
             now.read[part] = parts[part].detach()[:, self.first :]
 
         def on_gradient(g: Tensor) -> None:
-            split = {projection.parts[0]: g.unflatten(-1, parts[projection.parts[0]].shape[-2:])}
-            if len(projection.parts) > 1:
-                split = projection.split(g)
-            now.grads.update({part: split[part][:, self.first :].float() for part in projection.parts})
+            part = projection.parts[0]
+            split = {part: g.unflatten(-1, parts[part].shape[-2:])} if new is not None else projection.split(g)
+            now.grads.update({part: split[part][:, self.first :].to(self.wide) for part in projection.parts})
             if len(now.grads) == len(PARTS):
                 self._attention(index, now, scores, n)
 
@@ -447,7 +445,7 @@ class _Engine:
             if scale is not None:
                 g = g / scale
                 if self.rules == "gradient":
-                    value = now.read.pop(part).unflatten(0, (m, n)).float() - read.constants[part]
+                    value = now.read.pop(part).unflatten(0, (m, n)).to(self.wide) - read.constants[part]
                     along.append((g * value).sum(-1) / d)
             summed = g.sum(0).permute(2, 0, 1, 3).flatten(1, 2)  # [K, n · t, h]
             pulled.append(torch.bmm(summed, read.weights[part].transpose(1, 2)))
@@ -488,6 +486,11 @@ def _branch(x: Tensor, on_gradient: Callable[[Tensor], None]) -> Tensor:
     y = x.view_as(x)
     y.register_hook(on_gradient)
     return y
+
+
+def _tiled(tokens: Tokens, times: int) -> Tokens:
+    """All rows, then all rows again."""
+    return tokens[list(range(len(tokens))) * times] if times > 1 else tokens
 
 
 def _joined(parts: Sequence[Tokens]) -> Tokens:
