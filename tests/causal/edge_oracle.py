@@ -29,10 +29,26 @@ def run(
         if alpha is None:
             return x
         assert other is not None
+        moved: dict[int, Tensor] = {}  # what heads in front of a norm change together, by layer
         for u in range(n):
+            layer = (u - 1) // (graph.n_heads + 1)
+            post = u > 0 and u != graph.mlp_source(layer) and lm.family.layers[layer].ln1_post is not None
             a = alpha[..., u, column]
             a = a[None, :, None] if a.ndim else a
-            x = x + a * (other[u] - current[u])
+            change = a * (other[u] - current[u])
+            if post:
+                moved[layer] = moved.get(layer, torch.zeros(())) + change
+            else:
+                x = x + change
+        for layer, change in moved.items():
+            parts = lm.family.layers[layer]
+            heads = torch.stack(current[graph.head_sources(layer)]).sum(0)
+            bias = getattr(parts.output, "bias", None)
+            heads = heads if bias is None else heads + bias
+            norm = parts.ln1_post.module
+            before, busy[0] = busy[0], True
+            x = x + (norm(heads + change) - norm(heads)) * parts.attn_multiplier
+            busy[0] = before
         return x
 
     def before(module: Any, change: Callable[[Tensor], Tensor]) -> None:
@@ -79,7 +95,7 @@ def run(
 
         def on_z(z: Tensor, index: int = index, layer: Any = layer) -> Tensor:
             heads = torch.einsum("bphe,hed->hbpd", z.unflatten(-1, (lm.n_heads, -1)), lm.w_o(index))
-            current.extend(heads * layer.attn_multiplier)
+            current.extend(heads if layer.ln1_post is not None else heads * layer.attn_multiplier)
             return z
 
         before(layer.output, on_z)

@@ -5,8 +5,9 @@ in the run of the clean prompt, reads u as the corrupt prompt makes it, and ever
 
 The gradient scorers (Syed et al. 2023; Hanna et al. 2024) contract each source's change with the gradient at each
 destination's input. Nothing is split for that: an ordinary forward keeps the heads as z, and the gradient at a head's
-query, key or value input is that of the projection's output, carried through the projection and the norm in closed form.
-All steps of an integrated gradient are rows of one batch, and the changes are contracted once, with the sum over steps.
+query, key or value input is that of the projection's output, carried through the projection and the norm in closed
+form. All steps of an integrated gradient are rows of one batch, and the changes are contracted once, with the sum over
+steps.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from cutaway.causal.parts import (
     PARTS,
     Hooks,
     Reader,
+    Writes,
     centred,
     forward,
     gained,
@@ -35,9 +37,11 @@ from cutaway.causal.parts import (
     mlp_entry,
     norm_pull,
     norm_push,
+    note_writes,
     reader,
     refuse_unreadable,
     start_of_stream,
+    tiled,
 )
 from cutaway.causal.relp import relp_rules
 from cutaway.data.pairs import AlignedPairs
@@ -89,7 +93,9 @@ class EdgeScores:
 Scorer = Callable[[LanguageModel, AlignedPairs, str | Metric], EdgeScores]
 
 
-def eap(lm: LanguageModel, pairs: AlignedPairs, metric: str | Metric = "logit_difference", **options: Any) -> EdgeScores:
+def eap(
+    lm: LanguageModel, pairs: AlignedPairs, metric: str | Metric = "logit_difference", **options: Any
+) -> EdgeScores:
     """Edge attribution patching (Syed et al. 2023): the source's change times the gradient at the clean prompt.
 
     Options as in `attribute_edges`.
@@ -105,8 +111,10 @@ def eap_ig(
     steps: int = 5,
     **options: Any,
 ) -> EdgeScores:
-    """EAP with integrated gradients over inputs (Hanna et al. 2024): the gradient is the mean over `steps` points on the
-    line from the corrupt to the clean embeddings, the corrupt end included and the clean end not.
+    """EAP with integrated gradients over inputs (Hanna et al. 2024).
+
+    The gradient is the mean over `steps` points on the line from the corrupt to the clean embeddings, the corrupt end
+    included and the clean end not.
     """
     if isinstance(steps, bool) or steps < 1:
         raise CutawayError(f"Integrated gradients need at least one step; got {steps}.")
@@ -202,7 +210,9 @@ def attribute_edges(
                 kept.append(scores)
             advance(len(part))
     if flat:
-        where = "the clean prompts" if tuple(at) == (1.0,) and direction == "noise" else "all the points it was taken at"
+        where = (
+            "the clean prompts" if tuple(at) == (1.0,) and direction == "noise" else "all the points it was taken at"
+        )
         raise CutawayError(
             f"The gradient of {name} is zero at {where}, so it scores no edge; use logit_difference, or integrated "
             "gradients (eap-ig), which leave that point."
@@ -278,11 +288,9 @@ class _Engine:
         self.wide = torch.promote_types(lm.dtype, torch.float32)
         self.readers = [reader(lm, graph, layer) for layer in range(lm.n_layers)]
 
-    def batch(
-        self, pairs: AlignedPairs, columns: Tensor | None, direction: Direction
-    ) -> tuple[Tensor, Tensor, float]:
+    def batch(self, pairs: AlignedPairs, columns: Tensor | None, direction: Direction) -> tuple[Tensor, Tensor, float]:
         """Scores [n, ...], the metric of the clean and the corrupt run [2, n], the largest |d metric / d logit|."""
-        lm, n, p = self.lm, len(pairs), pairs.clean.ids.shape[1]
+        lm, n = self.lm, len(pairs)
         differs = (pairs.clean.ids != pairs.corrupt.ids).any(0)
         self.first = int(differs.int().argmax())  # before it nothing can differ
         self.columns = None if columns is None else columns[:, self.first :]
@@ -290,22 +298,23 @@ class _Engine:
         points = torch.cat([other + point * (base - other) for point in self.at]).requires_grad_()
         ends = {1.0: pairs.clean, 0.0: pairs.corrupt}
         missing = [end for end in ends if end not in self.at]
-        written: dict[float, _Written] = {end: _Written() for end in ends}
+        written: dict[float, Writes] = {end: Writes() for end in ends}
         logits: dict[float, Tensor] = {}
         if missing:
             tokens = _joined([ends[end] for end in missing])
             hooks = Hooks()
-            self._keep(hooks, {end: slice(i * n, (i + 1) * n) for i, end in enumerate(missing)}, written)
+            ends_at = {end: slice(i * n, (i + 1) * n) for i, end in enumerate(missing)}
+            note_writes(lm, hooks, ends_at, self.first, written)
             with torch.no_grad():
                 found = forward(lm, tokens, hooks)
             assert found is not None
             logits.update({end: found[i * n : (i + 1) * n] for i, end in enumerate(missing)})
         hooks, rows = Hooks(), {end: slice(i * n, (i + 1) * n) for i, end in enumerate(self.at) if end in ends}
-        self._keep(hooks, rows, written)
+        note_writes(lm, hooks, rows, self.first, written)
         layers = [_Layer() for _ in range(lm.n_layers)]
         scores = torch.zeros(n, *self.graph.shape)
         self._listen(hooks, layers, scores, n)
-        tokens = _tiled(pairs.clean, len(self.at))
+        tokens = tiled(pairs.clean, len(self.at))
         with torch.enable_grad(), relp_rules(lm) if self.rules == "relp" else nullcontext():
             hooks.before(lm.family.layers[0].module, lambda _: points)
             found = forward(lm, tokens, hooks, ungrouped=self.ungrouped)
@@ -326,34 +335,7 @@ class _Engine:
         del self.delta
         return scores / len(self.at), both, float(slope.abs().max())
 
-    def _keep(self, hooks: Hooks, rows: dict[float, slice], written: dict[float, _Written]) -> None:
-        """Note what heads (as z) and MLPs write in the rows of each end."""
-        if not rows:
-            return
-        for index, layer in enumerate(self.lm.family.layers):
-
-            def on_z(flat: Tensor, index: int = index) -> None:
-                for end, where in rows.items():
-                    z = flat.detach()[where, self.first :].to(self.wide)
-                    written[end].z[index] = z.unflatten(-1, (self.lm.n_heads, -1)).clone()
-
-            def on_mlp(out: Tensor, index: int = index, times: float = layer.mlp_multiplier) -> None:
-                for end, where in rows.items():
-                    out3 = out.view(-1, *out.shape[-2:]) if out.ndim == 3 else out.view(len(self.at), -1, out.shape[-1])
-                    written[end].mlp[index] = out3.detach()[where, self.first :].to(self.wide) * times
-
-            hooks.before(layer.output, on_z)
-            hooks.after(layer.mlp_writer, on_mlp)
-            if layer.ln1_post is not None:
-
-                def on_post(x: Tensor, index: int = index, norm: Any = layer.ln1_post) -> None:
-                    for end, where in rows.items():
-                        wide, scale = norm.divide(x.detach()[where, self.first :])
-                        written[end].post[index] = (wide / scale, scale)
-
-                hooks.before(layer.ln1_post.module, on_post)
-
-    def _changes(self, written: dict[float, _Written], base: Tensor, other: Tensor) -> Tensor:
+    def _changes(self, written: dict[float, Writes], base: Tensor, other: Tensor) -> Tensor:
         """corrupt − clean of every source, float [n, F, t, d]."""
         n, t, d = len(base), base.shape[1] - self.first, base.shape[2]
         delta = torch.empty(n, self.graph.n_sources, t, d, dtype=self.wide, device=base.device)
@@ -472,25 +454,11 @@ class _Engine:
             scores[row, :, :sources, columns] = into.index_add(0, where, product[row])
 
 
-@dataclass
-class _Written:
-    """What each layer wrote in one end's rows."""
-
-    z: dict[int, Tensor] = field(default_factory=dict)
-    mlp: dict[int, Tensor] = field(default_factory=dict)
-    post: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-
-
 def _branch(x: Tensor, on_gradient: Callable[[Tensor], None]) -> Tensor:
     """The same tensor as a step of its own in the graph, whose gradient is that of this reader alone."""
     y = x.view_as(x)
     y.register_hook(on_gradient)
     return y
-
-
-def _tiled(tokens: Tokens, times: int) -> Tokens:
-    """All rows, then all rows again."""
-    return tokens[list(range(len(tokens))) * times] if times > 1 else tokens
 
 
 def _joined(parts: Sequence[Tokens]) -> Tokens:

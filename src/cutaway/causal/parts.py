@@ -6,8 +6,8 @@ layer's norm and its own columns of the projection, so the forward itself stays 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from cutaway.model.current import current
 from cutaway.model.execution import Execution, Stop
 from cutaway.model.language_model import LanguageModel
 from cutaway.model.norms import Norm
-from cutaway.model.parts import Layer, Projection
+from cutaway.model.parts import Layer
 from cutaway.model.tokens import Tokens
 from cutaway.model.wrapped import bias_of
 
@@ -214,9 +214,74 @@ def start_of_stream(lm: LanguageModel, tokens: Tokens) -> Tensor:
     return kept[0]
 
 
-def projections(layer: Layer) -> Iterator[Projection]:
-    """A layer's modules that compute queries, keys and values, each once."""
-    yield from layer.projections
+@dataclass
+class Writes:
+    """What each layer wrote, by layer: z [b, t, H, h], attention and MLP as added to the stream [b, t, d], and the
+    value and scale of a norm behind attention.
+    """
+
+    z: dict[int, Tensor] = field(default_factory=dict)
+    attention: dict[int, Tensor] = field(default_factory=dict)
+    mlp: dict[int, Tensor] = field(default_factory=dict)
+    post: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
+def note_writes(
+    lm: LanguageModel, hooks: Hooks, rows: Mapping[float, slice], first: int, written: Mapping[float, Writes]
+) -> None:
+    """Note what heads (as z), attention and MLPs write in some rows of a forward, from column `first` on."""
+    if not rows:
+        return
+    dtype = torch.promote_types(lm.dtype, torch.float32)
+    batch = max(where.stop for where in rows.values())  # of all rows, the noted ones may be some
+
+    def by_row(x: Tensor, mask_rows: int) -> Tensor:
+        return x if x.ndim == 3 else x.view(mask_rows, -1, x.shape[-1])
+
+    for index, layer in enumerate(lm.family.layers):
+        seen: list[int] = [batch]
+
+        def on_z(flat: Tensor, index: int = index, seen: list[int] = seen) -> None:
+            seen[0] = flat.shape[0]
+            for end, where in rows.items():
+                z = flat.detach()[where, first:].to(dtype)
+                written[end].z[index] = z.unflatten(-1, (lm.n_heads, -1)).clone()
+
+        def on_attention(out: Tensor, index: int = index, times: float = layer.attn_multiplier) -> None:
+            for end, where in rows.items():
+                written[end].attention[index] = out.detach()[where, first:].to(dtype).clone() * times
+
+        def on_mlp(
+            out: Tensor, index: int = index, times: float = layer.mlp_multiplier, seen: list[int] = seen
+        ) -> None:
+            for end, where in rows.items():
+                written[end].mlp[index] = by_row(out, seen[0]).detach()[where, first:].to(dtype).clone() * times
+
+        hooks.before(layer.output, on_z)
+        hooks.after(layer.attention_writer, on_attention)
+        hooks.after(layer.mlp_writer, on_mlp)
+        if layer.ln1_post is not None:
+
+            def on_post(x: Tensor, index: int = index, norm: Norm = layer.ln1_post) -> None:
+                for end, where in rows.items():
+                    wide, scale = norm.divide(x.detach()[where, first:])
+                    written[end].post[index] = (wide / scale, scale)
+
+            hooks.before(layer.ln1_post.module, on_post)
+
+
+def keep_writes(lm: LanguageModel, tokens: Tokens, first: int) -> Writes:
+    """What every layer writes for these tokens, from column `first` on."""
+    hooks, found = Hooks(), Writes()
+    note_writes(lm, hooks, {0.0: slice(0, len(tokens))}, first, {0.0: found})
+    with torch.no_grad():
+        forward(lm, tokens, hooks)
+    return found
+
+
+def tiled(tokens: Tokens, times: int) -> Tokens:
+    """All rows, then all rows again."""
+    return tokens[list(range(len(tokens))) * times] if times > 1 else tokens
 
 
 def mlp_entry(lm: LanguageModel, layer: int) -> tuple[nn.Module, Norm | None]:

@@ -1,0 +1,477 @@
+"""Running circuits: every destination reads its own mixture of the clean and the ablated graph.
+
+For a mask m of edges, destination v reads X + Σ_u m[u, v] · (current_u − ablated_u), where X is the stream in which
+every source is ablated. Everything outside the circuit thereby carries the ablation, exactly, in one forward a circuit.
+All circuits are rows of the same batches, the ablated run is made once, and only what a circuit has is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.progress import Progress
+from cutaway.causal.graph import Graph
+from cutaway.causal.metrics import Metric, named_metric, targets_of
+from cutaway.causal.parts import (
+    PARTS,
+    Hooks,
+    Reader,
+    forward,
+    head_results,
+    keep_writes,
+    mlp_entry,
+    output_bias,
+    reader,
+    refuse_unreadable,
+    start_of_stream,
+    tiled,
+)
+from cutaway.data.pairs import AlignedPairs
+from cutaway.model.language_model import LanguageModel
+from cutaway.model.norms import Norm
+from cutaway.model.parts import Projection
+from cutaway.model.tokens import Tokens
+
+Replacement = Literal["resample", "zero", "mean", "mean by position", "mean by template"]
+_MEMORY = 500 * 2**20  # bytes that the changes of one tile may hold, about
+
+
+@dataclass(frozen=True, eq=False)
+class CircuitRuns:
+    """The metric of every circuit [C, n], of the untouched model [n] and of the wholly ablated one [n]."""
+
+    values: Tensor
+    clean: Tensor
+    corrupt: Tensor
+    metric: str
+    ablation: str
+
+
+@dataclass
+class Reference:
+    """What every source writes when it is ablated, [n or 1, t or 1, ...].
+
+    `heads` are head results before a post-norm, `attention` what attention then adds to the stream in all.
+    """
+
+    start: Tensor
+    heads: list[Tensor] = field(default_factory=list)
+    attention: list[Tensor] = field(default_factory=list)
+    mlp: list[Tensor] = field(default_factory=list)
+
+
+def run_circuits(
+    lm: LanguageModel,
+    pairs: AlignedPairs,
+    masks: Tensor,
+    metric: str | Metric = "logit_difference",
+    *,
+    graph: Graph | None = None,
+    ablation: Replacement = "resample",
+    reference: Tokens | None = None,
+    columns: Tensor | None = None,
+    batch_tokens: int | None = None,
+    label: str = "circuits",
+) -> CircuitRuns:
+    """The metric on the clean prompts when only a circuit's edges carry them.
+
+    `masks` bool [C, F, G] (or [C, P, F, G] with `columns` [n, p], see `edges.position_columns`): the edges that stay.
+    All others carry the `ablation`: "resample" the pair's corrupt prompt; "zero"; "mean" over all tokens of
+    `reference` (default: the pairs' clean and corrupt prompts), "mean by position" or "mean by template": over the
+    prompts (of the same template), position by position, which wants prompts of one length (in a template). Masks are
+    run as they are: prune them first (`Graph.prune`) where dangling edges are not meant.
+
+    Raises CutawayError for masks of another shape, with edges that are none, and for means without equal lengths.
+    """
+    refuse_unreadable(lm)
+    graph = Graph.of(lm) if graph is None else graph
+    if masks.ndim != len(graph.shape) + 1:
+        raise CutawayError(f"Masks of this graph have the shape [circuits, {', '.join(map(str, graph.shape))}].")
+    if (graph.columns is None) != (columns is None):
+        raise CutawayError("A graph with positions needs columns=, and a graph without them takes none.")
+    masks = graph.check(masks.bool())
+    if ablation not in get_args(Replacement):
+        raise CutawayError(f"no ablation is called {ablation!r}; there are {', '.join(get_args(Replacement))}")
+    name, measure = named_metric(metric)
+    p, c = pairs.clean.ids.shape[1], max(1, len(masks))
+    size = 4 * lm.d_model * (graph.n_sources * c + 60 * lm.n_layers)
+    tile = max(1, (batch_tokens or _MEMORY // size) // (p if batch_tokens is None else p * c))
+    means = None if ablation in ("resample", "zero") else _means(lm, pairs, reference, ablation)
+    values, clean, corrupt = [], [], []
+    progress = Progress(label, total=len(pairs), unit="pairs") if len(pairs) > tile else nullcontext()
+    with torch.no_grad(), progress as shown:
+        readers = [reader(lm, graph, layer) for layer in range(lm.n_layers)]
+        for first in range(0, len(pairs), tile):
+            rows = range(first, min(first + tile, len(pairs)))
+            part = pairs[rows]
+            at = 0
+            if ablation == "resample":
+                at = int((part.clean.ids != part.corrupt.ids).any(0).int().argmax())
+                base = _written(lm, part.corrupt, at)
+            elif ablation == "zero":
+                base = _nothing(lm, part.clean)
+            else:
+                assert means is not None
+                base = means.of(lm, part, rows)
+            plain = lm.run(part.clean, logits="last").logits
+            assert plain is not None
+            targets = targets_of(part, plain[:, 0]).to(lm.device)
+            here = None if columns is None else columns[first : first + tile]
+            one = _Tile(lm, graph, readers, part, masks, base, at, here)
+            logits = one.run() if len(masks) else plain[:0]
+            found = [
+                measure(logits[i * len(part) : (i + 1) * len(part)], targets).float().cpu() for i in range(len(masks))
+            ]
+            values.append(torch.stack(found) if found else torch.zeros(0, len(part)))
+            clean.append(measure(plain[:, 0], targets).float().cpu())
+            corrupt.append(measure(one.ablated_logits(), targets).float().cpu())
+            if shown is not None:
+                shown.advance(len(part))
+    return CircuitRuns(torch.cat(values, 1), torch.cat(clean), torch.cat(corrupt), name, ablation)
+
+
+def _written(lm: LanguageModel, tokens: Tokens, at: int) -> Reference:
+    """What every source writes for these tokens, from column `at` on."""
+    found = keep_writes(lm, tokens, at)
+    start = start_of_stream(lm, tokens)[:, at:]
+    base = Reference(start)
+    for index in range(lm.n_layers):
+        base.heads.append(head_results(lm, index, found.z[index]))
+        base.attention.append(found.attention[index])
+        base.mlp.append(found.mlp[index])
+    return base
+
+
+def _nothing(lm: LanguageModel, tokens: Tokens) -> Reference:
+    """Every source is zero; positions and biases, which are no sources, stay."""
+    start = _positions(lm, tokens)
+    shape = (lm.n_heads, 1, 1, lm.d_model)
+    dtype = torch.promote_types(lm.dtype, torch.float32)
+    heads = [torch.zeros(shape, dtype=dtype, device=lm.device) for _ in range(lm.n_layers)]
+    base = Reference(start.to(dtype), heads, [], [torch.zeros(shape[1:], dtype=dtype, device=lm.device)] * lm.n_layers)
+    base.attention = [_attention_of(lm, index, h.sum(0)) for index, h in enumerate(heads)]
+    return base
+
+
+def _positions(lm: LanguageModel, tokens: Tokens) -> Tensor:
+    """What learned positions add to the stream [n, p, d]; zeros where there are none."""
+    if lm.family.pos_embed is None:
+        return torch.zeros(*tokens.ids.shape, lm.d_model, dtype=lm.dtype, device=lm.device)
+    return lm.run(tokens, capture="pos_embed", logits=None)["pos_embed"]
+
+
+def _attention_of(lm: LanguageModel, layer: int, heads: Tensor) -> Tensor:
+    """What attention adds to the stream when its heads' results sum to this."""
+    parts = lm.family.layers[layer]
+    bias = output_bias(parts)
+    out = heads if bias is None else heads + bias.to(heads)
+    if parts.ln1_post is not None:
+        wide, scale = parts.ln1_post.divide(out)
+        out = parts.ln1_post.gain(wide / scale, out.dtype)
+    return out * parts.attn_multiplier
+
+
+@dataclass
+class _Means:
+    """Mean writes by group of prompts: [groups, positions or 1, ...]."""
+
+    groups: Tensor  # of each pair
+    embed: Tensor
+    z: list[Tensor]
+    mlp: list[Tensor]
+
+    def of(self, lm: LanguageModel, pairs: AlignedPairs, rows: range) -> Reference:
+        which, p = self.groups[rows.start : rows.stop], pairs.clean.ids.shape[1]
+
+        def pick(x: Tensor) -> Tensor:
+            x = x[which]
+            return x[:, :p] if x.shape[1] > 1 else x
+
+        base = Reference(pick(self.embed) + _positions(lm, pairs.clean))
+        for index in range(lm.n_layers):
+            heads = head_results(lm, index, pick(self.z[index]))
+            base.heads.append(heads)
+            base.attention.append(_attention_of(lm, index, heads.sum(0)))
+            base.mlp.append(pick(self.mlp[index]))
+        return base
+
+
+def _means(lm: LanguageModel, pairs: AlignedPairs, reference: Tokens | None, ablation: str) -> _Means:
+    """Means over real tokens of what every source writes."""
+    sets: list[tuple[Tokens, list[str]]] = []
+    own = [pair.template if ablation == "mean by template" else "" for pair in pairs.pairs]
+    if reference is None:
+        sets = [(pairs.clean, own), (pairs.corrupt, own)]
+    elif ablation == "mean by template":
+        raise CutawayError("Means by template come from the pairs themselves; leave out reference=.")
+    else:
+        sets = [(reference, [""] * len(reference))]
+    names = sorted({name for _, group in sets for name in group} | set(own))
+    by_position = ablation != "mean"
+    if by_position:
+        for name in names:
+            lengths = {
+                int(length)
+                for tokens, group in [*sets, (pairs.clean, own)]
+                for length, of in zip(tokens.lengths.tolist(), group, strict=True)
+                if of == name
+            }
+            if len(lengths) > 1:
+                where = f" in template {name!r}" if name else ""
+                raise CutawayError(
+                    f"A mean by position needs prompts of one length; here they have {min(lengths)} to {max(lengths)} "
+                    f"tokens{where}. Take 'mean', or 'mean by template' with pairs that name their templates."
+                )
+    width = max(tokens.ids.shape[1] for tokens, _ in sets) if by_position else 1
+    total: dict[str, list[Tensor]] = {}
+    counts = torch.zeros(len(names), width)
+    with torch.no_grad():
+        for tokens, group in sets:
+            for first in range(0, len(tokens), 32):
+                part = tokens[slice(first, first + 32)]
+                of = torch.tensor([names.index(name) for name in group[first : first + 32]])
+                found = keep_writes(lm, part, 0)
+                embed = start_of_stream(lm, part) - _positions(lm, part)
+                every = {"embed": [embed], "z": [found.z[i] for i in range(lm.n_layers)]}
+                every["mlp"] = [found.mlp[i] for i in range(lm.n_layers)]
+                mask = part.mask
+                for kind, tensors in every.items():
+                    sums = total.setdefault(
+                        kind, [x.new_zeros(len(names), width, *x.shape[2:], dtype=torch.float64) for x in tensors]
+                    )
+                    for into, x in zip(sums, tensors, strict=True):
+                        shown = x.double() * mask.view(*mask.shape, *[1] * (x.ndim - 2)).to(x.device)
+                        shown = shown if by_position else shown.sum(1, keepdim=True)
+                        into[:, : shown.shape[1]].index_add_(0, of.to(x.device), shown)
+                seen = mask.double() if by_position else mask.double().sum(1, keepdim=True)
+                counts = counts.double()
+                counts[:, : seen.shape[1]].index_add_(0, of, seen.cpu())
+    dtype = torch.promote_types(lm.dtype, torch.float32)
+
+    def mean(x: Tensor) -> Tensor:
+        return (x / counts.clamp(min=1).view(*counts.shape, *[1] * (x.ndim - 2)).to(x.device)).to(dtype)
+
+    groups = torch.tensor([names.index(name) for name in own])
+    z, mlp = ([mean(x) for x in total[kind]] for kind in ("z", "mlp"))
+    return _Means(groups, mean(total["embed"][0]), z, mlp)
+
+
+class _Tile:
+    """Some pairs under all circuits: rows are circuits × pairs, columns from `at` on are computed anew."""
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        graph: Graph,
+        readers: Sequence[Reader],
+        pairs: AlignedPairs,
+        masks: Tensor,
+        base: Reference,
+        at: int,
+        columns: Tensor | None,
+    ) -> None:
+        self.lm, self.graph, self.readers, self.masks, self.base, self.at = lm, graph, readers, masks, base, at
+        self.tokens, self.n = pairs.clean, len(pairs)
+        self.t = self.tokens.ids.shape[1] - at
+        self.wide = torch.promote_types(lm.dtype, torch.float32)
+        self.ungrouped = graph.kv != lm.n_kv_heads
+        self.columns = None if columns is None else columns[:, at:]
+        self.last = (self.tokens.last - at).to(lm.device)
+        self.start = start_of_stream(lm, self.tokens)[:, at:].to(self.wide)
+        self.posts = {i for i, layer in enumerate(lm.family.layers) if layer.ln1_post is not None}
+        any_position = masks if graph.columns is None else masks.any(1)
+        # sources that some destination reads, and where each is kept
+        self.active = [circuit.any(1).nonzero().flatten() for circuit in any_position]
+        self.place = []
+        for active in self.active:
+            place = torch.full((graph.n_sources,), -1)
+            place[active] = torch.arange(len(active))
+            self.place.append(place)
+        self.any_position = any_position
+        size = (self.n, self.t, lm.d_model)
+        self.changes = [torch.empty(len(a), *size, dtype=self.wide, device=lm.device) for a in self.active]
+        # the stream in which everything is ablated, before each reader
+        x = self.base.start.to(self.wide).expand(size)
+        self.before, self.between = [], []
+        for index in range(lm.n_layers):
+            self.before.append(x)
+            mid = x + self.base.attention[index]
+            self.between.append(x if lm.family.parallel else mid)
+            x = mid + self.base.mlp[index]
+        self.end = x
+        self.parts: dict[str, Tensor] = {}
+
+    def ablated_logits(self) -> Tensor:
+        """Logits at the last position with every edge ablated [n, V]."""
+        x = self.end[torch.arange(self.n, device=self.end.device), self.last]
+        return self.lm.unembed(x.to(self.lm.dtype))
+
+    def run(self) -> Tensor:
+        """Logits at the last position [C · n, V]."""
+        lm, hooks = self.lm, Hooks()
+        for c, place in enumerate(self.place):
+            if place[0] >= 0:
+                self.changes[c][place[0]] = self.start - self.base.start
+        for index, layer in enumerate(lm.family.layers):
+            hooks.before(layer.module, lambda _, index=index: self._read(index))
+            for projection in layer.projections:
+                hooks.after(projection.module, lambda y, projection=projection: self._project(projection, y))
+            hooks.before(layer.output, lambda z, index=index: self._wrote_heads(index, z))
+            module, norm = mlp_entry(lm, index)
+            hooks.before(module, lambda x, index=index, norm=norm: self._mlp(index, norm, x))
+            hooks.after(
+                layer.mlp_writer, lambda out, i=index, times=layer.mlp_multiplier: self._wrote_mlp(i, out, times)
+            )
+        hooks.before(lm.family.ln_final.module, self._finish)
+        logits = forward(lm, tiled(self.tokens, len(self.masks)), hooks, ungrouped=self.ungrouped)
+        assert logits is not None
+        return logits.to(self.wide)
+
+    def _streams(self, c: int, sources: int, columns: Tensor, base: Tensor) -> Tensor:
+        """What these destinations of circuit c read of the first so many sources [columns, n, t, d]."""
+        mask, place = self.any_position[c], self.place[c]
+        if not self.posts:
+            read = (mask[:sources][:, columns].any(1) & (place[:sources] >= 0)).nonzero().flatten()
+            return self._mix(c, read, columns) + base
+        linear = torch.ones(sources, dtype=torch.bool)
+        for layer in self.posts:
+            linear[self.graph.head_sources(layer)] = False
+        read = (mask[:sources][:, columns].any(1) & linear).nonzero().flatten()
+        x = self._mix(c, read, columns) + base
+        for layer in sorted(self.posts):
+            heads = self.graph.head_sources(layer)
+            if heads.stop > sources:
+                continue
+            read = mask[heads][:, columns].any(1).nonzero().flatten() + heads.start
+            if len(read):
+                mixed = self.base.heads[layer].sum(0) + self._mix(c, read, columns)
+                x = x + _attention_of(self.lm, layer, mixed) - self.base.attention[layer]
+        return x
+
+    def _mix(self, c: int, sources: Tensor, columns: Tensor) -> Tensor:
+        """Σ_u m[u, v] · change_u over these sources, [columns, n, t, d]."""
+        size = (self.n, self.t, self.lm.d_model)
+        if len(sources) == 0:
+            return torch.zeros(1, *size, dtype=self.wide, device=self.lm.device)
+        kept = self.place[c][sources]
+        first, last = int(kept[0]), int(kept[-1]) + 1
+        if len(kept) == last - first:
+            changes = self.changes[c][first:last]
+        else:
+            changes = self.changes[c][kept]
+        if self.columns is None:
+            weight = self.masks[c][sources][:, columns].T.to(changes)
+            return (weight @ changes.flatten(1)).view(-1, *size)
+        weight = self.masks[c][:, sources][:, :, columns][self.columns].to(changes)  # [n, t, sources, columns]
+        return torch.einsum("ntfg,fntd->gntd", weight, changes)
+
+    def _read(self, index: int) -> None:
+        """Queries, keys and values of a layer, [C · n, t, K, h] each, from each head's own stream."""
+        graph, read, first = self.graph, self.readers[index], self.graph.attention_destinations(index).start
+        wide, scale = read.divide(self.before[index])
+        plain: dict[str, Tensor] = {}
+        for part in PARTS:
+            k = read.weights[part].shape[0]
+            flat = wide.reshape(1, -1, wide.shape[-1]).expand(k, -1, -1)
+            by = None if scale is None else scale.reshape(1, -1, 1)
+            value = read.part(part, flat, by).view(k, self.n, self.t, -1).permute(1, 2, 0, 3)
+            plain[part] = value
+        starts = {"q": first, "k": first + graph.n_heads, "v": first + graph.n_heads + graph.kv}
+        self.parts = {part: value.repeat(len(self.masks), 1, 1, 1) for part, value in plain.items()}
+        sources = graph.before_attention(index)
+        for c in range(len(self.masks)):
+            some = self.any_position[c][:sources, graph.attention_destinations(index)].any(0)
+            columns = some.nonzero().flatten() + first
+            if len(columns) == 0:
+                continue
+            wide, scale = read.divide(self._streams(c, sources, columns, self.before[index]))
+            done = 0
+            for part in PARTS:
+                k = read.weights[part].shape[0]
+                heads = columns[(columns >= starts[part]) & (columns < starts[part] + k)] - starts[part]
+                if len(heads) == 0:
+                    continue
+                rows = slice(done, done + len(heads))
+                by = None if scale is None else scale[rows].flatten(1, 2)
+                value = torch.bmm(wide[rows].flatten(1, 2), read.weights[part][heads])
+                value = (value if by is None else value / by) + read.constants[part][heads][:, None]
+                value = value.view(len(heads), self.n, self.t, -1).permute(1, 2, 0, 3)
+                self.parts[part][c * self.n : (c + 1) * self.n, :, heads] = value
+                done += len(heads)
+
+    def _project(self, projection: Projection, y: Tensor) -> Tensor:
+        parts = projection.split(y)
+        new: dict[str, Tensor] = {}
+        for part in projection.parts:
+            old = parts[part]
+            if self.ungrouped and part != "q":
+                old = old.repeat_interleave(self.graph.kv // self.lm.n_kv_heads, dim=-2)
+            value = self.parts[part].to(old.dtype)
+            new[part] = torch.cat([old[:, : self.at], value], 1) if self.at else value
+        if self.ungrouped and projection.parts != ("q",):
+            return new[projection.parts[0]].flatten(-2)
+        return projection.join(new, y)
+
+    def _wrote_heads(self, index: int, z: Tensor) -> None:
+        heads = self.graph.head_sources(index)
+        by_head = z.unflatten(-1, (self.lm.n_heads, -1))[:, self.at :].to(self.wide)
+        w_o = self.lm.w_o(index).to(self.wide)
+        times = 1.0 if index in self.posts else self.lm.family.layers[index].attn_multiplier
+        for c, place in enumerate(self.place):
+            kept = place[heads]
+            which = (kept >= 0).nonzero().flatten()
+            if len(which) == 0:
+                continue
+            own = by_head[c * self.n : (c + 1) * self.n, :, which].permute(2, 0, 1, 3).flatten(1, 2)
+            result = torch.bmm(own, w_o[which]).view(len(which), self.n, self.t, -1)
+            change = result - self.base.heads[index][which]
+            first = int(kept[which[0]])
+            self.changes[c][first : first + len(which)] = change if times == 1.0 else change * times
+
+    def _mlp(self, index: int, norm: Norm | None, x: Tensor) -> Tensor:
+        column = torch.tensor([self.graph.mlp_destination(index)])
+        sources, base = self.graph.before_mlp(index), self.between[index]
+        streams = [
+            self._streams(c, sources, column, base)[0]
+            if bool(self.any_position[c][:sources, column].any())
+            else base.expand(self.n, -1, -1)
+            for c in range(len(self.masks))
+        ]
+        new = torch.cat(streams)
+        if norm is not None:
+            wide, scale = norm.divide(new)
+            new = norm.gain(wide / scale, new.dtype)
+        new = new.to(x.dtype)
+        if self.at:
+            kept = x.view(len(new), -1, x.shape[-1])
+            new = torch.cat([kept[:, : self.at], new], 1)
+        return new.reshape(x.shape)
+
+    def _wrote_mlp(self, index: int, out: Tensor, times: float) -> None:
+        source = self.graph.mlp_source(index)
+        values = out.reshape(len(self.masks) * self.n, -1, out.shape[-1])[:, self.at :].to(self.wide)
+        for c, place in enumerate(self.place):
+            if place[source] >= 0:
+                own = values[c * self.n : (c + 1) * self.n]
+                self.changes[c][place[source]] = (own * times if times != 1.0 else own) - self.base.mlp[index]
+
+    def _finish(self, x: Tensor) -> Tensor:
+        """Only the last position of each row is read."""
+        column, rows = torch.tensor([self.graph.n_destinations - 1]), torch.arange(self.n, device=x.device)
+        new = x.clone()
+        keep = self.changes, self.n, self.t, self.end
+        for c in range(len(self.masks)):
+            if bool(self.any_position[c][:, -1].any()):
+                stream = self._streams(c, self.graph.n_sources, column, self.end)[0]
+            else:
+                stream = self.end
+            new[c * self.n + rows, self.last + self.at] = stream[rows, self.last].to(x.dtype)
+        del keep
+        return new
