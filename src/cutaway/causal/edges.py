@@ -190,7 +190,7 @@ def attribute_edges(
     name, measure = named_metric(metric)
     engine = _Engine(lm, graph, measure, name, tuple(at), rules)
     if direction == "denoise":
-        pairs = _exchanged(pairs)
+        pairs = exchanged(pairs)
     p = pairs.clean.ids.shape[1]
     tokens = batch_tokens or max(p * len(at), _MEMORY // _bytes_per_token(lm))
     rows = max(1, tokens // (p * len(at)))
@@ -244,7 +244,7 @@ def position_columns(pairs: AlignedPairs, roles: Sequence[str] | None = None) ->
     return (*roles, "other"), columns
 
 
-def _exchanged(pairs: AlignedPairs) -> AlignedPairs:
+def exchanged(pairs: AlignedPairs) -> AlignedPairs:
     """The same with clean and corrupt prompts exchanged, the answers left as they are."""
     places = {role: where.flip(0) for role, where in pairs.places.items()}
     return replace(pairs, clean=pairs.corrupt, corrupt=pairs.clean, places=places)
