@@ -45,6 +45,7 @@ def run(
             heads = torch.stack(current[graph.head_sources(layer)]).sum(0)
             bias = getattr(parts.output, "bias", None)
             heads = heads if bias is None else heads + bias
+            assert parts.ln1_post is not None
             norm = parts.ln1_post.module
             before, busy[0] = busy[0], True
             x = x + (norm(heads + change) - norm(heads)) * parts.attn_multiplier

@@ -448,7 +448,7 @@ class _Engine:
             product = torch.bmm(delta.flatten(2), g.reshape(len(g), g.shape[1], -1).transpose(1, 2))
             scores[:, :sources, columns] = product.cpu()
             return
-        product = torch.einsum("nftd,ngtd->ntfg", delta, g).cpu()
+        product = torch.einsum("nftd,ngtd->ntfg", delta, g).float().cpu()
         for row, where in enumerate(self.columns):
             into = scores[row, :, :sources, columns]
             scores[row, :, :sources, columns] = into.index_add(0, where, product[row])
