@@ -5,7 +5,7 @@ import torch
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.data.pairs import PromptPair, align
-from cutaway.data.tasks import TASKS, generate, readable_pairs, task
+from cutaway.data.tasks import readable_pairs, task
 from cutaway.model.language_model import LanguageModel
 
 CAPITAL = "The capital of the state containing {} is"
@@ -79,17 +79,78 @@ def test_swapped_twice_is_the_same() -> None:
     assert pair.swapped().swapped() == pair
 
 
-@pytest.mark.parametrize("known", TASKS, ids=lambda t: t.name)
-def test_every_task_has_varied_pairs_and_a_seed(atlas: LanguageModel, known) -> None:
-    pairs = generate(atlas, known, 16, seed=1)
-    assert len(pairs) >= 12
-    assert pairs == generate(atlas, known, 16, seed=1)
-    assert pairs != generate(atlas, known, 16, seed=2)
-    assert all(pair.clean != pair.corrupt and pair.answer != pair.wrong for pair in pairs)
-    aligned = readable_pairs(atlas, known, 8)
-    assert (aligned.clean.lengths == aligned.corrupt.lengths).all()
+def test_a_pair_that_is_not_symmetric_cannot_be_swapped() -> None:
+    with pytest.raises(CutawayError, match="is not symmetric"):
+        PromptPair("In 52", "In 01", "60", "40", symmetric=False).swapped()
+    several = PromptPair("a", "b", "c", "d", {}, ("c", "e"), ("d", "f"), template="t")
+    assert several.swapped() == PromptPair("b", "a", "d", "c", {}, ("d", "f"), ("c", "e"), template="t")
+    assert several.swapped().swapped() == several
 
 
-def test_unknown_task_names_the_known_ones() -> None:
-    with pytest.raises(CutawayError, match="name copying"):
-        task("chess")
+SPAN = "The war lasted from the year 17{} to the year 17"
+YEARS = [f"{year:02d}" for year in range(100)]
+
+
+def span(year: int, **changes: object) -> PromptPair:
+    said = {"answers": tuple(YEARS[year + 1 :]), "wrongs": tuple(YEARS[: year + 1]), "symmetric": False, **changes}
+    return PromptPair(SPAN.format(f"{year:02d}"), SPAN.format("01"), "99", "02", {}, **said)  # type: ignore[arg-type]
+
+
+def test_several_answers_become_masks_over_the_vocabulary(atlas: LanguageModel) -> None:
+    one = PromptPair(CAPITAL.format("Dallas"), CAPITAL.format("Oakland"), " Austin", " Sacramento")
+    aligned = align(atlas, [span(52), one, span(97)])
+    assert aligned.answers is not None
+    assert aligned.wrongs is not None
+    token = {year: atlas.tokens(SPAN.format("52") + year, bos=True).row_ids(0)[-1] for year in YEARS}
+    for row, year in ((0, 52), (2, 97)):
+        assert set(aligned.answers[row].nonzero()[:, 0].tolist()) == {token[y] for y in YEARS[year + 1 :]}
+        assert set(aligned.wrongs[row].nonzero()[:, 0].tolist()) == {token[y] for y in YEARS[: year + 1]}
+    # a pair that names no sets has its two answers alone
+    assert aligned.answers[1].nonzero()[:, 0].tolist() == [int(aligned.answer[1])]
+    assert aligned.wrongs[1].nonzero()[:, 0].tolist() == [int(aligned.wrong[1])]
+    part = aligned[[2]]
+    assert part.answers is not None
+    assert torch.equal(part.answers, aligned.answers[[2]])
+    assert align(atlas, [one]).answers is None
+
+
+def test_answers_that_cannot_be_told_apart_are_refused(atlas: LanguageModel) -> None:
+    shared = span(52, wrongs=("02", "99 years"))  # begins with the token of the answer 99
+    other_side = span(52, answers=("98", "97"))
+    unknown = span(52, wrongs=())
+    merged = PromptPair("He went to Dal", "He went to Oak", " and", " but", {}, (" and", "las"), (" but",))
+    aligned = align(atlas, [span(52), shared, other_side, unknown, merged])
+    assert len(aligned) == 1
+    reasons = [reason for _, reason in aligned.refused]
+    assert "begin with the same token: '99 years'" in reasons[0]
+    assert "must be one of its answers" in reasons[1]
+    assert "must list what is right and what is wrong" in reasons[2]
+    assert "token of its own" in reasons[3]
+
+
+def test_refused_pairs_are_counted_by_reason(atlas: LanguageModel) -> None:
+    good = PromptPair(CAPITAL.format("Dallas"), CAPITAL.format("Oakland"), " Austin", " Sacramento")
+    longer = [PromptPair("He went", "He went" + " far" * i, " and", " but") for i in (1, 2)]
+    same = PromptPair("He went", "He went", " and", " but")
+    lost = PromptPair(good.clean, good.corrupt, good.answer, good.wrong, {"river": "Nile"})
+    outside = PromptPair(good.clean, good.corrupt, good.answer, good.wrong, {"river": 40})
+    long = PromptPair("a " * 3000, "b " * 3000, " and", " but")
+    ids = PromptPair((0, *range(300, 3300)), (0, *range(301, 3301)), 4, 5)
+    unknown = PromptPair((0, 300), (0, 301), 4, 9000)
+    aligned = align(atlas, [good, same, *longer, lost, outside, long, ids, unknown])
+    assert aligned.pairs == (good,)
+    assert aligned.refusals() == {
+        "clean and corrupt must have the same number of tokens": 2,
+        "the prompt cannot be read": 3,
+        "clean and corrupt are the same tokens": 1,
+        "a place is not in the prompt": 1,
+        "a place is outside the prompt": 1,
+    }
+    assert [reason for _, reason in aligned.refused if "Nile" in reason]
+
+
+def test_a_role_that_some_pairs_lack_is_no_place(atlas: LanguageModel) -> None:
+    one = PromptPair(CAPITAL.format("Dallas"), CAPITAL.format("Oakland"), " Austin", " Sacramento", {"of": "of"})
+    two = PromptPair(one.clean, one.corrupt, one.answer, one.wrong, {"of": "of", "city": ("Dallas", "Oakland")})
+    aligned = align(atlas, [one, two])
+    assert list(aligned.places) == ["of", "last"]

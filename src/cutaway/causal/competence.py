@@ -1,6 +1,6 @@
 """Can the model do the task at all? Asked before any question about how it does it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,6 +12,7 @@ from cutaway.artifacts.statistics import bootstrap_interval, wilson_interval
 from cutaway.data.pairs import AlignedPairs, PromptPair, align
 from cutaway.data.tasks import TASKS, Task, readable_pairs
 from cutaway.model.language_model import LanguageModel
+from cutaway.model.tokens import Tokens
 
 Criterion = Literal["preferred", "top1"]
 
@@ -22,7 +23,14 @@ class Competence:
 
     An item is one prompt pair, and right when the model is right on its clean prompt *and* on its corrupt prompt
     (whose right answer is the pair's `wrong`), so that a constant answer scores 0. Right means: the answer's logit is
-    above the wrong answer's ("preferred"), or the answer is the most probable token ("top1"). `items` [n] says which.
+    above the wrong answer's ("preferred"), or the answer is the most probable token ("top1"). Where a pair has several
+    answers, all right ones together stand against all wrong ones. After the corrupt prompt of a pair that is not
+    symmetric, which has no answer of its own, right means that the answer is less likely than after the clean one:
+    its logit difference is smaller. `items` [n] says which are right, `clean` and `corrupt` are the two shares.
+
+    `logit_difference` is the mean, after the clean prompt, of the answer's logit minus the wrong answer's (of several
+    answers: the log of their summed probability), `corrupt_logit_difference` the same after the corrupt prompt, where
+    it should be lower; `probability_difference` is that of the probabilities. Intervals are 95 %, bootstrap over pairs.
     """
 
     criterion: Criterion
@@ -31,7 +39,12 @@ class Competence:
     corrupt: float
     logit_difference: float
     logit_difference_interval: tuple[float, float]
+    corrupt_logit_difference: float
+    corrupt_logit_difference_interval: tuple[float, float]
+    probability_difference: float
+    probability_difference_interval: tuple[float, float]
     refused: int
+    refusals: Mapping[str, int]
 
     @property
     def n(self) -> int:
@@ -61,7 +74,12 @@ class Competence:
             "corrupt": self.corrupt,
             "logit_difference": self.logit_difference,
             "logit_difference_interval": list(self.logit_difference_interval),
+            "corrupt_logit_difference": self.corrupt_logit_difference,
+            "corrupt_logit_difference_interval": list(self.corrupt_logit_difference_interval),
+            "probability_difference": self.probability_difference,
+            "probability_difference_interval": list(self.probability_difference_interval),
             "refused": self.refused,
+            "refusals": dict(self.refusals),
         }
 
     def __str__(self) -> str:
@@ -78,22 +96,24 @@ def competence(
 ) -> Competence:
     """Measure how often the model answers the pairs rightly, both prompts of each."""
     aligned = pairs if isinstance(pairs, AlignedPairs) else align(lm, pairs)
-    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    parts: list[tuple[Tensor, ...]] = []
     for first in range(0, len(aligned), batch_rows):
         part = aligned[range(first, min(first + batch_rows, len(aligned)))]
-        clean = lm.run(part.clean, logits="last").logits
-        corrupt = lm.run(part.corrupt, logits="last").logits
-        assert clean is not None
-        assert corrupt is not None
-        z, c = clean[:, 0].float().cpu(), corrupt[:, 0].float().cpu()
-        answer, wrong = part.answer[:, None], part.wrong[:, None]
-        difference = (z.gather(-1, answer) - z.gather(-1, wrong))[:, 0]
-        other = (c.gather(-1, wrong) - c.gather(-1, answer))[:, 0]
+        right, wrong = _sides(part)
+        symmetric = torch.tensor([pair.symmetric for pair in part.pairs])
+        clean = _last_log_probabilities(lm, part.clean)
+        corrupt = _last_log_probabilities(lm, part.corrupt)
+        p_right, p_wrong = _total(clean, right), _total(clean, wrong)
+        difference, other = p_right - p_wrong, _total(corrupt, right) - _total(corrupt, wrong)
+        falls = other < difference
         if criterion == "preferred":
-            parts.append((difference > 0, other > 0, difference))
+            good, turned = difference > 0, other < 0
         else:
-            parts.append((z.argmax(-1) == part.answer, c.argmax(-1) == part.wrong, difference))
-    clean_right, corrupt_right, difference = (torch.cat(column) for column in zip(*parts, strict=True))
+            good, turned = _top_is_among(clean, right), _top_is_among(corrupt, wrong)
+        parts.append((good, torch.where(symmetric, turned, falls), difference, other, p_right.exp() - p_wrong.exp()))
+    clean_right, corrupt_right, difference, other, probability = (
+        torch.cat(column) for column in zip(*parts, strict=True)
+    )
     return Competence(
         criterion=criterion,
         items=clean_right & corrupt_right,
@@ -101,8 +121,37 @@ def competence(
         corrupt=corrupt_right.float().mean().item(),
         logit_difference=difference.mean().item(),
         logit_difference_interval=bootstrap_interval(difference.numpy()),
+        corrupt_logit_difference=other.mean().item(),
+        corrupt_logit_difference_interval=bootstrap_interval(other.numpy()),
+        probability_difference=probability.mean().item(),
+        probability_difference_interval=bootstrap_interval(probability.numpy()),
         refused=len(aligned.refused),
+        refusals=aligned.refusals(),
     )
+
+
+def _sides(pairs: AlignedPairs) -> tuple[list[Tensor], list[Tensor]]:
+    """Ids of all right and of all wrong tokens of each pair."""
+    if pairs.answers is None or pairs.wrongs is None:
+        return list(pairs.answer[:, None]), list(pairs.wrong[:, None])
+    return [row.nonzero()[:, 0] for row in pairs.answers], [row.nonzero()[:, 0] for row in pairs.wrongs]
+
+
+def _last_log_probabilities(lm: LanguageModel, tokens: Tokens) -> Tensor:
+    logits = lm.run(tokens, logits="last").logits
+    assert logits is not None
+    return logits[:, 0].float().cpu().log_softmax(-1)
+
+
+def _total(log_probabilities: Tensor, sets: Sequence[Tensor]) -> Tensor:
+    """The log of the summed probability of each row's tokens [b]."""
+    return torch.stack([row[ids].logsumexp(0) for row, ids in zip(log_probabilities, sets, strict=True)])
+
+
+def _top_is_among(log_probabilities: Tensor, sets: Sequence[Tensor]) -> Tensor:
+    """Whether the most probable token of each row is one of its tokens [b]."""
+    tops = log_probabilities.argmax(-1)
+    return torch.stack([(ids == top).any() for top, ids in zip(tops, sets, strict=True)])
 
 
 @dataclass(frozen=True)

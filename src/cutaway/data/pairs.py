@@ -5,8 +5,11 @@ tokens (a patch moves an activation from one position to the same position of th
 which the two answers first differ, and refuses a pair that does not align, with the reason.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -26,9 +29,12 @@ class PromptPair:
     Prompts are texts, or tuples of token ids (then the answers are ids too). Answers are texts that follow the prompt
     directly, so they usually begin with a space. `positions` names places by role: a token position (0 is the first
     real token, -1 the last), a text that stands in both prompts, or (text in clean, text in corrupt); a text means its
-    last token, at its last occurrence. `answers` and `wrongs` are all right and all wrong continuations of the clean
-    prompt where there are several (every later year); empty means `answer` and `wrong` alone. `template` names what
-    the pair was made from, so that pairs of one template can be averaged token by token.
+    last token, at its last occurrence, or, where it begins with "^", in the beginning of the prompt ("^Tom and Tom" is
+    the second Tom). `answers` and `wrongs` are all right and all wrong continuations of the clean
+    prompt where there are several (every later year); empty means `answer` and `wrong` alone. With `symmetric` the
+    corrupt prompt is continued by what is wrong after the clean one; without, it only makes the clean prompt's answer
+    less likely (after the year 01 nearly every year is right). `template` names the wording that pairs share, for means
+    over pairs of one layout.
     """
 
     clean: Prompt
@@ -39,22 +45,50 @@ class PromptPair:
     answers: tuple[str | int, ...] = ()
     wrongs: tuple[str | int, ...] = ()
     template: str = ""
+    symmetric: bool = True
 
     def swapped(self) -> "PromptPair":
-        """The same pair with clean and corrupt exchanged."""
+        """The same pair with clean and corrupt exchanged, and what is right with what is wrong.
+
+        Raises `CutawayError` for a pair that is not symmetric: what is right after its corrupt prompt is not known.
+        """
+        if not self.symmetric:
+            raise CutawayError(
+                f"the pair {self.clean!r} / {self.corrupt!r} is not symmetric: its corrupt prompt has no answer of its "
+                "own, so the two cannot be exchanged"
+            )
         places = {
             role: (place[1], place[0]) if isinstance(place, tuple) else place for role, place in self.positions.items()
         }
-        return PromptPair(self.corrupt, self.clean, self.wrong, self.answer, places, template=self.template)
+        return PromptPair(
+            self.corrupt,
+            self.clean,
+            self.wrong,
+            self.answer,
+            places,
+            self.wrongs,
+            self.answers,
+            template=self.template,
+        )
 
     def to_json(self) -> dict[str, object]:
-        return {
+        """Plain data; what is empty or usual is left out. `cutaway.data.pair_files.pair_from_json` reads it."""
+        said: dict[str, object] = {
             "clean": self.clean,
             "corrupt": self.corrupt,
             "answer": self.answer,
             "wrong": self.wrong,
             "positions": dict(self.positions),
         }
+        if self.answers:
+            said["answers"] = list(self.answers)
+        if self.wrongs:
+            said["wrongs"] = list(self.wrongs)
+        if not self.symmetric:
+            said["symmetric"] = False
+        if self.template:
+            said["template"] = self.template
+        return said
 
 
 @dataclass(frozen=True)
@@ -64,7 +98,7 @@ class AlignedPairs:
     `answer` and `wrong` are the ids of the first token in which the answers differ [n]. Tokens that both answers
     share at their start are part of the prompts. `places[role]` are the positions in clean and in corrupt [2, n].
     `refused` holds the pairs left out, with the reason. `answers` and `wrongs` [n, V] bool are all right and all wrong
-    tokens where the pairs name several, else None.
+    tokens where a pair names several (a row of a pair that does not holds `answer` and `wrong` alone), else None.
     """
 
     pairs: tuple[PromptPair, ...]
@@ -93,6 +127,10 @@ class AlignedPairs:
             wrongs=None if self.wrongs is None else self.wrongs[index],
         )
 
+    def refusals(self) -> dict[str, int]:
+        """How many pairs were left out for each kind of reason, the commonest first."""
+        return refusal_counts(self.refused)
+
     def first_difference(self) -> Tensor:
         """Position of the first token in which clean and corrupt differ [n]; -1 where they are equal.
 
@@ -108,10 +146,6 @@ def _rows(tokens: Tokens) -> list[list[int]]:
     return [ids[mask].tolist() for ids, mask in zip(tokens.ids, tokens.mask, strict=True)]
 
 
-def _read(lm: LanguageModel, texts: Sequence[str], bos: bool | None) -> list[list[int]]:
-    return _rows(lm.tokens(list(texts), bos=bos)) if texts else []
-
-
 def _branch(prompt: list[int], answer: list[int], wrong: list[int]) -> tuple[list[int], int, int] | str:
     """The tokens before the answers part, and the two tokens in which they part; or why there are none."""
     if answer[: len(prompt)] != prompt or wrong[: len(prompt)] != prompt:
@@ -122,94 +156,255 @@ def _branch(prompt: list[int], answer: list[int], wrong: list[int]) -> tuple[lis
     return "one answer is the beginning of the other, so no token tells them apart"
 
 
+def refusal_counts(refused: Sequence[tuple[PromptPair, str]]) -> dict[str, int]:
+    """Kinds of reasons (what stands before the colon) with their counts, the commonest first."""
+    return dict(Counter(reason.split(": ")[0] for _, reason in refused).most_common())
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A pair as token ids: both prompts, and where its answers part."""
+
+    clean: list[int]
+    corrupt: list[int]
+    answer: int
+    wrong: int
+    answers: tuple[int, ...] = ()
+    wrongs: tuple[int, ...] = ()
+
+
 def align(
     lm: LanguageModel, pairs: Sequence[PromptPair], *, bos: bool | None = None, strict: bool = False
 ) -> AlignedPairs:
     """Tokenise pairs and leave out those that do not align (with `strict`, raise at the first).
 
+    A pair aligns when both prompts have the same number of tokens, its answers part in the same two tokens after
+    either, and, where it names several right and wrong answers, the first token of each tells on which side it is. (One
+    of several that the tokenizer would merge with the end of the prompt, as in " 17" and "76", counts as the token that
+    it is by itself; Hanna et al. 2023 read years so.)
     Raises `CutawayError` when no pair is left; the message has the commonest reason.
     """
-    text = [pair for pair in pairs if isinstance(pair.clean, str)]
-    for pair in text:
-        if not (isinstance(pair.corrupt, str) and isinstance(pair.answer, str) and isinstance(pair.wrong, str)):
-            raise CutawayError(f"a pair mixes texts and token ids: {pair.clean!r} and {pair.corrupt!r}")
-    variants: list[Callable[[PromptPair], str]] = [
-        lambda p: str(p.clean),
-        lambda p: f"{p.clean}{p.answer}",
-        lambda p: f"{p.clean}{p.wrong}",
-        lambda p: str(p.corrupt),
-        lambda p: f"{p.corrupt}{p.answer}",
-        lambda p: f"{p.corrupt}{p.wrong}",
-    ]
-    read = iter(zip(*(_read(lm, [variant(pair) for pair in text], bos) for variant in variants), strict=True))
-    kept: list[PromptPair] = []
-    refused: list[tuple[PromptPair, str]] = []
-    clean_rows: list[list[int]] = []
-    corrupt_rows: list[list[int]] = []
-    answers: list[tuple[int, int]] = []
     for pair in pairs:
-        if isinstance(pair.clean, str):
-            clean, clean_answer, clean_wrong, corrupt, corrupt_answer, corrupt_wrong = next(read)
-        else:
-            if not (isinstance(pair.corrupt, tuple) and isinstance(pair.answer, int) and isinstance(pair.wrong, int)):
-                raise CutawayError(f"a pair mixes texts and token ids: {pair.clean!r} and {pair.corrupt!r}")
-            clean, corrupt = list(pair.clean), list(pair.corrupt)
-            clean_answer, clean_wrong = [*clean, pair.answer], [*clean, pair.wrong]
-            corrupt_answer, corrupt_wrong = [*corrupt, pair.answer], [*corrupt, pair.wrong]
-        reason = ""
-        branch = _branch(clean, clean_answer, clean_wrong)
-        other = _branch(corrupt, corrupt_answer, corrupt_wrong)
-        if isinstance(branch, str) or isinstance(other, str):
-            reason = branch if isinstance(branch, str) else str(other)
-        elif branch[1:] != other[1:]:
-            reason = "the answers part in different tokens after the clean and after the corrupt prompt"
-        elif len(branch[0]) != len(other[0]):
-            reason = f"clean has {len(branch[0])} tokens, corrupt {len(other[0])}; they must have the same number"
-        elif branch[0] == other[0]:
-            reason = "clean and corrupt are the same tokens"
-        elif len(branch[0]) > lm.context_length:
-            reason = f"the prompt has {len(branch[0])} tokens, the model's context {lm.context_length}"
-        if reason or isinstance(branch, str) or isinstance(other, str):
-            if strict:
-                raise CutawayError(f"the pair {pair.clean!r} / {pair.corrupt!r} does not align: {reason}")
-            refused.append((pair, reason))
-            continue
-        kept.append(pair)
-        clean_rows.append(branch[0])
-        corrupt_rows.append(other[0])
-        answers.append((branch[1], branch[2]))
+        kind = str if isinstance(pair.clean, str) else int
+        prompts = (pair.clean, pair.corrupt)
+        if any(isinstance(prompt, str) != (kind is str) for prompt in prompts) or not all(
+            isinstance(answer, kind) for answer in (pair.answer, pair.wrong, *pair.answers, *pair.wrongs)
+        ):
+            raise CutawayError(f"a pair mixes texts and token ids: {pair.clean!r} and {pair.corrupt!r}")
+
+    single = _single_tokens(lm)
+    outcomes = [
+        _with_sets(lm, pair, _read_pair(*rows), bos, single) if not isinstance(rows, str) else rows
+        for pair, rows in zip(pairs, _continued(lm, pairs, bos), strict=True)
+    ]
+    reads = [read for read in outcomes if isinstance(read, _Read)]
+    clean = corrupt = None
+    spots: list[dict[str, tuple[int, int]]] = []
+    if reads:
+        clean, corrupt = lm.tokens([read.clean for read in reads]), lm.tokens([read.corrupt for read in reads])
+    rows = iter(range(len(reads)))
+    kept: list[tuple[int, PromptPair]] = []
+    refused: list[tuple[PromptPair, str]] = []
+    for pair, outcome in zip(pairs, outcomes, strict=True):
+        reason = outcome
+        if isinstance(outcome, _Read):
+            assert clean is not None
+            assert corrupt is not None
+            row = next(rows)
+            found = _spots(pair, clean, corrupt, row)
+            if not isinstance(found, str):
+                kept.append((row, pair))
+                spots.append(found)
+                continue
+            reason = found
+        if strict:
+            raise CutawayError(f"the pair {pair.clean!r} / {pair.corrupt!r} does not align: {reason}")
+        refused.append((pair, str(reason)))
     if not kept:
-        reasons = [reason for _, reason in refused]
-        why = f" ({max(set(reasons), key=reasons.count)})" if reasons else ""
+        counts = refusal_counts(refused)
+        first = next(iter(counts), "")
+        example = next((reason for _, reason in refused if reason.startswith(first)), "")
+        why = f" ({example})" if example else ""
         raise CutawayError(f"none of the {len(pairs)} prompt pairs aligns for {lm.name}{why}; give other pairs")
-    clean_tokens, corrupt_tokens = lm.tokens(clean_rows), lm.tokens(corrupt_rows)
-    both = torch.tensor(answers)
+    assert clean is not None
+    assert corrupt is not None
+    reads = [reads[row] for row, _ in kept]
+    several = any(read.answers for read in reads)
     return AlignedPairs(
-        pairs=tuple(kept),
-        clean=clean_tokens,
-        corrupt=corrupt_tokens,
-        answer=both[:, 0],
-        wrong=both[:, 1],
-        places=_places(kept, clean_tokens, corrupt_tokens),
+        pairs=tuple(pair for _, pair in kept),
+        clean=clean[[row for row, _ in kept]],
+        corrupt=corrupt[[row for row, _ in kept]],
+        answer=torch.tensor([read.answer for read in reads]),
+        wrong=torch.tensor([read.wrong for read in reads]),
+        places=_places(spots),
         refused=tuple(refused),
+        answers=_sets(lm, [read.answers or (read.answer,) for read in reads]) if several else None,
+        wrongs=_sets(lm, [read.wrongs or (read.wrong,) for read in reads]) if several else None,
     )
 
 
-def _places(pairs: Sequence[PromptPair], clean: Tokens, corrupt: Tokens) -> dict[str, Tensor]:
-    """Positions [2, n] (clean, corrupt) of every role that all pairs name; "last" is always there."""
-    last = clean.lengths.cpu() - 1
-    places = {"last": torch.stack([last, last])}
-    roles = [role for role in pairs[0].positions if role != "last" and all(role in pair.positions for pair in pairs)]
-    for role in roles:
-        columns: list[tuple[int, int]] = []
-        for row, pair in enumerate(pairs):
-            place = pair.positions[role]
-            if isinstance(place, int):
-                at = place if place >= 0 else int(clean.lengths[row]) + place
-                columns.append((at, at))
-            else:
-                here, there = place if isinstance(place, tuple) else (place, place)
-                columns.append((clean.find(row, here), corrupt.find(row, there)))
-        places[role] = torch.tensor(columns).T.contiguous()
-    order = [*roles, "last"]
-    return {role: places[role] for role in order}
+def _sets(lm: LanguageModel, rows: Sequence[tuple[int, ...]]) -> Tensor:
+    """Sets of tokens as a mask [n, V]."""
+    mask = torch.zeros(len(rows), lm.d_vocab, dtype=torch.bool)
+    for row, ids in enumerate(rows):
+        mask[row, list(ids)] = True
+    return mask
+
+
+def _continued(
+    lm: LanguageModel, pairs: Sequence[PromptPair], bos: bool | None
+) -> Iterator[tuple[list[list[int]], list[list[int]]] | str]:
+    """For each pair, the tokens of its clean and of its corrupt prompt: alone, with `answer` and with `wrong`; or why
+    they cannot be read.
+    """
+    groups = [
+        [f"{prompt}{ending}" for prompt in (pair.clean, pair.corrupt) for ending in ("", pair.answer, pair.wrong)]
+        if isinstance(pair.clean, str)
+        else []
+        for pair in pairs
+    ]
+    texts = [text for group in groups for text in group]
+    try:
+        read = iter(_rows(lm.tokens(texts, bos=bos))) if texts else iter(())
+        alone = False
+    except CutawayError:  # one of them is empty or too long: find out which
+        read, alone = iter(()), True
+    for pair, group in zip(pairs, groups, strict=True):
+        if group:
+            try:
+                rows = _rows(lm.tokens(group, bos=bos)) if alone else list(itertools.islice(read, len(group)))
+            except CutawayError as error:
+                yield f"the prompt cannot be read: {error}"
+                continue
+            yield rows[:3], rows[3:]
+        else:
+            clean, corrupt = ([int(i) for i in prompt] for prompt in (pair.clean, pair.corrupt))
+            if max(len(clean), len(corrupt)) > lm.context_length:
+                yield f"the prompt cannot be read: {len(clean)} tokens, but {lm.name} reads at most {lm.context_length}"
+                continue
+            ends = (int(pair.answer), int(pair.wrong))
+            several = [int(ending) for ending in (*pair.answers, *pair.wrongs)]
+            strange = [i for i in (*clean, *corrupt, *ends, *several) if not 0 <= i < lm.d_vocab]
+            if strange:
+                yield f"the prompt cannot be read: {lm.name} has no token {strange[0]} (its vocabulary: {lm.d_vocab})"
+                continue
+            yield [clean, *([*clean, end] for end in ends)], [corrupt, *([*corrupt, end] for end in ends)]
+
+
+def _read_pair(clean: list[list[int]], corrupt: list[list[int]]) -> _Read | str:
+    """A pair as token ids, from the rows of `_continued`, or why it does not align."""
+    branch, other = _branch(*clean), _branch(*corrupt)
+    if isinstance(branch, str) or isinstance(other, str):
+        return branch if isinstance(branch, str) else str(other)
+    if branch[1:] != other[1:]:
+        return "the answers part in different tokens after the clean and after the corrupt prompt"
+    if len(branch[0]) != len(other[0]):
+        return f"clean and corrupt must have the same number of tokens: {len(branch[0])} and {len(other[0])}"
+    if branch[0] == other[0]:
+        return "clean and corrupt are the same tokens"
+    return _Read(branch[0], other[0], branch[1], branch[2])
+
+
+def _single_tokens(lm: LanguageModel) -> Callable[[str | int], int | None]:
+    """A function from a text to the token that it is by itself, or None."""
+
+    @cache
+    def single(text: str | int) -> int | None:
+        ids = _rows(lm.tokens(str(text), bos=False))[0]
+        return ids[0] if len(ids) == 1 and lm.token_strings(ids)[0] == text else None
+
+    return single
+
+
+def _with_sets(
+    lm: LanguageModel,
+    pair: PromptPair,
+    read: _Read | str,
+    bos: bool | None,
+    single: Callable[[str | int], int | None],
+) -> _Read | str:
+    """The same with the first token of each of the pair's several answers, or why they cannot be told apart."""
+    several = (*pair.answers, *pair.wrongs)
+    if isinstance(read, str) or not several:
+        return read
+    if not pair.answers or not pair.wrongs:
+        return "a pair that lists several answers must list what is right and what is wrong"
+    if isinstance(pair.clean, str):
+        firsts = _firsts(lm, pair.clean, read.clean, several, bos, single)
+    else:
+        firsts = [int(ending) for ending in several]
+    if isinstance(firsts, str):
+        return firsts
+    answers, wrongs = firsts[: len(pair.answers)], firsts[len(pair.answers) :]
+    both = set(answers) & set(wrongs)
+    if both:
+        texts = dict(zip(firsts, several, strict=True))
+        return f"a right and a wrong answer begin with the same token: {texts[min(both)]!r}"
+    if read.answer not in answers or read.wrong not in wrongs:
+        return "the pair's answer must be one of its answers, and its wrong one of its wrongs"
+    if isinstance(pair.corrupt, str) and _firsts(lm, pair.corrupt, read.corrupt, several, bos, single) != firsts:
+        return "the answers begin with different tokens after the clean and after the corrupt prompt"
+    return replace(read, answers=tuple(answers), wrongs=tuple(wrongs))
+
+
+def _firsts(
+    lm: LanguageModel,
+    prompt: str,
+    tokens: list[int],
+    several: Sequence[str | int],
+    bos: bool | None,
+    single: Callable[[str | int], int | None],
+) -> list[int] | str:
+    """The first token of each text after a prompt, which is read as `tokens`."""
+    try:
+        rows = _rows(lm.tokens([f"{prompt}{text}" for text in several], bos=bos))
+    except CutawayError as error:
+        return f"the prompt cannot be read: {error}"
+    firsts: list[int] = []
+    for text, row in zip(several, rows, strict=True):
+        follows = len(row) > len(tokens) and row[: len(tokens)] == tokens
+        first = row[len(tokens)] if follows else single(text)
+        if first is None:
+            return f"an answer does not follow the prompt as a token of its own: {text!r}"
+        firsts.append(first)
+    return firsts
+
+
+def _spots(pair: PromptPair, clean: Tokens, corrupt: Tokens, row: int) -> dict[str, tuple[int, int]] | str:
+    """Where a pair's places are in both prompts, or why one is not there."""
+    spots: dict[str, tuple[int, int]] = {}
+    for role, place in pair.positions.items():
+        length = int(clean.lengths[row])
+        if isinstance(place, int):
+            at = place if place >= 0 else length + place
+            if not 0 <= at < length:
+                return f"a place is outside the prompt: {role!r} is {place}, of {length} tokens"
+            spots[role] = (at, at)
+            continue
+        here, there = place if isinstance(place, tuple) else (place, place)
+        try:
+            spots[role] = (_spot(clean, row, pair.clean, here), _spot(corrupt, row, pair.corrupt, there))
+        except CutawayError as error:
+            return f"a place is not in the prompt: {role!r}: {error}"
+    last = int(clean.lengths[row]) - 1
+    spots["last"] = (last, last)
+    return spots
+
+
+def _spot(tokens: Tokens, row: int, prompt: Prompt, text: str) -> int:
+    """Position of the token in which a text ends; raises `CutawayError` where the prompt does not have it."""
+    if not text.startswith("^"):
+        return tokens.find(row, text)
+    start = text[1:]
+    if not start or not str(prompt).startswith(start):
+        raise CutawayError(f"the prompt does not begin with {start!r}")
+    ends = list(itertools.accumulate(len(string) for string in tokens.strings[row]))
+    before = "".join(tokens.strings[row]).find(str(prompt))  # a beginning-of-text, a space of the tokenizer's
+    end = max(before, 0) + len(start)
+    return next((i for i, e in enumerate(ends) if e >= end), len(ends) - 1)
+
+
+def _places(spots: Sequence[Mapping[str, tuple[int, int]]]) -> dict[str, Tensor]:
+    """Positions [2, n] (clean, corrupt) of every role that all pairs name; "last" is always there, and the last."""
+    roles = [role for role in spots[0] if role != "last" and all(role in spot for spot in spots)]
+    return {role: torch.tensor([spot[role] for spot in spots]).T.contiguous() for role in (*roles, "last")}

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from cutaway.data.pairs import PromptPair
 from cutaway.data.tasks import Task
+from cutaway.data.wording import Split
 from cutaway.subjects.world import facts
 from cutaway.subjects.world.held_out import two_hop_entity
 
@@ -29,7 +30,7 @@ def _pair(source: facts.City, base: facts.City) -> PromptPair:
     )
 
 
-def two_hop(rng: random.Random, lm: LanguageModel) -> Iterator[PromptPair]:
+def two_hop(rng: random.Random, lm: LanguageModel, _: Split) -> Iterator[PromptPair]:
     """The capital of the state containing a city, first Oakland in Dallas's prompt, then others.
 
     Every second pair is of cities that the shipped atlas never saw in a two-hop sentence. Only cities that the
