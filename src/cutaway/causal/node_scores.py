@@ -1,0 +1,267 @@
+"""What attribution patching returns: a score for every node, beside exact patching of some of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.results import Choices, Control, Effect
+from cutaway.artifacts.statistics import bootstrap_interval
+
+Direction = Literal["denoise", "noise"]
+Unit = Literal["site", "head", "neuron"]
+
+
+@dataclass(frozen=True)
+class Node:
+    """A part of the model at a place: a whole site, one head or one neuron of it; at one column, or at every token."""
+
+    site: str
+    head: int | None = None
+    neuron: int | None = None
+    at: str | None = None
+
+    def __str__(self) -> str:
+        words = self.site
+        words += "" if self.head is None else f" head {self.head}"
+        words += "" if self.neuron is None else f" neuron {self.neuron}"
+        return words if self.at is None else f"{words} at {self.at!r}"
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How scores agree with exact patching of `n` of the `candidates` nodes, drawn at random among those that the two
+    prompts give different values (the others are 0 in both).
+
+    `estimated` and `exact` [n] are means over the pairs: of the change of the metric ("signed"), or of its magnitude,
+    where a method gives only that. `pearson` and `spearman` are NaN below 3 nodes or where one of them is constant.
+    """
+
+    nodes: tuple[Node, ...] = field(repr=False)
+    estimated: Tensor = field(repr=False)
+    exact: Tensor = field(repr=False)
+    candidates: int
+    of: Literal["signed", "magnitude"]
+
+    @property
+    def n(self) -> int:
+        return len(self.nodes)
+
+    @cached_property
+    def pearson(self) -> float:
+        """Linear correlation."""
+        return correlation(self.estimated, self.exact)
+
+    @cached_property
+    def spearman(self) -> float:
+        """Rank correlation."""
+        from scipy.stats import rankdata
+
+        ranks = [torch.from_numpy(rankdata(x.double().numpy())) for x in (self.estimated, self.exact)]
+        return correlation(*ranks)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "n": self.n,
+            "candidates": self.candidates,
+            "of": self.of,
+            "pearson": _number(self.pearson),
+            "spearman": _number(self.spearman),
+            "nodes": [str(node) for node in self.nodes],
+            "estimated": self.estimated.tolist(),
+            "exact": self.exact.tolist(),
+        }
+
+    def __str__(self) -> str:
+        what = "" if self.of == "signed" else " of magnitudes"
+        return (
+            f"correlation{what} with exact patching: Pearson {self.pearson:.3f}, Spearman {self.spearman:.3f} "
+            f"(n {self.n} of {self.candidates} nodes)"
+        )
+
+
+def correlation(a: Tensor, b: Tensor) -> float:
+    """Pearson's correlation; NaN below 3 values or where one side is constant."""
+    if len(a) < 3:
+        return float("nan")
+    x, y = (t.double() - t.double().mean() for t in (a, b))
+    norm = (x.square().sum() * y.square().sum()).sqrt()
+    return float((x * y).sum() / norm) if float(norm) > 0 else float("nan")
+
+
+def _number(value: float) -> float | None:
+    return None if value != value else value
+
+
+@dataclass(frozen=True, eq=False)
+class NodeScores:
+    """Scores of nodes for n pairs: estimates of how the metric changes when the other prompt's value is put in.
+
+    `blocks` holds for each site [columns, units, n]: units are its heads (key-value heads at keys and values), its
+    neurons, or 1; `columns` are token positions or roles, or the single None for every token at once. A score has the
+    sign of the change, but of `magnitude` only the size is known (AtP* with GradDrop). `base` and `source` [n] are the
+    metric of the run that is patched and of the run that it is patched from; noising patches the clean run. `agreement`
+    says how the scores compare with exact patching of some nodes.
+    """
+
+    model: str
+    method: str
+    direction: Direction
+    metric: str
+    blocks: Mapping[str, Tensor] = field(repr=False)
+    units: Mapping[str, Unit]
+    columns: tuple[str | None, ...]
+    base: Tensor = field(repr=False)
+    source: Tensor = field(repr=False)
+    choices: Choices
+    agreement: Agreement | None = None
+    magnitude: bool = False
+    notes: tuple[str, ...] = ()
+
+    @property
+    def n(self) -> int:
+        """Number of pairs."""
+        return len(self.base)
+
+    @cached_property
+    def scores(self) -> Tensor:
+        """All scores [nodes, n], in the order of `nodes`."""
+        return torch.cat([block.flatten(0, 1) for block in self.blocks.values()])
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean score of each node over the pairs [nodes]."""
+        return self.scores.mean(-1)
+
+    @cached_property
+    def nodes(self) -> tuple[Node, ...]:
+        """All nodes: site by site, column by column, unit by unit."""
+        found: list[Node] = []
+        for site, block in self.blocks.items():
+            unit = self.units[site]
+            for column in self.columns:
+                if unit == "site":
+                    found.append(Node(site, at=column))
+                else:
+                    found += [Node(site, **{unit: i}, at=column) for i in range(block.shape[1])]
+        return tuple(found)
+
+    def __len__(self) -> int:
+        return sum(block.shape[0] * block.shape[1] for block in self.blocks.values())
+
+    @cached_property
+    def _numbers(self) -> dict[Node, int]:
+        return {node: i for i, node in enumerate(self.nodes)}
+
+    def number(self, node: Node) -> int:
+        """The place of a node in `nodes` and `scores`. Raises CutawayError where it is none of them."""
+        if node not in self._numbers:
+            columns = ", ".join(repr(column) for column in self.columns)
+            raise CutawayError(f"there is no node '{node}' here; the sites are {', '.join(self.blocks)} at {columns}")
+        return self._numbers[node]
+
+    def top(self, k: int = 10) -> list[Node]:
+        """The k nodes with the largest |mean score|, the largest first."""
+        order = self.mean.abs().topk(min(k, len(self))).indices
+        return [self.nodes[i] for i in order.tolist()]
+
+    def table(self, site: str) -> Tensor:
+        """Mean scores of one site [columns, units]."""
+        if site not in self.blocks:
+            raise CutawayError(f"no node stands at '{site}'; the sites are {', '.join(self.blocks)}")
+        return self.blocks[site].mean(-1)
+
+    def interval(self, nodes: Sequence[Node], n_resamples: int = 2000, seed: int = 0) -> Tensor:
+        """95 % bootstrap intervals of the mean scores of some nodes [len(nodes), 2]; NaN below 2 pairs."""
+        if self.n < 2:
+            return torch.full((len(nodes), 2), float("nan"))
+        values = self.scores[[self.number(node) for node in nodes]].double().numpy()
+        drawn = np.random.default_rng(seed).multinomial(self.n, np.full(self.n, 1 / self.n), size=n_resamples) / self.n
+        return torch.from_numpy(np.quantile(values @ drawn.T, [0.025, 0.975], axis=-1).T.copy()).float()
+
+    def effect(self, node: Node, *, command: str | None = None) -> Effect:
+        """One node's score as an effect, beside the other nodes of its site and, where it was sampled, exact patching.
+
+        The control is the mean of all other nodes' mean scores at the same site (in the other layers too, where the
+        site has one node a layer): what a node chosen at random would show.
+        """
+        i = self.number(node)
+        values = self.scores[i]
+        kind = _kind(node.site)
+        other = [
+            j for j, one in enumerate(self.nodes) if j != i and (one.site == node.site or _kind(one.site) == kind)
+        ]  # fmt: skip
+        rest = self.mean[other].numpy()
+        controls: list[Control] = []
+        if len(other):
+            controls.append(
+                Control("other nodes of this kind", float(rest.mean()), bootstrap_interval(rest), len(rest))
+            )
+        if self.agreement is not None and node in self.agreement.nodes:
+            exact = self.agreement.exact[self.agreement.nodes.index(node)]
+            controls.append(Control("exact patching of this node", float(exact), None, self.n))
+        return Effect(
+            name=f"{self.method} of {node}",
+            value=values.mean().item(),
+            n=self.n,
+            interval=bootstrap_interval(values.numpy()),
+            controls=tuple(controls),
+            ablation=f"patch from the {'corrupt' if self.direction == 'noise' else 'clean'} run, to first order",
+            units=f"{'size of the ' if self.magnitude else ''}change of the {self.metric.replace('_', ' ')}",
+            command=command,
+            choices=self.choices,
+        )
+
+    def to_json(self, k: int = 50) -> dict[str, Any]:
+        """The k strongest nodes, and what is said of all."""
+        top = self.top(k)
+        return {
+            "model": self.model,
+            "method": self.method,
+            "direction": self.direction,
+            "metric": self.metric,
+            "magnitude": self.magnitude,
+            "n": self.n,
+            "nodes": len(self),
+            "columns": list(self.columns),
+            "base": self.base.mean().item(),
+            "source": self.source.mean().item(),
+            "choices": self.choices.to_json(),
+            "agreement": None if self.agreement is None else self.agreement.to_json(),
+            "notes": list(self.notes),
+            "top": [
+                {
+                    "site": node.site,
+                    "head": node.head,
+                    "neuron": node.neuron,
+                    "at": node.at,
+                    "score": self.mean[self.number(node)].item(),
+                    "interval": [_number(end) for end in ends],
+                }
+                for node, ends in zip(top, self.interval(top).tolist(), strict=True)
+            ],
+        }
+
+    def __str__(self) -> str:
+        ways = ("clean", "corrupt") if self.direction == "noise" else ("corrupt", "clean")
+        lines = [
+            f"{self.method}, {self.direction}, {self.metric.replace('_', ' ')}: {ways[0]} {self.base.mean():.2f}, "
+            f"patched from {ways[1]} {self.source.mean():.2f}; {len(self)} nodes, n {self.n}"
+        ]
+        lines.append(f"  {self.agreement or 'not compared with exact patching (check=0)'}")
+        lines += [f"  {note}" for note in self.notes]
+        top = self.top()
+        for node, (low, high) in zip(top, self.interval(top).tolist(), strict=True):
+            lines.append(f"  {self.mean[self.number(node)]:+9.4f}  [{low:+.4f}, {high:+.4f}]  {node}")
+        return "\n".join(lines)
+
+
+def _kind(site: str) -> str:
+    return site.split(".", 2)[-1] if site.startswith("blocks.") else site
