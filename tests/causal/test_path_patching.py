@@ -175,10 +175,12 @@ def _slow(
                 known[tuple(ids)] = hooked.run(ids, keep=held)
         (end, old), (new_end, new) = known[tuple(original)], known[tuple(other)]
 
-        def at(role: str | None, i: int = i, n: int = len(original)) -> list[int] | None:
+        side = 0 if direction == "noise" else 1
+
+        def at(role: str | None, side: int = side, i: int = i, n: int = len(original)) -> list[int] | None:
             if role is None:
                 return None
-            return [int(pairs.places[role][0, i])] if role in pairs.places else [int(role) % n]
+            return [int(pairs.places[role][side, i])] if role in pairs.places else [int(role) % n]
 
         sets: list[tuple[Any, ...]] = [("z", layer, None, None, old["z", layer]) for layer in range(3)]
         if mlps == "freeze":
@@ -187,7 +189,10 @@ def _slow(
         for node in senders:
             name, layer, head, role = _place(node)
             name = "mlp.out" if name == "mlp" else name
-            sets.append((name, layer, head, at(role), new[name, layer]))
+            sent = new[name, layer].clone()
+            if role is not None:
+                sent[at(role)] = new[name, layer][at(role, 1 - side)]
+            sets.append((name, layer, head, at(role), sent))
         if receivers == ["logits"]:
             patched, _ = hooked.run(original, sets)
         else:
@@ -232,6 +237,17 @@ def test_paths_equal_forwards_with_hooks(
             lm, pairs, SENDERS, receivers, mlps=mlps, direction=direction, random_senders=1, batch_rows=3
         )
         torch.testing.assert_close(small.values, grid.values, rtol=1e-3, atol=3e-4)
+
+
+@pytest.mark.parametrize("direction", ["noise", "denoise"])
+def test_a_role_may_stand_elsewhere_in_the_other_prompt(tiny: LanguageModel, direction: Any) -> None:
+    pairs = align(tiny, [PromptPair((0, 5, 9, 14, 20), (0, 9, 33, 14, 20), 7, 8, {"moved": 2})])
+    pairs.places["moved"][:] = torch.tensor([[2], [1]])  # token 9: third in clean, second in corrupt
+    paths = [("L0H1@moved", "L1H0.q@moved"), ("embed@moved", "logits"), ("L0.mlp", "L2.mlp@moved")]
+    for sender, receiver in paths:
+        grid = path_patch(tiny, pairs, [sender], [receiver], direction=direction)
+        expected = _slow("llama", tiny, pairs, sender, receiver, "recompute", direction, {})
+        assert grid.values[0, 0].tolist() == pytest.approx(expected, abs=3e-4)
 
 
 @pytest.mark.parametrize("mlps", ["recompute", "freeze"])
