@@ -297,8 +297,9 @@ class PatchGrid:
         if self.over == "neurons":
             shown = self.top(20)
             return "\n".join(f"  {one.cell.part:<40}{one.effect.value:>8.3f}" for one in shown)
-        width = max(7, *(len(column) + 1 for column in self.columns))
-        lines = [" " * 6 + "".join(f"{column:>{width}}" for column in self.columns)]
+        names = [column if len(column) <= 12 else f"{column[:11]}…" for column in self.columns]
+        width = max(7, *(len(name) + 1 for name in names))
+        lines = [" " * 6 + "".join(f"{name:>{width}}" for name in names)]
         for layer, row in zip(self.layers, self.mean.tolist(), strict=True):
             lines.append(f"  L{layer:<3} " + "".join(f"{value:>{width}.2f}" for value in row))
         return "\n".join(lines)

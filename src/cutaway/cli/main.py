@@ -28,6 +28,7 @@ from cutaway.cli.dictionary import app as dictionary
 from cutaway.cli.harvest import harvest
 from cutaway.cli.heads import heads
 from cutaway.cli.lens import lens
+from cutaway.cli.patch import patch
 from cutaway.cli.probe import probe
 from cutaway.cli.saliency import saliency
 from cutaway.cli.sites import sites
@@ -54,6 +55,7 @@ for command in (
     attribute,
     saliency,
     probe,
+    patch,
     trace,
     subjects,
     harvest,

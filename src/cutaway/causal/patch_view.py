@@ -1,0 +1,267 @@
+"""A patching grid in words, as text for a terminal and as sections of a page."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from markupsafe import Markup
+from torch import Tensor
+
+from cutaway.artifacts.results import Effect
+from cutaway.causal.competence import Competence
+from cutaway.causal.metrics import UNITS
+from cutaway.causal.patch_grid import LEAST_PAIRS, PatchedCell, PatchGrid
+from cutaway.data.pairs import AlignedPairs, Prompt
+from cutaway.draw.charts import effect_html
+from cutaway.draw.heatmap import heatmap_svg
+from cutaway.draw.panels import figures_html, table_html
+
+Section = tuple[str, str, Markup]
+_NEURON_COLUMNS = 8
+_COLUMNS = {
+    "positions": "position",
+    "heads": "head",
+    "components": "part",
+    "neurons": "neurons of the layer, the largest estimates first",
+}
+
+
+def reading(grid: PatchGrid) -> str:
+    """What a cell is, and what 0 and 1 mean."""
+    place = {
+        "positions": "one layer and position",
+        "heads": "one head",
+        "components": "one attention or MLP output",
+        "neurons": "one neuron",
+    }[grid.over]
+    if grid.over != "positions":
+        place += ", at every token" if grid.at is None else f", at “{grid.at}”"
+    what = grid.metric.replace("_", " ")
+    left = f" ({grid.dropped} left out: their two prompts hardly differ)" if grid.dropped else ""
+    if grid.direction == "denoise":
+        return (
+            f"Each cell runs the corrupt prompt with the clean prompt's activation at {place}. 0: the {what} stays as "
+            f"after the corrupt prompt; 1: it is all brought back to that of the clean prompt. Mean over "
+            f"{grid.n - grid.dropped} pairs{left}."
+        )
+    put = (
+        "the corrupt prompt's activation"
+        if grid.ablation == "resample"
+        else f"{grid.ablation} in place of the activation"
+    )
+    if grid.ablation.startswith("gaussian"):
+        put = f"{grid.ablation}, on the activation"
+    return (
+        f"Each cell runs the clean prompt with {put} at {place}. 0: the {what} stays as after the clean prompt; 1: it "
+        f"falls to that of the corrupt prompt. Mean over {grid.n - grid.dropped} pairs{left}."
+    )
+
+
+def patch_text(
+    grid: PatchGrid, strongest: Sequence[PatchedCell], best: Sequence[Effect], ability: Competence, refused: str
+) -> str:
+    """The grid as text: what a cell means, the table, the strongest cells with their evidence."""
+    lines = [grid.headline(), f"  {reading(grid)}", f"  {grid.evaluation}; the model is {ability}{refused}", ""]
+    if grid.over != "neurons":
+        lines += [grid.table(), ""]
+    width = max(len(one.cell.part + (one.cell.at or "")) for one in strongest) + 5
+    heads = f"{'share':>8}{'95 % interval':>18}{'control':>9}{'p':>9}{'ratio':>8}{'flips':>7}"
+    lines.append(f"  {'the largest cells':<{width}}{heads}")
+    for one in strongest:
+        i, j = grid.layers.index(one.layer), grid.columns.index(one.column)
+        name = one.cell.part + (f" at {one.cell.at}" if one.cell.at else "")
+        control = f"{one.effect.controls[0].value:.3f}" if one.effect.controls else "–"
+        lines.append(
+            f"  {name:<{width}}{one.effect.value:>8.3f}{_span(one.effect.interval):>18}{control:>9}{_p(one.p):>9}"
+            f"{one.ratio_of_means:>8.3f}{grid.flip_rate[i, j]:>7.2f}"
+        )
+    lines.append(f"  control: {grid.control}; ratio: ratio of means; p: sign flips against the control, of one cell")
+    lines += [f"  chosen on half of the pairs, measured on the others: {_told(effect)}" for effect in best]
+    return "\n".join(lines)
+
+
+def _told(effect: Effect) -> str:
+    controls = ", ".join(f"{control.name} {control.value:.3f}" for control in effect.controls)
+    return f"{effect.name} {effect.value:.3f} {_span(effect.interval)}, n {effect.n} ({controls})"
+
+
+def _span(ends: tuple[float, float] | None) -> str:
+    return "–" if ends is None or math.isnan(ends[0]) else f"[{ends[0]:.3f}, {ends[1]:.3f}]"
+
+
+def _p(p: float) -> str:
+    return "–" if math.isnan(p) else f"{p:.1g}" if p < 0.001 else f"{p:.3f}"
+
+
+def _minus(text: str) -> str:
+    return text.replace("-", "−")
+
+
+def patch_sections(
+    grid: PatchGrid, strongest: Sequence[PatchedCell], best: Sequence[Effect], ability: Competence, pairs: AlignedPairs
+) -> list[Section]:
+    """Can the model do it, the heatmap, the flips, the strongest cells, and what was chosen."""
+    sections = [_ability(grid, ability, pairs), *_maps(grid)]
+    sections.append(_strongest(grid, strongest))
+    if best:
+        sections.append(
+            (
+                "Chosen on half of the pairs, measured on the others",
+                "The largest of many cells looks larger than it is. Here the cell is chosen on every second pair, and "
+                f"its effect is that on the {best[0].n} others, beside its control.",
+                Markup("").join(effect_html(effect.to_json()) for effect in best),
+            )
+        )
+    sections.append(_choices(grid, strongest[0]))
+    return sections
+
+
+def _ability(grid: PatchGrid, ability: Competence, pairs: AlignedPairs) -> Section:
+    low, high = ability.interval
+    units = UNITS.get(grid.metric, "")
+    items = [
+        {
+            "label": "right on both prompts",
+            "value": f"{ability.right} of {ability.n}",
+            "detail": f"95 % interval of the share {low:.2f} to {high:.2f}",
+        },
+        {"label": f"{_words(grid)}, clean prompts", "value": grid.clean.mean().item(), "units": units},
+        {"label": f"{_words(grid)}, corrupt prompts", "value": grid.corrupt.mean().item(), "units": units},
+    ]
+    rows = [[_text(pair.clean), _text(pair.corrupt), str(pair.answer), str(pair.wrong)] for pair in pairs.pairs[:4]]
+    table = table_html(
+        columns=("clean prompt", "corrupt prompt", "answer", "wrong"), rows=rows, title="the first pairs",
+        align=["left"] * 4,
+    )  # fmt: skip
+    refused = f" {len(pairs.refused)} pairs do not align and are left out." if pairs.refused else ""
+    text = (
+        f"{grid.evaluation}.{refused} After the clean prompt the answer is right, after the corrupt one the wrong one."
+    )
+    return ("Can the model do it?", text, figures_html(items=items) + table)  # type: ignore[arg-type]
+
+
+def _words(grid: PatchGrid) -> str:
+    return grid.metric.replace("_", " ")
+
+
+def _text(prompt: Prompt) -> str:
+    return prompt if isinstance(prompt, str) else " ".join(map(str, prompt))
+
+
+def _maps(grid: PatchGrid) -> list[Section]:
+    rows = [f"L{layer}" for layer in grid.layers]
+    columns = list(grid.columns)
+    values = _plain(grid.mean)
+    flips = _plain(grid.flip_rate)
+    cell_text = None
+    if grid.over == "neurons":
+        columns = columns[:_NEURON_COLUMNS]
+        values, flips = ([row[:_NEURON_COLUMNS] for row in grown] for grown in (values, flips))
+        cell_text = [
+            [f"{_neurons(grid, i, j)} {0.0 if value is None else value:.3f}" for j, value in enumerate(row)]
+            for i, row in enumerate(values)
+        ]
+    known = [
+        (abs(v), i, j)
+        for i, row in enumerate(values)
+        if not grid.is_output(grid.layers[i])
+        for j, v in enumerate(row)
+        if v is not None
+    ]
+    marks = [max(known)[1:]] if known else []
+    star = " Tokens with * differ between pairs or prompts; the first pair's are shown." if grid.tokens else ""
+    output = (
+        " The last layer's stream at the last token is the output itself, and restores all whatever the model does."
+        if any(map(grid.is_output, grid.layers))
+        else ""
+    )
+    axes = {"row_axis": "layer", "column_axis": _COLUMNS[grid.over]}
+    shares = heatmap_svg(
+        rows=rows, columns=columns, values=values, title="share of the difference that a patch moves", units="share",
+        diverging=True, cell_text=cell_text, marks=marks, **axes,
+    )  # fmt: skip
+    sections = [
+        (
+            f"What each patch moves: {grid.site.replace('blocks.{l}.', '')}",
+            f"{reading(grid)} Outlined: the largest.{star}{output}",
+            shares,
+        )
+    ]
+    if float(grid.flip_rate.max()) > float(grid.base_flips.float().mean()):
+        goal = "right" if grid.direction == "denoise" else "wrong"
+        before = float(grid.base_flips.float().mean())
+        drawn = heatmap_svg(
+            rows=rows, columns=columns, values=flips, title="share of pairs whose answer flips", units="share of pairs",
+            **axes,
+        )  # fmt: skip
+        text = (
+            f"Share of pairs that are answered with the pair's {goal} answer under the patch; {before:.2f} without one."
+        )
+        sections.append(("How often the answer flips", text, drawn))
+    return sections
+
+
+def _neurons(grid: PatchGrid, i: int, j: int) -> str:
+    return ",".join(f"N{neuron}" for neuron in grid.cells[i][j].neurons or ())
+
+
+def _plain(values: Tensor) -> list[list[float | None]]:
+    return [[value if math.isfinite(value) else None for value in row] for row in values.tolist()]
+
+
+def _strongest(grid: PatchGrid, strongest: Sequence[PatchedCell]) -> Section:
+    rows = []
+    for one in strongest:
+        i, j = grid.layers.index(one.layer), grid.columns.index(one.column)
+        control = one.effect.controls[0] if one.effect.controls else None
+        rows.append(
+            [
+                one.cell.part,
+                one.cell.at or "every token",
+                _minus(f"{one.effect.value:.3f}"),
+                _minus(_span(one.effect.interval)),
+                "–" if control is None else _minus(f"{control.value:.3f} {_span(control.interval)}"),
+                _p(one.p),
+                _minus(f"{one.ratio_of_means:.3f}"),
+                f"{grid.flip_rate[i, j]:.2f}",
+            ]
+        )
+    count = len(grid.layers) * len(grid.columns)
+    text = (
+        f"The largest of {count} cells by size. Share: mean over pairs of each pair's share, with its bootstrap "
+        f"interval over pairs. Control: {grid.control}. p: two-sided, signs of the pairs' differences from the control "
+        f"flipped at random; it is of one cell, and of {count} about {0.05 * count:.1f} would be below 0.05 by chance. "
+        "Ratio of means: the mean difference moved over the mean difference, in which pairs that differ more count for "
+        "more."
+    )
+    columns = ("part", "at", "share", "95 % interval", "control", "p", "ratio of means", "flips")
+    align = ["left", "left", *["right"] * 6]
+    return ("The largest cells", text, table_html(columns=columns, rows=rows, title="largest cells", align=align))
+
+
+def _choices(grid: PatchGrid, one: PatchedCell) -> Section:
+    choices = grid.choices(one.cell)
+    rows = [
+        ["granularity", choices.granularity],
+        ["component", f"{grid.site}, one {_COLUMNS[grid.over].split(' of')[0].rstrip('s')} at a time"],
+        ["ablation", choices.ablation],
+        ["positions", "one at a time" if grid.over == "positions" else choices.positions],
+        ["direction", choices.direction],
+        ["evaluation", choices.evaluation],
+    ]
+    text = (
+        "An effect of patching depends on six choices; effects that differ in one of them are not comparable. "
+        "Denoising shows what suffices, noising what is needed: behind two parts of which either is enough, noising "
+        "one shows nothing; behind two that are both needed, denoising one shows nothing."
+    )
+    return ("The six choices", text, table_html(columns=("choice", "here"), rows=rows, title="choices"))
+
+
+def too_few(pairs: int) -> str:
+    """Why a grid over so few pairs is not reported."""
+    left = "1 usable pair is" if pairs == 1 else f"{pairs} usable pairs are"
+    return (
+        f"{left} too few for an interval, and to choose a cell on one half and measure it on the other; give "
+        f"{LEAST_PAIRS} or more"
+    )
