@@ -176,10 +176,10 @@ def _maps(grid: PatchGrid) -> list[Section]:
         if any(map(grid.is_output, grid.layers))
         else ""
     )
-    axes = {"row_axis": "layer", "column_axis": _COLUMNS[grid.over]}
+    across = _COLUMNS[grid.over]
     shares = heatmap_svg(
         rows=rows, columns=columns, values=values, title="share of the difference that a patch moves", units="share",
-        diverging=True, cell_text=cell_text, marks=marks, **axes,
+        diverging=True, cell_text=cell_text, marks=marks, row_axis="layer", column_axis=across,
     )  # fmt: skip
     sections = [
         (
@@ -193,7 +193,8 @@ def _maps(grid: PatchGrid) -> list[Section]:
         before = float(grid.base_flips.float().mean())
         drawn = heatmap_svg(
             rows=rows, columns=columns, values=flips, title="share of pairs whose answer flips", units="share of pairs",
-            **axes,
+            row_axis="layer",
+        column_axis=across,
         )  # fmt: skip
         text = (
             f"Share of pairs that are answered with the pair's {goal} answer under the patch; {before:.2f} without one."
