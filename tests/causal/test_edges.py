@@ -324,3 +324,22 @@ def test_bad_circuits_are_refused() -> None:
         run_circuits(lm, pairs, graph.full()[None], ablation="noise")  # type: ignore[arg-type]
     with pytest.raises(CutawayError, match="prompts of one length"):
         run_circuits(lm, pairs, graph.full()[None], ablation="mean by position")
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "gemma2", "mistral", "bloom"])
+def test_a_shared_prefix_is_computed_once_and_changes_nothing(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pairs differ from their third token on: the columns before it are taken over, or not at all."""
+    lm = double(family)
+    graph, pairs = graph_of(lm), pairs_for(lm)
+    masks = graph.full()[None] & (torch.rand(graph.shape, generator=torch.Generator().manual_seed(0)) < 0.5)
+    found = eap_ig(lm, pairs, steps=2, graph=graph).values, run_circuits(lm, pairs, masks, graph=graph).values
+    widths: list[int] = []
+    hook = lm.family.layers[-1].mlp.register_forward_pre_hook(lambda _m, args: widths.append(args[0].shape[-2]))
+    eap(lm, pairs, graph=graph)
+    hook.remove()
+    assert 5 in widths
+    monkeypatch.setattr("cutaway.causal.edges.shared_prefix", lambda *_args, **_kwargs: None)
+    monkeypatch.setattr("cutaway.causal.edge_patching.shared_prefix", lambda *_args, **_kwargs: None)
+    whole = eap_ig(lm, pairs, steps=2, graph=graph).values, run_circuits(lm, pairs, masks, graph=graph).values
+    for one, other in zip(found, whole, strict=True):
+        assert_close(one, other)

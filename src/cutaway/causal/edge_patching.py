@@ -22,6 +22,7 @@ from cutaway.causal.metrics import Metric, named_metric, targets_of
 from cutaway.causal.parts import (
     PARTS,
     Hooks,
+    Prefix,
     Reader,
     forward,
     head_results,
@@ -30,6 +31,7 @@ from cutaway.causal.parts import (
     output_bias,
     reader,
     refuse_unreadable,
+    shared_prefix,
     start_of_stream,
     tiled,
 )
@@ -100,21 +102,27 @@ def run_circuits(
     if ablation not in get_args(Replacement):
         raise CutawayError(f"no ablation is called {ablation!r}; there are {', '.join(get_args(Replacement))}")
     name, measure = named_metric(metric)
-    p, c = pairs.clean.ids.shape[1], max(1, len(masks))
+    full = (masks | ~graph.real).flatten(1).all(1)
+    some = (masks.flatten(1).any(1) & ~full).nonzero().flatten()  # neither the model itself nor nothing of it
+    p, c = pairs.clean.ids.shape[1], max(1, len(some))
     size = 4 * lm.d_model * (graph.n_sources * c + 60 * lm.n_layers)
     tile = max(1, (batch_tokens or _MEMORY // size) // (p if batch_tokens is None else p * c))
     means = None if ablation in ("resample", "zero") else _means(lm, pairs, reference, ablation)
     values, clean, corrupt = [], [], []
+    share, checked = True, False  # whether a prefix is taken over, and was seen to be right
     progress = Progress(label, total=len(pairs), unit="pairs") if len(pairs) > tile else nullcontext()
     with torch.no_grad(), progress as shown:
         readers = [reader(lm, graph, layer) for layer in range(lm.n_layers)]
         for first in range(0, len(pairs), tile):
             rows = range(first, min(first + tile, len(pairs)))
             part = pairs[rows]
-            at = 0
+            at, prefix = 0, None
             if ablation == "resample":
                 at = int((part.clean.ids != part.corrupt.ids).any(0).int().argmax())
-                base = _written(lm, part.corrupt, at)
+                if share and at:
+                    prefix = shared_prefix(lm, part.clean, at, check=not checked)
+                    share, checked = prefix is not None, True
+                base = _written(lm, part.corrupt, at, prefix)
             elif ablation == "zero":
                 base = _nothing(lm, part.clean)
             else:
@@ -124,22 +132,22 @@ def run_circuits(
             assert plain is not None
             targets = targets_of(part, plain[:, 0]).to(lm.device)
             here = None if columns is None else columns[first : first + tile]
-            one = _Tile(lm, graph, readers, part, masks, base, at, here)
-            logits = one.run() if len(masks) else plain[:0]
-            found = [
-                measure(logits[i * len(part) : (i + 1) * len(part)], targets).float().cpu() for i in range(len(masks))
-            ]
-            values.append(torch.stack(found) if found else torch.zeros(0, len(part)))
+            one = _Tile(lm, graph, readers, part, masks[some], base, at, here, prefix)
             clean.append(measure(plain[:, 0], targets).float().cpu())
             corrupt.append(measure(one.ablated_logits(), targets).float().cpu())
+            found = torch.where(full[:, None], clean[-1], corrupt[-1])  # of the trivial ones
+            if len(some):
+                logits = one.run().split(len(part))
+                found[some] = torch.stack([measure(each, targets).float().cpu() for each in logits])
+            values.append(found)
             if shown is not None:
                 shown.advance(len(part))
     return CircuitRuns(torch.cat(values, 1), torch.cat(clean), torch.cat(corrupt), name, ablation)
 
 
-def _written(lm: LanguageModel, tokens: Tokens, at: int) -> Reference:
+def _written(lm: LanguageModel, tokens: Tokens, at: int, prefix: Prefix | None) -> Reference:
     """What every source writes for these tokens, from column `at` on."""
-    found = keep_writes(lm, tokens, at)
+    found = keep_writes(lm, tokens, at if prefix is None else 0, prefix)
     start = start_of_stream(lm, tokens)[:, at:]
     base = Reference(start)
     for index in range(lm.n_layers):
@@ -276,8 +284,10 @@ class _Tile:
         base: Reference,
         at: int,
         columns: Tensor | None,
+        prefix: Prefix | None,
     ) -> None:
         self.lm, self.graph, self.readers, self.masks, self.base, self.at = lm, graph, readers, masks, base, at
+        self.prefix, self.skip = prefix, at if prefix is None else 0  # columns of a forward that stay as they are
         self.tokens, self.n = pairs.clean, len(pairs)
         self.t = self.tokens.ids.shape[1] - at
         self.wide = torch.promote_types(lm.dtype, torch.float32)
@@ -330,7 +340,8 @@ class _Tile:
                 layer.mlp_writer, lambda out, i=index, times=layer.mlp_multiplier: self._wrote_mlp(i, out, times)
             )
         hooks.before(lm.family.ln_final.module, self._finish)
-        logits = forward(lm, tiled(self.tokens, len(self.masks)), hooks, ungrouped=self.ungrouped)
+        tokens = tiled(self.tokens, len(self.masks))
+        logits = forward(lm, tokens, hooks, ungrouped=self.ungrouped, prefix=self.prefix)
         assert logits is not None
         return logits.to(self.wide)
 
@@ -414,14 +425,14 @@ class _Tile:
             if self.ungrouped and part != "q":
                 old = old.repeat_interleave(self.graph.kv // self.lm.n_kv_heads, dim=-2)
             value = self.parts[part].to(old.dtype)
-            new[part] = torch.cat([old[:, : self.at], value], 1) if self.at else value
+            new[part] = torch.cat([old[:, : self.skip], value], 1) if self.skip else value
         if self.ungrouped and projection.parts != ("q",):
             return new[projection.parts[0]].flatten(-2)
         return projection.join(new, y)
 
     def _wrote_heads(self, index: int, z: Tensor) -> None:
         heads = self.graph.head_sources(index)
-        by_head = z.unflatten(-1, (self.lm.n_heads, -1))[:, self.at :].to(self.wide)
+        by_head = z.unflatten(-1, (self.lm.n_heads, -1))[:, self.skip :].to(self.wide)
         w_o = self.lm.w_o(index).to(self.wide)
         times = 1.0 if index in self.posts else self.lm.family.layers[index].attn_multiplier
         for c, place in enumerate(self.place):
@@ -449,14 +460,14 @@ class _Tile:
             wide, scale = norm.divide(new)
             new = norm.gain(wide / scale, new.dtype)
         new = new.to(x.dtype)
-        if self.at:
+        if self.skip:
             kept = x.view(len(new), -1, x.shape[-1])
-            new = torch.cat([kept[:, : self.at], new], 1)
+            new = torch.cat([kept[:, : self.skip], new], 1)
         return new.reshape(x.shape)
 
     def _wrote_mlp(self, index: int, out: Tensor, times: float) -> None:
         source = self.graph.mlp_source(index)
-        values = out.reshape(len(self.masks) * self.n, -1, out.shape[-1])[:, self.at :].to(self.wide)
+        values = out.reshape(len(self.masks) * self.n, -1, out.shape[-1])[:, self.skip :].to(self.wide)
         for c, place in enumerate(self.place):
             if place[source] >= 0:
                 own = values[c * self.n : (c + 1) * self.n]
@@ -466,12 +477,10 @@ class _Tile:
         """Only the last position of each row is read."""
         column, rows = torch.tensor([self.graph.n_destinations - 1]), torch.arange(self.n, device=x.device)
         new = x.clone()
-        keep = self.changes, self.n, self.t, self.end
         for c in range(len(self.masks)):
             if bool(self.any_position[c][:, -1].any()):
                 stream = self._streams(c, self.graph.n_sources, column, self.end)[0]
             else:
                 stream = self.end
-            new[c * self.n + rows, self.last + self.at] = stream[rows, self.last].to(x.dtype)
-        del keep
+            new[c * self.n + rows, self.last + self.skip] = stream[rows, self.last].to(x.dtype)
         return new

@@ -40,6 +40,7 @@ from cutaway.causal.parts import (
     note_writes,
     reader,
     refuse_unreadable,
+    shared_prefix,
     start_of_stream,
     tiled,
 )
@@ -286,6 +287,7 @@ class _Engine:
         self.lm, self.graph, self.measure, self.name, self.at, self.rules = lm, graph, measure, name, at, rules
         self.ungrouped = graph.kv != lm.n_kv_heads
         self.wide = torch.promote_types(lm.dtype, torch.float32)
+        self.may_share, self.checked = True, False  # whether a prefix is taken over, and was seen to be right
         self.readers = [reader(lm, graph, layer) for layer in range(lm.n_layers)]
 
     def batch(self, pairs: AlignedPairs, columns: Tensor | None, direction: Direction) -> tuple[Tensor, Tensor, float]:
@@ -294,8 +296,14 @@ class _Engine:
         differs = (pairs.clean.ids != pairs.corrupt.ids).any(0)
         self.first = int(differs.int().argmax())  # before it nothing can differ
         self.columns = None if columns is None else columns[:, self.first :]
+        self.prefix = None
+        if self.may_share and self.first:
+            self.prefix = shared_prefix(lm, pairs.clean, self.first, check=not self.checked)
+            self.may_share, self.checked = self.prefix is not None, True
+        self.skip = 0 if self.prefix is not None else self.first  # columns of a forward that are not looked at
         base, other = start_of_stream(lm, pairs.clean), start_of_stream(lm, pairs.corrupt)
-        points = torch.cat([other + point * (base - other) for point in self.at]).requires_grad_()
+        points = torch.cat([other + point * (base - other) for point in self.at])
+        points = points[:, self.first - self.skip :].contiguous().requires_grad_()
         ends = {1.0: pairs.clean, 0.0: pairs.corrupt}
         missing = [end for end in ends if end not in self.at]
         written: dict[float, Writes] = {end: Writes() for end in ends}
@@ -304,20 +312,20 @@ class _Engine:
             tokens = _joined([ends[end] for end in missing])
             hooks = Hooks()
             ends_at = {end: slice(i * n, (i + 1) * n) for i, end in enumerate(missing)}
-            note_writes(lm, hooks, ends_at, self.first, written)
+            note_writes(lm, hooks, ends_at, self.skip, written)
             with torch.no_grad():
-                found = forward(lm, tokens, hooks)
+                found = forward(lm, tokens, hooks, prefix=self.prefix)
             assert found is not None
             logits.update({end: found[i * n : (i + 1) * n] for i, end in enumerate(missing)})
         hooks, rows = Hooks(), {end: slice(i * n, (i + 1) * n) for i, end in enumerate(self.at) if end in ends}
-        note_writes(lm, hooks, rows, self.first, written)
+        note_writes(lm, hooks, rows, self.skip, written)
         layers = [_Layer() for _ in range(lm.n_layers)]
         scores = torch.zeros(n, *self.graph.shape)
         self._listen(hooks, layers, scores, n)
         tokens = tiled(pairs.clean, len(self.at))
         with torch.enable_grad(), relp_rules(lm) if self.rules == "relp" else nullcontext():
             hooks.before(lm.family.layers[0].module, lambda _: points)
-            found = forward(lm, tokens, hooks, ungrouped=self.ungrouped)
+            found = forward(lm, tokens, hooks, ungrouped=self.ungrouped, prefix=self.prefix)
             assert found is not None
             logits.update({end: found[where].detach() for end, where in rows.items()})
             # in the direction "denoise" pairs are exchanged, and what the metric calls clean is the other run
@@ -359,7 +367,7 @@ class _Engine:
             if layer.ln1 is not None:
 
                 def on_norm(x: Tensor, now: _Layer = now, norm: Any = layer.ln1) -> None:
-                    wide, scale = norm.divide(x.detach()[:, self.first :])
+                    wide, scale = norm.divide(x.detach()[:, self.skip :])
                     now.normalized, now.scale = wide / scale, scale
 
                 hooks.before(layer.ln1.module, on_norm)
@@ -369,7 +377,7 @@ class _Engine:
 
             def on_mlp(x: Tensor, index: int = index, now: _Layer = now, norm: Any = norm) -> Tensor:
                 def on_gradient(g: Tensor) -> None:
-                    g = g[:, self.first :].to(self.wide)
+                    g = g[:, self.skip :].to(self.wide)
                     if norm is not None and self.rules == "relp":
                         assert now.scale is not None
                         g = centred(norm, gained(norm, g) / now.scale)
@@ -385,7 +393,7 @@ class _Engine:
 
         def on_logits(x: Tensor) -> Tensor:
             def on_gradient(g: Tensor) -> None:
-                g = g[:, self.first :].to(self.wide).unflatten(0, (-1, n)).sum(0)[:, None]
+                g = g[:, self.skip :].to(self.wide).unflatten(0, (-1, n)).sum(0)[:, None]
                 last = self.graph.n_destinations - 1
                 self._contract(g, self.graph.n_sources, slice(last, last + 1), scores)
 
@@ -404,12 +412,12 @@ class _Engine:
             parts = {part: parts[part].repeat_interleave(self.graph.kv // self.lm.n_kv_heads, dim=-2)}
             y = new = parts[part].flatten(-2)
         for part in projection.parts:
-            now.read[part] = parts[part].detach()[:, self.first :]
+            now.read[part] = parts[part].detach()[:, self.skip :]
 
         def on_gradient(g: Tensor) -> None:
             part = projection.parts[0]
             split = {part: g.unflatten(-1, parts[part].shape[-2:])} if new is not None else projection.split(g)
-            now.grads.update({part: split[part][:, self.first :].to(self.wide) for part in projection.parts})
+            now.grads.update({part: split[part][:, self.skip :].to(self.wide) for part in projection.parts})
             if len(now.grads) == len(PARTS):
                 self._attention(index, now, scores, n)
 

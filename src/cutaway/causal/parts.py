@@ -7,12 +7,13 @@ layer's norm and its own columns of the projection, so the forward itself stays 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers import DynamicCache
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.causal.graph import Graph
@@ -21,6 +22,7 @@ from cutaway.model.execution import Execution, Stop
 from cutaway.model.language_model import LanguageModel
 from cutaway.model.norms import Norm
 from cutaway.model.parts import Layer
+from cutaway.model.shortcuts import Base, run_base
 from cutaway.model.tokens import Tokens
 from cutaway.model.wrapped import bias_of
 
@@ -167,6 +169,49 @@ class Hooks:
         return [make(execution) for make in self._made]
 
 
+@dataclass(frozen=True)
+class Prefix:
+    """Columns that both prompts of every pair share, whose keys and values are computed once."""
+
+    columns: int
+    base: Base
+
+    def past(self, rows: int, repeats: int) -> DynamicCache:
+        """The cache for so many rows, all prompts again and again; `repeats` gives each head of a group its own."""
+        base = self.base
+        if repeats > 1:
+            assert base.cache is not None
+            cache = [(k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)) for k, v in base.cache]
+            base = replace(base, cache=cache)
+        return base.past(self.columns, rows // len(base.tokens), 0)
+
+
+def shared_prefix(lm: LanguageModel, clean: Tokens, columns: int, *, check: bool = True) -> Prefix | None:
+    """The first so many columns of these prompts, or None where there are none or the model keeps no plain cache.
+
+    With `check`, what is computed behind it is compared with a whole forward of the first prompt, and the prefix is
+    refused where they differ.
+    """
+    if columns == 0 or not bool(clean.mask[:, :columns].all()):
+        return None
+    with torch.no_grad():
+        front = Tokens.whole(clean.ids[:, :columns], ())
+        base = run_base(lm, front, (), last=True, cached=True)
+        if base.cache is None:
+            return None
+        if not check:
+            return Prefix(columns, base)
+        one = clean[:1]
+        whole = forward(lm, one, Hooks())
+        first = replace(base, tokens=front[:1], cache=[(k[:1], v[:1]) for k, v in base.cache])
+        behind = forward(lm, one, Hooks(), prefix=Prefix(columns, first))
+    assert whole is not None
+    assert behind is not None
+    error = (whole - behind).abs().max() / whole.abs().max().clamp(min=1e-9)
+    allowed = 1e-4 if lm.dtype in (torch.float32, torch.float64) else 2e-2
+    return Prefix(columns, base) if bool(error < allowed) else None
+
+
 def forward(
     lm: LanguageModel,
     tokens: Tokens,
@@ -175,25 +220,34 @@ def forward(
     first_layer: int = 0,
     stream: Tensor | None = None,
     ungrouped: bool = False,
+    prefix: Prefix | None = None,
 ) -> Tensor | None:
-    """Logits at each row's last real token [b, V] of a forward under these hooks; None where one raised `Stop`."""
+    """Logits at each row's last real token [b, V] of a forward under these hooks; None where one raised `Stop`.
+
+    With a `prefix` only the columns behind it are computed, and hooks see no others.
+    """
+    start = 0 if prefix is None else prefix.columns
     execution = Execution(
         lm,
         (),
         (),
-        tokens.mask,
+        tokens.mask[:, start:],
         first_layer=first_layer,
         resumed=stream,
         last_only=True,
         watch=hooks,
         ungrouped=ungrouped,
     )
+    repeats = lm.n_heads // lm.n_kv_heads if ungrouped else 1
+    keep: dict[str, Any] = {"use_cache": False}
+    if prefix is not None:
+        keep = {"use_cache": True, "past_key_values": prefix.past(len(tokens), repeats)}
     out = execution.forward(
         lambda: lm.hf(
-            input_ids=tokens.ids,
+            input_ids=tokens.ids[:, start:],
             attention_mask=tokens.mask.long(),
-            position_ids=tokens.position_ids,
-            use_cache=False,
+            position_ids=tokens.position_ids[:, start:],
+            **keep,
         )
     )
     return None if out is None else out.logits[:, 0]
@@ -233,13 +287,13 @@ def note_writes(
     if not rows:
         return
     dtype = torch.promote_types(lm.dtype, torch.float32)
-    batch = max(where.stop for where in rows.values())  # of all rows, the noted ones may be some
 
-    def by_row(x: Tensor, mask_rows: int) -> Tensor:
-        return x if x.ndim == 3 else x.view(mask_rows, -1, x.shape[-1])
+    def by_row(x: Tensor, rows: int) -> Tensor:
+        """[b, p, d], also where an MLP has all tokens in one dimension."""
+        return x if x.ndim == 3 else x.view(rows, -1, x.shape[-1])
 
     for index, layer in enumerate(lm.family.layers):
-        seen: list[int] = [batch]
+        seen: list[int] = [0]  # rows of the forward at hand
 
         def on_z(flat: Tensor, index: int = index, seen: list[int] = seen) -> None:
             seen[0] = flat.shape[0]
@@ -270,12 +324,12 @@ def note_writes(
             hooks.before(layer.ln1_post.module, on_post)
 
 
-def keep_writes(lm: LanguageModel, tokens: Tokens, first: int) -> Writes:
-    """What every layer writes for these tokens, from column `first` on."""
+def keep_writes(lm: LanguageModel, tokens: Tokens, first: int, prefix: Prefix | None = None) -> Writes:
+    """What every layer writes for these tokens, from column `first` on (of those that are computed)."""
     hooks, found = Hooks(), Writes()
     note_writes(lm, hooks, {0.0: slice(0, len(tokens))}, first, {0.0: found})
     with torch.no_grad():
-        forward(lm, tokens, hooks)
+        forward(lm, tokens, hooks, prefix=prefix)
     return found
 
 
