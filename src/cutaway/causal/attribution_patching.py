@@ -16,9 +16,9 @@ and every result is compared with exact patching of a random sample of its nodes
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -97,14 +97,15 @@ def attribution_patching(
         if method == "atp*":
             found = atp_star(question, grad_drop=grad_drop, batch_rows=batch_rows)
             label += "" if grad_drop else " without GradDrop"
-        elif method == "ig":
-            found = _along_activations(question, steps, path, batch_rows)
-            label += f"{' by node' if path == 'node' else ''} ({steps} steps)"
-        elif method == "ig-inputs":
-            found = _along_inputs(question, steps, batch_rows)
-            label += f" ({steps} steps)"
+        elif method == "ig" and path == "node":
+            found = _node_by_node(question, steps, batch_rows)
+            label += f" by node ({steps} steps)"
         else:
-            found = _at_the_base(question, method == "relp", attention, batch_rows)
+            found = Found()
+            for at in slopes(question, method, found, steps=steps, attention=attention, batch_rows=batch_rows):
+                scores = at.part.contract(at.site, at.base, at.source, at.grad)
+                found.add(at.part, at.site, scores, at.base, at.source)
+            label += f" ({steps} steps)" if method in ("ig", "ig-inputs") else ""
             label += " (pattern held)" if method == "relp" and attention == "detach" else ""
     scores = result_of(question, label, found)
     if not check:
@@ -112,9 +113,41 @@ def attribution_patching(
     return replace(scores, agreement=check_exactly(question, scores, found, check, seed=seed))
 
 
-def _at_the_base(question: Question, relp: bool, attention: Attention, batch_rows: int) -> Found:
+@dataclass(frozen=True, eq=False)
+class At:
+    """One site in one part of a question: its values in both runs and the metric's gradient there [b, p, ...]."""
+
+    part: Question
+    site: str
+    base: Tensor
+    source: Tensor
+    grad: Tensor
+
+
+def slopes(
+    question: Question,
+    method: Method,
+    found: Found,
+    *,
+    steps: int = 10,
+    attention: Attention = "gradient",
+    batch_rows: int = 64,
+) -> Iterator[At]:
+    """The gradient that a method ("atp", "relp", "ig" by site, "ig-inputs") takes at every site of a question.
+
+    The metric of both runs, and how steep it is, go to `found`.
+    """
+    if method == "ig":
+        yield from _along_activations(question, steps, batch_rows, found)
+    elif method == "ig-inputs":
+        yield from _along_inputs(question, steps, batch_rows, found)
+    else:
+        yield from _at_the_base(question, method == "relp", attention, batch_rows, found)
+
+
+def _at_the_base(question: Question, relp: bool, attention: Attention, batch_rows: int, found: Found) -> Iterator[At]:
     """AtP and RelP: the source's forward, and the base's forward and backward."""
-    lm, names, found = question.lm, question.sites, Found()
+    lm, names = question.lm, question.sites
     for part in question.parts(batch_rows):
         given = lm.run(part.source, capture=names, logits="last")
         assert given.logits is not None
@@ -132,9 +165,7 @@ def _at_the_base(question: Question, relp: bool, attention: Attention, batch_row
         assert run.logits is not None
         found.ends(part, kept[0], run.logits[:, 0], other)
         for site in names:
-            scores = part.contract(site, run[site], given[site], run.grads[site])
-            found.add(part, site, scores, run[site], given[site])
-    return found
+            yield At(part, site, run[site], given[site], run.grads[site])
 
 
 def _both(part: Question, names: Sequence[str], found: Found) -> tuple[Run, Run, Targets]:
@@ -170,42 +201,48 @@ def _gradients(
     return part.lm.run(tokens, capture=list(names), edits=[edit], logits="last", grad=judge, resume=resume)
 
 
-def _along_inputs(question: Question, steps: int, batch_rows: int) -> Found:
+def _along_inputs(question: Question, steps: int, batch_rows: int, found: Found) -> Iterator[At]:
     """Gradients at every node, averaged while the embedding moves from the base's to the source's."""
-    names, found = question.sites, Found()
+    names = question.sites
     for part in question.parts(batch_rows // steps):
         base, given, targets = _both(part, list(dict.fromkeys(["embed", *names])), found)
         start, end = base["embed"], given["embed"]
         values = start + _midpoints(steps, start).to(start.dtype) * (end - start)
         run = _gradients(part, "embed", values, names, targets, found, None)
         for site in names:
-            grad = run.grads[site].float().unflatten(0, (steps, -1)).mean(0)
-            found.add(part, site, part.contract(site, base[site], given[site], grad), base[site], given[site])
-    return found
+            yield At(part, site, base[site], given[site], run.grads[site].float().unflatten(0, (steps, -1)).mean(0))
 
 
-def _along_activations(question: Question, steps: int, path: str, batch_rows: int) -> Found:
-    """Gradients at each node, averaged while it (or its whole site) moves from its base to its source value."""
+def _along_activations(question: Question, steps: int, batch_rows: int, found: Found) -> Iterator[At]:
+    """Gradients at each site, averaged while it moves from its base to its source value."""
+    names = question.sites
+    streams = [f"blocks.{layer}.resid_pre" for layer in range(question.lm.n_layers)]
+    parts = list(question.parts(batch_rows // steps))
+    with shown("integrated gradients", len(parts), "parts") as advance:
+        for part in parts:
+            base, given, targets = _both(part, names, found)
+            # layers below the site are not run again
+            stream = question.lm.run(tiled(part.base, steps), capture=streams, logits=None)
+            for site in names:
+                start = base[site]
+                move = part.change(site, start, given[site]).to(start.dtype)
+                values = start + _midpoints(steps, start).to(start.dtype) * move
+                run = _gradients(part, site, values, [site], targets, found, stream)
+                yield At(part, site, start, given[site], run.grads[site].float().unflatten(0, (steps, -1)).mean(0))
+            advance()
+
+
+def _node_by_node(question: Question, steps: int, batch_rows: int) -> Found:
+    """Integrated gradients where each node moves alone."""
     names, found = question.sites, Found()
     most = max(1, batch_rows // steps)
     parts = list(question.parts(most))
     with shown("integrated gradients", len(parts), "parts") as advance:
         for part in parts:
             base, given, targets = _both(part, names, found)
-            streams = [f"blocks.{layer}.resid_pre" for layer in range(question.lm.n_layers)]
-            stream: Run | None = None
-            if path == "site":  # layers below the site are not run again
-                stream = question.lm.run(tiled(part.base, steps), capture=streams, logits=None)
             for site in names:
                 start, end = base[site], given[site]
-                move = part.change(site, start, end).to(start.dtype)
-                if path == "site":
-                    values = start + _midpoints(steps, start).to(start.dtype) * move
-                    run = _gradients(part, site, values, [site], targets, found, stream)
-                    grad = run.grads[site].float().unflatten(0, (steps, -1)).mean(0)
-                    scores = part.contract(site, start, end, grad)
-                else:
-                    scores = _one_by_one(part, site, start, end, move, steps, targets, found, max(1, most // len(part)))
+                scores = _one_by_one(part, site, start, end, steps, targets, found, max(1, most // len(part)))
                 found.add(part, site, scores, start, end)
             advance()
     return found
@@ -216,13 +253,13 @@ def _one_by_one(
     site: str,
     start: Tensor,
     end: Tensor,
-    move: Tensor,
     steps: int,
     targets: Targets,
     found: Found,
     at_once: int,
 ) -> Tensor:
     """Scores [columns, units, b] of a site's nodes, each moved alone; `at_once` of them in one batch."""
+    move = part.change(site, start, end).to(start.dtype)
     shape = part.contract(site, start, end, torch.zeros_like(start)).shape
     scores = torch.zeros(shape)
     nodes = [(column, unit) for column in range(shape[0]) for unit in range(shape[1])]

@@ -18,7 +18,7 @@ from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.progress import Progress
 from cutaway.artifacts.results import Choices
 from cutaway.causal.metrics import Metric, Targets, differentiable, named_metric, targets_of
-from cutaway.causal.node_scores import Agreement, Direction, Node, NodeScores, Unit
+from cutaway.causal.node_scores import Agreement, Direction, NodeScores, Unit, node_of
 from cutaway.data.pairs import AlignedPairs
 from cutaway.model import edits
 from cutaway.model.edits import Edit
@@ -82,7 +82,7 @@ class Question:
         if self.into is None or self.taken is None:
             mask = self.base.mask.to(base.device)
             return (source - base).float() * mask.view(*mask.shape, *[1] * (base.ndim - 2))
-        into, taken, rows = self._cells(base.device)
+        into, taken, rows = self.cells(base.device)
         moved = torch.zeros_like(base, dtype=torch.float32)
         for to, of in zip(into, taken, strict=True):
             moved[rows, to] = (source[rows, of] - base[rows, to]).float()
@@ -92,7 +92,7 @@ class Question:
         """Σ over a node's values of (source − base) · grad: [columns, units, b] of one site's values [b, p, ...]."""
         if self.into is None or self.taken is None:
             return self.by_unit(site, self.change(site, base, source) * grad.float()).sum(1).T[None]
-        into, taken, rows = self._cells(base.device)
+        into, taken, rows = self.cells(base.device)
         product = (source[rows, taken] - base[rows, into]).float() * grad[rows, into].float()
         return self.by_unit(site, product).transpose(1, 2)
 
@@ -101,7 +101,7 @@ class Question:
         if self.into is None:
             mask = self.base.mask.to(values.device)
             return (values * mask[..., None]).sum(1).T[None]
-        into, _, rows = self._cells(values.device)
+        into, _, rows = self.cells(values.device)
         return values[rows, into].transpose(1, 2)
 
     def by_unit(self, site: str, values: Tensor) -> Tensor:
@@ -111,17 +111,18 @@ class Question:
             return values
         return values.sum(-1) if unit == "head" else values.flatten(2).sum(-1, keepdim=True)
 
-    def _cells(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    def cells(self, device: torch.device | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Columns of the two runs that hold the positions [columns, b], and rows [b]."""
         assert self.into is not None
         assert self.taken is not None
+        device = self.lm.device if device is None else device
         into = self.into.to(device) + self.base.first.to(device)
         taken = self.taken.to(device) + self.source.first.to(device)
         return into, taken, torch.arange(into.shape[1], device=device)
 
     def cells_of(self, column: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Rows [b] and columns [b] of the base run that one column of this question patches."""
-        into, _, rows = self._cells(device)
+        into, _, rows = self.cells(device)
         return rows, into[column]
 
     def edit(self, site: str, units: Sequence[int] | None, column: int, given: Run) -> Edit:
@@ -281,16 +282,11 @@ def result_of(question: Question, method: str, found: Found) -> NodeScores:
     )
 
 
-def exact_effects(
-    question: Question, nodes: Sequence[tuple[str, Sequence[int] | None, int]], *, label: str = "exact patching"
-) -> Tensor:
-    """How the metric really changes [nodes, n] when each node (site, units, column) is patched: one sweep."""
-    sets = [[node] for node in nodes]
-    return exact_effects_of_sets(question, sets, label=label)
-
-
 def exact_effects_of_sets(
-    question: Question, sets: Sequence[Sequence[tuple[str, Sequence[int] | None, int]]], *, label: str
+    question: Question,
+    sets: Sequence[Sequence[tuple[str, Sequence[int] | None, int]]],
+    *,
+    label: str = "exact patching",
 ) -> Tensor:
     """How the metric really changes [sets, n] when all nodes of a set are patched together; an empty set changes 0."""
     lm = question.lm
@@ -305,23 +301,30 @@ def exact_effects_of_sets(
     return swept.values - swept.base
 
 
-def check_exactly(question: Question, scores: NodeScores, found: Found, n: int, *, seed: int = 0) -> Agreement:
+Exact = Callable[[Sequence[tuple[str, int, int]]], Tensor]
+"""Nodes as (site, unit, column) -> how the metric really changes [nodes, n] when each is patched."""
+
+
+def check_exactly(
+    question: Question, scores: NodeScores, found: Found, n: int, *, seed: int = 0, exact: Exact | None = None
+) -> Agreement:
     """Patch n nodes exactly, drawn among those that the two prompts give different values."""
-    places = [
-        (site, unit, column)
-        for site, moved in found.moved.items()
-        for column, unit in moved.nonzero().tolist()
-    ]  # fmt: skip
+    places = [(s, unit, column) for s, moved in found.moved.items() for column, unit in moved.nonzero().tolist()]
     order = np.random.default_rng(seed).permutation(len(places))[: min(n, len(places))]
     drawn = [places[i] for i in sorted(order.tolist())]
-    exact = exact_effects(question, [(site, [unit], column) for site, unit, column in drawn])
-    mean = exact.abs().mean(-1) if scores.magnitude else exact.mean(-1)
+    if not drawn:
+        return Agreement((), torch.zeros(0), torch.zeros(0), 0, "magnitude" if scores.magnitude else "signed")
+    if exact is None:
+        change = exact_effects_of_sets(question, [[(site, [unit], column)] for site, unit, column in drawn])
+    else:
+        change = exact(drawn)
+    mean = change.abs().mean(-1) if scores.magnitude else change.mean(-1)
     estimated = torch.stack([scores.blocks[site][column, unit].mean() for site, unit, column in drawn])
-    nodes = []
-    for site, unit, column in drawn:
-        kind, at = question.units[site], question.columns[column]
-        nodes.append(Node(site, at=at) if kind == "site" else Node(site, **{kind: unit}, at=at))
-    return Agreement(tuple(nodes), estimated, mean, len(places), "magnitude" if scores.magnitude else "signed")
+    nodes = tuple(
+        node_of(site, question.units[site], unit, scores.blocks[site].shape[1], question.columns[column])
+        for site, unit, column in drawn
+    )
+    return Agreement(nodes, estimated, mean, len(places), "magnitude" if scores.magnitude else "signed")
 
 
 @contextmanager

@@ -16,22 +16,28 @@ from cutaway.artifacts.results import Choices, Control, Effect
 from cutaway.artifacts.statistics import bootstrap_interval
 
 Direction = Literal["denoise", "noise"]
-Unit = Literal["site", "head", "neuron"]
+Unit = Literal["site", "head", "neuron", "latent"]
 
 
 @dataclass(frozen=True)
 class Node:
-    """A part of the model at a place: a whole site, one head or one neuron of it; at one column, or at every token."""
+    """A part of the model at a place: a whole site, one head or one neuron of it, one latent of its dictionary, or what
+    that dictionary leaves unexplained (`error`); at one column, or at every token.
+    """
 
     site: str
     head: int | None = None
     neuron: int | None = None
+    latent: int | None = None
+    error: bool = False
     at: str | None = None
 
     def __str__(self) -> str:
         words = self.site
         words += "" if self.head is None else f" head {self.head}"
         words += "" if self.neuron is None else f" neuron {self.neuron}"
+        words += "" if self.latent is None else f" latent {self.latent}"
+        words += " error" if self.error else ""
         return words if self.at is None else f"{words} at {self.at!r}"
 
 
@@ -105,10 +111,10 @@ class NodeScores:
     """Scores of nodes for n pairs: estimates of how the metric changes when the other prompt's value is put in.
 
     `blocks` holds for each site [columns, units, n]: units are its heads (key-value heads at keys and values), its
-    neurons, or 1; `columns` are token positions or roles, or the single None for every token at once. A score has the
-    sign of the change, but of `magnitude` only the size is known (AtP* with GradDrop). `base` and `source` [n] are the
-    metric of the run that is patched and of the run that it is patched from; noising patches the clean run. `agreement`
-    says how the scores compare with exact patching of some nodes.
+    neurons, its latents and behind them its error, or 1; `columns` are token positions or roles, or the single None for
+    every token at once. A score has the sign of the change, but of `magnitude` only the size is known (AtP* with
+    GradDrop). `base` and `source` [n] are the metric of the run that is patched and of the run that it is patched from;
+    noising patches the clean run. `agreement` says how the scores compare with exact patching of some nodes.
     """
 
     model: str
@@ -145,12 +151,8 @@ class NodeScores:
         """All nodes: site by site, column by column, unit by unit."""
         found: list[Node] = []
         for site, block in self.blocks.items():
-            unit = self.units[site]
             for column in self.columns:
-                if unit == "site":
-                    found.append(Node(site, at=column))
-                else:
-                    found += [Node(site, **{unit: i}, at=column) for i in range(block.shape[1])]
+                found += [node_of(site, self.units[site], i, block.shape[1], column) for i in range(block.shape[1])]
         return tuple(found)
 
     def __len__(self) -> int:
@@ -241,6 +243,8 @@ class NodeScores:
                     "site": node.site,
                     "head": node.head,
                     "neuron": node.neuron,
+                    "latent": node.latent,
+                    "error": node.error,
                     "at": node.at,
                     "score": self.mean[self.number(node)].item(),
                     "interval": [_number(end) for end in ends],
@@ -261,6 +265,19 @@ class NodeScores:
         for node, (low, high) in zip(top, self.interval(top).tolist(), strict=True):
             lines.append(f"  {self.mean[self.number(node)]:+9.4f}  [{low:+.4f}, {high:+.4f}]  {node}")
         return "\n".join(lines)
+
+
+def node_of(site: str, unit: Unit, number: int, units: int, at: str | None) -> Node:
+    """Unit `number` of the `units` of a site as a node."""
+    match unit:
+        case "site":
+            return Node(site, at=at)
+        case "head":
+            return Node(site, head=number, at=at)
+        case "neuron":
+            return Node(site, neuron=number, at=at)
+        case "latent":
+            return Node(site, error=True, at=at) if number == units - 1 else Node(site, latent=number, at=at)
 
 
 def _kind(site: str) -> str:
