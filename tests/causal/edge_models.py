@@ -15,7 +15,28 @@ sys.path.append(str(Path(__file__).parents[1] / "model"))
 
 from bed import bed_model  # pyright: ignore[reportMissingImports]
 
-FAMILIES = ("llama", "gpt2", "gpt_neox", "phi", "gemma2", "mistral", "falcon", "bloom", "olmo2", "granite", "cohere")
+FAMILIES = (
+    "llama",
+    "gpt2",
+    "gpt_neox",
+    "phi",
+    "gemma2",
+    "mistral",
+    "falcon",
+    "bloom",
+    "olmo2",
+    "granite",
+    "cohere",
+    "opt",
+)
+
+
+ALL_FAMILIES = tuple(BED)
+
+
+def single(family: str) -> LanguageModel:
+    """A random model of three layers and four heads, in float32: experts have no other kernel on a CPU."""
+    return attach(bed_model(family), name=family)
 
 
 def double(family: str, **changes: Any) -> LanguageModel:

@@ -111,12 +111,13 @@ def run(
                 y = layer.ln1.module(seen(stream[0], column, n))
                 busy[0] = False
                 return y
-            return seen(x, column, n)
+            return seen(x.view(stream[0].shape), column, n).view(x.shape)
 
         before(reader, on_mlp)
 
         def on_mlp_out(_m: Any, _a: Any, out: Any, layer: Any = layer) -> None:
-            current.append((out[0] if isinstance(out, tuple) else out) * layer.mlp_multiplier)
+            written = out[0] if isinstance(out, tuple) else out
+            current.append(written.view(stream[0].shape) * layer.mlp_multiplier)
 
         handles.append(layer.mlp_writer.register_forward_hook(on_mlp_out))
     before(lm.family.ln_final.module, lambda x: seen(x, graph.n_destinations - 1, graph.n_sources))

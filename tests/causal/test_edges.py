@@ -7,7 +7,7 @@ from typing import Any
 import edge_oracle
 import pytest
 import torch
-from edge_models import FAMILIES, difference, double, pairs_for, repeated_heads
+from edge_models import ALL_FAMILIES, FAMILIES, difference, double, pairs_for, repeated_heads, single
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
@@ -55,7 +55,7 @@ def by_gradient(lm: LanguageModel, graph: Graph, pairs: AlignedPairs, start: Ten
     The change of a source stays corrupt − clean, wherever the gradient is taken.
     """
     other = ablated(lm, graph, pairs)
-    alpha = torch.zeros(graph.shape, dtype=torch.float64, requires_grad=True)
+    alpha = torch.zeros(graph.shape, dtype=lm.dtype, requires_grad=True)
     with torch.no_grad():
         clean = edge_oracle.run(lm, graph, pairs.clean, None, None)[1]
         with starting_at(lm, start):
@@ -343,3 +343,22 @@ def test_a_shared_prefix_is_computed_once_and_changes_nothing(family: str, monke
     whole = eap_ig(lm, pairs, steps=2, graph=graph).values, run_circuits(lm, pairs, masks, graph=graph).values
     for one, other in zip(found, whole, strict=True):
         assert_close(one, other)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_every_known_family_or_the_reason(family: str) -> None:
+    """EAP and circuits in float32 against the graph said plainly; latent attention has no inputs to tell apart."""
+    lm = single(family)
+    if lm.family.latent:
+        with pytest.raises(CutawayError, match="latent attention"):
+            Graph.of(lm)
+        return
+    graph, pairs = graph_of(lm), pairs_for(lm)
+    found = eap(lm, pairs, graph=graph).per_pair
+    assert found is not None
+    assert_close(found, by_gradient(lm, graph, pairs), 2e-5)
+    mask = graph.real & (torch.rand(graph.shape, generator=torch.Generator().manual_seed(1)) < 0.5)
+    with torch.no_grad():
+        logits, _ = edge_oracle.run(lm, graph, pairs.clean, (~mask).to(lm.dtype), ablated(lm, graph, pairs))
+    assert_close(run_circuits(lm, pairs, mask[None], graph=graph).values[0], difference(logits, pairs), 2e-5)

@@ -377,6 +377,7 @@ class _Engine:
 
             def on_mlp(x: Tensor, index: int = index, now: _Layer = now, norm: Any = norm) -> Tensor:
                 def on_gradient(g: Tensor) -> None:
+                    g = g if g.ndim == 3 else g.view(n * len(self.at), -1, g.shape[-1])  # tokens in one dimension
                     g = g[:, self.skip :].to(self.wide)
                     if norm is not None and self.rules == "relp":
                         assert now.scale is not None
