@@ -13,7 +13,7 @@ from cutaway.model.language_model import LanguageModel, attach
 
 sys.path.append(str(Path(__file__).parents[1] / "model"))
 
-from bed import bed_model  # pyright: ignore[reportMissingImports]
+from bed import BED, bed_model  # pyright: ignore[reportMissingImports]
 
 FAMILIES = (
     "llama",
