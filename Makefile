@@ -14,7 +14,7 @@ export PYTHON TORCH_INDEX
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
 	@echo "Variables: PYTHON=python3.12, TORCH_INDEX=URL of an index with torch for CPUs, OUT=folder of the demo,"
-	@echo "           PYTEST_ARGS='-k lens'"
+	@echo "           PYTEST_ARGS='-k lens', PEER=checkout of EAP-IG for parity and bench"
 
 environment: ## make or update .venv; the other targets do it themselves
 	@sh tools/environment.sh
@@ -38,13 +38,14 @@ lint: environment ## ruff, pyright and the contract between the floors
 	.venv/bin/python tools/check_files.py
 
 parity: environment ## build the peers' environments (.venvs), run the tests against them
-	.venv/bin/python tools/parity.py
+	.venv/bin/python tools/parity.py $(if $(PEER),--checkout "$(PEER)")
 
 bench: environment ## measure speed beside the peers (minutes); results go to runs/bench
 	.venv/bin/python tools/parity.py --build-only
 	.venv/bin/python benchmarks/run.py
 	.venv/bin/python benchmarks/dictionaries.py
 	.venv/bin/python benchmarks/model_access.py
+	.venv/bin/python benchmarks/circuits.py $(if $(PEER),--peer "$(PEER)")
 
 docs: environment ## write the generated pages of docs/ again
 	.venv/bin/python tools/docs.py --measure

@@ -65,36 +65,33 @@ def cutaway(load: Load) -> Method:
     """Ours, on the model as transformers loads it."""
     from importlib.metadata import version
 
-    from cutaway.causal.edge_patching import run_circuits  # pyright: ignore[reportMissingImports]
-    from cutaway.causal.edges import eap, eap_ig  # pyright: ignore[reportMissingImports]
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
 
+    from cutaway.causal.edge_patching import run_circuits
+    from cutaway.causal.edges import eap, eap_ig
     from cutaway.causal.graph import Graph
-    from cutaway.data.pairs import PromptPair
+    from cutaway.data.pairs import PromptPair, align
     from cutaway.model.language_model import attach
 
     lm = attach(AutoModelForCausalLM.from_pretrained(load.folder).eval(), name="random")
     touch(lm.hf)
     graph = Graph.of(lm)
     data = load_file(load.data)
-    pairs = [
-        PromptPair(tuple(clean), tuple(corrupt), answer, wrong)
-        for clean, corrupt, answer, wrong in zip(*(data[name].tolist() for name in COLUMNS), strict=True)
-    ]
+    rows = zip(*(data[name].tolist() for name in COLUMNS), strict=True)
+    pairs = align(lm, [PromptPair(tuple(a), tuple(b), answer, wrong) for a, b, answer, wrong in rows], strict=True)
 
     def logits(options: dict[str, Any]) -> Any:
-        return lm.run([list(pair.clean) for pair in pairs], logits="last", bos=False).logits
+        return lm.run(pairs.clean, logits="last").logits
 
     def scores(options: dict[str, Any]) -> Any:
-        return eap(lm, pairs, keep_pairs=False)
+        return eap(lm, pairs)
 
     def integrated(options: dict[str, Any]) -> Any:
-        return eap_ig(lm, pairs, steps=options["steps"], keep_pairs=False)
+        return eap_ig(lm, pairs, steps=options["steps"])
 
     def denoised(options: dict[str, Any]) -> Any:
-        """At the corrupt prompt, towards the clean one: the same with the prompts exchanged."""
-        return eap(lm, [pair.swapped() for pair in pairs], keep_pairs=False)
+        return eap(lm, pairs, direction="denoise")
 
     def circuits(options: dict[str, Any]) -> Any:
         return run_circuits(lm, pairs, masks_of(options), "logit_difference", graph=graph)
@@ -106,8 +103,7 @@ def cutaway(load: Load) -> Method:
         "logits": Task(logits, lambda made: {"logits": made[:, -1]}),
         "eap": Task(scores, read),
         "eap_ig": Task(integrated, read),
-        # the exchanged pairs' metric is wrong − answer, and their corrupt − clean is clean − corrupt
-        "denoised": Task(denoised, lambda made: {"scores": -made.values}),
+        "denoised": Task(denoised, read),
         "circuits": Task(circuits, lambda made: {"values": made.values}),
     }
     return Method(version("torch"), list(graph.sources), list(graph.destinations), tasks)

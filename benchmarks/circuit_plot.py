@@ -72,4 +72,4 @@ def _panel(
     ]
     ratios = [measure(point)["eap_ig"] / max(measure(point)["cutaway"], 1e-9) for point in points]
     head = f"{x_label}: {ratios[0]:.1f} × at {places[0]:.0f}, {ratios[-1]:.1f} × at {places[-1]:.0f}"
-    return head, line_svg(series=series, title=head, x_label=x_label, y_label=unit, log_x=log_x)
+    return head, str(line_svg(series=series, title=head, x_label=x_label, y_label=unit, log_x=log_x))

@@ -33,7 +33,7 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded; the workers inherit it
 
 import torch
-from circuit_peers import COLUMNS, Load
+from circuit_peers import Load
 from circuit_plot import Point, cost_svg
 from paired import ROOT, Claim, Row, judged, relative, take_turns, verdict
 from safetensors.torch import load_file, save_file
@@ -78,8 +78,14 @@ def save_model(setting: Setting, folder: Path) -> Path:
         from transformers import GPT2Config, GPT2LMHeadModel
 
         torch.manual_seed(0)
-        shape = {"n_layer": setting.n_layers, "n_head": setting.n_heads, "n_embd": setting.d_model}
-        config = GPT2Config(**shape, vocab_size=setting.d_vocab, bos_token_id=0, eos_token_id=0)
+        config = GPT2Config(
+            n_layer=setting.n_layers,
+            n_head=setting.n_heads,
+            n_embd=setting.d_model,
+            vocab_size=setting.d_vocab,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
         model = GPT2LMHeadModel(config)
         with torch.no_grad():
             for parameter in model.parameters():
@@ -102,8 +108,7 @@ def make_pairs(setting: Setting, file: Path) -> Path:
             row[place] = (row[place] + torch.randint(1, setting.d_vocab, (), generator=generator)) % setting.d_vocab
     answer = torch.randint(setting.d_vocab, (setting.n,), generator=generator)
     other = torch.randint(1, setting.d_vocab, (setting.n,), generator=generator)
-    values = dict(zip(COLUMNS, (clean, corrupt, answer, (answer + other) % setting.d_vocab), strict=True))
-    save_file(values, file)
+    save_file({"clean": clean, "corrupt": corrupt, "answer": answer, "wrong": (answer + other) % setting.d_vocab}, file)
     return file
 
 
@@ -217,7 +222,7 @@ def in_order(scores: Tensor, worker: Worker, graph: Graph) -> Tensor:
 def agreement(row: Row, ours: Tensor, theirs: Tensor) -> None:
     """Largest difference over the largest score, and the correlation of ranks: flat vectors of scores."""
     row.verdicts.append(judged("max |Δ| / max |score|", relative(ours, theirs), "<=", 1e-4))
-    rho = float(spearmanr(ours.double().numpy(), theirs.double().numpy()).statistic)
+    rho = float(spearmanr(ours.double().numpy(), theirs.double().numpy())[0])  # pyright: ignore[reportArgumentType]
     row.verdicts.append(judged("Spearman", rho, ">=", 0.9999))
     row.notes.append(
         f"{ours.numel():,} numbers, the largest {theirs.abs().max():.4g}, median {theirs.abs().median():.2g}"
@@ -250,8 +255,8 @@ def timed_row(
 
 def fastest_batch(worker: Worker, task: str, options: dict[str, Any], n: int) -> dict[str, Any]:
     """The options with the batch in which the peer is fastest: of all pairs at once, a half, a quarter."""
-    sizes = sorted({n, -(-n // 2), -(-n // 4)}, reverse=True)
-    worker.seconds(task, {**options, "batch": n})  # warms up
+    sizes = sorted({n, -(-n // 2), -(-n // 4)})
+    worker.seconds(task, {**options, "batch": sizes[0]})  # warms up
     taken = {size: worker.seconds(task, {**options, "batch": size}) for size in sizes}
     return {**options, "batch": min(taken, key=lambda size: taken[size])}
 
@@ -363,7 +368,7 @@ def costs(bench: Bench, setting: Setting, quick: bool) -> dict[str, list[Point]]
     base = replace(setting, n=COST_PAIRS)
     print(f"\ncost of EAP-IG-inputs; {base}\n{'':>24}{'seconds':>20}{'':>8}{'MiB':>22}")
     plans = [(name, value) for name, values in (("length", LENGTHS), ("depth", DEPTHS)) for value in values]
-    for name, value in plans[::4] if quick else plans:
+    for name, value in plans[::5] if quick else plans:
         at = replace(base, length=value) if name == "length" else replace(base, n_layers=value, length=COST_LENGTH)
         point = cost(bench, at)
         found[name].append(point)

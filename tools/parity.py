@@ -1,12 +1,12 @@
 """Build one environment per peer library, then run the tests that compare with them.
 
-    python tools/parity.py [PEER ...] [--build-only]
+    python tools/parity.py [PEER ...] [--build-only] [--checkout PATH]
 
 A peer is a file `benchmarks/environments/PEER.txt` of pip requirements; its environment is `.venvs/PEER`, made once and
 made again when the file changes. Peers have pins that fight each other and ours, so none is ever installed beside the
 package. `TORCH_INDEX` names the index that torch comes from; unset means pip's own configuration. A line
 `# without dependencies: A==1 B==2` of the file names packages that are installed after the rest, without what they ask
-for.
+for. EAP-IG is on no index: PATH is a checkout of it, and without one the tests that need it are skipped.
 """
 
 import argparse
@@ -55,7 +55,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("peers", nargs="*", metavar="PEER", help=f"one of: {', '.join(known)} (default: all)")
     parser.add_argument("--build-only", action="store_true", help="build the environments, run no tests")
+    parser.add_argument("--checkout", type=Path, metavar="PATH", help="of EAP-IG (EAP_IG_CHECKOUT names it as well)")
     arguments = parser.parse_args()
+    if arguments.checkout is not None and not (arguments.checkout / "src" / "eap").is_dir():
+        parser.error(f"{arguments.checkout} is no checkout of EAP-IG: it has no src/eap")
     if unknown := set(arguments.peers) - set(known):
         parser.error(f"no such peer: {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     for peer in arguments.peers or known:
@@ -70,7 +73,9 @@ def main() -> int:
             return error.returncode
     if arguments.build_only:
         return 0
-    return subprocess.run([sys.executable, "-m", "pytest", "-m", "parity", "-rs"], cwd=ROOT).returncode
+    checkout = {} if arguments.checkout is None else {"EAP_IG_CHECKOUT": str(arguments.checkout.resolve())}
+    command = [sys.executable, "-m", "pytest", "-m", "parity", "-rs"]
+    return subprocess.run(command, cwd=ROOT, env={**os.environ, **checkout}).returncode
 
 
 if __name__ == "__main__":

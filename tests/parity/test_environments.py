@@ -1,4 +1,4 @@
-"""The environments that the comparisons of dictionaries run in are the ones they were written for."""
+"""The environments that comparisons run in are the ones they were written for."""
 
 import json
 import re
@@ -14,6 +14,7 @@ IMPORTS = {
     "saelens": "sae_lens, transformer_lens",
     "sparsify": "sparsify",
     "dictionary_learning": "dictionary_learning",
+    "eap_ig": "transformer_lens, matplotlib",
 }
 
 
