@@ -226,11 +226,14 @@ def self_repair(
 ) -> tuple[str, list[Removal], list[Effect]]:
     """How much more the model needs its other nodes once the most needed one is gone (McGrath et al. 2023).
 
-    Nodes of the circuit are knocked out of the whole model one by one, and again without the one that costs most. The
-    growth of what a node costs is what it makes up for. The control knocks out the node that costs least instead.
-    Returns the name of the first knock-out, the growth of every other node tried, and the mean growth as an effect.
+    Heads of the circuit (all its nodes, where it has fewer than three) are knocked out of the whole model one by one,
+    and again without the one that costs most. The growth of what a node costs is what it makes up for. The control
+    knocks out the node that costs least instead. Returns the name of the first knock-out, the growth of every other
+    node tried, and the mean growth as an effect.
     """
     nodes = inner_nodes(graph, mask)
+    heads = [node for node in nodes if "H" in graph.sources[node]]
+    nodes = heads if len(heads) >= 3 else nodes
     generator = torch.Generator().manual_seed(seed)
     if len(nodes) > most:
         nodes = sorted(nodes[i] for i in torch.randperm(len(nodes), generator=generator)[:most].tolist())

@@ -24,6 +24,7 @@ from cutaway import __version__
 from cutaway.artifacts.errors import CutawayError
 from cutaway.cli.attribute import attribute
 from cutaway.cli.check import check
+from cutaway.cli.circuit import circuit
 from cutaway.cli.dictionary import app as dictionary
 from cutaway.cli.harvest import harvest
 from cutaway.cli.heads import heads
@@ -57,6 +58,7 @@ for command in (
     probe,
     patch,
     trace,
+    circuit,
     subjects,
     harvest,
     train,
