@@ -6,6 +6,9 @@ AND(a, b) or OR(a, b) = 1 - AND(1 - a, 1 - b), and the unembedding makes of it t
 ("off"): the logit difference is +2 where the gate is on and -2 where it is off. Layer 1 does nothing. A large constant
 in the stream keeps every norm's divisor constant, so the circuit is exact to about 1e-3.
 
+"backup" is another model: head 0 writes the answer itself, and the MLP writes it only where head 0 did not (b and
+not a).
+
 With the clean prompt on and the corrupt one off, both heads flip together. What theory says of one head alone, where
 the other holds the run's own value: behind OR noising one moves nothing and denoising one everything; behind AND the
 other way round.
@@ -26,7 +29,7 @@ _BIT, _A, _Y, _BIG = 0, 1, 3, 15  # places in the stream: the bit, what the two 
 _CONSTANT, _SHARP = 300.0, 60.0
 
 
-def planted_gate(gate: Literal["and", "or"]) -> LanguageModel:
+def planted_gate(gate: Literal["and", "or", "backup"]) -> LanguageModel:
     """The model, attached. Its parts: heads 0 and 1 of layer 0 (`PARTS`), the MLP of layer 0."""
     config = LlamaConfig(
         vocab_size=8, hidden_size=16, intermediate_size=8, num_hidden_layers=2, num_attention_heads=4,
@@ -54,10 +57,16 @@ def planted_gate(gate: Literal["and", "or"]) -> LanguageModel:
         down = first.get_parameter("mlp.down_proj.weight")
         up[:2, _BIG] = 1 / (_SHARP * _CONSTANT)
         # silu(s x) / s is relu(x): AND = relu(a + b - 1), OR = relu(a + b) - relu(a + b - 1)
-        for neuron, threshold, sign in ((0, 1.0, 1.0),) if gate == "and" else ((0, 0.0, 1.0), (1, 1.0, -1.0)):
+        neurons = {
+            "and": [(0, 1.0, 1.0)], "or": [(0, 0.0, 1.0), (1, 1.0, -1.0)], "backup": [(0, 0.0, 1.0)],
+        }[gate]  # fmt: skip
+        for neuron, threshold, sign in neurons:
             gates[neuron, [_A, _A + 1]] = _SHARP
             gates[neuron, _BIG] = -threshold * _SHARP / _CONSTANT
             down[_Y, neuron] = sign
+        if gate == "backup":
+            gates[0, _A] = -_SHARP
+            o[_Y, 0] = 1.0
         head_weight = model.lm_head.weight
         head_weight[YES, _Y], head_weight[NO, _Y] = 2.0, -2.0
         head_weight[NO, _BIG] = 2.0 / _CONSTANT

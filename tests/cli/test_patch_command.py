@@ -49,7 +49,7 @@ def test_the_table_says_what_a_cell_means_and_where_the_answer_is(capsys: pytest
     ("words", "columns", "part"),
     [
         (["--over", "heads", "--at", "last", "--direction", "noise"], 8, "attn.z head"),
-        (["--over", "components", "--metric", "probability_difference"], 2, ".out"),
+        (["--over", "components", "--metric", "probability_difference", "--self-repair", "2"], 2, ".out"),
         (["--over", "neurons", "--layer", "3", "--at", "city", "--top", "4"], 8, "mlp.post neuron"),
         (["--role", "city", "--role", "last", "--site", "blocks.{l}.attn.v", "--head", "2"], 2, "attn.v head 2"),
     ],
@@ -73,6 +73,8 @@ def test_json_and_page(
     assert text.count("<h1>") == 1
     assert "1: it" in text  # what the numbers mean is in words
     assert "The six choices" in text
+    assert ("Self-repair" in text) == ("--self-repair" in words)
+    assert len((data["self_repair"] or {"heads": []})["heads"]) == (2 if "--self-repair" in words else 0)
     assert "nan" not in text.lower().replace("tennant", "")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 
 from markupsafe import Markup
@@ -12,6 +13,7 @@ from cutaway.artifacts.results import Effect
 from cutaway.causal.competence import Competence
 from cutaway.causal.metrics import UNITS
 from cutaway.causal.patch_grid import LEAST_PAIRS, PatchedCell, PatchGrid
+from cutaway.causal.self_repair import SelfRepair
 from cutaway.data.pairs import AlignedPairs, Prompt
 from cutaway.draw.charts import effect_html
 from cutaway.draw.heatmap import heatmap_svg
@@ -95,11 +97,17 @@ def _p(p: float) -> str:
 
 
 def _minus(text: str) -> str:
-    return text.replace("-", "−")
+    """Typographic minus signs, and none before a zero."""
+    return re.sub(r"-(0\.0+)(?!\d)", r"\1", text).replace("-", "−")
 
 
 def patch_sections(
-    grid: PatchGrid, strongest: Sequence[PatchedCell], best: Sequence[Effect], ability: Competence, pairs: AlignedPairs
+    grid: PatchGrid,
+    strongest: Sequence[PatchedCell],
+    best: Sequence[Effect],
+    ability: Competence,
+    pairs: AlignedPairs,
+    repair: SelfRepair | None = None,
 ) -> list[Section]:
     """Can the model do it, the heatmap, the flips, the strongest cells, and what was chosen."""
     sections = [_ability(grid, ability, pairs), *_maps(grid)]
@@ -110,11 +118,36 @@ def patch_sections(
                 "Chosen on half of the pairs, measured on the others",
                 "The largest of many cells looks larger than it is. Here the cell is chosen on every second pair, and "
                 f"its effect is that on the {best[0].n} others, beside its control.",
-                Markup("").join(effect_html(effect.to_json()) for effect in best),
+                Markup("<p></p>").join(effect_html(effect.to_json()) for effect in best),
             )
         )
+    if repair is not None:
+        sections.append(_repair(repair))
     sections.append(_choices(grid, strongest[0]))
     return sections
+
+
+def _repair(repair: SelfRepair) -> Section:
+    rows = [
+        [
+            effect.name.removesuffix(f" without {repair.name}").removesuffix(f" of {repair.name}"),
+            _minus(f"{effect.value:.3f}"),
+            _minus(_span(effect.interval)),
+            _minus(f"{effect.controls[0].value:.3f} {_span(effect.controls[0].interval)}"),
+        ]
+        for effect in [*repair.effects(), *repair.made_up(8)]
+    ]
+    how = f", chosen on {repair.chosen_on} other pairs" if repair.chosen_on else ""
+    text = (
+        f"{repair.name} knocked out at the last token ({repair.ablation}{how}); logits, over {repair.n} pairs whose "
+        f"logit difference is {repair.difference.mean():.2f}. Direct effect: what the share that it writes itself "
+        "loses, the final norm's divisor frozen. Total effect: what the logit difference really loses. Direct minus "
+        "total is self-repair, the sum of how other parts' shares grow; where it is negative, later parts read the "
+        f"head, and more is lost than it wrote. Control: {repair.effects()[0].controls[0].name}."
+    )
+    columns = ("", "logits", "95 % interval", "control")
+    drawn = table_html(columns=columns, rows=rows, title="self-repair", align=["left", "right", "right", "right"])
+    return (f"Self-repair: what is made up for without {repair.name}", text, drawn)
 
 
 def _ability(grid: PatchGrid, ability: Competence, pairs: AlignedPairs) -> Section:
@@ -159,7 +192,7 @@ def _maps(grid: PatchGrid) -> list[Section]:
         columns = columns[:_NEURON_COLUMNS]
         values, flips = ([row[:_NEURON_COLUMNS] for row in grown] for grown in (values, flips))
         cell_text = [
-            [f"{_neurons(grid, i, j)} {0.0 if value is None else value:.3f}" for j, value in enumerate(row)]
+            [_minus(f"{_neurons(grid, i, j)} {0.0 if value is None else value:.3f}") for j, value in enumerate(row)]
             for i, row in enumerate(values)
         ]
     known = [
@@ -170,6 +203,7 @@ def _maps(grid: PatchGrid) -> list[Section]:
         if v is not None
     ]
     marks = [max(known)[1:]] if known else []
+    named = " A cell names its neuron, then the share." if grid.over == "neurons" else ""
     star = " Tokens with * differ between pairs or prompts; the first pair's are shown." if grid.tokens else ""
     output = (
         " The last layer's stream at the last token is the output itself, and restores all whatever the model does."
@@ -184,7 +218,7 @@ def _maps(grid: PatchGrid) -> list[Section]:
     sections = [
         (
             f"What each patch moves: {grid.site.replace('blocks.{l}.', '')}",
-            f"{reading(grid)} Outlined: the largest.{star}{output}",
+            f"{reading(grid)}{named} Outlined: the largest.{star}{output}",
             shares,
         )
     ]

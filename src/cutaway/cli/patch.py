@@ -34,6 +34,7 @@ def patch(
     n: Count = 32,
     top: Count = 10,
     only_right: Flag = False,
+    self_repair: Count | None = None,
     seed: Seed = 0,
     dtype: str | None = None,
     device: str | None = None,
@@ -87,6 +88,8 @@ def patch(
         How many of the largest cells to show with their evidence.
     only_right
         Take only pairs that the model answers rightly, both prompts.
+    self_repair
+        Also knock out so many heads of the largest direct effect, and measure what the others make up for.
     seed
         Of the task's pairs, the controls and the noise.
     dtype
@@ -116,6 +119,7 @@ def patch(
     from cutaway.causal.patch_grid import LEAST_PAIRS
     from cutaway.causal.patch_view import patch_sections, patch_text, reading, too_few
     from cutaway.causal.patching import patch_grid
+    from cutaway.causal.self_repair import self_repair as measure_repair
     from cutaway.draw.page import page_html
 
     named_metric(metric)
@@ -145,17 +149,24 @@ def patch(
         "patch", model, task=(task, None), pairs=(pairs, None), over=(over, "positions"), site=(site, None),
         role=(role, None), at=(at, None), tokens=(tokens, False), layer=(layer, None), head=(head, None),
         neuron=(neuron, None), direction=(direction, "denoise"), ablation=(ablation, "resample"), std=(std, 3.0),
-        metric=(metric, "logit_difference"), n=(n, 32), top=(top, 10), only_right=(only_right, False), seed=(seed, 0),
+        metric=(metric, "logit_difference"), n=(n, 32), top=(top, 10), only_right=(only_right, False),
+        self_repair=(self_repair, None), seed=(seed, 0),
         dtype=(dtype, None), device=(device, None),
     )  # fmt: skip
     strongest = grid.top(top, command=command)
-    best = [grid.best(of=of, command=command) for of in ("metric", "flips")]
+    best = [grid.best(command=command)]
+    if float(grid.flip_rate.max()) > float(grid.base_flips.float().mean()):
+        best.append(grid.best(of="flips", command=command))
+    repair = None
+    if self_repair is not None:
+        ablated = choice if direction == "noise" else "resample"
+        repair = measure_repair(lm, aligned, k=self_repair, ablation=ablated, seed=seed, evaluation=about)
     left_out = ""
     if refused:
         reasons = [reason for _, reason in refused]
         left_out = f"; {len(refused)} pairs do not align (mostly: {max(set(reasons), key=reasons.count)})"
     deliver(
-        text=patch_text(grid, strongest, best, ability, left_out),
+        text=patch_text(grid, strongest, best, ability, left_out) + ("" if repair is None else f"\n\n{repair}"),
         data={
             "command": command,
             "competence": ability.to_json(),
@@ -164,11 +175,12 @@ def patch(
             **grid.to_json(),
             "largest": [one.to_json() for one in strongest],
             "best": [effect.to_json() for effect in best],
+            "self_repair": None if repair is None else repair.to_json(command=command),
         },
         page=lambda: page_html(
             title="Activation patching",
             lead=f"Which part of {lm.name} decides the answer? {about[0].upper()}{about[1:]}.",
-            sections=patch_sections(grid, strongest, best, ability, aligned),
+            sections=patch_sections(grid, strongest, best, ability, aligned, repair),
             command=command,
         ),
         as_json=json,

@@ -8,7 +8,7 @@ nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
+from cutaway.model.edits import Edit
 from cutaway.model.language_model import LanguageModel
 from cutaway.model.norms import Norm
 from cutaway.model.parts import weight_matrix
@@ -77,10 +78,15 @@ def split_difference(
     by: By,
     answers: list[int],
     wrongs: list[Wrong],
+    *,
+    edits: Sequence[Edit] = (),
+    final_scale: Tensor | None = None,
 ) -> tuple[list[Group], Tensor, Tensor, list[str]]:
     """Groups of parts at `columns` [b], the model's difference before and after the softcap [b], and notes.
 
-    `directions` and `biases` are what `difference_directions` gives. Layers without the sites that `by` needs stay
+    `directions` and `biases` are what `difference_directions` gives. `edits` are in force during the run;
+    `final_scale` [b, 1] freezes the final norm at another run's divisor, and then the parts sum to the difference that
+    this divisor would give. Layers without the sites that `by` needs stay
     whole, and a note says so. Raises CutawayError when no layer has them, and when the logits are not finite.
     """
     family = lm.family
@@ -89,7 +95,8 @@ def split_difference(
     capped = family.final_softcap is not None
     last = not capped and torch.equal(columns, tokens.last.cpu())
     names = _captures(lm, by, split)
-    run = lm.run(tokens, capture=[*names, *(["logits_precap"] if capped else [])], logits="last" if last else "all")
+    captured = [*names, *(["logits_precap"] if capped else [])]
+    run = lm.run(tokens, capture=captured, edits=edits, logits="last" if last else "all")
     assert run.logits is not None
     rows = torch.arange(len(tokens))
 
@@ -103,7 +110,8 @@ def split_difference(
 
     wide = torch.float32 if lm.device.type == "mps" else torch.float64
     final = family.ln_final
-    g = _pull_back(final, here(run["ln_final.scale"]), directions.to(run.logits.device, wide))  # [b, K + 1, d]
+    scale = here(run["ln_final.scale"]) if final_scale is None else final_scale
+    g = _pull_back(final, scale, directions.to(run.logits.device, wide))  # [b, K + 1, d]
 
     def whole(name: str, kind: str, layer: int | None = None) -> list[Group]:
         return [Group(kind, layer, _dot(here(run[name]), g))] if name in run else []
