@@ -38,7 +38,7 @@ def test_direct_total_and_what_makes_up_are_as_written_out(family: str) -> None:
     found = self_repair(lm, pairs, heads=heads, draws=2)
     ids, mask, rows = pairs.clean.ids, pairs.clean.mask, torch.arange(4)
     final = model.get_submodule(hand.names.final)
-    u = model.get_output_embeddings().weight
+    u = model.get_parameter("lm_head.weight") if family == "llama" else model.get_parameter("transformer.wte.weight")
     toward = (u[pairs.answer] - u[pairs.wrong]).double()
     top = f"blocks.{lm.n_layers - 1}.resid_post"
     watched = ["blocks.0.attn.result", "blocks.1.attn.result", "blocks.2.attn.result", "blocks.2.mlp.out", top]
