@@ -56,7 +56,7 @@ class Ablation:
 
 def ablation_of(choice: str | Ablation) -> Ablation:
     """An ablation from its name, or as it is. Raises `CutawayError` for a name that there is not."""
-    return choice if isinstance(choice, Ablation) else Ablation(choice)  # type: ignore[arg-type]
+    return choice if isinstance(choice, Ablation) else Ablation(choice.replace(" ", "_"))  # type: ignore[arg-type]
 
 
 def replacement_run(

@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.progress import Progress
+from cutaway.causal.ablations import Ablation, ablation_of, replacement_run
 from cutaway.causal.graph import Graph
 from cutaway.causal.metrics import Metric, named_metric, targets_of
 from cutaway.causal.parts import (
@@ -39,9 +39,10 @@ from cutaway.data.pairs import AlignedPairs
 from cutaway.model.language_model import LanguageModel
 from cutaway.model.norms import Norm
 from cutaway.model.parts import Projection
+from cutaway.model.run import Run
 from cutaway.model.tokens import Tokens
 
-Replacement = Literal["resample", "zero", "mean", "mean by position", "mean by template"]
+Replacement = str
 _MEMORY = 500 * 2**20  # bytes that the changes of one tile may hold, about
 
 
@@ -58,7 +59,7 @@ class CircuitRuns:
 
 @dataclass
 class Reference:
-    """What every source writes when it is ablated, [n or 1, t or 1, ...].
+    """What every source writes when it is ablated, [n, t, ...].
 
     `heads` are head results before a post-norm, `attention` what attention then adds to the stream in all.
     """
@@ -76,7 +77,7 @@ def run_circuits(
     metric: str | Metric = "logit_difference",
     *,
     graph: Graph | None = None,
-    ablation: Replacement = "resample",
+    ablation: Ablation | str = "resample",
     reference: Tokens | None = None,
     columns: Tensor | None = None,
     batch_tokens: int | None = None,
@@ -85,12 +86,11 @@ def run_circuits(
     """The metric on the clean prompts when only a circuit's edges carry them.
 
     `masks` bool [C, F, G] (or [C, P, F, G] with `columns` [n, p], see `edges.position_columns`): the edges that stay.
-    All others carry the `ablation`: "resample" the pair's corrupt prompt; "zero"; "mean" over all tokens of
-    `reference` (default: the pairs' clean and corrupt prompts), "mean by position" or "mean by template": over the
-    prompts (of the same template), position by position, which wants prompts of one length (in a template). Masks are
-    run as they are: prune them first (`Graph.prune`) where dangling edges are not meant.
+    All others carry the `ablation` (`ablations.Ablation`, or its kind): the pair's corrupt prompt, zero, a mean over
+    `reference` or over both prompts of all pairs, ...; positions and biases are no sources and stay. Masks are run as
+    they are: prune them first (`Graph.prune`) where dangling edges are not meant.
 
-    Raises CutawayError for masks of another shape, with edges that are none, and for means without equal lengths.
+    Raises CutawayError for masks of another shape or with edges that are none, and what `replacement_run` raises.
     """
     refuse_unreadable(lm)
     graph = Graph.of(lm) if graph is None else graph
@@ -99,15 +99,14 @@ def run_circuits(
     if (graph.columns is None) != (columns is None):
         raise CutawayError("A graph with positions needs columns=, and a graph without them takes none.")
     masks = graph.check(masks.bool())
-    if ablation not in get_args(Replacement):
-        raise CutawayError(f"no ablation is called {ablation!r}; there are {', '.join(get_args(Replacement))}")
+    ablation = ablation_of(ablation)
     name, measure = named_metric(metric)
     full = (masks | ~graph.real).flatten(1).all(1)
     some = (masks.flatten(1).any(1) & ~full).nonzero().flatten()  # neither the model itself nor nothing of it
     p, c = pairs.clean.ids.shape[1], max(1, len(some))
     size = 4 * lm.d_model * (graph.n_sources * c + 60 * lm.n_layers)
     tile = max(1, (batch_tokens or _MEMORY // size) // (p if batch_tokens is None else p * c))
-    means = None if ablation in ("resample", "zero") else _means(lm, pairs, reference, ablation)
+    given = None if ablation.kind == "resample" else _given(lm, pairs, ablation, reference)
     values, clean, corrupt = [], [], []
     share, checked = True, False  # whether a prefix is taken over, and was seen to be right
     progress = Progress(label, total=len(pairs), unit="pairs") if len(pairs) > tile else nullcontext()
@@ -117,17 +116,14 @@ def run_circuits(
             rows = range(first, min(first + tile, len(pairs)))
             part = pairs[rows]
             at, prefix = 0, None
-            if ablation == "resample":
+            if given is None:
                 at = int((part.clean.ids != part.corrupt.ids).any(0).int().argmax())
                 if share and at:
                     prefix = shared_prefix(lm, part.clean, at, check=not checked)
                     share, checked = prefix is not None, True
                 base = _written(lm, part.corrupt, at, prefix)
-            elif ablation == "zero":
-                base = _nothing(lm, part.clean)
             else:
-                assert means is not None
-                base = means.of(lm, part, rows)
+                base = _replaced(lm, given, part.clean, rows)
             plain = lm.run(part.clean, logits="last").logits
             assert plain is not None
             targets = targets_of(part, plain[:, 0]).to(lm.device)
@@ -142,7 +138,7 @@ def run_circuits(
             values.append(found)
             if shown is not None:
                 shown.advance(len(part))
-    return CircuitRuns(torch.cat(values, 1), torch.cat(clean), torch.cat(corrupt), name, ablation)
+    return CircuitRuns(torch.cat(values, 1), torch.cat(clean), torch.cat(corrupt), name, str(ablation))
 
 
 def _written(lm: LanguageModel, tokens: Tokens, at: int, prefix: Prefix | None) -> Reference:
@@ -157,24 +153,6 @@ def _written(lm: LanguageModel, tokens: Tokens, at: int, prefix: Prefix | None) 
     return base
 
 
-def _nothing(lm: LanguageModel, tokens: Tokens) -> Reference:
-    """Every source is zero; positions and biases, which are no sources, stay."""
-    start = _positions(lm, tokens)
-    shape = (lm.n_heads, 1, 1, lm.d_model)
-    dtype = torch.promote_types(lm.dtype, torch.float32)
-    heads = [torch.zeros(shape, dtype=dtype, device=lm.device) for _ in range(lm.n_layers)]
-    base = Reference(start.to(dtype), heads, [], [torch.zeros(shape[1:], dtype=dtype, device=lm.device)] * lm.n_layers)
-    base.attention = [_attention_of(lm, index, h.sum(0)) for index, h in enumerate(heads)]
-    return base
-
-
-def _positions(lm: LanguageModel, tokens: Tokens) -> Tensor:
-    """What learned positions add to the stream [n, p, d]; zeros where there are none."""
-    if lm.family.pos_embed is None:
-        return torch.zeros(*tokens.ids.shape, lm.d_model, dtype=lm.dtype, device=lm.device)
-    return lm.run(tokens, capture="pos_embed", logits=None)["pos_embed"]
-
-
 def _attention_of(lm: LanguageModel, layer: int, heads: Tensor) -> Tensor:
     """What attention adds to the stream when its heads' results sum to this."""
     parts = lm.family.layers[layer]
@@ -186,89 +164,27 @@ def _attention_of(lm: LanguageModel, layer: int, heads: Tensor) -> Tensor:
     return out * parts.attn_multiplier
 
 
-@dataclass
-class _Means:
-    """Mean writes by group of prompts: [groups, positions or 1, ...]."""
-
-    groups: Tensor  # of each pair
-    embed: Tensor
-    z: list[Tensor]
-    mlp: list[Tensor]
-
-    def of(self, lm: LanguageModel, pairs: AlignedPairs, rows: range) -> Reference:
-        which, p = self.groups[rows.start : rows.stop], pairs.clean.ids.shape[1]
-
-        def pick(x: Tensor) -> Tensor:
-            x = x[which]
-            return x[:, :p] if x.shape[1] > 1 else x
-
-        base = Reference(pick(self.embed) + _positions(lm, pairs.clean))
-        for index in range(lm.n_layers):
-            heads = head_results(lm, index, pick(self.z[index]))
-            base.heads.append(heads)
-            base.attention.append(_attention_of(lm, index, heads.sum(0)))
-            base.mlp.append(pick(self.mlp[index]))
-        return base
+def _given(lm: LanguageModel, pairs: AlignedPairs, ablation: Ablation, reference: Tokens | None) -> Run:
+    """What an ablation puts in every source's place at the clean prompts: z, MLP outputs, embeddings."""
+    sites = ["embed", *(f"blocks.{layer}.{name}" for layer in range(lm.n_layers) for name in ("attn.z", "mlp.out"))]
+    return replacement_run(lm, pairs, sites, ablation, into="clean", reference=reference)
 
 
-def _means(lm: LanguageModel, pairs: AlignedPairs, reference: Tokens | None, ablation: str) -> _Means:
-    """Means over real tokens of what every source writes."""
-    sets: list[tuple[Tokens, list[str]]] = []
-    own = [pair.template if ablation == "mean by template" else "" for pair in pairs.pairs]
-    if reference is None:
-        sets = [(pairs.clean, own), (pairs.corrupt, own)]
-    elif ablation == "mean by template":
-        raise CutawayError("Means by template come from the pairs themselves; leave out reference=.")
-    else:
-        sets = [(reference, [""] * len(reference))]
-    names = sorted({name for _, group in sets for name in group} | set(own))
-    by_position = ablation != "mean"
-    if by_position:
-        for name in names:
-            lengths = {
-                int(length)
-                for tokens, group in [*sets, (pairs.clean, own)]
-                for length, of in zip(tokens.lengths.tolist(), group, strict=True)
-                if of == name
-            }
-            if len(lengths) > 1:
-                where = f" in template {name!r}" if name else ""
-                raise CutawayError(
-                    f"A mean by position needs prompts of one length; here they have {min(lengths)} to {max(lengths)} "
-                    f"tokens{where}. Take 'mean', or 'mean by template' with pairs that name their templates."
-                )
-    width = max(tokens.ids.shape[1] for tokens, _ in sets) if by_position else 1
-    total: dict[str, list[Tensor]] = {}
-    counts = torch.zeros(len(names), width)
-    with torch.no_grad():
-        for tokens, group in sets:
-            for first in range(0, len(tokens), 32):
-                part = tokens[slice(first, first + 32)]
-                of = torch.tensor([names.index(name) for name in group[first : first + 32]])
-                found = keep_writes(lm, part, 0)
-                embed = start_of_stream(lm, part) - _positions(lm, part)
-                every = {"embed": [embed], "z": [found.z[i] for i in range(lm.n_layers)]}
-                every["mlp"] = [found.mlp[i] for i in range(lm.n_layers)]
-                mask = part.mask
-                for kind, tensors in every.items():
-                    sums = total.setdefault(
-                        kind, [x.new_zeros(len(names), width, *x.shape[2:], dtype=torch.float64) for x in tensors]
-                    )
-                    for into, x in zip(sums, tensors, strict=True):
-                        shown = x.double() * mask.view(*mask.shape, *[1] * (x.ndim - 2)).to(x.device)
-                        shown = shown if by_position else shown.sum(1, keepdim=True)
-                        into[:, : shown.shape[1]].index_add_(0, of.to(x.device), shown)
-                seen = mask.double() if by_position else mask.double().sum(1, keepdim=True)
-                counts = counts.double()
-                counts[:, : seen.shape[1]].index_add_(0, of, seen.cpu())
-    dtype = torch.promote_types(lm.dtype, torch.float32)
+def _replaced(lm: LanguageModel, given: Run, clean: Tokens, rows: range) -> Reference:
+    """That of some of the pairs, as what every source writes. Positions and biases, which are no sources, stay."""
+    width, wide = clean.ids.shape[1], torch.promote_types(lm.dtype, torch.float32)
 
-    def mean(x: Tensor) -> Tensor:
-        return (x / counts.clamp(min=1).view(*counts.shape, *[1] * (x.ndim - 2)).to(x.device)).to(dtype)
+    def pick(name: str) -> Tensor:
+        return given[name][rows.start : rows.stop, :width].to(wide)
 
-    groups = torch.tensor([names.index(name) for name in own])
-    z, mlp = ([mean(x) for x in total[kind]] for kind in ("z", "mlp"))
-    return _Means(groups, mean(total["embed"][0]), z, mlp)
+    own = lm.run(clean, capture=["embed", "blocks.0.resid_pre"], logits=None)
+    base = Reference(own["blocks.0.resid_pre"].to(wide) - own["embed"].to(wide) + pick("embed"))
+    for index in range(lm.n_layers):
+        heads = head_results(lm, index, pick(f"blocks.{index}.attn.z"))
+        base.heads.append(heads)
+        base.attention.append(_attention_of(lm, index, heads.sum(0)))
+        base.mlp.append(pick(f"blocks.{index}.mlp.out"))
+    return base
 
 
 class _Tile:
