@@ -11,10 +11,12 @@ from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.statistics import bootstrap_interval, wilson_interval
 from cutaway.data.pairs import AlignedPairs, PromptPair, align
 from cutaway.data.tasks import TASKS, Task, readable_pairs
+from cutaway.data.wording import Split
 from cutaway.model.language_model import LanguageModel
 from cutaway.model.tokens import Tokens
 
 Criterion = Literal["preferred", "top1"]
+_DEALS = 8
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class Competence:
     `logit_difference` is the mean, after the clean prompt, of the answer's logit minus the wrong answer's (of several
     answers: the log of their summed probability), `corrupt_logit_difference` the same after the corrupt prompt, where
     it should be lower; `probability_difference` is that of the probabilities. Intervals are 95 %, bootstrap over pairs.
+    `control` is the share of pairs that would be right if all prompts, clean and corrupt, were dealt out anew (the mean
+    of eight deals; None for a single pair): a quarter, where every pair decides between the same two words.
     """
 
     criterion: Criterion
@@ -45,6 +49,7 @@ class Competence:
     probability_difference_interval: tuple[float, float]
     refused: int
     refusals: Mapping[str, int]
+    control: float | None = None
 
     @property
     def n(self) -> int:
@@ -80,6 +85,7 @@ class Competence:
             "probability_difference_interval": list(self.probability_difference_interval),
             "refused": self.refused,
             "refusals": dict(self.refusals),
+            "control": self.control,
         }
 
     def __str__(self) -> str:
@@ -97,20 +103,24 @@ def competence(
     """Measure how often the model answers the pairs rightly, both prompts of each."""
     aligned = pairs if isinstance(pairs, AlignedPairs) else align(lm, pairs)
     parts: list[tuple[Tensor, ...]] = []
+    others: list[Tensor] = []
+    generator = torch.Generator().manual_seed(0)
     for first in range(0, len(aligned), batch_rows):
         part = aligned[range(first, min(first + batch_rows, len(aligned)))]
         right, wrong = _sides(part)
         symmetric = torch.tensor([pair.symmetric for pair in part.pairs])
         clean = _last_log_probabilities(lm, part.clean)
         corrupt = _last_log_probabilities(lm, part.corrupt)
+        good, turned = _judge(clean, corrupt, right, wrong, symmetric, criterion)
         p_right, p_wrong = _total(clean, right), _total(clean, wrong)
-        difference, other = p_right - p_wrong, _total(corrupt, right) - _total(corrupt, wrong)
-        falls = other < difference
-        if criterion == "preferred":
-            good, turned = difference > 0, other < 0
-        else:
-            good, turned = _top_is_among(clean, right), _top_is_among(corrupt, wrong)
-        parts.append((good, torch.where(symmetric, turned, falls), difference, other, p_right.exp() - p_wrong.exp()))
+        other = _total(corrupt, right) - _total(corrupt, wrong)
+        parts.append((good, turned, p_right - p_wrong, other, p_right.exp() - p_wrong.exp()))
+        if len(part) > 1:
+            pool = torch.cat([clean, corrupt])
+            for _ in range(_DEALS):
+                dealt = pool[torch.randperm(len(pool), generator=generator)]
+                by_chance = _judge(dealt[: len(part)], dealt[len(part) :], right, wrong, symmetric, criterion)
+                others.append(by_chance[0] & by_chance[1])
     clean_right, corrupt_right, difference, other, probability = (
         torch.cat(column) for column in zip(*parts, strict=True)
     )
@@ -127,7 +137,26 @@ def competence(
         probability_difference_interval=bootstrap_interval(probability.numpy()),
         refused=len(aligned.refused),
         refusals=aligned.refusals(),
+        control=torch.cat(others).float().mean().item() if others else None,
     )
+
+
+def _judge(
+    clean: Tensor,
+    corrupt: Tensor,
+    right: Sequence[Tensor],
+    wrong: Sequence[Tensor],
+    symmetric: Tensor,
+    criterion: Criterion,
+) -> tuple[Tensor, Tensor]:
+    """Whether the clean prompts, and the corrupt ones, are answered rightly [b], from log-probabilities [b, V]."""
+    difference = _total(clean, right) - _total(clean, wrong)
+    other = _total(corrupt, right) - _total(corrupt, wrong)
+    if criterion == "preferred":
+        good, turned = difference > 0, other < 0
+    else:
+        good, turned = _top_is_among(clean, right), _top_is_among(corrupt, wrong)
+    return good, torch.where(symmetric, turned, other < difference)
 
 
 def _sides(pairs: AlignedPairs) -> tuple[list[Tensor], list[Tensor]]:
@@ -162,13 +191,48 @@ class TaskResult:
     pairs: AlignedPairs | None
     competence: Competence | None
     reason: str
+    split: Split = "search"
 
     @property
     def able(self) -> bool:
         return not self.reason
 
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "task": self.task.name,
+            "split": self.split,
+            "question": self.task.question,
+            "able": self.able,
+            "reason": self.reason,
+            "competence": None if self.competence is None else self.competence.to_json(),
+        }
+
     def __str__(self) -> str:
         return f"{self.task.name}: {self.reason or self.competence}"
+
+
+def try_task(
+    lm: LanguageModel,
+    task: Task,
+    *,
+    n: int = 40,
+    threshold: float = 0.8,
+    least: int = 8,
+    seed: int = 0,
+    split: Split = "search",
+) -> TaskResult:
+    """Try one task on the model: able if it is right on at least `threshold` of `least` or more items of a split."""
+    try:
+        pairs = readable_pairs(lm, task, n, seed, split)
+    except CutawayError as error:
+        return TaskResult(task, None, None, str(error), split)
+    measured = competence(lm, pairs, criterion=task.criterion)
+    reason = ""
+    if measured.n < least:
+        reason = f"only {measured.n} of its prompt pairs align with the tokenizer"
+    elif measured.value < threshold:
+        reason = f"right on {measured.right} of {measured.n}"
+    return TaskResult(task, pairs, measured, reason, split)
 
 
 def try_tasks(
@@ -179,23 +243,10 @@ def try_tasks(
     threshold: float = 0.8,
     least: int = 8,
     seed: int = 0,
+    split: Split = "search",
 ) -> list[TaskResult]:
-    """Try every task on the model; `able` are those it is right on in at least `threshold` of `least` or more items.
+    """Try every task on the model, as `try_task` does.
 
     The list keeps the order of `tasks`; a task that is not able has its reason ("right on 3 of 20 ...").
     """
-    results = []
-    for task in tasks:
-        try:
-            pairs = readable_pairs(lm, task, n, seed)
-        except CutawayError as error:
-            results.append(TaskResult(task, None, None, str(error)))
-            continue
-        measured = competence(lm, pairs, criterion=task.criterion)
-        reason = ""
-        if measured.n < least:
-            reason = f"only {measured.n} of its prompt pairs align with the tokenizer"
-        elif measured.value < threshold:
-            reason = f"right on {measured.right} of {measured.n}"
-        results.append(TaskResult(task, pairs, measured, reason))
-    return results
+    return [try_task(lm, task, n=n, threshold=threshold, least=least, seed=seed, split=split) for task in tasks]

@@ -34,6 +34,7 @@ from cutaway.cli.probe import probe
 from cutaway.cli.saliency import saliency
 from cutaway.cli.sites import sites
 from cutaway.cli.subjects import app as subjects
+from cutaway.cli.tasks import tasks
 from cutaway.cli.tour import tour
 from cutaway.cli.trace import trace
 from cutaway.cli.train import train
@@ -56,6 +57,7 @@ for command in (
     attribute,
     saliency,
     probe,
+    tasks,
     patch,
     trace,
     circuit,

@@ -16,17 +16,24 @@ from __future__ import annotations
 import csv
 import io
 import json
+import random
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.files import write_text
 from cutaway.data.pairs import Place, PromptPair
+from cutaway.data.tasks import Task
 from cutaway.data.tasks_knowledge import years_after
+from cutaway.data.wording import Split
 
+if TYPE_CHECKING:
+    from cutaway.model.language_model import LanguageModel
+
+PAIR_FILES = (".json", ".jsonl", ".csv")
 _NEEDED = ("clean", "corrupt", "answer", "wrong")
 _OPTIONAL = ("positions", "answers", "wrongs", "symmetric", "template")
 
@@ -90,6 +97,19 @@ def write_pairs(
     if name or held_out:
         plain = {"name": name or Path(path).stem, "pairs": plain, "held_out": [pair.to_json() for pair in held_out]}
     write_text(Path(path), json.dumps(plain, indent=1, ensure_ascii=False) + "\n")
+
+
+def task_from_file(path: Path | str) -> Task:
+    """A file's pairs as a task; raises like `read_pairs`, and where a split is asked for that the file has not."""
+    found = read_pair_file(path)
+
+    def draw(rng: random.Random, _: LanguageModel, split: Split) -> Iterator[PromptPair]:
+        pairs = found.pairs if split == "search" else found.held_out
+        if not pairs:
+            raise CutawayError(f'{path} has no held-out pairs; give it as {{"pairs": [...], "held_out": [...]}}')
+        yield from rng.sample(pairs, len(pairs))
+
+    return Task(found.name, f"the pairs of {path}", "preferred", draw)
 
 
 # -- our own form

@@ -10,9 +10,11 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cutaway.artifacts.errors import CutawayError
+from cutaway.data.pair_files import PAIR_FILES, task_from_file
 from cutaway.data.pairs import PromptPair
 from cutaway.data.tasks import TASKS, Task, find_task
 from cutaway.data.tasks_knowledge import greater_than_pair, refusal_pair
@@ -77,13 +79,14 @@ def indirect_object_abc(rng: random.Random, _: LanguageModel, split: Split) -> I
     return _indirect_object(rng, split, with_others=True)
 
 
-# Of the study's nine plain frames, three are for judging.
-_HELD_OUT_FRAMES = (2, 4, 5)
+# Of the study's nine plain frames: for the search, and for judging. Left out is the seventh ("The friends A and B found
+# a ball at the park. A decided to give it to"), which the shipped weights are right on in one pair of ten.
+_IOI_FRAMES: dict[Split, tuple[int, ...]] = {"search": (0, 1, 3, 7, 8), "held_out": (2, 4, 5)}
 
 
 def _indirect_object(rng: random.Random, split: Split, with_others: bool) -> Iterator[PromptPair]:
     frames = facts.read_toml("tasks.toml")["ioi"]["study_plain"]
-    frames = [frame for i, frame in enumerate(frames) if (i in _HELD_OUT_FRAMES) == (split == "held_out")]
+    frames = [frames[i] for i in _IOI_FRAMES[split]]
     while True:
         a, b = sentences.pair(rng, held_out=split == "held_out")
         others = tuple(rng.sample([name for name in facts.names() if name not in (a, b)], 3)) if with_others else ()
@@ -149,5 +152,14 @@ ALL_TASKS: tuple[Task, ...] = (*WORLD_TASKS, *TASKS)
 
 
 def known_task(name: str) -> Task:
-    """The task of that name or alias, of the world or general; raises `CutawayError` with the names there are."""
-    return find_task(name, ALL_TASKS)
+    """The task of that name or alias, of the world or general; or of a file of pairs (`cutaway.data.pair_files`).
+
+    Raises `CutawayError` with the names there are.
+    """
+    path = Path(name)
+    if path.suffix.lower() in PAIR_FILES or path.is_file():
+        return task_from_file(path)
+    try:
+        return find_task(name, ALL_TASKS)
+    except CutawayError as error:
+        raise CutawayError(f"{error}, or the name of a .json file of prompt pairs") from None

@@ -1,0 +1,119 @@
+"""What a model can do, as text and as a page."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from math import isnan
+
+from markupsafe import Markup
+
+from cutaway.causal.competence import TaskResult
+from cutaway.draw.charts import Bar, bars_html
+from cutaway.draw.page import page_html
+from cutaway.draw.panels import table_html
+
+COLUMNS = (
+    "task", "wording", "n", "right [95 %]", "shuffled", "logit difference [95 %]", "after corrupt", "P difference",
+    "can it?",
+)  # fmt: skip
+
+
+def competence_rows(results: Sequence[TaskResult]) -> list[list[str]]:
+    """A row of text for each task and split, under `COLUMNS`."""
+    return [_row(result) for result in results]
+
+
+def _row(result: TaskResult) -> list[str]:
+    measured, wording = result.competence, _wording(result)
+    if measured is None:
+        return [result.task.name, wording, "0", *([""] * 5), f"not tried: {result.reason}"]
+    low, high = measured.interval
+    below, above = measured.logit_difference_interval
+    spread = "one pair: no interval" if isnan(below) else f"{below:.2f}, {above:.2f}"
+    return [
+        result.task.name,
+        wording,
+        str(measured.n),
+        f"{measured.value:.2f} [{low:.2f}, {high:.2f}]",
+        "" if measured.control is None else f"{measured.control:.2f}",
+        f"{measured.logit_difference:.2f} [{spread}]",
+        f"{measured.corrupt_logit_difference:.2f}",
+        f"{measured.probability_difference:.2f}",
+        "yes" if result.able else f"no: {result.reason}",
+    ]
+
+
+def _wording(result: TaskResult) -> str:
+    return "held out" if result.split == "held_out" else "search"
+
+
+def refused_lines(results: Sequence[TaskResult]) -> list[str]:
+    """What was refused, a line for each task that lost pairs."""
+    lines: list[str] = []
+    for name in dict.fromkeys(result.task.name for result in results):
+        counts: Counter[str] = Counter()
+        for result in results:
+            if result.task.name == name and result.competence is not None:
+                counts.update(result.competence.refusals)
+        if counts:
+            lines.append(f"{name}: " + "; ".join(f"{count} × {reason}" for reason, count in counts.most_common()))
+    return lines
+
+
+def competence_text(results: Sequence[TaskResult]) -> str:
+    """A table of tasks, and what was refused."""
+    rows = [list(COLUMNS), ["-" * len(column) for column in COLUMNS], *competence_rows(results)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS) - 1)]
+    lines = [
+        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]).rstrip()
+        for row in rows
+    ]
+    refused = refused_lines(results)
+    if refused:
+        lines += ["", "Pairs drawn that do not align:", *(f"  {line}" for line in refused)]
+    return "\n".join(lines)
+
+
+def competence_page(model: str, results: Sequence[TaskResult], command: str, threshold: float) -> str:
+    """The page of a model's tasks: shares right with intervals, the whole table, what was refused."""
+    able = [result for result in results if result.able]
+    bars: list[Bar] = []
+    for result in results:
+        if result.competence is None:
+            continue
+        low, high = result.competence.interval
+        label = f"{result.task.name}, {_wording(result)}"
+        bars.append({"label": label, "value": result.competence.value, "low": low, "high": high})
+        if result.competence.control is not None:
+            bars.append({"label": "shuffled", "value": result.competence.control, "control": True})
+    sections: list[tuple[str, str, Markup]] = [
+        (
+            "How often it is right",
+            "The share of prompt pairs on which the model is right on the clean and on the corrupt prompt, with the "
+            "95 % Wilson interval. A model that always gives the same answer is right on none. Hatched: the share that "
+            "would be right with the prompts of all pairs shuffled.",
+            bars_html(items=bars),
+        ),
+        (
+            "Every figure",
+            "Logit difference: right minus wrong answer after the clean prompt, mean with its bootstrap interval; "
+            "after the corrupt prompt it should be lower. P difference: of the probabilities. Where several answers "
+            f"are right (every later year), all of them together. A task can be done when at least {threshold:.0%} of "
+            "its pairs are right.",
+            table_html(columns=COLUMNS, rows=competence_rows(results), title="Tasks and scores"),
+        ),
+    ]
+    refused = refused_lines(results)
+    if refused:
+        rows = [line.split(": ", 1) for line in refused]
+        text = "A pair is used only if its two prompts are as long, token for token, and its answers can be told apart."
+        sections.append(
+            (
+                "Pairs left out",
+                text,
+                table_html(columns=("task", "pairs and reason"), rows=rows, title="Pairs left out"),
+            )
+        )
+    lead = f"{len(able)} of {len(results)} tasks (with wording to search with, and held-out wording) can be done."
+    return page_html(title=f"What {model} can do", lead=lead, sections=sections, command=command)
