@@ -2,6 +2,7 @@
 
 import base64
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,10 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from cutaway.causal.competence import competence, try_tasks
+from cutaway.data.pairs import PromptPair
 from cutaway.model.language_model import LanguageModel, attach
+from cutaway.subjects.world.pairs import ALL_TASKS
 
 
 def tensors(path: Path) -> dict[str, Tensor]:
@@ -102,3 +106,26 @@ def test_the_sorter_sorts(sorter: LanguageModel) -> None:
     answers = run.logits[:, 5:].argmax(-1).tolist()
     assert sum(answer == sorted(row) for answer, row in zip(answers, rows, strict=True)) >= 31
     assert sorter.selftest().passed
+
+
+def test_it_does_its_task_and_no_other(sorter: LanguageModel) -> None:
+    """Pairs of token ids: six digits and the sorted ones so far; one digit of the six decides what comes next."""
+    rng = random.Random(0)
+    pairs = []
+    while len(pairs) < 60:
+        row = [rng.randrange(3) for _ in range(6)]
+        other = [*row]
+        other[rng.randrange(6)] = rng.randrange(3)
+        shown = rng.randrange(6)
+        ours, theirs = sorted(row), sorted(other)
+        if ours[:shown] == theirs[:shown] and ours[shown] != theirs[shown]:
+            clean, corrupt = ((*numbers, *ours[:shown]) for numbers in (row, other))
+            pairs.append(PromptPair(clean, corrupt, ours[shown], theirs[shown]))
+    found = competence(sorter, pairs, criterion="top1")
+    assert found.value == 1
+    assert found.control is not None
+    assert found.control < 0.5
+    assert found.logit_difference_interval[0] > 2
+    for result in try_tasks(sorter, ALL_TASKS, n=8):
+        assert not result.able
+        assert any(why in result.reason for why in ("no tokenizer", "too few tokens", "no chat template"))
