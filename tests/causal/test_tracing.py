@@ -19,34 +19,6 @@ from cutaway.model.language_model import LanguageModel
 DRAWS, SEED, TIMES = 2, 3, 2.0
 
 
-@pytest.fixture(scope="module")
-def words() -> LanguageModel:
-    """The random Llama with its tokenizer: a word a token."""
-    import copy
-
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import Metaspace
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    from cutaway.model.language_model import attach
-
-    vocabulary = {"<s>": 0, "<pad>": 1, **{f"▁w{i}": i for i in range(2, 61)}}
-    plain = Tokenizer(WordLevel(vocabulary, unk_token="<pad>"))
-    plain.pre_tokenizer = Metaspace()  # type: ignore[assignment]
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, bos_token_id=0, pad_token_id=1,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(6 if parameter.dim() == 2 else 1)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, bos_token="<s>", pad_token="<pad>")
-    return attach(copy.deepcopy(model), tokenizer, name="words")
-
-
 FACTS = [
     FactPrompt("w5 w9 w14 w20 w33 w7", "w9 w14"),
     FactPrompt("w8 w11 w40", "w11"),
@@ -220,7 +192,7 @@ def test_prompts_that_the_model_gets_wrong_are_left_out(atlas: LanguageModel) ->
 
 def test_atlas_keeps_landmarks_on_their_tokens_and_reads_them_at_the_end(atlas: LanguageModel) -> None:
     """Early MLPs on the subject bring the fact back, and attention of L1-L3 at the last token; no position between."""
-    trace = causal_trace(atlas, landmark_facts(), draws=2, limit=12)
+    trace = causal_trace(atlas, landmark_facts(), draws=1, limit=12)
     assert trace.n == 12
     total = trace.total_effect().require_controls()
     assert total.interval is not None
