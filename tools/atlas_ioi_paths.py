@@ -9,17 +9,21 @@ through which it does. Prints the figures of docs/causal.md.
 """
 
 import math
+import random
 import sys
 
 from torch import Tensor
 
 import cutaway
 from cutaway.artifacts.results import Control, Effect
+from cutaway.artifacts.statistics import bootstrap_interval
 from cutaway.causal.competence import competence
 from cutaway.causal.metrics import Targets
 from cutaway.causal.path_patching import all_senders, path_patch
 from cutaway.data.tasks import readable_pairs, task
 from cutaway.model.language_model import LanguageModel
+
+CONTROLS = 8
 
 
 def answer_logit(logits: Tensor, targets: Targets) -> Tensor:
@@ -59,6 +63,21 @@ def main(n: int = 40) -> None:
     print(f"all that is written before L{_layer(movers)} → queries, keys, values of {', '.join(movers)}")
     _print([split.effect(split.senders[0], part) for part in split.receivers], "everything before")
     part = inputs[int(split.mean[0].abs().argmax())]
+    rng, depth = random.Random(0), [_layer([head]) for head in movers]
+    drawn = [
+        [
+            f"L{layer}H{head}.{part}"
+            for layer, head in zip(depth, rng.sample(range(lm.n_heads), len(depth)), strict=True)
+        ]
+        for _ in range(CONTROLS)
+    ]
+    drawn = [some for some in drawn if not {name.split(".")[0] for name in some} & {*movers}]
+    others = path_patch(lm, pairs, [everything], drawn).values[0].mean(0)
+    low, high = bootstrap_interval(others.numpy())
+    print(
+        f"  control: the same into {len(drawn)} random threes of heads of these layers, {part}: {others.mean():.3f} "
+        f"({low:.3f} to {high:.3f})\n"
+    )
     receiver = [f"{head}.{part}" for head in movers]
     role = part.partition("@")[2]
     grid = path_patch(lm, pairs, [f"{name}@{role}" for name in everything], [receiver])
