@@ -15,6 +15,7 @@ from cutaway.artifacts.statistics import (
     auroc_columns,
     bootstrap_interval,
     sign_flip_p,
+    sign_flip_p_of_many,
     wilson_interval,
 )
 
@@ -127,3 +128,34 @@ def test_sign_flip_p_by_drawing_is_near_the_exact_one() -> None:
     assert sign_flip_p(np.ones(40), n_draws=99) == 1 / 100  # never 0
     assert math.isnan(sign_flip_p([]))
     assert sign_flip_p(np.zeros(20)) == 1.0
+
+
+def test_sign_flip_p_of_many_is_held_against_the_largest_of_all() -> None:
+    rng = np.random.default_rng(5)
+    table = np.stack([rng.normal(mean, scale, 7) for mean, scale in ((0.0, 1.0), (1.2, 1.0), (9.0, 8.0))])
+    sizes = [math.sqrt(sum(x * x for x in row)) for row in table]
+    largest = [
+        max(
+            abs(sum(s * x for s, x in zip(signs, row, strict=True))) / size
+            for row, size in zip(table, sizes, strict=True)
+        )
+        for signs in product((1, -1), repeat=7)
+    ]
+    expected = [
+        sum(one >= abs(row.sum()) / size - 1e-12 for one in largest) / 2**7
+        for row, size in zip(table, sizes, strict=True)
+    ]
+    found = sign_flip_p_of_many(table)
+    assert found.tolist() == pytest.approx(expected)
+    assert all(many >= sign_flip_p(row) for many, row in zip(found, table, strict=True))
+    assert sign_flip_p_of_many(table[1:2])[0] == sign_flip_p(table[1])  # one alone needs no correction
+    holed = np.concatenate([table, np.full((1, 7), np.nan), np.zeros((1, 7))])
+    assert sign_flip_p_of_many(holed)[:3].tolist() == found.tolist()
+    assert math.isnan(sign_flip_p_of_many(holed)[3])
+    assert sign_flip_p_of_many(holed)[4] == 1.0
+
+
+def test_the_corrected_p_is_rarely_small_where_there_is_nothing() -> None:
+    rng = np.random.default_rng(6)
+    small = [sign_flip_p_of_many(rng.normal(0, 1, (30, 20)), n_draws=199, seed=i).min() <= 0.05 for i in range(200)]
+    assert 0.01 <= np.mean(small) <= 0.10  # 0.05 is meant; uncorrected it is 0.79

@@ -112,3 +112,34 @@ def sign_flip_p(differences: "ArrayLike", *, n_draws: int = 9999, seed: int = 0)
         extreme += int((np.abs(signs @ values) >= least).sum())
         done += k
     return (extreme + 1) / (n_draws + 1)
+
+
+def sign_flip_p_of_many(differences: "ArrayLike", *, n_draws: int = 1999, seed: int = 0) -> "np.ndarray":
+    """`sign_flip_p` of each of c means, corrected for their number: float64 [c].
+
+    `differences` [c, n]: c measurements of the same n examples, whose signs are flipped together. A mean is held
+    against the largest of all of them under each pattern, each divided by the root of its sum of squares, which no
+    flip changes (Westfall & Young 1993), so the chance that any is below 0.05 where there is nothing is 0.05. Up to
+    2^11 patterns are all counted. NaN in a row makes its p NaN and leaves the others as they are.
+    """
+    import numpy as np
+
+    table = np.asarray(differences, dtype=np.float64)
+    n = table.shape[1]
+    result = np.full(len(table), np.nan)
+    known = np.isfinite(table).all(1)
+    if n == 0 or not known.any():
+        return result
+    values = table[known]
+    size = np.sqrt((values**2).sum(1, keepdims=True))
+    scaled = np.divide(values, size, out=np.zeros_like(values), where=size > 0)
+    observed = np.abs(scaled.sum(1)) - 1e-9
+    exact = n <= 11
+    if exact:
+        signs = 1 - 2 * ((np.arange(2**n)[:, None] >> np.arange(n)) & 1)
+    else:
+        signs = 1 - 2 * np.random.default_rng(seed).integers(0, 2, (n_draws, n))
+    largest = np.sort(np.concatenate([np.abs(part @ scaled.T).max(1) for part in np.array_split(signs, 16)]))
+    extreme = len(largest) - np.searchsorted(largest, observed, side="left")
+    result[known] = extreme / len(signs) if exact else (extreme + 1) / (len(signs) + 1)
+    return result

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.results import Choices, Control, Effect
-from cutaway.artifacts.statistics import bootstrap_interval, sign_flip_p, wilson_interval
+from cutaway.artifacts.statistics import bootstrap_interval, sign_flip_p, sign_flip_p_of_many, wilson_interval
 from cutaway.causal.metrics import ratio_of_means
 from cutaway.causal.patch_cells import Direction, PatchCell
 
@@ -29,7 +30,7 @@ class PatchedCell:
 
     `effect.value` is the mean over pairs of each pair's share; `ratio_of_means` divides the means instead, over all n
     pairs, and weighs pairs by how far their prompts differ. `p` is the two-sided p of the sign-flip test of the pairs'
-    shares against their controls, for this one cell (not corrected for how many cells were looked at).
+    shares against their controls, for this one cell; `p_of_all` is corrected for how many cells the grid has.
     """
 
     layer: int
@@ -37,6 +38,7 @@ class PatchedCell:
     cell: PatchCell
     effect: Effect
     p: float
+    p_of_all: float
     ratio_of_means: float
 
     def to_json(self) -> dict[str, Any]:
@@ -48,6 +50,7 @@ class PatchedCell:
             "neurons": self.cell.neurons,
             "at": self.cell.at,
             "p": _finite(self.p),
+            "p_of_all": _finite(self.p_of_all),
             "ratio_of_means": _finite(self.ratio_of_means),
             "effect": self.effect.to_json(),
         }
@@ -208,12 +211,25 @@ class PatchGrid:
     def evidence(self, layer: int, column: str, *, command: str | None = None) -> PatchedCell:
         """One cell with its effect, the p of its difference from the control, and the ratio of means."""
         i, j = self._place(layer, column)
-        difference = self.values[i, j] - self.random_values[i, j]
-        # or differences of rounding alone have a small p
-        difference = torch.where(difference.abs() <= _ROUNDING, torch.zeros_like(difference), difference)
-        p = sign_flip_p(difference[~self.values[i, j].isnan()].double().numpy())
+        difference = self._differences[i, j]
+        p = sign_flip_p(difference[~difference.isnan()].numpy())
         effect = self.effect(layer, column, command=command)
-        return PatchedCell(layer, column, self.cells[i][j], effect, p, self.ratio_of_means[i, j].item())
+        of_all, ratio = self.p_of_all[i, j].item(), self.ratio_of_means[i, j].item()
+        return PatchedCell(layer, column, self.cells[i][j], effect, p, of_all, ratio)
+
+    @cached_property
+    def _differences(self) -> Tensor:
+        """Shares minus their controls [layers, columns, n], NaN for pairs that cannot be judged, or without control."""
+        difference = (self.values - self.random_values).double()
+        # differences of rounding alone would have a small p
+        return torch.where(difference.abs() <= _ROUNDING, torch.zeros_like(difference), difference)
+
+    @cached_property
+    def p_of_all(self) -> Tensor:
+        """p of each cell's difference from its control, corrected for the number of cells [layers, columns]."""
+        judged = ~self.values.isnan().all(0).all(0)
+        found = sign_flip_p_of_many(self._differences[..., judged].flatten(0, 1).numpy())
+        return torch.from_numpy(found).view(self.values.shape[:2])
 
     def top(self, k: int = 10, *, command: str | None = None) -> list[PatchedCell]:
         """The k cells with the largest mean by size, largest first (the model's output itself is left out).
@@ -275,6 +291,7 @@ class PatchGrid:
             "ratio_of_means": self.ratio_of_means.tolist(),
             "flip_rate": self.flip_rate.tolist(),
             "control": self.control,
+            "p_of_all": [[_finite(p) for p in row] for row in self.p_of_all.tolist()],
             "control_mean": self.random_values.nanmean(-1).tolist(),
             "clean": self.clean.mean().item(),
             "corrupt": self.corrupt.mean().item(),

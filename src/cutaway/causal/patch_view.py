@@ -68,17 +68,19 @@ def patch_text(
     if grid.over != "neurons":
         lines += [grid.table(), ""]
     width = max(len(one.cell.part + (one.cell.at or "")) for one in strongest) + 5
-    heads = f"{'share':>8}{'95 % interval':>18}{'control':>9}{'p':>9}{'ratio':>8}{'flips':>7}"
+    heads = f"{'share':>8}{'95 % interval':>18}{'control':>9}{'p':>8}{'p of all':>10}{'ratio':>8}{'flips':>7}"
     lines.append(f"  {'the largest cells':<{width}}{heads}")
     for one in strongest:
         i, j = grid.layers.index(one.layer), grid.columns.index(one.column)
         name = one.cell.part + (f" at {one.cell.at}" if one.cell.at else "")
         control = f"{one.effect.controls[0].value:.3f}" if one.effect.controls else "–"
-        lines.append(
-            f"  {name:<{width}}{one.effect.value:>8.3f}{_span(one.effect.interval):>18}{control:>9}{_p(one.p):>9}"
-            f"{one.ratio_of_means:>8.3f}{grid.flip_rate[i, j]:>7.2f}"
-        )
-    lines.append(f"  control: {grid.control}; ratio: ratio of means; p: sign flips against the control, of one cell")
+        share, span = f"{one.effect.value:.3f}", _span(one.effect.interval)
+        line = f"  {name:<{width}}{share:>8}{span:>18}{control:>9}{_p(one.p):>8}{_p(one.p_of_all):>10}"
+        lines.append(f"{line}{one.ratio_of_means:>8.3f}{grid.flip_rate[i, j]:>7.2f}")
+    lines.append(
+        f"  control: {grid.control}; ratio: ratio of means; p: sign flips against the control, of one "
+        "cell, and corrected for all cells"
+    )
     lines += [f"  chosen on half of the pairs, measured on the others: {_told(effect)}" for effect in best]
     return "\n".join(lines)
 
@@ -258,6 +260,7 @@ def _strongest(grid: PatchGrid, strongest: Sequence[PatchedCell]) -> Section:
                 _minus(_span(one.effect.interval)),
                 "–" if control is None else _minus(f"{control.value:.3f} {_span(control.interval)}"),
                 _p(one.p),
+                _p(one.p_of_all),
                 _minus(f"{one.ratio_of_means:.3f}"),
                 f"{grid.flip_rate[i, j]:.2f}",
             ]
@@ -266,12 +269,12 @@ def _strongest(grid: PatchGrid, strongest: Sequence[PatchedCell]) -> Section:
     text = (
         f"The largest of {count} cells by size. Share: mean over pairs of each pair's share, with its bootstrap "
         f"interval over pairs. Control: {grid.control}. p: two-sided, signs of the pairs' differences from the control "
-        f"flipped at random; it is of one cell, and of {count} about {0.05 * count:.1f} would be below 0.05 by chance. "
+        f"flipped at random, for the one cell; p of all: corrected for looking at {count} cells. "
         "Ratio of means: the mean difference moved over the mean difference, in which pairs that differ more count for "
         "more."
     )
-    columns = ("part", "at", "share", "95 % interval", "control", "p", "ratio of means", "flips")
-    align = ["left", "left", *["right"] * 6]
+    columns = ("part", "at", "share", "95 % interval", "control", "p", "p of all", "ratio of means", "flips")
+    align = ["left", "left", *["right"] * 7]
     return ("The largest cells", text, table_html(columns=columns, rows=rows, title="largest cells", align=align))
 
 
