@@ -97,6 +97,8 @@ def test_pairs_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     own = json.loads(capsys.readouterr().out)
     assert own["evaluation"] == "12 pairs of cities.json"
     assert own["at"] == "last"
+    assert main([*words, "--n", "9"]) == 0
+    assert json.loads(capsys.readouterr().out)["n"] == 9
     found = {}
     for ablation in ("mean_by_template", "zero"):
         assert main([*words, "--ablation", ablation]) == 0
