@@ -47,6 +47,7 @@ NODES = {
     "neurons": ("blocks.*.mlp.post", "all"),
     "stream, by position": ("blocks.*.resid_pre", "each"),
 }
+LEAST = 8  # nodes, below which a correlation says nothing
 METHODS: dict[str, dict[str, Any]] = {
     "AtP": {"method": "atp"},
     "AtP*, no GradDrop": {"method": "atp*", "grad_drop": False},
@@ -120,6 +121,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     def cell(found: dict[str, Any] | None) -> str:
         if found is None:
             return "–"
+        if found.get("pearson", 0.0) != found.get("pearson", 0.0):
+            return "no gradient"
         if "pearson" in found:
             return f"{found['pearson']:.3f} / {found['spearman']:.3f}"
         return f"({found['size_pearson']:.3f} / {found['size_spearman']:.3f})"
@@ -127,7 +130,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     lines = ["| nodes | n | " + " | ".join(METHODS) + " |", "|---|---|" + "---|" * len(METHODS)]
     for kind in NODES:
         mine = {row["method"]: row for row in rows if row["nodes"] == kind}
-        if mine:
+        if mine and next(iter(mine.values()))["n_nodes"] >= LEAST:
             n = next(iter(mine.values()))["n_nodes"]
             lines.append(f"| {kind} | {n} | " + " | ".join(cell(mine.get(name)) for name in METHODS) + " |")
     seconds = {name: [row["seconds"] for row in rows if row["method"] == name] for name in METHODS}

@@ -12,7 +12,14 @@ from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.causal.attribution_patching import attribution_patching
-from cutaway.causal.feature_circuits import METRIC, FeatureCircuit, FeatureNode, edge_scores, feature_circuit
+from cutaway.causal.feature_circuits import (
+    METRIC,
+    FeatureCircuit,
+    FeatureNode,
+    edge_scores,
+    feature_circuit,
+    strongest_nodes,
+)
 from cutaway.causal.feature_evaluation import circuit_faithfulness
 from cutaway.causal.latent_scores import features_of, latent_attribution
 from cutaway.causal.metrics import logit_difference, targets_of
@@ -263,6 +270,9 @@ def test_the_graph(llama: LanguageModel, dictionaries: list[Dictionary], id_pair
             assert ends[0] < ends[1]
     assert all(one.label == labels.get((one.node.site, one.node.latent or 0)) for one in graph.nodes if one.node.latent)
     assert "correlation with exact patching" in str(graph)
+    bare = strongest_nodes(graph.scores, most=5)
+    assert [one.node for one in bare.nodes] == [one.node for one in graph.nodes[:5]] == graph.scores.top(5)
+    assert json.loads(json.dumps(bare.to_json(), allow_nan=False))["edge_threshold"] is None
     with pytest.raises(CutawayError, match="no node has a mean score above 1000; the largest is"):
         feature_circuit(llama, pairs, dictionaries, node_threshold=1000.0, check=0)
 

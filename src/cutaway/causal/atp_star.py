@@ -286,9 +286,9 @@ def missed_bound(
 
     Each subset holds every unverified node with probability ½ and is patched as a whole, exactly. The mean of the
     subsets with a node minus that of those without it estimates the node's effect, averaged over what else is patched;
-    Welch's t gives its interval (Kramár et al. 2024, §3.4), here at a level such that all of them hold together
-    (Bonferroni). That a node's effect amid others is its effect alone is an assumption. `positions` and `metric` are
-    those that the scores were asked with.
+    Welch's t gives its interval (the diagnostics of Kramár et al. 2024), here at a level at which all of them hold
+    together (Bonferroni). That a node's effect amid others is its effect alone is an assumption. `positions` and
+    `metric` are those that the scores were asked with.
 
     Raises CutawayError when no node is left, or below 20 subsets.
     """

@@ -88,7 +88,7 @@ class FeatureCircuit:
             "choices": self.choices.to_json(),
             "agreement": None if self.agreement is None else self.agreement.to_json(),
             "node_threshold": self.node_threshold,
-            "edge_threshold": self.edge_threshold,
+            "edge_threshold": self.edge_threshold if self.edge_threshold != float("inf") else None,
             "left_out": self.left_out,
             "nodes": [
                 {
@@ -112,8 +112,9 @@ class FeatureCircuit:
         s = self.scores
         lines = [
             f"feature circuit of {s.model}, {s.method}, {s.direction}, {s.metric.replace('_', ' ')}, n {s.n}: "
-            f"{len(self.nodes)} nodes above {self.node_threshold:g}, {len(self.edges)} edges above "
-            f"{self.edge_threshold:g}" + (f" ({self.left_out} weaker nodes left out)" if self.left_out else "")
+            f"{len(self.nodes)} nodes above {self.node_threshold:g}"
+            + (f", {len(self.edges)} edges above {self.edge_threshold:g}" if self.edges else "")
+            + (f" ({self.left_out} weaker nodes left out)" if self.left_out else "")
         ]
         lines.append(f"  {self.agreement or 'not compared with exact patching (check=0)'}")
         for one in self.nodes[:12]:
@@ -158,12 +159,8 @@ def feature_circuit(
         lm, aligned, dictionaries, method=method, direction=direction, metric=metric, positions=positions, steps=steps,
         attention=attention, check=check, batch_rows=batch_rows, seed=seed,
     )  # fmt: skip
-    mean = scores.mean
-    strong = [i for i in mean.abs().argsort(descending=True).tolist() if float(mean[i].abs()) > node_threshold]
-    if not strong:
-        top = float(mean.abs().max())
-        raise CutawayError(f"no node has a mean score above {node_threshold:g}; the largest is {top:.3g}")
-    chosen = [scores.nodes[i] for i in strong[:most_nodes]]
+    bare = strongest_nodes(scores, node_threshold, most_nodes, labels)
+    chosen = [one.node for one in bare.nodes]
     features = features_of(lm, dictionaries)
     question = ask(lm, aligned, list(features), direction, metric, positions)
     question = replace(question, units=dict.fromkeys(features, "latent"))
@@ -172,19 +169,40 @@ def feature_circuit(
         FeatureEdge(u, v if v < len(chosen) else METRIC, float(weights[u, v]))
         for u, v in (weights.abs() > edge_threshold).nonzero().tolist()
     ]
-    ends = scores.interval(chosen).tolist()
+    edges = tuple(sorted(found, key=lambda edge: -abs(edge.weight)))
+    return replace(bare, edges=edges, edge_threshold=edge_threshold)
+
+
+def strongest_nodes(
+    scores: NodeScores,
+    threshold: float = 0.0,
+    most: int | None = None,
+    labels: Mapping[tuple[str, int], str] | None = None,
+) -> FeatureCircuit:
+    """The nodes with a mean |score| above a threshold, at most so many, as a circuit without edges.
+
+    Raises CutawayError where no node passes.
+    """
+    mean = scores.mean
+    strong = [i for i in mean.abs().argsort(descending=True).tolist() if float(mean[i].abs()) > threshold]
+    if not strong:
+        raise CutawayError(
+            f"no node has a mean score above {threshold:g}; the largest is {float(mean.abs().max()):.3g}"
+        )
+    chosen = strong[:most]
+    nodes = [scores.nodes[i] for i in chosen]
     named = labels or {}
     return FeatureCircuit(
         nodes=tuple(
             FeatureNode(
-                node, float(mean[i]), (low, high), named.get((node.site, -1 if node.latent is None else node.latent))
+                node, float(mean[i]), (low, high), None if node.latent is None else named.get((node.site, node.latent))
             )
-            for node, i, (low, high) in zip(chosen, strong, ends, strict=False)
+            for node, i, (low, high) in zip(nodes, chosen, scores.interval(nodes).tolist(), strict=True)
         ),
-        edges=tuple(sorted(found, key=lambda edge: -abs(edge.weight))),
+        edges=(),
         scores=scores,
-        node_threshold=node_threshold,
-        edge_threshold=edge_threshold,
+        node_threshold=threshold,
+        edge_threshold=float("inf"),
         left_out=len(strong) - len(chosen),
     )
 

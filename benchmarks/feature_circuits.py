@@ -1,0 +1,99 @@
+"""Sparse feature circuits of atlas with the dictionaries that ship with it: top latents, and faithfulness by size.
+
+    python benchmarks/feature_circuits.py
+    python benchmarks/feature_circuits.py --tasks "two-hop capitals" --pairs 64 --sizes 25 50 100 200 400 800
+
+Nodes are scored on every second pair, position by position, and circuits of the strongest are measured on the others:
+every latent outside is set to its mean at that position, errors kept in every run or set to their mean in every run.
+Beside it random circuits of as many latents. Labels are token summaries made by a rule on 256 rows of atlas's world
+(`features/summary.py`), with the share of held-out firings that they cover. Prints Markdown.
+"""
+
+import argparse
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "src"))
+
+import cutaway  # noqa: E402
+from cutaway.causal.competence import try_tasks  # noqa: E402
+from cutaway.causal.feature_circuits import strongest_nodes  # noqa: E402
+from cutaway.causal.feature_evaluation import circuit_faithfulness  # noqa: E402
+from cutaway.causal.latent_scores import latent_attribution  # noqa: E402
+from cutaway.causal.node_scores import Node  # noqa: E402
+from cutaway.data.corpus import token_rows  # noqa: E402
+from cutaway.data.pairs import AlignedPairs  # noqa: E402
+from cutaway.data.tasks import TASKS  # noqa: E402
+from cutaway.dictionaries import load  # noqa: E402
+from cutaway.dictionaries.dictionary import Dictionary  # noqa: E402
+from cutaway.features.examples import top_examples  # noqa: E402
+from cutaway.features.summary import token_summary  # noqa: E402
+from cutaway.model.language_model import LanguageModel  # noqa: E402
+from cutaway.subjects.atlas.text import world_text  # noqa: E402
+from cutaway.tour.world_tasks import WORLD_TASKS  # noqa: E402
+
+
+def one_length(pairs: AlignedPairs) -> AlignedPairs:
+    """The pairs of the commonest length."""
+    lengths = pairs.clean.lengths.tolist()
+    common = max(set(lengths), key=lengths.count)
+    return pairs[[i for i, length in enumerate(lengths) if length == common]]
+
+
+def labels_of(lm: LanguageModel, dictionaries: dict[str, Dictionary], nodes: list[Node]) -> dict[tuple[str, int], str]:
+    """What the latents of some nodes respond to, by a rule."""
+    rows = token_rows(lm, world_text(600_000, "text-2"), 256, limit=256)
+    by_site: dict[str, set[int]] = defaultdict(set)
+    for node in nodes:
+        if node.latent is not None:
+            by_site[node.site].add(node.latent)
+    found = {}
+    for site, latents in by_site.items():
+        examples = top_examples(lm, dictionaries[site], rows, latents=sorted(latents), n=2, lower=0)
+        for latent, summary in token_summary(lm, rows, examples).items():
+            covered = f" ({summary.precision:.0%})" if summary.precision == summary.precision else ""
+            found[site, latent] = f"{summary.label}{covered}"
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", default=["two-hop capitals", "agreement across a noun"])
+    parser.add_argument("--pairs", type=int, default=64)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[25, 50, 100, 200, 400, 800])
+    parser.add_argument("--top", type=int, default=8)
+    parser.add_argument("--draws", type=int, default=3)
+    arguments = parser.parse_args()
+    lm = cutaway.load("atlas")
+    shipped = [load(f"atlas/blocks.{layer}.resid_post") for layer in (1, 3, 5)]
+    tasks = [task for task in (*TASKS, *WORLD_TASKS) if task.name in arguments.tasks]
+    for tried in try_tasks(lm, tasks, n=arguments.pairs):
+        if tried.pairs is None or not tried.able:
+            print(f"{tried.task.name}: left out, {tried.reason}")
+            continue
+        pairs = one_length(tried.pairs)
+        ours, held = pairs[range(0, len(pairs), 2)], pairs[range(1, len(pairs), 2)]
+        scores = latent_attribution(lm, ours, shipped, positions="each")
+        top = strongest_nodes(scores, most=arguments.top)
+        labels = labels_of(lm, {d.site: d for d in shipped}, [one.node for one in top.nodes])
+        print(f"\n{tried.task.name}: {scores.agreement}; {len(ours)} pairs, {len(held)} held out\n")
+        print("| node | score | label |\n|---|---|---|")
+        for one in strongest_nodes(scores, most=arguments.top, labels=labels).nodes:
+            low, high = one.interval
+            print(f"| {one.node} | {one.score:+.2f} [{low:+.2f}, {high:+.2f}] | {one.label or '–'} |")
+        print("\n| nodes | errors kept | random | errors at their mean | random |\n|---|---|---|---|---|")
+        for size in arguments.sizes:
+            circuit, cells = strongest_nodes(scores, most=size), []
+            for errors in ("keep", "remove"):
+                found = circuit_faithfulness(
+                    lm, held, circuit, shipped, errors=errors, reference=ours, draws=arguments.draws
+                )
+                low, high = found.interval or (0.0, 0.0)
+                cells += [f"{found.value:.2f} [{low:.2f}, {high:.2f}]", f"{found.controls[0].value:.2f}"]
+            print(f"| {size} | " + " | ".join(cells) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
