@@ -2,19 +2,22 @@
 
 import math
 import random
+import re
 import statistics
+from pathlib import Path
 
 import pytest
 import torch
 
 import cutaway
 from cutaway.causal.competence import competence, try_task, try_tasks
+from cutaway.causal.competence_view import competence_rows
 from cutaway.data.pairs import PromptPair, align
 from cutaway.data.tasks import TASKS
 from cutaway.data.wording import Split
 from cutaway.model.language_model import LanguageModel
 from cutaway.model.tokens import Tokens
-from cutaway.subjects.world.pairs import known_task
+from cutaway.subjects.world.pairs import ALL_TASKS, known_task
 
 
 def test_competence_is_a_count(tiny: LanguageModel, id_pairs) -> None:
@@ -151,3 +154,18 @@ def test_real_models_have_tasks(shared, folder: str, does: set[str], does_not: s
     assert does <= able
     assert not does_not & able
     assert all("right on" in results[name].reason for name in does_not)
+
+
+@pytest.mark.slow
+def test_the_page_says_what_the_command_says(atlas: LanguageModel) -> None:
+    """docs/tasks.md shows atlas's table as `cutaway tasks atlas` prints it."""
+    page = (Path(__file__).resolve().parents[2] / "docs" / "tasks.md").read_text(encoding="utf-8")
+    block = page.split("$ cutaway tasks atlas\n")[1].split("```")[0]
+    shown = [re.split(r"  +", line) for line in block.splitlines()[2:]]
+    splits: tuple[Split, ...] = ("search", "held_out")
+    found = competence_rows([try_task(atlas, one, n=60, split=split) for one in ALL_TASKS for split in splits])
+    assert [row[:3] for row in shown] == [row[:3] for row in found]
+    for ours, theirs in zip(shown, found, strict=True):
+        assert ours[3] == theirs[3], ours
+        assert float(ours[5].split(" [")[0]) == pytest.approx(float(theirs[5].split(" [")[0]), abs=0.02)
+        assert ours[-1] == theirs[-1]

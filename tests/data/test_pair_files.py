@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.data.pair_files import pair_from_json, read_pair_file, read_pairs, write_pairs
+from cutaway.data.pair_files import pair_from_json, read_pair_file, read_pairs, task_from_file, write_pairs
 from cutaway.data.pairs import PromptPair
 
 GOOD = {"clean": "The dogs", "corrupt": "The dog", "answer": " are", "wrong": " is"}
@@ -129,6 +129,40 @@ def test_agreement_prompts(tmp_path: Path) -> None:
         read_pairs(path)
 
 
+def test_relations(tmp_path: Path) -> None:
+    path = tmp_path / "relation.json"
+    facts = {"France": "Paris", "Spain": "Madrid", "South Africa": "Pretoria", "Kenya": "Nairobi", "Peru": "Lima"}
+    facts |= {"Italy": "Rome"}
+    data = {"name": "capitals", "prompt_templates": ["The capital of {} is"], "prompt_templates_zs": ["In {}, it is"]}
+    data["samples"] = [{"subject": subject, "object": thing} for subject, thing in facts.items()]
+    path.write_text(json.dumps(data))
+    found = read_pair_file(path)
+    assert found.name == "capitals"
+    assert found.pairs[0] == PromptPair(
+        "The capital of France is", "The capital of Kenya is", " Paris", " Nairobi", {"subject": ("France", "Kenya")},
+        template="The capital of {} is",
+    )  # fmt: skip
+    assert [pair.clean for pair in found.pairs] == [
+        f"The capital of {subject} is" for subject in ("France", "Spain", "Kenya", "Peru")
+    ]
+    assert not found.held_out  # South Africa and Italy have not as many words
+    assert sum((found.left_out or {}).values()) == 2
+    assert task_from_file(path).note == "left out of its file: 2 × no subject of as many words has another object"
+    data["samples"][2] = {"subject": "Japan", "object": "Tokyo"}
+    path.write_text(json.dumps(data))
+    assert [pair.clean for pair in read_pair_file(path).held_out] == ["In Japan, it is", "In Italy, it is"]
+    for change, says in (
+        ({"samples": [{"subject": "France"}]}, "sample 0 has no text"),
+        ({"samples": 3}, "must be lists"),
+        ({"samples": []}, "it has no samples"),
+        ({"prompt_templates": ["The capital is"]}, "no single place"),
+        ({"samples": data["samples"][:1]}, "no subject of as many words"),
+    ):
+        path.write_text(json.dumps({**data, **change}))
+        with pytest.raises(CutawayError, match=says):
+            read_pairs(path)
+
+
 def test_csv_of_greater_than_and_indirect_objects(tmp_path: Path) -> None:
     path = tmp_path / "gt.csv"
     path.write_text("clean,corrupted,label\nThe war went from 1795 to 17,The war went from 1701 to 17,95\n")
@@ -173,6 +207,8 @@ def test_a_single_object_is_checked() -> None:
         ("agreement/nounpp_test.json", 480, 100),
         ("eap-ig/greater_than_data.csv", 1000, 200),
         ("eap-ig/ioi_llama.csv", 499, 100),
+        ("relations/factual/landmark_in_country.json", 834, 100),
+        ("relations/linguistic/adj_antonym.json", 100, 25),
     ],
 )
 def test_real_files(shared: Path, file: str, n: int, read: int) -> None:

@@ -51,13 +51,16 @@ def _wording(result: TaskResult) -> str:
 def refused_lines(results: Sequence[TaskResult]) -> list[str]:
     """What was refused, a line for each task that lost pairs."""
     lines: list[str] = []
-    for name in dict.fromkeys(result.task.name for result in results):
+    for task in dict.fromkeys(result.task for result in results):
         counts: Counter[str] = Counter()
         for result in results:
-            if result.task.name == name and result.competence is not None:
+            if result.task == task and result.competence is not None:
                 counts.update(result.competence.refusals)
-        if counts:
-            lines.append(f"{name}: " + "; ".join(f"{count} × {reason}" for reason, count in counts.most_common()))
+        said = [f"{count} × {reason}" for reason, count in counts.most_common()]
+        if task.note:
+            said.append(task.note)
+        if said:
+            lines.append(f"{task.name}: " + "; ".join(said))
     return lines
 
 

@@ -8,47 +8,30 @@ Our form is a list of pairs, or a task with a name and both splits:
 A pair may also have `positions` ({"subject": ["dogs", "dog"]}), `answers` and `wrongs` (lists), `symmetric` (false
 where the corrupt prompt has no answer of its own) and `template`; `PromptPair` says what they mean. Also read are the
 minimal pairs of BLiMP (Warstadt et al. 2020; .jsonl), the agreement prompts of the feature-circuits project (one JSON
-object a line, `clean_prefix`, `patch_prefix`, ...), and the .csv prompts of EAP-IG (IOI, greater-than).
+object a line, `clean_prefix`, `patch_prefix`, ...), the relations of Hernandez et al. 2023 (`prompt_templates`,
+`samples`), and the .csv prompts of EAP-IG (IOI, greater-than).
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import random
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.files import write_text
+from cutaway.data.pair_formats import NEEDED, PairFile, csv_pairs, foreign_pairs
 from cutaway.data.pairs import Place, PromptPair
 from cutaway.data.tasks import Task
-from cutaway.data.tasks_knowledge import years_after
 from cutaway.data.wording import Split
 
 if TYPE_CHECKING:
     from cutaway.model.language_model import LanguageModel
 
 PAIR_FILES = (".json", ".jsonl", ".csv")
-_NEEDED = ("clean", "corrupt", "answer", "wrong")
 _OPTIONAL = ("positions", "answers", "wrongs", "symmetric", "template")
-
-
-@dataclass(frozen=True)
-class PairFile:
-    """The pairs of a file: those to search with, those to judge on (perhaps none), and the task's name.
-
-    `left_out` counts the entries that are no prompt pair of this kind, by reason.
-    """
-
-    name: str
-    pairs: tuple[PromptPair, ...]
-    held_out: tuple[PromptPair, ...] = ()
-    left_out: Mapping[str, int] | None = None
 
 
 def read_pairs(path: Path | str) -> list[PromptPair]:
@@ -73,20 +56,17 @@ def read_pair_file(path: Path | str) -> PairFile:
     except UnicodeDecodeError:
         raise CutawayError(f"{path} is not text in UTF-8; prompt pairs are JSON, JSON lines or CSV.") from None
     if path.suffix.lower() == ".csv":
-        return _from_csv(path, text)
+        return csv_pairs(path, text)
     try:
         data = json.loads(text)
     except json.JSONDecodeError as error:
-        lines = _json_lines(text)
-        if lines is None:
+        data = _json_lines(text)
+        if data is None:
             raise CutawayError(
                 f"{path} is not JSON: {error.msg} in line {error.lineno}, column {error.colno}; prompt pairs are a "
                 "list of objects with clean, corrupt, answer and wrong."
             ) from None
-        return _from_lines(path, lines)
-    if _foreign(data):  # a single line
-        return _from_lines(path, [data])
-    return _from_json(path, data)
+    return foreign_pairs(path, data) or _from_json(path, data)
 
 
 def write_pairs(
@@ -109,7 +89,9 @@ def task_from_file(path: Path | str) -> Task:
             raise CutawayError(f'{path} has no held-out pairs; give it as {{"pairs": [...], "held_out": [...]}}')
         yield from rng.sample(pairs, len(pairs))
 
-    return Task(found.name, f"the pairs of {path}", "preferred", draw)
+    left_out = "; ".join(f"{count} × {reason}" for reason, count in (found.left_out or {}).items())
+    note = f"left out of its file: {left_out}" if left_out else ""
+    return Task(found.name, f"the pairs of {path}", "preferred", draw, note=note)
 
 
 # -- our own form
@@ -151,12 +133,12 @@ def pair_from_json(data: Any, where: str = "the pair") -> PromptPair:
     """The pair of a JSON object (`PromptPair.to_json`); raises `CutawayError` that begins with `where`."""
     if not isinstance(data, dict):
         raise CutawayError(f"{where} is {_kind(data)}; a pair is an object with clean, corrupt, answer and wrong.")
-    missing = [key for key in _NEEDED if key not in data]
+    missing = [key for key in NEEDED if key not in data]
     if missing:
         raise CutawayError(f"{where} has no {missing[0]!r}; a pair needs clean, corrupt, answer and wrong.")
-    unknown = [key for key in data if key not in (*_NEEDED, *_OPTIONAL)]
+    unknown = [key for key in data if key not in (*NEEDED, *_OPTIONAL)]
     if unknown:
-        raise CutawayError(f"{where} has an unknown key {unknown[0]!r}; known are {', '.join((*_NEEDED, *_OPTIONAL))}.")
+        raise CutawayError(f"{where} has an unknown key {unknown[0]!r}; known are {', '.join((*NEEDED, *_OPTIONAL))}.")
     ids = isinstance(data["clean"], list)
     for key in ("clean", "corrupt"):
         value = data[key]
@@ -229,9 +211,6 @@ def _kind(value: Any) -> str:
     return names.get(type(value).__name__, "a number")
 
 
-# -- other projects' forms
-
-
 def _json_lines(text: str) -> list[Any] | None:
     """The objects of a text with one a line, or None where it is not of that form."""
     lines = [line for line in text.splitlines() if line.strip()]
@@ -240,172 +219,3 @@ def _json_lines(text: str) -> list[Any] | None:
     except json.JSONDecodeError:
         return None
     return found if found and all(isinstance(entry, dict) for entry in found) else None
-
-
-_AGREEMENT = ("clean_prefix", "patch_prefix", "clean_answer", "patch_answer")
-
-
-def _foreign(entry: Any) -> bool:
-    """Whether an object is of another project's form."""
-    return isinstance(entry, dict) and (
-        {"sentence_good", "sentence_bad"} <= set(entry) or set(_AGREEMENT) <= set(entry)
-    )
-
-
-def _from_lines(path: Path, entries: Sequence[Any]) -> PairFile:
-    """One object a line: BLiMP, agreement prompts, or pairs of our form."""
-    if not _foreign(entries[0]):
-        return _from_json(path, list(entries))
-    if "sentence_good" in entries[0]:
-        return _blimp(path, entries)
-    return PairFile(path.stem, tuple(_agreement(entry, f"{path}: line {i + 1}") for i, entry in enumerate(entries)))
-
-
-_OTHER_NUMBER = {"this": "these", "these": "this", "that": "those", "those": "that"}
-_LAST_DETERMINER = re.compile(r"\b(this|these|that|those)$", re.IGNORECASE)
-
-
-def _blimp(path: Path, entries: Sequence[Mapping[str, Any]]) -> PairFile:
-    """Minimal pairs of one paradigm as prompt pairs.
-
-    BLiMP's "one prefix" items have one prompt and a right and a wrong word after it, so a corrupt prompt must be found.
-    Where the prompt ends in this, these, that or those, that word is turned to the other number. Elsewhere the corrupt
-    prompt is another item's, as long in words, after which the two words are right and wrong the other way round; each
-    item is used once, and the two prompts may differ in several words. "Two prefix" items have one continuation, which
-    decides between no two answers; they are left out, as are items without a partner.
-    """
-    pairs: list[PromptPair] = []
-    left_out: dict[str, int] = {}
-    waiting: dict[tuple[str, str, int], list[str]] = {}
-    for i, entry in enumerate(entries):
-        if "one_prefix_prefix" not in entry:
-            reason = "it has two prompts and one continuation, which decides between no two answers"
-            left_out[reason] = left_out.get(reason, 0) + 1
-            continue
-        keys = ("one_prefix_prefix", "one_prefix_word_good", "one_prefix_word_bad")
-        if not all(isinstance(entry.get(key), str) and entry[key] for key in keys):
-            raise CutawayError(f"{path}: line {i + 1} has no text under one of {', '.join(keys)}.")
-        prompt, good, bad = (entry[key] for key in keys)
-        template = str(entry.get("UID", path.stem))
-        last = _LAST_DETERMINER.search(prompt)
-        if last:
-            word = last.group()
-            other = _OTHER_NUMBER[word.lower()]
-            other = other.capitalize() if word[0].isupper() else other
-            corrupt, positions = prompt[: last.start()] + other, cast("dict[str, Place]", {"determiner": (word, other)})
-            pairs.append(PromptPair(prompt, corrupt, f" {good}", f" {bad}", positions, template=template))
-            continue
-        length = len(prompt.split())
-        partners = waiting.get((bad, good, length))
-        if partners:
-            pairs.append(PromptPair(partners.pop(0), prompt, f" {bad}", f" {good}", template=template))
-        else:
-            waiting.setdefault((good, bad, length), []).append(prompt)
-    alone = sum(len(prompts) for prompts in waiting.values())
-    if alone:
-        left_out["no item of as many words has the same two words the other way round"] = alone
-    if not pairs:
-        raise CutawayError(f"{path} has no prompt pairs: {next(iter(left_out))}.")
-    return PairFile(path.stem, tuple(pairs), left_out=left_out)
-
-
-def _agreement(entry: Mapping[str, Any], where: str) -> PromptPair:
-    """A subject in both numbers, with the verb after each."""
-    wrong = next((key for key in _AGREEMENT if not (isinstance(entry.get(key), str) and entry[key])), None)
-    if wrong is not None:
-        raise CutawayError(f"{where} has no text under {wrong!r}.")
-    clean, corrupt = str(entry["clean_prefix"]), str(entry["patch_prefix"])
-    before, here, there = _differing_word(clean, corrupt)
-    positions = cast(
-        "dict[str, Place]", {"subject": (f"^{before}{here}", f"^{before}{there}")} if here and there else {}
-    )
-    return PromptPair(
-        clean,
-        corrupt,
-        str(entry["clean_answer"]),
-        str(entry["patch_answer"]),
-        positions,
-        template=str(entry.get("case", "")),
-    )
-
-
-def _differing_word(clean: str, corrupt: str) -> tuple[str, str, str]:
-    """What stands before the first differing word, and that word in both."""
-    ours, theirs = clean.split(" "), corrupt.split(" ")
-    for i, (a, b) in enumerate(zip(ours, theirs, strict=False)):
-        if a != b:
-            return "".join(f"{word} " for word in ours[:i]), a, b
-    return "", "", ""
-
-
-def _from_csv(path: Path, text: str) -> PairFile:
-    """EAP-IG's prompts: IOI with names in the text, greater-than with the first year as label; or columns of ours."""
-    reader = csv.DictReader(io.StringIO(text, newline=""))
-    columns = set(reader.fieldnames or ())
-    rows = list(reader)
-    if set(_NEEDED) <= columns:
-        read: Callable[[Mapping[str, str]], PromptPair | str] = _own_row
-    elif {"clean", "corrupted", "label"} <= columns:
-        read = _greater_than_row
-    elif {"clean", "corrupted_hard"} <= columns:
-        read = _ioi_row
-    else:
-        raise CutawayError(
-            f"{path} has the columns {', '.join(sorted(filter(None, columns))) or '(none)'}; prompt pairs need clean, "
-            "corrupt, answer and wrong (EAP-IG: clean, corrupted, label; or clean, corrupted, corrupted_hard)."
-        )
-    if not rows:
-        raise CutawayError(f"{path} has no prompt pairs: it has no row under its header.")
-    pairs: list[PromptPair] = []
-    for i, row in enumerate(rows):
-        if None in row or None in row.values():
-            raise CutawayError(f"{path}: row {i + 1} has another number of columns than the header.")
-        found = read(row)
-        if isinstance(found, str):
-            raise CutawayError(f"{path}: row {i + 1}: {found}.")
-        pairs.append(found)
-    return PairFile(path.stem, tuple(pairs))
-
-
-def _own_row(row: Mapping[str, str]) -> PromptPair | str:
-    if not all(row[key] for key in _NEEDED):
-        return "a prompt or an answer is empty"
-    return PromptPair(row["clean"], row["corrupt"], row["answer"], row["wrong"], template=row.get("template", ""))
-
-
-def _greater_than_row(row: Mapping[str, str]) -> PromptPair | str:
-    """A span of years whose label is the two last digits of its first year: every later year is right."""
-    label = row["label"].strip()
-    if not re.fullmatch(r"\d{1,2}", label) or not 1 <= int(label) <= 98:
-        return f"label is {row['label']!r}; it is the last two digits of a year from 01 to 98"
-    year = int(label)
-    answers, wrongs = years_after(year)
-    # a later and an earlier year as far from the first as the century allows, up to ten
-    answer, wrong = f"{min(year + 10, 99):02d}", f"{max(year - 10, 0):02d}"
-    before, here, there = _differing_word(row["clean"], row["corrupted"])
-    return PromptPair(
-        row["clean"],
-        row["corrupted"],
-        answer,
-        wrong,
-        {"year": (f"^{before}{here}", f"^{before}{there}")},
-        answers,
-        wrongs,
-        symmetric=False,
-        template="greater than",
-    )
-
-
-def _ioi_row(row: Mapping[str, str]) -> PromptPair | str:
-    """Two names, one of which acts; the corrupt prompt has the other one act (`corrupted_hard`), so it is symmetric."""
-    clean, corrupt = row["clean"], row["corrupted_hard"]
-    before, subject, other = _differing_word(clean, corrupt)
-    if (
-        not subject
-        or clean.count(other) < 1
-        or corrupt[len(before) + len(other) :] != clean[len(before) + len(subject) :]
-    ):
-        return "clean and corrupted_hard do not differ in one name"
-    return PromptPair(
-        clean, corrupt, f" {other}", f" {subject}", {"S2": (f"^{before}{subject}", f"^{before}{other}")}, template="ioi"
-    )

@@ -32,7 +32,8 @@ class Task:
     """A task: what is asked, what counts as right ("preferred" over the wrong answer, or "top1"), and its pairs.
 
     `draw(rng, lm, split)` yields pairs of one split, without end or to the last; only a task made of token ids or of
-    chats looks at the model. `aliases` are other names that it is found by.
+    chats looks at the model. `aliases` are other names that it is found by, `note` is what users should know of its
+    pairs.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Task:
     criterion: Literal["preferred", "top1"]
     draw: Callable[[random.Random, LanguageModel, Split], Iterator[PromptPair]]
     aliases: tuple[str, ...] = ()
+    note: str = ""
 
 
 TASKS: tuple[Task, ...] = (
