@@ -4,6 +4,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from torch import Tensor
+
 from cutaway.artifacts.errors import CutawayError
 from cutaway.causal.graph import Graph
 from cutaway.data.pairs import AlignedPairs
@@ -57,6 +60,9 @@ class Node:
         if not all(-length <= at < length for length in lengths):
             raise CutawayError(f"'{self.name}' names position {at}, but some prompts have {min(lengths)} tokens.")
         return [[at % length] for length in lengths]
+
+
+Nodes = tuple[Node, ...]
 
 
 def end_name(nodes: Sequence[Node]) -> str:
@@ -117,3 +123,47 @@ def sources(graph: Graph, role: str | None = None) -> list[Node]:
         _named(name, plain, index, role, graph)
         for index, (name, plain) in enumerate(zip(names, graph.sources, strict=True))
     ]
+
+
+def signature(nodes: Nodes) -> tuple[str, ...]:
+    """The kinds of a set of nodes, which a control shares."""
+    return tuple(sorted(node.kind for node in nodes))
+
+
+def random_others(
+    graph: Graph, sending: Sequence[Nodes], receiving: Sequence[Nodes], real: Tensor, draws: int, seed: int
+) -> tuple[list[Nodes], dict[tuple[tuple[str, ...], int], list[int]]]:
+    """The senders, then the random ones that are not among them; and which of all are drawn for each signature and
+    receiver.
+
+    A random sender has nodes of the same kinds, all of them before the receiver (of any kind, where there is no second
+    one of a kind). For one signature and one receiver they are drawn once, one more than asked for, so that a sender
+    that is among them itself has enough others.
+    """
+    generator = np.random.default_rng(seed)
+    chosen = list(sending)
+    places = {frozenset(nodes): i for i, nodes in enumerate(chosen)}
+    drawn: dict[tuple[tuple[str, ...], int], list[int]] = {}
+    for j, receiver in enumerate(receiving):
+        signatures = {signature(nodes): nodes for i, nodes in enumerate(sending) if real[i, j]}
+        for kinds, like in signatures.items() if draws > 0 else ():
+            pools = [_pool(graph, node, receiver) for node in like]
+            found: dict[frozenset[Node], None] = {}
+            for _ in range(20 * (draws + 1)):
+                nodes = frozenset(pool[int(generator.integers(len(pool)))] for pool in pools)
+                if len(nodes) == len(like):
+                    found[nodes] = None
+                if len(found) == draws + 1:
+                    break
+            for nodes in found:
+                if nodes not in places:
+                    places[nodes] = len(chosen)
+                    chosen.append(tuple(sorted(nodes, key=lambda node: node.index)))
+                drawn.setdefault((kinds, j), []).append(places[nodes])
+    return chosen, drawn
+
+
+def _pool(graph: Graph, like: Node, receiver: Nodes) -> list[Node]:
+    """What may stand for a sender's node before a receiver: nodes of its kind, or any where it is the only one."""
+    before = [node for node in sources(graph, like.role) if earlier(graph, (node,), receiver)]
+    return alike if len(alike := [node for node in before if node.kind == like.kind]) > 1 else before

@@ -29,16 +29,16 @@ from cutaway.artifacts.results import Choices, Control, Effect
 from cutaway.artifacts.statistics import bootstrap_interval
 from cutaway.causal.graph import Graph
 from cutaway.causal.metrics import Metric, Targets, logit_difference, named_metric, recovery, targets_of
-from cutaway.causal.path_nodes import Name, Node, earlier, end_name, parse, sources
+from cutaway.causal.path_nodes import Name, Node, Nodes, earlier, end_name, parse, random_others, signature
 from cutaway.data.pairs import AlignedPairs, PromptPair, align
 from cutaway.model.edits import Edit, patch
+from cutaway.model.edits import set as replace_value
 from cutaway.model.language_model import LanguageModel
 from cutaway.model.run import Run
 from cutaway.model.tokens import Tokens
 
 Mlps = Literal["recompute", "freeze"]
 Direction = Literal["noise", "denoise"]
-Nodes = tuple[Node, ...]
 
 
 @dataclass(frozen=True)
@@ -257,11 +257,11 @@ def path_patch(
     sending = [parse(graph, one, aligned, sender=True) for one in senders]
     receiving = [parse(graph, one, aligned, sender=False) for one in receivers]
     real = _paths(graph, sending, receiving)
-    chosen, drawn = _random_senders(graph, sending, receiving, real, random_senders, seed)
+    chosen, drawn = random_others(graph, sending, receiving, real, random_senders, seed)
 
     noise = direction == "noise"
     original, other = (aligned.clean, aligned.corrupt) if noise else (aligned.corrupt, aligned.clean)
-    held = ["blocks.0.resid_pre", "blocks.*.attn.z", "blocks.*.mlp.out"]
+    held = ["blocks.0.resid_pre", "blocks.*.attn.z", "blocks.*.mlp.out", f"blocks.{lm.n_layers - 1}.resid_post"]
     new, old = (lm.run(tokens, capture=held, logits="last") for tokens in (other, original))
     assert old.logits is not None
     assert new.logits is not None
@@ -321,49 +321,6 @@ def _paths(graph: Graph, sending: Sequence[Nodes], receiving: Sequence[Nodes]) -
     return real
 
 
-def _signature(nodes: Nodes) -> tuple[str, ...]:
-    return tuple(sorted(node.kind for node in nodes))
-
-
-def _random_senders(
-    graph: Graph, sending: Sequence[Nodes], receiving: Sequence[Nodes], real: Tensor, draws: int, seed: int
-) -> tuple[list[Nodes], dict[tuple[tuple[str, ...], int], list[int]]]:
-    """The senders, then the random ones that are not among them; and which of all are drawn for each signature and
-    receiver.
-
-    A random sender has nodes of the same kinds, all of them before the receiver (of any kind, where there is no second
-    one of a kind). For one signature and one receiver they are drawn once, one more than asked for, so that a sender
-    that is among them itself has enough others.
-    """
-    generator = np.random.default_rng(seed)
-    chosen = list(sending)
-    places = {frozenset(nodes): i for i, nodes in enumerate(chosen)}
-    drawn: dict[tuple[tuple[str, ...], int], list[int]] = {}
-    for j, receiver in enumerate(receiving):
-        signatures = {_signature(nodes): nodes for i, nodes in enumerate(sending) if real[i, j]}
-        for signature, like in signatures.items() if draws > 0 else ():
-            pools = [_pool(graph, node, receiver) for node in like]
-            found: dict[frozenset[Node], None] = {}
-            for _ in range(20 * (draws + 1)):
-                nodes = frozenset(pool[int(generator.integers(len(pool)))] for pool in pools)
-                if len(nodes) == len(like):
-                    found[nodes] = None
-                if len(found) == draws + 1:
-                    break
-            for nodes in found:
-                if nodes not in places:
-                    places[nodes] = len(chosen)
-                    chosen.append(tuple(sorted(nodes, key=lambda node: node.index)))
-                drawn.setdefault((signature, j), []).append(places[nodes])
-    return chosen, drawn
-
-
-def _pool(graph: Graph, like: Node, receiver: Nodes) -> list[Node]:
-    """What may stand for a sender's node before a receiver: nodes of its kind, or any where it is the only one."""
-    before = [node for node in sources(graph, like.role) if earlier(graph, (node,), receiver)]
-    return alike if len(alike := [node for node in before if node.kind == like.kind]) > 1 else before
-
-
 def _controls(
     values: Tensor, sending: Sequence[Nodes], drawn: dict[tuple[tuple[str, ...], int], list[int]]
 ) -> tuple[Tensor, Tensor]:
@@ -372,7 +329,7 @@ def _controls(
     counts = torch.zeros(len(sending), values.shape[1], dtype=torch.long)
     for i, nodes in enumerate(sending):
         for j in range(values.shape[1]):
-            others = [k for k in drawn.get((_signature(nodes), j), []) if k != i]
+            others = [k for k in drawn.get((signature(nodes), j), []) if k != i]
             counts[i, j] = len(others)
             if others:
                 random[i, j] = values[others, j].mean(0)
@@ -400,7 +357,7 @@ class _Patching:
         direct = [j for j, nodes in enumerate(receivers) if nodes[0].part == "logits"]
         ends = [(i, j) for j in direct for i in range(len(senders)) if j in wanted[i]]
         if ends:
-            cells = [[*self.frozen(senders[i], self.lm.n_layers), *self.sent(senders[i])] for i, _ in ends]
+            cells = [self.to_logits(senders[i]) for i, _ in ends]
             values = self.sweep(cells, "paths to the logits")
             for (i, j), value in zip(ends, values, strict=True):
                 found[i, j] = value
@@ -418,6 +375,33 @@ class _Patching:
                         found[i, j] = value
                     progress.advance(len(batch))
         return found
+
+    def to_logits(self, senders: Nodes) -> list[Edit]:
+        """Step 2 where the logits are the receiver."""
+        normed = any(self.lm.family.layers[node.layer].ln1_post for node in senders if node.part == "head")
+        if self.mlps == "recompute" or normed:
+            return [*self.frozen(senders, self.lm.n_layers), *self.sent(senders)]
+        # with all else held, the last token's stream changes by what the senders write, so that no layer need run
+        last = f"blocks.{self.lm.n_layers - 1}.resid_post"
+        stream = self.old.last(last).float()
+        for node in senders:
+            stream = stream + self.written(node)
+        return [replace_value(last, stream[:, None], positions=-1)]
+
+    def written(self, node: Node) -> Tensor:
+        """What a sender writes to the last token's stream on the other prompt, less what it writes there now [n, d]."""
+        new, old = self.new[node.site], self.old.last(node.site).float()
+        at = node.positions(self.pairs, self.side)
+        of = node.positions(self.pairs, 1 - self.side)
+        tokens, lengths = self.new.tokens, self.old.tokens.lengths.tolist()
+        places = [-1] * len(lengths) if of is None else [one[0] for one in of]
+        columns = [tokens.column(row, place) for row, place in enumerate(places)]
+        change = new[torch.arange(len(new)), columns].float() - old
+        if node.part == "head":
+            w_o = self.lm.w_o(node.layer)[node.head].float()
+            change = change[:, node.head] @ w_o * self.lm.family.layers[node.layer].attn_multiplier
+        here = [at is None or at[row][0] == length - 1 for row, length in enumerate(lengths)]
+        return change * torch.tensor(here, device=change.device)[:, None]
 
     def sweep(self, cells: list[list[Edit]], label: str) -> Tensor:
         """The metric of the original prompts under each list of edits [cells, n]."""

@@ -208,7 +208,7 @@ class CausalTrace:
         first, last = window_of(layer, self.window, self.n_layers)
         return f"L{first}" if first == last else f"L{first}-L{last}"
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self, command: str | None = None) -> dict[str, Any]:
         def plain(values: Tensor) -> list[Any]:
             return [[None if math.isnan(x) else x for x in row] for row in values.tolist()]
 
@@ -222,7 +222,7 @@ class CausalTrace:
                 "low": plain(low),
                 "high": plain(high),
                 "random_other_position": plain(self.elsewhere_by_role(kind).nanmean(-1)),
-                "largest": [effect.to_json() for effect in self.sites(kind)],
+                "largest": [effect.to_json() for effect in self.sites(kind, command)],
             }
         return {
             "model": self.model,
@@ -236,7 +236,7 @@ class CausalTrace:
             "prompts_with_role": [
                 int((self.roles == ROLES.index(role)).any(0).sum()) for role in self.columns
             ],
-            "total_effect": self.total_effect().to_json(),
+            "total_effect": self.total_effect(command).to_json(),
             "clean": self.clean.mean().item(),
             "noised": self.noised.mean().item(),
             "grids": grids,

@@ -54,7 +54,7 @@ def trace_page(trace: CausalTrace, command: str) -> str:
             column_axis="token restored",
             scale=scale,
         )
-        drawn = drawing + scale.legend(_UNITS) + _effects(trace.sites(kind))
+        drawn = drawing + scale.legend(_UNITS) + _effects(trace.sites(kind, command))
         sections.append((_HEADINGS[kind], _reading(trace, kind, single), drawn))
     rows = [
         [fact.prompt, fact.subject, answer.strip(), f"{clean:.3f}", f"{noised:.3f}"]

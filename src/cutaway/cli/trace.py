@@ -91,7 +91,7 @@ def trace(
     found = causal_trace(lm, facts, noise=noise, draws=draws, window=window, limit=n, seed=seed)
     deliver(
         text=str(found),
-        data={"command": command, **found.to_json()},
+        data={"command": command, **found.to_json(command)},
         page=lambda: trace_page(found, command),
         as_json=json,
         html=html,
