@@ -16,7 +16,7 @@ text { font-family: -apple-system, "Segoe UI", Roboto, Arial, sans-serif; fill: 
 .ours { fill: #005f94; font-weight: 600; } .theirs { fill: #b4530a; font-weight: 600; }
 """
 _WIDTH, _HEIGHT, _HEAD = 600, 300, 34
-_GAP, _TOP = 30, 40
+_MARGIN, _GAP, _TOP = 10, 30, 40
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Point:
 
 
 def cost_svg(by_length: Sequence[Point], by_depth: Sequence[Point], titles: tuple[str, str], about: str) -> str:
-    """Four panels, time and memory against prompt length and depth; a head says the ratio from first to last point.
+    """Four panels, time and memory against prompt length and depth; heads say the ratio at the first and last point.
 
     `titles` are how ours and the peer's curves are called; methods are "cutaway" and "eap_ig".
     """
@@ -42,16 +42,16 @@ def cost_svg(by_length: Sequence[Point], by_depth: Sequence[Point], titles: tupl
             (by_depth, lambda p: p.n_layers, "layers", False),
         )
     ]
-    width, height = 2 * _WIDTH + _GAP, _TOP + 2 * (_HEIGHT + _HEAD)
+    width, height = 2 * (_WIDTH + _MARGIN) + _GAP, _TOP + 2 * (_HEIGHT + _HEAD)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img">',
         f'<style>{_STYLE}</style><rect width="{width}" height="{height}" fill="#ffffff"/>',
-        f'<text x="8" y="22"><tspan class="ours">{escape(titles[0])}</tspan><tspan dx="14" class="theirs">'
+        f'<text x="{_MARGIN}" y="22"><tspan class="ours">{escape(titles[0])}</tspan><tspan dx="14" class="theirs">'
         f'{escape(titles[1])}</tspan><tspan dx="14">{escape(about)}</tspan></text>',
     ]
     for place, (head, drawing) in enumerate(panels):
-        x, y = (place % 2) * (_WIDTH + _GAP), _TOP + (place // 2) * (_HEIGHT + _HEAD)
-        parts.append(f'<text class="head" x="{x + 8}" y="{y + 16}">{escape(head)}</text>')
+        x, y = _MARGIN + (place % 2) * (_WIDTH + _GAP), _TOP + (place // 2) * (_HEIGHT + _HEAD)
+        parts.append(f'<text class="head" x="{x}" y="{y + 16}">{escape(head)}</text>')
         box = f'<svg x="{x}" y="{y + _HEAD - 8}" width="{_WIDTH}" height="{_HEIGHT}" '
         parts.append(drawing.replace("<svg ", box, 1))
     return "".join([*parts, "</svg>\n"])
@@ -71,5 +71,6 @@ def _panel(
         {"name": name, "x": places, "y": [measure(point)[name] for point in points]} for name in ("cutaway", "eap_ig")
     ]
     ratios = [measure(point)["eap_ig"] / max(measure(point)["cutaway"], 1e-9) for point in points]
-    head = f"{x_label}: {ratios[0]:.1f} × at {places[0]:.0f}, {ratios[-1]:.1f} × at {places[-1]:.0f}"
+    first, last = (f"{ratios[i]:.1f} at {places[i]:.0f}" for i in (0, -1))
+    head = f"theirs / ours: {first} {x_label.split()[0]}, {last}"
     return head, str(line_svg(series=series, title=head, x_label=x_label, y_label=unit, log_x=log_x))

@@ -76,10 +76,10 @@ def test_the_plot_has_four_panels_and_says_the_ratios(modules) -> None:
     assert len(root.findall("{*}svg")) == 4
     heads = [text.text or "" for text in root.findall("{*}text[@class='head']")]
     assert heads == [
-        "tokens of a prompt: 4.0 × at 8, 12.0 × at 24",
-        "layers: 4.0 × at 2, 12.0 × at 6",
-        "tokens of a prompt: 5.0 × at 8, 15.0 × at 24",
-        "layers: 5.0 × at 2, 15.0 × at 6",
+        "theirs / ours: 4.0 at 8 tokens, 12.0 at 24",
+        "theirs / ours: 4.0 at 2 layers, 12.0 at 6",
+        "theirs / ours: 5.0 at 8 tokens, 15.0 at 24",
+        "theirs / ours: 5.0 at 2 layers, 15.0 at 6",
     ]
 
 
