@@ -65,9 +65,11 @@ def cutaway(load: Load) -> Method:
     """Ours, on the model as transformers loads it."""
     from importlib.metadata import version
 
+    import torch
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
 
+    from cutaway.causal.attribution_patching import attribution_patching
     from cutaway.causal.edge_patching import run_circuits
     from cutaway.causal.edges import eap, eap_ig
     from cutaway.causal.graph import Graph
@@ -93,6 +95,16 @@ def cutaway(load: Load) -> Method:
     def denoised(options: dict[str, Any]) -> Any:
         return eap(lm, pairs, direction="denoise")
 
+    sites = ["embed"]  # of the sources, in the graph's order
+    for layer in range(lm.n_layers):
+        sites += [f"blocks.{layer}.attn.z", f"blocks.{layer}.mlp.out"]
+
+    def nodes(options: dict[str, Any]) -> Any:
+        return attribution_patching(lm, pairs, sites, direction="denoise", check=0)
+
+    def read_nodes(made: Any) -> dict[str, Any]:
+        return {"scores": torch.cat([made.blocks[site].mean(-1)[0] for site in sites])}
+
     def circuits(options: dict[str, Any]) -> Any:
         return run_circuits(lm, pairs, masks_of(options), "logit_difference", graph=graph)
 
@@ -103,7 +115,8 @@ def cutaway(load: Load) -> Method:
         "logits": Task(logits, lambda made: {"logits": made[:, -1]}),
         "eap": Task(scores, read),
         "eap_ig": Task(integrated, read),
-        "denoised": Task(denoised, read),
+        "edges": Task(denoised, read),
+        "nodes": Task(nodes, read_nodes),
         "circuits": Task(circuits, lambda made: {"values": made.values}),
     }
     return Method(version("torch"), list(graph.sources), list(graph.destinations), tasks)

@@ -178,13 +178,15 @@ def transformerlens(
 
 
 def test_denoising_is_transformerlens_attribution(transformerlens: Methods) -> None:
-    """Its edges, positions summed, are ours; its nodes are what our edges sum to."""
+    """Its edges and its nodes, positions summed, are ours; a node does what its edges do together."""
     graph = transformerlens.graph
-    ours = transformerlens.values("cutaway", "denoised")["scores"]
+    ours = transformerlens.values("cutaway", "edges")["scores"]
     close_to(ours, transformerlens.values("transformerlens", "edges")["scores"].float())
-    nodes = transformerlens.values("transformerlens", "nodes")["scores"]
     worker = transformerlens.workers["transformerlens"]
-    close_to(ours.sum(1), nodes[transformerlens.circuits.places(worker.sources, graph.sources)].float())
+    theirs = transformerlens.values("transformerlens", "nodes")["scores"]
+    theirs = theirs[transformerlens.circuits.places(worker.sources, graph.sources)].float()
+    close_to(transformerlens.values("cutaway", "nodes")["scores"], theirs)
+    close_to(ours.sum(1), theirs)
 
 
 @pytest.mark.slow
