@@ -202,6 +202,25 @@ def test_the_top_neurons_are_those_of_the_first_order_estimate(llama: LanguageMo
         assert len(other.columns) == 5
 
 
+@pytest.mark.parametrize("direction", ["denoise", "noise"])
+def test_pairs_of_several_lengths_are_each_as_alone(llama: LanguageModel, direction: Any) -> None:
+    pairs = []
+    for i, length in enumerate((5, 8, 6)):
+        ids = torch.randint(3, 97, (length,), generator=torch.Generator().manual_seed(i)).tolist()
+        other = [*ids[:1], (ids[1] + 7) % 90 + 3, *ids[2:]]
+        pairs.append(PromptPair((0, *ids), (0, *other), 3 + i, 30 + i, {"changed": 2}))
+    for options in (
+        {"over": "heads"},
+        {"over": "neurons", "neurons": [1, 5]},
+        {"over": "heads", "at": ["changed", "last"]},
+    ):
+        together: Any = patch_grid(llama, pairs, direction=direction, **options)  # type: ignore[arg-type]
+        for i, pair in enumerate(pairs):
+            alone: Any = patch_grid(llama, [pair], direction=direction, **options)  # type: ignore[arg-type]
+            shown = together.patched[..., i]
+            torch.testing.assert_close(shown, alone.patched[..., 0], rtol=1e-4, atol=1e-3)
+
+
 def test_where_a_role_stands_in_the_other_prompt_counts_only_if_values_come_from_there(llama: LanguageModel) -> None:
     pairs = pairs_of(llama)
     pairs.places["changed"][:] = torch.tensor([[4], [3]])  # 4 in clean, 3 in corrupt
