@@ -116,6 +116,16 @@ def test_restoring_all_the_answer_reads_gives_back_the_total_effect(words: Langu
     assert float(others.nan_to_num(0.0).abs().max()) < 1e-6
 
 
+def test_the_answer_itself_is_never_the_best_state(words: LanguageModel) -> None:
+    """Also where the subject ends the prompt, so that its last token is the prompt's."""
+    trace = causal_trace(words, [FactPrompt("w5 w9 w14", "w9 w14")], draws=1)
+    assert trace.columns == ("subject first", "subject last")
+    total = (trace.clean - trace.noised).item()
+    assert trace.by_role("state")[-1, 1].item() == pytest.approx(total, abs=1e-5)
+    assert all("L2" not in effect.name for effect in trace.sites("state"))
+    assert len(trace.sites("state")) == 1
+
+
 def test_every_token_has_one_role() -> None:
     roles = roles_of([(1, 3), (2, 2), (1, 2), (0, 4)], [7, 5, 4, 5])
     named = [[ROLES[i] if i >= 0 else "" for i in column] for column in roles.T.tolist()]

@@ -180,7 +180,7 @@ class CausalTrace:
         or more prompts); with fewer, chosen and measured on all of them, which flatters it. A role that fewer than 3
         prompts of either half have is no candidate; None where there is none.
 
-        The state after the last layer at the last token is no candidate: it is the answer itself.
+        States after the last layer are no candidates: at the last token they are the answer itself.
         """
         held_out = self.n >= 8
         values = self.by_role(kind)
@@ -190,8 +190,8 @@ class CausalTrace:
             scarce = held_out and min(int(has[0::2].sum()), int(has[1::2].sum())) < _LEAST
             if column not in roles or scarce:
                 means[:, at] = -torch.inf
-        if kind == "state" and "last token" in self.columns:
-            means[-1, self.columns.index("last token")] = -torch.inf
+        if kind == "state":
+            means[-1] = -torch.inf
         if not bool(means.isfinite().any()):
             return None
         layer, at = divmod(int(means.argmax()), len(self.columns))
