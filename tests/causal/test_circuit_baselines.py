@@ -7,7 +7,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.causal.circuit_baselines import nodes_of, random_circuits, select_edges, sized_circuit, without_nodes
+from cutaway.causal.circuit_baselines import (
+    joinable,
+    nodes_of,
+    random_circuits,
+    select_edges,
+    sized_circuit,
+    without_nodes,
+)
 from cutaway.causal.graph import Graph
 
 GRAPHS = (Graph(2, 2), Graph(3, 4), Graph(3, 4, parallel=True), Graph(2, 4, n_kv_heads=2))
@@ -52,6 +59,14 @@ def test_random_circuits_differ_and_cover_the_graph() -> None:
     often = masks.double().mean(0)[graph.real]
     assert float(often.min()) > 0  # every edge has its chance
     assert len({tuple(mask.flatten().tolist()) for mask in masks}) == 200
+
+
+def test_only_edges_between_nodes_of_a_circuit_join_it() -> None:
+    graph = Graph(2, 2)
+    assert graph.edges_of(joinable(graph, graph.empty())) == [("embed", "logits")]
+    mask = graph.mask_of(["embed->L0H1.q", "L0H1->logits"])
+    ends = {("embed", f"L0H1.{part}") for part in "qkv"} | {("embed", "logits"), ("L0H1", "logits")}
+    assert set(graph.edges_of(joinable(graph, mask))) == ends
 
 
 def test_random_circuits_with_positions() -> None:

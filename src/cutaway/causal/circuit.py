@@ -175,7 +175,8 @@ class Circuit:
     def __str__(self) -> str:
         lines = [
             f"{self.task} in {self.manifest.model.id if self.manifest.model else 'a model'}: {self.n_edges:,} of "
-            f"{self.graph.n_edges:,} edges ({100 * self.share:.2g} %), {len(self.nodes)} nodes; {self.metric}, "
+            f"{self.graph.n_edges:,} edges ({100 * self.share:.2g} %), {len(self.nodes)} nodes; "
+            f"{self.metric.replace('_', ' ')}, "
             f"{self.choices.ablation} ablation"
         ]
         if self.evidence is not None:

@@ -105,11 +105,12 @@ def line_legend(series: Sequence[Series]) -> Markup:
 
 
 def _looks(series: Sequence[Series]) -> list[str]:
-    """The CSS class of each curve: results take the colours in turn, controls are grey."""
-    looks, results = [], 0
+    """The CSS class of each curve: results take the colours in turn, controls are grey, every second one dotted."""
+    looks, results, controls = [], 0, 0
     for one in series:
         if one.get("control"):
-            looks.append("cw-control")
+            looks.append("cw-control cw-other" if controls % 2 else "cw-control")
+            controls += 1
         else:
             looks.append(f"cw-c{results % COLOURS}")
             results += 1
@@ -150,9 +151,10 @@ def _runs(points: Iterable[tuple[Any, ...]]) -> list[list[tuple[Any, ...]]]:
 
 
 def _marker(look: str, x: float, y: float) -> str:
-    """A shape by series as well as a colour: circle, square, triangle, diamond; controls are hollow circles."""
+    """A shape by series as well as a colour: circle, square, triangle, diamond; controls are hollow."""
     outline = {
         "cw-c1": "m-4 -4l8 0 0 8 -8 0z",
+        "cw-control cw-other": "m-3.5 -3.5l7 0 0 7 -7 0z",
         "cw-c2": "m0 -5l5 9 -10 0z",
         "cw-c3": "m0 -5l5 5 -5 5 -5 -5z",
         "cw-c4": "m0 5l5 -9 -10 0z",
