@@ -175,7 +175,13 @@ def test_the_subject_is_found_by_its_text(atlas: LanguageModel) -> None:
     first, last = subject_span(tokens, 0, "Eiffel Tower", prompt)
     assert "".join(tokens.strings[0][first : last + 1]).strip() == "Eiffel Tower"
     with pytest.raises(CutawayError, match="does not stand in the prompt"):
-        subject_span(tokens, 0, "Eiff", prompt)
+        subject_span(tokens, 0, "Louvre", prompt)
+    with pytest.raises(CutawayError, match="does not stand in the prompt"):
+        subject_span(tokens, 0, " ", prompt)
+    assert subject_span(tokens, 0, " Eiffel Tower ", prompt) == (first, last)
+    twice = atlas.tokens(["Romeo went to Rome"])
+    assert subject_span(twice, 0, "Rome", "")[1] == int(twice.lengths[0]) - 1
+    assert subject_span(twice, 0, "omeo", "")[0] < 3
     with pytest.raises(CutawayError, match="stands 2 times"):
         subject_span(tokens, 0, "in", prompt)
 

@@ -60,7 +60,9 @@ def subject_span(tokens: Tokens, row: int, subject: str, prompt: str) -> tuple[i
     for string in strings:
         text += string
         ends.append(len(text))
-    found = list(re.finditer(rf"(?<!\w){re.escape(subject)}(?!\w)", text))  # whole words: no Rome in Romeo
+    word = re.escape(subject.strip())
+    # rather the whole word Rome than a part of Romeo; but some languages put nothing between words
+    found = [*re.finditer(rf"(?<!\w){word}(?!\w)", text)] or [*re.finditer(word, text)] if word else []
     if len(found) != 1:
         how = "does not stand" if not found else f"stands {len(found)} times"
         raise CutawayError(
