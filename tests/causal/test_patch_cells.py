@@ -159,11 +159,16 @@ def test_the_controls_are_other_heads_neurons_layers_and_positions(llama: Langua
     neurons = patch_grid(llama, pairs, over="neurons", top=0)
     assert neurons.values.shape == (3, 40, 4)
     torch.testing.assert_close(neurons.random_values[0, 7], (neurons.values[0].sum(0) - neurons.values[0, 7]) / 39)
+    named = patch_grid(llama, pairs, over="neurons", neurons=range(40), layers=[0])
+    torch.testing.assert_close(named.random_values[0], neurons.random_values[0])
+    assert patch_grid(llama, pairs, over="heads", heads=[2, 2], layers=[1, 1]).values.shape == (1, 1, 4)
     five = patch_grid(llama, pairs, over="neurons", neurons=[1, 2], draws=38, layers=[0])
     assert five.control == "random other neuron"
     rest = [i for i in range(40) if i not in (1, 2)]
     torch.testing.assert_close(five.random_values[0, 0], neurons.values[0, rest].mean(0), rtol=1e-4, atol=1e-5)
-    assert patch_cell(llama, pairs, "embed").effect.controls == ()  # nothing else is like it
+    alone_of_its_kind = patch_cell(llama, pairs, "embed")
+    assert alone_of_its_kind.effect.controls == ()
+    assert alone_of_its_kind.to_json()["p"] is None
 
 
 def test_the_top_neurons_are_those_of_the_first_order_estimate(llama: LanguageModel) -> None:
@@ -276,6 +281,7 @@ def test_every_effect_records_its_six_choices(llama: LanguageModel) -> None:
         ("blocks.1.mlp.out", {"head": 1}, "has no heads"),
         ("blocks.1.mlp.post", {"neuron": 40}, "neurons are 0 to 39"),
         ("blocks.1.attn.pattern", {"neuron": 1}, "has no neurons"),
+        ("blocks.1.attn.z", {"head": 1, "neuron": 1}, "name one of the two"),
         ("blocks.1.attn.zz", {}, "There is no site"),
         ("blocks.7.attn.z", {"head": 0}, "layers are 0 to 2"),
         (

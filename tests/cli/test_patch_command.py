@@ -78,6 +78,29 @@ def test_json_and_page(
     assert "nan" not in text.lower().replace("tennant", "")
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (
+            ["--ablation", "zero"],
+            "Each cell runs the clean prompt with zero in place of the activation at one head, at every",
+        ),
+        (
+            ["--ablation", "noise", "--std", "2"],
+            "gaussian noise of 2 standard deviations of the site, seed 0, on the act",
+        ),
+        (
+            ["--metric", "kl"],
+            "0: the KL from the clean run stays as after the clean prompt; 1: it falls to that of the cor",
+        ),
+        (["--at", "city"], "with the corrupt prompt's activation at one head, at “city”"),
+    ],
+)
+def test_what_a_cell_is_is_said_in_words(words: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*TWO_HOP, "--over", "heads", "--layer", "1", "--direction", "noise", *words]) == 0
+    assert says in capsys.readouterr().out
+
+
 def test_pairs_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = _own(tmp_path / "cities.json", template="two hops")
     words = [

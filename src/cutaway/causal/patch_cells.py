@@ -237,4 +237,4 @@ def every_layer(lm: LanguageModel, site: str, layers: Sequence[int] | None) -> l
     if layers is None:
         names = table.expand(site.replace("{l}", "*"))
         return [(int(name.split(".")[1]), name) for name in names]
-    return [(layer, table.resolve(site.replace("{l}", str(layer)))) for layer in layers]
+    return [(layer, table.resolve(site.replace("{l}", str(layer)))) for layer in dict.fromkeys(layers)]

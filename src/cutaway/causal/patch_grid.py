@@ -285,14 +285,14 @@ class PatchGrid:
             "tokens": list(self.tokens),
             "n": self.n,
             "dropped": self.dropped,
-            "mean": self.mean.tolist(),
-            "low": low.tolist(),
-            "high": high.tolist(),
-            "ratio_of_means": self.ratio_of_means.tolist(),
-            "flip_rate": self.flip_rate.tolist(),
+            "mean": _plain(self.mean),
+            "low": _plain(low),
+            "high": _plain(high),
+            "ratio_of_means": _plain(self.ratio_of_means),
+            "flip_rate": _plain(self.flip_rate),
             "control": self.control,
-            "p_of_all": [[_finite(p) for p in row] for row in self.p_of_all.tolist()],
-            "control_mean": self.random_values.nanmean(-1).tolist(),
+            "p_of_all": _plain(self.p_of_all),
+            "control_mean": _plain(self.random_values.nanmean(-1)),
             "clean": self.clean.mean().item(),
             "corrupt": self.corrupt.mean().item(),
         }
@@ -324,3 +324,7 @@ class PatchGrid:
 
 def _finite(value: float) -> float | None:
     return value if np.isfinite(value) else None
+
+
+def _plain(values: Tensor) -> list[list[float | None]]:
+    return [[_finite(value) for value in row] for row in values.tolist()]

@@ -122,7 +122,7 @@ def over_heads(
     rng: np.random.Generator,
 ) -> Layout:
     n_heads = head_count(bench.lm.sites()[rows[0][1]]) or 0
-    chosen = list(range(n_heads)) if heads is None else list(heads)
+    chosen = list(range(n_heads)) if heads is None else list(dict.fromkeys(heads))
     cells = [[PatchCell(site, heads=(head,), at=where) for head in chosen] for _, site in rows]
     drawn: list[list[tuple[PatchCell, Places | None]]] = []
     others = [head for head in range(n_heads) if head not in chosen]
@@ -160,10 +160,11 @@ def over_neurons(
 ) -> Layout:
     width = min(neuron_count(bench.lm.sites()[site]) or 0 for _, site in rows)
     cells, drawn = [], []
-    every = neurons is None and (top == 0 or top >= width)
+    asked = None if neurons is None else list(dict.fromkeys(neurons))
+    every = top == 0 or top >= width if asked is None else len(asked) == width
     for _, site in rows:
-        if neurons is not None:
-            chosen = list(neurons)
+        if asked is not None:
+            chosen = asked
         elif every:
             chosen = list(range(width))
         else:
@@ -215,8 +216,7 @@ def _random_positions(pairs: AlignedPairs, columns: Tensor, draws: int, seed: in
 def by_layer(values: Tensor, layout: Layout) -> Tensor:
     """Mean of each layer's drawn controls [layers, 1, n] from all of them [controls, n]."""
     parts = values.split([len(row) for row in layout.drawn])
-    nothing = torch.full_like(values[:1], float("nan")) if len(values) else values.new_full((1, values.shape[-1]), 0)
-    return torch.stack([part.nanmean(0, keepdim=True) if len(part) else nothing for part in parts])
+    return torch.stack([part.nanmean(0, keepdim=True) for part in parts])
 
 
 def others(values: Tensor, dim: int) -> Tensor:

@@ -39,7 +39,7 @@ def reading(grid: PatchGrid) -> str:
     }[grid.over]
     if grid.over != "positions":
         place += ", at every token" if grid.at is None else f", at “{grid.at}”"
-    what = grid.metric.replace("_", " ")
+    what = _words(grid)
     left = f" ({grid.dropped} left out: their two prompts hardly differ)" if grid.dropped else ""
     if grid.direction == "denoise":
         return (
@@ -177,7 +177,8 @@ def _ability(grid: PatchGrid, ability: Competence, pairs: AlignedPairs) -> Secti
 
 
 def _words(grid: PatchGrid) -> str:
-    return grid.metric.replace("_", " ")
+    written_out = {"kl": "KL from the clean run", "nll": "negative log-probability"}
+    return written_out.get(grid.metric, grid.metric.replace("_", " "))
 
 
 def _text(prompt: Prompt) -> str:

@@ -132,8 +132,8 @@ def patch_cell(
 
     Raises `CutawayError` as `patch_grid` does, and for fewer than 2 pairs, which have no interval.
     """
-    if head is not None and neuron is not None and "attn" not in site:
-        raise CutawayError(f"{site!r} has no neuron {neuron} of head {head}; name one of the two")
+    if head is not None and neuron is not None:
+        raise CutawayError(f"a cell is head {head} or neuron {neuron} of {site!r}, not both; name one of the two")
     aligned = pairs if isinstance(pairs, AlignedPairs) else align(lm, pairs)
     if len(aligned) < 2:
         raise CutawayError(
@@ -271,7 +271,7 @@ def _check(
                 kind = "key-value heads" if " KV" in site.dims else "heads"
                 raise CutawayError(f"{name!r} has no head {head}; its {kind} are 0 to {(n_heads or 0) - 1}")
         width = neuron_count(site)
-        if over == "neurons" and width is None:
+        if (over == "neurons" or neurons is not None) and width is None:
             raise CutawayError(f"{name!r} ({site.dims}) has no neurons; patch them at mlp.post")
         for neuron in neurons or ():
             if not 0 <= neuron < (width or 0):
