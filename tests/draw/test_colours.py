@@ -120,6 +120,7 @@ def test_scales_place_values():
     assert [scale.css(v) for v in (0.0, 0.5, 1.0, 7.0, -7.0)] == ["cw-s0", "cw-s5", "cw-s10", "cw-s10", "cw-s0"]
     assert scale.css(None) == scale.css(float("nan")) == "cw-na"
     assert Scale(-2.0, 2.0, True).css(0.0) == "cw-d5"
+    assert [scale.css(x) for x in (1.7e307, -1.7e307)] == ["cw-s10", "cw-s0"]  # ten times this is infinite
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ class Scale:
             return "cw-na"
         span = self.high - self.low
         place = (value - self.low) / span if span > 0 else 0.5
-        step = min(STEPS - 1, max(0, round(place * (STEPS - 1))))
+        step = round(min(1.0, max(0.0, place)) * (STEPS - 1))
         return f"cw-{'d' if self.diverging else 's'}{step}"
 
     def legend(self, units: str = "") -> Markup:
