@@ -6,7 +6,8 @@
 Nodes are scored on every second pair, position by position, and circuits of the strongest are measured on the others:
 every latent outside is set to its mean at that position, errors kept in every run or set to their mean in every run.
 Beside it random circuits of as many latents. Labels are token summaries made by a rule on 256 rows of atlas's world
-(`features/summary.py`), with the share of held-out firings that they cover. Prints Markdown.
+(`features/summary.py`), with the share of held-out firings that they cover; entities are those that
+docs/atlas-dictionaries.md found latents for. Prints Markdown.
 """
 
 import argparse
@@ -42,6 +43,19 @@ def one_length(pairs: AlignedPairs) -> AlignedPairs:
     return pairs[[i for i, length in enumerate(lengths) if length == common]]
 
 
+def known_entities() -> dict[tuple[str, int], str]:
+    """The latent that tells each known entity best, by site, as the dictionaries' page has it."""
+    found, site = dict[tuple[str, int], str](), ""
+    for line in (ROOT / "docs" / "atlas-dictionaries.md").read_text().splitlines():
+        cells = [cell.strip() for cell in line.split("|")]
+        if line.startswith("## "):
+            site = line.removeprefix("## ")
+        elif len(cells) == 9 and cells[2].isdigit():
+            key = site, int(cells[2])
+            found[key] = f"{found[key]}, {cells[1]}" if key in found else cells[1]
+    return found
+
+
 def labels_of(lm: LanguageModel, dictionaries: dict[str, Dictionary], nodes: list[Node]) -> dict[tuple[str, int], str]:
     """What the latents of some nodes respond to, by a rule."""
     rows = token_rows(lm, world_text(600_000, "text-2"), 256, limit=256)
@@ -64,6 +78,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=64)
     parser.add_argument("--sizes", type=int, nargs="+", default=[25, 50, 100, 200, 400, 800])
     parser.add_argument("--top", type=int, default=8)
+    parser.add_argument("--known", type=int, default=200, help="how many nodes to look for known entities in")
     parser.add_argument("--draws", type=int, default=3)
     arguments = parser.parse_args()
     lm = cutaway.load("atlas")
@@ -83,6 +98,10 @@ def main() -> None:
         for one in strongest_nodes(scores, most=arguments.top, labels=labels).nodes:
             low, high = one.interval
             print(f"| {one.node} | {one.score:+.2f} [{low:+.2f}, {high:+.2f}] | {one.label or '–'} |")
+        ranked = strongest_nodes(scores, most=arguments.known, labels=known_entities()).nodes
+        for rank, one in enumerate(ranked, 1):
+            if one.label:
+                print(f"\nnumber {rank} of {len(scores)}: {one.node}, {one.score:+.2f}: {one.label}")
         print("\n| nodes | errors kept | random | errors at their mean | random |\n|---|---|---|---|---|")
         for size in arguments.sizes:
             circuit, cells = strongest_nodes(scores, most=size), []

@@ -22,7 +22,7 @@ from cutaway.model import edits
 from cutaway.model.language_model import LanguageModel, attach
 
 sys.path.append(str(Path(__file__).parents[1] / "model"))
-from bed import bed_model
+from bed import BED, bed_model
 
 Pairs = Callable[..., list[PromptPair]]
 
@@ -120,6 +120,27 @@ def test_queries_and_keys_are_followed_through_the_softmax(
             torch.testing.assert_close(found, expected, rtol=2e-3, atol=1e-4 * size, msg=f"{name} {node}")
             seen += bool(expected.abs().max() > 1e-3 * size)
     assert seen >= 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in BED if name not in FAMILIES])
+def test_every_family(name: str, id_pairs: Pairs) -> None:
+    """Queries and keys as the attention function receives them, wherever there are any; and GradDrop."""
+    lm, pairs = attach(bed_model(name), name=name), id_pairs(2, 7)
+    sites = ["blocks.*.attn.rot_q", "blocks.*.attn.rot_k", "blocks.*.attn.z", "blocks.*.mlp.out"]
+    for drop in (False, True):
+        scores = attribution_patching(lm, pairs, sites, method="atp*", grad_drop=drop, positions="each", check=0)
+        for site in scores.blocks:
+            alive = [node for node in scores.nodes if node.site == site and scores.scores[scores.number(node)].any()]
+            assert alive, site
+            node, size = alive[len(alive) // 2], float(scores.blocks[site].abs().max())
+            if drop:
+                parts = [by_hand(lm, pairs, node, drop=layer).abs() for layer in range(lm.n_layers)]
+                expected = torch.stack(parts).sum(0) / (lm.n_layers - 1)
+            else:
+                expected = by_hand(lm, pairs, node)
+            found = scores.scores[scores.number(node)].double()
+            torch.testing.assert_close(found, expected, rtol=5e-3, atol=2e-4 * size, msg=f"{name} {node}")
 
 
 def test_roles_and_denoising(models: Callable[[str], LanguageModel], id_pairs: Pairs) -> None:
