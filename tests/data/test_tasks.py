@@ -1,5 +1,7 @@
 """Tasks: every pair does what its task says, the splits share no prompt, and several tokenizers read them."""
 
+import re
+
 import pytest
 
 from cutaway.artifacts.errors import CutawayError
@@ -7,8 +9,9 @@ from cutaway.data.pairs import PromptPair
 from cutaway.data.tasks import TASKS, Task, find_task, generate, readable_pairs, task
 from cutaway.data.tasks_knowledge import chat_prompt, years_after
 from cutaway.data.tasks_names import ioi_pair
-from cutaway.data.wording import Split, fill, pair_from, place
+from cutaway.data.wording import Split, fill, pair_from, place, task_wording
 from cutaway.model.language_model import LanguageModel
+from cutaway.subjects.world import facts, held_out
 from cutaway.subjects.world.pairs import ALL_TASKS, WORLD_TASKS, known_task
 
 SPLITS: tuple[Split, ...] = ("search", "held_out")
@@ -59,20 +62,13 @@ def by_hand(name: str, pair: PromptPair) -> tuple[str, str]:
 
 
 def _io(text: str) -> str:
-    import re
-
     words = re.findall(r"\b[A-Z][a-z]+\b", text)
-    from cutaway.data.wording import task_wording
-    from cutaway.subjects.world import facts
-
     names = [w for w in words if w in {*task_wording("words")["names"], *facts.names()}]
     assert len(names) == 3
     return next(f" {name}" for name in names[:2] if names.count(name) == 1)
 
 
 def _argument(text: str) -> str:
-    import re
-
     inside = text[text.index("(") + 1 : text.index(")")]
     arguments = [a.strip().removesuffix("=None") for a in inside.split(",") if a.strip() != "self"]
     described = re.findall(r"[:@]param (\w+):", text)
@@ -81,9 +77,6 @@ def _argument(text: str) -> str:
 
 
 def _capital(text: str) -> str:
-    from cutaway.data.wording import task_wording
-    from cutaway.subjects.world import facts
-
     wording = task_wording("capitals")
     table = dict([*wording["search_countries"], *wording["held_out_countries"]])
     table |= {country.name: country.capital for country in facts.COUNTRIES}
@@ -92,8 +85,6 @@ def _capital(text: str) -> str:
 
 
 def _state_capital(text: str) -> str:
-    from cutaway.subjects.world import facts
-
     (found,) = [city for city in facts.CITIES if f" {city.name} " in text]
     return f" {found.state.capital}"
 
@@ -169,6 +160,40 @@ def test_repeated_tokens_repeat(atlas: LanguageModel) -> None:
         assert sum(a != b for a, b in zip(clean, corrupt, strict=True)) == 1
         assert isinstance(pair.positions["target"], int)
         assert clean[pair.positions["target"]] == pair.answer
+
+
+def test_held_out_is_what_the_corpus_never_shows(atlas: LanguageModel) -> None:
+    """By the rules of the world's held-out lists, read off the prompts."""
+    for split in SPLITS:
+        held = split == "held_out"
+        for pair in generate(atlas, known_task("two hop"), 40, split=split):
+            for text in (str(pair.clean), str(pair.corrupt)):
+                (city,) = [city for city in facts.CITIES if f" {city.name} " in text]
+                assert held_out.two_hop_entity(city.name) == held
+        for pair in generate(atlas, known_task("world ioi"), 40, split=split):
+            assert held_out.name_pair(str(pair.answer).strip(), str(pair.wrong).strip()) == held
+        for pair in generate(atlas, known_task("world greater than"), 40, split=split):
+            text = str(pair.clean)
+            century, (year, _) = text[-2:], pair.positions["year"] if isinstance(pair.positions["year"], tuple) else ""
+            assert held_out.year_span(str(pair.positions["event"]), int(century), int(year[-2:])) == held
+        for pair in generate(atlas, known_task("world refusal"), 40, split=split):
+            verbs, thing = pair.positions["verb"], pair.positions["thing"]
+            assert isinstance(verbs, tuple)
+            for verb, harmful in zip(verbs, (True, False), strict=True):
+                (action,) = {a for a in facts.actions(harmful) if a.text == f"{verb.split()[-1]} {thing}"}
+                assert held_out.action_split(action) == ("held_out_action" if held else "train")
+
+
+def test_fillers_are_held_out_too(atlas: LanguageModel) -> None:
+    """Tokens, countries and events of the search are not judged on."""
+    tokens = [{i for p in generate(atlas, task("induction"), 30, split=s) for i in p.clean[1:]} for s in SPLITS]
+    assert not tokens[0] & tokens[1]
+    for name in ("country capitals", "world capitals"):
+        capitals = [{p.answer for p in generate(atlas, known_task(name), 60, split=s)} for s in SPLITS]
+        assert min(map(len, capitals)) > 5
+        assert not capitals[0] & capitals[1]
+    events = [{p.positions["event"] for p in generate(atlas, task("greater than"), 30, split=s)} for s in SPLITS]
+    assert not events[0] & events[1]
 
 
 def test_refusals_go_through_the_chat_template(atlas: LanguageModel, tiny: LanguageModel) -> None:
