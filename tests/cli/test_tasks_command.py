@@ -21,7 +21,7 @@ def test_the_table_says_what_it_can_and_cannot_do(capsys: pytest.CaptureFixture[
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in lines[2:6]] == ["two-hop capitals"] * 2 + ["pronoun"] * 2
     assert lines[2].endswith("yes")
-    assert "no: right on" in lines[4]
+    assert lines[4].endswith("  no")
     assert any("clean and corrupt must have the same number of tokens" in line for line in lines)
 
 

@@ -27,7 +27,7 @@ def competence_rows(results: Sequence[TaskResult]) -> list[list[str]]:
 def _row(result: TaskResult) -> list[str]:
     measured, wording = result.competence, _wording(result)
     if measured is None:
-        return [result.task.name, wording, "0", *([""] * 5), f"not tried: {result.reason}"]
+        return [result.task.name, wording, "0", *([""] * 5), "not tried"]
     low, high = measured.interval
     below, above = measured.logit_difference_interval
     spread = "one pair: no interval" if isnan(below) else f"{below:.2f}, {above:.2f}"
@@ -40,7 +40,7 @@ def _row(result: TaskResult) -> list[str]:
         f"{measured.logit_difference:.2f} [{spread}]",
         f"{measured.corrupt_logit_difference:.2f}",
         f"{measured.probability_difference:.2f}",
-        "yes" if result.able else f"no: {result.reason}",
+        "yes" if result.able else "too few pairs" if result.reason.startswith("only ") else "no",
     ]
 
 
@@ -49,7 +49,7 @@ def _wording(result: TaskResult) -> str:
 
 
 def refused_lines(results: Sequence[TaskResult]) -> list[str]:
-    """What was refused, a line for each task that lost pairs."""
+    """What was refused and what could not be tried, a line for each task that has such a thing."""
     lines: list[str] = []
     for task in dict.fromkeys(result.task for result in results):
         counts: Counter[str] = Counter()
@@ -57,6 +57,8 @@ def refused_lines(results: Sequence[TaskResult]) -> list[str]:
             if result.task == task and result.competence is not None:
                 counts.update(result.competence.refusals)
         said = [f"{count} × {reason}" for reason, count in counts.most_common()]
+        # the same reason for both splits is said once
+        said += dict.fromkeys(f"not tried: {r.reason}" for r in results if r.task == task and r.competence is None)
         if task.note:
             said.append(task.note)
         if said:
@@ -74,7 +76,7 @@ def competence_text(results: Sequence[TaskResult]) -> str:
     ]
     refused = refused_lines(results)
     if refused:
-        lines += ["", "Pairs drawn that do not align:", *(f"  {line}" for line in refused)]
+        lines += ["", "Left out:", *(f"  {line}" for line in refused)]
     return "\n".join(lines)
 
 
@@ -113,9 +115,9 @@ def competence_page(model: str, results: Sequence[TaskResult], command: str, thr
         text = "A pair is used only if its two prompts are as long, token for token, and its answers can be told apart."
         sections.append(
             (
-                "Pairs left out",
+                "Left out",
                 text,
-                table_html(columns=("task", "pairs and reason"), rows=rows, title="Pairs left out"),
+                table_html(columns=("task", "what and why"), rows=rows, title="Left out"),
             )
         )
     lead = f"{len(able)} of {len(results)} tasks (with wording to search with, and held-out wording) can be done."
