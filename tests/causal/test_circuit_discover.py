@@ -17,7 +17,7 @@ from cutaway.causal.edges import EdgeScores, exchanged
 from cutaway.causal.graph import Graph
 from cutaway.causal.scorers import exact
 from cutaway.data.pairs import AlignedPairs, PromptPair, align
-from cutaway.model.language_model import LanguageModel
+from cutaway.model.language_model import LanguageModel, load
 
 MakePairs = Callable[..., list[PromptPair]]
 
@@ -230,3 +230,18 @@ def test_atlas_names_the_indirect_object_by_few_edges(atlas: LanguageModel) -> N
     random, strong, _ = effect.controls
     assert abs(random.value) < 0.1
     assert strong.value < 0.7
+
+
+@pytest.mark.slow
+def test_a_trained_gpt2_agrees_by_few_edges(shared: Path) -> None:
+    lm = load(str(shared / "models" / "webtext-gpt2"))
+    circuit = discover(lm, "agreement", size=21, n=16, deep=False, draws=20)
+    assert circuit.evidence is not None
+    effect = circuit.evidence.faithfulness
+    assert effect.value > 0.8
+    random, strong, _ = effect.controls
+    assert random.interval is not None
+    assert effect.value > random.interval[1]
+    assert effect.value > strong.value
+    with pytest.raises(CutawayError, match="cannot do pronoun: it is right on"):
+        discover(lm, "pronoun", size=21, n=16)

@@ -162,6 +162,23 @@ def test_the_smallest_faithful_circuit(toy: Toy, scores: torch.Tensor, target: f
     assert int(coarse.sum()) <= rough
 
 
+def test_finer_grids_find_the_first_size_where_f_only_rises(scores: torch.Tensor) -> None:
+    graph = Graph(2, 2)
+    sizes: list[int] = []
+
+    def run(masks: torch.Tensor) -> ToyRuns:
+        share = masks.flatten(1).sum(1) / graph.n_edges
+        sizes.extend(masks.flatten(1).sum(1).tolist())
+        return ToyRuns(share[:, None].expand(-1, 8), torch.ones(8), torch.zeros(8))
+
+    for target in (0.21, 0.5, 0.9):
+        mask, _, f = smallest_faithful(run, graph, scores, target, most=graph.n_edges, steps=5, rounds=9)
+        able = {int(select_edges(graph, scores, asked).sum()) for asked in range(1, graph.n_edges + 1)}
+        assert int(mask.sum()) == min(size for size in able if size >= target * graph.n_edges)
+        assert f == pytest.approx(int(mask.sum()) / graph.n_edges)
+    assert len(sizes) < 3 * graph.n_edges
+
+
 def test_a_faithfulness_out_of_reach_is_refused(toy: Toy, scores: torch.Tensor) -> None:
     with pytest.raises(CutawayError, match=r"No circuit of up to 2 edges reaches a faithfulness of 0\.99"):
         smallest_faithful(toy, toy.graph, -scores, 0.99, by="signed", most=2)

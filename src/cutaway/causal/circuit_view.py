@@ -69,7 +69,8 @@ def _verdict(circuit: Circuit, evidence: Evidence) -> Section:
         f"How much of the metric's fall (from the whole model to the model with every edge ablated) is kept when only "
         f"the circuit's edges carry the clean prompt: 1 is all of it. Measured on {evidence.pairs}. {above}"
     )
-    return ("Does the circuit do it?", text, Markup("{}{}").format(tiles, _effects(evidence.effects[:2])))
+    drawing = Markup('<div style="margin-bottom: 1.5rem">{}</div>{}').format(tiles, _effects(evidence.effects[:2]))
+    return ("Does the circuit do it?", text, drawing)
 
 
 def _drawing(circuit: Circuit) -> Section:
