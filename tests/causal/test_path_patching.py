@@ -11,8 +11,10 @@ import transformers
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
+from cutaway.causal.competence import competence
 from cutaway.causal.path_patching import PathGrid, all_senders, path_patch
 from cutaway.data.pairs import AlignedPairs, PromptPair, align
+from cutaway.data.tasks import readable_pairs, task
 from cutaway.model.language_model import LanguageModel, attach
 
 Pairs = Callable[..., list[PromptPair]]
@@ -370,3 +372,18 @@ def test_a_parallel_layer_has_no_path_from_its_heads_to_its_mlp(
         grid: PathGrid = path_patch(lm, pairs, ["L1H0"], ["L1.mlp"])
         expected = _slow(kind, lm, align(lm, pairs), "L1H0", "L1.mlp", "recompute", "noise", {})
         assert grid.values[0, 0].tolist() == pytest.approx(expected, abs=3e-4)
+
+
+def test_atlas_reads_the_acting_name_where_it_stands(atlas: LanguageModel) -> None:
+    """Three heads write the answer of IOI, told by their values at the second mention and not by their queries."""
+    drawn = readable_pairs(atlas, task("indirect object"), 48, split="held_out")
+    pairs = drawn[competence(atlas, drawn).items.nonzero()[:10, 0].tolist()]
+    heads = [f"{head}@last" for head in all_senders(atlas, mlps=False, embed=False)]
+    direct = path_patch(atlas, pairs, heads, ["logits"], mlps="freeze")
+    movers = [effect.require_controls().name.split("@")[0] for effect in direct.strongest("logits", 3)]
+    assert set(movers) == {"L6H5", "L6H6", "L7H0"}
+    assert all(effect.value > effect.controls[0].value + 0.03 for effect in direct.strongest("logits", 2))
+    before = all_senders(atlas)[: 1 + 6 * 9]
+    told = path_patch(atlas, pairs, [before], [[f"{head}.{part}" for head in movers] for part in ("q@last", "v@S2")])
+    assert told.mean[0, 0].abs() < 0.05
+    assert told.mean[0, 1] > 0.5
