@@ -15,7 +15,7 @@ from cutaway.causal.metrics import logit_difference, targets_of
 from cutaway.causal.node_scores import Agreement, Node, NodeScores, correlation
 from cutaway.data.pairs import PromptPair, align
 from cutaway.model import edits
-from cutaway.model.language_model import LanguageModel
+from cutaway.model.language_model import LanguageModel, attach
 
 Pairs = Callable[..., list[PromptPair]]
 ALL = [
@@ -249,6 +249,23 @@ def test_kl_is_refused_where_it_is_flat_and_taken_elsewhere(llama: LanguageModel
 def test_bad_input(llama: LanguageModel, id_pairs: Pairs, options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(CutawayError, match=sentence.replace("*", r"\*").replace("?", r"\?")):
         attribution_patching(llama, id_pairs(4, None), **options)
+
+
+def test_a_model_in_16_bits_is_told_what_rounding_hides(linear: LanguageModel, id_pairs: Pairs) -> None:
+    import copy
+
+    half = attach(copy.deepcopy(linear.hf).bfloat16(), name="half")
+    sites, pairs = ["blocks.*.attn.out", "blocks.*.attn.z"], id_pairs(4, 6)
+    scores = attribution_patching(half, pairs, sites, positions="each", check=30)
+    assert scores.notes == (
+        "in bfloat16 the effect of a small node is lost in rounding; load with dtype='float32' to compare such nodes",
+    )
+    assert scores.notes[0] in str(scores)
+    assert scores.agreement is not None
+    assert scores.agreement.pearson > 0.99
+    whole = attribution_patching(linear, pairs, sites, positions="each", check=0)
+    assert whole.notes == ()
+    torch.testing.assert_close(scores.mean, whole.mean, rtol=0.1, atol=0.03 * float(whole.mean.abs().max()))
 
 
 def test_correlations() -> None:

@@ -42,6 +42,7 @@ def llama() -> LanguageModel:
     return attach(model, name="llama")
 
 
+@torch.no_grad()
 def by_hand(lm: LanguageModel) -> dict[str, Tensor]:
     """Relevance at the sites of the llama above, by LRP-0 from the logits down; the pattern is held fixed.
 

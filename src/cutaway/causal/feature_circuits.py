@@ -22,11 +22,10 @@ import torch
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.artifacts.progress import Progress
 from cutaway.artifacts.results import Choices, Interval
 from cutaway.causal.latent_scores import Features, LatentMethod, features_of, latent_attribution
 from cutaway.causal.metrics import Metric, Targets, logit_difference
-from cutaway.causal.node_questions import Positions, Question, ask, frozen
+from cutaway.causal.node_questions import Positions, Question, ask, frozen, shown
 from cutaway.causal.node_scores import Agreement, Direction, Node, NodeScores
 from cutaway.causal.relp import Attention
 from cutaway.data.pairs import AlignedPairs, PromptPair, align
@@ -218,7 +217,7 @@ def edge_scores(
     out = torch.zeros(len(nodes), len(nodes) + 1, len(question))
     done = 0
     parts = list(question.parts(batch_rows))
-    with frozen(question.lm), Progress("edges", total=len(parts) * (len(nodes) + 1), unit="nodes") as progress:
+    with frozen(question.lm), shown("edges", len(parts) * (len(nodes) + 1), "nodes", least=100) as advance:
         for part in parts:
             rows = slice(done, done + len(part))
             done += len(part)
@@ -247,7 +246,8 @@ def edge_scores(
                                 if grad is not None:
                                     for u in by_site[s]:
                                         out[u, v, rows] = changes.along(u, grad).float().cpu()
-                progress.advance(len(ends))
+                for _ in ends:
+                    advance()
             starts, logits = _direct(part, held, None)
             with torch.enable_grad():
                 each = part.metric(logits[:, 0].float(), targets)
@@ -256,7 +256,7 @@ def edge_scores(
                 if grad is not None:
                     for u in by_site[s]:
                         out[u, -1, rows] = changes.along(u, grad).float().cpu()
-            progress.advance(1)
+            advance()
     return out
 
 

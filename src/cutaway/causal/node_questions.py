@@ -278,7 +278,7 @@ def result_of(question: Question, method: str, found: Found) -> NodeScores:
             evaluation=f"{len(question)} prompt pairs",
         ),
         magnitude=found.magnitude,
-        notes=tuple(found.notes),
+        notes=(*found.notes, *_rounding(question.lm)),
     )
 
 
@@ -299,6 +299,15 @@ def exact_effects_of_sets(
     cells = [[question.edit(site, units, column, given) for site, units, column in nodes] for nodes in sets]
     swept = lm.sweep(question.base, cells, question.judged(targets), label=label)
     return swept.values - swept.base
+
+
+def _rounding(lm: LanguageModel) -> tuple[str, ...]:
+    if lm.dtype.itemsize > 2:
+        return ()
+    name = str(lm.dtype).removeprefix("torch.")
+    return (
+        f"in {name} the effect of a small node is lost in rounding; load with dtype='float32' to compare such nodes",
+    )
 
 
 Exact = Callable[[Sequence[tuple[str, int, int]]], Tensor]
@@ -341,9 +350,9 @@ def frozen(lm: LanguageModel) -> Iterator[None]:
 
 
 @contextmanager
-def shown(label: str, total: int, unit: str) -> Iterator[Callable[[], None]]:
-    """Progress of work in more than one piece; call what it gives after each."""
-    if total <= 1:
+def shown(label: str, total: int, unit: str, *, least: int = 2) -> Iterator[Callable[[], None]]:
+    """Progress of work in at least so many pieces; call what it gives after each."""
+    if total < least:
         yield lambda: None
         return
     with Progress(label, total=total, unit=unit) as progress:
