@@ -143,7 +143,7 @@ def test_without_one_wording_the_roles_are_the_columns(capsys: pytest.CaptureFix
     [
         (["--n", "12"], "either --task NAME or --pairs"),
         (["--task", "ioi", "--pairs", "FILE"], "either --task NAME or --pairs"),
-        (["--task", "chess"], "no task is called 'chess'; there are repeated tokens"),
+        (["--task", "chess"], "no task is called 'chess'; there are two-hop capitals"),
         (["--task", "two-hop capitals", "--n", "4"], "4 usable pairs are too few for an interval"),
         (["--pairs", "FILE", "--site", "blocks.{l}.attn.zz"], "There is no site"),
         (["--pairs", "FILE", "--site", "embed"], "names no layer to sweep"),

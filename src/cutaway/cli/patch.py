@@ -197,14 +197,14 @@ def _pairs(
 
     from cutaway.data.pair_files import read_pairs
     from cutaway.data.pairs import align
-    from cutaway.data.tasks import TASKS, find_task, readable_pairs
-    from cutaway.tour.world_tasks import WORLD_TASKS
+    from cutaway.data.tasks import readable_pairs
+    from cutaway.subjects.world.pairs import known_task
 
     most = 8 * n if one_wording else n
     if path is not None:
         aligned, criterion, about = align(lm, read_pairs(path)), "preferred", f"pairs of {path.name}"
     else:
-        chosen = find_task(str(task), (*TASKS, *WORLD_TASKS))
+        chosen = known_task(str(task))
         aligned, criterion = readable_pairs(lm, chosen, most, seed), chosen.criterion
         about = f"pairs of {chosen.name}, seed {seed}"
     rows = list(range(len(aligned)))
