@@ -6,7 +6,8 @@
 For each model the tasks that it does, and for each kind of node (heads' outputs, queries, keys, values, MLPs, neurons,
 the stream position by position): every node, or a random sample of many, is patched exactly, noising, with the logit
 difference; correlations are over nodes, of means over the pairs. Those in brackets are of means of the magnitudes of
-each pair's change, which is all that AtP* with GradDrop gives. Seconds are of one run on this machine.
+each pair's change, which is all that AtP* with GradDrop gives. Nodes whose AtP score is 0 in every pair are left out
+(in the stream: positions before the prompts differ). Seconds are of one run on this machine.
 Prints Markdown tables, and appends rows to runs/bench/attribution_patching.jsonl.
 """
 
