@@ -273,7 +273,7 @@ def eap_ig(load: Load) -> Method:
         "eap_ig": Task(attributed("EAP-IG-inputs"), read),
         "circuits": Task(circuits, lambda made: {"values": made}),
     }
-    return Method(version("transformer-lens"), sources, destinations, tasks)
+    return Method(f"over TransformerLens {version('transformer-lens')}", sources, destinations, tasks)
 
 
 def transformerlens(load: Load) -> Method:

@@ -437,13 +437,23 @@ def main() -> int:
     setting = TINY if options.quick else Setting()
     setting = replace(setting, n=options.pairs or setting.n, length=options.length or setting.length)
     picture = options.picture or (None if options.quick else ROOT / "docs" / "images" / "circuits.svg")
+    checkout = options.peer and options.peer.resolve()
+    head = commit(checkout) if checkout else None
     rows: list[Row] = []
     points: dict[str, list[Point]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        checkout = options.peer and options.peer.resolve()
         bench = Bench(Path(folder), checkout, options.threads, options.turns or (2 if options.quick else 5))
+
+        def keep() -> None:
+            """What there is by now, so that a run that is stopped has its rows."""
+            record = {
+                "setting": asdict(setting), "threads": options.threads, "spread": SPREAD, "peer_commit": head,
+                "versions": bench.versions, "absent": bench.absent, "rows": [row.to_json() for row in rows],
+                "cost": {name: [asdict(point) for point in several] for name, several in points.items()},
+            }  # fmt: skip
+            write_json(options.out, record)
+
         print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {options.threads} threads")
-        head = commit(checkout) if checkout else None
         if head:
             print(f"EAP-IG at {head}")
         for name in bench.absent:
@@ -455,6 +465,7 @@ def main() -> int:
             row = work(bench, replace(setting, n=min(setting.n, 4)) if peer == "transformerlens" else setting)
             rows.append(row)
             print(f"\n{row}", flush=True)
+            keep()
         if "eap_ig" in bench.peers and (not options.only or "cost" in options.only):
             points = costs(bench, setting, options.quick)
             if picture:
@@ -462,13 +473,9 @@ def main() -> int:
                 about += f"{options.threads} threads; depth at {COST_LENGTH} tokens"
                 write_text(picture, cost_svg(points["length"], points["depth"], ("cutaway", "EAP-IG"), about))
                 print(f"\n{picture} written")
-    print(f"\n{markdown(rows)}")
-    record = {
-        "setting": asdict(setting), "threads": options.threads, "spread": SPREAD, "peer_commit": head,
-        "versions": bench.versions, "absent": bench.absent, "rows": [row.to_json() for row in rows],
-        "cost": {name: [asdict(point) for point in several] for name, several in points.items()},
-    }  # fmt: skip
-    write_json(options.out, record)
+        keep()
+    versions = ", ".join(f"{TITLES[name]} {version}" for name, version in bench.versions.items() if name != "cutaway")
+    print(f"\n{setting}; {options.threads} threads; {versions or 'no peer'}\n\n{markdown(rows)}")
     print(f"\nwritten to {options.out}")
     return 1 if any(one.met is False for row in rows for one in row.verdicts) else 0
 
