@@ -1,6 +1,6 @@
 """Edge scores and circuits beside EAP-IG and TransformerLens: the same numbers, how much faster, in how much memory.
 
-    python benchmarks/circuits.py --peer PATH           # the table and the plot (about twenty minutes; an idle machine)
+    python benchmarks/circuits.py --peer PATH           # the table and the plot (about half an hour, idle machine)
     python benchmarks/circuits.py --peer PATH --quick   # a tiny model, few turns: does everything run?
     python benchmarks/circuits.py --peer PATH --only eap_ig circuits
 
@@ -256,7 +256,6 @@ def timed_row(
 def fastest_batch(worker: Worker, task: str, options: dict[str, Any], n: int) -> dict[str, Any]:
     """The options with the batch in which the peer is fastest: of all pairs at once, a half, a quarter."""
     sizes = sorted({n, -(-n // 2), -(-n // 4)})
-    worker.seconds(task, {**options, "batch": sizes[0]})  # warms up
     taken = {size: worker.seconds(task, {**options, "batch": size}) for size in sizes}
     return {**options, "batch": min(taken, key=lambda size: taken[size])}
 
@@ -359,7 +358,7 @@ def cost(bench: Bench, setting: Setting) -> Point:
             peak = worker.first("eap_ig", asked[worker.name])[1]
             above[worker.name] = (peak["most"] - peak["loaded"]) / 2**20
         subjects = {w.name: lambda turn, w=w: w.seconds("eap_ig", asked[w.name]) for w in (ours, theirs)}
-        taken = take_turns(subjects, min(3, bench.turns), warm_up=0)
+        taken = take_turns(subjects, min(2, bench.turns), warm_up=0)
     return Point(setting.length, setting.n_layers, {name: median(times) for name, times in taken.items()}, above)
 
 
