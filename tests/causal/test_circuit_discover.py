@@ -219,6 +219,12 @@ def test_a_task_is_searched_and_judged_on_different_wording(atlas: LanguageModel
     assert split.held_out_words.startswith("8 held-out pairs of world indirect object")
 
 
+def test_a_gradient_that_is_zero_but_for_rounding_is_refused(atlas: LanguageModel) -> None:
+    """KL from the clean run has none there; in a model of some depth rounding leaves about 1e-7 of it."""
+    with pytest.raises(CutawayError, match=r"gradient of kl is zero at the clean prompts.*use logit_difference"):
+        discover(atlas, "world ioi", metric="kl", scorer="eap", size=60, n=8)
+
+
 @pytest.mark.slow
 def test_atlas_names_the_indirect_object_by_few_edges(atlas: LanguageModel) -> None:
     circuit = discover(atlas, "world ioi", size=66, n=10, deep=False, draws=20)

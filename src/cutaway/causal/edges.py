@@ -53,6 +53,7 @@ from cutaway.model.tokens import Tokens
 Direction = Literal["noise", "denoise"]
 Rules = Literal["gradient", "relp"]
 _NO_GRADIENT = 1e-7
+_ROUNDING = 1e-4  # of the metric's fall: scores all below this are a gradient of zero, rounded
 _MEMORY = 400 * 2**20  # bytes that the graph of one batch may hold, about
 
 
@@ -210,7 +211,9 @@ def attribute_edges(
             if keep_pairs:
                 kept.append(scores)
             advance(len(part))
-    if flat:
+    ends_of_all = torch.cat(ends, 1)
+    fall = float((ends_of_all[0] - ends_of_all[1]).double().mean().abs())
+    if flat or float(values.abs().max()) / len(pairs) < _ROUNDING * fall:
         where = (
             "the clean prompts" if tuple(at) == (1.0,) and direction == "noise" else "all the points it was taken at"
         )
@@ -218,7 +221,7 @@ def attribute_edges(
             f"The gradient of {name} is zero at {where}, so it scores no edge; use logit_difference, or integrated "
             "gradients (eap-ig), which leave that point."
         )
-    clean, corrupt = torch.cat(ends, 1)
+    clean, corrupt = ends_of_all
     if direction == "denoise":
         clean, corrupt = corrupt, clean
     per_pair = torch.cat(kept) if keep_pairs else None
