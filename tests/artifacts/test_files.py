@@ -159,6 +159,20 @@ def test_every_writer_reports_a_full_disk_and_leaves_nothing(tmp_path: Path, kin
     assert names(tmp_path) == []
 
 
+def test_a_device_or_a_pipe_is_refused_and_not_replaced(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    stream = tmp_path / "stream"
+    stream.symlink_to("/proc/self/fd/1")  # what /dev/stdout is
+    with pytest.raises(CutawayError, match="pipe is a device or a pipe, not a file; name a file"):
+        write_text(pipe, "text")
+    with pytest.raises(CutawayError, match="not a file; name a file"):
+        write_text(stream, "text")
+    assert pipe.is_fifo()
+    assert stream.is_symlink()
+    assert sorted(tmp_path.iterdir()) == [pipe, stream]
+
+
 def test_a_file_where_a_folder_should_be_is_a_clear_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CutawayError, match="a file is where a folder should be"):
@@ -234,7 +248,12 @@ def test_arrays_paths_and_what_is_not_finite_become_plain() -> None:
 
 @pytest.mark.parametrize(
     ("content", "says"),
-    [(b"{", "not JSON: line 1"), (b'"\xff"', "not JSON: byte 1 is not UTF-8"), (None, "does not exist")],
+    [
+        (b"{", "not JSON: line 1"),
+        (b'"\xff"', "not JSON: byte 1 is not UTF-8"),
+        (b"9" * 5000, "a number of too many digits"),
+        (None, "does not exist"),
+    ],
 )
 def test_unreadable_json_says_why(tmp_path: Path, content: bytes | None, says: str) -> None:
     path = tmp_path / "a.json"

@@ -1,6 +1,7 @@
 """`cutaway circuit`: the table, the file, the page, and what is refused."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,18 @@ def test_bad_input_is_one_sentence(pairs: Path, tmp_path: Path, capsys: pytest.C
     assert "at most 100% of them" in refused([*given, "--size", "120%"], capsys)
     assert "at least 1 edge" in refused([*given, "--size", "0"], capsys)
     assert "so a circuit has 1 to that many; not 99,999" in refused([*given, "--size", "99999", *QUICK], capsys)
+    assert "give a share above 0 and up to 1" in refused([*given, "--faithfulness", "nan"], capsys)
+    assert "at most 100% of them" in refused([*given, "--size", "nan%"], capsys)
+    same = tmp_path / "same"
+    assert "--out and --html both name" in refused([*given, "--out", str(same), "--html", str(same)], capsys)
+    assert "is a folder; name a file" in refused([*given, "--out", str(tmp_path)], capsys)
+    assert "is a file, not a folder" in refused([*given, "--out", str(pairs / "circuit.json")], capsys)
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    assert "is a device or a pipe" in refused([*given, "--out", str(pipe)], capsys)
+    assert "18 of the 18 held-out pairs are among the 18 pairs of the search" in refused(
+        [*given, "--held-out", str(pairs), "--size", "9", *QUICK], capsys
+    )
     assert "--held-out goes with --pairs" in refused(["--task", "ioi", "--held-out", str(pairs)], capsys)
     assert "100 or more" in refused([*given, "--resamples", "20"], capsys)
     assert "no metric is called 'beauty'" in refused([*given, "--metric", "beauty"], capsys)
@@ -140,11 +153,18 @@ def test_a_defective_circuit_is_refused_and_nothing_is_written(
         ({"edges": []}, "the circuit is empty"),
         ({"edges": [{"from": "L7H7", "to": "logits", "score": 1.0}]}, "no source 'L7H7' in this graph"),
         ({"edges": [{"from": "L1.mlp", "to": "L0.mlp", "score": 1.0}]}, "L1.mlp->L0.mlp is no edge"),
+        ({"edges": [{"from": "embed", "to": "logits", "score": 10**400}]}, "which is no number"),
+        ({"nodes": None}, "its nodes are not a list"),
+        ({"method": "by hand"}, "its method is not an object"),
+        ({"manifest": None}, "the manifest is damaged: it is not an object"),
+        ({"graph": {**data["graph"], "n_layers": 10**6}}, "no model has 1000000 layers"),
     ):
         bad.write_text(json.dumps({**data, **change}))
         again = tmp_path / "again.json"
         assert message in refused([*words, "--evaluate", str(bad), "--out", str(again)], capsys)
         assert not again.exists()
+    for option in (["--size", "9"], ["--scorer", "eap"], ["--faithfulness", "0.5"], ["--grouped"]):
+        assert f"{option[0]} says how a circuit is found" in refused([*words, "--evaluate", str(out), *option], capsys)
     dangling = {**data, "edges": [{"from": "L0H0", "to": "logits", "score": 1.0}]}
     dangling.pop("nodes")
     bad.write_text(json.dumps(dangling))

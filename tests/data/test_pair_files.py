@@ -84,6 +84,15 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(CutawayError, match="not text"):
         read_pairs(tmp_path / "binary.json")
+    (tmp_path / "deep.json").write_text("[" * 200_000)
+    with pytest.raises(CutawayError, match="nested too deeply"):
+        read_pairs(tmp_path / "deep.json")
+    (tmp_path / "digits.json").write_text("9" * 5000)
+    with pytest.raises(CutawayError, match="too many digits"):
+        read_pairs(tmp_path / "digits.json")
+    (tmp_path / "open.csv").write_text('clean,corrupt\n"' + "x" * 300_000)
+    with pytest.raises(CutawayError, match="is a quotation mark open"):
+        read_pairs(tmp_path / "open.csv")
 
 
 def blimp(prefix: str, good: str, bad: str) -> str:

@@ -76,15 +76,24 @@ def make_folder(path: Path) -> Path:
     return path
 
 
+def refuse_device(path: Path) -> None:
+    """Raise `CutawayError` for a device or a pipe: a file is moved to its name in the end, which would replace it."""
+    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+        raise CutawayError(f"{path} is a device or a pipe, not a file; name a file")
+    if os.path.islink(path) and os.readlink(path).startswith("/proc/"):  # /dev/stdout, whatever stdout is
+        raise CutawayError(f"{path} is a stream of this process, not a file; name a file")
+
+
 @contextlib.contextmanager
 def atomic_path(final: Path) -> Iterator[Path]:
     """Yield a temporary path beside `final`; when the body ends well, it becomes `final`.
 
     The body creates the file under the yielded path. On any exception, Ctrl-C included, the temporary file is removed
-    and whatever `final` held before stays as it was. Raises `CutawayError` when the disk is full or the folder may not
-    be written to.
+    and whatever `final` held before stays as it was. Raises `CutawayError` when the disk is full, the folder may not be
+    written to, or `final` is a device or a pipe.
     """
     final = Path(final)
+    refuse_device(final)
     temporary = final.with_name(f".{final.name}.{secrets.token_hex(4)}.tmp")
     with disk_errors(final):
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -164,6 +173,8 @@ def read_json(path: Path) -> Any:
         raise CutawayError(f"{path} is not JSON: line {error.lineno}, column {error.colno}: {error.msg}") from error
     except RecursionError as error:
         raise CutawayError(f"{path} is not usable: its JSON is nested too deeply") from error
+    except ValueError as error:  # Python reads whole numbers of up to 4300 digits
+        raise CutawayError(f"{path} is not usable: it holds a number of too many digits") from error
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:

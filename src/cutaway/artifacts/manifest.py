@@ -92,6 +92,10 @@ class Manifest:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Manifest":
         """The manifest that `to_json` wrote; `CutawayError` when it is none, or its id does not fit what it says."""
+        if not isinstance(data, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise CutawayError("the manifest is damaged: it is not an object")
+        if not isinstance(data.get("model"), (Mapping, type(None))):
+            raise CutawayError("the manifest is damaged: its model is not an object")
         try:
             model = None if data["model"] is None else ModelIdentity(**data["model"])
             manifest = cls(**{**data, "model": model, "parents": tuple(data["parents"])})

@@ -9,7 +9,6 @@ The manifest names the model (with the hash of its weights), the pairs' hash, th
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
     from cutaway.model.language_model import LanguageModel
 
 FORMAT, SCHEMA = "cutaway circuit", 1
+_LARGEST = 10**9  # heads squared; a file that asks for more would only fill the memory
 _GRAPH = ("n_layers", "n_heads", "parallel", "n_kv_heads", "columns")
 
 
@@ -161,9 +161,12 @@ class Circuit:
             raise CutawayError(
                 f"its evidence is damaged ({type(error).__name__}: {error}); evaluate the circuit again."
             ) from error
-        circuit = cls(
-            graph, mask, scores, data["task"], data["metric"], choices, manifest, data.get("method") or {}, evidence
-        )
+        method = {} if data.get("method") is None else data["method"]
+        if not isinstance(method, dict):
+            raise CutawayError("its method is not an object; leave it out, or write the file again.")
+        if not isinstance(data.get("nodes", []), list):
+            raise CutawayError("its nodes are not a list; leave them out, or write the file again.")
+        circuit = cls(graph, mask, scores, data["task"], data["metric"], choices, manifest, method, evidence)
         if "nodes" in data and data["nodes"] != circuit.nodes:
             stray = next((str(node) for node in data["nodes"] if node not in circuit.nodes), None)
             raise CutawayError(
@@ -208,10 +211,18 @@ def _graph_from(data: Any) -> Graph:
         raise CutawayError(
             "its graph is damaged: layers and heads are whole numbers, parallel is true or false, columns are names."
         )
+    if layers * layers * heads * heads > _LARGEST:
+        raise CutawayError(f"its graph is damaged: no model has {layers} layers of {heads} heads.")
     graph = Graph(layers, heads, parallel, kv, None if columns is None else tuple(columns))
     if data.get("n_edges", graph.n_edges) != graph.n_edges:
         raise CutawayError(f"its graph says it has {data['n_edges']} edges, but such a graph has {graph.n_edges}.")
     return graph
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is a finite number that float32 holds."""
+    whole = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return whole and abs(value) <= torch.finfo(torch.float32).max
 
 
 def _edges_from(graph: Graph, data: Any) -> tuple[Tensor, Tensor]:
@@ -233,7 +244,7 @@ def _edges_from(graph: Graph, data: Any) -> tuple[Tensor, Tensor]:
             if at not in graph.columns:
                 raise CutawayError(f"edge {number} is at {at!r}; the positions are {', '.join(graph.columns)}.")
             place = (graph.columns.index(at), *place)
-        if isinstance(score, bool) or not isinstance(score, (int, float)) or not math.isfinite(score):
+        if not _is_number(score):
             raise CutawayError(f"edge {number} ({ends[0]}->{ends[1]}) has the score {score!r}, which is no number.")
         if bool(mask[place]):
             raise CutawayError(f"edge {number} ({ends[0]}->{ends[1]}) is there twice.")

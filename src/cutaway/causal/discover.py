@@ -74,11 +74,18 @@ def split_pairs(
             other = _aligned(lm, held_out)
             words = (f"{len(search)} pairs given for the search", f"{len(other)} held-out pairs given")
         split = Split("own pairs", search, other, *words)
+        seen = {(pair.clean, pair.corrupt) for pair in split.search.pairs}
+        again = sum((pair.clean, pair.corrupt) in seen for pair in split.held_out.pairs)
+        if again:
+            raise CutawayError(
+                f"{again} of the {len(split.held_out)} held-out pairs are among the {len(split.search)} pairs of the "
+                "search, too, so they would not judge anything; take them out of one."
+            )
     for pairs, what in ((split.search, "search with"), (split.held_out, "judge on")):
         if len(pairs) < LEAST_PAIRS:
             raise CutawayError(
-                f"There are {len(pairs)} pairs to {what}, too few for an interval or for stability; give {LEAST_PAIRS} "
-                "of each or more."
+                f"There {'is 1 pair' if len(pairs) == 1 else f'are {len(pairs)} pairs'} to {what}, too few for an "
+                f"interval or for stability; give {LEAST_PAIRS} of each or more."
             )
     return split
 
@@ -213,8 +220,8 @@ def discover(
         mask, asked = sized_circuit(graph, helps, count, select=select, by=by)
         if not bool(mask.any()):
             raise CutawayError(
-                f"The circuit is empty: with {count} edges nothing leads from the embedding to the logits by these "
-                "scores; ask for more edges, or select them greedily."
+                f"The circuit is empty: with {count} edge{'s' * (count != 1)} nothing leads from the embedding to the "
+                "logits by these scores; ask for more edges, or select them greedily."
             )
         found = float(measure(searching(mask[None])).ratio[0])
     strong = _magnitude(lm, split.search, metric, graph)

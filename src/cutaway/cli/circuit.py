@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.cli.options import Count, ExistingPath, Flag, Page, Seed
+from cutaway.cli.options import Count, ExistingPath, Flag, Output, Page, Seed
 from cutaway.cli.output import command_line, deliver
 
 
@@ -33,7 +33,7 @@ def circuit(
     seed: Seed = 0,
     dtype: str | None = None,
     device: str | None = None,
-    out: Path | None = None,
+    out: Output = None,
     json: Flag = False,
     html: Page = None,
 ) -> None:
@@ -99,11 +99,21 @@ def circuit(
         raise CutawayError("--size and --faithfulness both say how large the circuit is: give one of them")
     if held_out is not None and pairs is None:
         raise CutawayError("--held-out goes with --pairs; a task has held-out prompts of its own")
+    if evaluate is not None:
+        finding = {
+            "scorer": scorer != "eap-ig", "steps": steps != 5, "size": size is not None,
+            "faithfulness": faithfulness is not None, "select": select != "greedy", "by": by != "absolute",
+            "grouped": grouped, "resamples": resamples != 100,
+        }  # fmt: skip
+        for option in (name for name, given in finding.items() if given):
+            raise CutawayError(f"--{option} says how a circuit is found; --evaluate takes one as it is: leave it out")
     if held_out is not None and evaluate is not None:
         raise CutawayError("with --evaluate all of --pairs are judged on; leave --held-out out")
+    if faithfulness is not None and not 0 < faithfulness <= 1:
+        raise CutawayError(f"--faithfulness {faithfulness:g}: give a share above 0 and up to 1")
     count, fraction = _size(size)
-    if out is not None and out.is_dir():
-        raise CutawayError(f"{out} is a folder; name a file, such as {out / 'circuit.json'}")
+    if out is not None and html is not None and out.absolute() == html.absolute():
+        raise CutawayError(f"--out and --html both name {out}: give each a file of its own")
     if resamples < 100:
         raise CutawayError(f"--resamples {resamples}: stability takes 100 or more")
 
@@ -162,7 +172,7 @@ def _size(size: str | None) -> tuple[int | None, float | None]:
         value = float(number) / 100 if share else int(number)
     except ValueError:
         raise CutawayError(f"--size {size}: give a number of edges (120) or a share of them (5%)") from None
-    if value <= 0 or (share and value > 1):
+    if not value > 0 or (share and value > 1):
         raise CutawayError(f"--size {size}: a circuit has at least 1 edge and at most 100% of them")
     return (None, float(value)) if share else (int(value), None)
 

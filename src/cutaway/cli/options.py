@@ -1,9 +1,13 @@
 """Kinds of options that several commands have."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter, validators
+
+from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.files import refuse_device
 
 Flag = Annotated[bool, Parameter(negative="", show_default=False)]
 """A switch that is off unless given; there is no --no-... form."""
@@ -13,19 +17,36 @@ Count = Annotated[int, Parameter(validator=validators.Number(gte=1))]
 Seed = Annotated[int, Parameter(validator=validators.Number(gte=0, lt=2**32))]
 
 
-def _page_name(_hint: object, path: Path | None) -> None:
-    """Refuse a page's name before any work is done for it."""
+def _file_name(path: Path | None, example: str) -> None:
+    """Refuse a file's name before any work is done for it."""
     if path is None:
         return
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder; name a file, such as {path / 'page.html'}.")
-    nearest = next(folder for folder in path.absolute().parents if folder.exists())
-    if not nearest.is_dir():
+    if os.path.isdir(path):  # of os.path, since Path's own raises where a folder may not be looked into
+        raise ValueError(f"{path} is a folder; name a file, such as {path / example}.")
+    nearest = next(folder for folder in path.absolute().parents if os.path.exists(folder))
+    if not os.path.isdir(nearest):
         raise ValueError(f"{nearest} is a file, not a folder.")
+    if not os.access(nearest, os.W_OK):
+        raise ValueError(f"{nearest} may not be written to; name another folder.")
+    try:
+        refuse_device(path)
+    except CutawayError as error:
+        raise ValueError(f"{error}.") from None
+
+
+def _page_name(_hint: object, path: Path | None) -> None:
+    _file_name(path, "page.html")
+
+
+def _data_name(_hint: object, path: Path | None) -> None:
+    _file_name(path, "result.json")
 
 
 Page = Annotated[Path | None, Parameter(validator=_page_name)]
 """Where a page goes."""
+
+Output = Annotated[Path | None, Parameter(validator=_data_name)]
+"""Where a JSON file goes."""
 
 ExistingPath = Annotated[Path, Parameter(validator=validators.Path(exists=True))]
 """A file or folder that must be there."""

@@ -1,12 +1,11 @@
 """`cutaway tasks`: which tasks can the model do at all, before anybody asks how it does them?"""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter, validators
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.cli.options import Count, Flag, Page, Seed
+from cutaway.cli.options import Count, Flag, Output, Page, Seed
 from cutaway.cli.output import command_line, deliver
 
 if TYPE_CHECKING:
@@ -24,7 +23,7 @@ def tasks(
     n: Annotated[int, Parameter(validator=validators.Number(gte=2))] = 60,
     threshold: Annotated[float, Parameter(validator=validators.Number(gt=0, lte=1))] = 0.8,
     least: Count = 8,
-    write: Path | None = None,
+    write: Output = None,
     dtype: str | None = None,
     device: str | None = None,
     seed: Seed = 0,
@@ -65,6 +64,8 @@ def tasks(
     """
     if write is not None and (task is None or len(task) != 1):
         raise CutawayError("--write takes the pairs of one task; name it with --task")
+    if write is not None and html is not None and write.absolute() == html.absolute():
+        raise CutawayError(f"--write and --html both name {write}: give each a file of its own")
 
     import cutaway
     from cutaway.artifacts.progress import Progress

@@ -53,6 +53,8 @@ def read_pair_file(path: Path | str) -> PairFile:
         raise CutawayError(f"{path} is a folder; name a file of prompt pairs.") from None
     except FileNotFoundError:
         raise CutawayError(f"there is no file {path}; name a file of prompt pairs.") from None
+    except OSError as error:
+        raise CutawayError(f"{path} could not be read: {error.strerror}; name a file of prompt pairs.") from error
     except UnicodeDecodeError:
         raise CutawayError(f"{path} is not text in UTF-8; prompt pairs are JSON, JSON lines or CSV.") from None
     if path.suffix.lower() == ".csv":
@@ -66,6 +68,10 @@ def read_pair_file(path: Path | str) -> PairFile:
                 f"{path} is not JSON: {error.msg} in line {error.lineno}, column {error.colno}; prompt pairs are a "
                 "list of objects with clean, corrupt, answer and wrong."
             ) from None
+    except RecursionError:
+        raise CutawayError(f"{path} is not usable: its JSON is nested too deeply.") from None
+    except ValueError:  # Python reads whole numbers of up to 4300 digits
+        raise CutawayError(f"{path} is not usable: it holds a number of too many digits.") from None
     return foreign_pairs(path, data) or _from_json(path, data)
 
 
@@ -216,6 +222,6 @@ def _json_lines(text: str) -> list[Any] | None:
     lines = [line for line in text.splitlines() if line.strip()]
     try:
         found = [json.loads(line) for line in lines]
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return None
     return found if found and all(isinstance(entry, dict) for entry in found) else None

@@ -181,8 +181,13 @@ def _differing_word(clean: str, corrupt: str) -> tuple[str, str, str]:
 def csv_pairs(path: Path, text: str) -> PairFile:
     """EAP-IG's prompts: IOI with names in the text, greater-than with the first year as label; or columns of ours."""
     reader = csv.DictReader(io.StringIO(text, newline=""))
-    columns = set(reader.fieldnames or ())
-    rows = list(reader)
+    try:
+        columns = set(reader.fieldnames or ())
+        rows = list(reader)
+    except csv.Error as error:
+        raise CutawayError(
+            f"{path} is not CSV: {error} (near line {reader.line_num}); is a quotation mark open?"
+        ) from None
     if set(NEEDED) <= columns:
         read: Callable[[Mapping[str, str]], PromptPair | str] = _own_row
     elif {"clean", "corrupted", "label"} <= columns:

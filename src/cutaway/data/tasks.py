@@ -114,7 +114,7 @@ def find_task(name: str, tasks: Sequence[Task] = TASKS) -> Task:
     for known in tasks:
         if _key(name) in {_key(known.name), *map(_key, known.aliases)}:
             return known
-    raise CutawayError(f"no task is called {name!r}; there are {', '.join(known.name for known in tasks)}")
+    raise CutawayError(f"no task is called {name!r}; there are {'; '.join(known.name for known in tasks)}")
 
 
 def task(name: str) -> Task:
