@@ -100,7 +100,7 @@ def cutaway(load: Load) -> Method:
         sites += [f"blocks.{layer}.attn.z", f"blocks.{layer}.mlp.out"]
 
     def nodes(options: dict[str, Any]) -> Any:
-        return attribution_patching(lm, pairs, sites, direction="denoise", check=0)
+        return attribution_patching(lm, pairs, sites, direction="denoise", check=0, batch_rows=options.get("batch", 64))
 
     def read_nodes(made: Any) -> dict[str, Any]:
         return {"scores": torch.cat([made.blocks[site].mean(-1)[0] for site in sites])}
