@@ -35,7 +35,7 @@ def main() -> int:
     parser.add_argument("--task", action="append")
     parser.add_argument("--scorer", default="eap-ig")
     parser.add_argument("--metric", default="logit_difference")
-    parser.add_argument("--faithfulness", type=float, default=0.9, help="to reach on the search pairs")
+    parser.add_argument("--faithfulness", type=float, default=0.95, help="to reach on the search pairs")
     parser.add_argument("--most", type=float, default=0.05, help="of the edges")
     parser.add_argument("--n", type=int, default=48)
     parser.add_argument("--deep", action="store_true", help="completeness, minimality and self-repair too")

@@ -19,7 +19,7 @@ from cutaway.causal.circuit_baselines import By, Select, sized_circuit
 from cutaway.causal.circuit_evaluation import Run, measure, smallest_faithful
 from cutaway.causal.circuit_evidence import Evidence, gather_evidence
 from cutaway.causal.competence import Competence, Criterion, competence
-from cutaway.causal.edge_patching import CircuitRuns, Replacement, run_circuits
+from cutaway.causal.edge_patching import CircuitRuns, run_circuits
 from cutaway.causal.edges import EdgeScores, Scorer
 from cutaway.causal.graph import Graph
 from cutaway.causal.metrics import Metric, named_metric
@@ -116,9 +116,7 @@ def helpfulness(scores: EdgeScores) -> tuple[Tensor, Tensor | None]:
     return sign * scores.values, None if scores.per_pair is None else sign * scores.per_pair
 
 
-def circuit_runner(
-    lm: LanguageModel, pairs: AlignedPairs, metric: str | Metric, graph: Graph, ablation: Replacement
-) -> Run:
+def circuit_runner(lm: LanguageModel, pairs: AlignedPairs, metric: str | Metric, graph: Graph, ablation: str) -> Run:
     """`run_circuits` on these pairs; very many circuits of a large model are run some at a time."""
 
     def run(masks: Tensor) -> CircuitRuns:
@@ -170,7 +168,7 @@ def discover(
     most: float = 0.5,
     select: Select = "greedy",
     by: By = "absolute",
-    ablation: Replacement = "resample",
+    ablation: str = "resample",
     grouped: bool = False,
     n: int = 48,
     seed: int = 0,
@@ -256,7 +254,7 @@ def evaluate_circuit(
     task: str | Task | Pairs,
     *,
     metric: str | Metric | None = None,
-    ablation: Replacement | None = None,
+    ablation: str | None = None,
     n: int = 48,
     seed: int = 0,
     draws: int = 20,
@@ -288,7 +286,7 @@ def evaluate_circuit(
     if len(pairs) < LEAST_PAIRS:
         raise CutawayError(f"{len(pairs)} pairs are too few for an interval; give {LEAST_PAIRS} or more.")
     check_able(lm, pairs, label, criterion=criterion, force=force)
-    how: Replacement = ablation or circuit.choices.ablation  # type: ignore[assignment]
+    how = ablation or circuit.choices.ablation
     choices = _choices(how, words)
     evidence: Evidence = gather_evidence(
         circuit_runner(lm, pairs, metric or name, circuit.graph, how), circuit.graph, mask, pairs=words,

@@ -42,7 +42,6 @@ from cutaway.model.parts import Projection
 from cutaway.model.run import Run
 from cutaway.model.tokens import Tokens
 
-Replacement = str
 _MEMORY = 500 * 2**20  # bytes that the changes of one tile may hold, about
 
 

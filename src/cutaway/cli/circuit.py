@@ -23,7 +23,7 @@ def circuit(
     metric: str | None = None,
     select: Literal["greedy", "top"] = "greedy",
     by: Literal["absolute", "signed"] = "absolute",
-    ablation: Literal["resample", "zero", "mean", "mean by position", "mean by template"] | None = None,
+    ablation: Literal["resample", "zero", "mean", "mean_by_position", "mean_by_template"] | None = None,
     grouped: Flag = False,
     n: Count = 48,
     random: Count = 20,
