@@ -251,3 +251,16 @@ def test_a_trained_gpt2_agrees_by_few_edges(shared: Path) -> None:
     assert effect.value > strong.value
     with pytest.raises(CutawayError, match="cannot do pronoun: it is right on"):
         discover(lm, "pronoun", size=21, n=16)
+
+
+def test_what_cannot_be_searched_or_judged_is_refused(tiny: LanguageModel, pairs: list[PromptPair]) -> None:
+    with pytest.raises(CutawayError, match="2 of the 12 held-out pairs are among the 10 pairs of the search"):
+        split_pairs(tiny, pairs[:10], pairs[8:])
+    for options in ({"n": 0}, {"draws": -1}):
+        with pytest.raises(CutawayError, match="give 1 or more"):
+            discover(tiny, pairs, size=9, force=True, **options)
+    with pytest.raises(CutawayError, match="The scorer gave a Tensor; it must give EdgeScores"):
+        discover(tiny, pairs, size=9, force=True, scorer=lambda *_: torch.zeros(3))  # type: ignore[arg-type,return-value]
+    other = Graph(tiny.n_layers + 1, tiny.n_heads, False, None, None)
+    with pytest.raises(CutawayError, match="the graph of another model"):
+        run_circuits(tiny, align(tiny, pairs), other.empty()[None], graph=other)

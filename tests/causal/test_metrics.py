@@ -1,6 +1,7 @@
 """Metrics against float64 formulas, recovery and its ratio of means, and which metrics have a gradient."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -90,7 +91,11 @@ def test_the_users_function_is_a_metric() -> None:
     def margin(logits: Tensor, _: Targets) -> Tensor:
         return logits[:, 0]
 
-    assert named_metric(margin) == ("margin", margin)
+    name, measured = named_metric(margin)
+    logits, targets = _targets()
+    assert name == "margin"
+    assert torch.equal(measured(logits, targets), margin(logits, targets))
+    assert named_metric(measured) == ("margin", measured)
     assert differentiable(margin)
     assert named_metric(probability_difference)[0] == "probability_difference"
     with pytest.raises(CutawayError, match=r"'accuracy'.*logit_difference, probability, .*rank"):
@@ -111,3 +116,16 @@ def test_the_ratio_of_means_is_not_the_mean_of_ratios() -> None:
     clean, corrupt, patched = torch.tensor([1.0, 9.0]), torch.tensor([0.0, 0.0]), torch.tensor([[1.0, 0.0]])
     assert recovery(patched, clean, corrupt, guard=0.0)[0].mean(-1).tolist() == [0.5]
     assert ratio_of_means(patched, clean, corrupt).tolist() == pytest.approx([0.1])
+
+
+@pytest.mark.parametrize(
+    ("gives", "says"), [(torch.zeros(()), "shape []"), (torch.zeros(2, V), f"shape [2, {V}]"), (1.0, "float")]
+)
+def test_a_function_that_gives_no_number_a_prompt_is_refused(gives: Any, says: str) -> None:
+    def odd(logits: Tensor, targets: Targets) -> Any:
+        return gives
+
+    with pytest.raises(CutawayError) as error:
+        named_metric(odd)[1](*_targets())
+    assert "the metric odd must give a tensor with one number a prompt, of shape [5]" in str(error.value)
+    assert str(error.value).endswith(f"it gave {says}")

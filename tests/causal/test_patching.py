@@ -163,6 +163,13 @@ def test_bad_requests(tiny: LanguageModel, id_pairs: Pairs) -> None:
         patch_grid(tiny, id_pairs(2, 6), site="embed")
     with pytest.raises(CutawayError, match="logit_difference"):
         patch_grid(tiny, id_pairs(2, 6), metric="accuracy")
+    for empty in ({"roles": []}, {"over": "heads", "heads": []}, {"over": "neurons", "neurons": []}):
+        with pytest.raises(CutawayError, match="is empty; name some, or leave it out"):
+            patch_grid(tiny, id_pairs(2, 6), **empty)
+    with pytest.raises(CutawayError, match="top=-1 is no number of neurons"):
+        patch_grid(tiny, id_pairs(2, 6), over="neurons", top=-1)
+    with pytest.raises(CutawayError, match="pair 0 is a tuple, not a PromptPair"):
+        patch_grid(tiny, [("w1", "w2")])  # type: ignore[list-item]
     with pytest.raises(CutawayError, match="does not tell"):
         patch_grid(tiny, id_pairs(2, 6), metric=lambda logits, _: torch.zeros(len(logits)))
 

@@ -342,6 +342,10 @@ def test_bad_paths_say_why(tiny: LanguageModel, id_pairs: Pairs, senders: Any, r
 
 def test_bad_requests(tiny: LanguageModel, id_pairs: Pairs) -> None:
     pairs = id_pairs(2, 6)
+    with pytest.raises(CutawayError, match="senders is the text 'embed'; give a list of names"):
+        path_patch(tiny, pairs, "embed", ["logits"])
+    with pytest.raises(CutawayError, match="3 is no node"):
+        path_patch(tiny, pairs, [3], ["logits"])  # type: ignore[list-item]
     for options, says in (
         ({"mlps": "thaw"}, "recompute"),
         ({"direction": "up"}, "denoise"),

@@ -78,6 +78,7 @@ def test_without_prompts_it_traces_landmarks(capsys: pytest.CaptureFixture[str])
         (["--prompts", "FILE"], "prompt 1 of"),
         (["--prompts", "NOWHERE"], "NOWHERE"),
         (["--prompts", "EMPTY"], "holds no list"),
+        (["--prompts", "MISSPELT"], "an unknown key 'anwser'; known are prompt, subject, answer"),
     ],
 )
 def test_bad_input_is_one_sentence(
@@ -86,7 +87,9 @@ def test_bad_input_is_one_sentence(
     file, empty = tmp_path / "facts.json", tmp_path / "empty.json"
     file.write_text('[{"prompt": "The capital of France is", "subject": "France"}, {"prompt": "no subject"}]')
     empty.write_text("{}")
-    given = {"FILE": str(file), "EMPTY": str(empty)}
+    misspelt = tmp_path / "misspelt.json"
+    misspelt.write_text('[{"prompt": "The capital of France is", "subject": "France", "anwser": " Paris"}]')
+    given = {"FILE": str(file), "EMPTY": str(empty), "MISSPELT": str(misspelt)}
     assert main(["trace", "atlas", *(given.get(option, option) for option in options)]) == 2
     out, err = capsys.readouterr()
     assert says in err

@@ -6,7 +6,14 @@ from pathlib import Path
 import pytest
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.data.pair_files import pair_from_json, read_pair_file, read_pairs, task_from_file, write_pairs
+from cutaway.data.pair_files import (
+    pair_from_json,
+    read_distinct_pairs,
+    read_pair_file,
+    read_pairs,
+    task_from_file,
+    write_pairs,
+)
 from cutaway.data.pairs import PromptPair
 
 GOOD = {"clean": "The dogs", "corrupt": "The dog", "answer": " are", "wrong": " is"}
@@ -230,3 +237,13 @@ def test_real_files(shared: Path, file: str, n: int, read: int) -> None:
     aligned = align(cutaway.load(shared / "models" / "webtext-gpt2"), chosen)
     assert len(aligned) + len(aligned.refused) == len(chosen)
     assert len(aligned) >= min(read, len(chosen) // 4)
+
+
+def test_repeated_pairs_are_taken_once_where_intervals_are_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "twice.json"
+    path.write_text(json.dumps([GOOD, {**GOOD, "answer": " were"}, GOOD, GOOD]))
+    assert [pair.answer for pair in read_distinct_pairs(path).pairs] == [" are", " were"]
+    assert f"2 pairs of {path} repeat another and are left out" in capsys.readouterr().err
+    assert len(read_pairs(path)) == 4

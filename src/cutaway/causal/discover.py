@@ -194,6 +194,9 @@ def discover(
         raise CutawayError("A circuit has a size, a fraction or a faithfulness to reach: give one of them.")
     if fraction is not None and not 0 < fraction <= 1:
         raise CutawayError(f"A fraction of the edges lies above 0 and up to 1; got {fraction:g}.")
+    for given, what in ((n, "n, the pairs of each split,"), (draws, "draws, the random circuits,")):
+        if given < 1:
+            raise CutawayError(f"{what} is {given}; give 1 or more.")
     name, _ = named_metric(metric)
     graph = Graph.of(lm, grouped=grouped)
     score, named = _scorer(scorer, {**(options or {}), **({"graph": graph} if grouped else {})})
@@ -202,6 +205,8 @@ def discover(
     split = split_pairs(lm, task, held_out, n=n, seed=seed)
     able = check_able(lm, split.search, split.name, criterion=split.criterion, force=force)
     scores = score(lm, split.search, metric)
+    if not isinstance(scores, EdgeScores):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise CutawayError(f"The scorer gave a {type(scores).__name__}; it must give EdgeScores (causal/edges.py).")
     helps, per_pair = helpfulness(scores)
     if not bool(helps.any()):
         raise CutawayError(f"Every edge has the score 0 by {scores.method} and {name}; take another metric or scorer.")

@@ -93,6 +93,9 @@ def run_circuits(
     """
     refuse_unreadable(lm)
     graph = Graph.of(lm) if graph is None else graph
+    whole = (graph.n_layers, graph.n_heads, graph.parallel)
+    if whole != (lm.n_layers, lm.n_heads, lm.family.parallel) or graph.kv not in (lm.n_heads, lm.n_kv_heads):
+        raise CutawayError(f"This is the graph of another model than {lm.name}; take Graph.of(lm).")
     if masks.ndim != len(graph.shape) + 1:
         raise CutawayError(f"Masks of this graph have the shape [circuits, {', '.join(map(str, graph.shape))}].")
     if (graph.columns is None) != (columns is None):

@@ -5,6 +5,7 @@ A metric is a function `(logits [b, V], targets) -> [b]`; anything of that form 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 
 import torch
 from torch import Tensor
@@ -122,10 +123,31 @@ def named_metric(metric: str | Metric) -> tuple[str, Metric]:
     """
     if callable(metric):
         known = next((name for name, function in METRICS.items() if function is metric), None)
-        return known or getattr(metric, "__name__", "metric"), metric
+        if known is not None or hasattr(metric, "_checked"):
+            return known or getattr(metric, "__name__", "metric"), metric
+        name = getattr(metric, "__name__", "metric")
+        return name, _checked(name, metric)
     if metric not in METRICS:
         raise CutawayError(f"no metric is called {metric!r}; there are {', '.join(METRICS)}, or give a function")
     return metric, METRICS[metric]
+
+
+def _checked(name: str, metric: Metric) -> Metric:
+    """A user's function that has to give one number a prompt: anything else would broadcast without a word."""
+
+    @wraps(metric)
+    def checked(logits: Tensor, targets: Targets) -> Tensor:
+        value = metric(logits, targets)
+        shape = tuple(logits.shape[:-1])
+        if not isinstance(value, Tensor) or tuple(value.shape) != shape:  # pyright: ignore[reportUnnecessaryIsInstance]
+            gave = f"shape {list(value.shape)}" if hasattr(value, "shape") else type(value).__name__
+            raise CutawayError(
+                f"the metric {name} must give a tensor with one number a prompt, of shape {list(shape)}; it gave {gave}"
+            )
+        return value
+
+    checked._checked = True  # type: ignore[attr-defined]
+    return checked
 
 
 def differentiable(metric: str | Metric) -> bool:

@@ -182,7 +182,7 @@ def _measured(
     aligned = pairs if isinstance(pairs, AlignedPairs) else align(lm, pairs)
     choice, (name, measure) = ablation_of(ablation), named_metric(metric)
     rng = np.random.default_rng(seed)
-    _check(lm, rows, over, heads, neurons)
+    _check(lm, rows, over, heads, neurons, roles, at, top)
     single = over == "heads" and head_count(lm.sites()[rows[0][1]]) == 1
     keep = list(range(len(rows)))
     if over == "components" or single:  # other layers are the control
@@ -257,10 +257,18 @@ def _check(
     over: Over,
     heads: Sequence[int] | None,
     neurons: Sequence[int] | None,
+    roles: Sequence[str] | None,
+    at: Sequence[str] | None,
+    top: int,
 ) -> None:
-    """Heads and neurons against the sites, before anything is run."""
+    """What was chosen, heads and neurons against the sites, before anything is run."""
     if not rows:
         raise CutawayError("no layer is named; name one, or leave layers out for all")
+    for name, given in (("roles", roles), ("heads", heads), ("neurons", neurons), ("at", at)):
+        if given is not None and not given:
+            raise CutawayError(f"{name} is empty; name some, or leave it out for all")
+    if top < 0:
+        raise CutawayError(f"top={top} is no number of neurons; give 1 or more, or 0 for all")
     for _, name in rows:
         site = lm.sites()[name]
         n_heads = head_count(site)

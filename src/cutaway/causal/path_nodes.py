@@ -72,6 +72,8 @@ def end_name(nodes: Sequence[Node]) -> str:
 
 def parse(graph: Graph, given: Name, pairs: AlignedPairs, *, sender: bool) -> tuple[Node, ...]:
     """One end of a path from its name or names. Raises `CutawayError` for what the model or the pairs do not have."""
+    if not isinstance(given, Sequence):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise CutawayError(f"{given!r} is no node; name one, such as 'L3H7', or a list of names.")
     names = [given] if isinstance(given, str) else list(given)
     if not names:
         raise CutawayError(f"An empty list is no {'sender' if sender else 'receiver'}; name a node such as 'L3H7'.")

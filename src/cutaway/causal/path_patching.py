@@ -251,6 +251,9 @@ def path_patch(
         raise CutawayError(f"mlps={mlps!r} is not 'recompute' or 'freeze'.")
     if direction not in ("noise", "denoise"):
         raise CutawayError(f"direction={direction!r} is not 'noise' or 'denoise'.")
+    for given, what in ((senders, "senders"), (receivers, "receivers")):
+        if isinstance(given, str):
+            raise CutawayError(f"{what} is the text {given!r}; give a list of names, such as [{given!r}].")
     graph = Graph.of(lm, grouped=True)
     aligned = pairs if isinstance(pairs, AlignedPairs) else align(lm, pairs)
     name, measure = named_metric(metric)

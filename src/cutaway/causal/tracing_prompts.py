@@ -36,6 +36,9 @@ class FactPrompt:
         for name in ("prompt", "subject"):
             if not isinstance(data.get(name), str) or not data[name]:
                 raise CutawayError(f'{where} has no text as its "{name}"')
+        unknown = [key for key in data if key not in ("prompt", "subject", "answer")]
+        if unknown:
+            raise CutawayError(f"{where} has an unknown key {unknown[0]!r}; known are prompt, subject, answer")
         answer = data.get("answer")
         if answer is not None and (not isinstance(answer, str) or not answer):
             raise CutawayError(f'{where} has an "answer" that is no text; leave it out to take the model\'s own')

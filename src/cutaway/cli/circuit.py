@@ -181,9 +181,10 @@ def _read(pairs: Path | None, held_out: Path | None) -> tuple[list[Any] | None, 
     """The pairs to search with and to judge on."""
     if pairs is None:
         return None, None
-    from cutaway.data.pair_files import read_pair_file, read_pairs
+    from cutaway.data.pair_files import read_distinct_pairs
 
-    file = read_pair_file(pairs)
+    file = read_distinct_pairs(pairs)
     if held_out is not None:
-        return [*file.pairs, *file.held_out], read_pairs(held_out)
+        other = read_distinct_pairs(held_out)
+        return [*file.pairs, *file.held_out], [*other.pairs, *other.held_out]
     return list(file.pairs), list(file.held_out) or None

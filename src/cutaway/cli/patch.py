@@ -195,14 +195,15 @@ def _pairs(
     from collections import Counter
     from dataclasses import replace
 
-    from cutaway.data.pair_files import read_pairs
+    from cutaway.data.pair_files import read_distinct_pairs
     from cutaway.data.pairs import align
     from cutaway.data.tasks import readable_pairs
     from cutaway.subjects.world.pairs import known_task
 
     most = 8 * n if one_wording else n
     if path is not None:
-        aligned, criterion, about = align(lm, read_pairs(path)), "preferred", f"pairs of {path.name}"
+        file = read_distinct_pairs(path)
+        aligned, criterion, about = align(lm, [*file.pairs, *file.held_out]), "preferred", f"pairs of {path.name}"
     else:
         chosen = known_task(str(task))
         aligned, criterion = readable_pairs(lm, chosen, most, seed), chosen.criterion

@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +44,25 @@ def read_pairs(path: Path | str) -> list[PromptPair]:
     """
     found = read_pair_file(path)
     return [*found.pairs, *found.held_out]
+
+
+def read_distinct_pairs(path: Path | str) -> PairFile:
+    """`read_pair_file` without pairs that repeat an earlier one of their split, which would make every interval too
+    narrow; a line on stderr says how many they are.
+    """
+    found = read_pair_file(path)
+
+    def once(pairs: tuple[PromptPair, ...]) -> tuple[PromptPair, ...]:
+        kept: dict[tuple[object, ...], PromptPair] = {}
+        for pair in pairs:
+            kept.setdefault((pair.clean, pair.corrupt, pair.answer, pair.wrong), pair)
+        return tuple(kept.values())
+
+    kept = replace(found, pairs=once(found.pairs), held_out=once(found.held_out))
+    left_out = len(found.pairs) + len(found.held_out) - len(kept.pairs) - len(kept.held_out)
+    if left_out:
+        print(f"cutaway: {left_out} pairs of {path} repeat another and are left out", file=sys.stderr)
+    return kept
 
 
 def read_pair_file(path: Path | str) -> PairFile:

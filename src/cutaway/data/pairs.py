@@ -184,7 +184,9 @@ def align(
     it is by itself; Hanna et al. 2023 read years so.)
     Raises `CutawayError` when no pair is left; the message has the commonest reason.
     """
-    for pair in pairs:
+    for number, pair in enumerate(pairs):
+        if not isinstance(pair, PromptPair):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise CutawayError(f"pair {number} is a {type(pair).__name__}, not a PromptPair; make one of it")
         kind = str if isinstance(pair.clean, str) else int
         prompts = (pair.clean, pair.corrupt)
         if any(isinstance(prompt, str) != (kind is str) for prompt in prompts) or not all(
