@@ -13,7 +13,7 @@ from cutaway.causal.circuit import Circuit
 from cutaway.causal.circuit_view import circuit_sections, lead
 from cutaway.causal.discover import check_able, circuit_runner, discover, evaluate_circuit, helpfulness, split_pairs
 from cutaway.causal.edge_patching import run_circuits
-from cutaway.causal.edges import EdgeScores, exchanged
+from cutaway.causal.edges import EdgeScores, eap_ig, exchanged
 from cutaway.causal.graph import Graph
 from cutaway.causal.scorers import exact
 from cutaway.data.pairs import AlignedPairs, PromptPair, align
@@ -256,7 +256,8 @@ def test_a_trained_gpt2_agrees_by_few_edges(shared: Path) -> None:
 def test_what_cannot_be_searched_or_judged_is_refused(tiny: LanguageModel, pairs: list[PromptPair]) -> None:
     with pytest.raises(CutawayError, match="2 of the 12 held-out pairs are among the 10 pairs of the search"):
         split_pairs(tiny, pairs[:10], pairs[8:])
-    for options in ({"n": 0}, {"draws": -1}):
+    given: list[dict[str, Any]] = [{"n": 0}, {"draws": -1}]
+    for options in given:
         with pytest.raises(CutawayError, match="give 1 or more"):
             discover(tiny, pairs, size=9, force=True, **options)
     with pytest.raises(CutawayError, match="The scorer gave a Tensor; it must give EdgeScores"):
@@ -264,3 +265,8 @@ def test_what_cannot_be_searched_or_judged_is_refused(tiny: LanguageModel, pairs
     other = Graph(tiny.n_layers + 1, tiny.n_heads, False, None, None)
     with pytest.raises(CutawayError, match="the graph of another model"):
         run_circuits(tiny, align(tiny, pairs), other.empty()[None], graph=other)
+    for asked in (lambda: eap_ig(tiny, pairs), lambda: run_circuits(tiny, pairs, Graph.of(tiny).empty()[None])):  # type: ignore[arg-type]
+        with pytest.raises(CutawayError, match=r"the pairs are a list; give aligned ones: align\(lm, pairs\)"):
+            asked()
+    with pytest.raises(CutawayError, match=r"at least one step; got 1\.5"):
+        eap_ig(tiny, align(tiny, pairs), steps=1.5)  # type: ignore[arg-type]

@@ -173,6 +173,7 @@ def test_wrong_answers_are_left_out_with_the_reason(words: LanguageModel, itself
     [
         ({"alignment": {}}, "names no place"),
         ({"alignment": {"word": []}}, "names no place"),
+        ({"alignment": {"word": ["embed"]}}, "names what is no Place"),
         ({"alignment": {"verb": [Place("embed", "there")]}}, "no variable 'verb'; it has word, answer"),
         ({"alignment": {"word": [Place("embed", "here")]}}, "no position 'here'; it names word, there, last"),
         ({"alignment": {"word": [Place("blocks.9.resid_post", "last")]}}, "blocks.9"),
@@ -186,6 +187,8 @@ def test_bad_requests_say_why(words: LanguageModel, itself: CausalModel, change:
 
 
 def test_more_bad_requests(words: LanguageModel, itself: CausalModel) -> None:
+    with pytest.raises(CutawayError, match="draws is -1; give 0 or more"):
+        interchange(words, itself, {"word": [Place("embed", "there")]}, _swaps(), draws=-1)
     with pytest.raises(CutawayError, match="names no layer"):
         search(words, itself, "word", _swaps(), site="embed")
     same = [(_example("w5", "w20"), _example("w5", "w41"))]

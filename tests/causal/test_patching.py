@@ -163,7 +163,8 @@ def test_bad_requests(tiny: LanguageModel, id_pairs: Pairs) -> None:
         patch_grid(tiny, id_pairs(2, 6), site="embed")
     with pytest.raises(CutawayError, match="logit_difference"):
         patch_grid(tiny, id_pairs(2, 6), metric="accuracy")
-    for empty in ({"roles": []}, {"over": "heads", "heads": []}, {"over": "neurons", "neurons": []}):
+    given: list[dict[str, Any]] = [{"roles": []}, {"over": "heads", "heads": []}, {"over": "neurons", "neurons": []}]
+    for empty in given:
         with pytest.raises(CutawayError, match="is empty; name some, or leave it out"):
             patch_grid(tiny, id_pairs(2, 6), **empty)
     with pytest.raises(CutawayError, match="top=-1 is no number of neurons"):

@@ -35,7 +35,7 @@ from cutaway.causal.parts import (
     start_of_stream,
     tiled,
 )
-from cutaway.data.pairs import AlignedPairs
+from cutaway.data.pairs import AlignedPairs, require_aligned
 from cutaway.model.language_model import LanguageModel
 from cutaway.model.norms import Norm
 from cutaway.model.parts import Projection
@@ -91,6 +91,7 @@ def run_circuits(
 
     Raises CutawayError for masks of another shape or with edges that are none, and what `replacement_run` raises.
     """
+    require_aligned(pairs)
     refuse_unreadable(lm)
     graph = Graph.of(lm) if graph is None else graph
     whole = (graph.n_layers, graph.n_heads, graph.parallel)

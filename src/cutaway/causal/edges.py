@@ -45,7 +45,7 @@ from cutaway.causal.parts import (
     tiled,
 )
 from cutaway.causal.relp import relp_rules
-from cutaway.data.pairs import AlignedPairs
+from cutaway.data.pairs import AlignedPairs, require_aligned
 from cutaway.model.language_model import LanguageModel
 from cutaway.model.parts import Projection
 from cutaway.model.tokens import Tokens
@@ -118,7 +118,7 @@ def eap_ig(
     The gradient is the mean over `steps` points on the line from the corrupt to the clean embeddings, the corrupt end
     included and the clean end not.
     """
-    if isinstance(steps, bool) or steps < 1:
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise CutawayError(f"Integrated gradients need at least one step; got {steps}.")
     at = tuple(k / steps for k in range(steps))
     return attribute_edges(lm, pairs, metric, at=at, method=f"eap-ig ({steps} steps)", **options)
@@ -185,6 +185,7 @@ def attribute_edges(
 
     Raises CutawayError: a metric without a gradient, or whose gradient is zero at all points.
     """
+    require_aligned(pairs)
     refuse_unreadable(lm)
     graph = Graph.of(lm) if graph is None else graph
     if (graph.columns is None) != (columns is None):

@@ -386,6 +386,10 @@ def interchange(
     places = [place for some in alignment.values() for place in some]
     if not places or not all(alignment.values()):
         raise CutawayError("the alignment names no place; give each variable a Place(site, role)")
+    if not all(isinstance(place, Place) for place in places):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise CutawayError("the alignment names what is no Place; give each variable a list of Place(site, role)")
+    if draws < 0:
+        raise CutawayError(f"draws is {draws}; give 0 or more")
     ready = _ready(lm, model, tuple(alignment), swaps)
     n = len(ready.swaps)
     generator = np.random.default_rng(seed)

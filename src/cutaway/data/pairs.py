@@ -173,6 +173,12 @@ class _Read:
     wrongs: tuple[int, ...] = ()
 
 
+def require_aligned(pairs: object) -> None:
+    """Raise `CutawayError`, with the way out, for pairs that are not aligned yet."""
+    if not isinstance(pairs, AlignedPairs):
+        raise CutawayError(f"the pairs are a {type(pairs).__name__}; give aligned ones: align(lm, pairs)")
+
+
 def align(
     lm: LanguageModel, pairs: Sequence[PromptPair], *, bos: bool | None = None, strict: bool = False
 ) -> AlignedPairs:
