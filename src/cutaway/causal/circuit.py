@@ -245,7 +245,8 @@ def _edges_from(graph: Graph, data: Any) -> tuple[Tensor, Tensor]:
                 raise CutawayError(f"edge {number} is at {at!r}; the positions are {', '.join(graph.columns)}.")
             place = (graph.columns.index(at), *place)
         if not _is_number(score):
-            raise CutawayError(f"edge {number} ({ends[0]}->{ends[1]}) has the score {score!r}, which is no number.")
+            told = repr(score)[:40]
+            raise CutawayError(f"edge {number} ({ends[0]}->{ends[1]}) has the score {told}, which is no number.")
         if bool(mask[place]):
             raise CutawayError(f"edge {number} ({ends[0]}->{ends[1]}) is there twice.")
         mask[place], scores[place] = True, float(score)
