@@ -54,7 +54,7 @@ def test_ctrl_c_while_a_library_is_imported_ends_at_once() -> None:
         """
     )
     assert done.returncode == 130
-    assert done.stderr == "cutaway: interrupted; the same command resumes\n"
+    assert done.stderr == "cutaway: interrupted; the same command resumes, or starts again\n"
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_ctrl_c_is_one_line_and_exit_code_130() -> None:
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=20)
     assert process.returncode == 130
-    assert err == "cutaway: interrupted; the same command resumes\n"
+    assert err == "cutaway: interrupted; the same command resumes, or starts again\n"
 
 
 def test_a_reader_that_goes_away_is_no_error() -> None:
@@ -318,5 +318,5 @@ def test_an_interrupt_that_a_library_turns_into_its_own_error_is_still_one(
     monkeypatch.setattr("cutaway.tour.run_tour", run_tour)
     before = signal.getsignal(signal.SIGINT)
     assert main(["tour"]) == 130
-    assert capsys.readouterr().err == "cutaway: interrupted; the same command resumes\n"
+    assert capsys.readouterr().err == "cutaway: interrupted; the same command resumes, or starts again\n"
     assert signal.getsignal(signal.SIGINT) is before

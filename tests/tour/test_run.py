@@ -193,7 +193,7 @@ def test_ctrl_c_in_the_middle_of_training(model: Path, tmp_path: Path) -> None:
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
     assert stdout == ""
-    assert stderr.splitlines()[-1] == "cutaway: interrupted; the same command resumes"
+    assert stderr.splitlines()[-1] == "cutaway: interrupted; the same command resumes, or starts again"
     assert "Traceback" not in stderr
     done = {file.stem for file in (out / "steps").iterdir()}
     assert done == {"selftest", "lens", "heads", "patching"}

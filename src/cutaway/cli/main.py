@@ -3,7 +3,7 @@
     0    done
     1    a check failed (`cutaway check`)
     2    bad input: one sentence on stderr says what and the way out
-    130  Ctrl-C; the same command resumes
+    130  Ctrl-C; the same command resumes where it can, else it starts again
 
 Nothing here, nor at the top of a command's module, imports torch or transformers: help must be instant.
 """
@@ -131,7 +131,7 @@ def _half_imported(name: str) -> bool:
 
 
 def _interrupted() -> int:
-    print("cutaway: interrupted; the same command resumes", file=sys.stderr)
+    print("cutaway: interrupted; the same command resumes, or starts again", file=sys.stderr)
     return 130
 
 
