@@ -14,6 +14,8 @@ from cutaway.artifacts.statistics import (
     auroc,
     auroc_columns,
     bootstrap_interval,
+    bootstrap_weights,
+    mean_intervals,
     sign_flip_p,
     sign_flip_p_of_many,
     wilson_interval,
@@ -159,3 +161,20 @@ def test_the_corrected_p_is_rarely_small_where_there_is_nothing() -> None:
     rng = np.random.default_rng(6)
     small = [sign_flip_p_of_many(rng.normal(0, 1, (30, 20)), n_draws=199, seed=i).min() <= 0.05 for i in range(200)]
     assert 0.01 <= np.mean(small) <= 0.10  # 0.05 is meant; uncorrected it is 0.79
+
+
+def test_many_means_are_resampled_together() -> None:
+    """Against drawing the examples one by one: the same spread, and each mean's own interval."""
+    generator = np.random.default_rng(0)
+    values = np.stack([generator.normal(0, 1, 200), generator.normal(5, 3, 200)])
+    low, high = mean_intervals(values, 4000)
+    for row, a, b in zip(values, low, high, strict=True):
+        one, other = bootstrap_interval(row, n_resamples=4000)
+        assert abs(a - one) < 0.1 * (other - one)
+        assert abs(b - other) < 0.1 * (other - one)
+    weights = bootstrap_weights(7, 50)
+    assert weights.shape == (50, 7)
+    assert np.allclose(weights.sum(1), 1)
+    assert np.allclose(weights * 7, np.round(weights * 7))  # whole draws
+    assert np.isnan(mean_intervals(values[:, :1])).all()
+    assert mean_intervals(values[None]).shape == (2, 1, 2)

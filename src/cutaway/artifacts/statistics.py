@@ -35,6 +35,30 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
+def bootstrap_weights(n: int, n_resamples: int = 2000, seed: int = 0) -> "np.ndarray":
+    """How much each of n examples counts in each resample, float64 [n_resamples, n]; rows sum to 1.
+
+    Many means of the same examples are then one product, `weights @ values`.
+    """
+    import numpy as np
+
+    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_resamples) / n
+
+
+def mean_intervals(values: "ArrayLike", n_resamples: int = 2000, seed: int = 0) -> "np.ndarray":
+    """95 % percentile bootstrap intervals of many means over the same n examples: [..., n] -> float64 [2, ...].
+
+    NaN below two examples.
+    """
+    import numpy as np
+
+    kept = np.asarray(values, dtype=np.float64)
+    n = kept.shape[-1]
+    if n < 2:
+        return np.full((2, *kept.shape[:-1]), np.nan)
+    return np.quantile(kept @ bootstrap_weights(n, n_resamples, seed).T, [0.025, 0.975], axis=-1)
+
+
 def wilson_interval(successes: int, n: int, *, level: float = 0.95) -> tuple[float, float]:
     """Wilson's score interval of a proportion (Wilson 1927): right also near 0 and 1, where the normal one is not.
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.results import Choices, Control, Effect, Interval
+from cutaway.artifacts.statistics import bootstrap_weights
 from cutaway.causal.circuit_baselines import By, Select, random_circuits, select_edges, sized_circuit
 from cutaway.causal.graph import Graph
 from cutaway.causal.metrics import recovery
@@ -90,8 +91,7 @@ def measure(runs: Runs, *, resamples: int = _RESAMPLES, seed: int = 0) -> Measur
             "With every edge ablated the mean metric is what it is in the whole model, so no circuit can be told from "
             "none: give pairs whose two prompts differ in the metric, or another metric or ablation."
         )
-    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples) / n
-    weights = torch.from_numpy(drawn)
+    weights = torch.from_numpy(bootstrap_weights(n, resamples, seed))
     resampled = _ratio(weights @ values.T, (weights @ clean)[:, None], (weights @ corrupt)[:, None])
     return Measured(values, clean, corrupt, resampled)
 
@@ -196,8 +196,7 @@ def _interval_of_mean(values: Tensor) -> Interval | None:
     n = len(values)
     if n < LEAST_PAIRS:
         return None
-    drawn = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=_RESAMPLES) / n
-    return middle(torch.from_numpy(drawn) @ values.double())
+    return middle(torch.from_numpy(bootstrap_weights(n, _RESAMPLES)) @ values.double())
 
 
 # by size

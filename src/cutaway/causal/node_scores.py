@@ -7,13 +7,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.results import Choices, Control, Effect
-from cutaway.artifacts.statistics import bootstrap_interval
+from cutaway.artifacts.statistics import bootstrap_interval, mean_intervals
 
 Direction = Literal["denoise", "noise"]
 Unit = Literal["site", "head", "neuron", "latent"]
@@ -182,11 +181,8 @@ class NodeScores:
 
     def interval(self, nodes: Sequence[Node], n_resamples: int = 2000, seed: int = 0) -> Tensor:
         """95 % bootstrap intervals of the mean scores of some nodes [len(nodes), 2]; NaN below 2 pairs."""
-        if self.n < 2:
-            return torch.full((len(nodes), 2), float("nan"))
         values = self.scores[[self.number(node) for node in nodes]].double().numpy()
-        drawn = np.random.default_rng(seed).multinomial(self.n, np.full(self.n, 1 / self.n), size=n_resamples) / self.n
-        return torch.from_numpy(np.quantile(values @ drawn.T, [0.025, 0.975], axis=-1).T.copy()).float()
+        return torch.from_numpy(mean_intervals(values, n_resamples, seed).T.copy()).float()
 
     def effect(self, node: Node, *, command: str | None = None) -> Effect:
         """One node's score as an effect, beside the other nodes of its site and, where it was sampled, exact patching.

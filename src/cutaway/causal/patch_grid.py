@@ -13,7 +13,13 @@ from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.results import Choices, Control, Effect
-from cutaway.artifacts.statistics import bootstrap_interval, sign_flip_p, sign_flip_p_of_many, wilson_interval
+from cutaway.artifacts.statistics import (
+    bootstrap_interval,
+    mean_intervals,
+    sign_flip_p,
+    sign_flip_p_of_many,
+    wilson_interval,
+)
 from cutaway.causal.metrics import ratio_of_means
 from cutaway.causal.patch_cells import Direction, PatchCell
 
@@ -124,12 +130,8 @@ class PatchGrid:
 
     def interval(self, n_resamples: int = 2000, seed: int = 0) -> Tensor:
         """95 % bootstrap interval of the mean over pairs [2, layers, columns]."""
-        kept = self.values[..., ~self.values.isnan().any(0).any(0)].double().numpy()
-        n = kept.shape[-1]
-        if n < 2:
-            return torch.full((2, *self.values.shape[:2]), float("nan"))
-        drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_resamples) / n
-        return torch.from_numpy(np.quantile(kept @ drawn.T, [0.025, 0.975], axis=-1)).float()
+        kept = self.values[..., ~self.values.isnan().any(0).any(0)]
+        return torch.from_numpy(mean_intervals(kept.double().numpy(), n_resamples, seed)).float()
 
     def is_output(self, layer: int) -> bool:
         """Whether the site at this layer is what the unembedding reads."""

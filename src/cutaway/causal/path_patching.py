@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from markupsafe import Markup
 from torch import Tensor
@@ -26,7 +25,7 @@ from torch import Tensor
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.progress import Progress
 from cutaway.artifacts.results import Choices, Control, Effect
-from cutaway.artifacts.statistics import bootstrap_interval
+from cutaway.artifacts.statistics import bootstrap_interval, mean_intervals
 from cutaway.causal.graph import Graph
 from cutaway.causal.metrics import Metric, Targets, logit_difference, named_metric, recovery, targets_of
 from cutaway.causal.path_nodes import Name, Node, Nodes, earlier, end_name, parse, random_others, signature
@@ -80,11 +79,7 @@ class PathGrid:
         """95 % bootstrap interval of the mean over pairs [2, senders, receivers]."""
         usable = ~self.values.isnan().all(0).all(0)
         kept = self.values[..., usable].double().numpy()
-        n = kept.shape[-1]
-        if n < 2:
-            return torch.full((2, *self.values.shape[:2]), torch.nan)
-        drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_resamples) / n
-        return torch.from_numpy(np.quantile(kept @ drawn.T, [0.025, 0.975], axis=-1)).float()
+        return torch.from_numpy(mean_intervals(kept, n_resamples, seed)).float()
 
     def _at(self, sender: str, receiver: str) -> tuple[int, int]:
         if sender not in self.senders or receiver not in self.receivers:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.results import Choices, Control, Effect
+from cutaway.artifacts.statistics import bootstrap_weights
 from cutaway.causal.circuit_baselines import By, Select, nodes_of, random_circuits, select_edges
 from cutaway.causal.graph import Graph
 
@@ -58,7 +59,7 @@ def resampled_circuits(
     `per_pair` [n, ...] are each pair's edge scores; `asked` is how many edges are selected before pruning.
     """
     n = len(per_pair)
-    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples) / n
+    drawn = bootstrap_weights(n, resamples, seed)
     means = torch.from_numpy(drawn).to(per_pair.dtype) @ per_pair.flatten(1)
     return torch.stack([select_edges(graph, row.view(graph.shape), asked, select, by) for row in means])
 

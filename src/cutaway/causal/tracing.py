@@ -22,7 +22,7 @@ from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.results import Choices, Control, Effect
-from cutaway.artifacts.statistics import bootstrap_interval
+from cutaway.artifacts.statistics import bootstrap_interval, bootstrap_weights
 from cutaway.causal.tracing_prompts import BEHIND, IN_SUBJECT, ROLES, FactPrompt, answered, elsewhere_of, roles_of
 from cutaway.model.edits import Edit, patch
 from cutaway.model.edits import noise as noise_edit
@@ -102,7 +102,7 @@ class CausalTrace:
         values = self.by_role(kind).double().numpy()
         if self.n < 2:
             return torch.full((2, *values.shape[:2]), torch.nan)
-        drawn = np.random.default_rng(seed).multinomial(self.n, np.full(self.n, 1 / self.n), size=n_resamples)
+        drawn = bootstrap_weights(self.n, n_resamples, seed)
         known = ~np.isnan(values)
         total, count = np.nan_to_num(values) @ drawn.T, known.astype(float) @ drawn.T
         with np.errstate(invalid="ignore"):
