@@ -7,6 +7,8 @@ A live bar with rate and time left on a terminal, a plain line now and then else
 import os
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
@@ -14,6 +16,16 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
 _SECONDS_BETWEEN_LINES = 10.0
+
+
+@contextmanager
+def shown(label: str, total: int, unit: str, *, least: int = 2) -> Iterator[Callable[..., None]]:
+    """Progress of work of at least so many units; what it gives is `advance`, which does nothing below that."""
+    if total < least:
+        yield lambda *_args, **_kwargs: None
+        return
+    with Progress(label, total=total, unit=unit) as progress:
+        yield progress.advance
 
 
 def is_quiet() -> bool:

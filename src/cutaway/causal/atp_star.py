@@ -31,8 +31,9 @@ import torch
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.progress import shown
 from cutaway.causal.metrics import Metric, logit_difference
-from cutaway.causal.node_questions import Found, Question, ask, exact_effects_of_sets, shown, slope
+from cutaway.causal.node_questions import Found, Question, ask, exact_effects_of_sets, slope
 from cutaway.causal.node_scores import Node, NodeScores
 from cutaway.data.pairs import AlignedPairs, PromptPair, align
 from cutaway.model import edits

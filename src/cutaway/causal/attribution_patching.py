@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.progress import shown
 from cutaway.causal.atp_star import atp_star
 from cutaway.causal.metrics import Metric, Targets, logit_difference
 from cutaway.causal.node_questions import (
@@ -33,13 +34,11 @@ from cutaway.causal.node_questions import (
     Question,
     ask,
     check_exactly,
-    frozen,
     result_of,
-    shown,
     slope,
-    tiled,
 )
 from cutaway.causal.node_scores import Direction, NodeScores
+from cutaway.causal.parts import frozen, tiled
 from cutaway.causal.relp import Attention, relp_rules
 from cutaway.data.pairs import AlignedPairs, PromptPair, align
 from cutaway.model import edits

@@ -8,14 +8,13 @@ All circuits are rows of the same batches, the ablated run is made once, and onl
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.artifacts.progress import Progress
+from cutaway.artifacts.progress import shown
 from cutaway.causal.ablations import Ablation, ablation_of, replacement_run
 from cutaway.causal.graph import Graph
 from cutaway.causal.metrics import Metric, named_metric, targets_of
@@ -24,11 +23,14 @@ from cutaway.causal.parts import (
     Hooks,
     Prefix,
     Reader,
+    attention_of,
+    by_query_head,
+    first_column,
     forward,
     head_results,
+    joined,
     keep_writes,
     mlp_entry,
-    output_bias,
     reader,
     refuse_unreadable,
     shared_prefix,
@@ -112,15 +114,14 @@ def run_circuits(
     given = None if ablation.kind == "resample" else _given(lm, pairs, ablation, reference)
     values, clean, corrupt = [], [], []
     share, checked = True, False  # whether a prefix is taken over, and was seen to be right
-    progress = Progress(label, total=len(pairs), unit="pairs") if len(pairs) > tile else nullcontext()
-    with torch.no_grad(), progress as shown:
+    with torch.no_grad(), shown(label, len(pairs), "pairs", least=tile + 1) as advance:
         readers = [reader(lm, graph, layer) for layer in range(lm.n_layers)]
         for first in range(0, len(pairs), tile):
             rows = range(first, min(first + tile, len(pairs)))
             part = pairs[rows]
             at, prefix = 0, None
             if given is None:
-                at = int((part.clean.ids != part.corrupt.ids).any(0).int().argmax())
+                at = first_column(part)
                 if share and at:
                     prefix = shared_prefix(lm, part.clean, at, check=not checked)
                     share, checked = prefix is not None, True
@@ -139,8 +140,7 @@ def run_circuits(
                 logits = one.run().split(len(part))
                 found[some] = torch.stack([measure(each, targets).float().cpu() for each in logits])
             values.append(found)
-            if shown is not None:
-                shown.advance(len(part))
+            advance(len(part))
     return CircuitRuns(torch.cat(values, 1), torch.cat(clean), torch.cat(corrupt), name, str(ablation))
 
 
@@ -154,17 +154,6 @@ def _written(lm: LanguageModel, tokens: Tokens, at: int, prefix: Prefix | None) 
         base.attention.append(found.attention[index])
         base.mlp.append(found.mlp[index])
     return base
-
-
-def _attention_of(lm: LanguageModel, layer: int, heads: Tensor) -> Tensor:
-    """What attention adds to the stream when its heads' results sum to this."""
-    parts = lm.family.layers[layer]
-    bias = output_bias(parts)
-    out = heads if bias is None else heads + bias.to(heads)
-    if parts.ln1_post is not None:
-        wide, scale = parts.ln1_post.divide(out)
-        out = parts.ln1_post.gain(wide / scale, out.dtype)
-    return out * parts.attn_multiplier
 
 
 def _given(lm: LanguageModel, pairs: AlignedPairs, ablation: Ablation, reference: Tokens | None) -> Run:
@@ -185,7 +174,7 @@ def _replaced(lm: LanguageModel, given: Run, clean: Tokens, rows: range) -> Refe
     for index in range(lm.n_layers):
         heads = head_results(lm, index, pick(f"blocks.{index}.attn.z"))
         base.heads.append(heads)
-        base.attention.append(_attention_of(lm, index, heads.sum(0)))
+        base.attention.append(attention_of(lm.family.layers[index], heads.sum(0)))
         base.mlp.append(pick(f"blocks.{index}.mlp.out"))
     return base
 
@@ -210,7 +199,7 @@ class _Tile:
         self.tokens, self.n = pairs.clean, len(pairs)
         self.t = self.tokens.ids.shape[1] - at
         self.wide = torch.promote_types(lm.dtype, torch.float32)
-        self.ungrouped = graph.kv != lm.n_kv_heads
+        self.repeats = graph.kv // lm.n_kv_heads
         self.columns = None if columns is None else columns[:, at:]
         self.last = (self.tokens.last - at).to(lm.device)
         self.start = start_of_stream(lm, self.tokens)[:, at:].to(self.wide)
@@ -260,7 +249,7 @@ class _Tile:
             )
         hooks.before(lm.family.ln_final.module, self._finish)
         tokens = tiled(self.tokens, len(self.masks))
-        logits = forward(lm, tokens, hooks, ungrouped=self.ungrouped, prefix=self.prefix)
+        logits = forward(lm, tokens, hooks, ungrouped=self.repeats > 1, prefix=self.prefix)
         assert logits is not None
         return logits.to(self.wide)
 
@@ -282,7 +271,7 @@ class _Tile:
             read = mask[heads][:, columns].any(1).nonzero().flatten() + heads.start
             if len(read):
                 mixed = self.base.heads[layer].sum(0) + self._mix(c, read, columns)
-                x = x + _attention_of(self.lm, layer, mixed) - self.base.attention[layer]
+                x = x + attention_of(self.lm.family.layers[layer], mixed) - self.base.attention[layer]
         return x
 
     def _mix(self, c: int, sources: Tensor, columns: Tensor) -> Tensor:
@@ -311,7 +300,7 @@ class _Tile:
             k = read.weights[part].shape[0]
             flat = wide.reshape(1, -1, wide.shape[-1]).expand(k, -1, -1)
             by = None if scale is None else scale.reshape(1, -1, 1)
-            value = read.part(part, flat, by).view(k, self.n, self.t, -1).permute(1, 2, 0, 3)
+            value = read.part(part, slice(None), flat, by).view(k, self.n, self.t, -1).permute(1, 2, 0, 3)
             plain[part] = value
         starts = {"q": first, "k": first + graph.n_heads, "v": first + graph.n_heads + graph.kv}
         self.parts = {part: value.repeat(len(self.masks), 1, 1, 1) for part, value in plain.items()}
@@ -330,24 +319,18 @@ class _Tile:
                     continue
                 rows = slice(done, done + len(heads))
                 by = None if scale is None else scale[rows].flatten(1, 2)
-                value = torch.bmm(wide[rows].flatten(1, 2), read.weights[part][heads])
-                value = (value if by is None else value / by) + read.constants[part][heads][:, None]
+                value = read.part(part, heads, wide[rows].flatten(1, 2), by)
                 value = value.view(len(heads), self.n, self.t, -1).permute(1, 2, 0, 3)
                 self.parts[part][c * self.n : (c + 1) * self.n, :, heads] = value
                 done += len(heads)
 
     def _project(self, projection: Projection, y: Tensor) -> Tensor:
-        parts = projection.split(y)
+        old = by_query_head(projection, y, self.repeats)
         new: dict[str, Tensor] = {}
         for part in projection.parts:
-            old = parts[part]
-            if self.ungrouped and part != "q":
-                old = old.repeat_interleave(self.graph.kv // self.lm.n_kv_heads, dim=-2)
-            value = self.parts[part].to(old.dtype)
-            new[part] = torch.cat([old[:, : self.skip], value], 1) if self.skip else value
-        if self.ungrouped and projection.parts != ("q",):
-            return new[projection.parts[0]].flatten(-2)
-        return projection.join(new, y)
+            value = self.parts[part].to(y.dtype)
+            new[part] = torch.cat([old[part][:, : self.skip], value], 1) if self.skip else value
+        return joined(projection, new, y, self.repeats)
 
     def _wrote_heads(self, index: int, z: Tensor) -> None:
         heads = self.graph.head_sources(index)

@@ -12,8 +12,8 @@ steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.artifacts.progress import Progress
+from cutaway.artifacts.progress import shown
 from cutaway.causal.graph import Graph
 from cutaway.causal.metrics import Metric, Targets, named_metric, targets_of
 from cutaway.causal.parts import (
@@ -30,10 +30,14 @@ from cutaway.causal.parts import (
     Hooks,
     Reader,
     Writes,
+    by_query_head,
     centred,
+    first_column,
     forward,
+    frozen,
     gained,
     head_results,
+    joined,
     mlp_entry,
     norm_pull,
     norm_push,
@@ -201,7 +205,7 @@ def attribute_edges(
     kept: list[Tensor] = []
     ends: list[Tensor] = []
     flat = True
-    with _frozen(lm), _progress(f"{method} scores", len(pairs), rows) as advance:
+    with frozen(lm), shown(f"{method} scores", len(pairs), "pairs", least=rows + 1) as advance:
         for first in range(0, len(pairs), rows):
             part = pairs[range(first, min(first + rows, len(pairs)))]
             here = None if columns is None else columns[first : first + rows]
@@ -260,28 +264,6 @@ def _bytes_per_token(lm: LanguageModel) -> int:
     return lm.n_layers * 4 * (24 * lm.d_model + 8 * (lm.d_mlp or 4 * lm.d_model))
 
 
-@contextmanager
-def _frozen(lm: LanguageModel) -> Iterator[None]:
-    """No parameter asks for a gradient inside the block, so that no activation is kept for one."""
-    asking = [parameter for parameter in lm.hf.parameters() if parameter.requires_grad]
-    for parameter in asking:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in asking:
-            parameter.requires_grad_(True)
-
-
-@contextmanager
-def _progress(label: str, total: int, rows: int) -> Iterator[Callable[[int], None]]:
-    if total <= rows:
-        yield lambda _: None
-        return
-    with Progress(label, total=total, unit="pairs") as progress:
-        yield progress.advance
-
-
 class _Engine:
     """One batch of pairs: its forwards, the sources' changes, and a backward that contracts them layer by layer."""
 
@@ -289,7 +271,7 @@ class _Engine:
         self, lm: LanguageModel, graph: Graph, measure: Metric, name: str, at: tuple[float, ...], rules: Rules
     ) -> None:
         self.lm, self.graph, self.measure, self.name, self.at, self.rules = lm, graph, measure, name, at, rules
-        self.ungrouped = graph.kv != lm.n_kv_heads
+        self.repeats = graph.kv // lm.n_kv_heads
         self.wide = torch.promote_types(lm.dtype, torch.float32)
         self.may_share, self.checked = True, False  # whether a prefix is taken over, and was seen to be right
         self.readers = [reader(lm, graph, layer) for layer in range(lm.n_layers)]
@@ -297,8 +279,7 @@ class _Engine:
     def batch(self, pairs: AlignedPairs, columns: Tensor | None, direction: Direction) -> tuple[Tensor, Tensor, float]:
         """Scores [n, ...], the metric of the clean and the corrupt run [2, n], the largest |d metric / d logit|."""
         lm, n = self.lm, len(pairs)
-        differs = (pairs.clean.ids != pairs.corrupt.ids).any(0)
-        self.first = int(differs.int().argmax())  # before it nothing can differ
+        self.first = first_column(pairs)
         self.columns = None if columns is None else columns[:, self.first :]
         self.prefix = None
         if self.may_share and self.first:
@@ -313,7 +294,7 @@ class _Engine:
         written: dict[float, Writes] = {end: Writes() for end in ends}
         logits: dict[float, Tensor] = {}
         if missing:
-            tokens = _joined([ends[end] for end in missing])
+            tokens = _stacked([ends[end] for end in missing])
             hooks = Hooks()
             ends_at = {end: slice(i * n, (i + 1) * n) for i, end in enumerate(missing)}
             note_writes(lm, hooks, ends_at, self.skip, written)
@@ -329,7 +310,7 @@ class _Engine:
         tokens = tiled(pairs.clean, len(self.at))
         with torch.enable_grad(), relp_rules(lm) if self.rules == "relp" else nullcontext():
             hooks.before(lm.family.layers[0].module, lambda _: points)
-            found = forward(lm, tokens, hooks, ungrouped=self.ungrouped, prefix=self.prefix)
+            found = forward(lm, tokens, hooks, ungrouped=self.repeats > 1, prefix=self.prefix)
             assert found is not None
             logits.update({end: found[where].detach() for end, where in rows.items()})
             # in the direction "denoise" pairs are exchanged, and what the metric calls clean is the other run
@@ -410,12 +391,9 @@ class _Engine:
         self, projection: Projection, index: int, now: _Layer, scores: Tensor, n: int, y: Tensor
     ) -> Tensor | None:
         """Wait for the gradient of a projection's output; give keys and values to each query head where asked."""
-        parts = projection.split(y)
-        new = None
-        if self.ungrouped and projection.parts != ("q",):
-            (part,) = projection.parts
-            parts = {part: parts[part].repeat_interleave(self.graph.kv // self.lm.n_kv_heads, dim=-2)}
-            y = new = parts[part].flatten(-2)
+        parts, new = by_query_head(projection, y, self.repeats), None
+        if self.repeats > 1 and projection.parts != ("q",):
+            y = new = joined(projection, parts, y, self.repeats)
         for part in projection.parts:
             now.read[part] = parts[part].detach()[:, self.skip :]
 
@@ -474,7 +452,7 @@ def _branch(x: Tensor, on_gradient: Callable[[Tensor], None]) -> Tensor:
     return y
 
 
-def _joined(parts: Sequence[Tokens]) -> Tokens:
+def _stacked(parts: Sequence[Tokens]) -> Tokens:
     if len(parts) == 1:
         return parts[0]
     strings = tuple(row for part in parts for row in part.strings)

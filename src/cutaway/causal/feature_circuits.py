@@ -22,11 +22,13 @@ import torch
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.progress import shown
 from cutaway.artifacts.results import Choices, Interval
 from cutaway.causal.latent_scores import Features, LatentMethod, features_of, latent_attribution
 from cutaway.causal.metrics import Metric, Targets, logit_difference
-from cutaway.causal.node_questions import Positions, Question, ask, frozen, shown
+from cutaway.causal.node_questions import Positions, Question, ask
 from cutaway.causal.node_scores import Agreement, Direction, Node, NodeScores
+from cutaway.causal.parts import frozen
 from cutaway.causal.relp import Attention
 from cutaway.data.pairs import AlignedPairs, PromptPair, align
 from cutaway.dictionaries.dictionary import Dictionary

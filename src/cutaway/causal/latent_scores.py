@@ -22,8 +22,9 @@ from torch import Tensor
 from cutaway.artifacts.errors import CutawayError
 from cutaway.causal.attribution_patching import slopes
 from cutaway.causal.metrics import Metric, logit_difference
-from cutaway.causal.node_questions import Found, Positions, Question, ask, check_exactly, frozen, result_of
+from cutaway.causal.node_questions import Found, Positions, Question, ask, check_exactly, result_of
 from cutaway.causal.node_scores import Direction, NodeScores
+from cutaway.causal.parts import frozen
 from cutaway.causal.relp import Attention
 from cutaway.data.pairs import AlignedPairs, PromptPair, align
 from cutaway.dictionaries.dictionary import Dictionary

@@ -6,7 +6,6 @@ A `Question` holds what all methods share. `node_scores.py` is what they answer 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -15,7 +14,6 @@ import torch
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.artifacts.progress import Progress
 from cutaway.artifacts.results import Choices
 from cutaway.causal.metrics import Metric, Targets, differentiable, named_metric, targets_of
 from cutaway.causal.node_scores import Agreement, Direction, NodeScores, Unit, node_of
@@ -336,37 +334,9 @@ def check_exactly(
     return Agreement(nodes, estimated, mean, len(places), "magnitude" if scores.magnitude else "signed")
 
 
-@contextmanager
-def frozen(lm: LanguageModel) -> Iterator[None]:
-    """No parameter asks for a gradient inside the block, so that no activation is kept for one."""
-    asking = [parameter for parameter in lm.hf.parameters() if parameter.requires_grad]
-    for parameter in asking:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in asking:
-            parameter.requires_grad_(True)
-
-
-@contextmanager
-def shown(label: str, total: int, unit: str, *, least: int = 2) -> Iterator[Callable[[], None]]:
-    """Progress of work in at least so many pieces; call what it gives after each."""
-    if total < least:
-        yield lambda: None
-        return
-    with Progress(label, total=total, unit=unit) as progress:
-        yield lambda: progress.advance(1)
-
-
 def slope(each: Tensor, logits: Tensor) -> float:
     """The largest |d metric / d logit| of a metric [b] of these logits."""
     if not each.requires_grad:
         raise CutawayError("the metric has no gradient in the logits; use logit_difference, or patch exactly")
     (found,) = torch.autograd.grad(each.sum(), logits, retain_graph=True)
     return float(found.abs().max())
-
-
-def tiled(tokens: Tokens, times: int) -> Tokens:
-    """All rows, then all rows again."""
-    return tokens[list(range(len(tokens))) * times]

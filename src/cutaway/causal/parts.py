@@ -6,7 +6,8 @@ layer's norm and its own columns of the projection, so the forward itself stays 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,11 +18,12 @@ from transformers import DynamicCache
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.causal.graph import Graph
+from cutaway.data.pairs import AlignedPairs
 from cutaway.model.current import current
 from cutaway.model.execution import Execution, Stop
 from cutaway.model.language_model import LanguageModel
 from cutaway.model.norms import Norm
-from cutaway.model.parts import Layer
+from cutaway.model.parts import Layer, Projection
 from cutaway.model.shortcuts import Base, run_base
 from cutaway.model.tokens import Tokens
 from cutaway.model.wrapped import bias_of
@@ -61,12 +63,12 @@ class Reader:
         wide, scale = self.norm.divide(x)
         return wide, scale
 
-    def part(self, part: str, wide: Tensor, scale: Tensor | None) -> Tensor:
-        """One part [K, m, h] of each destination's own stream: `wide` [K, m, d] and `scale` [K, m, 1]."""
-        product = torch.bmm(wide, self.weights[part])
+    def part(self, part: str, heads: slice | Tensor, wide: Tensor, scale: Tensor | None) -> Tensor:
+        """One part [k, m, h] of k heads, each from its own stream: `wide` [k, m, d] and `scale` [k, m, 1]."""
+        product = torch.bmm(wide, self.weights[part][heads])
         if scale is not None:
             product = product / scale
-        return product + self.constants[part][:, None]
+        return product + self.constants[part][heads][:, None]
 
 
 def reader(lm: LanguageModel, graph: Graph, layer: int) -> Reader:
@@ -106,9 +108,13 @@ def norm_pull(norm: Norm | None, normalized: Tensor, scale: Tensor | None, g: Te
 
 def norm_push(norm: Norm, normalized: Tensor, scale: Tensor, x: Tensor) -> Tensor:
     """A small change x [..., d] of a norm's input as it arrives behind the gain: the same Jacobian the other way."""
+    return gained(norm, norm_divide(norm, normalized, scale, x))
+
+
+def norm_divide(norm: Norm, normalized: Tensor, scale: Tensor, x: Tensor) -> Tensor:
+    """The same in front of the gain."""
     x = centred(norm, x)
-    x = (x - normalized * (normalized * x).mean(-1, keepdim=True)) / scale
-    return gained(norm, x)
+    return (x - normalized * (normalized * x).mean(-1, keepdim=True)) / scale
 
 
 def head_results(lm: LanguageModel, layer: int, z: Tensor) -> Tensor:
@@ -118,12 +124,36 @@ def head_results(lm: LanguageModel, layer: int, z: Tensor) -> Tensor:
     return torch.bmm(z.permute(2, 0, 1, 3).reshape(heads, b * p, width), w_o).view(heads, b, p, -1)
 
 
-def output_bias(layer: Layer) -> Tensor | None:
-    """What attention's output projection adds whatever the heads say."""
-    return bias_of(layer.output)
+def attention_of(layer: Layer, heads: Tensor) -> Tensor:
+    """What attention adds to the stream when its heads' results sum to this: with its bias, behind a post-norm."""
+    bias = bias_of(layer.output)
+    out = heads if bias is None else heads + bias.to(heads)
+    if layer.ln1_post is not None:
+        wide, scale = layer.ln1_post.divide(out)
+        out = layer.ln1_post.gain(wide / scale, out.dtype)
+    return out * layer.attn_multiplier
 
 
-Hook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]
+def by_query_head(projection: Projection, y: Tensor, repeats: int) -> dict[str, Tensor]:
+    """A projection's output by part [..., K, h]; each shared key and value `repeats` times, once a query head."""
+    parts = projection.split(y)
+    return {
+        part: value.repeat_interleave(repeats, dim=-2) if repeats > 1 and part != "q" else value
+        for part, value in parts.items()
+    }
+
+
+def joined(projection: Projection, parts: dict[str, Tensor], y: Tensor, repeats: int) -> Tensor:
+    """What stands in the place of a projection's output y; with repeated keys it is wider than y."""
+    if repeats > 1 and projection.parts != ("q",):
+        (part,) = projection.parts  # Graph.of has looked: keys and values have a module each
+        return parts[part].flatten(-2)
+    return projection.join(parts, y)
+
+
+def first_column(pairs: AlignedPairs) -> int:
+    """The first column in which some pair's prompts differ: nothing before it can carry a difference."""
+    return int((pairs.clean.ids != pairs.corrupt.ids).any(0).int().argmax())
 
 
 class Hooks:
@@ -331,6 +361,19 @@ def keep_writes(lm: LanguageModel, tokens: Tokens, first: int, prefix: Prefix | 
     with torch.no_grad():
         forward(lm, tokens, hooks, prefix=prefix)
     return found
+
+
+@contextmanager
+def frozen(lm: LanguageModel) -> Iterator[None]:
+    """No parameter asks for a gradient inside the block, so that no activation is kept for one."""
+    asking = [parameter for parameter in lm.hf.parameters() if parameter.requires_grad]
+    for parameter in asking:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in asking:
+            parameter.requires_grad_(True)
 
 
 def tiled(tokens: Tokens, times: int) -> Tokens:

@@ -7,6 +7,7 @@ changes what its destination reads, whether or not the answer depends on it, and
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -30,13 +31,18 @@ from cutaway.causal.parts import (
     PARTS,
     Hooks,
     Reader,
+    attention_of,
+    by_query_head,
+    first_column,
     forward,
     head_results,
+    joined,
     keep_writes,
     mlp_entry,
-    norm_push,
+    norm_divide,
     reader,
     refuse_unreadable,
+    start_of_stream,
 )
 from cutaway.data.pairs import AlignedPairs
 from cutaway.model.language_model import LanguageModel
@@ -56,8 +62,8 @@ def source_changes(lm: LanguageModel, graph: Graph, pairs: AlignedPairs, first: 
     A head in front of a norm adds what attention would add less without its change: exact for it alone.
     """
     base, other = (keep_writes(lm, tokens, first) for tokens in (pairs.clean, pairs.corrupt))
-    start = [lm.run(tokens, capture="blocks.0.resid_pre", logits=None) for tokens in (pairs.clean, pairs.corrupt)]
-    embed = (start[1]["blocks.0.resid_pre"] - start[0]["blocks.0.resid_pre"])[:, first:]
+    start, end = (start_of_stream(lm, tokens)[:, first:] for tokens in (pairs.clean, pairs.corrupt))
+    embed = end - start
     wide = torch.promote_types(lm.dtype, torch.float32)
     delta = torch.empty(len(pairs), graph.n_sources, *embed.shape[1:], dtype=wide, device=embed.device)
     delta[:, 0] = embed
@@ -65,11 +71,10 @@ def source_changes(lm: LanguageModel, graph: Graph, pairs: AlignedPairs, first: 
         heads = head_results(lm, index, other.z[index] - base.z[index])
         if layer.ln1_post is not None:
             whole = head_results(lm, index, base.z[index]).sum(0)
-            bias = getattr(layer.output, "bias", None)
-            whole = whole if bias is None else whole + bias.detach().to(whole)
-            wide_sum, scale = layer.ln1_post.divide(whole + heads)
-            heads = layer.ln1_post.gain(wide_sum / scale, heads.dtype) - base.attention[index] / layer.attn_multiplier
-        delta[:, graph.head_sources(index)] = (heads * layer.attn_multiplier).transpose(0, 1)
+            heads = attention_of(layer, whole + heads) - base.attention[index]
+        else:
+            heads = heads * layer.attn_multiplier
+        delta[:, graph.head_sources(index)] = heads.transpose(0, 1)
         delta[:, graph.mlp_source(index)] = other.mlp[index] - base.mlp[index]
     return delta
 
@@ -130,8 +135,8 @@ class _Exact:
         batch_tokens: int,
     ) -> None:
         self.lm, self.graph, self.readers, self.pairs, self.measure = lm, graph, readers, pairs, measure
-        self.first = int((pairs.clean.ids != pairs.corrupt.ids).any(0).int().argmax())
-        self.ungrouped = graph.kv != lm.n_kv_heads
+        self.first = first_column(pairs)
+        self.repeats = graph.kv // lm.n_kv_heads
         self.run = lm.run(pairs.clean, capture=_streams(lm, graph), logits="last")
         other = lm.run(pairs.corrupt, logits="last").logits
         assert self.run.logits is not None
@@ -203,29 +208,18 @@ class _Exact:
         value = (value if scale is None else value / scale) + read.constants[part][head]
         hooks = Hooks()
 
-        def project(projection: Projection, y: Tensor) -> Tensor:
-            parts = {name: x.clone() for name, x in projection.split(y).items()}
-            if self.ungrouped and projection.parts != ("q",):
-                (own,) = projection.parts
-                parts[own] = parts[own].repeat_interleave(kv // self.lm.n_kv_heads, dim=-2)
-            if part in parts:
+        def project(projection: Projection, y: Tensor, here: bool) -> Tensor:
+            parts = by_query_head(projection, y, self.repeats)
+            if here and part in parts:
+                parts[part] = parts[part].clone()
                 parts[part][:, self.first :, head] = value.to(y.dtype)
-            if self.ungrouped and projection.parts != ("q",):
-                return parts[projection.parts[0]].flatten(-2)
-            return projection.join(parts, y)
+            return joined(projection, parts, y, self.repeats)
 
-        for projection in self.lm.family.layers[layer].projections:
-            hooks.after(projection.module, lambda y, p=projection: project(p, y))
-        if self.ungrouped:
-            for below in self.lm.family.layers[layer + 1 :]:
-                for projection in below.projections:
-                    if projection.parts != ("q",):
-                        hooks.after(projection.module, lambda y, p=projection: self._ungroup(p, y))
-        return self._forward(layer, hooks, len(some), ungrouped=self.ungrouped)
-
-    def _ungroup(self, projection: Projection, y: Tensor) -> Tensor:
-        (own,) = projection.parts
-        return projection.split(y)[own].repeat_interleave(self.graph.kv // self.lm.n_kv_heads, dim=-2).flatten(-2)
+        # the layers above only need their keys repeated
+        for above in range(layer, layer + 1 if self.repeats == 1 else self.lm.n_layers):
+            for projection in self.lm.family.layers[above].projections:
+                hooks.after(projection.module, partial(project, projection, here=above == layer))
+        return self._forward(layer, hooks, len(some), ungrouped=self.repeats > 1)
 
 
 def magnitude(
@@ -268,7 +262,7 @@ def _ends(lm: LanguageModel, pairs: AlignedPairs, measure: Metric) -> Tensor:
 
 
 def _magnitudes(lm: LanguageModel, graph: Graph, readers: list[Reader], pairs: AlignedPairs) -> Tensor:
-    first = int((pairs.clean.ids != pairs.corrupt.ids).any(0).int().argmax())
+    first = first_column(pairs)
     run = lm.run(pairs.clean, capture=_streams(lm, graph), logits=None)
     delta = source_changes(lm, graph, pairs, first)
     real = pairs.clean.mask[:, first:].to(delta)
@@ -288,8 +282,10 @@ def _magnitudes(lm: LanguageModel, graph: Graph, readers: list[Reader], pairs: A
             heads = slice(heads.start, heads.start + w.shape[0])
             normalized = wide if scale is None else wide / scale
             value = torch.einsum("ntd,kdh->ntkh", normalized, w).norm(dim=-1)
-            # W has the gain already, so the push of the norm stops before it
-            moved = _pushed(read, normalized, scale, delta[:, :n])
+            # W has the gain already
+            moved = delta[:, :n]
+            if read.norm is not None and scale is not None:
+                moved = norm_divide(read.norm, normalized[:, None], scale[:, None], moved)
             change = torch.stack([(moved @ head).norm(dim=-1) for head in w], -1)
             scores[:, :n, heads] = mean(change, value)
         mid = "resid_pre" if graph.parallel else "resid_mid"
@@ -301,14 +297,6 @@ def _magnitudes(lm: LanguageModel, graph: Graph, readers: list[Reader], pairs: A
     ratio = delta[rows, :, last].norm(dim=-1) / value[rows, last].clamp(min=1e-12)
     scores[:, :, -1] = ratio.cpu()
     return scores
-
-
-def _pushed(read: Reader, normalized: Tensor, scale: Tensor | None, delta: Tensor) -> Tensor:
-    """Changes of the stream [n, f, t, d] behind the layer's norm, before its gain."""
-    if read.norm is None or scale is None:
-        return delta
-    bare = type(read.norm)(read.norm.module, read.norm.centered, read.norm.eps, None, None, 0.0, True)
-    return norm_push(bare, normalized[:, None], scale[:, None], delta)
 
 
 SCORERS: dict[str, Scorer] = {
