@@ -176,7 +176,7 @@ def test_a_group_is_the_sum_of_its_heads() -> None:
         assert_close(keys, two[:, other + 4 : other + 6])
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "granite"])
 @pytest.mark.parametrize("ablation", ["zero", "mean", "mean_by_position"])
 def test_other_ablations_replace_every_source(family: str, ablation: str) -> None:
     lm = double(family)
@@ -337,7 +337,7 @@ def test_a_shared_prefix_is_computed_once_and_changes_nothing(family: str, monke
     hook = lm.family.layers[-1].mlp.register_forward_pre_hook(lambda _m, args: widths.append(args[0].shape[-2]))
     eap(lm, pairs, graph=graph)
     hook.remove()
-    assert 5 in widths
+    assert widths[-1] == 5  # the batch itself, behind what was computed once
     monkeypatch.setattr("cutaway.causal.edges.shared_prefix", lambda *_args, **_kwargs: None)
     monkeypatch.setattr("cutaway.causal.edge_patching.shared_prefix", lambda *_args, **_kwargs: None)
     whole = eap_ig(lm, pairs, steps=2, graph=graph).values, run_circuits(lm, pairs, masks, graph=graph).values
