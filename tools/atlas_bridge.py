@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 import cutaway
-from cutaway.causal.interchange import CausalModel, Example, Interchanged, Place, Swap, Variable, interchange, search
+from cutaway.causal.causal_model import CausalModel, Example, Swap, Variable
+from cutaway.causal.interchange import Interchanged, Place, interchange, search
 from cutaway.model.language_model import LanguageModel
 from cutaway.subjects.atlas.causal_checks import NEUTRAL_SOURCE, TWO_HOP
 from cutaway.subjects.world.facts import CITIES, STATES, City

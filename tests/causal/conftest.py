@@ -38,24 +38,14 @@ def id_pairs() -> Callable[..., list[PromptPair]]:
 
 
 @pytest.fixture(scope="session")
-def words() -> LanguageModel:
-    """The random Llama with its tokenizer: a word a token."""
+def words(tiny: LanguageModel) -> LanguageModel:
+    """The same model with a tokenizer: a word a token, its space with it."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import Metaspace
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {"<s>": 0, "<pad>": 1, **{f"▁w{i}": i for i in range(2, 61)}}
-    plain = Tokenizer(WordLevel(vocabulary, unk_token="<pad>"))
+    plain = Tokenizer(WordLevel({"<s>": 0, "<pad>": 1, **{f"▁w{i}": i for i in range(2, 61)}}, unk_token="<pad>"))
     plain.pre_tokenizer = Metaspace()  # type: ignore[assignment]
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, bos_token_id=0, pad_token_id=1,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(6 if parameter.dim() == 2 else 1)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, bos_token="<s>", pad_token="<pad>")
-    return attach(model, tokenizer, name="words")
+    return attach(tiny.hf, tokenizer, name="words")

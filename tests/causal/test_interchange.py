@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.causal.interchange import CausalModel, Example, Place, Swap, Variable, interchange, search
+from cutaway.causal.causal_model import CausalModel, Example, Swap, Variable
+from cutaway.causal.interchange import Place, interchange, search
 from cutaway.model.language_model import LanguageModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))

@@ -7,7 +7,7 @@ variable set to what it is for the source. Interchange intervention accuracy (II
 as the causal model does.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,70 +18,11 @@ from torch import Tensor
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.results import Choices, Control, Effect
 from cutaway.artifacts.statistics import bootstrap_interval, wilson_interval
+from cutaway.causal.causal_model import CausalModel, Example, Swap
 from cutaway.model.edits import Edit, patch
 from cutaway.model.language_model import LanguageModel
 from cutaway.model.sites import layer_of
 from cutaway.model.tokens import Tokens
-
-
-@dataclass(frozen=True)
-class Variable:
-    """A variable of a causal model: a function of its parents (inputs, or variables named before it)."""
-
-    parents: tuple[str, ...]
-    function: Callable[..., Any]
-
-
-@dataclass(frozen=True)
-class CausalModel:
-    """Variables by name, each after its parents; `answer` is the one whose value is the text that the prompt goes on
-    with.
-
-    Raises `CutawayError` for a parent that is neither an input nor a variable before it.
-    """
-
-    inputs: tuple[str, ...]
-    variables: Mapping[str, Variable]
-    answer: str
-
-    def __post_init__(self) -> None:
-        known = [*self.inputs]
-        for name, variable in self.variables.items():
-            for parent in variable.parents:
-                if parent not in known:
-                    raise CutawayError(
-                        f"the variable {name!r} depends on {parent!r}, which is no input and no variable before it"
-                    )
-            known.append(name)
-        if self.answer not in self.variables:
-            raise CutawayError(f"the answer {self.answer!r} is no variable of the causal model")
-
-    def run(self, inputs: Mapping[str, Any], setting: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """The value of every input and variable; those in `setting` are what it says, whatever their parents are."""
-        values = dict(inputs)
-        for name in self.inputs:
-            if name not in values:
-                raise CutawayError(f"the causal model needs the input {name!r}; the example has {', '.join(inputs)}")
-        for name, variable in self.variables.items():
-            if setting is not None and name in setting:
-                values[name] = setting[name]
-            else:
-                values[name] = variable.function(*(values[parent] for parent in variable.parents))
-        return values
-
-
-@dataclass(frozen=True)
-class Example:
-    """A prompt, the causal model's inputs for it, and where things stand in it: a position (0 is the first real token,
-    -1 the last) or a text (its last token, at its last occurrence). "last" is always there."""
-
-    prompt: str
-    inputs: Mapping[str, Any]
-    positions: Mapping[str, int | str] = field(default_factory=dict)
-
-
-Swap = tuple[Example, Example]
-"""A base and a source."""
 
 
 @dataclass(frozen=True)

@@ -263,10 +263,9 @@ def path_patch(
     new, old = (lm.run(tokens, capture=held, logits="last") for tokens in (other, original))
     assert old.logits is not None
     assert new.logits is not None
-    clean_logits = (old if noise else new).logits
-    assert clean_logits is not None
+    clean_logits = old.logits if noise else new.logits
     targets = targets_of(aligned, clean_logits[:, 0].float().cpu()).to(lm.device)
-    m_old, m_new = (measure(run.logits[:, 0].float(), targets).cpu() for run in (old, new))  # type: ignore[index]
+    m_old, m_new = (measure(logits[:, 0].float(), targets).cpu() for logits in (old.logits, new.logits))
 
     patching = _Patching(lm, aligned, old, new, 0 if noise else 1, mlps, measure, targets, batch_rows)
     wanted = torch.zeros(len(chosen), len(receiving), dtype=torch.bool)
