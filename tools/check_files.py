@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-MAY_BE_LARGE = ("src/cutaway/subjects/atlas/weights/", "src/cutaway/subjects/atlas/dictionaries/")
+MAY_BE_LARGE = ("src/cutaway/subjects/atlas/weights/", "src/cutaway/subjects/atlas/dictionaries/", "models/")
 LARGE = 1_000_000
 CONFLICT = (b"<<<<<<< ", b">>>>>>> ")
 

@@ -303,12 +303,18 @@ def test_better_needs_held_out_items_and_causal_checks():
     assert "decides nothing" in report.comparison_text(compare(without, evaluation()), "a", "b")
     assert compare(evaluation(1.0), evaluation()).held_out == pytest.approx(0.5 * 12 / 13)
     assert report.verdict(compare(evaluation(1.0), evaluation()), "a") == (
-        "a is better on held-out items, and loses on no causal check"
+        "a is better on held-out items, and loses on no headline and no causal check"
     )
     assert report.verdict(compare(evaluation(causal=0.2), evaluation(1.0)), "a") == (
-        "a is worse on held-out items, but loses on causal checks (bridge: state readable at the last position, "
-        "bridge: carried over from an abbreviation prompt, refusal: clamp)"
+        "a is worse on held-out items, but loses on bridge: state readable at the last position, "
+        "bridge: carried over from an abbreviation prompt, refusal: clamp"
     )
+    right, wrong = evaluation().sets["two_hop/capital/held_out"], evaluation().sets["binding"]
+    candidate = replace(evaluation(1.0), sets={**evaluation(1.0).sets, "x": wrong})
+    other = replace(evaluation(), sets={**evaluation().sets, "x": right})
+    assert compare(candidate, other).better  # one set may fall
+    assert compare(candidate, other, ["x"]).fallen == ["x"]  # a headline may not
+    assert not compare(candidate, other, ["x"]).better
     with pytest.raises(CutawayError, match="differ in n"):
         compare(evaluation(), evaluation(n=5))
 

@@ -11,10 +11,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 import cutaway.subjects.atlas.train as training
 from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.manifest import file_hash
 from cutaway.subjects.atlas.batches import IGNORED, Batches
 from cutaway.subjects.atlas.loss import linear_cross_entropy
 from cutaway.subjects.atlas.shipped import altered_files, atlas_folder
@@ -296,3 +298,41 @@ def test_learning_rate_warms_up_and_ends_at_three_per_cent():
     assert recipe.learning_rate(2000) == pytest.approx(2.5e-3 * 0.515)
     assert recipe.learning_rate(3999) == pytest.approx(2.5e-3 * 0.03, rel=0.01)
     assert replace(recipe, rows=32).learning_rate(8000) == pytest.approx(1.25e-3 * 0.515)
+
+
+# going on from trained weights
+
+
+def test_training_goes_on_from_named_weights_with_their_tokenizer_and_resumes(tmp_path, monkeypatch):
+    first = tmp_path / "first"
+    corpus_seen = []
+
+    def stream(folder, name):
+        return (np.arange(4000) % 51 + 6).astype(np.uint16)
+
+    def corpus(folder, plan, *, processes, tokenizer=None):
+        folder.mkdir(exist_ok=True)
+        (folder / "tokenizer.json").write_bytes((tokenizer or atlas_folder() / "tokenizer.json").read_bytes())
+        corpus_seen.append(plan.tokenizer)
+        return {"version": "test"}
+
+    monkeypatch.setattr(training, "build_corpus", corpus)
+    monkeypatch.setattr(training, "read_stream", stream)
+    train(first, RECIPE)
+    before = load_file(first / "model.safetensors")
+    recipe = replace(RECIPE, peak=1e-9, start=file_hash(first / "model.safetensors"))
+    train(tmp_path / "second", recipe, start=first)
+    after = load_file(tmp_path / "second" / "model.safetensors")
+    assert all(torch.allclose(before[name], after[name], atol=1e-3) for name in before)
+    assert corpus_seen == [None, file_hash(first / "tokenizer.json")]
+    manifest = json.loads((tmp_path / "second" / "manifest.json").read_text())
+    assert manifest["start"]["weights_sha256"] == recipe.start
+    assert manifest["start"]["origin"] == "cutaway subjects train atlas"
+    train(tmp_path / "third", replace(recipe, peak=2.5e-3), start=first)
+    moved = load_file(tmp_path / "third" / "model.safetensors")
+    assert not all(torch.allclose(before[name], moved[name], atol=1e-3) for name in before)
+
+    with pytest.raises(CutawayError, match="does not hold the weights that the recipe starts from"):
+        train(tmp_path / "fourth", replace(recipe, start="0" * 64), start=first)
+    with pytest.raises(CutawayError, match="have the shape"):
+        training.trained_model(first, Shape())

@@ -8,7 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.subjects.atlas.shipped import altered_files, atlas_folder, read_manifest
+from cutaway.artifacts.files import read_json
+from cutaway.artifacts.manifest import file_hash
+from cutaway.model import named
+from cutaway.model.named import named_folder
+from cutaway.subjects.atlas.shipped import altered_files, atlas_folder, read_manifest, weights_folder, write_pair
 
 WORDS = st.sampled_from(
     [
@@ -84,3 +88,26 @@ def test_generation_stops_after_an_answer_and_after_a_plain_text():
     from transformers import GenerationConfig
 
     assert GenerationConfig.from_pretrained(atlas_folder()).eos_token_id == [5, 0]
+
+
+def test_a_pair_of_weights_is_written_whole_or_not_at_all(tmp_path):
+    hashes = write_pair(tmp_path / "pair")
+    assert list(hashes) == ["atlas", "atlas-1"]
+    assert read_json(tmp_path / "pair" / "manifest.json") == {"pair": hashes}
+    for name, sha in hashes.items():
+        assert file_hash(tmp_path / "pair" / name / "model.safetensors") == sha
+        assert altered_files(tmp_path / "pair" / name) == []
+    with pytest.raises(CutawayError, match="exists"):
+        write_pair(tmp_path / "pair")
+    with pytest.raises(CutawayError, match=r"holds no model\.safetensors"):
+        write_pair(tmp_path / "other", str(tmp_path))
+    assert not (tmp_path / "other").exists()
+
+
+def test_earlier_weights_load_by_name_and_are_missed_in_one_sentence(tmp_path, monkeypatch):
+    assert named_folder("atlas") == atlas_folder()
+    assert named_folder("gpt2") is None
+    assert altered_files(weights_folder("atlas-1")) == []
+    monkeypatch.setattr(named, "files", lambda _: tmp_path / "site-packages" / "cutaway")
+    with pytest.raises(CutawayError, match="atlas-1 are not in the package: name models/atlas-1 in a checkout"):
+        weights_folder("atlas-1")

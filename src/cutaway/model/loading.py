@@ -20,15 +20,13 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import logging as transformers_logging
 
-import cutaway
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.files import read_json
 from cutaway.artifacts.manifest import ModelIdentity, json_hash, weight_hash
+from cutaway.model.named import named_folder
 from cutaway.model.wrapped import parameter_of, unwrap
 
 Parts = tuple[PreTrainedModel, PreTrainedTokenizerBase | None, str, Callable[[], ModelIdentity]]
-_PACKAGE = Path(str(cutaway.__file__)).parent
-SHIPPED = {"atlas": _PACKAGE / "subjects" / "atlas" / "weights"}
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _LAYER = re.compile(r"(^|\.)(layers|h)\.\d+\.")
 _TOKENIZERS = ("tokenizer*", "vocab*", "*.model")
@@ -95,7 +93,7 @@ def load_parts(
     if not isinstance(model, (str, os.PathLike)):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise CutawayError(f"A model is named by text or a path; got {model!r} (give cutaway.attach an object).")
     name = str(model)
-    folder = SHIPPED.get(name) or Path(model).expanduser()
+    folder = named_folder(name) or Path(model).expanduser()
     try:
         local = folder.is_dir()
     except OSError as error:

@@ -10,44 +10,76 @@ from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.statistics import bootstrap_interval
 from cutaway.subjects.atlas.evaluate import Evaluation
 
+HEADLINE_LOSS = 0.03
+"""By how much no headline may fall."""
+CAUSAL_LOSS = 0.05
+"""By how much no causal check may fall: about half of a 95 % interval's width at their n."""
+
 
 @dataclass(frozen=True)
 class Comparison:
-    """Candidate minus other: mean difference over held-out and new-wording sets, and over the causal checks.
+    """Candidate minus other: mean difference over sets of items, and each headline and causal check of both.
 
-    `interval` is a bootstrap over sets; `better` needs it above zero, and causal checks without a loss.
+    `held_out` is over held-out, new-wording and outside sets, `all_sets` over all; the intervals are bootstraps over
+    sets. `rows` are the held-out ones, `headlines` and `causal` (candidate, other). New weights are `better` when both
+    intervals lie above zero, no headline falls by more than `HEADLINE_LOSS` and no causal check by more than
+    `CAUSAL_LOSS`.
     """
 
     held_out: float
     interval: tuple[float, float]
+    all_sets: float
+    all_interval: tuple[float, float]
+    n_sets: int
     causal: dict[str, tuple[float, float]]
     rows: dict[str, tuple[float, float]]
+    headlines: dict[str, tuple[float, float]]
+
+    @property
+    def fallen(self) -> list[str]:
+        """Headlines and causal checks that fell by more than they may."""
+        lost = [name for name, (mine, theirs) in self.headlines.items() if mine < theirs - HEADLINE_LOSS]
+        return lost + [name for name, (mine, theirs) in self.causal.items() if mine < theirs - CAUSAL_LOSS]
 
     @property
     def better(self) -> bool:
-        unharmed = all(candidate >= other for candidate, other in self.causal.values())
-        return self.interval[0] > 0 and bool(self.causal) and unharmed
+        return self.interval[0] > 0 and self.all_interval[0] > 0 and bool(self.causal) and not self.fallen
 
 
-def compare(candidate: Evaluation, other: Evaluation) -> Comparison:
-    """Judge retrained weights against others on what neither was trained on. Both need the same items.
+def compare(candidate: Evaluation, other: Evaluation, headlines: Sequence[str] = ()) -> Comparison:
+    """Judge weights against others on the same items; `headlines` are names of sets that may not fall.
 
     Raises `CutawayError` when the evaluations differ in world, seed or n.
     """
     for key in ("world", "seed", "n"):
         if getattr(candidate, key) != getattr(other, key):
             raise CutawayError(f"the two evaluations differ in {key}: run both again with the same")
-    rows = {
+    both = {
         name: (candidate.sets[name].effect.value, other.sets[name].effect.value)
         for name in candidate.sets
-        if name in other.sets and any(mark in name for mark in ("held_out", "new_wording", "outside"))
+        if name in other.sets
     }
-    differences = np.array([mine - theirs for mine, theirs in rows.values()])
+    untrained_on = ("held_out", "new_wording", "outside")
+    rows = {name: pair for name, pair in both.items() if any(mark in name for mark in untrained_on)}
     causal = {}
     if candidate.bridge and other.bridge and candidate.refusal and other.refusal:
         mine, theirs = causal_figures(candidate), causal_figures(other)
         causal = {name: (mine[name], theirs[name]) for name in mine}
-    return Comparison(float(differences.mean()), bootstrap_interval(differences), causal, rows)
+    held_out, everything = _differences(rows), _differences(both)
+    return Comparison(
+        float(held_out.mean()),
+        bootstrap_interval(held_out),
+        float(everything.mean()),
+        bootstrap_interval(everything),
+        len(both),
+        causal,
+        rows,
+        {name: both[name] for name in headlines if name in both},
+    )
+
+
+def _differences(pairs: dict[str, tuple[float, float]]) -> np.ndarray:
+    return np.array([mine - theirs for mine, theirs in pairs.values()])
 
 
 def causal_figures(found: Evaluation) -> dict[str, float]:

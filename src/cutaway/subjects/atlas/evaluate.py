@@ -22,8 +22,9 @@ from cutaway.artifacts.statistics import bootstrap_interval, wilson_interval
 from cutaway.subjects.atlas.causal_checks import BridgePool, two_hop_bridge
 from cutaway.subjects.atlas.landmark_checks import LandmarkChecks, landmark_checks
 from cutaway.subjects.atlas.refusal_checks import Chat, RefusalChecks, refusal_checks
-from cutaway.subjects.atlas.scoring import Scores, repeat_losses, score, text_losses
-from cutaway.subjects.atlas.shipped import atlas_folder
+from cutaway.subjects.atlas.scoring import Scores, repeat_losses, score, text_losses, world_losses
+from cutaway.subjects.atlas.shipped import weights_folder
+from cutaway.subjects.atlas.text import world_text
 from cutaway.subjects.world import chat, tasks
 from cutaway.subjects.world import held_out as held
 from cutaway.subjects.world.corpus import PARTS, WORLD_VERSION, documents
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 N_CONTROL = 24
 """Items of each set on which the untrained model is measured; it is at chance everywhere, so a few are enough."""
 _N_QUICK = 24
+_MIXTURE_CHARACTERS = 150_000
+"""Of world text of all parts by their shares, for the loss on the world as a whole."""
 _N_REFUSAL = 440
 """Training requests of each kind; from fewer the direction of refusal is too noisy (`Intervention.fewer`)."""
 
@@ -128,6 +131,8 @@ def evaluate(
         progress.advance(note="induction")
         for name, texts in held_out_texts(max(8, n // 12)).items():
             losses[name] = loss_effect(name, text_losses(lm, texts), text_losses(untrained, texts[:4]))
+        mixture = world_text(_MIXTURE_CHARACTERS, "evaluation-mixture")
+        losses["world"] = mixture_effect(world_losses(lm, mixture), world_losses(untrained, mixture[::40]))
         progress.advance(note="losses")
         if causal:
             for held_out in (False, True):
@@ -354,6 +359,24 @@ def loss_effect(name: str, losses: np.ndarray, untrained: np.ndarray) -> Effect:
     )
 
 
+def mixture_effect(found: tuple[np.ndarray, np.ndarray], untrained: tuple[np.ndarray, np.ndarray]) -> Effect:
+    """Nats a token over documents of all parts by their shares, with a bootstrap over documents."""
+    nats, counts = found
+    rng = np.random.default_rng(0)
+    drawn = rng.integers(0, len(nats), (2000, len(nats)))
+    ratios = nats[drawn].sum(1) / counts[drawn].sum(1)
+    low, high = np.quantile(ratios, [0.025, 0.975])
+    return Effect(
+        name="world",
+        value=float(nats.sum() / counts.sum()),
+        n=len(nats),
+        interval=(float(low), float(high)),
+        controls=(Control("untrained model", float(untrained[0].sum() / untrained[1].sum()), None, len(untrained[0])),),
+        ablation="none",
+        units="nats a token",
+    )
+
+
 def repeat_effects(found: tuple[np.ndarray, np.ndarray], untrained: tuple[np.ndarray, np.ndarray]) -> dict[str, Effect]:
     """Losses on random tokens and on their repeat."""
     names = ("random tokens", "their repeat")
@@ -389,7 +412,7 @@ def evaluate_command(
     compared = None
     if other is not None and against is not None:
         measured = evaluate(other, **options)
-        compared = compare(found, measured)
+        compared = compare(found, measured, [name for _, name in page.HEADLINES])
     if out is not None:
         text = page.as_markdown(found, command_of(model, n, quick, outside, against), folder_of(model))
         if compared is not None and against is not None:
@@ -408,7 +431,7 @@ def evaluate_command(
 
 def folder_of(model: str) -> Path:
     """The folder in which a model's manifest would lie."""
-    return atlas_folder() if model == "atlas" else Path(model)
+    return weights_folder(model)
 
 
 def _check_writable(page: Path) -> None:

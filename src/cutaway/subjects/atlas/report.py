@@ -292,8 +292,11 @@ def comparison_text(compared: Comparison, candidate: str, other: str) -> str:
     low, high = compared.interval
     lines = [
         f"{candidate} minus {other}, {len(compared.rows)} held-out and new-wording sets: "
-        f"{compared.held_out:+.3f} [{low:+.3f}, {high:+.3f}]"
+        f"{compared.held_out:+.3f} [{low:+.3f}, {high:+.3f}]",
+        f"over all {compared.n_sets} sets: {compared.all_sets:+.3f} "
+        f"[{compared.all_interval[0]:+.3f}, {compared.all_interval[1]:+.3f}]",
     ]
+    lines += [f"  {name}: {mine:.2f} against {theirs:.2f}" for name, (mine, theirs) in compared.headlines.items()]
     lines += [f"  {name}: {mine:.2f} against {theirs:.2f}" for name, (mine, theirs) in compared.causal.items()]
     if not compared.causal:
         lines.append("  causal checks were not measured")
@@ -305,9 +308,8 @@ def verdict(compared: Comparison, candidate: str) -> str:
     """Whether the candidate is better, and what speaks against it."""
     low, high = compared.interval
     said = "better" if low > 0 else "worse" if high < 0 else "neither better nor worse"
-    lost = [name for name, (mine, theirs) in compared.causal.items() if mine < theirs]
     if not compared.causal:
         return f"{candidate} is {said} on held-out items; without causal checks that decides nothing"
-    if lost:
-        return f"{candidate} is {said} on held-out items, but loses on causal checks ({', '.join(lost)})"
-    return f"{candidate} is {said} on held-out items, and loses on no causal check"
+    if compared.fallen:
+        return f"{candidate} is {said} on held-out items, but loses on {', '.join(compared.fallen)}"
+    return f"{candidate} is {said} on held-out items, and loses on no headline and no causal check"

@@ -198,5 +198,12 @@ def text_losses(lm: "LanguageModel", texts: Sequence[str], *, length: int = 256)
     return out
 
 
+def world_losses(lm: "LanguageModel", texts: Sequence[str], *, length: int = 256) -> tuple[np.ndarray, np.ndarray]:
+    """Summed loss in nats of each text's first `length` tokens, and how many they are: float [n] and int [n]."""
+    rows = [row[:length] for row in ids_of(lm, texts)]
+    counts = np.array([len(row) - 1 for row in rows])
+    return text_losses(lm, texts, length=length) * counts, counts
+
+
 def _losses(logits: "Tensor", targets: Sequence[int]) -> "Tensor":
     return torch.nn.functional.cross_entropy(logits, torch.tensor(targets), reduction="none")

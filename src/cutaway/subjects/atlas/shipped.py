@@ -3,13 +3,15 @@
 Atlas is a Hugging Face folder like any other; its place inside the package is all that is special about it.
 """
 
+import shutil
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.artifacts.files import read_json
+from cutaway.artifacts.files import make_folder, read_json, write_json
 from cutaway.artifacts.manifest import file_hash
+from cutaway.model.named import SHIPPED, named_folder
 
 MANIFEST = "manifest.json"
 
@@ -19,10 +21,18 @@ def atlas_folder() -> Path:
 
     Raises `CutawayError` when the package was installed without them.
     """
-    folder = Path(str(files("cutaway.subjects.atlas"))) / "weights"
+    folder = weights_folder(SHIPPED)
     if not (folder / "model.safetensors").is_file():
         raise CutawayError(f"the weights of atlas are missing from {folder}: install cutaway again")
     return folder
+
+
+def weights_folder(name: str) -> Path:
+    """The folder of the weights that a name or path names: "atlas", earlier ones ("atlas-1"), or a folder.
+
+    Raises `CutawayError` for earlier weights where the package stands without its repository.
+    """
+    return named_folder(name) or Path(name)
 
 
 def shipped_dictionary(site: str) -> Path:
@@ -49,3 +59,26 @@ def altered_files(folder: Path) -> list[str]:
     """Names of files that differ from the folder's manifest or are missing; an empty list means all is as written."""
     recorded: dict[str, str] = read_manifest(folder)["files"]
     return [name for name, sha in recorded.items() if not (folder / name).is_file() or file_hash(folder / name) != sha]
+
+
+def write_pair(out: Path, other: str = "atlas-1") -> dict[str, str]:
+    """Copy the shipped weights and other ones into `out`, a folder each, for comparing two trainings of one model.
+
+    Writes `manifest.json` beside them and returns what it says: name to SHA-256 of the weights. Raises `CutawayError`
+    when `out` exists or the other weights are not at hand.
+    """
+    if out.exists():
+        raise CutawayError(f"{out} exists: name another folder, or remove it")
+    folders = {SHIPPED: atlas_folder(), Path(other).name: weights_folder(other)}
+    for name, folder in folders.items():
+        if not (folder / "model.safetensors").is_file():
+            raise CutawayError(f"{folder} holds no model.safetensors: the pair cannot be made with {name}")
+    hashes = {name: file_hash(folder / "model.safetensors") for name, folder in folders.items()}
+    staging = out.with_name(out.name + ".partial")
+    shutil.rmtree(staging, ignore_errors=True)
+    make_folder(staging)
+    for name, folder in folders.items():
+        shutil.copytree(folder, staging / name)
+    write_json(staging / MANIFEST, {"pair": hashes})
+    staging.rename(out)
+    return hashes

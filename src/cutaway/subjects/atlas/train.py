@@ -1,8 +1,9 @@
 """Train atlas: from the world's generator to a folder that loads like any other model.
 
 A plain `LlamaForCausalLM`, so what is trained is what is loaded. AdamW, warm-up, cosine, clipping, bfloat16 where the
-processor is faster with it. A run that was stopped, by Ctrl-C or by a kill, goes on from its last checkpoint and ends
-with the weights it would have had.
+processor is faster with it. It starts from random weights, or from a folder of trained ones, whose tokenizer it keeps.
+A run that was stopped, by Ctrl-C or by a kill, goes on from its last checkpoint and ends with the weights it would have
+had.
 """
 
 import copy
@@ -29,9 +30,9 @@ from cutaway.artifacts.manifest import code_version, file_hash
 from cutaway.artifacts.progress import Progress
 from cutaway.artifacts.run_folder import RunFolder
 from cutaway.subjects.atlas.batches import TURNS, UNMASKED_SHARE, Batches, share_of_rows
-from cutaway.subjects.atlas.corpus import CorpusPlan, build_corpus, read_stream, world_tokens_for
+from cutaway.subjects.atlas.corpus import TOKENIZER, CorpusPlan, build_corpus, read_stream, world_tokens_for
 from cutaway.subjects.atlas.loss import linear_cross_entropy
-from cutaway.subjects.atlas.shipped import MANIFEST
+from cutaway.subjects.atlas.shipped import MANIFEST, read_manifest, weights_folder
 from cutaway.subjects.atlas.tokenizer import BOS, END, PAD, VOCABULARY, save_pretrained
 
 BETAS = (0.9, 0.95)
@@ -40,8 +41,10 @@ WARMUP_STEPS = 200
 LAST_RATE = 0.03  # of the peak, at the end of the cosine
 CLIP = 1.0
 PEAK_RATE = 2.5e-3
-PEAK_ROWS = 128  # the batch that PEAK_RATE is for
+CONTINUED_PEAK_RATE = 1.2e-3  # of weights that are trained already
+PEAK_ROWS = 128  # the batch that both peaks are for
 _CHECKPOINT = "checkpoint.safetensors"
+_WEIGHTS = "model.safetensors"
 _LOG = "log.jsonl"
 _WRITES = (
     _CHECKPOINT, _LOG, MANIFEST, "corpus", ".export", "config.json", "generation_config.json", "model.safetensors",
@@ -73,6 +76,9 @@ class Recipe:
     context: int = 256
     rows: int = PEAK_ROWS
     shape: Shape = field(default_factory=Shape)
+    peak: float = PEAK_RATE
+    start: str | None = None
+    """SHA-256 of the weights that training goes on from; None for random ones."""
 
     @property
     def steps(self) -> int:
@@ -82,12 +88,16 @@ class Recipe:
     def warmup_steps(self) -> int:
         return max(1, min(WARMUP_STEPS, self.steps // 10))
 
+    @property
+    def highest_rate(self) -> float:
+        """The learning rate at its peak: `peak` is for 128 rows, and it goes with the square root of the batch."""
+        return self.peak * math.sqrt(self.rows / PEAK_ROWS)
+
     def learning_rate(self, step: int) -> float:
-        """Linear warm-up, then cosine to 3 % of the peak; the peak goes with the square root of the batch."""
-        peak = PEAK_RATE * math.sqrt(self.rows / PEAK_ROWS)
+        """Linear warm-up, then cosine to 3 % of the peak."""
         warm = min(1.0, (step + 1) / self.warmup_steps)
         cosine = (1 + math.cos(math.pi * step / self.steps)) / 2
-        return peak * warm * (LAST_RATE + (1 - LAST_RATE) * cosine)
+        return self.highest_rate * warm * (LAST_RATE + (1 - LAST_RATE) * cosine)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -129,10 +139,32 @@ def new_model(shape: Shape, seed: int) -> LlamaForCausalLM:
     return model
 
 
+def trained_model(folder: Path, shape: Shape) -> LlamaForCausalLM:
+    """The weights of a folder as they are trained on: in float32. Raises `CutawayError` when their shape is another."""
+    model = LlamaForCausalLM.from_pretrained(str(folder), dtype=torch.float32)
+    found = shape_of(model.config)
+    if found != shape:
+        raise CutawayError(f"the weights in {folder} have the shape {found}, not {shape}")
+    return model
+
+
+def shape_of(config: Any) -> Shape:
+    """The `Shape` of a Hugging Face configuration."""
+    return Shape(
+        d_model=config.hidden_size,
+        layers=config.num_hidden_layers,
+        heads=config.num_attention_heads,
+        d_mlp=config.intermediate_size,
+        vocabulary=config.vocab_size,
+        positions=config.max_position_embeddings,
+    )
+
+
 def train(
     out: Path,
     recipe: Recipe,
     *,
+    start: Path | None = None,
     device: str = "cpu",
     corpus: Path | None = None,
     processes: int | None = None,
@@ -143,13 +175,16 @@ def train(
     """Train atlas and leave a loadable folder at `out`; the same call goes on with a run that was stopped.
 
     `corpus` is a folder to build the corpus in, or to find it in: runs with other seeds can share it (default: inside
-    `out`). `overwrite` begins again. Raises `CutawayError` when `out` holds a run of another recipe, and `Interrupted`
+    `out`). `start` is the folder of the weights that `recipe.start` names, whose tokenizer the corpus is then cut with.
+    `overwrite` begins again. Raises `CutawayError` when `out` holds a run of another recipe, and `Interrupted`
     on Ctrl-C, once the checkpoint is written.
     """
     if recipe.context > recipe.shape.positions:
         raise CutawayError(f"a context of {recipe.context} exceeds the model's {recipe.shape.positions} positions")
     if recipe.tokens < recipe.rows * recipe.context:
         raise CutawayError(f"{recipe.tokens:,} tokens are less than one step of {recipe.rows} x {recipe.context}")
+    if (start is None) != (recipe.start is None) or (start and file_hash(start / _WEIGHTS) != recipe.start):
+        raise CutawayError(f"{start} does not hold the weights that the recipe starts from")
     configuration = {**asdict(recipe), "device": _device_type(device), "compiled": compiled}
     with RunFolder.open(
         out, command="subjects train", configuration=configuration, writes=_WRITES, resume=not overwrite
@@ -162,8 +197,13 @@ def train(
         corpus = corpus or run.file("corpus")
         about = build_corpus(
             corpus,
-            CorpusPlan(world_tokens_for(recipe.tokens), vocabulary=recipe.shape.vocabulary),
+            CorpusPlan(
+                world_tokens_for(recipe.tokens),
+                vocabulary=recipe.shape.vocabulary,
+                tokenizer=None if start is None else file_hash(start / TOKENIZER),
+            ),
             processes=processes or os.cpu_count() or 1,
+            tokenizer=None if start is None else start / TOKENIZER,
         )
         batches = Batches(
             read_stream(corpus, "world"),
@@ -173,7 +213,7 @@ def train(
             vocabulary=recipe.shape.vocabulary,
             seed=recipe.seed,
         )
-        model = new_model(recipe.shape, recipe.seed)
+        model = new_model(recipe.shape, recipe.seed) if start is None else trained_model(start, recipe.shape)
         torch.nn.Module.to(model, device)  # transformers types its own .to wrongly
         # measured once: a resumed run must not choose anew
         precision = run.step("precision") or run.save_step("precision", {"dtype": choose_precision(model, batches)})
@@ -186,7 +226,7 @@ def train(
             compiled=compiled,
             checkpoint_seconds=checkpoint_seconds,
         )
-        manifest = _manifest(recipe, about, precision["dtype"], loss, commits)
+        manifest = _manifest(recipe, about, precision["dtype"], loss, commits, start)
         export(model, Tokenizer.from_file(str(corpus / "tokenizer.json")), out, manifest)
         run.save_step("export", {"loss": loss})
         (out / _CHECKPOINT).unlink(missing_ok=True)
@@ -405,11 +445,13 @@ def export(model: LlamaForCausalLM, tokenizer: Tokenizer, folder: Path, manifest
 
 
 def _manifest(
-    recipe: Recipe, corpus: dict[str, Any], dtype: str, loss: float, commits: Sequence[str]
+    recipe: Recipe, corpus: dict[str, Any], dtype: str, loss: float, commits: Sequence[str], start: Path | None
 ) -> dict[str, Any]:
+    before = {"weights_sha256": recipe.start, **_history(start)} if start is not None else None
     return {
         "name": "atlas",
-        "origin": "cutaway subjects train atlas",
+        "origin": "cutaway subjects train atlas" + (" --from other weights" if before else ""),
+        "start": before,
         "corpus": corpus,
         "seed": recipe.seed,
         "tokens": recipe.steps * recipe.rows * recipe.context,
@@ -418,7 +460,7 @@ def _manifest(
             **asdict(recipe),
             "steps": recipe.steps,
             "optimizer": "AdamW",
-            "learning_rate": PEAK_RATE * math.sqrt(recipe.rows / PEAK_ROWS),
+            "learning_rate": recipe.highest_rate,
             "betas": BETAS,
             "weight_decay": WEIGHT_DECAY,
             "warmup_steps": recipe.warmup_steps,
@@ -432,10 +474,18 @@ def _manifest(
     }
 
 
+def _history(folder: Path) -> dict[str, Any]:
+    """What the manifest of the weights that were started from says of them."""
+    before = read_manifest(folder) if (folder / MANIFEST).is_file() else {}
+    return {key: before[key] for key in ("name", "origin", "tokens", "commit") if key in before}
+
+
 def train_command(
     *,
     out: Path,
     tokens: int,
+    start: str | None = None,
+    peak: float | None = None,
     seed: int = 0,
     device: str | None = None,
     rows: int | None = None,
@@ -448,17 +498,25 @@ def train_command(
     """`cutaway subjects train atlas`: train, say where the weights are and how to judge them.
 
     `rows` of `context` tokens make a step: 128 on a GPU, 16 elsewhere, where steps are slow and many are better.
+    `start` names weights to go on from ("atlas", or a folder that training left); their learning rate is lower.
     """
+    before = None if start is None else weights_folder(start)
+    if before is not None and not (before / _WEIGHTS).is_file():
+        raise CutawayError(f"{start} holds no {_WEIGHTS}: --from names atlas, atlas-1 or a folder that training left")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     recipe = Recipe(
         tokens=tokens,
         seed=seed,
         context=context,
         rows=rows or (PEAK_ROWS if device.startswith("cuda") else _ROWS_ON_CPU),
+        shape=Shape() if before is None else shape_of(LlamaConfig.from_pretrained(str(before))),
+        peak=peak or (PEAK_RATE if before is None else CONTINUED_PEAK_RATE),
+        start=None if before is None else file_hash(before / _WEIGHTS),
     )
     folder = train(
         out,
         recipe,
+        start=before,
         device=device,
         corpus=corpus,
         processes=processes,

@@ -1,0 +1,28 @@
+"""Models that have a name of their own: atlas, which the package holds, and the weights it had before."""
+
+from importlib.resources import files
+from pathlib import Path
+
+from cutaway.artifacts.errors import CutawayError
+
+SHIPPED = "atlas"
+EARLIER = ("atlas-1",)
+"""Earlier weights of atlas, kept for comparison in the repository (`models/`), not in the package."""
+
+
+def named_folder(name: str) -> Path | None:
+    """The folder of a model that has a name of its own; None for any other name.
+
+    Raises `CutawayError` for earlier weights where the package stands without its repository.
+    """
+    package = Path(str(files("cutaway")))
+    if name == SHIPPED:
+        return package / "subjects" / "atlas" / "weights"
+    if name not in EARLIER or Path(name).is_dir():
+        return None
+    folder = package.parents[1] / "models" / name
+    if not (folder / "model.safetensors").is_file():
+        raise CutawayError(
+            f"the weights of {name} are not in the package: name models/{name} in a checkout of the repository"
+        )
+    return folder
