@@ -5,11 +5,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
     from cutaway.model.language_model import LanguageModel
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded: as the command line does
+
+# A test's outcome must not hang on how busy or fast the machine is.
+settings.register_profile("cutaway", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("cutaway")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

@@ -40,7 +40,7 @@ def on_a_path(graph: Graph, mask: Tensor) -> bool:
     return all(f in reached and g in leads for f, g in edges)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, len(GRAPHS) - 1), st.integers(0, 10**6), st.data())
 def test_random_circuits_have_their_size_and_hang_together(which: int, seed: int, data: st.DataObject) -> None:
     graph = GRAPHS[which]

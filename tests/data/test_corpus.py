@@ -102,7 +102,7 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
     bos=st.sampled_from([None, BOS]),
     seed=st.integers(0, 5),
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_rows_are_the_joined_documents_cut(lengths: list[int], context: int, bos: int | None, seed: int) -> None:
     documents = [" ".join(f"w{1 + (7 * d + i) % 90}" for i in range(length)) for d, length in enumerate(lengths)]
     if sum(lengths) + len(lengths) < 2 * context:  # so short that it may not fill a row

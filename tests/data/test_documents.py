@@ -32,7 +32,7 @@ def whole_file(data: bytes) -> list[str]:
     piece=st.integers(1, 9),
     mark=st.booleans(),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_paragraphs_are_the_same_however_the_file_is_cut(
     tmp_path_factory: Any, parts: list[str], piece: int, mark: bool
 ) -> None:

@@ -43,7 +43,7 @@ def rows(documents: list[str], context: int, packing: Packing, bos: int | None) 
 
 
 @given(lengths=st.lists(st.integers(0, 30), max_size=12), context=st.integers(2, 16), bos=st.sampled_from([None, BOS]))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_packed_rows_are_the_joined_documents_cut(lengths: list[int], context: int, bos: int | None) -> None:
     documents = texts(lengths)
     found, reading = rows(documents, context, "packed", bos)
@@ -71,7 +71,7 @@ def test_packed_rows_are_the_joined_documents_cut(lengths: list[int], context: i
 
 
 @given(lengths=st.lists(st.integers(0, 30), max_size=12), context=st.integers(2, 16), bos=st.sampled_from([None, BOS]))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_a_document_a_row(lengths: list[int], context: int, bos: int | None) -> None:
     found, reading = rows(texts(lengths), context, "document", bos)
     body = context - (bos is not None)

@@ -571,7 +571,7 @@ def test_cutaway_s_own_layout_takes_every_dictionary(tmp_path: Path, selector: s
                 assert torch.equal(getattr(back, name), getattr(dictionary, name))
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_chain_of_formats_computes_the_same(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     selector, kind, norm, subtract = data.draw(st.sampled_from(cases()))

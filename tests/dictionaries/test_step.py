@@ -61,7 +61,7 @@ def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
     k=st.integers(1, 8),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_largest_is_topk(n: int, width: int, k: int, seed: int) -> None:
     scores = torch.randn(n, width, generator=torch.Generator().manual_seed(seed))
     values, indices = sparse.largest(scores, k)
@@ -181,7 +181,7 @@ def situations(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @given(situations())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_sparse_equals_dense_whatever_is_active(s: dict[str, Any]) -> None:
     width = s["d"] + 2 if s["kind"] in ("transcoder", "skip") else s["d"]
     blocks = (1, s["d"] - 1) if s["kind"] in ("sae", "untied") and s["d"] > 1 else ()
@@ -293,7 +293,7 @@ def test_bfloat16_candidates_leave_out_next_to_nothing(rule: Rule) -> None:
     ties=st.booleans(),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_largest_of_all_is_a_sort_of_the_table(n: int, width: int, count: int, ties: bool, seed: int) -> None:
     scores = torch.randn(n, width, generator=torch.Generator().manual_seed(seed))
     scores = scores.mul(3).round() if ties else scores

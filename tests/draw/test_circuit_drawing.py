@@ -106,7 +106,7 @@ def test_many_edges_are_merged_by_node() -> None:
     assert "L0H3 → L1H5: +0.25 logits (L1H5.q +0.5; L1H5.k −0.125; L1H5.v −0.125)" in links
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 5), st.integers(1, 12), st.data())
 def test_nodes_never_overlap(layers: int, heads: int, data: st.DataObject) -> None:
     sources = (

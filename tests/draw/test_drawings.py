@@ -286,7 +286,7 @@ TAGS = """div svg title desc g rect text line path circle ul ol li em span p dl 
 th td pre mark i wbr details summary"""
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(anything, anything, numbers)
 def test_no_string_breaks_any_drawing(a, b, value):
     latent = {"id": 1, "label": a, "density": 0.1, "concept": b, "auroc": 0.5, "top_examples": []}

@@ -98,7 +98,7 @@ def test_rows_may_differ_in_length(tiny: LanguageModel, dictionary: Dictionary, 
         found[1]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(st.tuples(st.integers(0, 4), st.floats(0, 1, width=32), st.integers(0, 9)), max_size=60), st.integers(1, 5)
 )
@@ -115,7 +115,7 @@ def test_keeper_keeps_the_largest(entries: list[tuple[int, float, int]], cuts: i
         assert keeper.value[latent][: len(kept)].tolist() == pytest.approx([2 * v for v in expected])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.integers(0, 3), st.floats(0, 1, width=32), st.integers(0, 19)), min_size=1, max_size=40))
 def test_strongest_per_row(entries: list[tuple[int, float, int]]) -> None:
     latent, value, at = (

@@ -92,7 +92,7 @@ def brute_force(batch: Batch, rows: Sequence[int] | None, positions: object) -> 
     return cells
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(addresses())
 def test_cells_are_those_of_brute_force(given_address: tuple) -> None:
     batch, rows, positions = given_address
@@ -108,7 +108,7 @@ def test_cells_are_those_of_brute_force(given_address: tuple) -> None:
             assert ordinal[row, column] == expected.get((row, column), -1)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(addresses(), st.integers(0, 1000))
 def test_values_go_to_their_cells(given_address: tuple, seed: int) -> None:
     """In a real run: one value a position of a row, and a patch from a tensor; untouched cells keep their bits."""
@@ -142,7 +142,7 @@ def test_values_go_to_their_cells(given_address: tuple, seed: int) -> None:
     assert touched == {*cells}
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(batches())
 def test_a_captured_value_set_again_changes_nothing(batch: Batch) -> None:
     lm, tokens = small(), batch.tokens
@@ -152,7 +152,7 @@ def test_a_captured_value_set_again_changes_nothing(batch: Batch) -> None:
     assert torch.equal(again.logits[tokens.mask], clean.logits[tokens.mask])  # type: ignore[index]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(batches(), st.integers(0, 5), st.sampled_from(["all", "prompt", "new", (0, 2), (1, 9)]))
 def test_phases_name_new_columns(batch: Batch, n_new: int, phase) -> None:
     tokens = batch.tokens
@@ -171,7 +171,7 @@ def test_phases_name_new_columns(batch: Batch, n_new: int, phase) -> None:
     assert {(r, c) for r, c in found} == expected
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(batches(), st.integers(-7, 7), st.integers(0, 3))
 def test_columns_of_positions(batch: Batch, position: int, row: int) -> None:
     tokens, row = batch.tokens, row % len(batch.lengths)

@@ -76,7 +76,7 @@ def test_a_window_hides_keys_in_the_layers_that_have_one(of_family: Subjects) ->
     assert seen == [5, 11, 5]
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     st.integers(1, 3),
     st.integers(1, 6),

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from test_edit_kinds import SITE, Z, batch, cases, small
@@ -76,7 +76,7 @@ def test_every_kind_comes_back_as_it_was(tmp_path: Path) -> None:
         assert first == second, "what is loaded is saved to the same bytes"
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60)
 @given(cases())
 def test_a_random_edit_does_the_same_after_loading(tmp_path_factory: pytest.TempPathFactory, drawn: Any) -> None:
     case, tokens, site = drawn
@@ -320,7 +320,7 @@ def test_a_damaged_run_is_refused(llama: LanguageModel, tmp_path: Path) -> None:
     assert not (tmp_path / "function").exists()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(-(2**63), 2**63 - 1), st.floats(-3e38, 3e38))
 def test_numbers_keep_their_bits(tmp_path_factory: pytest.TempPathFactory, seed: int, factor: float) -> None:
     edits = (cutaway.scale(SITE, factor), cutaway.noise(SITE, abs(factor), seed=seed))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from by_hand_address import Case, expected
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from subject import Subjects, close
 from tiny import HEADS, LENGTHS, D, random_rows, tiny_model
@@ -122,7 +122,7 @@ def cases(draw: st.DrawFn) -> tuple[Case, Tokens, str]:
     return Case(edit, lambda row: by_row.get(row, []), value, heads, neurons, basis), tokens, site
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=150)
 @given(cases())
 def test_every_edit_is_what_loops_over_its_cells_make(drawn: tuple[Case, Tokens, str]) -> None:
     case, tokens, site = drawn
@@ -136,7 +136,7 @@ def test_every_edit_is_what_loops_over_its_cells_make(drawn: tuple[Case, Tokens,
     assert receipt.n_tokens == sum(map(len, cells.values()))
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25)
 @given(st.permutations(range(3)), st.integers(0, 2))
 def test_edits_at_one_site_apply_in_the_order_of_the_list(order: list[int], position: int) -> None:
     d = vector(D)

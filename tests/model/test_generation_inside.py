@@ -217,9 +217,7 @@ def decided(made: Generation) -> bool:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
-@settings(
-    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(drawn=st.data())
 def test_random_edits_hold_whatever_the_cache_and_the_batch(of_family: Subjects, family: str, drawn: Any) -> None:
     """Cached equals uncached equals each row alone, and what is captured is what a run of the final tokens computes."""

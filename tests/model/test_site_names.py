@@ -158,7 +158,7 @@ _table = attach(tiny_model("gemma2")).sites()
 _PRESENT = sorted({site.kind.name for site in _table if site.layer is not None and not site.absent})
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.lists(
         st.tuples(

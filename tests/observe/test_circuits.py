@@ -41,7 +41,7 @@ def wide(tiny: LanguageModel) -> LanguageModel:
 # Factored products --------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(m=st.integers(1, 9), r=st.integers(1, 12), n=st.integers(1, 9), seed=st.integers(0, 99))
 def test_a_factored_product_is_the_matrix(m: int, r: int, n: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)

@@ -87,7 +87,7 @@ def test_a_perfect_head_scores_one_on_text() -> None:
     assert torch.equal(pattern, before), "the caller's pattern is not edited"
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(n=st.integers(2, 6), columns=st.integers(1, 3), seed=st.integers(0, 50))
 def test_intervals_are_those_of_one_column_at_a_time(n: int, columns: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)

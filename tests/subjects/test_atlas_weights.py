@@ -64,7 +64,7 @@ def test_shape_is_the_documented_one():
     turns=st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=3),
     open_question=st.booleans(),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_template_ids_equal_training_rows(tokenizer, system, turns, open_question):
     """A training row is beginning-of-text followed by the conversation as written out here by hand."""
     messages = [] if system is None else [{"role": "system", "content": system}]

@@ -26,7 +26,7 @@ def grammars(draw):
 
 
 @given(grammars())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_count_samples_and_sequences_agree_with_the_expansions(grammar):
     if grammar.count("start") > 3000:
         return

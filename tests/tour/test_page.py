@@ -248,7 +248,7 @@ BLOCKS: list = [
 ]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(words, words, number, st.sampled_from(BLOCKS))
 def test_no_string_and_no_number_breaks_the_page(a, b, x, make):
     block: Block = make(a, b, x)
