@@ -19,7 +19,7 @@ def train(
     out: Path = Path("runs/atlas"),
     tokens: Count = 130_000_000,
     start: Annotated[str | None, Parameter(name="--from")] = None,
-    rate: Annotated[float | None, Parameter(validator=validators.Number(gt=0))] = None,
+    rate: Annotated[float, Parameter(validator=validators.Number(gt=0))] = 2.5e-3,
     seed: Seed = 0,
     device: str | None = None,
     rows: Count | None = None,
@@ -42,7 +42,7 @@ def train(
     start
         Weights to go on from, with their tokenizer: atlas, atlas-1, or a folder that training left.
     rate
-        Peak of the learning rate for steps of 128 texts; 0.0025 from nothing, 0.0012 from earlier weights if not given.
+        Peak of the learning rate for steps of 128 texts; it goes with the square root of their number.
     seed
         Of the corpus and of the initial weights.
     device

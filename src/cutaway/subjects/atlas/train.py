@@ -41,8 +41,7 @@ WARMUP_STEPS = 200
 LAST_RATE = 0.03  # of the peak, at the end of the cosine
 CLIP = 1.0
 PEAK_RATE = 2.5e-3
-CONTINUED_PEAK_RATE = 1.2e-3  # of weights that are trained already
-PEAK_ROWS = 128  # the batch that both peaks are for
+PEAK_ROWS = 128  # the batch that PEAK_RATE is for
 _CHECKPOINT = "checkpoint.safetensors"
 _WEIGHTS = "model.safetensors"
 _LOG = "log.jsonl"
@@ -485,7 +484,7 @@ def train_command(
     out: Path,
     tokens: int,
     start: str | None = None,
-    peak: float | None = None,
+    peak: float = PEAK_RATE,
     seed: int = 0,
     device: str | None = None,
     rows: int | None = None,
@@ -498,7 +497,7 @@ def train_command(
     """`cutaway subjects train atlas`: train, say where the weights are and how to judge them.
 
     `rows` of `context` tokens make a step: 128 on a GPU, 16 elsewhere, where steps are slow and many are better.
-    `start` names weights to go on from ("atlas", or a folder that training left); their learning rate is lower.
+    `start` names weights to go on from: "atlas", "atlas-1" or a folder that training left.
     """
     before = None if start is None else weights_folder(start)
     if before is not None and not (before / _WEIGHTS).is_file():
@@ -510,7 +509,7 @@ def train_command(
         context=context,
         rows=rows or (PEAK_ROWS if device.startswith("cuda") else _ROWS_ON_CPU),
         shape=Shape() if before is None else shape_of(LlamaConfig.from_pretrained(str(before))),
-        peak=peak or (PEAK_RATE if before is None else CONTINUED_PEAK_RATE),
+        peak=peak,
         start=None if before is None else file_hash(before / _WEIGHTS),
     )
     folder = train(
