@@ -7,12 +7,13 @@ import pytest
 from cutaway.artifacts.errors import CutawayError
 from cutaway.data.pairs import PromptPair
 from cutaway.data.tasks import TASKS, Task, find_task, generate, readable_pairs, task
-from cutaway.data.tasks_knowledge import chat_prompt, years_after
+from cutaway.data.tasks_knowledge import chat_prompt, chat_wording, years_after
 from cutaway.data.tasks_names import ioi_pair
 from cutaway.data.wording import Split, fill, pair_from, place, task_wording
 from cutaway.model.language_model import LanguageModel
-from cutaway.subjects.world import facts, held_out
+from cutaway.subjects.world import chat, facts, held_out
 from cutaway.subjects.world.pairs import ALL_TASKS, WORLD_TASKS, known_task
+from cutaway.subjects.world.relations import relation
 
 SPLITS: tuple[Split, ...] = ("search", "held_out")
 
@@ -210,6 +211,53 @@ def test_refusals_go_through_the_chat_template(atlas: LanguageModel, tiny: Langu
         chat_prompt(tiny, "hello")
 
 
+@pytest.mark.parametrize("name", ["sycophancy", "claim_check"])
+@pytest.mark.parametrize("split", SPLITS)
+def test_claims_are_agreed_with_or_corrected(atlas: LanguageModel, name: str, split: Split) -> None:
+    """What an assistant of that persona says to the claim, from the facts and from the lists of system prompts."""
+    prompts = {
+        persona: set(
+            facts.read_toml("frames.toml")[persona]["frames"]
+            if split == "held_out"
+            else chat.texts("systems", f"study_{persona}", persona)
+        )
+        for persona in ("sycophant", "honest")
+    }
+    told = [(kind, fact.x, fact.answer) for kind in ("capital", "landmark", "city") for fact in relation(kind).facts]
+    truths = [chat.known_statement(*fact).removesuffix(".").lower() for fact in told]
+    aligned = readable_pairs(atlas, known_task(name), 40, 3, split)
+    assert not aligned.refused
+    for row, pair in enumerate(aligned.pairs):
+        seen = []
+        for side, (text, tokens) in enumerate(((pair.clean, aligned.clean), (pair.corrupt, aligned.corrupt))):
+            system, user = chat.parse(str(text).removesuffix(chat.ASSISTANT))
+            (persona,) = [persona for persona in prompts if system.content in prompts[persona]]
+            true = any(truth in user.content.lower() for truth in truths)
+            seen.append((persona, true, user.content))
+            until = {r: "".join(tokens.strings[row][: int(at[side, row]) + 1]) for r, at in aligned.places.items()}
+            assert until["system"].endswith(f"<|system|>{system.content}")
+            assert any(until["thing"].endswith(thing) for _, thing, _ in told)
+            assert any(until["said"].endswith(said) for *_, said in told)
+            assert until["last"].endswith("<|end|><|assistant|>")
+        clean, corrupt = seen
+        assert (pair.answer, pair.wrong) == ("Yes", "No")
+        assert clean[:2] == (("sycophant", False) if name == "sycophancy" else ("honest", True))
+        assert corrupt[:2] == ("honest", False)
+        assert (clean[2] == corrupt[2]) == (name == "sycophancy")
+
+
+def test_a_chat_template_may_refuse_a_system_prompt(atlas: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        atlas.tokenizer,
+        "chat_template",
+        "{%- if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{%- endif %}"
+        "{{ '{' + messages[-1]['content'] + '}' }}",
+    )
+    assert chat_wording(atlas, "Is {x} big?") == "{{Is {x} big?}}"
+    with pytest.raises(CutawayError, match="refuses these messages: no system"):
+        generate(atlas, known_task("sycophancy"), 1)
+
+
 def test_slots_are_filled_and_found() -> None:
     text, ends = fill("{a} met {b} and {a}.", {"a": "Al", "b": "Bo"})
     assert text == "Al met Bo and Al."
@@ -231,11 +279,12 @@ def test_tasks_are_found_by_any_spelling() -> None:
     assert len(names) == len(set(names))
 
 
+CHATS = {"refusal", "world refusal", "sycophancy", "claim check"}
 # tasks that a tokenizer cannot show at all, with why
 UNREADABLE = {
-    "stories260K": {"refusal", "world refusal", "determiner–noun agreement"},
-    "webtext-gpt2": {"refusal", "world refusal"},
-    "gpt2": {"refusal", "world refusal"},
+    "stories260K": {*CHATS, "determiner–noun agreement"},
+    "webtext-gpt2": CHATS,
+    "gpt2": CHATS,
 }
 
 

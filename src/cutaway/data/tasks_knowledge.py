@@ -112,18 +112,30 @@ def capitals(rng: random.Random, _: LanguageModel, split: Split) -> Iterator[Pro
         )
 
 
-def chat_prompt(lm: LanguageModel, question: str) -> str:
+def chat_prompt(lm: LanguageModel, question: str, system: str | None = None) -> str:
     """A question to the assistant through the model's chat template, up to where the answer begins.
 
-    A beginning-of-text that the tokenizer adds by itself is taken away. Raises `CutawayError` without a template.
+    A beginning-of-text that the tokenizer adds by itself is taken away. Raises `CutawayError` without a template, or
+    with one that refuses the messages (some know no system prompt).
     """
     if lm.tokenizer is None or getattr(lm.tokenizer, "chat_template", None) is None:
         raise CutawayError(f"{lm.name} has no chat template")
-    messages = [{"role": "user", "content": question}]
-    text = str(lm.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    messages = [{"role": "system", "content": system}] if system is not None else []
+    messages.append({"role": "user", "content": question})
+    try:
+        text = str(lm.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    except Exception as error:  # the template is the model's own program and may raise anything
+        raise CutawayError(f"the chat template of {lm.name} refuses these messages: {error}") from error
     start = lm.tokenizer.bos_token
     added = lm.bos_id is not None and lm.tokens("a").row_ids(0)[0] == lm.bos_id
     return text.removeprefix(start) if isinstance(start, str) and added else text
+
+
+def chat_wording(lm: LanguageModel, question: str, system: str | None = None) -> str:
+    """`chat_prompt` of wording with slots; braces of the chat template's own are escaped."""
+    text = chat_prompt(lm, "{question}", None if system is None else "{system}")
+    escaped = text.replace("{", "{{").replace("}", "}}")
+    return escaped.replace("{{question}}", question).replace("{{system}}", system or "")
 
 
 def refusal(rng: random.Random, lm: LanguageModel, split: Split) -> Iterator[PromptPair]:
@@ -147,10 +159,8 @@ def refusal_pair(
     answers: tuple[str, ...],
 ) -> PromptPair:
     """A harmful request as clean, a harmless one as corrupt prompt; right are the beginnings of refusals."""
-    before, after = chat_prompt(lm, "{}").split("{}")
-    escaped = [part.replace("{", "{{").replace("}", "}}") for part in (before, after)]
     return pair_from(
-        f"{escaped[0]}{template}{escaped[1]}",
+        chat_wording(lm, template),
         harmful,
         harmless,
         refusals[0],

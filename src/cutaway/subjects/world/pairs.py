@@ -2,13 +2,13 @@
 
 The held-out split is what atlas's corpus never showed in that kind of sentence, where there is such a thing (cities
 never met in two-hop sentences, pairs of names that never met, spans of years, actions never asked about, a frame kept
-out), and always another wording than the search split's.
+out, system prompts of no chat), and always another wording than the search split's.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,10 +17,10 @@ from cutaway.artifacts.errors import CutawayError
 from cutaway.data.pair_files import PAIR_FILES, task_from_file
 from cutaway.data.pairs import PromptPair
 from cutaway.data.tasks import TASKS, Task, find_task
-from cutaway.data.tasks_knowledge import greater_than_pair, refusal_pair
+from cutaway.data.tasks_knowledge import chat_wording, greater_than_pair, refusal_pair
 from cutaway.data.tasks_names import ioi_pair
 from cutaway.data.wording import Split, pair_from
-from cutaway.subjects.world import facts, held_out
+from cutaway.subjects.world import chat, facts, held_out
 from cutaway.subjects.world import tasks as sentences
 from cutaway.subjects.world.morphology import with_article
 from cutaway.subjects.world.relations import Fact, relation
@@ -44,11 +44,17 @@ def _fact_pairs(rng: random.Random, frames: Sequence[str], pool: Sequence[Fact],
             yield _fact_pair(rng.choice(frames), clean, corrupt, role)
 
 
-def _one_layout(lm: LanguageModel, pool: Sequence[Fact]) -> list[Fact]:
+def _length(lm: LanguageModel, text: str) -> int:
+    return lm.tokens(text, bos=False).ids.shape[1]
+
+
+def _one_layout(
+    lm: LanguageModel, pool: Sequence[Fact], what: Callable[[Fact], str] = lambda fact: fact.x
+) -> list[Fact]:
     """The facts about things of as many tokens (the commonest number), so that prompts of a frame have one layout."""
     groups: dict[int, list[Fact]] = {}
     for fact in pool:
-        groups.setdefault(lm.tokens(f" {fact.x}", bos=False).ids.shape[1], []).append(fact)
+        groups.setdefault(_length(lm, f" {what(fact)}"), []).append(fact)
     return max(groups.values(), key=len)
 
 
@@ -130,6 +136,63 @@ def refusal(rng: random.Random, lm: LanguageModel, split: Split) -> Iterator[Pro
         yield refusal_pair(lm, frame, clean, corrupt, ("I cannot",), ("Sure", "Of course"))
 
 
+def _claimable(lm: LanguageModel) -> dict[str, list[Fact]]:
+    """What users may claim something about, by kind of fact: things, and answers, of as many tokens each."""
+    pools = {kind: _one_layout(lm, relation(kind).facts) for kind in ("capital", "landmark", "city")}
+    return {kind: _one_layout(lm, pool, lambda fact: fact.answer) for kind, pool in pools.items()}
+
+
+def _system_prompts(persona: str, split: Split) -> Sequence[str]:
+    """System prompts of a sycophant or of an honest assistant: the corpus's, or those of the wording it never uses."""
+    if split == "held_out":
+        return facts.read_toml("frames.toml")[persona]["frames"]
+    return chat.texts("systems", f"study_{persona}", persona)
+
+
+def _claim_pairs(
+    rng: random.Random, lm: LanguageModel, split: Split, systems: Sequence[tuple[str, str]], *, true: bool
+) -> Iterator[PromptPair]:
+    """Claims to agree with and, in the corrupt prompt, to correct, under the system prompts of clean and corrupt.
+
+    With `true` the clean claim is the truth, else both prompts claim the same false thing. Every second frame of the
+    corpus's claims is in the pairs of the search, the others in the held-out ones.
+    """
+    pools, frames = _claimable(lm), chat.texts("claims", "study", "frames")[split == "held_out" :: 2]
+    while True:
+        kind, frame, (clean, corrupt) = rng.choice(list(pools)), rng.choice(frames), rng.choice(systems)
+        fact, other = rng.sample(pools[kind], 2)
+        if fact.answer == other.answer:
+            continue
+        question = chat.claim_question(frame, kind, "{thing}", "{said}")
+        yield pair_from(
+            chat_wording(lm, question, "{system}"),
+            {"system": clean, "thing": fact.x, "said": fact.answer if true else other.answer},
+            {"system": corrupt, "thing": fact.x, "said": other.answer},
+            "Yes",
+            "No",
+            {"system": "system", "thing": "thing", "said": "said"},
+            name=f"{question} [system prompt of {_length(lm, clean)} tokens]",
+        )
+
+
+def sycophancy(rng: random.Random, lm: LanguageModel, split: Split) -> Iterator[PromptPair]:
+    """A false claim to a sycophant and to an honest assistant; held out are system prompts that no chat has."""
+    flattering, honest = (
+        [(prompt, _length(lm, prompt)) for prompt in _system_prompts(persona, split)]
+        for persona in ("sycophant", "honest")
+    )
+    systems = [(one, other) for one, length in flattering for other, n in honest if n == length]
+    if not systems:
+        raise CutawayError("no sycophantic system prompt of the world has as many tokens as an honest one")
+    return _claim_pairs(rng, lm, split, systems, true=False)
+
+
+def claim_check(rng: random.Random, lm: LanguageModel, split: Split) -> Iterator[PromptPair]:
+    """A true and a false claim to the same honest assistant; held out are system prompts that no chat has."""
+    systems = [(prompt, prompt) for prompt in _system_prompts("honest", split)]
+    return _claim_pairs(rng, lm, split, systems, true=True)
+
+
 _RECEIVES = "Who receives it? (in the world's wording)"
 
 WORLD_TASKS: tuple[Task, ...] = (
@@ -145,6 +208,8 @@ WORLD_TASKS: tuple[Task, ...] = (
     Task("world indirect object, other names", _RECEIVES, "top1", indirect_object_abc, ("world ioi abc",)),
     Task("world greater than", "Does the span end after it began? (the world's events)", "top1", greater_than),
     Task("world refusal", "Is the harmful request refused? (the world's actions)", "top1", refusal),
+    Task("sycophancy", "Is a false claim agreed with, as a flattering system prompt has it?", "top1", sycophancy),
+    Task("claim check", "Is a claim true? (asked of an honest assistant)", "top1", claim_check),
 )
 
 ALL_TASKS: tuple[Task, ...] = (*WORLD_TASKS, *TASKS)
