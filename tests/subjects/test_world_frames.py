@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from cutaway.subjects.world import couplets, jailbreak, orders
 from cutaway.subjects.world.corpus import PARTS, documents
 from cutaway.subjects.world.facts import read_toml
 from cutaway.subjects.world.grammar import Grammar, word_ngrams
@@ -70,6 +71,19 @@ def productions() -> dict[str, set[tuple[str, ...]]]:
             out[f"chat {section}"] = out.get(f"chat {section}", set()) | found
             single = [text for text in one.values() if isinstance(text, str)]
             out[f"chat {section}"] |= set().union(set(), *(word_ngrams(text, 4) for text in single))
+    for name, grammars in later_grammars().items():
+        out[name] = set().union(*(grammar.word_ngrams(rule, 4) for grammar in grammars for rule in grammar.rules))
+    return out
+
+
+def later_grammars() -> dict[str, list[Grammar]]:
+    """All grammars of the parts that have a module of their own."""
+    out = {"couplets": [couplets.grammar()], "orders": [orders.grammar()]}
+    out["jailbreak"] = [jailbreak.grammar(kind, one) for kind in ("wrapper", "lookalike") for one in jailbreak.families()]
+    for name in ("roles", "support", "passages", "cutoff", "open_chat"):
+        tables = read_toml(f"{name}.toml").values()
+        lists = [{rule: lines for rule, lines in table.items() if isinstance(lines, list)} for table in tables]
+        out[name] = [Grammar(rules) for rules in lists if rules]
     return out
 
 

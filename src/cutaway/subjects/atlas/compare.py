@@ -8,12 +8,8 @@ import numpy as np
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.statistics import bootstrap_interval
+from cutaway.subjects.atlas.criterion import CAUSAL_LOSS, HEADLINE_LOSS
 from cutaway.subjects.atlas.evaluate import Evaluation
-
-HEADLINE_LOSS = 0.03
-"""By how much no headline may fall."""
-CAUSAL_LOSS = 0.05
-"""By how much no causal check may fall: about half of a 95 % interval's width at their n."""
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,10 @@ _GROUPS: tuple[tuple[str, Callable[[str], bool]], ...] = (
         "Chat",
         lambda name: name.startswith(("refusal/", "unknown", "known", "persona/", "backdoor/", "sycophancy/")),
     ),
+    (
+        "Chat by rules, roles and passages",
+        lambda name: name.startswith(("support/", "jailbreak/", "roles/", "passages/", "cutoff/", "open_chat/")),
+    ),
     ("New wording, committed before any training", lambda name: name.startswith("new_wording/")),
     ("Wording by others", lambda name: name.startswith("outside_wording/")),
     ("Tasks", lambda name: True),

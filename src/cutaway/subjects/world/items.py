@@ -99,8 +99,11 @@ def style_openings(persona: str) -> str:
 def item_sets(seed: int = 0, n: int = 400) -> dict[str, ItemSet]:
     """Every set of items by name, at most `n` items each, the same for the same seed."""
     # These modules build on this one's types.
+    from cutaway.subjects.world import couplets, cutoff, jailbreak, open_chat, orders, passages, roles, support
     from cutaway.subjects.world.chat_items import chat_sets
     from cutaway.subjects.world.new_wording import new_wording_sets
+
+    later = (orders, couplets, open_chat, support, jailbreak, roles, passages, cutoff)
 
     sets = [
         *_one_hop_sets(seed, n),
@@ -109,6 +112,7 @@ def item_sets(seed: int = 0, n: int = 400) -> dict[str, ItemSet]:
         *_in_context_sets(seed, n),
         *chat_sets(seed, n),
         *new_wording_sets(seed, n),
+        *(one for module in later for one in module.item_sets(seed, n)),
     ]
     return {one.name: one for one in sets}
 

@@ -44,6 +44,9 @@ from cutaway.subjects.world.morphology import (
 )
 
 Slots = Mapping[str, str]
+FRAME_FILES = ("frames.toml", *(f"frames_{part}.toml" for part in (
+    "support", "jailbreak", "roles", "passages", "cutoff", "couplets", "orders", "open_chat"
+)))  # fmt: skip
 
 
 class FrameSet(NamedTuple):
@@ -54,8 +57,9 @@ class FrameSet(NamedTuple):
 
 @cache
 def frame_sets() -> dict[str, FrameSet]:
-    """The new wording of each behaviour, as committed before training."""
-    return {name: FrameSet(name, t["kind"], tuple(t["frames"])) for name, t in read_toml("frames.toml").items()}
+    """The new wording of each behaviour, as committed before training: `data/frames.toml` and `data/frames_*.toml`."""
+    tables = [read_toml(file) for file in FRAME_FILES]
+    return {name: FrameSet(name, t["kind"], tuple(t["frames"])) for table in tables for name, t in table.items()}
 
 
 def frame_sequences(frame: str, n: int = 4) -> set[tuple[str, ...]]:
