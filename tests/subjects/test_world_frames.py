@@ -79,7 +79,9 @@ def productions() -> dict[str, set[tuple[str, ...]]]:
 def later_grammars() -> dict[str, list[Grammar]]:
     """All grammars of the parts that have a module of their own."""
     out = {"couplets": [couplets.grammar()], "orders": [orders.grammar()]}
-    out["jailbreak"] = [jailbreak.grammar(kind, one) for kind in ("wrapper", "lookalike") for one in jailbreak.families()]
+    out["jailbreak"] = [
+        jailbreak.grammar(kind, one) for kind in ("wrapper", "lookalike") for one in jailbreak.families()
+    ]
     for name in ("roles", "support", "passages", "cutoff", "open_chat"):
         tables = read_toml(f"{name}.toml").values()
         lists = [{rule: lines for rule, lines in table.items() if isinstance(lines, list)} for table in tables]

@@ -69,6 +69,9 @@ def test_every_behaviour_of_the_study_is_there():
         used = {"sycophant": "claim/sycophant", "honest": "claim/honest"}.get(used, used).replace(
             "persona_", "persona/"
         )
+        # Frames of one part that its sets of another name use.
+        for part in ("support", "jailbreak", "roles", "passages", "cutoff", "orders", "open_chat"):
+            used = part if used.startswith(part) else used
         assert items(f"new_wording/{used}"), frames
 
 
