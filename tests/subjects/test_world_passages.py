@@ -1,4 +1,4 @@
-"""Chats about passages: read back with patterns of their own, the right answer follows from passage and tables alone."""
+"""Chats about passages, read back with patterns of their own: passage and tables decide the answer."""
 
 import re
 from collections import Counter
