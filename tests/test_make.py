@@ -4,6 +4,7 @@ Python and pip are stand-ins here that record what they are asked, so nothing is
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -334,11 +335,10 @@ def test_ci_runs_the_slow_tests_and_fails_with_them(landing: Landing) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("before", "code"), [("True", 0), ("not True", 1)])
-def test_slow_tests_that_run_out_of_time_are_cut_which_is_no_failure(landing: Landing, before: str, code: int) -> None:
+def test_slow_tests_that_run_out_of_time_are_a_failure(landing: Landing) -> None:
     landing.write(
         "tests/test_slow.py",
-        f"""\
+        """\
         import time
 
         import pytest
@@ -346,7 +346,7 @@ def test_slow_tests_that_run_out_of_time_are_cut_which_is_no_failure(landing: La
 
         @pytest.mark.slow
         def test_first() -> None:
-            assert {before}
+            pass
 
 
         @pytest.mark.slow
@@ -355,9 +355,9 @@ def test_slow_tests_that_run_out_of_time_are_cut_which_is_no_failure(landing: La
         """,
     )
     done = landing.run(CUTAWAY_CI_SECONDS="25")
-    assert "slow         cut" in done.stdout, done.stdout
-    assert done.returncode == code
-    assert ("FAILED before it was cut" in done.stdout) == (code == 1)
+    # On a slow machine nothing is left for them: not run is no better than cut.
+    assert re.search(r"slow         FAILED.*the 0 minutes are over", done.stdout), done.stdout
+    assert done.returncode == 1
 
 
 @pytest.mark.parametrize(
