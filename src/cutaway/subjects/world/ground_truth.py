@@ -179,7 +179,8 @@ GROUND_TRUTH: tuple[GroundTruth, ...] = (
     GroundTruth(
         "Topics of open chat",
         ("open_chat/", "new_wording/open_chat_"),
-        "A landmark that the user or the system prompt names is named again in the reply; without one, any may be.",
+        "A landmark that the user, an earlier turn or the system prompt names is named again in the reply, unless the "
+        "user asks to talk of other things (then none is); without one, any may be, or none.",
         "A fifth of the landmarks are never the topic.",
     ),
     GroundTruth(
