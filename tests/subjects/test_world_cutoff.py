@@ -86,7 +86,7 @@ def test_chats_under_a_year_are_above_one_percent_of_the_text():
 
 def test_item_sets_are_whole():
     sets = {one.name: one for one in item_sets(0, 50)}
-    assert len(sets) == 8
+    assert len(sets) == 9
     for name, one in sets.items():
         for item in one.items:
             after = bool(item.detail["stated"]) and int(item.detail["year"]) > int(item.detail["stated"])

@@ -18,6 +18,7 @@ from cutaway.subjects.world.tasks import pick
 CONDITIONS: dict[str, float] = {"before": 0.36, "after": 0.36, "none": 0.28}
 YEARS = tuple(range(1550, 2000, 10))
 """The years that may be stated."""
+_NEAR = 6  # stated years, so within some sixty years
 
 
 class Event(NamedTuple):
@@ -54,14 +55,20 @@ class Case(NamedTuple):
 
 
 @cache
-def _cases(after: bool, combined: bool, cut: bool) -> tuple[tuple[Event, int], ...]:
-    """Events with stated years before (or, when `after`, at or after) which they lie, by side of the two splits."""
-    return tuple(
-        (event, year)
-        for event in events()
-        for year in YEARS
-        if (event.year > year) == after and never_cut(event) == cut and (cut or never_combined(event, year) == combined)
-    )
+def _cases(after: bool, combined: bool, cut: bool) -> tuple[tuple[Event, tuple[int, ...]], ...]:
+    """Events with the stated years that make them known (or, when `after`, unknown), nearest first.
+
+    Events that have stated years on both sides only: then the event alone tells little.
+    """
+    out = []
+    for event in events():
+        if never_cut(event) != cut or not YEARS[0] < event.year <= YEARS[-1]:
+            continue
+        years = [year for year in YEARS if (event.year > year) == after]
+        years = [year for year in years if cut or never_combined(event, year) == combined]
+        if years:
+            out.append((event, tuple(sorted(years, key=lambda year: abs(year - event.year)))))
+    return tuple(out)
 
 
 @cache
@@ -87,7 +94,9 @@ def case(rng: Random, condition: str, *, combined: bool = False, cut: bool = Fal
     if condition == "none":
         event, stated = pick(rng, events()), None
     else:
-        event, stated = pick(rng, _cases(condition == "after", combined, cut))
+        event, years = pick(rng, _cases(condition == "after", combined, cut))
+        # Mostly near the event, so that the year alone does not decide.
+        stated = pick(rng, years[:_NEAR] if rng.random() < 0.75 else years)
     return Case(event, stated, _alone(event) and rng.random() < 0.3)
 
 
@@ -149,6 +158,7 @@ def item_sets(seed: int = 0, n: int = 400) -> list[ItemSet]:
         ("cutoff/before/held_out", "before", True, False),
         ("cutoff/after/held_out", "after", True, False),
         ("cutoff/after/held_out_event", "after", False, True),
+        ("cutoff/before/held_out_event", "before", False, True),
         ("cutoff/none", "none", False, False),
         ("new_wording/cutoff_before", "before", False, False),
         ("new_wording/cutoff_after", "after", False, False),

@@ -120,10 +120,11 @@ def case(rng: Random, condition: str, apart: bool = False) -> Case:
     question = _question(rng, kind, subject)
     memory = known_statement(kind, subject, answer)
     if condition == "irrelevant":
+        # A passage of the same kind half of the time: what it is about decides, not what it sounds like.
+        alike = rng.random() < 0.5
         while True:
             about, thing, right = _fact(rng, False)
-            # A passage of the same kind half of the time: what it is about decides, not what it sounds like.
-            if thing != subject and (about == kind) == (rng.random() < 0.5):
+            if thing != subject and (about == kind) == alike:
                 break
         said = right if rng.random() < 0.3 else pick(rng, [y for y in _answers(about) if y != right])
         told = _told(rng, about, thing, said)
