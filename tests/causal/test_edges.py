@@ -15,9 +15,9 @@ from cutaway.causal.edge_patching import run_circuits
 from cutaway.causal.edges import attribute_edges, clean_corrupted, eap, eap_ig, position_columns, relp
 from cutaway.causal.graph import Graph
 from cutaway.causal.metrics import Targets
-from cutaway.causal.parts import start_of_stream
+from cutaway.causal.parts import first_column, start_of_stream
 from cutaway.causal.scorers import exact, magnitude
-from cutaway.data.pairs import AlignedPairs
+from cutaway.data.pairs import AlignedPairs, PromptPair, align
 from cutaway.model.language_model import LanguageModel
 
 CLOSE = 2e-6  # of the largest; results are kept in fp32
@@ -343,6 +343,22 @@ def test_a_shared_prefix_is_computed_once_and_changes_nothing(family: str, monke
     whole = eap_ig(lm, pairs, steps=2, graph=graph).values, run_circuits(lm, pairs, masks, graph=graph).values
     for one, other in zip(found, whole, strict=True):
         assert_close(one, other)
+
+
+def test_pairs_that_differ_in_their_first_or_last_token_alone() -> None:
+    """Nothing is computed before the first column in which some pair differs, and nothing behind it is left out."""
+    lm = double("gpt2")
+    last = align(lm, [PromptPair((4, 5, 6, 7), (4, 5, 6, 17), 8, 9), PromptPair((3, 5, 6, 7), (3, 5, 6, 8), 18, 19)])
+    assert first_column(last) == 3
+    either = align(lm, [PromptPair((4, 5, 6, 7), (4, 5, 6, 17), 8, 9), PromptPair((14, 15, 16), (14, 25, 16), 18, 19)])
+    assert first_column(either) == 1
+    first = align(lm, [PromptPair((4, 5, 6, 7), (14, 5, 6, 7), 8, 9)])
+    assert first_column(first) == 0
+    graph = graph_of(lm)
+    for pairs in (last, first):
+        found = eap(lm, pairs, graph=graph).per_pair
+        assert found is not None
+        assert_close(found, by_gradient(lm, graph, pairs))
 
 
 @pytest.mark.slow

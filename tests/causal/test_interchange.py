@@ -12,6 +12,7 @@ import torch
 from cutaway.artifacts.errors import CutawayError
 from cutaway.causal.causal_model import CausalModel, Example, Swap, Variable
 from cutaway.causal.interchange import Place, interchange, search
+from cutaway.model.edits import patch
 from cutaway.model.language_model import LanguageModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
@@ -156,6 +157,41 @@ def test_a_whole_basis_is_the_whole_place_and_a_part_has_a_random_part_beside_it
     assert "blocks.0.attn.z (heads [0, 1, 2, 3]) at last and blocks.0.mlp.out at last" in both.effect().name
     assert "left alone" in str(both)
     json.dumps(both.to_json(), allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("site", "part", "size"),
+    [
+        ("blocks.1.attn.z", {"heads": (0, 1)}, 4),
+        ("blocks.1.attn.z", {"heads": (0, 1, 3)}, 4),  # one head is left beside them
+        ("blocks.1.mlp.post", {"neurons": tuple(range(20))}, 48),
+        ("blocks.1.mlp.post", {"neurons": tuple(range(30))}, 48),
+    ],
+)
+def test_the_random_part_is_another_part(
+    words: LanguageModel,
+    itself: CausalModel,
+    monkeypatch: pytest.MonkeyPatch,
+    site: str,
+    part: dict[str, tuple[int, ...]],
+    size: int,
+) -> None:
+    """It shares no head or neuron with the part that is named, or no more than it must."""
+    seen: list[tuple[int, ...]] = []
+    (kind, named), draws = next(iter(part.items())), 4
+
+    def spied(at: str, run: Any, **where: Any) -> Any:
+        seen.append(where[kind])
+        return patch(at, run, **where)
+
+    monkeypatch.setattr("cutaway.causal.interchange.patch", spied)
+    place = Place(site, "last", heads=part.get("heads"), neurons=part.get("neurons"))
+    interchange(words, itself, {"word": [place]}, _swaps()[:6], draws=draws)
+    assert seen[-1] == named
+    for drawn in seen[-1 - draws : -1]:
+        assert len(set(drawn)) == len(named)
+        assert set(drawn) <= set(range(size))
+        assert len(set(drawn) & set(named)) == max(0, 2 * len(named) - size)
 
 
 def test_wrong_answers_are_left_out_with_the_reason(words: LanguageModel, itself: CausalModel) -> None:

@@ -250,6 +250,45 @@ def test_where_a_role_stands_in_the_other_prompt_counts_only_if_values_come_from
         assert cell.effect.value == pytest.approx(expected, abs=2e-3)
 
 
+@pytest.mark.parametrize(("direction", "to", "of"), [("noise", 4, 3), ("denoise", 3, 4)])
+def test_top_neurons_are_estimated_from_where_the_role_stands_in_the_source(
+    llama: LanguageModel, direction: Any, to: int, of: int
+) -> None:
+    pairs = pairs_of(llama)
+    pairs.places["changed"][:] = torch.tensor([[4], [3]])  # 4 in clean, 3 in corrupt
+    base, source = (pairs.clean, pairs.corrupt) if direction == "noise" else (pairs.corrupt, pairs.clean)
+    hand, rows = ByHand("llama", llama.hf), torch.arange(3)
+
+    def difference(logits: Tensor) -> Tensor:
+        return logits[rows, -1, pairs.answer] - logits[rows, -1, pairs.wrong]
+
+    clean, corrupt = (difference(hand.untouched(t.ids, t.mask)) for t in (pairs.clean, pairs.corrupt))
+    usable = recovery(clean, clean, corrupt)[1]
+    found = patch_grid(llama, pairs, over="neurons", top=5, at="changed", direction=direction)
+    for layer in range(3):
+        site = f"blocks.{layer}.mlp.post"
+        given, own = (hand.values(t.ids, t.mask, [site])[site] for t in (source, base))
+        gradient = hand.gradients(base.ids, base.mask, [site], difference)[site]
+        moved = (given[:, of] - own[:, to]) * gradient[:, to] / (clean - corrupt)[:, None]
+        order = moved[usable].mean(0).abs().argsort(descending=True, stable=True)[:5].tolist()
+        assert [cell.neurons for cell in found.cells[layer]] == [(neuron,) for neuron in order]
+
+
+def test_the_top_cells_are_the_largest_by_size_and_never_the_output(llama: LanguageModel) -> None:
+    pairs = pairs_of(llama, n=4)
+    heads = patch_grid(llama, pairs, over="heads")
+    sizes = {(layer, (j,)): abs(value) for layer, row in enumerate(heads.mean.tolist()) for j, value in enumerate(row)}
+    top = heads.top(4)
+    assert [(one.layer, one.cell.heads) for one in top] == sorted(sizes, key=lambda cell: -sizes[cell])[:4]
+    assert abs(top[0].effect.value) == pytest.approx(max(sizes.values()), abs=1e-5)
+    stream = patch_grid(llama, pairs)
+    output = stream.mean[-1].abs().max()
+    assert float(output) == pytest.approx(1.0, abs=1e-3)
+    found = stream.top(10)
+    assert {one.layer for one in found} <= {0, 1}
+    assert len(found) == 10
+
+
 def test_every_effect_records_its_six_choices(llama: LanguageModel) -> None:
     pairs = pairs_of(llama, n=4)
     cell = patch_cell(

@@ -13,7 +13,14 @@ from torch import Tensor
 import cutaway
 from cutaway.artifacts.errors import CutawayError
 from cutaway.causal.tracing import SITES, causal_trace, default_window, window_of
-from cutaway.causal.tracing_prompts import ROLES, FactPrompt, landmark_facts, roles_of, subject_span
+from cutaway.causal.tracing_prompts import (
+    ROLES,
+    FactPrompt,
+    elsewhere_of,
+    landmark_facts,
+    roles_of,
+    subject_span,
+)
 from cutaway.model.language_model import LanguageModel
 
 DRAWS, SEED, TIMES = 2, 3, 2.0
@@ -99,6 +106,37 @@ def test_every_cell_equals_one_forward_with_hooks(words: LanguageModel) -> None:
             expected = np.mean(cells[kind], axis=0) - np.mean(hidden)
             np.testing.assert_allclose(found[:, : expected.shape[1]], expected, atol=2e-5)
             assert np.isnan(found[:, expected.shape[1] :]).all()
+
+
+def test_the_controls_are_forwards_under_their_own_noise(words: LanguageModel) -> None:
+    """Restoring nothing takes draws that no cell has seen; elsewhere, the cells' own draws on other tokens."""
+    trace = causal_trace(words, FACTS, noise=TIMES, draws=DRAWS, seed=SEED)
+    tokens = [words.tokens([fact.prompt]) for fact in FACTS]
+    spans = [subject_span(one, 0, fact.subject, fact.prompt) for one, fact in zip(tokens, FACTS, strict=True)]
+    other = elsewhere_of(spans, [int(one.lengths[0]) for one in tokens], SEED)
+
+    def under(row: int, positions: list[int], first_seed: int) -> float:
+        """Mean probability of the model's own answer under so many draws of noise on some tokens."""
+        ids = tokens[row].row_ids(0)
+        answer, found = int(_hooked(words, ids, [])[0].argmax()), []
+        for draw in range(DRAWS):
+            edit = cutaway.noise("embed", TIMES * trace.sigma, positions=positions, seed=first_seed + draw)
+            logits = words.run([ids], edits=[edit], logits="last").logits
+            assert logits is not None
+            found.append(logits[0, 0].softmax(-1)[answer].item())
+        return float(np.mean(found))
+
+    for row, (first, last) in enumerate(spans):
+        again = under(row, list(range(first, last + 1)), 1000 * SEED + DRAWS)
+        assert trace.again[row].item() == pytest.approx(again, rel=1e-4, abs=1e-6)
+        if other[row]:
+            elsewhere = under(row, other[row], 1000 * SEED)
+            assert trace.elsewhere[row].item() == pytest.approx(elsewhere, rel=1e-4, abs=1e-6)
+        else:
+            assert math.isnan(trace.elsewhere[row].item())
+    _, nothing = trace.effect("MLP", 1, "subject last").controls
+    assert nothing.value == pytest.approx((trace.again - trace.noised).mean().item(), abs=1e-7)
+    assert abs(nothing.value) > 1e-5
 
 
 def test_the_batch_does_not_matter(words: LanguageModel) -> None:

@@ -139,6 +139,15 @@ def test_seeds_that_agree_add_nothing() -> None:
     np.testing.assert_allclose(over_seeds(drawn, np.random.default_rng(0)), drawn[0])
 
 
+@pytest.mark.parametrize("n_seeds", [2, 3, 5])
+def test_few_seeds_vary_as_much_as_they_would_anew(n_seeds: int) -> None:
+    """Seeds alone vary: the draws have the unbiased variance of a mean of S, Σ(x − x̄)² / (S(S − 1))."""
+    figures = np.array([0.1, 0.5, 0.2, 0.9, 0.3])[:n_seeds]
+    drawn = over_seeds(np.tile(figures[:, None], (1, 50_000)), np.random.default_rng(0))
+    assert drawn.mean() == pytest.approx(figures.mean(), abs=0.01)
+    assert drawn.var() == pytest.approx(figures.var(ddof=1) / n_seeds, rel=0.05)
+
+
 def test_shares_and_means_stand_beside_their_controls() -> None:
     share, each = share_effect("dead", [10, 30], 100, {"random": [0, 2]})
     assert share.value == pytest.approx(0.2)

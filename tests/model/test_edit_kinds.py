@@ -158,6 +158,23 @@ def test_edits_at_one_site_apply_in_the_order_of_the_list(order: list[int], posi
     assert torch.equal(clean[SITE], kept), "an edit wrote into another run's capture"
 
 
+def test_a_clamped_latent_is_read_less_its_offset_and_above_its_threshold() -> None:
+    tokens, lm = batch(), small()
+    encoder, decoder, offset = vector(D, 1), vector(D, 2), vector(D, 3)
+    x = lm.run(tokens, capture=SITE)[SITE]
+    h = (x - offset) @ encoder + 0.2
+    positive = h[tokens.mask & (h > 0)].sort().values
+    middle = len(positive) // 2
+    for threshold in (0.0, float(positive[middle - 1 : middle + 1].mean())):  # between two values: none rounds over it
+        edit = cutaway.clamp_latent(
+            SITE, encoder=encoder, bias=0.2, decoder=decoder, value=0.7, offset=offset, threshold=threshold
+        )
+        activation = h * (h > threshold)
+        assert bool((activation > 0).any())
+        run = lm.run(tokens, edits=edit, capture=SITE)
+        close(run[SITE][tokens.mask], (x + (0.7 - activation)[..., None] * decoder)[tokens.mask], 1e-5)
+
+
 def test_a_patch_leaves_its_source_alone_and_captures_share_no_memory() -> None:
     source = small().run(batch(), capture=[SITE, Z])
     kept = {name: source[name].clone() for name in source.sites}

@@ -455,7 +455,7 @@ def _unaligned(lm: LanguageModel, place: Place) -> Place | None:
 
 
 def _random_part(lm: LanguageModel, place: Place, generator: np.random.Generator) -> Place:
-    """The place with as many random heads, neurons or directions as it names."""
+    """The place with as many random other heads or neurons as it names, or as many random directions."""
     shape = lm.sites()[place.site].shape
     if place.basis is not None:
         drawn = generator.standard_normal((len(place.basis), place.basis.shape[1]))
@@ -465,8 +465,10 @@ def _random_part(lm: LanguageModel, place: Place, generator: np.random.Generator
         if named is None:
             return None
         free = [i for i in range(int(size)) if i not in named]
-        free = free if len(free) >= len(named) else list(range(int(size)))
-        return tuple(int(i) for i in generator.choice(free, size=len(named), replace=False))
+        drawn = generator.choice(free, size=min(len(free), len(named)), replace=False).tolist()
+        if len(drawn) < len(named):  # more than half are named: no more of them than there must be
+            drawn += generator.choice(named, size=len(named) - len(drawn), replace=False).tolist()
+        return tuple(int(i) for i in drawn)
 
     heads = others(place.heads, shape[2] if place.heads is not None else 0)
     return replace(place, heads=heads, neurons=others(place.neurons, shape[-1]))
