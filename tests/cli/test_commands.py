@@ -120,10 +120,13 @@ def test_training_and_evaluation_get_every_option(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(evaluation, "evaluate_command", lambda **options: calls.append(options))
 
     words = "subjects train atlas --tokens 5000 --seed 2 --device cpu --rows 4 --context 64 --processes 1 --compiled"
+    words += " --from atlas-1 --rate 0.001"
     assert main([*words.split(), "--overwrite", "--out", "o", "--corpus", "c"]) == 0
     assert calls.pop() == {
         "out": Path("o"),
         "tokens": 5000,
+        "start": "atlas-1",
+        "peak": 0.001,
         "seed": 2,
         "device": "cpu",
         "rows": 4,
