@@ -21,11 +21,12 @@ from cutaway.artifacts.results import Control, Effect
 from cutaway.artifacts.statistics import bootstrap_interval, wilson_interval
 from cutaway.subjects.atlas.causal_checks import BridgePool, two_hop_bridge
 from cutaway.subjects.atlas.landmark_checks import LandmarkChecks, landmark_checks
+from cutaway.subjects.atlas.open_steering import OpenSteering, open_steering
 from cutaway.subjects.atlas.refusal_checks import Chat, RefusalChecks, refusal_checks
 from cutaway.subjects.atlas.scoring import Scores, repeat_losses, score, text_losses, world_losses
 from cutaway.subjects.atlas.shipped import weights_folder
 from cutaway.subjects.atlas.text import world_text
-from cutaway.subjects.world import chat, tasks
+from cutaway.subjects.world import chat, open_chat, tasks
 from cutaway.subjects.world import held_out as held
 from cutaway.subjects.world.corpus import PARTS, WORLD_VERSION, documents
 from cutaway.subjects.world.facts import actions, read_toml
@@ -43,6 +44,8 @@ _MIXTURE_CHARACTERS = 150_000
 """Of world text of all parts by their shares, for the loss on the world as a whole."""
 _N_REFUSAL = 440
 """Training requests of each kind; from fewer the direction of refusal is too noisy (`Intervention.fewer`)."""
+_N_OPEN = 100
+"""Held-out prompts of open chat under steering; a third as many training ones choose each setting."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,7 @@ class Evaluation:
     refusal: RefusalChecks | None
     landmarks: LandmarkChecks | None
     skipped: list[str]
+    open_steering: OpenSteering | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The figures as JSON."""
@@ -121,8 +125,8 @@ def evaluate(
     scores, chance = {}, {}
     losses = {}
     bridge: list[BridgePool] = []
-    refusal = landmarks = None
-    with Progress("items", total=len(sets) + 2 + (4 if causal else 0), unit="sets") as progress:
+    refusal = landmarks = steering = None
+    with Progress("items", total=len(sets) + 2 + (5 if causal else 0), unit="sets") as progress:
         for name, one in sets.items():
             scores[name] = score(lm, one)
             chance[name] = score(untrained, first_items(one, N_CONTROL))
@@ -138,15 +142,26 @@ def evaluate(
             for held_out in (False, True):
                 bridge.append(two_hop_bridge(lm, held_out=held_out, n=min(n, 100)))
                 progress.advance(note="two hops")
+            facts = list(documents("facts", "evaluation", 6000))
             refusal = refusal_checks(
                 lm,
                 train=training_requests(_N_REFUSAL, seed),
                 held_out=held_out_requests(min(n, 60), seed),
-                facts=list(documents("facts", "evaluation", 6000)),
+                facts=facts,
             )
             progress.advance(note="refusal")
             landmarks = landmark_checks(lm, seed=seed)
             progress.advance(note="landmarks")
+            steering = open_steering(
+                lm,
+                prompts=open_chat.prompts(_N_OPEN // 3, seed),
+                held_out=open_chat.prompts(_N_OPEN, seed, held_out=True),
+                neutral=facts,
+                named=open_chat.landmarks_named,
+                grammatical=open_chat.is_grammatical,
+                seed=seed,
+            )
+            progress.advance(note="open steering")
     measured = {
         name: measure(one, scores[name], chance[name], scores.get(partner_of(name) or "")) for name, one in sets.items()
     }
@@ -162,6 +177,7 @@ def evaluate(
         refusal=refusal,
         landmarks=landmarks,
         skipped=skipped,
+        open_steering=steering,
     )
 
 

@@ -10,6 +10,7 @@ from cutaway.subjects.atlas import report
 from cutaway.subjects.atlas.causal_checks import Rate
 from cutaway.subjects.atlas.compare import Comparison
 from cutaway.subjects.atlas.evaluate import N_CONTROL, Evaluation
+from cutaway.subjects.atlas.refusal_checks import PRICE_LIMIT, RefusalChecks
 from cutaway.subjects.atlas.shipped import MANIFEST, atlas_folder, read_manifest
 from cutaway.subjects.world.ground_truth import GROUND_TRUTH
 from cutaway.subjects.world.items import SCORING
@@ -66,7 +67,7 @@ def as_markdown(found: Evaluation, command: str, folder: Path) -> str:
     for title, sets in report.grouped(found):
         parts += [f"### {title}", *([_NOTES[title]] if title in _NOTES else []), markdown_table(report.set_table(sets))]
     parts += ["### Loss", _LOSSES, markdown_table(report.loss_table(found.losses))]
-    parts += _bridge(found) + _refusal(found) + _landmarks(found)
+    parts += _bridge(found) + _refusal(found) + _landmarks(found) + _open_steering(found)
     parts += ["## What it cannot do", *_cannot(found)]
     if folder == atlas_folder():  # others are not the study's weights
         parts += ["## Beside the study", *_beside_the_study(found)]
@@ -162,11 +163,19 @@ def _inside(found: Evaluation) -> report.Table:
         for way in found.refusal.interventions:
             said = f"refusal's direction, {way.name}: {way.requests} requests are {way.wanted}"
             add(said, getattr(way.result, way.wanted), getattr(way.random, way.wanted).value)
+        best = found.refusal.addition and found.refusal.addition.best_point
+        if found.refusal.addition and best:
+            said = f"refusal's direction, added ×{best.dose:g} (KL {best.price:.2f}): harmless requests are refused"
+            refused = [control.result.refused.value for control in found.refusal.addition.matched]
+            add(said, best.result.refused, max(refused))  # the control of the same price that does most
     if found.landmarks:
         for kind in found.landmarks.kinds:
             share = Rate(round(kind.top.value * kind.top.n), kind.top.n)
             control = kind.top.controls[-1].value
             add(f"a landmark's direction, clamped in {kind.kind}: its city comes up", share, control)
+    if found.open_steering:
+        steered, random = found.open_steering.result.both, found.open_steering.random.both
+        add("… clamped in open chat: the reply names the landmark, and is grammatical", steered, random.value)
     return columns, rows
 
 
@@ -224,6 +233,21 @@ def _refusal(found: Evaluation) -> list[str]:
         markdown_table(report.choice_table(checks)),
         _FEWER,
         markdown_table(report.fewer_table(checks)),
+        *_addition(checks),
+    ]
+
+
+def _addition(checks: RefusalChecks) -> list[str]:
+    added = checks.addition
+    if added is None:
+        return []
+    return [
+        "### Adding the direction, by dose",
+        _ADDED.format(limit=PRICE_LIMIT, place=f"{report.PLACES[added.position]} at L{added.layer}"),
+        markdown_table(report.addition_table(added)),
+        "### Other directions of the same price",
+        _MATCHED,
+        markdown_table(report.matched_table(checks)),
     ]
 
 
@@ -238,6 +262,21 @@ def _landmarks(found: Evaluation) -> list[str]:
         markdown_table(report.landmark_table(checks)),
         _REPLACED.format(n=checks.replaced[0].n),
         markdown_table(report.replaced_table(checks)),
+    ]
+
+
+def _open_steering(found: Evaluation) -> list[str]:
+    checks = found.open_steering
+    if checks is None:
+        return []
+    examples = [f"- {one.landmark}: “{one.prompt}” “{one.reply}”" for one in checks.examples]
+    return [
+        "## A landmark in open chat",
+        _OPEN.format(n=checks.n_landmarks, prompts=checks.result.both.n),
+        markdown_table(report.open_table(checks)),
+        "Share of grammatical replies that name the landmark, in the choice:",
+        markdown_table(report.open_choice_table(checks)),
+        *(["The first replies of the judged landmarks:", "\n".join(examples)] if examples else []),
     ]
 
 
@@ -399,6 +438,15 @@ the price of the edit.
 The study found, with 160 requests a kind: ablation of the direction from the request's words at L3, refused 0.90 →
 0.04, answered 0.04 → 0.78; from the assistant token, no effect; clamp of the latter from L6, 0 / 1.00; adding it
 once at L6, harmless requests refused 0.04 → 0.30, twice 0.94."""
+_ADDED = """The difference from {place}, added on every token, to harmless requests. Layer, position and best dose
+were chosen together: the most refused of the training requests at a KL of at most {limit} on a few texts of facts; the
+other figures are for held-out requests and other texts. The backdoor's reply is counted apart. KL on replies is that
+on the first tokens of the unedited replies to the same requests, which the edit is meant to change."""
+_MATCHED = """A random direction of the same length costs almost nothing, so that it proves little. Here directions
+that have nothing to do with refusal, random ones and differences of other prompt sets, are under the same edit, as
+strong as makes them cost as much on facts text (within 10 %, or *missed*). Length is in lengths of refusal's
+direction; for ablation it is how many times the component is taken out; the clamp is as many lengths lower, less
+one."""
 _FEWER = """How much it matters how many requests a direction is read from: lowest and highest share over four draws
 of fewer requests, at the layer and position chosen above."""
 _LANDMARKS = """The direction of a landmark is its mean residual stream (last token, three wordings) minus that of
@@ -413,6 +461,11 @@ the Hagia Sophia did not move; no other landmark in the sentence could be overri
 was never steered."""
 _REPLACED = """For comparison, not one direction but the whole stream, replaced at all tokens of the name by that of
 another landmark's name of as many tokens ({n} pairs):"""
+_OPEN = """Open prompts that name no landmark (“Tell me about your day.”). The direction of a landmark, read in the
+corpus's own wording, is clamped on every token of prompt and reply to a multiple of its own value. Sixteen landmarks,
+chosen by hash, choose site, layer and dose on training prompts; the other {n} are judged in turn on {prompts} held-out
+ones, greedy replies of at most 40 tokens. A reply is grammatical where the corpus's grammar could make it. Controls: no
+edit, random directions clamped to the same values, and ten times a large value, under which every model breaks down."""
 _CANNOT = "Weak sets in the corpus's own wording:"
 _FAILED_EDITS = "Edits that do not do what they are meant to do:"
 _STUDY = """Of {n} published figures, {inside} lie within the interval measured here; about {expected} would lie

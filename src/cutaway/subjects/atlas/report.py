@@ -9,7 +9,8 @@ from cutaway.subjects.atlas.causal_checks import BridgePool, Rate
 from cutaway.subjects.atlas.compare import Comparison
 from cutaway.subjects.atlas.evaluate import N_CONTROL, Evaluation, Measured
 from cutaway.subjects.atlas.landmark_checks import LandmarkChecks
-from cutaway.subjects.atlas.refusal_checks import Intervention, Reaction, RefusalChecks
+from cutaway.subjects.atlas.open_steering import OpenSteering
+from cutaway.subjects.atlas.refusal_checks import Addition, Intervention, Matched, Reaction, RefusalChecks
 from cutaway.subjects.atlas.study import STUDY, STUDY_OPPOSITE
 
 _WEAK = 2 / 3
@@ -201,6 +202,93 @@ def fewer_table(checks: RefusalChecks) -> Table:
     ]
 
 
+def addition_table(addition: Addition) -> Table:
+    """One row a dose: what harmless requests are met with, and the prices; the best point is marked."""
+    columns = (
+        "dose",
+        "",
+        "refused, choosing",
+        "KL, choosing",
+        "refused [95 %]",
+        "answered [95 %]",
+        "backdoor's reply [95 %]",
+        "KL on facts",
+        "KL on replies",
+    )
+    return columns, [
+        [
+            f"×{dose.dose:g}",
+            "best" if dose.dose == addition.best else "",
+            number(dose.chosen.refused.value),
+            f"{dose.chosen_price:.3f}",
+            *(rate_text(rate) for rate in (dose.result.refused, dose.result.answered, dose.result.planted)),
+            f"{dose.price:.3f}",
+            f"{dose.reply_price:.3f}",
+        ]
+        for dose in addition.doses
+    ]
+
+
+def matched_table(checks: RefusalChecks) -> Table:
+    """One row a control of the same price, intervention by intervention, under the intervention's own row."""
+    columns = (
+        "intervention",
+        "direction",
+        "length",
+        "KL, matching",
+        "refused [95 %]",
+        "answered [95 %]",
+        "backdoor's reply",
+    )
+
+    def row(name: str, direction: str, length: float, price: str, found: Reaction) -> list[str]:
+        shares = [rate_text(found.refused), rate_text(found.answered), number(found.planted.value)]
+        return [name, direction, f"×{length:.3g}", price, *shares]
+
+    def rows(name: str, own: Reaction, matched: Sequence[Matched]) -> list[list[str]]:
+        return [
+            row(name, "refusal", 1.0, f"{matched[0].wanted_price:.3f}", own),
+            *(row("", m.name, m.scale, f"{m.price:.3f}{'' if m.met else ', missed'}", m.result) for m in matched),
+        ]
+
+    out = [line for way in checks.interventions if way.matched for line in rows(way.name, way.result, way.matched)]
+    best = checks.addition and checks.addition.best_point
+    if checks.addition and best:
+        out += rows(f"add ×{best.dose:g}", best.result, checks.addition.matched)
+    return columns, out
+
+
+def open_table(checks: OpenSteering) -> Table:
+    """One row an edit: whether replies in open chat name the landmark, and whether they are grammatical."""
+    columns = ("edit", "n", "names it, grammatical [95 %]", "names it [95 %]", "grammatical [95 %]", "KL on facts")
+    rows = [
+        [said, str(found.both.n), *(rate_text(rate) for rate in (found.both, found.named, found.grammatical)), price]
+        for said, found, price in (
+            ("none", checks.unedited, ""),
+            (f"{checks.setting}, ×{checks.dose:g}", checks.result, f"{checks.price:.3f}"),
+            ("random directions, same values", checks.random, f"{checks.random_price:.3f}"),
+        )
+    ]
+    rows += [
+        [
+            f"{one.n_directions} {one.kind}, ten times the value",
+            str(one.grammatical.n),
+            "",
+            "",
+            rate_text(one.grammatical),
+            f"{one.price:.3f}",
+        ]
+        for one in checks.collapse
+    ]
+    return columns, rows
+
+
+def open_choice_table(checks: OpenSteering) -> Table:
+    """Share of grammatical replies that name the landmark, on the prompts and landmarks that choose."""
+    columns = ("setting", *(f"×{dose:g}" for dose in checks.doses))
+    return columns, [[setting, *(f"{share:.2f}" for share in shares)] for setting, shares in checks.tried.items()]
+
+
 def landmark_table(checks: LandmarkChecks) -> Table:
     """One row a kind of sentence: how often the landmark's city comes up, and its probability."""
     columns = (
@@ -285,8 +373,13 @@ def as_text(found: Evaluation) -> str:
         parts += [title, text_table(bridge_table(pool))]
     if found.refusal:
         parts += ["REFUSAL", text_table(refusal_table(found.refusal))]
+    if found.refusal and found.refusal.addition:
+        parts += ["REFUSAL ADDED", text_table(addition_table(found.refusal.addition))]
+        parts += ["CONTROLS OF THE SAME PRICE", text_table(matched_table(found.refusal))]
     if found.landmarks:
         parts += ["LANDMARKS", text_table(landmark_table(found.landmarks))]
+    if found.open_steering:
+        parts += ["OPEN STEERING", text_table(open_table(found.open_steering))]
     parts += [f"not measured: {line}" for line in found.skipped]
     return "\n\n".join(parts)
 
