@@ -1,5 +1,6 @@
 """`cutaway trace` on the shipped model: table, JSON, page, files of prompts, and bad input as one sentence."""
 
+import html
 import json
 from pathlib import Path
 
@@ -56,6 +57,26 @@ def test_a_file_of_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert found["grids"]["MLP"]["window"] == 1
     assert [one["prompt"] for one in found["refused"]] == ["The capital of Italy is"]
     assert "subject last" in page.read_text()
+
+
+def test_without_an_answer_the_models_own_is_called_a_guess(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page, words = tmp_path / "page.html", ["trace", "atlas", *DALLAS, "--draws", "1"]
+    assert main([*words, "--json", "--html", str(page)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["prompts"][0]["guessed"] is True
+    whose = "1 prompt with the model's own guess, not known to be right"
+    assert found["total_effect"]["choices"]["evaluation"] == f"{whose} (atlas)"
+    shown = html.unescape(page.read_text())
+    assert "the model's own guess: Austin" in shown
+    assert "Austin (guess)" in shown
+    assert "right answer" not in shown
+    assert "answered rightly" not in shown
+    mixed = tmp_path / "facts.json"
+    france = {"prompt": "The capital of France is", "subject": "France", "answer": " Paris"}
+    mixed.write_text(json.dumps([france, {"prompt": PROMPT, "subject": "Dallas"}]))
+    assert main(["trace", "atlas", "--prompts", str(mixed), "--draws", "1"]) == 0
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.endswith("1 prompt answered rightly, 1 with the model's own guess, not known to be right")
 
 
 def test_without_prompts_it_traces_landmarks(capsys: pytest.CaptureFixture[str]) -> None:

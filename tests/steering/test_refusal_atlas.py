@@ -1,5 +1,8 @@
 """The classic recipe on the shipped model, with other verbs and objects to read, to choose and to report on."""
 
+import json
+import math
+
 import pytest
 
 from cutaway.model.language_model import LanguageModel
@@ -42,6 +45,21 @@ def test_selection_separates_and_prefers_the_gentle(selection: Selection) -> Non
     assert {c.direction.layer for c in selection.eligible} == {3, 5, 6}, "layer 7 is too near the unembedding"
     assert selection.best("clamp").score == min(c.score for c in selection.eligible if c.method == "clamp")
     assert "remove" in str(selection)
+
+
+def test_every_candidate_has_its_price_on_the_other_class(atlas: LanguageModel, selection: Selection) -> None:
+    """Also those that add, beside plain runs of the prompts that they should leave alone."""
+    assert all(math.isfinite(c.kl) and c.kl > -1e-5 for c in selection.candidates)
+    assert "nan" not in str(selection)
+    json.dumps(selection.to_json(), allow_nan=False)
+    best = selection.induce
+    edits = push(best.direction, float(best.method.removeprefix("add ×")))
+    positive = ask(atlas, BAD[4:6], THINGS[6:8])
+    before, after = (atlas.run(positive, edits=e, logits="last").logits for e in ([], edits))
+    assert before is not None
+    assert after is not None
+    p, q = before[:, 0].log_softmax(-1), after[:, 0].log_softmax(-1)
+    assert best.kl == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-3, abs=1e-5)
 
 
 def test_the_clamp_answers_and_random_directions_do_not(atlas: LanguageModel, selection: Selection) -> None:

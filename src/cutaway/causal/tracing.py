@@ -2,7 +2,7 @@
 
 Meng, Bau, Andonian & Belinkov (2022, "Locating and Editing Factual Associations in GPT"). Three runs a prompt: the
 plain one; one with gaussian noise on the token embeddings of the subject; and, for each layer and token, the noised one
-with one clean value put back. With P the probability of the right answer,
+with one clean value put back. With P the probability of the right answer (of the model's guess where none is given),
 
     total effect     TE = P(plain) - P(noised)
     indirect effect  IE = P(noised, one value restored) - P(noised)
@@ -72,6 +72,20 @@ class CausalTrace:
         return len(self.facts)
 
     @property
+    def guessed(self) -> int:
+        """How many prompts came without an answer: for them the model's own, right or wrong, stands in its place."""
+        return sum(fact.answer is None for fact in self.facts)
+
+    @property
+    def which(self) -> str:
+        """How many prompts, and whose answers they are judged by."""
+        words = [f"{self.n - self.guessed} answered rightly"] if self.guessed < self.n else []
+        words += [f"{self.guessed} with the model's own guess, not known to be right"] if self.guessed else []
+        first, *rest = words
+        count, how = first.split(" ", 1)
+        return ", ".join([f"{count} prompt{'s' * (count != '1')} {how}", *rest])
+
+    @property
     def columns(self) -> tuple[str, ...]:
         """The roles that some prompt has, in the order of the tokens."""
         return tuple(role for i, role in enumerate(ROLES) if bool((self.roles == i).any()))
@@ -117,11 +131,11 @@ class CausalTrace:
             f"{self.draws} draws",
             positions=positions,
             direction="denoise",
-            evaluation=f"{self.n} prompts that {self.model} answers rightly",
+            evaluation=f"{self.which} ({self.model})",
         )
 
     def total_effect(self, command: str | None = None) -> Effect:
-        """What the noise takes from the right answer, beside the same noise on as many other tokens."""
+        """What the noise takes from the answer, beside the same noise on as many other tokens."""
         loss, other = (self.clean - self.noised).numpy(), (self.clean - self.elsewhere).numpy()
         other = other[~np.isnan(other)]
         controls = (
@@ -245,6 +259,7 @@ class CausalTrace:
                     "prompt": fact.prompt,
                     "subject": fact.subject,
                     "answer": answer,
+                    "guessed": fact.answer is None,
                     "clean": clean,
                     "noised": noised,
                     "tokens": list(strings[start:]),
@@ -264,7 +279,7 @@ class CausalTrace:
 
     def __str__(self) -> str:
         lines = [
-            f"causal tracing of {self.model}: {self.n} prompt{'s' * (self.n != 1)} answered rightly"
+            f"causal tracing of {self.model}: {self.which}"
             + (f"; {len(self.refused)} more answered otherwise are left out" if self.refused else ""),
             f"P(answer) {self.clean.mean():.3f} plain, {self.noised.mean():.3f} with noise of {self.multiple:g} σ (σ = "
             f"{self.sigma:.4g}) on the subject, {self.draws} draws: total effect "
@@ -330,8 +345,9 @@ def causal_trace(
     bos: bool | None = None,
     seed: int = 0,
 ) -> CausalTrace:
-    """Trace every prompt that the model answers rightly (its most probable token is the answer's first), or the first
-    `limit` of them.
+    """Trace every prompt that the model answers rightly (every token of the answer is its most probable one) or that
+    has no answer, or the first `limit` of them. Without an answer the model's most probable token is traced: a guess,
+    which the result calls so (`guessed`).
 
     `noise` is in standard deviations of the subject tokens' embeddings, over the prompts that are kept; `draws` is the
     number of noise draws a prompt; `window` the number of layers in which attention and MLP outputs are restored

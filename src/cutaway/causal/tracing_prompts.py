@@ -22,7 +22,7 @@ IN_SUBJECT, BEHIND = ROLES[:3], ROLES[3:]
 @dataclass(frozen=True)
 class FactPrompt:
     """A prompt, the subject in it, and how it goes on: `answer` follows the prompt directly, so it usually begins with
-    a space; None takes what the model itself answers."""
+    a space; None takes the model's own most probable token, which is a guess and may be wrong."""
 
     prompt: str
     subject: str
@@ -89,7 +89,8 @@ class Known:
 
 
 def answered(lm: LanguageModel, facts: Sequence[FactPrompt], bos: bool | None, limit: int | None) -> Known:
-    """The prompts after which every token of the answer is the most probable one, or the first `limit` of them.
+    """The prompts after which every token of the answer is the most probable one, or that have no answer; or the first
+    `limit` of them.
 
     Raises `CutawayError`: no prompt at all or none that is answered rightly, a subject that its prompt lacks.
     """

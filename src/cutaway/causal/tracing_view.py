@@ -30,13 +30,13 @@ def trace_page(trace: CausalTrace, command: str) -> str:
     columns = list(trace.tokens[0][trace.starts[0] :]) if single else list(trace.columns)
     scale = heatmap_scale([row for grid in grids.values() for row in grid], diverging=True)
     fact = trace.facts[0]
-    about = (
-        f"after “{fact.prompt}” ({trace.answers[0].strip()})" if single else f"over {trace.n} prompts answered rightly"
-    )
+    whose = "" if fact.answer is not None else "the model's own guess: "
+    about = f"after “{fact.prompt}” ({whose}{trace.answers[0].strip()})" if single else f"over {trace.which}"
+    answer = "right answer" if not trace.guessed else "model's own guess" if trace.guessed == trace.n else "answer"
     sections: list[tuple[str, str, Markup]] = [
         (
             "What the noise takes",
-            f"The right answer has probability {trace.clean.mean():.3f}, and {trace.noised.mean():.3f} when the token "
+            f"The {answer} has probability {trace.clean.mean():.3f}, and {trace.noised.mean():.3f} when the token "
             f"embeddings of the subject have gaussian noise of {trace.multiple:g} standard deviations (one is "
             f"{trace.sigma:.4g}) on them; mean over {trace.draws} draws. Below, one clean value at a time is put back.",
             _effects([trace.total_effect(command)]),
@@ -57,16 +57,26 @@ def trace_page(trace: CausalTrace, command: str) -> str:
         drawn = drawing + scale.legend(_UNITS) + _effects(trace.sites(kind, command))
         sections.append((_HEADINGS[kind], _reading(trace, kind, single), drawn))
     rows = [
-        [fact.prompt, fact.subject, answer.strip(), f"{clean:.3f}", f"{noised:.3f}"]
-        for fact, answer, clean, noised in zip(
+        [
+            fact.prompt,
+            fact.subject,
+            f"{said.strip()}{' (guess)' * (fact.answer is None)}",
+            f"{clean:.3f}",
+            f"{noised:.3f}",
+        ]
+        for fact, said, clean, noised in zip(
             trace.facts, trace.answers, trace.clean.tolist(), trace.noised.tolist(), strict=True
         )
     ]
-    left_out = f" {len(trace.refused)} more are left out: the model answers them otherwise." if trace.refused else ""
+    about_prompts = [
+        *(["Prompts whose right answer is the model's most probable token."] if trace.guessed < trace.n else []),
+        *(["Prompts without an answer are traced by the model's guess, right or wrong."] if trace.guessed else []),
+        *([f"{len(trace.refused)} more are left out: the model answers them otherwise."] if trace.refused else []),
+    ]
     sections.append(
         (
             "The prompts",
-            f"Prompts whose right answer is the model's most probable token.{left_out}",
+            " ".join(about_prompts),
             table_html(
                 columns=["prompt", "subject", "answer", "P plain", "P with noise"],
                 rows=rows,

@@ -41,11 +41,11 @@ def trace(
     subject
         The text in the prompt that is hidden (“Dallas”).
     answer
-        The right answer with its leading space (“ Austin”); what the model itself says if not given.
+        The right answer with its leading space (“ Austin”); the model's own guess, right or wrong, if not given.
     prompts
         Instead of these three, a JSON file: a list of objects with prompt, subject and answer.
     n
-        Trace the first so many of the prompts that the model answers rightly.
+        Trace the first so many of the prompts that the model answers rightly, or that have no answer.
     noise
         Standard deviation of the noise, in standard deviations of the subjects' token embeddings.
     draws

@@ -159,7 +159,7 @@ def select_direction(
             found.append(_candidate(lm, direction, name, edits, base_plus, words, base_minus))
         for scale in scales:
             name = f"add ×{scale:g}"
-            found.append(_candidate(lm, direction, name, push(direction, scale), base_minus, words, None))
+            found.append(_candidate(lm, direction, name, push(direction, scale), base_minus, words, base_plus))
     early = [c for c in found if c.direction.layer < max_depth * lm.n_layers] or found
     removing = [c for c in early if c.method in REMOVING]
     gentle = [c for c in removing if c.kl <= max_kl and c.score < 0]
@@ -181,13 +181,11 @@ def _candidate(
     edits: Sequence[Edit],
     prompts: Run,
     words: Openings,
-    bystanders: Run | None,
+    bystanders: Run,
 ) -> Candidate:
     scores = words.score(_edited(lm, prompts, edits))
-    kl = float("nan")
-    if bystanders is not None:
-        p, q = _last(bystanders).log_softmax(-1), _edited(lm, bystanders, edits).log_softmax(-1)
-        kl = (p.exp() * (p - q)).sum(-1).mean().item()
+    p, q = _last(bystanders).log_softmax(-1), _edited(lm, bystanders, edits).log_softmax(-1)
+    kl = (p.exp() * (p - q)).sum(-1).mean().item()
     return Candidate(direction, method, scores.mean().item(), (scores > 0).float().mean().item(), kl)
 
 
