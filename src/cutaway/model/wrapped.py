@@ -24,6 +24,7 @@ _OUTSIDE = {
 }
 """Adapters of PEFT, by the package of their modules, that do not act token by token in the projections they are on."""
 
+_INSIDE = ("base_layer", "original_module", "token_adapter")  # what PEFT calls the module that it wraps
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 
 
@@ -105,8 +106,8 @@ def _acts_outside(module: nn.Module) -> str | None:
 
 def innermost(module: nn.Module) -> nn.Module:
     """The model's own module inside an adapter's; others as they are."""
-    while (inner := module._modules.get("base_layer", module._modules.get("original_module"))) is not None:
-        module = inner
+    while (name := next((name for name in _INSIDE if module._modules.get(name) is not None), None)) is not None:
+        module = module.get_submodule(name)
     return module
 
 
