@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from small_models import FAMILIES, build
@@ -10,7 +11,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast
 
 import cutaway
 from cutaway.artifacts.errors import CutawayError
@@ -256,6 +257,57 @@ def test_ablating_a_neuron_leaves_the_others(gemma2: LanguageModel) -> None:
     logits = gemma2.run(ROWS, edits=edit, capture="logits_precap")["logits_precap"].double()
     after = torch.stack([logits[0, 5, 11] - logits[0, 5, 40], logits[1, 3, 12] - logits[1, 3, 41]])
     assert neuron.effect.value == pytest.approx(float((result.total - after).mean()), abs=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", ["gpt2", "phi"])
+def test_biases_on_the_disk_are_fetched(family: str, tmp_path: Path) -> None:
+    """Of the output projections (gpt2) and of the unembedding (phi)."""
+    sizes: dict[str, Any] = {"vocab_size": 60, "bos_token_id": 0, "eos_token_id": 1}
+    torch.manual_seed(0)
+    if family == "gpt2":
+        model: Any = GPT2LMHeadModel(GPT2Config(**sizes, n_embd=32, n_layer=2, n_head=4, n_positions=64))
+        places: dict[str, Any] = dict.fromkeys(("transformer.wte", "transformer.wpe", "transformer.ln_f"), "cpu")
+        places |= {"transformer.h.0": "cpu", "transformer.h.1": "disk", "lm_head": "cpu"}
+        owners = [part for block in model.transformer.h for part in (block.attn.c_proj, block.mlp.c_proj)]
+    else:
+        config = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+        model = PhiForCausalLM(PhiConfig(**sizes, **config, max_position_embeddings=64))  # type: ignore[arg-type]
+        names = ("model.embed_tokens", "model.layers", "model.final_layernorm", "model.rotary_emb")
+        places = dict.fromkeys(names, "cpu") | {"lm_head": "disk"}
+        owners = [model.lm_head]
+    for owner in owners:  # they begin as zeros
+        torch.nn.init.normal_(owner.bias)
+    model.save_pretrained(tmp_path)
+    whole = cutaway.load(tmp_path)
+    placed = cutaway.load(tmp_path, device_map=places, offload_folder=tmp_path / "off")
+    for by in GRANULARITIES:
+        right, got = (attribute(lm, [ROWS[0]], 10, 11, by=by) for lm in (whole, placed))
+        assert got.names == right.names
+        torch.testing.assert_close(got.values, right.values)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("target", "by"), [("o_proj", "head"), ("down_proj", "neuron"), ("lm_head", "component")])
+def test_the_bias_of_an_adapter_is_a_part(target: str, by: By) -> None:
+    """Against PEFT's merging, which there is where the model has a bias; `attribute` itself refuses a wrong sum."""
+    for name in ("llama", "llama with biases"):
+        options = peft.LoraConfig(r=4, lora_alpha=8, target_modules=[target], init_lora_weights=False, lora_bias=True)
+        model: Any = peft.get_peft_model(build(name).hf, options).eval()
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.normal_(0, 0.3)
+        got = attribute(attach(model), ROWS, ANSWER, WRONG, by=by)
+        if target == "lm_head":
+            bias = 2 * model.get_base_model().lm_head.lora_B["default"].bias.detach().double()
+            right = bias[ANSWER] - bias[[wrong for (wrong,) in WRONG]]
+            torch.testing.assert_close(got.values[:, got.names.index("final biases")], right)
+        elif name != "llama":
+            right = attribute(attach(model.merge_and_unload()), ROWS, ANSWER, WRONG, by=by)
+            assert got.names == right.names
+            torch.testing.assert_close(got.values, right.values, rtol=1e-4, atol=1e-4)
 
 
 def test_bad_input_is_one_sentence(gemma2: LanguageModel, tiny_words: LanguageModel) -> None:

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from cutaway.model.parts import Experts
 from cutaway.model.sites import template_of
+from cutaway.model.wrapped import innermost
 
 if TYPE_CHECKING:
     from cutaway.model.taps import Installer
@@ -49,12 +50,28 @@ def wanted_experts(names: set[str], prefix: str) -> list[int]:
     )
 
 
+def _tap_logits(installer: Installer, router: nn.Module, name: str) -> None:
+    """What the router's linear map gives, with what an adapter on it adds.
+
+    An adapter on the router's weight makes products of its own before the router runs; one on a linear module of it
+    adds to what that module gives.
+    """
+    own = router
+    while hasattr(own, "parameter_name") and isinstance(inner := own._modules.get("base_layer"), nn.Module):
+        own = inner
+    adapted = next((m for m in own.modules() if innermost(m) is not m), None)
+    if adapted is not None:
+        installer.after(adapted, installer.at(name))
+    else:
+        installer.wrap(own, installer.at(name), OnFirstLinear)
+
+
 def tap_experts(installer: Installer, experts: Experts, prefix: str) -> None:
     """Register what the sites of one mixture need."""
     ex = installer.ex
     logits, weights = f"{prefix}.router.logits", f"{prefix}.router.weights"
     if ex.wants(logits):
-        installer.wrap(experts.router, installer.at(logits), OnFirstLinear)
+        _tap_logits(installer, experts.router, logits)
     chosen = wanted_experts({*ex.capture, *ex.edits}, prefix)
     if not chosen and not ex.wants(weights):
         return

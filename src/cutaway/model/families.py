@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from cutaway.artifacts.errors import CutawayError
 from cutaway.model.norms import Norm, probe_norm
 from cutaway.model.parts import Experts, Family, Layer, Projection, weight_matrix, width_in, width_out
+from cutaway.model.wrapped import innermost
 
 __all__ = ["TESTED", "Family", "Layer", "Norm", "find_family", "weight_matrix"]
 
@@ -313,7 +314,7 @@ def _mlp(module: nn.Module, about: _Numbers) -> dict[str, Any]:
         return {"mlp": into, "mlp_in": into, "mlp_linear": None, "mlp_out": out, "experts": None, "mlp_writer": out}
     if (experts := _child(mlp, "experts")) is not None:
         router = _need(about.model, mlp, "router", "gate", "router")
-        n = getattr(experts, "num_experts", None) or getattr(router, "num_experts", None)
+        n = getattr(innermost(experts), "num_experts", None) or getattr(innermost(router), "num_experts", None)
         if isinstance(experts, nn.ModuleList) or n is None:
             raise _refuse(about.model, f"its {type(mlp).__name__} keeps its experts in an unknown way")
         known = {"experts", "gate", "router"}

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.model.wrapped import parameter_of
+from cutaway.model.wrapped import in_force, innermost, parameter_of
 
 
 @dataclass(frozen=True)
@@ -17,10 +17,18 @@ class Norm:
     module: nn.Module
     centered: bool
     eps: float
-    weight: Tensor | None
-    bias: Tensor | None
     offset: float  # Gemma stores the gain minus one
     gain_in_float: bool  # Gemma multiplies before the cast back, Llama after it
+
+    @property
+    def weight(self) -> Tensor | None:
+        """The gain [d] in force now: an adapter may have one of its own, and be switched."""
+        return parameter_of(in_force(self.module), "weight")
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias [d] in force now."""
+        return parameter_of(in_force(self.module), "bias")
 
     def divide(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [..., d] -> centred x and its scale [..., 1], both in the dtype of the computation (fp32 or wider)."""
@@ -32,11 +40,11 @@ class Norm:
     def gain(self, normalized: Tensor, dtype: torch.dtype) -> Tensor:
         """The module's output for a normalised value [..., d]."""
         y = normalized if self.gain_in_float else normalized.to(dtype)
-        if self.weight is not None:
-            weight = self.weight.to(y.dtype) if self.gain_in_float else self.weight
+        if (weight := self.weight) is not None:
+            weight = weight.to(y.dtype) if self.gain_in_float else weight
             y = y * (weight + self.offset if self.offset else weight)
-        if self.bias is not None:
-            y = y + self.bias.to(y.dtype)
+        if (bias := self.bias) is not None:
+            y = y + bias.to(y.dtype)
         return y.to(dtype)
 
 
@@ -45,7 +53,7 @@ def probe_norm(module: nn.Module, d: int) -> Norm:
 
     Raises CutawayError, with the half of a sentence that says why, where it is neither a LayerNorm nor an RMS norm.
     """
-    weight, bias = (parameter_of(module, name) for name in ("weight", "bias"))
+    weight = parameter_of(in_force(module), "weight")
     if weight is not None and weight.shape != (d,):
         raise CutawayError(f"its norm {type(module).__name__} has a gain of another shape than the model's width")
     device = weight.device if weight is not None else torch.device("cpu")
@@ -56,7 +64,7 @@ def probe_norm(module: nn.Module, d: int) -> Norm:
     best: tuple[float, Norm] | None = None
     with torch.no_grad():
         expected = module(x).double()
-        for norm in _candidates(module, weight, bias):
+        for norm in _candidates(module):
             wide, scale = norm.divide(x)
             y = norm.gain(wide / scale, dtype).double()
             error = float(((y - expected).abs() / (1 + expected.abs())).max())
@@ -68,12 +76,13 @@ def probe_norm(module: nn.Module, d: int) -> Norm:
     return best[1]
 
 
-def _candidates(module: nn.Module, weight: Tensor | None, bias: Tensor | None) -> Iterator[Norm]:
-    named = next((float(v) for n in ("eps", "variance_epsilon") if (v := getattr(module, n, None)) is not None), None)
-    plain = isinstance(module, nn.LayerNorm)
+def _candidates(module: nn.Module) -> Iterator[Norm]:
+    own = innermost(module)
+    named = next((float(v) for n in ("eps", "variance_epsilon") if (v := getattr(own, n, None)) is not None), None)
+    plain = isinstance(own, nn.LayerNorm)
     for eps in (1e-5, 1e-6) if named is None else (named,):
         for centered in (plain, not plain):
             for offset in (0.0, 1.0):
                 # Gemma's offset comes with the wide gain; torch's own LayerNorm computes in fp32 throughout
                 for wide in (True, False) if centered or offset else (False, True):
-                    yield Norm(module, centered, eps, weight, bias, offset, wide)
+                    yield Norm(module, centered, eps, offset, wide)

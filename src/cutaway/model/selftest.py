@@ -32,7 +32,7 @@ from cutaway.model.selftest_edits import (
     wide_of,
 )
 from cutaway.model.tokens import Tokens
-from cutaway.model.wrapped import bias_of, named_weights
+from cutaway.model.wrapped import bias_of, named_weights, router_parameters
 
 if TYPE_CHECKING:
     from cutaway.model.language_model import LanguageModel
@@ -195,9 +195,9 @@ def _experts(lm: LanguageModel, at: At, layer: int, equal: Equal) -> None:
     experts = parts.experts
     assert experts is not None
     x, weights = at("mlp.in"), at("mlp.router.weights")
-    if (matrix := getattr(experts.router, "weight", None)) is not None and matrix.shape == (experts.n, lm.d_model):
-        bias = getattr(experts.router, "bias", None)
-        logits = wide_of(x) @ wide_of(matrix).T + (wide_of(bias) if isinstance(bias, Tensor) else 0.0)
+    matrix, bias = router_parameters(experts.router)
+    if matrix is not None and matrix.shape == (experts.n, lm.d_model):
+        logits = wide_of(x) @ wide_of(matrix).T + (0.0 if bias is None else wide_of(bias))
         equal("mlp.in W_router + bias = mlp.router.logits", logits, at("mlp.router.logits"))
     chosen = [at(f"mlp.experts.{e}.out") for e in range(experts.n)]
     index = torch.arange(experts.n, device=x.device).expand(x.shape[0] * x.shape[1], -1)

@@ -16,6 +16,7 @@ from cutaway.model import edits as make
 from cutaway.model.norms import Norm
 from cutaway.model.parts import Family, Layer, weight_matrix
 from cutaway.model.sites import layer_of
+from cutaway.model.wrapped import router_parameters
 
 if TYPE_CHECKING:
     from cutaway.model.language_model import LanguageModel
@@ -321,14 +322,13 @@ def _expert_cases(lm: LanguageModel, layer: int, move: Tensor, base: Run) -> Ite
     least = int((weights != 0).sum(0).argmin())
 
     def entry(new: At, old: At) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
-        router = parts.experts.router if parts.experts is not None else None
-        wanted = wide_of(old("mlp.in") + move) @ wide_of(router.weight).T  # type: ignore[union-attr]
-        bias = getattr(router, "bias", None)
-        wanted = wanted + wide_of(bias) if isinstance(bias, Tensor) else wanted
+        assert matrix is not None
+        wanted = wide_of(old("mlp.in") + move) @ wide_of(matrix).T
+        wanted = wanted if bias is None else wanted + wide_of(bias)
         yield "δ at mlp.in: mlp.router.logits follow", new("mlp.router.logits"), wanted, wanted
 
-    matrix = getattr(parts.experts.router, "weight", None)
-    if isinstance(matrix, Tensor) and matrix.shape == (parts.experts.n, lm.d_model):
+    matrix, bias = router_parameters(parts.experts.router)
+    if matrix is not None and matrix.shape == (parts.experts.n, lm.d_model):
         yield make.add(f"{b}.in", move), entry
 
     def without(new: At, old: At) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:

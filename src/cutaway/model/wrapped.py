@@ -15,6 +15,16 @@ from transformers import PreTrainedModel
 
 from cutaway.artifacts.errors import CutawayError
 
+_OUTSIDE = {
+    "poly": "(POLY) mixes its skills by a task id that comes with each prompt",
+    "xlora": "(XLORA) weighs its experts by a first pass of the model over the whole prompt",
+    "shadow": "(SHADOW) has a second model run beside the blocks, which hand its state on",
+    "adaption_prompt": "(ADAPTION_PROMPT) puts trained keys and values before those of the prompt",
+    "lily": "(LILY) mixes its experts by the mean over all tokens at once, so that a token hangs on later ones",
+}
+"""Adapters of PEFT, by the package of their modules, that do not act token by token in the projections they are on."""
+
+_INSIDE = ("base_layer", "original_module", "token_adapter")  # what PEFT calls the module that it wraps
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 
 
@@ -22,7 +32,8 @@ def unwrap(model: Any) -> Any:
     """The model of transformers inside a PEFT model, a compiled one, or one for data parallelism; others as they are.
 
     A compiled model is run uncompiled, with a warning. Raises `CutawayError` where what the wrapper does would be lost:
-    adapters that put tokens before the prompt, modules compiled in place, weights that are sharded.
+    adapters that put tokens before the prompt or act elsewhere than in their modules, modules compiled in place,
+    weights that are sharded.
     """
     seen = model
     while isinstance(seen, nn.Module) and not isinstance(seen, PreTrainedModel):
@@ -69,10 +80,83 @@ def _check_modules(model: nn.Module) -> None:
                 f"{where} was compiled in place, and compiled code does not call hooks: load the model anew and attach "
                 "it before compiling."
             )
+        if (why := _acts_outside(module)) is not None:
+            raise CutawayError(
+                f"The adapter at {where} {why}, which cutaway cannot follow: look into the base model (unload() of the "
+                "PEFT model gives it), or use adapters of weights such as LoRA."
+            )
         if "FullyShardedDataParallel" in type(module).__name__ or type(module).__name__.startswith("FSDP"):
             raise CutawayError(
                 f"{where} holds only a shard of its weights (FSDP): load the model with device_map instead."
             )
+
+
+def _acts_outside(module: nn.Module) -> str | None:
+    """What an adapter does that a run of the model inside has no part in, or that mixes tokens and rows; or None."""
+    # X-LoRA leaves the class of a module and replaces its forward; aLoRA is a variant of LoRA's own modules
+    for owner in (module, getattr(module.__dict__.get("forward"), "__self__", None)):
+        library, _, rest = type(owner).__module__.partition(".tuners.")
+        if library == "peft" and (why := _OUTSIDE.get(rest.partition(".")[0])) is not None:
+            return why
+    for name, variant in (module.__dict__.get("lora_variant") or {}).items():
+        if "alora" in type(variant).__name__.lower():
+            return f"'{name}' (aLoRA) acts from where its invocation tokens stand in a prompt"
+    return None
+
+
+def innermost(module: nn.Module) -> nn.Module:
+    """The model's own module inside an adapter's; others as they are."""
+    while (name := next((name for name in _INSIDE if module._modules.get(name) is not None), None)) is not None:
+        module = module.get_submodule(name)
+    return module
+
+
+def in_force(module: nn.Module) -> nn.Module:
+    """The module that runs where an adapter trained a copy of one: the copy, or the model's own."""
+    copies = module._modules.get("ln_tuning_layers", module._modules.get("modules_to_save"))
+    if copies is None:
+        return module
+    settings: Any = module
+    active = [] if settings.disable_adapters or getattr(module, "merged_adapters", ()) else settings.active_adapters
+    found = next((copies._modules[name] for name in active if name in copies._modules), None)
+    return innermost(module) if found is None else found
+
+
+def embedding_rows(module: nn.Module) -> Tensor:
+    """The rows of a token embedding as they act, [V, d], without a scale that some families multiply them by.
+
+    Of a plain embedding its parameter itself; one in an adapter is asked for all tokens each time.
+    """
+    own: Any = innermost(module)
+    if own is module:
+        found = parameter_of(module, "weight")
+        assert found is not None
+        return found
+    with torch.no_grad():
+        rows = module.forward(torch.arange(own.num_embeddings, device=device_of(module)))
+        scale = getattr(own, "embed_scale", None)  # PEFT applies it too
+        return rows if scale is None else rows / scale
+
+
+def router_parameters(router: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+    """A router's weight [E, d] as it acts, and its bias, where it has such parameters itself.
+
+    Adapters on the parameter count: they say what they add.
+    """
+    own = innermost(router)
+    if own is not router and not hasattr(router, "parameter_name"):  # a linear module in an adapter
+        return (linear_map(router).T, bias_of(router)) if no_matrix(router) is None else (None, None)
+    found, bias = parameter_of(own, "weight"), parameter_of(own, "bias")
+    layer: Any = router
+    while layer is not own and found is not None:
+        if getattr(layer, "parameter_name", None) != "weight":
+            return None, None
+        if not layer.disable_adapters and not layer.merged:
+            for name in layer.active_adapters:
+                if name in layer.lora_A:
+                    found = found + layer.get_delta_weight(name).reshape(found.shape)
+        layer = layer.base_layer
+    return found, bias
 
 
 def device_of(module: nn.Module) -> torch.device:
@@ -178,12 +262,13 @@ def linear_map(module: nn.Module) -> Tensor:
 
 
 def bias_of(module: nn.Module) -> Tensor | None:
-    """What a projection adds, [out], or None; of one that is not plain, what it makes of zeros."""
+    """What a projection adds, [out], or None; of one that is not plain, what it makes of zeros, if it is anything."""
     width = None if is_plain(module) else _width_in(module)
     if width is None:
         return parameter_of(module, "bias")
     with torch.no_grad():
-        return _ask(module, torch.zeros(1, width, dtype=_dtype_in(module), device=device_of(module)))[0]
+        found = _ask(module, torch.zeros(1, width, dtype=_dtype_in(module), device=device_of(module)))[0]
+    return found if bool(found.any()) else None
 
 
 def _ask(module: nn.Module, x: Tensor) -> Tensor:
@@ -194,7 +279,7 @@ def _ask(module: nn.Module, x: Tensor) -> Tensor:
 
 def _width_in(module: nn.Module) -> int | None:
     """How many numbers a projection reads."""
-    for owner in (module, getattr(module, "base_layer", None)):
+    for owner in (module, innermost(module)):
         width = getattr(owner, "in_features", None)
         if width is None and type(owner).__name__ == "Conv1D":
             width = getattr(owner, "nx", None)
@@ -208,7 +293,7 @@ def _dtype_in(module: nn.Module) -> torch.dtype:
     named = getattr(module, "compute_dtype", None)
     if isinstance(named, torch.dtype):
         return named
-    base = getattr(module, "base_layer", module)
+    base = innermost(module)
     for name in ("bias", "weight"):
         found = getattr(base, name, None)
         if isinstance(found, Tensor) and found.is_floating_point() and found.itemsize >= 2:

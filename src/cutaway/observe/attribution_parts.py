@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from cutaway.model.norms import Norm
 from cutaway.model.parts import weight_matrix
 from cutaway.model.run import Run
 from cutaway.model.tokens import Tokens
+from cutaway.model.wrapped import bias_of
 from cutaway.observe.answers import Wrong, differences
 
 By = Literal["component", "head", "neuron", "source"]
@@ -185,7 +186,7 @@ def _attention_parts(
             f"L{layer}H{head} ← {label}" for head in range(pulled.shape[2]) for label in source_labels(run.tokens)
         )
         groups = [Group("source", layer, shares.flatten(2), labels)]
-    return groups + _bias("attention bias", layer, getattr(parts.output, "bias", None), back, constant)
+    return groups + _bias("attention bias", layer, bias_of(parts.output), back, constant)
 
 
 def _mlp_parts(lm: LanguageModel, run: Run, layer: int, g: Tensor, here: Callable[[Tensor], Tensor]) -> list[Group]:
@@ -197,7 +198,7 @@ def _mlp_parts(lm: LanguageModel, run: Run, layer: int, g: Tensor, here: Callabl
     w_out = weight_matrix(parts.mlp_out).detach().to(_product(lm))
     pulled = (back.to(_product(lm)) @ w_out.T).to(g.dtype)  # [b, K + 1, m]
     neurons = Group("neuron", layer, pulled * here(run[inside + "mlp.post"]).to(g.dtype)[:, None])
-    return [neurons, *_bias("MLP bias", layer, getattr(parts.mlp_out, "bias", None), back, constant)]
+    return [neurons, *_bias("MLP bias", layer, bias_of(parts.mlp_out), back, constant)]
 
 
 def source_labels(tokens: Tokens) -> list[str]:
@@ -213,12 +214,12 @@ def source_labels(tokens: Tokens) -> list[str]:
     return labels
 
 
-def _bias(kind: str, layer: int, bias: Any, back: Tensor, constant: Tensor | None) -> list[Group]:
+def _bias(kind: str, layer: int, bias: Tensor | None, back: Tensor, constant: Tensor | None) -> list[Group]:
     """What an output projection's bias, and the bias of a norm behind it, write whatever the input is."""
-    if not isinstance(bias, Tensor) and constant is None:
+    if bias is None and constant is None:
         return []
     value = back.new_zeros(back.shape[:2])
-    if isinstance(bias, Tensor):
+    if bias is not None:
         value = value + back @ bias.detach().to(back)
     if constant is not None:
         value = value + constant
@@ -276,9 +277,9 @@ def difference_directions(
     A random direction is made as ΔU is: of a pair where there is a wrong answer, of one token where there is none.
     """
     generator = torch.Generator().manual_seed(seed)
-    bias = getattr(lm.family.unembed, "bias", None)
+    bias = bias_of(lm.family.unembed)
     factor = lm.family.logit_scale  # is in the output directions already
-    bias = bias.detach().double().cpu() * factor if isinstance(bias, Tensor) else None
+    bias = None if bias is None else bias.detach().double().cpu() * factor
     mean = None
     if "mean" in wrongs:
         step = max(1, (1 << 24) // lm.d_model)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.model.language_model import LanguageModel
+from cutaway.model.wrapped import embedding_rows
 from cutaway.observe.head_kinds import attention_layers
 from cutaway.observe.heads import Head, name
 
@@ -201,9 +202,7 @@ def ov_circuit(lm: LanguageModel, layer: int, *, norms: bool = True) -> Factored
 
 def _embedding(lm: LanguageModel) -> Tensor:
     """The token embedding [V, d], without a scale that some families multiply it by."""
-    embedding = lm.hf.get_input_embeddings().weight
-    assert isinstance(embedding, Tensor)
-    return embedding.detach()
+    return embedding_rows(lm.family.embed).detach()
 
 
 def _unembedding_by_embedding(lm: LanguageModel, norms: bool, chunk: int = 16384) -> Tensor:

@@ -32,6 +32,7 @@ from cutaway.artifacts.progress import Progress
 from cutaway.data.activations import as_tokens, counted
 from cutaway.data.corpus import rows_hash
 from cutaway.model.language_model import LanguageModel
+from cutaway.model.parts import weight_matrix
 from cutaway.observe.logit_lens import stream_sites
 
 CHECKPOINT = "trainer.safetensors"
@@ -147,9 +148,7 @@ def library_hash(lm: LanguageModel) -> str:
     """The hash by which the tuned-lens library knows an unembedding: SHA-256 of numpy's summary of the matrix."""
     import hashlib
 
-    weight = lm.family.unembed.weight
-    assert isinstance(weight, Tensor)
-    array = weight.detach().cpu()
+    array = weight_matrix(lm.family.unembed).detach().T.cpu()
     array = array.float().numpy() if array.dtype == torch.bfloat16 else array.numpy()
     return hashlib.sha256(np.array_str(array, precision=1).encode()).hexdigest()
 
