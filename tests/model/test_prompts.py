@@ -82,7 +82,7 @@ def test_beginning_of_text(lm: LanguageModel) -> None:
         (torch.ones(2, 2, 2, dtype=torch.long), "Inputs are"),
         ([[[1]]], "Inputs are"),
         ([None], "Inputs are"),
-        ({"input_ids": [5]}, "Inputs are"),
+        ({"ids": [5]}, "has input_ids"),
         (b"the cat", "Inputs are"),
         ([True, False], "Inputs are"),
     ],

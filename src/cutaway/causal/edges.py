@@ -455,7 +455,7 @@ def _branch(x: Tensor, on_gradient: Callable[[Tensor], None]) -> Tensor:
 def _stacked(parts: Sequence[Tokens]) -> Tokens:
     if len(parts) == 1:
         return parts[0]
-    strings = tuple(row for part in parts for row in part.strings)
+    strings = tuple(row for part in parts for row in part.spelled)
     return Tokens(torch.cat([part.ids for part in parts]), torch.cat([part.mask for part in parts]), strings)
 
 

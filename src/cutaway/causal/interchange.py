@@ -21,6 +21,7 @@ from cutaway.artifacts.statistics import bootstrap_interval, wilson_interval
 from cutaway.causal.causal_model import CausalModel, Example, Swap
 from cutaway.model.edits import Edit, patch
 from cutaway.model.language_model import LanguageModel
+from cutaway.model.naming import answer_tokens, prompt_and
 from cutaway.model.sites import layer_of
 from cutaway.model.tokens import Tokens
 
@@ -252,9 +253,11 @@ def _ready(lm: LanguageModel, model: CausalModel, variables: Sequence[str], swap
         if not isinstance(answer, str):
             raise CutawayError(f"the causal model answers {answer!r} after {prompt!r}; its answer must be a text")
         if (prompt, answer) not in answers:
-            ids, whole = (lm.tokens([text]).row_ids(0) for text in (prompt, f"{prompt}{answer}"))
-            follows = whole[: len(ids)] == ids and len(whole) > len(ids)
-            answers[prompt, answer] = whole[len(ids)] if follows else f"{answer!r} is no continuation of {prompt!r}"
+            ids, whole = (lm.tokens([text]).row_ids(0) for text in (prompt, prompt_and(prompt, answer)))
+            try:
+                answers[prompt, answer] = answer_tokens(lm, prompt, ids, answer, whole)[0]
+            except CutawayError as error:
+                answers[prompt, answer] = str(error)
         return answers[prompt, answer]
 
     prompts = list(dict.fromkeys(example.prompt for swap in swaps for example in swap))

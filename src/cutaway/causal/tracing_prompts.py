@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.model.language_model import LanguageModel
+from cutaway.model.naming import answer_tokens, prompt_and
 from cutaway.model.tokens import Tokens
 
 ROLES = ("subject first", "subject middle", "subject last", "first after", "further", "last token")
@@ -22,7 +23,8 @@ IN_SUBJECT, BEHIND = ROLES[:3], ROLES[3:]
 @dataclass(frozen=True)
 class FactPrompt:
     """A prompt, the subject in it, and how it goes on: `answer` follows the prompt directly, so it usually begins with
-    a space; None takes the model's own most probable token, which is a guess and may be wrong."""
+    a space ("#422" is a token's id); None takes the model's own most probable token, which is a guess and may be wrong.
+    """
 
     prompt: str
     subject: str
@@ -58,11 +60,7 @@ def subject_span(tokens: Tokens, row: int, subject: str, prompt: str) -> tuple[i
 
     Raises `CutawayError` where the prompt does not have the subject, or has it more than once.
     """
-    strings = tokens.strings[row]
-    text, ends = "", []
-    for string in strings:
-        text += string
-        ends.append(len(text))
+    text = tokens.text(row)
     word = re.escape(subject.strip())
     # rather the whole word Rome than a part of Romeo; but some languages put nothing between words
     found = [*re.finditer(rf"(?<!\w){word}(?!\w)", text)] or [*re.finditer(word, text)] if word else []
@@ -71,9 +69,7 @@ def subject_span(tokens: Tokens, row: int, subject: str, prompt: str) -> tuple[i
         raise CutawayError(
             f"the subject {subject!r} {how} in the prompt {prompt!r}; name a text that stands there once"
         )
-    at, stop = found[0].span()
-    first = next(i for i, end in enumerate(ends) if end > at)
-    return first, next(i for i, end in enumerate(ends) if end >= stop)
+    return tokens.covering(row, *found[0].span())
 
 
 @dataclass(frozen=True)
@@ -101,12 +97,10 @@ def answered(lm: LanguageModel, facts: Sequence[FactPrompt], bos: bool | None, l
     answers, kept, refused = [], [], []
     for row, fact in enumerate(facts):
         ids = tokens.row_ids(row)
-        wanted = [] if fact.answer is None else lm.tokens([f"{fact.prompt}{fact.answer}"], bos=bos).row_ids(0)
-        if fact.answer is not None and (wanted[: len(ids)] != ids or len(wanted) == len(ids)):
-            raise CutawayError(
-                f"the answer {fact.answer!r} does not follow {fact.prompt!r} as tokens of its own; begin it with a "
-                "space, and end the prompt at a word"
-            )
+        wanted: list[int] = []
+        if fact.answer is not None:
+            both = lm.tokens([prompt_and(fact.prompt, fact.answer)], bos=bos).row_ids(0)
+            wanted = [*ids, *answer_tokens(lm, fact.prompt, ids, fact.answer, both)]
         logits = lm.run([wanted or ids]).logits
         assert logits is not None
         said = logits[0, len(ids) - 1 :].argmax(-1).tolist()

@@ -40,8 +40,8 @@ def attribute(
     prompts
         One prompt, or several to average over.
     answer
-        A token with its leading space (“ Austin”), one for all prompts or one a prompt (--answer “ A” --answer “ B”);
-        what the model itself says if not given.
+        The token that each prompt goes on with, with its leading space (“ Austin”), or its id (“#422”): one for all
+        prompts or one a prompt (--answer “ A” --answer “ B”); what the model itself says if not given.
     wrong
         The token that it is compared with; one for all prompts or one a prompt. With a single prompt, several are
         averaged.

@@ -44,8 +44,8 @@ def lens(
     prompt
         What to read; may be left out when a tuned lens is trained.
     target
-        A token to follow through the layers, with its leading space (“ Austin”); may be given several times. The
-        model's own answer if not given.
+        A token to follow through the layers, with its leading space (“ Austin”) or as its id (“#422”); may be given
+        several times. The model's own answer if not given.
     position
         A token position to read (0 is the first, -1 the last); may be given several times. All if not given; the
         table shows the last one read.
@@ -96,7 +96,7 @@ def lens(
 
     import cutaway
     from cutaway.draw.page import page_html
-    from cutaway.observe.answers import single_token
+    from cutaway.model.naming import single_token
     from cutaway.observe.lens_view import evaluation_section, lens_sections
     from cutaway.observe.logit_lens import logit_lens
     from cutaway.observe.tuned_lens_files import load_tuned_lens

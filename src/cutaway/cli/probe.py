@@ -74,7 +74,8 @@ def probe(
     use_site
         The site to use the probe at; the one with the best score if not given.
     answer
-        What the model answers for the positive class (the last one in sorted order), with its space; or a column.
+        What the model answers for the positive class (the last one in sorted order), with its space, or a token's id
+        (“#422”); or a column.
     wrong
         The same for the other class. With neither --wrong nor a column of that name, the answer's probability is
         measured.

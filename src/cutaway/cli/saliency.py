@@ -37,8 +37,9 @@ def saliency(
     prompts
         One prompt, or several.
     answer
-        A token with its leading space (“ Austin”), one for all prompts or one a prompt (--answer “ A” --answer “ B”);
-        what the model would answer if not given.
+        The token that each prompt goes on with, with its leading space (“ Austin”), or its id (“#422”): one for all
+        prompts or one a prompt (--answer “ A” --answer “ B”); what the model would answer if
+        not given.
     wrong
         The token whose logit is subtracted, likewise; “mean” for the mean over the vocabulary.
     method

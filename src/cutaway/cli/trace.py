@@ -41,7 +41,8 @@ def trace(
     subject
         The text in the prompt that is hidden (“Dallas”).
     answer
-        The right answer with its leading space (“ Austin”); the model's own guess, right or wrong, if not given.
+        The right answer with its leading space (“ Austin”), or a token's id (“#422”); the model's own guess, right or
+        wrong, if not given.
     prompts
         Instead of these three, a JSON file: a list of objects with prompt, subject and answer.
     n

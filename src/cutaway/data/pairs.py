@@ -16,7 +16,8 @@ from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.model.language_model import LanguageModel
-from cutaway.model.tokens import Tokens
+from cutaway.model.naming import continued, prompt_and
+from cutaway.model.tokens import Tokens, named_token
 
 Prompt = str | tuple[int, ...]
 Place = int | str | tuple[str, str]
@@ -27,10 +28,11 @@ class PromptPair:
     """`clean` is continued by `answer`, `corrupt` by `wrong`.
 
     Prompts are texts, or tuples of token ids (then the answers are ids too). Answers are texts that follow the prompt
-    directly, so they usually begin with a space. `positions` names places by role: a token position (0 is the first
-    real token, -1 the last), a text that stands in both prompts, or (text in clean, text in corrupt); a text means its
-    last token, at its last occurrence, or, where it begins with "^", in the beginning of the prompt ("^Tom and Tom" is
-    the second Tom). `answers` and `wrongs` are all right and all wrong continuations of the clean
+    directly, so they usually begin with a space, or "#422" for the token of this id ("\\#422" is the text "#422").
+    `positions` names places by role: a token position (0 is the first real token, -1 the last), a text that stands in
+    both prompts, or (text in clean, text in corrupt); a text means its last token, at its last occurrence, or, where it
+    begins with "^", in the beginning of the prompt ("^Tom and Tom" is the second Tom). `answers` and `wrongs` are all
+    right and all wrong continuations of the clean
     prompt where there are several (every later year); empty means `answer` and `wrong` alone. With `symmetric` the
     corrupt prompt is continued by what is wrong after the clean one; without, it only makes the clean prompt's answer
     less likely (after the year 01 nearly every year is right). `template` names the wording that pairs share, for means
@@ -266,7 +268,11 @@ def _continued(
     they cannot be read.
     """
     groups = [
-        [f"{prompt}{ending}" for prompt in (pair.clean, pair.corrupt) for ending in ("", pair.answer, pair.wrong)]
+        [
+            prompt if ending is None else prompt_and(prompt, str(ending))
+            for prompt in (str(pair.clean), str(pair.corrupt))
+            for ending in (None, pair.answer, pair.wrong)
+        ]
         if isinstance(pair.clean, str)
         else []
         for pair in pairs
@@ -284,6 +290,14 @@ def _continued(
             except CutawayError as error:
                 yield f"the prompt cannot be read: {error}"
                 continue
+            ends = [named_token(str(ending)) for ending in (pair.answer, pair.wrong)]
+            strange = [end for end in ends if isinstance(end, int) and end >= lm.d_vocab]
+            if strange:
+                yield f"the prompt cannot be read: {lm.name} has no token {strange[0]} (its vocabulary: {lm.d_vocab})"
+                continue
+            for k, end in enumerate(ends):
+                if isinstance(end, int):
+                    rows[1 + k], rows[4 + k] = [*rows[1 + k], end], [*rows[4 + k], end]
             yield rows[:3], rows[3:]
         else:
             clean, corrupt = ([int(i) for i in prompt] for prompt in (pair.clean, pair.corrupt))
@@ -318,8 +332,8 @@ def _single_tokens(lm: LanguageModel) -> Callable[[str | int], int | None]:
 
     @cache
     def single(text: str | int) -> int | None:
-        ids = _rows(lm.tokens(str(text), bos=False))[0]
-        return ids[0] if len(ids) == 1 and lm.token_strings(ids)[0] == text else None
+        ids = continued(lm, str(text))
+        return ids[0] if ids is not None and len(ids) == 1 and lm.token_strings(ids)[0] == text else None
 
     return single
 
@@ -365,11 +379,17 @@ def _firsts(
 ) -> list[int] | str:
     """The first token of each text after a prompt, which is read as `tokens`."""
     try:
-        rows = _rows(lm.tokens([f"{prompt}{text}" for text in several], bos=bos))
+        rows = _rows(lm.tokens([prompt_and(prompt, str(text)) for text in several], bos=bos))
     except CutawayError as error:
         return f"the prompt cannot be read: {error}"
     firsts: list[int] = []
     for text, row in zip(several, rows, strict=True):
+        named = named_token(str(text))
+        if isinstance(named, int):
+            if named >= lm.d_vocab:
+                return f"the prompt cannot be read: {lm.name} has no token {named} (its vocabulary: {lm.d_vocab})"
+            firsts.append(named)
+            continue
         follows = len(row) > len(tokens) and row[: len(tokens)] == tokens
         first = row[len(tokens)] if follows else single(text)
         if first is None:
@@ -406,10 +426,9 @@ def _spot(tokens: Tokens, row: int, prompt: Prompt, text: str) -> int:
     start = text[1:]
     if not start or not str(prompt).startswith(start):
         raise CutawayError(f"the prompt does not begin with {start!r}")
-    ends = list(itertools.accumulate(len(string) for string in tokens.strings[row]))
-    before = "".join(tokens.strings[row]).find(str(prompt))  # a beginning-of-text, a space of the tokenizer's
-    end = max(before, 0) + len(start)
-    return next((i for i, e in enumerate(ends) if e >= end), len(ends) - 1)
+    whole = tokens.text(row)
+    before = max(whole.find(str(prompt)), 0)  # a beginning-of-text, a space of the tokenizer's
+    return tokens.covering(row, before, min(before + len(start), len(whole)))[1]
 
 
 def _places(spots: Sequence[Mapping[str, tuple[int, int]]]) -> dict[str, Tensor]:

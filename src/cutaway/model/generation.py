@@ -274,8 +274,7 @@ def _collect(
         text = "" if lm.tokenizer is None else str(lm.tokenizer.decode(list(new), skip_special_tokens=True))
         texts.append(cut(text, settings.stops))
     ids, mask = pad_rows(rows, lm.pad_id if lm.pad_id is not None else 0)
-    spelling = lambda: tuple(tuple(lm.token_strings(row)) for row in rows)  # noqa: E731
-    tokens = Tokens(ids.to(lm.device), mask.to(lm.device), spelling)
+    tokens = Tokens(ids.to(lm.device), mask.to(lm.device), lambda: lm.spelled(rows))
     first = prompts.first.repeat_interleave(n).tolist()
     return Generation(
         texts=tuple(texts),

@@ -6,6 +6,7 @@ modules, the same `state_dict`, bit-equal logits when nothing is captured or edi
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -33,11 +34,17 @@ from cutaway.model.streaming import GenerationStream
 from cutaway.model.sweep import Cell
 from cutaway.model.sweep import Metric as SweepMetric
 from cutaway.model.sweep_results import Sweep
-from cutaway.model.tokens import Tokens, pad_rows, token_string
+from cutaway.model.tokens import Tokens, pad_rows, printable, token_string
 from cutaway.model.wrapped import device_of, unwrap
 
-Inputs = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor | Tokens
+Inputs = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor | Tokens | Mapping[str, Any]
 Message = Mapping[str, str]
+
+
+_ENCODING = frozenset(
+    ("input_ids", "attention_mask", "token_type_ids", "special_tokens_mask", "offset_mapping", "length")
+)
+"""What a tokenizer returns; only the first two say anything about a causal model's input."""
 
 
 class LanguageModel:
@@ -111,8 +118,10 @@ class LanguageModel:
     # Tokens
 
     def tokens(self, inputs: Inputs, *, bos: bool | None = None) -> Tokens:
-        """Text(s), ids or Tokens as a padded batch on the model's device.
+        """Text(s), ids, Tokens or what the tokenizer returned as a padded batch on the model's device.
 
+        A `BatchEncoding`, or a dict with `input_ids` and `attention_mask`, is taken with its padding. Ids alone have no
+        mask, so those that end in the padding token are taken as they stand, with a warning.
         Text is tokenised exactly as the model's tokenizer does it (`bos=None`); `bos=True` makes sure that each row
         starts with one beginning-of-text token and `bos=False` that none does. Raises CutawayError for a doubled
         beginning-of-text, ids outside the vocabulary, and rows longer than the context.
@@ -121,20 +130,26 @@ class LanguageModel:
             raise CutawayError(f"bos= is True, False or None; got {bos!r}.")
         if isinstance(inputs, Tensor) and (inputs.layout is not torch.strided or inputs.device.type == "meta"):
             raise CutawayError("Token ids are a plain tensor of numbers, neither sparse nor on the meta device.")
+        if isinstance(inputs, Mapping):
+            inputs = self._encoded(inputs, bos)
         if isinstance(inputs, Tokens):
             tokens = inputs.to(self.device)
         elif isinstance(inputs, Tensor) and bos is None and self._plain_ids(inputs):
             ids = (inputs[None] if inputs.ndim == 1 else inputs).detach().to(self.device, torch.long, copy=True)
-            tokens = Tokens.whole(ids, lambda: self._strings(ids.tolist()))
+            self._warn_of_padding(ids)
+            tokens = Tokens.whole(ids, lambda: self.spelled(ids.tolist()))
         else:
-            rows = self._rows(inputs)
-            rows = [self._with_bos(row, bos) for row in rows]
+            given = self._rows(inputs)
+            text = isinstance(inputs, str) or any(isinstance(item, str) for item in inputs)
+            rows = [self._with_bos(row, bos, text) for row in given]
             if not rows or any(not row for row in rows):
                 raise CutawayError("There is an empty prompt; every prompt needs at least one token.")
             if any(not 0 <= i < self.d_vocab for row in rows for i in row):
                 raise self._no_such_id()
+            if not text:
+                self._warn_of_padding(rows)
             ids, mask = pad_rows(rows, self._padding())
-            tokens = Tokens(ids.to(self.device), mask.to(self.device), lambda: self._strings(rows))
+            tokens = Tokens(ids.to(self.device), mask.to(self.device), lambda: self.spelled(rows))
         low, high = (tokens.ids[tokens.mask] if tokens.padded else tokens.ids).aminmax()
         if int(low) < 0 or int(high) >= self.d_vocab:
             raise self._no_such_id()
@@ -145,6 +160,58 @@ class LanguageModel:
             )
         return tokens
 
+    def _encoded(self, inputs: Mapping[str, Any], bos: bool | None) -> Tokens | list[list[int]]:
+        """What a tokenizer returned, as Tokens padded as it is; as rows of ids where `bos` may change them."""
+        if "input_ids" not in inputs:
+            raise CutawayError(f"A dict of inputs has input_ids (and attention_mask); this one has {[*inputs]}.")
+        strange = [key for key in inputs if key not in _ENCODING]
+        if strange:
+            raise CutawayError(
+                f"Inputs are taken from input_ids and attention_mask alone; leave {strange[0]!r} out of the dict."
+            )
+        rows = self._rows(inputs["input_ids"])
+        marks = _plain(inputs.get("attention_mask"))
+        if marks is None:
+            return rows
+        marks = [_plain(row) for row in marks] if isinstance(marks, list) else [marks]
+        marks = [marks] if marks and not isinstance(marks[0], list) else marks
+        if [len(row) if isinstance(row, list) else -1 for row in marks] != [len(row) for row in rows]:
+            raise CutawayError("input_ids and attention_mask have different shapes; give them as the tokenizer does.")
+        if any(mark not in (0, 1) for row in marks for mark in row):
+            raise CutawayError("An attention_mask has 1 at real tokens and 0 at padding; this one has other values.")
+        if any(0 in row[row.index(1) : len(row) - row[::-1].index(1)] for row in marks if 1 in row):
+            raise CutawayError("The mask has holes inside a row; real tokens must be contiguous.")
+        real = [[i for i, mark in zip(row, m, strict=True) if mark] for row, m in zip(rows, marks, strict=True)]
+        if bos is not None or len({len(row) for row in rows}) != 1 or not all(real):
+            return real
+        for row in real:
+            self._with_bos(row, None, False)
+        mask = torch.tensor(marks).bool()
+        return Tokens(torch.tensor(rows).where(mask, self._padding()), mask, lambda: self.spelled(real))
+
+    def _warn_of_padding(self, given: Tensor | list[list[int]]) -> None:
+        """Warn of ids that end in the padding token, unless it also stands inside rows (as between packed texts)."""
+        pad = self.pad_id
+        if pad is None:
+            return
+        if isinstance(given, Tensor):
+            if not bool((given[:, -1] == pad).any()):
+                return
+            given = given.tolist()
+        counts = []
+        for row in given:
+            trailing = next((k for k, i in enumerate(reversed(row)) if i != pad), len(row))
+            counts.append(trailing if trailing < len(row) else 0)
+            if pad in row[1 : len(row) - trailing]:
+                return
+        found = next((row for row, count in enumerate(counts) if count), None)
+        if found is not None:
+            warnings.warn(
+                f"Row {found} ends in the padding token (id {pad}), {counts[found]} of it, and is read with it as it "
+                "stands; if that is padding, give what the tokenizer returned, which has the attention_mask.",
+                stacklevel=4,
+            )
+
     def _plain_ids(self, inputs: Tensor) -> bool:
         """Whether a tensor is a batch of token ids, of one length, that needs nothing but a mask."""
         if inputs.ndim not in (1, 2) or inputs.numel() == 0 or inputs.dtype not in (torch.int64, torch.int32):
@@ -154,8 +221,9 @@ class LanguageModel:
             return True
         return not bool((inputs[..., :2] == start).all(-1).any())
 
-    def _strings(self, rows: list[list[int]]) -> tuple[tuple[str, ...], ...]:
-        return tuple(tuple(self.token_strings(row)) for row in rows)
+    def spelled(self, rows: list[list[int]]) -> tuple[tuple[str, ...], ...]:
+        """What `Tokens.spelling` is of rows of ids."""
+        return tuple(tuple(token_string(self.tokenizer, i) for i in row) for row in rows)
 
     def _no_such_id(self) -> CutawayError:
         return CutawayError(f"Token ids must be between 0 and {self.d_vocab - 1}, the vocabulary of {self.name}.")
@@ -163,7 +231,7 @@ class LanguageModel:
     def token_strings(self, ids: Iterable[int] | Tensor) -> list[str]:
         """One printable string a token, spaces kept."""
         values = ids.tolist() if isinstance(ids, Tensor) else ids
-        return [token_string(self.tokenizer, int(i)) for i in values]
+        return [printable(token_string(self.tokenizer, int(i))) for i in values]
 
     def _rows(self, inputs: Any) -> list[list[int]]:
         given: Any = [inputs] if isinstance(inputs, str) else _plain(inputs)
@@ -196,19 +264,32 @@ class LanguageModel:
         assert isinstance(ids, list)
         return [int(i) for i in ids]
 
-    def _with_bos(self, row: list[int], bos: bool | None) -> list[int]:
+    def _with_bos(self, row: list[int], bos: bool | None, text: bool) -> list[int]:
         start = self.bos_id
         if bos is True and start is None:
             raise CutawayError(f"{self.name} has no beginning-of-text token; leave bos out.")
         if start is not None and len(row) > 1 and row[0] == row[1] == start:
-            raise CutawayError(
-                "The prompt starts with two beginning-of-text tokens: the tokenizer adds one, so leave it out."
-            )
+            raise CutawayError(f"The prompt starts with two beginning-of-text tokens: {self._why_doubled(row, text)}.")
         has = start is not None and bool(row) and row[0] == start
         if bos is True and not has:
             assert start is not None
             return [start, *row]
         return row[1:] if bos is False and has else row
+
+    def _why_doubled(self, row: list[int], text: bool) -> str:
+        """What put two beginning-of-text tokens before a prompt, and the way out."""
+        start = self.bos_id
+        if text and self._encode("a")[:1] == [start]:
+            return "the tokenizer adds one, so leave it out"
+        if text:
+            return "the text itself has both, and the tokenizer adds none, so leave one out"
+        n = next((k for k, i in enumerate(row) if i != start), len(row))
+        if start == self.pad_id:
+            return (
+                f"the ids begin with {n} of {start}, which is the padding token too; if that is padding, give what the "
+                "tokenizer returned, which has the attention_mask, and otherwise leave one out"
+            )
+        return f"the ids begin with {n} of {start}, so leave one out"
 
     def _padding(self) -> int:
         return next((i for i in (self.pad_id, self.bos_id) if i is not None and i < self.d_vocab), 0)

@@ -288,7 +288,7 @@ def _matches(where: AtToken, tokens: Tokens, row: int, what: str) -> list[int]:
         return []
     times = f" {len(ends)} times" if ends else ""
     raise CutawayError(
-        f"{what}: row {row} {'has it only' if ends else 'does not have it'}{times}: {''.join(tokens.strings[row])!r} "
+        f"{what}: row {row} {'has it only' if ends else 'does not have it'}{times}: {tokens.text(row)!r} "
         "(missing='skip' leaves such rows untouched)."
     )
 

@@ -360,7 +360,7 @@ def verify(lm: LanguageModel) -> None:
 def _selftest(lm: LanguageModel) -> SelfTest:
     generator = torch.Generator().manual_seed(0)
     row = torch.randint(0, lm.d_vocab, (1, min(_LENGTH, lm.context_length)), generator=generator)
-    tokens = lm.tokens(Tokens(row, torch.ones_like(row, dtype=torch.bool), (tuple(lm.token_strings(row[0])),)))
+    tokens = lm.tokens(Tokens(row, torch.ones_like(row, dtype=torch.bool), lm.spelled(row.tolist())))
     checks = _Checks(lm)
     base = lm.run(tokens, capture=lm.sites().present(), limit_bytes=2**62)
     _ends(lm, base, checks)

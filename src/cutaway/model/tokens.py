@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -25,8 +28,9 @@ class Tokens:
 
     `ids` is int64 [b, p]; `mask` is bool [b, p], True on real tokens, which are contiguous in each row. Rows are
     padded on the right unless the caller made them otherwise. A *position* counts a row's real tokens from 0, or back
-    from -1; a *column* is an index into `ids`. `spelling` is what `strings` returns, or a function that makes it when
-    it is first asked for.
+    from -1; a *column* is an index into `ids`. `spelling` has each row's tokens as text, or is a function that makes
+    them when they are first asked for; a byte of a character that is split over tokens is a surrogate there, as
+    Python's "surrogateescape" writes it, so that the tokens of a row joined are its text.
     """
 
     ids: Tensor
@@ -58,9 +62,14 @@ class Tokens:
         return tokens
 
     @cached_property
-    def strings(self) -> Strings:
-        """The real tokens of each row as text."""
+    def spelled(self) -> Strings:
+        """The real tokens of each row as `spelling` has them: parts of characters as surrogates."""
         return self.spelling() if callable(self.spelling) else self.spelling
+
+    @cached_property
+    def strings(self) -> Strings:
+        """The real tokens of each row as text to show; a token with a part of a character has "�" for it."""
+        return tuple(tuple(printable(string) for string in row) for row in self.spelled)
 
     @cached_property
     def longest(self) -> int:
@@ -110,25 +119,46 @@ class Tokens:
         """The real token ids of a row."""
         return self.ids[row][self.mask[row]].tolist()
 
+    def text(self, row: int) -> str:
+        """A row's real tokens as one text, with "�" for a byte that belongs to no character."""
+        return "".join("�" if _stray(character) else character for character in self._text(row))
+
+    def _text(self, row: int) -> str:
+        self._check_row(row)
+        return _rejoined("".join(self.spelled[row]))
+
+    def covering(self, row: int, start: int, stop: int) -> tuple[int, int]:
+        """First and last position of the tokens that spell the characters [start, stop) of `text(row)`.
+
+        A character that is split over tokens belongs to all of them. `start` is less than `stop`.
+        """
+        text = self._text(row)
+        ends = list(itertools.accumulate(_size(string) for string in self.spelled[row]))
+        first, last = _size(text[:start]), _size(text[:stop])
+        return bisect.bisect_right(ends, first), bisect.bisect_left(ends, last)
+
     def find(self, row: int, text: str, occurrence: int = -1) -> int:
         """Position of the last token of `text` in a row: its `occurrence`-th appearance (-1 is the last one)."""
         found = self.find_all(row, text)
         if not found or not -len(found) <= occurrence < len(found):
             raise CutawayError(
                 f"'{text}' does not occur{f' {occurrence} times' if found else ''} in row {row}: "
-                f"{''.join(self.strings[row])!r}."
+                f"{self.text(row)!r}{_said_so(text, self.text(row))}."
             )
         return found[occurrence]
 
     def find_all(self, row: int, text: str) -> list[int]:
-        """Position of the last token of each appearance of `text` in a row, overlapping ones included."""
-        self._check_row(row)
-        joined, ends = "", []
-        for string in self.strings[row]:
-            joined += string
-            ends.append(len(joined))
-        starts = [i for i in range(len(joined)) if joined.startswith(text, i)] if text else []
-        return [next(i for i, e in enumerate(ends) if e >= start + len(text)) for start in starts]
+        """Position of the last token of each appearance of `text` in a row, overlapping ones included.
+
+        `text` is sought in the row's characters, so one that is split over several tokens is found, at the last of
+        them. A text that is one token's id, as in "#422", is that token.
+        """
+        named = named_token(text)
+        if isinstance(named, int):
+            return [position for position, index in enumerate(self.row_ids(row)) if index == named]
+        whole = self._text(row)
+        starts = [i for i in range(len(whole)) if whole.startswith(named, i)] if named else []
+        return [self.covering(row, start, start + len(named))[1] for start in starts]
 
     def _check_row(self, row: int) -> None:
         if not -len(self) <= row < len(self):
@@ -137,7 +167,7 @@ class Tokens:
     def __getitem__(self, rows: int | slice | Sequence[int]) -> Tokens:
         chosen = list(range(len(self)))[rows] if isinstance(rows, slice) else rows
         chosen = [chosen] if isinstance(chosen, int) else list(chosen)
-        return Tokens(self.ids[chosen], self.mask[chosen], lambda: tuple(self.strings[i] for i in chosen))
+        return Tokens(self.ids[chosen], self.mask[chosen], lambda: tuple(self.spelled[i] for i in chosen))
 
     def repeat(self, n: int) -> Tokens:
         """Each row n times, one after another (row 0 n times, then row 1)."""
@@ -158,8 +188,33 @@ class Tokens:
         return "\n".join([f"Tokens(batch {len(self)}, {self.ids.shape[1]} columns)", *rows, *more])
 
 
+def named_token(text: str) -> int | str:
+    """A token named by its id, "#422", as the id; any other text as it is, and "\\#422" as the text "#422"."""
+    if _ID.fullmatch(text):
+        return int(text[1:])
+    return text[1:] if text.startswith("\\") and _ID.fullmatch(text[1:]) else text
+
+
+def _said_so(text: str, whole: str) -> str:
+    """The way out for a text that was taken as an id."""
+    return f" (the text itself is written '\\{text}')" if isinstance(named_token(text), int) and text in whole else ""
+
+
+def _stray(character: str) -> bool:
+    return "\udc80" <= character <= "\udcff"
+
+
+def printable(text: str) -> str:
+    """A text with "�" for every part of a character."""
+    return text if text.isascii() else text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
 def token_string(tokenizer: PreTrainedTokenizerBase | None, index: int) -> str:
-    """One token as text, with the space in front of it that a plain decode of sentencepiece tokens drops."""
+    """One token as text, with the space in front of it that a plain decode of sentencepiece tokens drops.
+
+    A token that is a part of a character has its bytes as surrogates (Python's "surrogateescape"); `printable` shows
+    it.
+    """
     if tokenizer is None:
         return f"⟨{index}⟩"
     token = tokenizer.convert_ids_to_tokens(index)
@@ -167,10 +222,38 @@ def token_string(tokenizer: PreTrainedTokenizerBase | None, index: int) -> str:
         return f"⟨{index}⟩"
     if isinstance(token, str) and "▁" in token:
         return token.replace("▁", " ")
-    if isinstance(token, str) and len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-        byte = int(token[3:5], 16)
-        return chr(byte) if byte < 128 else "�"
-    return str(tokenizer.decode([index], clean_up_tokenization_spaces=False))
+    if isinstance(token, str) and is_byte(token):
+        return bytes([int(token[3:5], 16)]).decode("utf-8", "surrogateescape")
+    text = str(tokenizer.decode([index], clean_up_tokenization_spaces=False))
+    if "�" in text and isinstance(token, str) and all(character in _BYTE_OF for character in token):
+        return bytes(_BYTE_OF[character] for character in token).decode("utf-8", "surrogateescape")
+    return text
+
+
+def is_byte(token: str) -> bool:
+    """Whether a token of a sentencepiece vocabulary is one byte, as in "<0x0A>"."""
+    return len(token) == 6 and token.startswith("<0x") and token.endswith(">")
+
+
+def _rejoined(text: str) -> str:
+    """Bytes that were apart as surrogates, together as the characters that they spell."""
+    return text if text.isascii() else text.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")
+
+
+def _size(text: str) -> int:
+    """Bytes of a text."""
+    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogateescape"))
+
+
+def _byte_names() -> dict[str, int]:
+    """The character that stands for each byte in byte-level vocabularies (GPT-2's), and the byte."""
+    plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_ID = re.compile(r"#[0-9]+")
+_BYTE_OF = _byte_names()
 
 
 def pad_rows(rows: Sequence[Sequence[int]], pad_id: int, side: str = "right") -> tuple[Tensor, Tensor]:

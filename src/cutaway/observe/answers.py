@@ -3,49 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.model.language_model import LanguageModel
+from cutaway.model.naming import single_token
+from cutaway.model.tokens import Tokens
 
 Wrong = list[int] | Literal["mean"] | None
 """Tokens whose mean logit is subtracted, the mean over the vocabulary, or nothing."""
-
-
-def single_token(lm: LanguageModel, text: str | int, what: str = "answer") -> int:
-    """The id of a text that is one token of the model, or the id itself.
-
-    Raises CutawayError: a text that is no token, several tokens (it says which), unknown to the tokenizer, or an id
-    outside the vocabulary.
-    """
-    if not isinstance(text, str):
-        if not 0 <= int(text) < lm.d_vocab:
-            raise CutawayError(f"The {what} {text} is no token id: they go from 0 to {lm.d_vocab - 1}.")
-        return int(text)
-    if lm.tokenizer is None:
-        raise CutawayError(f"{lm.name} has no tokenizer: give the {what} as a token id.")
-    if not text:
-        raise CutawayError(f"The {what} is empty; give a text that is one token, with its leading space if it has one.")
-    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-        raise CutawayError(f"The {what} {text!r} is not valid Unicode text; give it again.")
-    ids = lm.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    ids = [int(i) for i in cast("list[int]", ids)]
-    unknown = getattr(lm.tokenizer, "unk_token_id", None)
-    if unknown is not None and unknown in ids and text != lm.tokenizer.unk_token:
-        raise CutawayError(f"The {what} {text!r} is unknown to the tokenizer of {lm.name}; give a text that it knows.")
-    if len(ids) != 1:
-        pieces = ", ".join(f"{piece!r} ({i})" for piece, i in zip(lm.token_strings(ids), ids, strict=True))
-        spaced = lm.tokenizer(f" {text}", add_special_tokens=False, verbose=False)["input_ids"]
-        way_out = (
-            f"with a space before it, as inside a sentence, it is one: {f' {text}'!r}"
-            if len(cast("list[int]", spaced)) == 1
-            else "give one of them, or a text that is one token (words inside a sentence begin with a space)"
-        )
-        raise CutawayError(f"The {what} {text!r} is {len(ids)} tokens of {lm.name}: {pieces}; {way_out}.")
-    return ids[0]
 
 
 def model_answers(lm: LanguageModel, inputs: Any, position: int = -1) -> list[int]:
@@ -56,35 +25,42 @@ def model_answers(lm: LanguageModel, inputs: Any, position: int = -1) -> list[in
     return [int(run.logits[row, column].argmax()) for row, column in enumerate(columns)]
 
 
-def answer_ids(lm: LanguageModel, answer: Any, n: int) -> list[int]:
-    """One token a row, from one answer or one a row."""
-    given = [answer] * n if isinstance(answer, str | int) else list(answer)
-    if len(given) != n:
-        raise CutawayError(f"{len(given)} answers for {n} prompts; give one, or one a prompt.")
-    return [single_token(lm, one) for one in given]
+def prompt_ids(tokens: Tokens, positions: Sequence[int]) -> list[list[int]]:
+    """What an answer continues: each row's real tokens up to its position."""
+    return [
+        tokens.row_ids(row)[: tokens.column(row, p) - int(tokens.first[row]) + 1] for row, p in enumerate(positions)
+    ]
 
 
-def wrong_ids(lm: LanguageModel, wrong: Any, n: int) -> list[Wrong]:
-    """What each row's answer is compared with, from one rule for all rows or one a row."""
+def answer_ids(lm: LanguageModel, answer: Any, prompts: Sequence[Sequence[int]]) -> list[int]:
+    """One token a prompt (its ids), from one answer or one a prompt, each as the prompt's continuation."""
+    given = [answer] * len(prompts) if isinstance(answer, str | int) else list(answer)
+    if len(given) != len(prompts):
+        raise CutawayError(f"{len(given)} answers for {len(prompts)} prompts; give one, or one a prompt.")
+    return [single_token(lm, one, after=prompt) for one, prompt in zip(given, prompts, strict=True)]
 
-    def one(value: Any) -> Wrong:
+
+def wrong_ids(lm: LanguageModel, wrong: Any, prompts: Sequence[Sequence[int]]) -> list[Wrong]:
+    """What each prompt's answer is compared with, from one rule for all prompts (their ids) or one a prompt."""
+
+    def one(value: Any, prompt: Sequence[int]) -> Wrong:
         if value is None or (isinstance(value, str) and value == "mean"):
             return value
         tokens = [value] if isinstance(value, str | int) else list(value)
         if not tokens:
             raise CutawayError("The list of wrong answers is empty; leave wrong out to attribute the answer's logit.")
-        return [single_token(lm, token, "wrong answer") for token in tokens]
+        return [single_token(lm, token, "wrong answer", prompt) for token in tokens]
 
     if wrong is None or isinstance(wrong, str | int):
-        return [one(wrong)] * n
+        return [one(wrong, prompt) for prompt in prompts]
     given = list(wrong)
-    if n == 1 and not any(isinstance(value, list | tuple) for value in given):
-        return [one(given)]
-    if len(given) != n:
+    if len(prompts) == 1 and not any(isinstance(value, list | tuple) for value in given):
+        return [one(given, prompts[0])]
+    if len(given) != len(prompts):
         raise CutawayError(
-            f"{len(given)} wrong answers for {n} prompts; give one, or one (or a list of them) a prompt."
+            f"{len(given)} wrong answers for {len(prompts)} prompts; give one, or one (or a list of them) a prompt."
         )
-    return [one(value) for value in given]
+    return [one(value, prompt) for value, prompt in zip(given, prompts, strict=True)]
 
 
 def in_words(lm: LanguageModel, wrong: Wrong) -> str:

@@ -23,7 +23,7 @@ from cutaway.artifacts.results import Control, Effect
 from cutaway.artifacts.statistics import bootstrap_interval
 from cutaway.model.language_model import LanguageModel
 from cutaway.model.tokens import Tokens
-from cutaway.observe.answers import Wrong, answer_ids, differences, in_words, wrong_ids
+from cutaway.observe.answers import Wrong, answer_ids, differences, in_words, prompt_ids, wrong_ids
 from cutaway.observe.attribution_parts import (
     GRANULARITIES,
     By,
@@ -188,7 +188,7 @@ class Attribution:
         data: dict[str, Any] = {
             "model": self.model,
             "by": self.by,
-            "prompts": ["".join(row) for row in self.tokens.strings],
+            "prompts": [self.tokens.text(row) for row in range(len(self.tokens))],
             "tokens": [list(row) for row in self.tokens.strings],
             "position": list(self.position),
             "answer": list(self.answers),
@@ -262,7 +262,7 @@ def attribute(
 
     Parameters:
         inputs: a prompt, or b of them (text, ids, Tokens).
-        answer: a token (a text that is one token, or an id), or one a prompt.
+        answer: a token, or one a prompt: an id (422, "#422"), or the text by which one token continues the prompt.
         wrong: None (the answer's logit alone), a token, several tokens (their mean), one of these a prompt, or "mean"
             (the mean over the vocabulary). A text that happens to be "mean" can be given by its id.
         position: token position whose next token is predicted, counted from each row's first real token; or one a row.
@@ -279,11 +279,12 @@ def attribute(
     if controls < 1:
         raise CutawayError(f"controls={controls}: at least one random token pair is needed beside a share.")
     tokens = lm.tokens(inputs, bos=bos)
-    answers, wrongs = answer_ids(lm, answer, len(tokens)), wrong_ids(lm, wrong, len(tokens))
     positions = [position] * len(tokens) if isinstance(position, int) else [int(p) for p in position]
     if len(positions) != len(tokens):
         raise CutawayError(f"{len(positions)} positions for {len(tokens)} prompts; give one, or one a prompt.")
     columns = torch.tensor([tokens.column(row, place) for row, place in enumerate(positions)])
+    before = prompt_ids(tokens, positions)
+    answers, wrongs = answer_ids(lm, answer, before), wrong_ids(lm, wrong, before)
     directions, biases = difference_directions(lm, answers, wrongs, controls, seed)
     result = split_difference(lm, tokens, columns, directions, biases, by, answers, wrongs)
     groups, total, capped, notes = result

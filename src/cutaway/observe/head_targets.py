@@ -162,14 +162,12 @@ def needle_mask(tokens: Tokens, needle: str | Tensor | Sequence[Sequence[int]]) 
         return _as_mask(needle, tokens, "needle")
     mask = torch.zeros(tuple(tokens.ids.shape), dtype=torch.bool)
     if isinstance(needle, str):
-        for row, strings in enumerate(tokens.strings):
-            text, place = "".join(strings), 0
-            hits = [i for i in range(len(text)) if needle and text.startswith(needle, i)]
-            for position, string in enumerate(strings):
-                ends = place + len(string)
-                if any(place < hit + len(needle) and hit < ends for hit in hits):
-                    mask[row, tokens.column(row, position)] = True
-                place = ends
+        for row in range(len(tokens)):
+            text = tokens.text(row)
+            for hit in (i for i in range(len(text)) if needle and text.startswith(needle, i)):
+                first, last = tokens.covering(row, hit, hit + len(needle))
+                start = tokens.column(row, first)
+                mask[row, start : start + last - first + 1] = True
         if not bool(mask.any()):
             raise CutawayError(f"The needle {needle!r} stands in none of the prompts; give it as it is written there.")
         return mask

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.model.language_model import LanguageModel
-from cutaway.model.tokens import Tokens
+from cutaway.model.naming import continued, single_token
+from cutaway.model.tokens import Tokens, named_token
 
 _CHUNK_BYTES = 1 << 24
 """Size of one fp32 table of [tokens, vocabulary]; about ten exist at a time."""
@@ -287,14 +288,14 @@ def _target_ids(lm: LanguageModel, tokens: Tokens, targets: Sequence[str | int] 
 
 
 def first_token(lm: LanguageModel, target: str | int) -> int:
-    """The id itself, or the first token of a text (write the leading space that the text has in its sentence)."""
-    if isinstance(target, int):
-        if not 0 <= target < lm.d_vocab:
-            raise CutawayError(f"the target {target} is no token id: they go from 0 to {lm.d_vocab - 1}")
-        return target
-    if not target:
+    """The id itself (a number, or "#422"), or the first token of a text, with the leading space that it has inside a
+    sentence."""
+    named = named_token(target) if isinstance(target, str) else target
+    if isinstance(named, int):
+        return single_token(lm, target, "target")
+    if not named:
         raise CutawayError(f"the target {target!r} has no token")
-    tokens = lm.tokens(target, bos=False)
-    if int(tokens.lengths[0]) == 0:
-        raise CutawayError(f"the target {target!r} has no token")
-    return int(tokens.ids[0, tokens.first[0]])
+    ids = None if lm.tokenizer is None else continued(lm, named)
+    if ids is not None and len(ids) > 1:
+        return ids[0]
+    return single_token(lm, target, "target")

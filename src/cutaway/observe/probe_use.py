@@ -28,6 +28,7 @@ from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.progress import Progress
 from cutaway.artifacts.results import Control, Effect
 from cutaway.artifacts.statistics import bootstrap_interval
+from cutaway.model import naming
 from cutaway.model.edits import add
 from cutaway.model.language_model import LanguageModel
 from cutaway.model.run import Run
@@ -71,27 +72,19 @@ class Answers:
 def answer_tokens(
     lm: LanguageModel, texts: Sequence[str], answers: Sequence[str], wrong: Sequence[str] | None = None
 ) -> Answers:
-    """Answers as they follow each text, as the model's tokenizer reads them: the first token of each.
+    """Answers as they follow each text, as the model's tokenizer reads them: the first token of each; "#422" is an id.
 
-    Raises CutawayError when a text and its answer merge at the seam, or when an answer and its wrong one begin with the
-    same token.
+    Raises CutawayError when a text and its answer merge at the seam and no token continues it so, or when an answer and
+    its wrong one begin with the same token.
     """
     whole = _ids(lm, texts)
 
     def first(words: Sequence[str]) -> tuple[int, ...]:
         if len(words) != len(texts):
             raise CutawayError(f"There are {len(texts)} texts but {len(words)} answers; give one for each text.")
-        found = []
-        for text, ids, joined, word in zip(
-            texts, whole, _ids(lm, [t + w for t, w in zip(texts, words, strict=True)]), words, strict=True
-        ):
-            if joined[: len(ids)] != ids or len(joined) == len(ids):
-                raise CutawayError(
-                    f"The answer {word!r} does not follow {text!r} as tokens of its own; begin it with a space, or end "
-                    "the text at a word."
-                )
-            found.append(joined[len(ids)])
-        return tuple(found)
+        both = _ids(lm, [naming.prompt_and(text, word) for text, word in zip(texts, words, strict=True)])
+        rows = zip(texts, whole, words, both, strict=True)
+        return tuple(naming.answer_tokens(lm, text, ids, word, read)[0] for text, ids, word, read in rows)
 
     right, other = first(answers), None if wrong is None else first(wrong)
     if other is not None:

@@ -23,7 +23,9 @@ from torch import Tensor
 from cutaway.artifacts.errors import CutawayError
 from cutaway.model.edits import set as put
 from cutaway.model.language_model import LanguageModel
-from cutaway.observe.answers import Wrong, differences, in_words, single_token, wrong_ids
+from cutaway.model.naming import single_token
+from cutaway.model.tokens import Tokens
+from cutaway.observe.answers import Wrong, differences, in_words, wrong_ids
 
 Method = Literal["gradient-x-input", "integrated-gradients", "occlusion"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -122,8 +124,9 @@ def question(
         raise CutawayError(f"Saliency is of one prompt at a time; got {len(tokens)}.")
     if tokens.row_ids(0) == [lm.bos_id]:
         raise CutawayError("The prompt is a beginning-of-text alone, so there is no token to attribute to; give text.")
-    right = single_token(lm, answer)
-    other = wrong_ids(lm, wrong, 1)[0]
+    prompt_ids = tokens.row_ids(0)
+    right = single_token(lm, answer, after=prompt_ids)
+    other = wrong_ids(lm, wrong, [prompt_ids])[0]
     if isinstance(other, list) and right in other:
         raise CutawayError(f"The answer {answer!r} is also the wrong answer; give two that differ.")
     name = lm.token_strings([right])[0]
@@ -158,7 +161,8 @@ def baseline_vector(lm: LanguageModel, baseline: Baseline) -> Tensor:
         width = min(lm.context_length, 256)
         for start in range(0, lm.d_vocab, width):
             row = list(range(start, min(start + width, lm.d_vocab)))
-            total += lm.run([row], capture="embed", logits=None)["embed"][0].double().sum(0).to(total.device)
+            ids = Tokens.whole(torch.tensor([row]), ((),))
+            total += lm.run(ids, capture="embed", logits=None)["embed"][0].double().sum(0).to(total.device)
         return (total / lm.d_vocab).to(lm.dtype)
     raise CutawayError(f"There is no baseline embedding {baseline!r}; use zero, pad or mean.")
 

@@ -225,7 +225,7 @@ def steer_latent(
     return LatentSteering(
         latent=latent,
         concept=concept,
-        prompts=tuple("".join(strings) for strings in tokens.strings),
+        prompts=tuple(tokens.text(row) for row in range(len(tokens))),
         unsteered_text=lm.generate(first, max_new_tokens=max_new_tokens).texts[0],
         random_latents=tuple(others),
         doses=tuple(doses),

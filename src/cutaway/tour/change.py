@@ -181,7 +181,7 @@ def _bars(kind: str, words: str, result: SteeringResult) -> page.Bars:
 
 def _texts(prompts: Tokens, words: str, result: SteeringResult) -> page.Compare:
     """Replies to the first prompt, side by side."""
-    question = "".join(prompts.strings[0])
+    question = prompts.text(0)
     items = (
         page.Continuation(label="unsteered", text=result.unsteered.texts[0], note=result.unsteered.labels[0]),
         page.Continuation(label=words, text=result.steered.texts[0], note=result.steered.labels[0]),
@@ -330,7 +330,7 @@ def _continuations(tour: Tour, prompts: Tokens, direction: Direction, names: lis
     ]
     labels = ("unsteered", "direction added", "random direction")
     return page.Compare(
-        prompt="".join(prompts.strings[0]),
+        prompt=prompts.text(0),
         items=tuple(
             page.Continuation(label=label, text=text, control=i == 2, highlight=tuple(names))
             for i, (label, text) in enumerate(zip(labels, texts, strict=True))
