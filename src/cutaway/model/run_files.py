@@ -11,8 +11,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.artifacts.files import make_folder, read_json, write_json, write_safetensors
+from cutaway.artifacts.files import read_json, take_folder, write_json, write_safetensors
 from cutaway.artifacts.manifest import Manifest, ModelIdentity
+from cutaway.model.edit_files import FILES as EDIT_FILES
+from cutaway.model.edit_files import FORMAT as EDITS
 from cutaway.model.edit_files import load_edits, save_edits
 from cutaway.model.edits import Receipt
 from cutaway.model.run import Gradients, Run
@@ -79,8 +81,10 @@ def save_run(run: Run, folder: str | Path) -> Path:
     tensors |= {} if run.logits is None else {"logits": run.logits}
     tensors |= {f"value:{name}": value for name, value in run.values.items()}
     tensors |= {f"grad:{name}": value for name, value in run.grads.items()}
-    make_folder(folder)
-    write_safetensors(folder / "run.safetensors", {k: v.contiguous().cpu() for k, v in tensors.items()}, {})
+    files = {**dict.fromkeys(("run.json", "run.safetensors"), FORMAT), **dict.fromkeys(EDIT_FILES, EDITS)}
+    take_folder(folder, "run", files)
+    values = {k: v.contiguous().cpu() for k, v in tensors.items()}
+    write_safetensors(folder / "run.safetensors", values, {"format": FORMAT})
     save_edits(folder, run.edits)
     held = [(name, run.site_table[name]) for name in run.sites]
     record = {
