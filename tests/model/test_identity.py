@@ -1,4 +1,4 @@
-"""A model's identity is of the weights as they are: changes in place are noticed, wherever a run goes on from another."""
+"""A model's identity is of the weights as they are: a change in place is noticed."""
 
 import copy
 from collections.abc import Callable

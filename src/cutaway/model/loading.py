@@ -299,7 +299,7 @@ def identity_of_parameters(hf: PreTrainedModel, name: str, revision: str | None 
 
 
 def weight_versions(hf: PreTrainedModel) -> list[tuple[int, int]]:
-    """What changes when a weight is changed in place or replaced. Parts that are offloaded come and go, and count not."""
+    """What changes when a weight is changed in place or replaced; of offloaded parts, which come and go, nothing."""
     there = [p for p in hf.parameters() if p.device.type != "meta"]
     return [(id(p), -1 if p.is_inference() else p._version) for p in there]
 
