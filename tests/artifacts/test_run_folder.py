@@ -188,3 +188,28 @@ def test_a_place_that_may_not_be_written_to_is_one_sentence(rights: int) -> None
             os.seteuid(0)
         locked.chmod(0o700)
         shutil.rmtree(locked)
+
+
+def test_a_finished_step_that_was_changed_since_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    with open_tour(path) as folder:
+        folder.file("dictionary", "weights").write_bytes(b"1234")
+        folder.file("table").write_bytes(b"5678")
+        folder.save_step("made", {"loss": 1.5}, files=("dictionary", "table", "never written"))
+    for name in ("dictionary/weights", "table", "steps/made.json"):
+        whole = (path / name).read_bytes()
+        for spoilt in (whole[:-1] + b"x", None):
+            (path / name).unlink() if spoilt is None else (path / name).write_bytes(spoilt)
+            with open_tour(path) as folder:
+                if spoilt is None and name.startswith("steps"):
+                    assert folder.step("made") is None
+                else:
+                    with pytest.raises(CutawayError, match=f"{name} .*begin again with --overwrite"):
+                        folder.step("made")
+        (path / name).write_bytes(whole)
+    (path / "steps" / "made.sha256").unlink()  # of a release that wrote none
+    with open_tour(path) as folder:
+        assert folder.step("made") == {"loss": 1.5}
+        folder.file("table").write_bytes(b"again")
+        folder.save_step("made", {"loss": 1}, files=("table",))
+        assert folder.step("made") == {"loss": 1}

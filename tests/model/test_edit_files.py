@@ -1,6 +1,8 @@
 """Edits and runs on disk: bit for bit there and back, one digest everywhere, and nothing believed that is damaged."""
 
+import contextlib
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -289,6 +291,26 @@ def test_a_loaded_run_is_a_source_of_patches(llama: LanguageModel, tmp_path: Pat
     assert torch.equal(one, other)  # type: ignore[arg-type]
 
 
+def test_every_flipped_bit_of_a_saved_run_is_noticed(llama: LanguageModel, tmp_path: Path) -> None:
+    edit = cutaway.scale("blocks.0.mlp.out", 0.5)
+    folder = llama.run([5, 6, 7], capture=SITE, edits=edit).save(tmp_path / "run")
+    draw = random.Random(0)
+    for file in sorted(folder.iterdir()):
+        whole = file.read_bytes()
+        for _ in range(30):
+            place = draw.randrange(len(whole))
+            flipped = bytearray(whole)
+            flipped[place] ^= 1 << draw.randrange(8)
+            file.write_bytes(flipped)
+            with contextlib.suppress(CutawayError):
+                back = cutaway.load_run(folder)
+                # JSON may be written in several ways: what it says is what counts
+                assert file.suffix == ".json"
+                assert json.loads(flipped) == json.loads(whole), (file.name, place, back)
+        file.write_bytes(whole)
+    assert cutaway.load_run(folder).edits == (edit,)
+
+
 def test_a_damaged_run_is_refused(llama: LanguageModel, tmp_path: Path) -> None:
     with pytest.raises(CutawayError, match="does not exist"):
         cutaway.load_run(tmp_path)
@@ -297,7 +319,8 @@ def test_a_damaged_run_is_refused(llama: LanguageModel, tmp_path: Path) -> None:
     whole, tensors = json.loads(file.read_text()), load_file(values)
     damages: list[tuple[dict[str, Any], str]] = [
         ({"format": "x"}, "no run"),
-        ({"version": 7}, "version 7"),
+        ({"version": 1}, "version 1"),
+        ({"model": "another"}, "changed after it was written"),
         ({"n_layers": "two"}, "damaged"),
         ({"manifest": whole["manifest"] | {"configuration": {}}}, "changed after"),
         ({"manifest": {}}, "damaged"),

@@ -84,6 +84,45 @@ def refuse_device(path: Path) -> None:
         raise CutawayError(f"{path} is a stream of this process, not a file; name a file")
 
 
+def refuse_replacing(path: Path, what: str, mark: str) -> None:
+    """Raise `CutawayError` where `path` is a file that cutaway did not write as `what`: it may be somebody's input.
+
+    A file of ours has `mark` in its first or last bytes. What is empty is nobody's loss.
+    """
+    path, reach = Path(path), 1 << 16
+    try:
+        if not os.path.isfile(path):
+            return
+        with open(path, "rb") as file:
+            ends = file.read(reach)
+            file.seek(max(0, os.path.getsize(path) - reach))
+            ends += file.read(reach)
+    except OSError as error:
+        raise CutawayError(f"{path} is there and cannot be read, so it is not replaced; name another file") from error
+    if ends and mark.encode() not in ends:
+        raise CutawayError(f"{path} exists and is no {what} that cutaway wrote; name another file, or move it")
+
+
+def check_folder(folder: Path, what: str, files: Mapping[str, str]) -> None:
+    """Raise `CutawayError` where a folder cannot get `files`, name to mark (see `refuse_replacing`).
+
+    That is where a file would be replaced that is not ours, and in a model's folder: all safetensors there count as its
+    weights.
+    """
+    if os.path.isfile(folder):
+        raise CutawayError(f"{folder} is a file; name a folder for the {what}")
+    if any(os.path.isfile(folder / name) for name in ("config.json", "adapter_config.json")):
+        raise CutawayError(f"{folder} holds a config.json, as a model's folder does; name another for the {what}")
+    for name, mark in files.items():
+        refuse_replacing(folder / name, what, mark)
+
+
+def take_folder(folder: Path, what: str, files: Mapping[str, str]) -> Path:
+    """Make the folder that gets `files`, or go on with one that may get them; raises as `check_folder` does."""
+    check_folder(folder, what, files)
+    return make_folder(folder)
+
+
 @contextlib.contextmanager
 def atomic_path(final: Path) -> Iterator[Path]:
     """Yield a temporary path beside `final`; when the body ends well, it becomes `final`.

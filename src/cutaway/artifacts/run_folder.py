@@ -2,6 +2,7 @@
 
     run.json            command, configuration, version of the code: what the folder belongs to
     steps/NAME.json     the result of each finished step
+    steps/NAME.sha256   hashes of that file, and of the files that the step wrote
     .lock               held by the process that is writing
 
 A folder belongs to one command and one configuration. The same ones resume it; others are refused rather than mixed.
@@ -18,10 +19,11 @@ from typing import Any, Self
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.files import disk_errors, make_folder, plain, read_json, write_json
-from cutaway.artifacts.manifest import code_version
+from cutaway.artifacts.manifest import code_version, file_hash
 
 _RUN = "run.json"
 _LOCK = ".lock"
+_AGAIN = "restore it, or begin again with --overwrite"
 _STEP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -83,19 +85,41 @@ class RunFolder:
         return cls(path, lock)
 
     def step(self, name: str) -> Any | None:
-        """What the step saved when it finished, None if it has not."""
-        file = self._step_file(name)
-        return read_json(file) if file.exists() else None
+        """What the step saved when it finished, None if it has not.
 
-    def save_step(self, name: str, payload: Any) -> Any:
+        Raises `CutawayError` where it, or a file that the step wrote, is not what it was then.
+        """
+        file = self._step_file(name)
+        hashes = file.with_suffix(".sha256")
+        if not file.exists():
+            return None
+        if not hashes.exists():  # of an earlier release, or killed before it was written
+            return read_json(file)
+        recorded = read_json(hashes)
+        if not isinstance(recorded, dict) or file.relative_to(self.path).as_posix() not in recorded:
+            raise CutawayError(f"{hashes} is damaged: {_AGAIN}")
+        for part, known in recorded.items():
+            there = self.path / part
+            if not there.is_file():
+                raise CutawayError(f"{there} is missing, which a finished step wrote: {_AGAIN}")
+            if file_hash(there) != known:
+                raise CutawayError(f"{there} was changed after it was written: {_AGAIN}")
+        return read_json(file)
+
+    def save_step(self, name: str, payload: Any, files: Collection[str] = ()) -> Any:
         """Record that the step finished with `payload`, and return it as `step` will: through JSON and back.
 
-        Anything but None; what is not plain JSON goes through `files.plain`.
+        Anything but None; what is not plain JSON goes through `files.plain`. `files` are what the step wrote into the
+        folder, files or folders of them: `step` refuses them when they have been changed.
         """
         if payload is None:
             raise ValueError(f"step {name!r}: None would read as a step that has not finished")
         file = self._step_file(name)
+        hashes = file.with_suffix(".sha256")
+        hashes.unlink(missing_ok=True)
         write_json(file, payload)
+        wrote = [file, *(part for entry in files for part in _files_of(self.path / entry))]
+        write_json(hashes, {part.relative_to(self.path).as_posix(): file_hash(part) for part in wrote})
         return read_json(file)
 
     def file(self, *parts: str) -> Path:
@@ -132,6 +156,10 @@ def locked(path: Path) -> Iterator[None]:
         yield
     finally:
         _unlock(lock)
+
+
+def _files_of(path: Path) -> list[Path]:
+    return sorted(part for part in path.rglob("*") if part.is_file()) if path.is_dir() else [path] * path.is_file()
 
 
 def _release() -> str:

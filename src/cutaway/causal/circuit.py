@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.artifacts.files import read_json, write_json
+from cutaway.artifacts.files import read_json, refuse_replacing, write_json
 from cutaway.artifacts.manifest import Manifest
 from cutaway.artifacts.results import Choices
 from cutaway.causal.circuit_baselines import nodes_of
@@ -31,6 +31,11 @@ if TYPE_CHECKING:
 FORMAT, SCHEMA = "cutaway circuit", 1
 _LARGEST = 10**9  # heads squared; a file that asks for more would only fill the memory
 _GRAPH = ("n_layers", "n_heads", "parallel", "n_kv_heads", "columns")
+
+
+def refuse_no_circuit(path: Path) -> None:
+    """Raise `CutawayError` where a circuit would replace a file that is none of ours."""
+    refuse_replacing(path, "circuit", f'"format": "{FORMAT}"')
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +126,8 @@ class Circuit:
         }
 
     def save(self, path: Path | str) -> None:
-        """Write the file, whole or not at all."""
+        """Write the file, whole or not at all; `CutawayError` where a file is there that is no circuit."""
+        refuse_no_circuit(Path(path))
         write_json(Path(path), self)
 
     @classmethod

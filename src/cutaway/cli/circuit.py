@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.cli.options import Count, ExistingPath, Flag, Output, Page, Seed
+from cutaway.cli.options import Count, ExistingPath, Flag, Output, Page, Seed, keep_apart
 from cutaway.cli.output import command_line, deliver
 
 
@@ -112,14 +112,15 @@ def circuit(
     if faithfulness is not None and not 0 < faithfulness <= 1:
         raise CutawayError(f"--faithfulness {faithfulness:g}: give a share above 0 and up to 1")
     count, fraction = _size(size)
-    if out is not None and html is not None and out.absolute() == html.absolute():
-        raise CutawayError(f"--out and --html both name {out}: give each a file of its own")
+    keep_apart({"--out": out, "--html": html}, {"--pairs": pairs, "--held-out": held_out, "--evaluate": evaluate})
     if resamples < 100:
         raise CutawayError(f"--resamples {resamples}: stability takes 100 or more")
 
-    from cutaway.causal.circuit import Circuit
+    from cutaway.causal.circuit import Circuit, refuse_no_circuit
     from cutaway.causal.metrics import named_metric
 
+    if out is not None:
+        refuse_no_circuit(out)
     if metric is not None:
         named_metric(metric)
     known = None if evaluate is None else Circuit.load(evaluate)

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
+from cutaway.artifacts.errors import CutawayError
 from cutaway.cli.dictionary_judge import judge
 from cutaway.cli.options import Count, ExistingPath, Flag, Page, Seed
 from cutaway.cli.output import command_line, deliver, print_json
@@ -132,6 +133,9 @@ def convert(
     """
     from cutaway.dictionaries.formats.files import at_site, load_all, save_all
 
+    source, target = Path(path).resolve(), out.resolve()
+    if source.exists() and (source == target or target in source.parents):
+        raise CutawayError(f"{out} holds {path}, which is read: name another folder to write")
     dictionaries = list(load_all(path).values())
     if site is not None:
         dictionaries = [at_site(dictionary, site) for dictionary in dictionaries]

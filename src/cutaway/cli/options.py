@@ -1,6 +1,7 @@
 """Kinds of options that several commands have."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -36,6 +37,13 @@ def _file_name(path: Path | None, example: str) -> None:
 
 def _page_name(_hint: object, path: Path | None) -> None:
     _file_name(path, "page.html")
+    if path is not None and os.path.isfile(path):
+        from cutaway.draw.page import refuse_no_page
+
+        try:
+            refuse_no_page(path)
+        except CutawayError as error:
+            raise ValueError(f"{error}.") from None
 
 
 def _data_name(_hint: object, path: Path | None) -> None:
@@ -52,3 +60,15 @@ ExistingPath = Annotated[Path, Parameter(validator=validators.Path(exists=True))
 """A file or folder that must be there."""
 
 ExistingFolder = Annotated[Path, Parameter(validator=validators.Path(exists=True, file_okay=False))]
+
+
+def keep_apart(outputs: Mapping[str, Path | None], inputs: Mapping[str, Path | str | None]) -> None:
+    """Raise `CutawayError` where two options name one file, and one of them is written."""
+    seen = {name: path for name, path in inputs.items() if path is not None}
+    for name, path in outputs.items():
+        if path is None:
+            continue
+        for other, there in seen.items():
+            if os.path.realpath(there) == os.path.realpath(path):
+                raise CutawayError(f"{other} and {name} both name {path}: give each a file of its own")
+        seen[name] = path

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.artifacts.files import plain, write_text
+from cutaway.artifacts.files import plain
 
 
 def print_json(value: Any) -> None:
@@ -44,9 +44,11 @@ def deliver(*, text: str, data: Any, page: Callable[[], str], as_json: bool, htm
     asked for.
     """
     if html is not None:
+        from cutaway.draw.page import write_page
+
         if html.is_dir():
             raise CutawayError(f"{html} is a folder; --html takes the name of a file, such as {html / 'page.html'}.")
-        write_text(html, page())
+        write_page(html, page())
     if as_json:
         print_json(data)
         return

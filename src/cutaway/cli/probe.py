@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 
 from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.files import check_folder
 from cutaway.cli.options import Count, Flag, Page, Seed
 from cutaway.cli.output import command_line, deliver
 
@@ -92,6 +93,10 @@ def probe(
     html
         Write a page with the figures and drawings to this file.
     """
+    if save is not None:
+        from cutaway.observe.probe import FILES
+
+        check_folder(save, "probe", FILES)
     rows = read_rows(data)
     texts = [row["text"] for row in rows]
     where = place(position, rows, data)

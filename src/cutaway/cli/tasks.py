@@ -5,13 +5,15 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import Parameter, validators
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.cli.options import Count, Flag, Output, Page, Seed
+from cutaway.cli.options import Count, Flag, Output, Page, Seed, keep_apart
 from cutaway.cli.output import command_line, deliver
 
 if TYPE_CHECKING:
     from cutaway.causal.competence import TaskResult
     from cutaway.data.tasks import Task
     from cutaway.data.wording import Split
+
+_PAIR_FILES = (".json", ".jsonl", ".csv")
 
 
 def tasks(
@@ -64,16 +66,18 @@ def tasks(
     """
     if write is not None and (task is None or len(task) != 1):
         raise CutawayError("--write takes the pairs of one task; name it with --task")
-    if write is not None and html is not None and write.absolute() == html.absolute():
-        raise CutawayError(f"--write and --html both name {write}: give each a file of its own")
+    file = task[0] if write is not None and task and task[0].endswith(_PAIR_FILES) else None
+    keep_apart({"--write": write, "--html": html}, {"--task": file})
 
     import cutaway
     from cutaway.artifacts.progress import Progress
     from cutaway.causal.competence import try_task
     from cutaway.causal.competence_view import competence_page, competence_text
-    from cutaway.data.pair_files import write_pairs
+    from cutaway.data.pair_files import refuse_other_pairs, write_pairs
     from cutaway.subjects.world.pairs import ALL_TASKS, known_task
 
+    if write is not None:
+        refuse_other_pairs(write)
     chosen = ALL_TASKS if task is None else tuple(known_task(name) for name in task)
     splits: dict[str, tuple[Split, ...]] = {
         "search": ("search",), "held-out": ("held_out",), "both": ("search", "held_out")
@@ -93,7 +97,8 @@ def tasks(
         found = {result.split: result.pairs.pairs if result.pairs is not None else () for result in results}
         if not any(found.values()):
             raise CutawayError(f"there is nothing to write: {results[0].reason}")
-        write_pairs(write, found.get("search", ()), name=chosen[0].name, held_out=found.get("held_out", ()))
+        pairs, held_out = found.get("search", ()), found.get("held_out", ())
+        write_pairs(write, pairs, name=chosen[0].name, held_out=held_out, replace=False)
     deliver(
         text=competence_text(results),
         data={"command": command, "model": lm.name, "tasks": [result.to_json() for result in results]},

@@ -97,13 +97,37 @@ def read_pair_file(path: Path | str) -> PairFile:
 
 
 def write_pairs(
-    path: Path | str, pairs: Sequence[PromptPair], *, name: str = "", held_out: Sequence[PromptPair] = ()
+    path: Path | str,
+    pairs: Sequence[PromptPair],
+    *,
+    name: str = "",
+    held_out: Sequence[PromptPair] = (),
+    replace: bool = True,
 ) -> None:
-    """Write pairs as JSON that `read_pairs` reads back: a list, or with a name or held-out pairs a task."""
+    """Write pairs as JSON that `read_pairs` reads back: a list, or with a name or held-out pairs a task.
+
+    Raises `CutawayError` where a file is there that holds no pairs, or, without `replace`, others.
+    """
     plain: Any = [pair.to_json() for pair in pairs]
     if name or held_out:
         plain = {"name": name or Path(path).stem, "pairs": plain, "held_out": [pair.to_json() for pair in held_out]}
-    write_text(Path(path), json.dumps(plain, indent=1, ensure_ascii=False) + "\n")
+    path = Path(path)
+    refuse_other_pairs(path)
+    text = json.dumps(plain, indent=1, ensure_ascii=False) + "\n"
+    if not replace and path.is_file() and path.read_bytes() not in (b"", text.encode()):
+        raise CutawayError(
+            f"{path} holds other pairs, which may have been changed by hand; name another file, or move it"
+        )
+    write_text(path, text)
+
+
+def refuse_other_pairs(path: Path) -> None:
+    """Raise `CutawayError` where pairs would replace a file that holds something else."""
+    if path.is_file() and path.stat().st_size:
+        try:
+            read_pairs(path)
+        except CutawayError as error:
+            raise CutawayError(f"{path} exists and holds no prompt pairs; name another file, or move it") from error
 
 
 def task_from_file(path: Path | str) -> Task:

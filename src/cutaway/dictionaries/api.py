@@ -233,7 +233,8 @@ def run(
             metadata = {**one.dictionary.metadata, "manifest": manifest.id}
             save(replace(one.dictionary, metadata=metadata), out / name, overwrite=True)
         write_json(out / "manifest.json", manifest)
-        folder.save_step("trained", {name: dict(one.history[-1]) for name, one in trained.items()})
+        last = {name: dict(one.history[-1]) for name, one in trained.items()}
+        folder.save_step("trained", last, files=(*trained, "manifest.json"))
         with disk_errors(out / "checkpoints"):
             shutil.rmtree(out / "checkpoints")
         return trained

@@ -1,10 +1,12 @@
 """One self-contained page around drawings: no network, light and dark."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from markupsafe import Markup
 
 from cutaway import __version__
+from cutaway.artifacts.files import refuse_replacing, write_text
 from cutaway.draw.style import stylesheet
 from cutaway.draw.text import escape
 
@@ -20,6 +22,19 @@ h1, h2, .page-lead { overflow-wrap: anywhere; }
 .page-foot code { font-family: var(--mono); overflow-wrap: anywhere; }
 .page-drawing { overflow-x: auto; }
 """
+
+_FOOT = '<p class="page-foot">cutaway '
+
+
+def write_page(path: Path, html: str) -> None:
+    """Write what `page_html` returned; `CutawayError` where the file is there and is no such page."""
+    refuse_no_page(path)
+    write_text(path, html)
+
+
+def refuse_no_page(path: Path) -> None:
+    """Raise `CutawayError` where a page would replace a file that is no page of ours."""
+    refuse_replacing(path, "page", _FOOT)
 
 
 def page_html(
@@ -47,5 +62,5 @@ def page_html(
         f'<title>{escape(title)}</title>\n<link rel="icon" href="data:,">\n'
         f"<style>\n{stylesheet()}{_LAYOUT}</style>\n</head>\n<body>\n<main>\n<h1>{escape(title)}</h1>\n"
         f'<p class="page-lead">{escape(lead)}</p>\n' + "\n".join(parts) + "\n"
-        f'<p class="page-foot">cutaway {__version__}.{made}</p>\n</main>\n</body>\n</html>\n'
+        f"{_FOOT}{__version__}.{made}</p>\n</main>\n</body>\n</html>\n"
     )

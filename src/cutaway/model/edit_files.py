@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.artifacts.files import make_folder, read_json, write_json, write_safetensors
+from cutaway.artifacts.files import read_json, take_folder, write_json, write_safetensors
 from cutaway.artifacts.manifest import ModelIdentity, json_hash
 from cutaway.model.edit_values import name_of_function, registered_function
 from cutaway.model.edits import KINDS, PATCHES, Edit, edit_list
@@ -26,6 +26,7 @@ from cutaway.model.positions import AtToken, Columns, Places
 from cutaway.model.tokens import Tokens
 
 FORMAT, VERSION = "cutaway-edits", 1
+FILES = ("edits.json", "edits.safetensors")
 
 
 @dataclass(frozen=True, eq=False)
@@ -281,9 +282,9 @@ def save_edits(path: str | Path, edits: Edit | Sequence[Edit]) -> Path:
         edit.digest()  # refuses what cannot be saved, before anything is written
     packed = _Packed()
     records = [_edit_record(edit, packed, provenance=True) for edit in found]
-    make_folder(folder)
+    take_folder(folder, "edits", dict.fromkeys(FILES, FORMAT))
     # the values first: a reader that finds the JSON finds what it names
-    write_safetensors(folder / "edits.safetensors", {k: t.cpu() for k, t in packed.tensors.items()}, {"format": "pt"})
+    write_safetensors(folder / "edits.safetensors", {k: t.cpu() for k, t in packed.tensors.items()}, {"format": FORMAT})
     wire = _File(format=FORMAT, version=VERSION, edits=records)
     write_json(folder / "edits.json", wire.model_dump(mode="json"))
     return folder

@@ -245,7 +245,10 @@ def edits_for(lm: LanguageModel, edits: Edit | Sequence[Edit] | None) -> tuple[E
     found = edit_list(edits)
     for edit in found:
         source = edit.source
-        if source is None or edit.other_model or getattr(source, "site_table", None) is lm.sites():
+        if source is None or edit.other_model:
+            continue
+        same = getattr(source, "site_table", None) is lm.sites()
+        if same and getattr(source, "weights", None) in (None, lm.weights_state()):
             continue
         theirs, ours = source.identity(), lm.identity()
         if theirs.weight_hash != ours.weight_hash:

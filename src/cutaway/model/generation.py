@@ -287,5 +287,5 @@ def _collect(
         edits=edits,
         site_table=lm.sites(),
         model=lm.name,
-        identity=lm.identity,
+        identity=lm.identity_at(lm.weights_state()),
     )

@@ -61,7 +61,11 @@ class LanguageModel:
         self.tokenizer = tokenizer
         self.name = name
         self._identify = identify
-        self._identity: ModelIdentity | None = None
+        self._identities: dict[int, ModelIdentity] = {}  # by the state of the weights, see weights_state
+        self._states = 0
+        self._versions = loading.weight_versions(hf)
+        self._sample = loading.weight_sample(hf)
+        self._sampled = 0  # the state in which it was taken
         self.family = find_family(hf)
         for layer in self.family.layers:
             check_dispatch(hf, layer.core)
@@ -102,10 +106,47 @@ class LanguageModel:
         return _single(None if self.tokenizer is None else self.tokenizer.pad_token_id)
 
     def identity(self) -> ModelIdentity:
-        """Name, revision and weight hash (of the files of a loaded model, of the parameters of an attached one)."""
-        if self._identity is None:
-            self._identity = self._identify()
-        return self._identity
+        """Name, revision and weight hash (of the files of a loaded model, of the parameters of an attached one).
+
+        Weights that were changed in place since are noticed: then it is the hash of the parameters as they are.
+        """
+        state = self.weights_state()
+        if (sample := loading.weight_sample(self.hf)) != self._sample:  # through `.data`, which PyTorch does not count
+            self._sample = sample
+            if state == self._sampled:
+                state = self._changed()
+        self._sampled = state
+        if state not in self._identities:
+            self._identities[state] = self._identify()
+        return self._identities[state]
+
+    def weights_state(self) -> int:
+        """A number that goes up when a weight is found to have been changed in place, or replaced by another."""
+        versions = loading.weight_versions(self.hf)
+        if versions != self._versions:
+            self._versions = versions
+            return self._changed()
+        return self._states
+
+    def _changed(self) -> int:
+        self._states += 1
+        self._identify = lambda: loading.identity_of_parameters(self.hf, self.name)
+        return self._states
+
+    def identity_at(self, state: int) -> Callable[[], ModelIdentity]:
+        """The identity of what ran in a state, also when the weights have been changed since."""
+
+        def identify() -> ModelIdentity:
+            if state not in self._identities:
+                self.identity()
+            if state not in self._identities:
+                raise CutawayError(
+                    f"The weights of {self.name} were changed in place since this was run, and nobody knows which they "
+                    "were; run it again."
+                )
+            return self._identities[state]
+
+        return identify
 
     def sites(self) -> SiteTable:
         """Every site with its dimensions, shape and meaning; those that this model lacks say why."""
@@ -326,6 +367,7 @@ class LanguageModel:
             raise CutawayError(f"grad= takes a function of the logits; got {grad!r}.")
         if grad is not None and logits is None:
             raise CutawayError("grad= needs logits: ask for logits='last' or 'all'.")
+        state = self.weights_state()
         names = self._names(capture)
         if grad is not None and not names:
             raise CutawayError("grad= gives gradients at captured sites; name some in capture=.")
@@ -378,7 +420,8 @@ class LanguageModel:
             edits=edits,
             site_table=self._sites,
             model=self.name,
-            identity=self.identity,
+            identity=self.identity_at(state),
+            weights=state,
             strings_of=None if self.tokenizer is None else self.token_strings,
         )
 
@@ -419,6 +462,10 @@ class LanguageModel:
         """
         if getattr(source, "site_table", None) is not self._sites:
             raise CutawayError(f"resume= needs a run of {self.name}; this one comes from another model.")
+        if source.weights != self.weights_state():
+            raise CutawayError(
+                f"resume= needs a run of {self.name} as it is; its weights were changed since: run again."
+            )
         given = source.tokens
         if len(given) not in (1, len(tokens)) or given.ids.shape[1] != tokens.ids.shape[1]:
             raise CutawayError("resume= needs a run of the same tokens, or of one row of the same length.")

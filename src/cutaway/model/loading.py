@@ -298,6 +298,22 @@ def identity_of_parameters(hf: PreTrainedModel, name: str, revision: str | None 
     return ModelIdentity(name, revision, weight_hash(parts()))
 
 
+def weight_versions(hf: PreTrainedModel) -> list[tuple[int, int]]:
+    """What changes when a weight is changed in place or replaced; of offloaded parts, which come and go, nothing."""
+    there = [p for p in hf.parameters() if p.device.type != "meta"]
+    return [(id(p), -1 if p.is_inference() else p._version) for p in there]
+
+
+def weight_sample(hf: PreTrainedModel) -> str:
+    """Some entries of every weight: enough to see that a whole one was written through `.data`."""
+    found = []
+    for parameter in hf.parameters():
+        if type(parameter.data) is Tensor and parameter.device.type != "meta" and parameter.is_floating_point():
+            flat = parameter.detach().reshape(-1)
+            found.append(flat[:: max(1, len(flat) // 64)].float().tolist())
+    return repr(found)  # as text, in which NaN is itself
+
+
 def _bytes(value: Any) -> bytes:
     """What a weight holds, however it is stored: quantised ones are made of several tensors and settings."""
     if not isinstance(value, Tensor):

@@ -100,10 +100,11 @@ class Run(Captured):
     identity: Callable[[], ModelIdentity] = field(repr=False)
     manifest: Manifest | None = field(default=None, repr=False)  # of a run that was loaded
     strings_of: Callable[[Tensor], list[str]] | None = field(default=None, repr=False)  # ids to text, with a tokenizer
+    weights: int | None = field(default=None, repr=False)  # LanguageModel.weights_state, None of a run that was loaded
 
     def save(self, folder: str | Path) -> Path:
         """Write the run into a folder, from which `cutaway.load_run` reads it: tensors (`run.safetensors`), tokens,
-        receipts and manifest (`run.json`), edits (`edits.json`, `edits.safetensors`).
+        receipts, hashes and manifest (`run.json`), edits (`edits.json`, `edits.safetensors`).
 
         Raises CutawayError for an edit by a function that is not registered by name.
         """

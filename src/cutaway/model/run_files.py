@@ -11,15 +11,17 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.artifacts.files import make_folder, read_json, write_json, write_safetensors
-from cutaway.artifacts.manifest import Manifest, ModelIdentity
+from cutaway.artifacts.files import read_json, take_folder, write_json, write_safetensors
+from cutaway.artifacts.manifest import Manifest, ModelIdentity, file_hash, json_hash
+from cutaway.model.edit_files import FILES as EDIT_FILES
+from cutaway.model.edit_files import FORMAT as EDITS
 from cutaway.model.edit_files import load_edits, save_edits
 from cutaway.model.edits import Receipt
 from cutaway.model.run import Gradients, Run
 from cutaway.model.sites import KINDS, Site, SiteKind, SiteTable, layer_of, template_of
 from cutaway.model.tokens import Tokens
 
-FORMAT, VERSION = "cutaway-run", 1
+FORMAT, VERSION = "cutaway-run", 2
 
 
 class _Held(BaseModel):
@@ -58,6 +60,7 @@ class _File(BaseModel):
     tokens: list[list[str]]
     sites: list[_Held]
     receipts: list[_Receipt]
+    hashes: dict[str, str]
 
 
 def save_run(run: Run, folder: str | Path) -> Path:
@@ -79,8 +82,10 @@ def save_run(run: Run, folder: str | Path) -> Path:
     tensors |= {} if run.logits is None else {"logits": run.logits}
     tensors |= {f"value:{name}": value for name, value in run.values.items()}
     tensors |= {f"grad:{name}": value for name, value in run.grads.items()}
-    make_folder(folder)
-    write_safetensors(folder / "run.safetensors", {k: v.contiguous().cpu() for k, v in tensors.items()}, {})
+    files = {**dict.fromkeys(("run.json", "run.safetensors"), FORMAT), **dict.fromkeys(EDIT_FILES, EDITS)}
+    take_folder(folder, "run", files)
+    values = {k: v.contiguous().cpu() for k, v in tensors.items()}
+    write_safetensors(folder / "run.safetensors", values, {"format": FORMAT})
     save_edits(folder, run.edits)
     held = [(name, run.site_table[name]) for name in run.sites]
     record = {
@@ -93,15 +98,21 @@ def save_run(run: Run, folder: str | Path) -> Path:
         "sites": [{"name": n, "dims": s.dims, "meaning": s.meaning, "shape": list(s.shape)} for n, s in held],
         "receipts": [asdict(receipt) for receipt in run.receipts],
     }
-    write_json(folder / "run.json", record)
+    write_json(folder / "run.json", {**record, "hashes": _hashes(folder, record)})
     return folder
+
+
+def _hashes(folder: Path, record: dict[str, Any]) -> dict[str, str]:
+    """SHA-256 of the files beside run.json, and of what it says itself."""
+    files = {name: file_hash(folder / name) for name in ("run.safetensors", *EDIT_FILES)}
+    return {**files, "run.json": json_hash({key: value for key, value in record.items() if key != "hashes"})}
 
 
 def load_run(folder: str | Path) -> Run:
     """A run that `Run.save` wrote: logits, captures, gradients, tokens, receipts, edits and manifest, bit for bit.
 
     Its tensors are on the CPU. It serves as the source of patches of the model that it was made with. Raises
-    CutawayError, naming the file: absent, of another format or a newer version, damaged.
+    CutawayError, naming the file: absent, of another format or version, damaged, or changed since it was written.
     """
     folder = Path(folder)
     file = folder / "run.json"
@@ -123,13 +134,17 @@ def load_run(folder: str | Path) -> Run:
     tokens = Tokens(tensors["tokens.ids"], tensors["tokens.mask"], tuple(tuple(row) for row in record.tokens))
     table = _site_table(record)
     identity: ModelIdentity = manifest.model
+    edits = load_edits(folder)
+    for name, found in _hashes(folder, data).items():
+        if record.hashes.get(name) != found:
+            raise CutawayError(f"{folder / name} was changed after it was written; run it again, or restore it.")
     return Run(
         tokens=tokens,
         logits=tensors.get("logits"),
         values={held.name: tensors[f"value:{held.name}"] for held in record.sites},
         grads=Gradients({k.removeprefix("grad:"): t for k, t in tensors.items() if k.startswith("grad:")}, table),
         receipts=tuple(Receipt(**receipt.model_dump()) for receipt in record.receipts),
-        edits=load_edits(folder),
+        edits=edits,
         site_table=table,
         model=record.model,
         identity=lambda: identity,

@@ -11,9 +11,9 @@ from markupsafe import Markup
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.artifacts.files import atomic_path, write_text
+from cutaway.artifacts.files import atomic_path, refuse_replacing
 from cutaway.draw.attention import Pattern, attention_html, attention_svg
-from cutaway.draw.page import page_html
+from cutaway.draw.page import page_html, write_page
 from cutaway.draw.style import standalone
 from cutaway.model.edits import Edit
 from cutaway.model.language_model import Inputs, LanguageModel
@@ -65,6 +65,7 @@ class AttentionView:
             raise CutawayError("A PNG needs resvg_py: pip install 'cutaway[png]', or write the SVG.") from error
         path = Path(path)
         drawn = resvg_py.svg_to_bytes(svg_string=self.svg(head, dark=dark), zoom=zoom)
+        refuse_replacing(path, "PNG", "IHDR")
         with atomic_path(path) as temporary:
             temporary.write_bytes(bytes(drawn))
         return path
@@ -74,7 +75,7 @@ class AttentionView:
         path = Path(path)
         lead = f"{self.model}, {len(self.heads)} heads on {len(self.tokens)} tokens."
         section = ("Attention", self._skipped_text(), self.html())
-        write_text(path, page_html(title="Attention", sections=[section], lead=lead, command=command))
+        write_page(path, page_html(title="Attention", sections=[section], lead=lead, command=command))
         return path
 
     def __repr__(self) -> str:

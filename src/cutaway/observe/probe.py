@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.artifacts.files import make_folder, read_json, write_json, write_safetensors
+from cutaway.artifacts.files import read_json, take_folder, write_json, write_safetensors
 from cutaway.artifacts.manifest import Manifest, ModelIdentity, file_hash
 from cutaway.model.language_model import LanguageModel
 from cutaway.observe.probe_data import Position, read_site, site_width
@@ -19,6 +19,7 @@ from cutaway.observe.probe_fit import Weights, probabilities
 
 Calibration = Literal["platt", "isotonic"]
 _FORMAT = 1
+FILES = {"probe.json": '"kind": "probe"', "probe.safetensors": "cutaway probe"}  # with what marks them as ours
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,14 +143,15 @@ class Probe:
 
     def save(self, folder: str | Path, *, command: str | None = None) -> Path:
         """Write `probe.safetensors` (weights) and `probe.json` (what they are, with a manifest)."""
-        folder = Path(folder)
-        make_folder(folder)
+        folder = take_folder(Path(folder), "probe", FILES)
         tensors = {f"matrix.{i}": m for i, m in enumerate(self.weights.matrices)}
         tensors |= {f"bias.{i}": b for i, b in enumerate(self.weights.biases)}
         if self.calibrator is not None:
             tensors |= {"calibrator.x": self.calibrator.x, "calibrator.y": self.calibrator.y}
         file = folder / "probe.safetensors"
-        write_safetensors(file, {k: np.asarray(v, dtype=np.float64) for k, v in tensors.items()}, {})
+        write_safetensors(
+            file, {k: np.asarray(v, dtype=np.float64) for k, v in tensors.items()}, {"format": "cutaway probe"}
+        )
         about = {
             "site": self.site,
             "head": self.head,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.artifacts.files import make_folder, read_json, write_json, write_safetensors
+from cutaway.artifacts.files import read_json, take_folder, write_json, write_safetensors
 from cutaway.artifacts.manifest import Manifest, file_hash
 from cutaway.observe.tuned_lens import TunedLens
 
@@ -34,7 +34,7 @@ def save_tuned_lens(lens: TunedLens, folder: str | Path, *, evaluation: Any = No
             f"This tuned lens says no weights that it was trained on (only a name, {lens.model_name!r}), so it cannot "
             "be written with its model's identity; keep its own folder."
         )
-    folder = make_folder(Path(folder))
+    folder = take_folder(Path(folder), "tuned lens", {MANIFEST: '"kind": "tuned lens"', TENSORS: "cutaway tuned lens"})
     write_safetensors(folder / TENSORS, {"weight": lens.weight, "bias": lens.bias}, {"format": "cutaway tuned lens 1"})
     manifest = Manifest.create(
         "tuned lens",

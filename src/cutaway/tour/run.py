@@ -38,6 +38,8 @@ _WRITES = (
     "manifest.json",
 )  # fmt: skip
 
+_FILES = {"dictionary": ("dictionary",), "features": ("latents.parquet",), "steering": ("directions.safetensors",)}
+
 
 def run_tour(
     model: str = "atlas",
@@ -137,7 +139,7 @@ def _section(tour: Tour, step: str, test: SelfTest, tested: float, *, again: boo
     else:
         made = STEPS[step](tour)
         made = made.model_copy(update={"seconds": time.monotonic() - began})
-    tour.folder.save_step(step, made.model_dump(mode="json"))
+    tour.folder.save_step(step, made.model_dump(mode="json"), files=_FILES.get(step, ()))
     return made
 
 

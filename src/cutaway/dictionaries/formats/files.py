@@ -73,6 +73,13 @@ _READ = (
     ),
 )
 
+# every file that `save` writes
+_SAVED = (
+    saelens.CFG, saelens.WEIGHTS, saelens.SPARSITY, saelens.SCALER, sparsify.WEIGHTS, dictionary_learning.CFG,
+    dictionary_learning.WEIGHTS, gemma_scope.NPZ, gemma_scope.SAFETENSORS, gemma_scope.BESIDE, circuit_tracer.CFG,
+    "layer_*.safetensors", "cc_weights.pt",
+)  # fmt: skip
+
 
 def read(where: str | Path) -> Reading:
     """A dictionary and how its files were read: see `load`, which keeps the dictionary alone."""
@@ -218,15 +225,38 @@ def _write(dictionary: Dictionary, folder: Path, format: Format) -> None:
         gemma_scope.write_second(dictionary, folder)
 
 
+def _refuse_others(folder: Path) -> None:
+    """Raise unless the folder, all of which goes when it is overwritten, holds nothing but dictionaries of ours."""
+    if folder.is_symlink() or not folder.is_dir():
+        raise CutawayError(f"{folder} exists and is not a dictionary's folder: name another")
+    children = [child for child in folder.iterdir() if child.is_dir()]
+    places = [folder, *children] if any(known.fits(folder) for known in _READ) else children
+    if not places or not all(_saved_files(place) for place in places):
+        raise CutawayError(f"{folder} exists and is not a dictionary's folder: name another")
+    allowed = {path for place in places for path in _saved_files(place)} | {*children}
+    for path in [path for place in {folder, *children} for path in place.iterdir()]:
+        if path not in allowed:
+            raise CutawayError(
+                f"{folder} holds {path.relative_to(folder)} too, which cutaway did not write: name another folder, or "
+                "move it"
+            )
+
+
+def _saved_files(folder: Path) -> set[Path]:
+    """The files in a dictionary's folder that `save` writes; none where its settings do not say that cutaway did."""
+    written = [path for pattern in _SAVED for path in folder.glob(pattern) if path.is_file()]
+    settings = [path for path in written if path.suffix in (".json", ".yaml")]
+    ours = any(path.name == gemma_scope.BESIDE or b"cutaway" in path.read_bytes() for path in settings)
+    return set(written) if ours else set()
+
+
 @contextlib.contextmanager
 def _whole_folder(folder: Path, overwrite: bool) -> Iterator[Path]:
     """A new folder beside, which takes the place of `folder` when the body ends well."""
     if folder.exists():
         if not overwrite:
             raise CutawayError(f"{folder} exists: name another folder, or allow it to be overwritten")
-        children = [child for child in folder.iterdir() if child.is_dir()] if folder.is_dir() else []
-        if not folder.is_dir() or not any(known.fits(place) for place in (folder, *children) for known in _READ):
-            raise CutawayError(f"{folder} exists and is not a dictionary's folder: name another")
+        _refuse_others(folder)
     make_folder(folder.parent)
     token = secrets.token_hex(4)
     fresh, old = (folder.with_name(f".{folder.name}.{token}.{end}") for end in ("tmp", "old"))

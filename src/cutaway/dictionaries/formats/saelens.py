@@ -42,7 +42,7 @@ from cutaway.dictionaries.formats.untrusted import read_settings, read_tensors
 from cutaway.dictionaries.selectors import Selector
 
 CFG, WEIGHTS, SPARSITY = "cfg.json", "sae_weights.safetensors", "sparsity.safetensors"
-_SCALER, _WHITENING = "activation_scaler.json", "activation_whitening.safetensors"
+SCALER, _WHITENING = "activation_scaler.json", "activation_whitening.safetensors"
 _WRITTEN_FOR = "6.54.0"
 _TRANSCODERS = ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder")
 _SAES = ("standard", "gated", "jumprelu", "topk", "batchtopk", "matryoshka_batchtopk")
@@ -242,12 +242,12 @@ def _unscaled(source: Source, dictionary: Dictionary, cfg: Mapping[str, Any], pa
             dictionary,
             lambda d: folds.whitened(d, mean, matrix, inverse),
         )
-    scale = read_settings(path / _SCALER).get("scaling_factor") if (path / _SCALER).exists() else None
+    scale = read_settings(path / SCALER).get("scaling_factor") if (path / SCALER).exists() else None
     if scale is not None:
         if not isinstance(scale, int | float) or not 0 < scale < float("inf"):
-            raise CutawayError(f"{path / _SCALER}: scaling_factor is {scale!r}")
+            raise CutawayError(f"{path / SCALER}: scaling_factor is {scale!r}")
         dictionary = fold(
-            source, f"scale {scale:.6g} of {_SCALER}: W_enc times it, W_dec and b_dec divided", dictionary,
+            source, f"scale {scale:.6g} of {SCALER}: W_enc times it, W_dec and b_dec divided", dictionary,
             lambda d: folds.scaled(d, float(scale), float(scale)),
         )  # fmt: skip
         if cfg.get("rescale_acts_by_decoder_norm", False):  # by the norms as they are in the model's own units
@@ -263,7 +263,7 @@ def _unscaled(source: Source, dictionary: Dictionary, cfg: Mapping[str, Any], pa
 
 
 def _whitening(path: Path) -> tuple[Tensor, Tensor, Tensor] | None:
-    says = read_settings(path / _SCALER).get("has_whitening", True) if (path / _SCALER).exists() else True
+    says = read_settings(path / SCALER).get("has_whitening", True) if (path / SCALER).exists() else True
     if not says or not (path / _WHITENING).exists():
         return None
     file = Source(path / _WHITENING, dict(read_tensors(path / _WHITENING)))
@@ -329,7 +329,7 @@ def write(dictionary: Dictionary, folder: Path, layout: Literal["cutaway", "6", 
     cfg = _configuration(dictionary, architecture)
     write_json(folder / CFG, _flat(cfg) if layout == "5" else cfg)
     if layout == "training":
-        write_json(folder / _SCALER, {"scaling_factor": None, "has_whitening": False})
+        write_json(folder / SCALER, {"scaling_factor": None, "has_whitening": False})
     write_safetensors(
         folder / WEIGHTS, {name: tensor.detach().cpu() for name, tensor in tensors.items()}, {"format": "pt"}
     )

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.artifacts.files import make_folder, plain, write_text
+from cutaway.artifacts.files import make_folder, plain, refuse_replacing, write_text
 from cutaway.artifacts.progress import Progress
 from cutaway.artifacts.results import Control, Effect
 from cutaway.artifacts.statistics import bootstrap_interval, wilson_interval
@@ -461,6 +461,7 @@ def folder_of(model: str) -> Path:
 def _check_writable(page: Path) -> None:
     """Raise `CutawayError` now, not after minutes of measuring, where the page cannot be written."""
     make_folder(page.parent)
+    refuse_replacing(page, "page about atlas", "# Atlas\n")
     if page.is_dir():
         raise CutawayError(f"{page} is a folder: --out names the file of the page, such as {page / 'atlas.md'}")
     if not os.access(page.parent, os.W_OK):

@@ -227,7 +227,7 @@ def train(
         )
         manifest = _manifest(recipe, about, precision["dtype"], loss, commits, start)
         export(model, Tokenizer.from_file(str(corpus / "tokenizer.json")), out, manifest)
-        run.save_step("export", {"loss": loss})
+        run.save_step("export", {"loss": loss}, files=(_WEIGHTS,))
         (out / _CHECKPOINT).unlink(missing_ok=True)
         if corpus.is_relative_to(out):
             shutil.rmtree(corpus)
