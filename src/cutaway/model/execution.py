@@ -132,6 +132,8 @@ class Execution:
         """Install what this execution needs, and take it away again whatever happens."""
         with ExitStack() as stack:
             layers = self.lm.family.layers
+            for module in _checkpointing(self.lm):
+                stack.enter_context(shadowed(module, "gradient_checkpointing", bool))
             watched = {layer_of(name) for name in {*self.capture, *self.edits} if name.endswith(_IN_ATTENTION)}
             if self.ungrouped:
                 watched.update(range(self.first_layer, len(layers)))
@@ -155,7 +157,8 @@ class Execution:
     @property
     def idle(self) -> bool:
         """Whether there is nothing to observe, so that no hook is needed."""
-        return not (self.touched or self.gradients or self.first_layer or self.last_only or self.replace or self.watch)
+        asks = self.touched or self.gradients or self.first_layer or self.last_only or self.replace or self.watch
+        return not (asks or _checkpointing(self.lm))
 
     def forward(self, call: Callable[[], Any]) -> Any:
         """Run `call` observed; returns its result, or None where it was stopped early."""
@@ -238,6 +241,16 @@ def receipts_of(edits: Iterable[Resolved], tokens_first: Tensor) -> tuple[Receip
             )
         )
     return tuple(made)
+
+
+def _checkpointing(lm: LanguageModel) -> list[nn.Module]:
+    """Modules that drop what the backward pass needs, and a cache with it, and compute it again without our hooks.
+
+    An execution runs them as they are in evaluation mode: the values are the same, and what is captured is kept anyway.
+    """
+    if not any(getattr(layer.module, "gradient_checkpointing", False) for layer in lm.family.layers):
+        return []
+    return [m for m in lm.hf.modules() if m.training and getattr(m, "gradient_checkpointing", False)]
 
 
 Form = int | None
