@@ -170,7 +170,7 @@ _SIZES: dict[str, Any] = {
 ROUTERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "qwen3_moe": (
         lambda: Qwen3MoeForCausalLM(
-            Qwen3MoeConfig(**_SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, head_dim=8)
+            Qwen3MoeConfig(**{**_SIZES, "head_dim": 8}, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
         ),
         {"target_parameters": ["mlp.gate.weight"]},
     ),

@@ -72,7 +72,8 @@ def test_a_run_whose_weights_nobody_hashed_says_so(lm: LanguageModel) -> None:
 
 def test_moving_is_no_change(lm: LanguageModel) -> None:
     run = lm.run([2, 3, 4], capture=SITE)
-    lm.hf.to("cpu", torch.float64).to(torch.float32)
+    torch.nn.Module.to(lm.hf, "cpu", torch.float64)  # transformers types its own .to wrongly
+    torch.nn.Module.to(lm.hf, torch.float32)
     lm.hf.requires_grad_(False).train().eval()
     assert run.identity() == lm.identity()
     lm.run([2, 3, 4], resume=run, edits=cutaway.patch(SITE, run))

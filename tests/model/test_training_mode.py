@@ -1,6 +1,7 @@
 """A model in training mode, with and without gradient checkpointing, is the same function where it has no dropout."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,9 @@ IDS = torch.tensor(random_rows((6, 6), seed=3))
 
 @pytest.fixture(scope="module", params=["llama", "gpt2"])
 def calm(request: pytest.FixtureRequest) -> LanguageModel:
-    changes = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0} if request.param == "gpt2" else {}
+    changes: dict[str, Any] = (
+        {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0} if request.param == "gpt2" else {}
+    )
     return attach(tiny_model(request.param, **changes))
 
 

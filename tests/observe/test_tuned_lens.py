@@ -270,9 +270,9 @@ def test_damaged_files_are_refused(lens: TunedLens, tmp_path: Path) -> None:
         load_tuned_lens(tmp_path)
     weight = lens.weight.clone()
     weight[1, 0, 0] = float("nan")
-    save_tuned_lens(TunedLens(weight, lens.bias, lens.model, "x", None, {}), tmp_path)
+    save_tuned_lens(TunedLens(weight, lens.bias, lens.model, "x", None, {}), tmp_path / "nan")
     with pytest.raises(CutawayError, match="weight of translator 1 holds NaN"):
-        load_tuned_lens(tmp_path)
+        load_tuned_lens(tmp_path / "nan")
 
 
 @pytest.mark.parametrize("manifest", [{}, [], None, 3, {"model": 3, "id": "x"}, {"model": None, "parents": 1}])

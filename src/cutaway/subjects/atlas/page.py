@@ -269,7 +269,8 @@ def _open_steering(found: Evaluation) -> list[str]:
     checks = found.open_steering
     if checks is None:
         return []
-    examples = [f"- {one.landmark}: “{one.prompt}” “{one.reply}”" for one in checks.examples]
+    # A broken reply may hold anything, line ends too.
+    examples = [f"- {one.landmark}: “{one.prompt}” “{' '.join(one.reply.split())}”" for one in checks.examples]
     return [
         "## A landmark in open chat",
         _OPEN.format(n=checks.n_landmarks, prompts=checks.result.both.n),
