@@ -364,8 +364,13 @@ def test_pairs_that_differ_in_their_first_or_last_token_alone() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_every_known_family_or_the_reason(family: str) -> None:
-    """EAP and circuits in float32 against the graph said plainly; latent attention has no inputs to tell apart."""
+    """EAP and circuits against the graph said plainly; latent attention has no inputs to tell apart.
+
+    In float64 where it runs (not experts, nor xglm's mask): float32 rounds by 2e-5 on some processors.
+    """
     lm = single(family)
+    if family != "xglm" and not any("experts" in name for name, _ in lm.hf.named_modules()):
+        lm = double(family)
     if lm.family.latent:
         with pytest.raises(CutawayError, match="latent attention"):
             Graph.of(lm)
@@ -373,9 +378,8 @@ def test_every_known_family_or_the_reason(family: str) -> None:
     graph, pairs = graph_of(lm), pairs_for(lm)
     found = eap(lm, pairs, graph=graph).per_pair
     assert found is not None
-    # In fp32: processors round differently (2.1e-5 was seen), a fault is off by far more.
-    assert_close(found, by_gradient(lm, graph, pairs), 1e-4)
+    assert_close(found, by_gradient(lm, graph, pairs), 2e-5)
     mask = graph.real & (torch.rand(graph.shape, generator=torch.Generator().manual_seed(1)) < 0.5)
     with torch.no_grad():
         logits, _ = edge_oracle.run(lm, graph, pairs.clean, (~mask).to(lm.dtype), ablated(lm, graph, pairs))
-    assert_close(run_circuits(lm, pairs, mask[None], graph=graph).values[0], difference(logits, pairs), 1e-4)
+    assert_close(run_circuits(lm, pairs, mask[None], graph=graph).values[0], difference(logits, pairs), 2e-5)
