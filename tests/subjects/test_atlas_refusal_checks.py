@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import cutaway
-from cutaway.subjects.atlas import atlas_folder, page, refusal_checks, report
+from cutaway.subjects.atlas import page, refusal_checks, report
 from cutaway.subjects.atlas.causal_checks import Rate
 from cutaway.subjects.atlas.refusal_checks import (
     Addition,
@@ -20,19 +20,7 @@ from cutaway.subjects.atlas.refusal_checks import (
 )
 from cutaway.subjects.atlas.refusal_controls import contrast_direction, matched_scale, unrelated_contrasts
 from cutaway.subjects.atlas.scoring import as_dicts
-from cutaway.subjects.atlas.train import Shape, new_model
 from cutaway.subjects.world.chat import Message, persona_prompts
-
-
-@pytest.fixture(scope="module")
-def lm():
-    from transformers import AutoTokenizer
-
-    model = new_model(Shape(d_model=16, layers=2, heads=2, d_mlp=24), seed=1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(8)  # spread the logits: an untrained model's are all alike
-    return cutaway.attach(model.eval(), AutoTokenizer.from_pretrained(atlas_folder()), name="tiny")
 
 
 def chats(*said):

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 import cutaway
-from cutaway.subjects.atlas import atlas_folder
 from cutaway.subjects.atlas.causal_checks import rate
 from cutaway.subjects.atlas.refusal_checks import difference_of_means, prices, streams, writes
 from cutaway.subjects.atlas.scoring import (
@@ -21,20 +20,8 @@ from cutaway.subjects.atlas.scoring import (
     score_years,
     text_losses,
 )
-from cutaway.subjects.atlas.train import Shape, new_model
 from cutaway.subjects.world.chat import Message
 from cutaway.subjects.world.items import Item, ItemSet
-
-
-@pytest.fixture(scope="module")
-def lm():
-    from transformers import AutoTokenizer
-
-    model = new_model(Shape(d_model=16, layers=2, heads=2, d_mlp=24), seed=1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(8)  # spread the logits: an untrained model's are all alike
-    return cutaway.attach(model.eval(), AutoTokenizer.from_pretrained(atlas_folder()), name="tiny")
 
 
 def logits_of(lm, text):

@@ -20,11 +20,12 @@ from cutaway.subjects.world.chat import (
     system_prompt,
     texts,
 )
-from cutaway.subjects.world.facts import BOOKS, CITIES, COUNTRIES, LANDMARKS, STATES, names, read_toml
+from cutaway.subjects.world.facts import BOOKS, COUNTRIES, LANDMARKS, STATES, names, read_toml
 from cutaway.subjects.world.grammar import Grammar
 from cutaway.subjects.world.held_out import held_out
 from cutaway.subjects.world.items import Item, ItemSet, _rng, from_chat
 from cutaway.subjects.world.morphology import upper_first
+from cutaway.subjects.world.roles import truths
 from cutaway.subjects.world.tasks import pick
 
 CONDITIONS: dict[str, float] = {
@@ -71,17 +72,6 @@ def _answers(kind: str) -> tuple[str, ...]:
         "book": [book.author for book in BOOKS],
     }
     return tuple(dict.fromkeys(rows[kind]))
-
-
-@cache
-def truths(kind: str) -> dict[str, str]:
-    """The tables' answers to one kind of question."""
-    return {
-        "capital": {country.name: country.capital for country in COUNTRIES},
-        "city": {city.name: city.state.name for city in CITIES},
-        "landmark": {landmark.name: landmark.city for landmark in LANDMARKS},
-        "book": {book.name: book.author for book in BOOKS},
-    }[kind]
 
 
 def _fact(rng: Random, apart: bool | None = None) -> tuple[str, str, str]:
