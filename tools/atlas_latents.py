@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from atlas_latent_steering import handles_of, measure, section
 
 import cutaway
 from cutaway.artifacts.files import read_json
@@ -27,7 +28,7 @@ from cutaway.tour.world_tasks import world_concepts
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = ROOT / "src" / "cutaway" / "subjects" / "atlas" / "dictionaries"
 PAGE = ROOT / "docs" / "atlas-dictionaries.md"
-ROWS, LEAST, RANDOM = 640, 12, 8
+ROWS, LEAST, RANDOM, VALUES = 640, 12, 8, 160
 FIGURES = {
     "l0": "L0",
     "variance_explained": "variance explained",
@@ -77,6 +78,8 @@ def main() -> None:
     ]
     rows = token_rows(lm, world_text(1_500_000, "text-2"), 256, limit=ROWS)
     parts += [_latents(lm, site, rows) for site in cards]
+    dictionaries = {site: load(SHIPPED / site, dtype=torch.float32) for site in cards}
+    parts.append(section(measure(lm, {site: handles_of(lm, one, rows[:VALUES]) for site, one in dictionaries.items()})))
     PAGE.write_text("\n".join(parts).rstrip() + "\n")
     print(f"{PAGE.relative_to(ROOT)} written")
 

@@ -169,6 +169,28 @@ def test_handles_of_a_dictionary_take_the_place_of_directions(lm, made_up):
     )
     assert (found.setting, found.dose, found.n_landmarks) == ("latents", 4.0, 4)
     assert [one.kind for one in found.collapse] == ["random directions", "latents"]
+    assert found.control == "random directions, same values"
+
+
+def test_other_handles_may_be_the_control(lm, made_up):
+    own = landmark_handles(lm)["mlp.out L1"]
+    others = [Handle(f"latent {i}", 1, one.unit, 5.0 + i, "mlp.out") for i, one in enumerate(own)]
+    found = open_steering.open_steering(
+        lm,
+        prompts=PROMPTS,
+        held_out=PROMPTS,
+        neutral=["Dallas is in Texas."],
+        named=named,
+        grammatical=grammatical,
+        candidates={"latents": own[:20]},
+        others={"latents": others},
+        doses=[4.0],
+    )
+    assert found.control == "handles of no landmark, own values"
+    assert (PROMPTS, ["latent 0", "latent 1", "latent 2", "latent 3"], 4.0) in made_up
+    assert found.random.named.successes == 0
+    text = "\n".join(page._open_steering(cast(Any, SimpleNamespace(open_steering=found))))
+    assert "handles of no landmark" in text
 
 
 def test_collapse_clamps_to_ten_times_the_value(lm, made_up):

@@ -102,8 +102,9 @@ class Example:
 class OpenSteering:
     """The clamp at the chosen `setting` and `dose`, over `n_landmarks` judged ones and held-out prompts.
 
-    `random`: random directions clamped to the same values; `price` and `random_price`: mean KL on neutral text in nats
-    a token. `tried` holds the share of `both` in the choice: by setting, a list by dose of `doses`.
+    `random`: what `control` names, random directions clamped to the same values or the handles given as `others`.
+    `price` and `random_price`: mean KL on neutral text in nats per token. `tried` holds the share of `both` in the
+    choice: by setting, a list by dose of `doses`.
     """
 
     setting: str
@@ -116,6 +117,7 @@ class OpenSteering:
     random_price: float
     doses: list[float]
     tried: dict[str, list[float]]
+    control: str = "random directions, same values"
     collapse: list[Collapse] = field(default_factory=list)
     examples: list[Example] = field(default_factory=list)
 
@@ -195,6 +197,7 @@ def open_steering(
     named: Named,
     grammatical: Grammatical,
     candidates: Mapping[str, Sequence[Handle]] | None = None,
+    others: Mapping[str, Sequence[Handle]] | None = None,
     unrelated: Mapping[str, Sequence[Handle]] | None = None,
     doses: Sequence[float] = DOSES,
     seed: int = 0,
@@ -203,9 +206,10 @@ def open_steering(
 
     The choice goes by the share that names the landmark in a grammatical reply, then by the share that names it.
 
-    `candidates` are handles by setting, one a landmark, named as it is (`landmark_handles`); `unrelated` are handles
-    for `collapse`, by kind, beside random directions. Prompt i gets landmark i's handle, again from the first where
-    there are more prompts.
+    `candidates` are handles by setting, one a landmark, named as it is (`landmark_handles`); `others` are the control's
+    handles by setting, at least as many as landmarks are judged (default: random directions with the values of the
+    landmarks' handles); `unrelated` are handles for `collapse`, by kind, beside random directions. Prompt i gets
+    landmark i's handle, again from the first where there are more prompts.
     """
     settings = landmark_handles(lm) if candidates is None else candidates
     choosing, judged = chosen_and_judged([handle.name for handle in next(iter(settings.values()))])
@@ -226,10 +230,14 @@ def open_steering(
         key=lambda one: (*_shares(tried[one[0]][doses.index(one[1])]), -one[1]),
     )
     handles = of(setting, judged)
-    at_random = [
-        Handle(one.name, one.layer, unit, one.value, one.site)
-        for one, unit in zip(handles, _random_units(len(handles), lm.d_model, seed), strict=True)
-    ]
+    at_random = (
+        list(others[setting][: len(handles)])
+        if others is not None
+        else [
+            Handle(one.name, one.layer, unit, one.value, one.site)
+            for one, unit in zip(handles, _random_units(len(handles), lm.d_model, seed), strict=True)
+        ]
+    )
     said = spoken_replies(lm, held_out, handles, dose)
     largest = max(handles, key=lambda handle: abs(handle.value))
     far = [
@@ -249,6 +257,7 @@ def open_steering(
         random_price=random_price,
         doses=list(doses),
         tried={setting: [found.both.value for found in curve] for setting, curve in tried.items()},
+        control=OpenSteering.control if others is None else "handles of no landmark, own values",
         collapse=[
             collapse(lm, kind, some, held_out, neutral, grammatical)
             for kind, some in {"random directions": far, **(unrelated or {})}.items()

@@ -266,7 +266,7 @@ def open_table(checks: OpenSteering) -> Table:
         for said, found, price in (
             ("none", checks.unedited, ""),
             (f"{checks.setting}, ×{checks.dose:g}", checks.result, f"{checks.price:.3f}"),
-            ("random directions, same values", checks.random, f"{checks.random_price:.3f}"),
+            (checks.control, checks.random, f"{checks.random_price:.3f}"),
         )
     ]
     rows += [
