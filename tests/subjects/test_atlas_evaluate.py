@@ -41,6 +41,7 @@ from cutaway.subjects.atlas.refusal_checks import (
     writes,
 )
 from cutaway.subjects.atlas.scoring import Scores, repeat_losses, score
+from cutaway.subjects.atlas.shipped import read_manifest
 from cutaway.subjects.world import held_out
 from cutaway.subjects.world.corpus import WORLD_VERSION
 from cutaway.subjects.world.items import Item, ItemSet, item_sets
@@ -328,7 +329,7 @@ def test_tables_hold_every_set_with_its_figures():
         assert report.with_interval(measured.effect) in text
     assert "0.50 [0.15, 0.85]" in text
     assert "outside wording: none" in text
-    assert "124 M tokens" in text
+    assert f"{read_manifest(atlas_folder())['tokens'] / 1e6:.3g} M tokens" in text
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert all(line.count("|") - line.count("\\|") >= 3 for line in rows)
 
@@ -357,7 +358,8 @@ def test_the_page_flags_what_is_weak_and_what_differs_from_the_study():
     assert "| binding | right | 4 | 0 [0, 0.49] | 0.98 |" in study
     assert "two_hop/capital/held_out" not in study
     # binding and the pronoun are far from the study's figures, random tokens too; truth is above its 0.74
-    assert "Of 6 published figures, 2 lie within" in study
+    assert "The study published 6 figures of the first weights (`atlas-1`). 2 lie within" in study
+    assert "worse than the study's figure: 2, better: 2." in study
     assert "0.10 to 0.70" in text
     assert (
         "| clamp | the assistant token, L6 | harmful | 0 [0, 0.28] | 0.50 [0.24, 0.76] | 0.20 | 0.90 / 0 | 0.125 |"
@@ -392,6 +394,12 @@ def test_the_page_says_what_other_weights_were(tmp_path):
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     compared = compare(evaluation(1.0), evaluation())
     text = page.comparison_markdown(compared, atlas_folder(), tmp_path)
+    assert ("These weights meet it." in text) == compared.better
+    assert "These weights meet it." in page.comparison_markdown(
+        compare(evaluation(1.0), evaluation()), tmp_path, tmp_path
+    )
+    worse = page.comparison_markdown(compare(evaluation(causal=0.2), evaluation()), tmp_path, tmp_path)
+    assert "do not meet it: bridge: state readable at the last position, bridge" in worse
     assert "Corpus: world 5, fingerprint abcabcabcabc; seed 7; 1.5 M tokens; commit c0ffee." in text
     assert "| loss, nats a token | 8.90 |" in text
     assert "at 1,500 tokens a second" in text

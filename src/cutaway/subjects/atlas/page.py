@@ -9,9 +9,10 @@ from typing import Any
 from cutaway.subjects.atlas import report
 from cutaway.subjects.atlas.causal_checks import Rate
 from cutaway.subjects.atlas.compare import Comparison
+from cutaway.subjects.atlas.criterion import CAUSAL_LOSS, HEADLINE_LOSS
 from cutaway.subjects.atlas.evaluate import N_CONTROL, Evaluation
 from cutaway.subjects.atlas.refusal_checks import PRICE_LIMIT, RefusalChecks
-from cutaway.subjects.atlas.shipped import MANIFEST, atlas_folder, read_manifest
+from cutaway.subjects.atlas.shipped import MANIFEST, read_manifest
 from cutaway.subjects.world.ground_truth import GROUND_TRUTH
 from cutaway.subjects.world.items import SCORING
 
@@ -69,8 +70,7 @@ def as_markdown(found: Evaluation, command: str, folder: Path) -> str:
     parts += ["### Loss", _LOSSES, markdown_table(report.loss_table(found.losses))]
     parts += _bridge(found) + _refusal(found) + _landmarks(found) + _open_steering(found)
     parts += ["## What it cannot do", *_cannot(found)]
-    if folder == atlas_folder():  # others are not the study's weights
-        parts += ["## Beside the study", *_beside_the_study(found)]
+    parts += ["## Beside the study", *_beside_the_study(found)]
     if found.skipped:
         parts += ["## Not measured", "\n".join(f"- {line}" for line in found.skipped)]
     return "\n\n".join(parts) + "\n"
@@ -321,11 +321,10 @@ def _failed_edits(found: Evaluation) -> list[str]:
 
 
 def _beside_the_study(found: Evaluation) -> list[str]:
-    n, table = report.study_table(found)
+    n, below, table = report.study_table(found)
     outside = len(table[1])
-    expected = round(0.05 * n)
-    parts = [_STUDY.format(n=n, inside=n - outside, expected=expected)]
-    return [*parts, markdown_table(table)] if outside else parts
+    said = _STUDY.format(n=n, inside=n - outside, below=below, above=outside - below, expected=round(0.05 * n))
+    return [said, markdown_table(table)] if outside else [said]
 
 
 def comparison_markdown(compared: Comparison, folder: Path, other: Path) -> str:
@@ -344,11 +343,23 @@ def comparison_markdown(compared: Comparison, folder: Path, other: Path) -> str:
         *_loss_curve(other),
         markdown_table((columns, rows)),
         f"Over {len(compared.rows)} held-out and new-wording sets the share right of this page's weights is higher by "
-        f"{compared.held_out:+.2f} [{low:+.2f}, {high:+.2f}] (bootstrap over sets). "
-        f"{_smaller(_manifest(folder), _manifest(other))}"
-        "Weights ship in the place of others only if they are better on held-out items and on the causal checks.",
+        f"{compared.held_out:+.2f} [{low:+.2f}, {high:+.2f}] (bootstrap over sets), over all {compared.n_sets} sets by "
+        f"{compared.all_sets:+.2f} [{compared.all_interval[0]:+.2f}, {compared.all_interval[1]:+.2f}]. "
+        f"{_fallen(compared)}{_smaller(_manifest(folder), _manifest(other))}",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _fallen(compared: Comparison) -> str:
+    """Whether the criterion is met by which weights take the place of others, and what speaks against it."""
+    rule = (
+        f"Weights ship in the place of others if both intervals lie above zero, no headline falls by more than "
+        f"{HEADLINE_LOSS:g} and no causal check by more than {CAUSAL_LOSS:g}; that was fixed before they were trained. "
+    )
+    if compared.better:
+        return f"{rule}These weights meet it. "
+    fell = f": {', '.join(compared.fallen)} fell" if compared.fallen else ""
+    return f"{rule}These weights do not meet it{fell}. "
 
 
 def _smaller(mine: dict[str, Any], others: dict[str, Any]) -> str:
@@ -395,8 +406,8 @@ answer; a coin where two answers are compared; all two-digit years alike; in cha
 given where it is wrong (“I cannot” to harmless requests, for refusal). *Opposite* is the share of replies that
 begin with the reply that would be wrong here. *Untrained* is the same architecture with random weights, on
 {N_CONTROL} items at most (read it as ±0.2). *Weak* marks what is less than two thirds of the way from the baseline
-to always right. *Study* is what the study that trained the shipped weights reported, on its own items, without
-intervals.
+to always right. *Study* is what the study that trained the first weights (`atlas-1`) reported of them, on its own
+items, without intervals.
 
 “Held out” means never shown *in that kind of sentence*: the fact itself was told in others. Sets named `seen` are
 asked in known wording of known things."""
@@ -404,10 +415,9 @@ _TRUTH = """Sets are named by behaviour. The rule in each row decides every answ
 says what no document of the corpus shows."""
 _SCORED = "How an answer is judged:"
 _NOTES = {
-    "Tasks": """The shipped weights' own corpus, version 2 of the study's, joined two names by “and” alone after an
+    "Tasks": """The corpus of the first weights, version 2 of the study's, joined two names by “and” alone after an
 opening: `ioi/held_out_plain_pairs` asks in these forms. `ioi/seen` and `ioi/held_out` are drawn from the current
-corpus, which also has “both A and B”, “the neighbors A and B”, and so on, so that they are partly new wording for
-these weights.""",
+corpus, which also has “both A and B”, “the neighbors A and B”, and so on.""",
     "Chat": """Sets come in pairs, since a model that refuses everything refuses what is harmful too: the baseline
 of `refusal/harmful/…` is how often the harmless twin is refused.""",
     "New wording, committed before any training": """`data/frames.toml`, written before any training on the current
@@ -469,10 +479,8 @@ ones, greedy replies of at most 40 tokens. A reply is grammatical where the corp
 edit, random directions clamped to the same values, and ten times a large value, under which every model breaks down."""
 _CANNOT = "Weak sets in the corpus's own wording:"
 _FAILED_EDITS = "Edits that do not do what they are meant to do:"
-_STUDY = """Of {n} published figures, {inside} lie within the interval measured here; about {expected} would lie
-outside if only the items differed, since each set is drawn anew. The causal checks are compared in their sections.
-Where they differ there is a reason. Indirect objects: the study's 0.998 is reached in the forms of its own corpus,
-and not in those that came later (see Tasks). Refusal: the study read one direction from 160 requests a kind; other
-draws of as many give other figures, for ablation as for addition, and from more requests ablation works better than
-it reported. Too little added, and the reply is the backdoor's rather than a refusal. Landmarks: it used another
-model and a dictionary. Figures outside:"""
+_STUDY = """The study published {n} figures of the first weights (`atlas-1`). {inside} lie within the interval measured
+here of the weights of this page; where these do worse than the study's figure: {below}, better: {above}. About
+{expected} would lie outside if only the items differed, since each set is drawn anew. The causal checks are compared in
+their sections. Some differences have known reasons. Refusal: the study read one direction from 160 requests a kind, and
+other draws of as many give other figures. Landmarks: it used another model and a dictionary. Figures outside:"""

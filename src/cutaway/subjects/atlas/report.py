@@ -323,16 +323,19 @@ def is_weak(measured: Measured) -> bool:
     return measured.effect.n >= _LEAST_N and measured.effect.value - base < _WEAK * (1 - base)
 
 
-def study_table(found: Evaluation) -> tuple[int, Table]:
-    """How many figures of the study were measured again, and those outside this interval."""
+def study_table(found: Evaluation) -> tuple[int, int, Table]:
+    """How many figures of the study were measured again, how many of them are worse here (the interval excludes the
+    study's), and those outside the interval."""
     columns = ("set", "figure", "n", "measured [95 %]", "study")
-    n, rows = 0, []
+    n, worse, rows = 0, 0, []
     for name, published in STUDY.items():
         effect = found.sets[name].effect if name in found.sets else found.losses.get(name)
         if effect is None or effect.interval is None:
             continue
         n += 1
         if not _within(published, effect.interval):
+            fell = effect.value < published
+            worse += fell != (name in found.losses)  # a loss is better when it is lower
             rows.append([name, "right", str(effect.n), with_interval(effect), number(published)])
     for name, published in STUDY_OPPOSITE.items():
         measured = found.sets.get(name)
@@ -341,8 +344,9 @@ def study_table(found: Evaluation) -> tuple[int, Table]:
         n += 1
         said = Rate(round(measured.opposite * measured.effect.n), measured.effect.n)
         if not _within(published, said.interval):
+            worse += said.value > published
             rows.append([name, "opposite", str(said.n), rate_text(said), number(published)])
-    return n, (columns, rows)
+    return n, worse, (columns, rows)
 
 
 def _within(published: float, interval: tuple[float, float]) -> bool:

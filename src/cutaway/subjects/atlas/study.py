@@ -1,4 +1,4 @@
-"""What the study that trained the shipped weights published of them."""
+"""What the study that trained the first weights (`atlas-1`) published of them."""
 
 STUDY: dict[str, float] = {
     "one_hop/capital/en/held_out_frame": 1.0,
