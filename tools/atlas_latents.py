@@ -53,8 +53,7 @@ Each has {d_sae:,} latents, {selector}, and was trained on {tokens:,} tokens ({d
 of atlas's world that no training of atlas has seen, with held-out library source. `tools/atlas_dictionaries.py` makes
 them again, `tools/atlas_latents.py` this page. Each folder holds a `card.json` with what follows and more. Figures are
 measured on {judged}, with 95 % intervals; in brackets the same for random
-directions with the same L0. Read KL before CE: atlas is badly surprised by much of this text ({clean:.1f} nats a token,
-its wordings are newer than its weights), and what disturbs such a model can lower its cross-entropy.
+directions with the same L0. The model's own loss on this text is {clean:.2f} nats per token.
 """
 
 
