@@ -203,11 +203,12 @@ def saelens(request: Request, first: Tensor) -> Method:
             sae = JumpReLUTrainingSAE(
                 JumpReLUTrainingSAEConfig(**size, jumprelu_sparsity_loss_mode="quadratic", target_l0=request.k)
             )
+    rate = 3e-4 if request.options.get("own") else request.learning_rate  # as its runner's configuration has it
     config = SAETrainerConfig(
         total_training_samples=request.steps * request.batch,
         train_batch_size_samples=request.batch,
-        lr=request.learning_rate,
-        lr_end=request.learning_rate,
+        lr=rate,
+        lr_end=rate,
         autocast=bool(request.options.get("autocast")),
     )
     trainer = SAETrainer(config, sae, data_provider=iter(()))
@@ -237,14 +238,15 @@ def dictionary_learning(request: Request, first: Tensor) -> Method:
     from dictionary_learning.trainers.jumprelu import JumpReluTrainer  # pyright: ignore[reportMissingImports]
     from dictionary_learning.trainers.top_k import TopKTrainer  # pyright: ignore[reportMissingImports]
 
+    own = bool(request.options.get("own"))
     shared = {
         "steps": request.steps + 1,  # it asks for more steps than warm-up
         "activation_dim": first.shape[1],
         "dict_size": request.d_sae,
         "layer": 0,
         "lm_name": "stored activations",
-        "lr": request.learning_rate,
-        "warmup_steps": 0,
+        "lr": None if own else request.learning_rate,
+        "warmup_steps": min(1000, request.steps // 2) if own else 0,
         "device": "cpu",
         "seed": request.seed,
     }
@@ -334,8 +336,9 @@ def run_sparsify(request: Request, x: Tensor, recorder: Recorder) -> Weights:
             SparseCoderConfig(num_latents=request.d_sae, k=request.k),
             batch_size=1,
             optimizer="adam" if adam else "signum",
-            lr=request.learning_rate if adam else None,  # a step of sign descent is no step of Adam
-            lr_warmup_steps=0,
+            # a step of sign descent is no step of Adam
+            lr=request.learning_rate if adam and not request.options.get("own") else None,
+            lr_warmup_steps=min(1000, request.steps // 2) if request.options.get("own") else 0,
             hookpoints=["layer"],
             init_seeds=[request.seed],
             log_to_wandb=False,

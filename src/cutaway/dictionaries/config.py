@@ -40,6 +40,7 @@ class TrainConfig(Plain):
     `d_sae` latents, `selector` and the loss `terms`; `skip` adds W_skip. `tokens` counts every token each time it is
     used. `normalise` sets the units of training (`scaling.py`), `input_norm` what is done to each token; both from the
     first `sample` tokens, as are `b_dec` and the encoder's bias (`active`, `centre_encoder`; see `initial.py`).
+    `encoder_scale`: length of the first encoder rows over that of the decoder's; "fit": what reconstructs best.
     `learning_rate` (None: 2e-4/√(F/2¹⁴)) rises over `warmup` steps and falls linearly to 0 over the last `decay` share.
     `decoder_norm` "unit": rows keep length 1, the gradient's part along them is taken away first. `clip`: greatest norm
     of the gradient. `dead_after`: a latent silent for so many tokens is dead. `calibrate`: tokens that set BatchTopK's
@@ -55,6 +56,7 @@ class TrainConfig(Plain):
     input_norm: Literal["layer_norm", "unit"] | None = None
     initial: Initial = "tied"
     initial_norm: float = 1.0
+    encoder_scale: float | Literal["fit"] = "fit"
     b_dec: Start = "geometric_median"
     subtract_b_dec: bool = True
     active: int | None = None
@@ -86,6 +88,8 @@ class TrainConfig(Plain):
                 raise CutawayError(f"{name} = {getattr(self, name)}: it must be positive")
         if self.learning_rate is not None and not self.learning_rate > 0:
             raise CutawayError(f"learning_rate = {self.learning_rate}: it must be positive")
+        if self.encoder_scale != "fit" and not 0 < self.encoder_scale < math.inf:
+            raise CutawayError(f"encoder_scale = {self.encoder_scale}: it must be positive, or “fit”")
         if self.tokens < self.batch:
             raise CutawayError(f"tokens = {self.tokens} is less than one batch of {self.batch}")
         if self.decoder_norm == "unit" and self.initial == "zero_decoder":

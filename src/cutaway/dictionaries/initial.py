@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from cutaway.dictionaries.parameters import Parameters
-from cutaway.dictionaries.rules import GatedRule, JumpReLURule, Rule
+from cutaway.dictionaries.rules import BatchTopKRule, GatedRule, JumpReLURule, Rule, TopKRule
 from cutaway.dictionaries.scaling import geometric_median
 
 Start = Literal["zero", "mean", "geometric_median"]
 Initial = Literal["tied", "uniform", "zero_decoder"]
+_FITTED = 1024  # tokens
 
 
 def initial_parameters(
@@ -80,6 +81,30 @@ def initial_parameters(
         skip=x.new_zeros(d_out, d_in) if skip else None,
         blocks=blocks,
     )
+
+
+def scale_encoder(parameters: Parameters, x: Tensor, rule: Rule, scale: float | Literal["fit"], subtract: bool) -> None:
+    """Multiply a start's encoder and its bias by `scale`, in place.
+
+    "fit": by what makes the codes of x [n, d], which is what is to be written, reconstruct it best in least squares
+    (Gao et al. 2024, A.1, match the lengths). Random directions overlap: with encoder rows as long as the decoder's the
+    k largest codes together write far too much, and steps of Adam take long to undo that. Only the k largest are so
+    many from the first step on: for the selectors of other rules "fit" changes nothing.
+    """
+    if scale == "fit":
+        if not isinstance(rule, TopKRule | BatchTopKRule):
+            return
+        sample = x[:_FITTED]
+        wanted = sample - parameters.decoder_bias
+        h = (wanted if subtract else sample) @ parameters.encoder.T + parameters.encoder_bias
+        top = h.topk(min(rule.start_k or rule.k, h.shape[1]), dim=1)
+        written = torch.zeros_like(h).scatter(1, top.indices, top.values.relu()) @ parameters.decoder
+        size = written.double().square().sum()
+        scale = float((wanted.double() * written).sum() / size) if size > 0 else 1.0
+        if not scale > 0:  # codes that say nothing of what is written
+            return
+    parameters.encoder.mul_(scale)
+    parameters.encoder_bias.mul_(scale)
 
 
 def _rate_calibrated(encoder: Tensor, centred: Tensor, rate: float) -> Tensor:

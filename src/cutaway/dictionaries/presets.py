@@ -138,6 +138,7 @@ def preset(
         "seed": seed,
         "sample": max(0, min(_SAMPLE, n_tokens)),
         "dead_after": max(1, min(10_000_000, n_tokens // 16)),
+        "encoder_scale": 1.0,  # as published, where a preset does not say otherwise
     }
     return TrainConfig.from_json({**base, **chosen.values(run), **overrides})
 
@@ -214,6 +215,7 @@ def _openai_topk(run: _Run) -> dict[str, Any]:
         "terms": (Reconstruction("variance"), AuxK(1 / 32, form="residual")),
         "normalise": "none",
         "input_norm": "layer_norm",
+        "encoder_scale": "fit",
         "b_dec": "geometric_median",
         "learning_rate": run.topk_rate(),
         "warmup": 0,
@@ -282,6 +284,7 @@ def _sparsify(run: _Run) -> dict[str, Any]:
         "selector": TopKRule(run.k),
         "terms": (Reconstruction("fvu"),),
         "normalise": "none",
+        "encoder_scale": 3**-0.5,  # the encoder is a linear layer as PyTorch makes it, the decoder its rows at length 1
         "b_dec": "mean",
         "learning_rate": run.topk_rate(),
         "warmup": run.warmup(1_000),

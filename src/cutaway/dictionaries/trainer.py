@@ -12,7 +12,7 @@ from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.files import write_safetensors
 from cutaway.dictionaries.config import TrainConfig
 from cutaway.dictionaries.dictionary import Dictionary, Port, log_sparsity
-from cutaway.dictionaries.initial import initial_parameters
+from cutaway.dictionaries.initial import initial_parameters, scale_encoder
 from cutaway.dictionaries.parameters import Parameters
 from cutaway.dictionaries.rules import BatchTopKRule, GatedRule, JumpReLURule, TopKRule
 from cutaway.dictionaries.scaling import Scaling, fit, per_token, undo_per_token
@@ -67,6 +67,8 @@ class Trainer:
         if config.decoder_norm == "unit":  # "uniform" rows and those of a crosscoder's blocks begin otherwise
             decoder = self.parameters.decoder
             decoder.div_(torch.linalg.vector_norm(decoder, dim=1, keepdim=True))
+        if self.same or config.encoder_scale != "fit":  # a transcoder's first codes say nothing of what it writes
+            scale_encoder(self.parameters, x, config.selector, config.encoder_scale, config.subtract_b_dec)
         device = x.device
         self.silent = torch.zeros(config.d_sae, dtype=torch.int64, device=device)
         self.fired = torch.zeros(config.d_sae, dtype=torch.float64, device=device)
