@@ -194,7 +194,10 @@ def _rows_of(name: str) -> list[dict[str, Any]] | None:
 
     if not Path(name).exists():
         raise CutawayError(f"--probe {name}: there is no such file; labels are letters, states, or in a file")
-    return read_rows(Path(name))
+    rows = read_rows(Path(name))
+    if "words" in rows[0]:
+        raise CutawayError(f"--probe {name}: latents are probed for a label a text; this file has one for each word")
+    return rows
 
 
 def _probe(

@@ -112,8 +112,8 @@ def lens(
         "lens", model, prompt, target=(target, None), position=(position, None), top=(top, 5), mid=(mid, False),
         tuned=(tuned, None), train=(train, None), document_separator=(document_separator, None), out=(out, None),
         steps=(steps, 250), tokens_per_step=(tokens_per_step, 4096), context=(context, 128),
-        optimizer=(optimizer, "sgd"), learning_rate=(learning_rate, None), held_out=(held_out, 64), seed=(seed, 0), dtype=(dtype, None),
-        device=(device, None),
+        optimizer=(optimizer, "sgd"), learning_rate=(learning_rate, None), held_out=(held_out, 64), seed=(seed, 0),
+        dtype=(dtype, None), device=(device, None),
     )  # fmt: skip
     evaluation = translators = None
     data: dict[str, Any] = {"model": lm.name, "command": command}
