@@ -188,7 +188,7 @@ def _plan(
     file_format: str,
     field: str,
     split: str,
-    document_separator: str | None,
+    document_separator: str | None = None,
 ) -> _Plan:
     stored = str(lm.dtype).removeprefix("torch.") if dtype is None else dtype
     stored = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}.get(stored, stored)
