@@ -246,7 +246,7 @@ def test_the_table_holds_both_and_ablates_on_the_text(llama: LanguageModel) -> N
     assert any(said.startswith("On the text, an induction pattern") for said in table.verdicts())
     assert table.to_json()["kinds"]["induction (text)"]["margin"] == 0.1
     alone = head_table(llama, on=[[5, 6, 7, 8]], n=3, length=8, ablations=())
-    assert "The text has no repeated token to score on: duplicate, induction." in alone.notes
+    assert "Nothing in the text to score by: duplicate, induction." in alone.notes
 
 
 def test_the_loss_on_random_tokens_is_set_against_an_even_guess(

@@ -155,6 +155,8 @@ def _is_file(item: str) -> bool:
     """Whether an item of --on is a file or folder, and not a text; one that is named like a file must be there."""
     from cutaway.data.documents import SUFFIXES
 
+    if not item.strip():
+        raise CutawayError("--on is empty: give a text, or a file or folder of texts")
     if os.path.exists(item):
         return True
     if item.endswith(SUFFIXES) and not any(character.isspace() for character in item):

@@ -153,7 +153,6 @@ class HeadTable:
                 told.append(f"No head is above its control for induction, yet {loss}.")
             else:
                 told.append(f"No induction: no head is above its control, and {loss}.")
-        told += self._off_distribution()
         if (on := self.kinds.get("induction" + ON_TEXT)) is not None and on.judged:
             named = ", ".join(f"{name(head)} {on.score[head].item():.2f}" for head in on.heads())
             told.append(f"On the text, an induction pattern: {named or 'no head above its control'}.")
@@ -161,6 +160,7 @@ class HeadTable:
         empty = [k for k, scores in self.kinds.items() if k not in said and scores.judged and not scores.heads()]
         if empty:
             told.append(f"No head is labelled: {', '.join(empty)}.")
+        told += self._off_distribution()
         for reason in dict.fromkeys(self.skipped.values()):
             layers = ", ".join(str(layer) for layer, why in self.skipped.items() if why == reason)
             told.append(f"Left out, layers {layers}: {reason}.")
@@ -284,7 +284,7 @@ def head_table(
         scored = lm.tokens(on)
         kinds |= {scores.kind: scores for scores in text_scores(lm, scored).values()}
         if missing := [kind for kind in TARGETS if kind + ON_TEXT not in kinds]:
-            notes.append(f"The text has no repeated token to score on: {', '.join(missing)}.")
+            notes.append(f"Nothing in the text to score by: {', '.join(missing)}.")
         if text is None:
             some = range(min(len(scored), _ABLATED_ROWS))
             text = lm.tokens([scored.row_ids(row)[:_ABLATED_TOKENS] for row in some])

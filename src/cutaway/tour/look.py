@@ -265,10 +265,12 @@ def _strongest(kind: str, scores: KindScores, does: bool = True) -> page.Figure:
     induction head where the model does not foresee repeated tokens.
     """
     label = f"strongest {kind} head"
-    if (heads := scores.heads()) and does:
+    heads, top = scores.heads(), scores.top(1)
+    if heads and does:
         return page.Figure(label=label, value=name(heads[0]), detail=f"score {scores.score[heads[0]]:.2f}")
-    if not (top := scores.top(1)):
+    if not top:
         return page.Figure(label=label, value="none", detail="no head has such a score")
-    head, value = top[0]
+    head = heads[0] if heads else top[0][0]
+    found = "the pattern" if heads else "largest score"
     why = "repeated tokens are not foreseen" if heads else "not above its control"
-    return page.Figure(label=label, value="none", detail=f"largest score: {name(head)} {value:.2f}, {why}")
+    return page.Figure(label=label, value="none", detail=f"{found}: {name(head)} {scores.score[head]:.2f}, {why}")
