@@ -264,12 +264,11 @@ def test_the_loss_on_random_tokens_is_set_against_an_even_guess(
     beside = head_table(llama, on=words(2, 20, 0), n=3, length=8, ablations=())
     assert not any("--on" in said for said in beside.verdicts())
     assert any("Warning" in said for said in beside.verdicts())
-    with torch.no_grad():
-        head = llama.hf.get_output_embeddings()
-        monkeypatch.setattr(head, "weight", torch.nn.Parameter(torch.zeros_like(head.weight)))
-    near = head_table(llama, n=3, length=8, ablations=())  # an even guess everywhere
-    assert near.random_loss == pytest.approx(near.even_loss, abs=1e-4)
-    assert near.random_loss > near.even_loss + 1e-4 or not any("Warning" in s for s in near.verdicts())
+    unembedding: Any = llama.hf.get_output_embeddings()
+    monkeypatch.setattr(unembedding, "weight", torch.nn.Parameter(torch.zeros_like(unembedding.weight)))
+    even = head_table(llama, n=3, length=8, ablations=())
+    assert even.random_loss == pytest.approx(even.even_loss, abs=1e-4)
+    assert not any("Warning" in said for said in even.verdicts())
 
 
 def test_stories(shared: Path) -> None:

@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -25,6 +26,7 @@ from cutaway.model.language_model import load
 from cutaway.observe.head_kinds import KindScores
 from cutaway.observe.head_table import head_table
 from cutaway.observe.heads import name as head_name
+from cutaway.tour.context import Tour, read_text
 from cutaway.tour.look import _strongest
 from cutaway.tour.run import NAMES, STEPS, run_tour
 from cutaway.tour.section import Figures, Heatmap, TourResult
@@ -287,6 +289,24 @@ def test_a_model_without_a_tokenizer(
     bare = tmp_path / "bare"
     shutil.copytree(model, bare, ignore=shutil.ignore_patterns("tokenizer*"))
     assert "tokenizer" in refusal(capsys, [str(bare), "--out", str(out)])
+
+
+def test_a_separator_between_documents(
+    capsys: pytest.CaptureFixture[str], out: Path, tmp_path: Path, model: Path
+) -> None:
+    """It cuts the corpus, stands in the commands of the page, and is refused where it cuts nothing."""
+    file = tmp_path / "text.txt"
+    file.write_text("the cat sat\n\non a mat\n---\nshe said that")
+    text = read_text(file, of_atlas=False, seed=0, document_separator="---")
+    assert text.documents == ("the cat sat\n\non a mat", "she said that")
+    assert text.hash != read_text(file, of_atlas=False, seed=0).hash
+    made: dict[str, Any] = {"lm": None, "folder": SimpleNamespace(path=out), "rows": None, "seed": 0}
+    tour = Tour(model="m", text=text, corpus=file, document_separator="---", **made)
+    assert tour.whole_command().endswith(f"--corpus {file} --document-separator ---")
+    assert "name the text file" in refusal(capsys, [str(model), "--document-separator", "---", "--out", str(out)])
+    arguments = [str(model), "--corpus", str(file), "--document-separator", "***", "--out", str(out)]
+    assert "stands nowhere in" in refusal(capsys, arguments)
+    assert not out.exists()
 
 
 @pytest.mark.parametrize("content", [b"", b" \n\n \n"])
