@@ -55,7 +55,8 @@ def run_tour(
 
     `model` is "atlas", a folder or a hub id; `corpus` a text file or a folder of them, and `document_separator` what
     stands between its documents if not blank lines. With the same arguments an interrupted tour goes on where it
-    stopped. `only` makes one section (see `NAMES`) anew in `out` and returns it alone. Raises `CutawayError` for a model, corpus or folder that cannot be used.
+    stopped. `only` makes one section (see `NAMES`) anew in `out` and returns it alone. Raises `CutawayError` for a
+    model, corpus or folder that cannot be used.
     """
     if only is not None and only not in NAMES:
         raise CutawayError(f"the tour has no section “{only}”; its sections are {', '.join(NAMES)}")
