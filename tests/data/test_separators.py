@@ -223,3 +223,23 @@ def test_stories_of_another_tokenizer(shared: Path, capsys: pytest.CaptureFixtur
     assert any("\n\n" in story for story in stories)
     token_rows(lm, stories, 128, limit=20)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["attribute", "atlas", "The end"],
+        ["lens", "atlas", "The end"],
+        ["heads", "atlas"],
+        ["tour", "atlas"],
+        ["dictionary", "inspect", "nothing"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_a_separator_without_a_corpus_is_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*arguments, "--document-separator", "---"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert "document" in err
+    assert "separator" in err

@@ -284,3 +284,14 @@ def test_stories(shared: Path) -> None:
     assert (1, 3) in previous
     assert table.kinds["induction (text)"].rows > 500
     assert table.kinds["induction"].heads() == []
+
+
+def test_induction_heads_of_a_model_of_web_text(shared: Path) -> None:
+    """Those that random tokens show are found on text, where no earlier layer's head is mistaken for one."""
+    lm = cutaway.load(str(shared / "models" / "webtext-gpt2"))
+    documents = read_corpus(shared / "corpora" / "text" / "brown.txt").documents[:100]
+    found = text_scores(lm, token_rows(lm, documents, 128, limit=16))
+    assert set(found["induction"].heads()) == {(3, 1), (3, 2), (3, 3), (3, 4), (3, 5)}
+    assert found["duplicate"].heads() == []
+    assert {(1, 1), (2, 4)} <= set(found["previous"].heads())
+    assert found["induction"].control.max() < 0.1
