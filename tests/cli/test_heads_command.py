@@ -59,6 +59,46 @@ def test_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "http://" not in page.replace("http://www.w3.org", "")
 
 
+STORY = "Tom has a red dog. The red dog of Tom likes Tom. Tom likes the red dog."
+
+
+def test_heads_are_scored_on_files_and_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    corpus, page = tmp_path / "stories.txt", tmp_path / "heads.html"
+    corpus.write_text("\n---\n".join(f"{STORY}\n\nDay {i}: {STORY}" for i in range(12)))
+    words = ["heads", "atlas", "--kind", "induction", "previous", "--ablate", "mean", *QUICK, "--on", str(corpus)]
+    options = ["--rows", "4", "--context", "32", "--document-separator", "---"]
+    assert main([*words, *options, "--html", str(page)]) == 0
+    out, err = capsys.readouterr()
+    assert "cutaway:" not in err
+    assert "previous (text): attention to the token before, on the text; ablated for the text; " in out
+    assert "tokens of 4 sequences" in out
+    assert "On the text, an induction pattern: " in out
+    html = page.read_text(encoding="utf-8")
+    assert "induction (text) heads" in html
+    assert "and on 4 sequences of text" in html
+    shown = f"--on {corpus} --rows 4 --context 32 --document-separator --- --sequences 3 --length 12"
+    assert shown in html
+    assert main([*words[:-1], str(corpus), *options, "--on", STORY, "--on", STORY[:40], "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["kinds"]
+    assert found["induction (text)"]["n"] == 6
+    assert found["previous (text)"]["labelled"][0] == [3, 7]
+    assert found["previous"]["n"] == 3
+
+
+def test_it_says_that_random_tokens_are_far_off(capsys: pytest.CaptureFixture[str]) -> None:
+    """As on any model of text: its loss on them is above that of an even guess."""
+    words = ["heads", "atlas", "--kind", "induction", "--ablate", "none", *QUICK]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "Warning: the loss on random tokens is " in out
+    assert "; --on TEXT " in out
+    assert main([*words, "--on", STORY]) == 0
+    out = capsys.readouterr().out
+    assert "Warning: the loss on random tokens is " in out
+    assert "--on TEXT" not in out
+    assert "one sequence, so no interval and no label" in out
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -66,6 +106,9 @@ def test_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--needle", "x"], "give the prompt too"),
         (["The end", "--needle", "Zanzibar"], "none of the prompts"),
         (["--length", "100000"], "does not fit"),
+        (["--on", "nothing-here.txt"], "there is no such file"),
+        (["--document-separator", "---"], "--on"),
+        (["--on", ""], "--on is empty"),
         (["--kind", "nonsense"], "nonsense"),
         (["--ablate", "half"], "half"),
     ],

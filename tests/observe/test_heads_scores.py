@@ -1,6 +1,5 @@
 """Scores against loops over their definitions, planted patterns, and real models whose heads are known."""
 
-import random
 from typing import Any
 
 import numpy as np
@@ -22,52 +21,8 @@ from cutaway.observe.head_targets import (
     in_sight,
     needle_mask,
     retrieval_scores,
-    text_scores,
 )
 from cutaway.observe.heads import head_scores, repeated_tokens
-
-
-def _by_hand(kind: str, ids: list[int], i: int) -> set[int]:
-    """Target columns of destination i, straight from the definition."""
-    return {
-        "previous": {i - 1} if i >= 1 else set(),
-        "current": {i},
-        "first": {0} if i >= 2 else set(),
-        "duplicate": {j for j in range(i) if ids[j] == ids[i]},
-        "induction": {j + 1 for j in range(i) if ids[j] == ids[i] and j + 1 < i},
-    }[kind]
-
-
-def test_text_scores_are_their_definition_over_rows_that_have_a_target(tiny: LanguageModel) -> None:
-    """Prompts of different lengths with repeated tokens: a loop over rows, targets and other places."""
-    rng = random.Random(1)
-    rows = [[rng.randrange(2, 8) for _ in range(length)] for length in (13, 9, 5)]
-    found = text_scores(tiny, rows)
-    run = tiny.run(rows, capture="blocks.*.attn.pattern", logits=None)
-    for kind, scores in found.items():
-        for layer in range(tiny.n_layers):
-            pattern = run[f"blocks.{layer}.attn.pattern"].double()
-            for head in range(tiny.n_heads):
-                mass, moved, even, movable, n = 0.0, 0.0, 0.0, 0, 0
-                for row, ids in enumerate(rows):
-                    for i in range(len(ids)):
-                        a = pattern[row, head, i]
-                        seen = {j for j in range(i + 1) if bool((pattern[row, :, i, j] > 0).any())}
-                        target = _by_hand(kind, ids, i) & seen
-                        if not target:
-                            continue
-                        n += 1
-                        mass += sum(a[j].item() for j in target)
-                        even += len(target) / len(seen)
-                        if others := seen - target - {0}:
-                            movable += 1
-                            moved += len(target) * float(np.mean([a[j].item() for j in others]))
-                assert scores.score[layer, head].item() == pytest.approx(mass / n, abs=1e-6), kind
-                assert scores.control[layer, head].item() == pytest.approx(moved / movable, abs=1e-6), kind
-                assert scores.uniform is not None
-                assert scores.uniform[layer].item() == pytest.approx(even / n, abs=1e-9), kind
-        assert scores.n == 3
-        assert scores.rows <= sum(map(len, rows))
 
 
 def test_a_perfect_head_scores_one_on_text() -> None:
@@ -97,15 +52,6 @@ def test_intervals_are_those_of_one_column_at_a_time(n: int, columns: int, seed:
         expected = bootstrap_interval(values[:, c].numpy())
         assert (low[c].item(), high[c].item()) == pytest.approx(expected, abs=1e-12)
         assert mean[c].item() == pytest.approx(values[:, c].mean().item())
-
-
-def test_one_sequence_has_no_interval_and_labels_nothing(tiny: LanguageModel) -> None:
-    scores = text_scores(tiny, [[5, 6, 5, 6, 7]], ["previous"])["previous"]
-    assert bool(scores.low.isnan().all())
-    assert scores.heads() == []
-    effect = scores.effect((0, 0))
-    assert effect.interval is None
-    assert effect.controls[0].interval is None
 
 
 # On random tokens ---------------------------------------------------------------------------------------------------
@@ -275,8 +221,6 @@ def test_needles_that_do_not_fit(llama: LanguageModel) -> None:
         retrieval_scores(llama, rows, [[9]])
     with pytest.raises(CutawayError, match="No row"):
         retrieval_scores(llama, rows, [[2]])  # only the last token itself: nothing before it
-    with pytest.raises(CutawayError, match="no score on text"):
-        text_scores(llama, rows, ["copying"])
 
 
 def test_sight_is_what_the_mask_leaves_open(llama: LanguageModel) -> None:

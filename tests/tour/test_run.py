@@ -9,7 +9,9 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -20,8 +22,14 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cutaway.cli.main import main
+from cutaway.model.language_model import load
+from cutaway.observe.head_kinds import KindScores
+from cutaway.observe.head_table import head_table
+from cutaway.observe.heads import name as head_name
+from cutaway.tour.context import Tour, read_text
+from cutaway.tour.look import _strongest
 from cutaway.tour.run import NAMES, STEPS, run_tour
-from cutaway.tour.section import TourResult
+from cutaway.tour.section import Figures, Heatmap, TourResult
 
 WORDS = (
     "the cat sat on a mat and she said that he would not go to red house one two three def return Tom Lily never blue"
@@ -123,6 +131,39 @@ def test_a_random_model_is_not_shown_atlas_prompts(toured: tuple[Path, TourResul
         assert re.search(r"right on \d+ of \d+", by_id[name].note), by_id[name].note
     assert by_id["dictionary"].status == "shown"
     assert "Sacramento" not in (result.model_dump_json())
+
+
+def test_no_head_has_a_name_that_the_command_would_not_give(toured: tuple[Path, TourResult], model: Path) -> None:
+    """Random weights always have a head with the largest score; that does not make it an induction head."""
+    _, result = toured
+    section = next(section for section in result.sections if section.id == "heads")
+    table = head_table(load(str(model)), n=8, ablations=())
+    figures = {item.label: item for block in section.blocks if isinstance(block, Figures) for item in block.items}
+    maps = [block for block in section.blocks if isinstance(block, Heatmap)]
+    for kind, label, drawn in zip(("previous", "induction"), ("previous-token", "induction"), maps, strict=True):
+        carries = table.kinds[kind].heads()
+        called = carries if kind == "previous" or table.induces else []
+        assert figures[f"strongest {label} head"].value == (head_name(called[0]) if called else "none")
+        assert list(drawn.marks) == carries
+    assert figures["strongest induction head"].value == "none"
+    assert "not above its control" in str(figures["strongest induction head"].detail)
+
+
+def test_the_strongest_head_is_one_that_carries_the_label() -> None:
+    """The largest score may be below its control; and what no prediction follows from is no induction head."""
+
+    def values(*numbers: float) -> torch.Tensor:
+        return torch.tensor([numbers])
+
+    score, control = values(0.9, 0.5, 0.05), values(0.95, 0.1, 0.01)
+    scores = KindScores(
+        "induction", score, score - 0.01, score + 0.01, control, control - 0.01, control + 0.01, "other", n=4, rows=9
+    )
+    assert _strongest("induction", scores).value == "L0H1"
+    unused = _strongest("induction", scores, False)
+    assert (unused.value, unused.detail) == ("none", "the pattern: L0H1 0.50, repeated tokens are not foreseen")
+    low = replace(scores, low=score - 0.5)
+    assert _strongest("induction", low).detail == "largest score: L0H0 0.90, not above its control"
 
 
 def test_every_effect_has_controls(toured: tuple[Path, TourResult]) -> None:
@@ -248,6 +289,24 @@ def test_a_model_without_a_tokenizer(
     bare = tmp_path / "bare"
     shutil.copytree(model, bare, ignore=shutil.ignore_patterns("tokenizer*"))
     assert "tokenizer" in refusal(capsys, [str(bare), "--out", str(out)])
+
+
+def test_a_separator_between_documents(
+    capsys: pytest.CaptureFixture[str], out: Path, tmp_path: Path, model: Path
+) -> None:
+    """It cuts the corpus, stands in the commands of the page, and is refused where it cuts nothing."""
+    file = tmp_path / "text.txt"
+    file.write_text("the cat sat\n\non a mat\n---\nshe said that")
+    text = read_text(file, of_atlas=False, seed=0, document_separator="---")
+    assert text.documents == ("the cat sat\n\non a mat", "she said that")
+    assert text.hash != read_text(file, of_atlas=False, seed=0).hash
+    made: dict[str, Any] = {"lm": None, "folder": SimpleNamespace(path=out), "rows": None, "seed": 0}
+    tour = Tour(model="m", text=text, corpus=file, document_separator="---", **made)
+    assert tour.whole_command().endswith(f"--corpus {file} --document-separator ---")
+    assert "name the text file" in refusal(capsys, [str(model), "--document-separator", "---", "--out", str(out)])
+    arguments = [str(model), "--corpus", str(file), "--document-separator", "***", "--out", str(out)]
+    assert "stands nowhere in" in refusal(capsys, arguments)
+    assert not out.exists()
 
 
 @pytest.mark.parametrize("content", [b"", b" \n\n \n"])

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.cli.options import Count, ExistingPath, Flag, Page, Seed
+from cutaway.cli.options import Count, ExistingPath, Flag, Page, Seed, Separator
 from cutaway.cli.output import command_line, deliver
 from cutaway.cli.saliency import saliency
 
@@ -24,6 +24,7 @@ def attribute(
     top: Count = 16,
     ablate: int = 0,
     reference: ExistingPath | None = None,
+    document_separator: Separator = None,
     controls: Count = 16,
     seed: Seed = 0,
     dtype: str | None = None,
@@ -61,6 +62,9 @@ def attribute(
         Replace so many of the largest parts one by one by their mean, and show what the answer really loses.
     reference
         A text file, or a folder of them, over which these means are taken; the prompts themselves if not given.
+    document_separator
+        What stands between documents in the text, such as “<|endoftext|>” (wherever it is) or “---” (alone on a line);
+        .txt files are cut at blank lines if not given.
     controls
         How many random token pairs to measure each part with.
     seed
@@ -78,6 +82,8 @@ def attribute(
         raise CutawayError("there is no prompt: cutaway attribute MODEL PROMPT")
     if wrong and against != "nothing":
         raise CutawayError("--wrong and --against say the same thing twice: give one of them")
+    if document_separator is not None and reference is None:
+        raise CutawayError("--document-separator is of the text that --reference names: give that too")
     if ablate < 0:
         raise CutawayError(f"--ablate {ablate}: give 0 or more parts")
     if method != "dla":
@@ -111,11 +117,12 @@ def attribute(
     answers = answer or model_answers(lm, list(prompts), position)
     answers = answers * n if len(answers) == 1 else answers
     result = measure(lm, list(prompts), answers, beside, position=position, by=by, controls=controls, seed=seed)
-    means = None if reference is None else _reference(lm, reference, seed)
+    means = None if reference is None else _reference(lm, reference, seed, document_separator)
     ablated = ablate_parts(lm, result, ablate, reference=means, seed=seed) if ablate else []
     command = command_line(
         "attribute", model, *prompts, answer=(answer, None), wrong=(wrong, None), against=(against, "nothing"),
         by=(by, "component"), position=(position, -1), top=(top, 16), ablate=(ablate, 0), reference=(reference, None),
+        document_separator=(document_separator, None),
         controls=(controls, 16), seed=(seed, 0), dtype=(dtype, None), device=(device, None),
     )  # fmt: skip
     data = {"command": command, "method": method, **result.to_json(top if by in ("neuron", "source") else None)}
@@ -139,9 +146,9 @@ def attribute(
     deliver(text=text, data=data, page=page, as_json=json, html=html)
 
 
-def _reference(lm: Any, path: Path, seed: int) -> list[list[int]]:
+def _reference(lm: Any, path: Path, seed: int, document_separator: str | None) -> list[list[int]]:
     """Rows of tokens of a corpus, enough for a mean."""
     from cutaway.data.corpus import read_corpus, token_rows
 
-    documents = read_corpus(path).documents
+    documents = read_corpus(path, document_separator=document_separator).documents
     return token_rows(lm, documents, min(REFERENCE_TOKENS, lm.context_length), seed, limit=REFERENCE_ROWS).tolist()

@@ -7,7 +7,7 @@ from cyclopts import App, Parameter
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.cli.dictionary_judge import judge
-from cutaway.cli.options import Count, ExistingPath, Flag, Page, Seed
+from cutaway.cli.options import Count, ExistingPath, Flag, Page, Seed, Separator
 from cutaway.cli.output import command_line, deliver, print_json
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ def inspect(
     *,
     model: Annotated[list[str] | None, Parameter(negative="")] = None,
     corpus: ExistingPath | None = None,
+    document_separator: Separator = None,
     tokens: Count = 2048,
     context: Count = 128,
     site: str | None = None,
@@ -55,6 +56,9 @@ def inspect(
     corpus
         A text file, or a folder of them, to measure on; for atlas text of its world, else Python's documentation, if
         not given.
+    document_separator
+        What stands between documents in the text, such as “<|endoftext|>” (wherever it is) or “---” (alone on a line);
+        .txt files are cut at blank lines if not given.
     tokens
         How many tokens to measure on, about.
     context
@@ -75,12 +79,16 @@ def inspect(
     from cutaway.dictionaries.formats.files import read
     from cutaway.dictionaries.formats.inspection import check_fit, facts
 
+    if corpus is None and document_separator is not None:
+        raise CutawayError("--document-separator is of the text that --corpus names: give that too")
+
     reading = read(path)
     found = facts(reading)
     command = command_line(
         "dictionary", "inspect", path,
-        model=(model, None), corpus=(corpus, None), tokens=(tokens, 2048), context=(context, 128), site=(site, None),
-        seed=(seed, 0), dtype=(dtype, None), device=(device, None),
+        model=(model, None), corpus=(corpus, None), document_separator=(document_separator, None),
+        tokens=(tokens, 2048), context=(context, 128), site=(site, None), seed=(seed, 0), dtype=(dtype, None),
+        device=(device, None),
     )  # fmt: skip
     fit: Fit | None = None
     text = ""
@@ -88,7 +96,7 @@ def inspect(
         import cutaway
 
         lms = [cutaway.load(name, dtype=dtype, device=device) for name in model]
-        rows, text = _rows(lms[0], corpus, tokens, context, seed)
+        rows, text = _rows(lms[0], corpus, tokens, context, seed, document_separator)
         fit = check_fit(lms[0] if len(lms) == 1 else lms, reading, rows, site=site, seed=seed, command=command)
     deliver(
         text=_text(found, fit, text),
@@ -148,12 +156,14 @@ def convert(
     print(f"{folder}: {format}")
 
 
-def _rows(lm: Any, corpus: Path | None, tokens: int, context: int, seed: int) -> "tuple[Tensor, str]":
+def _rows(
+    lm: Any, corpus: Path | None, tokens: int, context: int, seed: int, document_separator: str | None
+) -> "tuple[Tensor, str]":
     """Rows of text for a model, and what the text is."""
     from cutaway.data.corpus import read_corpus, token_rows
 
     if corpus is not None:
-        documents, text = read_corpus(corpus).documents, str(corpus)
+        documents, text = read_corpus(corpus, document_separator=document_separator).documents, str(corpus)
     elif lm.name == "atlas":
         from cutaway.subjects.world.corpus import PARTS
         from cutaway.subjects.world.corpus import documents as world

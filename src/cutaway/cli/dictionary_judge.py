@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter, validators
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.cli.options import Count, ExistingPath, Flag, Page, Seed
+from cutaway.cli.options import Count, ExistingPath, Flag, Page, Seed, Separator
 from cutaway.cli.output import command_line, deliver
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ def judge(
     *paths: str,
     model: list[str],
     corpus: ExistingPath,
+    document_separator: Separator = None,
     rows: Count = 64,
     context: Annotated[int | None, Parameter(validator=validators.Number(gte=2))] = None,
     spliced_rows: Annotated[int, Parameter(validator=validators.Number(gte=0))] = 32,
@@ -66,6 +67,9 @@ def judge(
         “atlas”, a Hugging Face folder, or a hub id. Repeat it for a crosscoder of two models.
     corpus
         A file or folder of text, as for `cutaway harvest`; none that the dictionaries were trained on.
+    document_separator
+        What stands between documents in the text, such as “<|endoftext|>” (wherever it is) or “---” (alone on a line);
+        .txt files are cut at blank lines if not given.
     rows
         Rows of text to judge on.
     context
@@ -108,6 +112,7 @@ def judge(
         *paths,
         model=(model, None),
         corpus=(corpus, None),
+        document_separator=(document_separator, None),
         rows=(rows, 64),
         context=(context, None),
         spliced_rows=(spliced_rows, 32),
@@ -124,7 +129,7 @@ def judge(
     }
     lms = [cutaway.load(name, dtype=dtype, device=device) for name in model]
     dictionaries = {path: one.to(lms[0].device) for path, one in dictionaries.items()}
-    given = read_corpus(corpus)
+    given = read_corpus(corpus, document_separator=document_separator)
     length = context or _context(dictionaries.values(), lms)
     text = token_rows(lms[0], given.documents, length, seed=seed, limit=rows)
     found: list[Judged] = []
@@ -189,7 +194,10 @@ def _rows_of(name: str) -> list[dict[str, Any]] | None:
 
     if not Path(name).exists():
         raise CutawayError(f"--probe {name}: there is no such file; labels are letters, states, or in a file")
-    return read_rows(Path(name))
+    rows = read_rows(Path(name))
+    if "words" in rows[0]:
+        raise CutawayError(f"--probe {name}: latents are probed for a label a text; this file has one for each word")
+    return rows
 
 
 def _probe(

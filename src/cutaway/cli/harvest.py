@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from cutaway.cli.options import Count, Flag
+from cutaway.cli.options import Count, Flag, Separator
 from cutaway.cli.output import print_json
 
 
@@ -29,6 +29,7 @@ def harvest(
     format: Literal["safetensors", "parquet"] = "safetensors",
     field: str = "text",
     split: str = "train",
+    document_separator: Separator = None,
     dtype: str | None = None,
     device: str | None = None,
     json: Flag = False,
@@ -73,6 +74,9 @@ def harvest(
         Where a record of a .jsonl or .parquet file, or of a data set, has its text.
     split
         Which split of a data set.
+    document_separator
+        What stands between documents in the text, such as “<|endoftext|>” (wherever it is) or “---” (alone on a line);
+        .txt files are cut at blank lines if not given.
     dtype
         How the model computes: float32, bfloat16 or float16; float32 on a CPU and the checkpoint's own on a GPU if not
         given.
@@ -105,6 +109,7 @@ def harvest(
         file_format=format,
         field=field,
         split=split,
+        document_separator=document_separator,
     )
     if json:
         print_json(

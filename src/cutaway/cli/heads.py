@@ -1,18 +1,22 @@
 """`cutaway heads`: what every attention head looks at, and what is lost without it."""
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from cyclopts import Parameter
+from cyclopts import Parameter, validators
 
-from cutaway.cli.options import Count, Flag, Page, Seed
-from cutaway.cli.output import deliver
+from cutaway.artifacts.errors import CutawayError
+from cutaway.cli.options import Count, Flag, Page, Seed, Separator
+from cutaway.cli.output import command_line, deliver
 
 if TYPE_CHECKING:
     from markupsafe import Markup
     from torch import Tensor
 
     from cutaway.draw.scale import Scale
+    from cutaway.model.language_model import LanguageModel
     from cutaway.observe.attention_view import AttentionView
     from cutaway.observe.circuits import Composition
     from cutaway.observe.head_table import HeadTable
@@ -40,6 +44,10 @@ def heads(
     top: Count = 5,
     ablate: Literal["mean", "zero", "both", "none"] = "both",
     needle: str | None = None,
+    on: Annotated[list[str] | None, Parameter(negative="")] = None,
+    rows: Count = 32,
+    context: Annotated[int, Parameter(validator=validators.Number(gte=2))] = 128,
+    document_separator: Separator = None,
     sequences: Count = 8,
     length: Count | None = None,
     seed: Seed = 0,
@@ -64,12 +72,22 @@ def heads(
         What replaces a head: its mean, zero, both in turn, or none: only look.
     needle
         A piece of the prompt: also score how much its last token attends there (retrieval).
+    on
+        Score heads on this too, beside the random tokens: a text file or a folder of them, or a text; may be repeated.
+        One text alone has no interval and labels nothing. Without a prompt, heads are ablated on a part of it.
+    rows
+        How many rows of a file or folder.
+    context
+        Tokens in a row of a file or folder, or all that a smaller model reads.
+    document_separator
+        What stands between documents in the text, such as “<|endoftext|>” (wherever it is) or “---” (alone on a line);
+        .txt files are cut at blank lines if not given.
     sequences
         How many random sequences.
     length
         Random tokens in one copy; 50, or what fits, if not given.
     seed
-        Of the random sequences.
+        Of the random sequences and the order of a corpus.
     dtype
         float32, bfloat16 or float16; float32 on a CPU and the checkpoint's own on a GPU if not given.
     device
@@ -80,24 +98,34 @@ def heads(
         Write a page: the table, a map of the heads for each kind and each ablation, and the prompt's attention.
     """
     import cutaway
-    from cutaway.artifacts.errors import CutawayError
     from cutaway.artifacts.files import plain
     from cutaway.observe.attention_view import attention_view
     from cutaway.observe.circuits import Composition, composition
+    from cutaway.observe.head_kinds import ON_TEXT
     from cutaway.observe.head_table import head_table
 
     if "retrieval" in kind and needle is None:
         raise CutawayError("The retrieval score needs --needle, a piece of the prompt to look for.")
     if needle is not None and prompt is None:
         raise CutawayError("--needle is a piece of a prompt: give the prompt too.")
+    if document_separator is not None and on is None:
+        raise CutawayError("--document-separator is of the text that --on names: give that too")
+    files = [item for item in on or () if _is_file(item)]
     lm = cutaway.load(model, dtype=dtype, device=device)
+    text = None if on is None else _text_rows(lm, on, files, rows, context, seed, document_separator)
     view = None if prompt is None or html is None else attention_view(lm, prompt)  # refuses too much before the work
     ablations = {"mean": ("mean",), "zero": ("zero",), "both": ("mean", "zero"), "none": ()}
-    command = _command(model, prompt, kind, top, ablate, needle, sequences, length, seed, dtype, device)
+    command = command_line(
+        "heads", model, prompt, kind=(list(dict.fromkeys(kind)), []), top=(top, 5), ablate=(ablate, "both"),
+        needle=(needle, None), on=(on, None), rows=(rows, 32), context=(context, 128),
+        document_separator=(document_separator, None), sequences=(sequences, 8), length=(length, None), seed=(seed, 0),
+        dtype=(dtype, None), device=(device, None),
+    )  # fmt: skip
     table = head_table(
         lm,
         prompt,
         needle=needle,
+        on=text,
         n=sequences,
         length=length,
         ablations=ablations[ablate],  # type: ignore[arg-type]
@@ -110,7 +138,7 @@ def heads(
         about = str(composed)
     except CutawayError as error:  # latent attention has no such circuits
         about = f"composition is not measured: {error}"
-    kinds = list(dict.fromkeys(kind)) or list(table.kinds)
+    kinds = [one for one in table.kinds if not kind or one.removesuffix(ON_TEXT) in kind]
     text = f"{table.text(kinds, top)}\n\n{about}"
     deliver(
         text=text,
@@ -123,32 +151,39 @@ def heads(
     )
 
 
-def _command(
-    model: str,
-    prompt: str | None,
-    kind: tuple[str, ...],
-    top: int,
-    ablate: str,
-    needle: str | None,
-    sequences: int,
-    length: int | None,
-    seed: int,
-    dtype: str | None,
-    device: str | None,
-) -> str:
-    """The command line that measures the same again."""
-    import shlex
+def _is_file(item: str) -> bool:
+    """Whether an item of --on is a file or folder, and not a text; one that is named like a file must be there."""
+    from cutaway.data.documents import SUFFIXES
 
-    words = ["cutaway", "heads", model, *([] if prompt is None else [prompt])]
-    words += [word for one in kind for word in ("--kind", one)]
-    given = {
-        "top": (top, 5), "ablate": (ablate, "both"), "needle": (needle, None), "sequences": (sequences, 8),
-        "length": (length, None), "seed": (seed, 0), "dtype": (dtype, None), "device": (device, None),
-    }  # fmt: skip
-    words += [
-        word for option, (value, usual) in given.items() if value != usual for word in (f"--{option}", str(value))
-    ]
-    return shlex.join(words)
+    if not item.strip():
+        raise CutawayError("--on is empty: give a text, or a file or folder of texts")
+    if os.path.exists(item):
+        return True
+    if item.endswith(SUFFIXES) and not any(character.isspace() for character in item):
+        raise CutawayError(f"--on {item}: there is no such file; name one that is there, or give a text")
+    return False
+
+
+def _text_rows(
+    lm: "LanguageModel",
+    on: Sequence[str],
+    files: Sequence[str],
+    rows: int,
+    context: int,
+    seed: int,
+    document_separator: str | None,
+) -> list[list[int]]:
+    """Rows of token ids of texts and files."""
+    from cutaway.data.corpus import read_corpus, token_rows
+
+    found: list[list[int]] = []
+    for item in on:
+        if item in files:
+            documents = read_corpus(Path(item), document_separator=document_separator).documents
+            found += token_rows(lm, documents, min(context, lm.context_length), seed, limit=rows).tolist()
+        else:
+            found.append(lm.tokens(item).row_ids(0))
+    return found
 
 
 def _page(
@@ -163,7 +198,7 @@ def _page(
 
     from cutaway.draw.page import page_html
     from cutaway.draw.scale import Scale
-    from cutaway.observe.head_kinds import MEANINGS
+    from cutaway.observe.head_kinds import meaning
     from cutaway.observe.head_table import LABEL_RULE
 
     sections = [
@@ -182,7 +217,7 @@ def _page(
         sections.append(("Attention", "Choose a head below; point at a token.", shown.html()))
     for kind in kinds:
         scores = table.kinds[kind]
-        what = f"{MEANINGS[kind]}. Control: {scores.control_name}. Labelled heads are outlined."
+        what = f"{meaning(kind)}. Control: {scores.control_name}. Labelled heads are outlined."
         scale = Scale(-1.0, 1.0, True) if kind == "copying" else Scale(0.0, 1.0)
         sections.append((f"{kind} heads", what, _map(table, scores.score, scores.units, kind, scale, scores.heads())))
     changes = [effects for by in table.effects.values() for effects in by.values()]
@@ -197,9 +232,17 @@ def _page(
         sections.append(_composition_section(composed))
     lead = (
         f"{table.model}: {table.n_layers} layers of {table.n_heads} heads, read on "
-        f"{table.repetition.n} random sequences that come twice."
+        f"{table.repetition.n} random sequences that come twice"
+        + (f", and on {_sequences(table)} of text." if table.on_text else ".")
     )
     return page_html(title=f"Attention heads of {table.model}", sections=sections, lead=lead, command=command)
+
+
+def _sequences(table: "HeadTable") -> str:
+    from cutaway.observe.head_kinds import ON_TEXT
+
+    n = next(scores.n for kind, scores in table.kinds.items() if kind.endswith(ON_TEXT))
+    return f"{n} sequence{'s' if n > 1 else ''}"
 
 
 def _labelled(table: "HeadTable", kinds: Sequence[str], top: int) -> "Markup":

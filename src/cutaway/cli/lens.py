@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.cli.options import Count, Flag, Page, Seed
+from cutaway.cli.options import Count, Flag, Page, Seed, Separator
 from cutaway.cli.output import command_line, deliver
 
 WORLD_CHARACTERS = 6_000_000
@@ -21,6 +21,7 @@ def lens(
     mid: Flag = False,
     tuned: Path | None = None,
     train: str | None = None,
+    document_separator: Separator = None,
     out: Path | None = None,
     steps: Count = 250,
     tokens_per_step: Count = 4096,
@@ -58,6 +59,9 @@ def lens(
     train
         Train a tuned lens on this text file, or folder of them; “world” is text of atlas's world. The same command
         goes on with a training that was interrupted.
+    document_separator
+        What stands between documents in the text, such as “<|endoftext|>” (wherever it is) or “---” (alone on a line);
+        .txt files are cut at blank lines if not given.
     out
         Folder for the trained lens; needed with --train.
     steps
@@ -85,6 +89,8 @@ def lens(
     html
         Write a page with the drawings to this file.
     """
+    if train is None and document_separator is not None:
+        raise CutawayError("--document-separator is of the text that --train reads: give that too")
     if prompt is None and train is None:
         raise CutawayError("there is nothing to read: give a prompt, or a text with --train")
     if train is not None and out is None:
@@ -104,10 +110,10 @@ def lens(
     lm = cutaway.load(model, dtype=dtype, device=device)
     command = command_line(
         "lens", model, prompt, target=(target, None), position=(position, None), top=(top, 5), mid=(mid, False),
-        tuned=(tuned, None), train=(train, None), out=(out, None), steps=(steps, 250),
-        tokens_per_step=(tokens_per_step, 4096), context=(context, 128), optimizer=(optimizer, "sgd"),
-        learning_rate=(learning_rate, None), held_out=(held_out, 64), seed=(seed, 0), dtype=(dtype, None),
-        device=(device, None),
+        tuned=(tuned, None), train=(train, None), document_separator=(document_separator, None), out=(out, None),
+        steps=(steps, 250), tokens_per_step=(tokens_per_step, 4096), context=(context, 128),
+        optimizer=(optimizer, "sgd"), learning_rate=(learning_rate, None), held_out=(held_out, 64), seed=(seed, 0),
+        dtype=(dtype, None), device=(device, None),
     )  # fmt: skip
     evaluation = translators = None
     data: dict[str, Any] = {"model": lm.name, "command": command}
@@ -124,7 +130,9 @@ def lens(
             "learning_rate": learning_rate,
             "seed": seed,
         }
-        translators, evaluation = _train(lm, train, out, options, context, held_out, overwrite, command)
+        translators, evaluation = _train(
+            lm, train, out, options, context, held_out, overwrite, command, document_separator
+        )
         data["evaluation"] = evaluation.to_json()
         texts.append(f"{evaluation}\n  lens: {out}")
     plain = read = None
@@ -162,16 +170,22 @@ def _train(
     held_out: int,
     overwrite: bool,
     command: str,
+    document_separator: str | None,
 ) -> tuple[Any, Any]:
     """Train in a run folder (which resumes and keeps others out), judge on held-out rows, write the lens."""
     from cutaway.artifacts.run_folder import RunFolder
     from cutaway.data.corpus import read_corpus, rows_hash, split_rows, token_rows
+    from cutaway.data.separators import refuse_separator
     from cutaway.observe.lens_evaluation import evaluate_lens
     from cutaway.observe.tuned_lens import CHECKPOINT, TunedLensConfig, train_tuned_lens
     from cutaway.observe.tuned_lens_files import MANIFEST, TENSORS, save_tuned_lens
 
     config = TunedLensConfig(**options)
-    documents = _world(config.seed) if corpus == "world" else read_corpus(corpus).documents
+    if corpus == "world":
+        refuse_separator(document_separator, "text of atlas's world")
+        documents = _world(config.seed)
+    else:
+        documents = read_corpus(corpus, document_separator=document_separator).documents
     context = min(context, lm.context_length)
     most = held_out + config.steps * max(1, round(config.tokens_per_step / context))
     split = split_rows(token_rows(lm, documents, context, config.seed, limit=most), held_out, config.seed)

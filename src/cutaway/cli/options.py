@@ -15,6 +15,9 @@ Flag = Annotated[bool, Parameter(negative="", show_default=False)]
 
 Count = Annotated[int, Parameter(validator=validators.Number(gte=1))]
 
+Separator = Annotated[str | None, Parameter(allow_leading_hyphen=True)]
+"""What stands between the documents of a corpus, such as `<|endoftext|>` or `---`."""
+
 Seed = Annotated[int, Parameter(validator=validators.Number(gte=0, lt=2**32))]
 
 

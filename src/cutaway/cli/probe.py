@@ -1,5 +1,6 @@
 """`cutaway probe`: can a label be read off a model's activations, at which layer, and does the model use it?"""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -9,13 +10,13 @@ from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.files import check_folder
 from cutaway.cli.options import Count, Flag, Page, Seed
 from cutaway.cli.output import command_line, deliver
+from cutaway.data.labelled_rows import read_rows
+from cutaway.data.word_files import without_rare
 
 if TYPE_CHECKING:
     from cutaway.observe.probe_data import ProbeData
     from cutaway.observe.probe_use import Use
     from cutaway.observe.probes import ProbeSweep
-
-COLUMNS = ("text", "label", "group", "match", "answer", "wrong")
 
 
 def probe(
@@ -26,6 +27,9 @@ def probe(
     site: list[str] | None = None,
     head: int | None = None,
     kind: Literal["logistic", "mass-mean", "mass-mean-whitened", "ridge", "mlp"] = "logistic",
+    text_column: str | None = None,
+    label_column: str | None = None,
+    no_header: Flag = False,
     position: Annotated[str, Parameter(allow_leading_hyphen=True)] = "last",
     regression: Flag = False,
     folds: Count = 5,
@@ -52,13 +56,23 @@ def probe(
         “atlas”, a Hugging Face folder, or a hub id.
     data
         A .csv or .tsv file whose first line names its columns, or a .jsonl file: text and label, and if you like group
-        (no group stands on both sides of a fold), match (the text to read at), answer and wrong (for --use).
+        (no group stands on both sides of a fold), match (the text to read at), answer and wrong (for --use). Or words
+        with a label each, every word read at its last token: a .jsonl file of words and labels (lists), or a .conll (or
+        .conllu) file of lines WORD<tab>LABEL with a blank line between sentences; no sentence is on both sides of a
+        fold.
     site
         Where to read; a wildcard names several, and the option may be repeated. blocks.*.resid_post if not given.
     head
         One head of sites that have heads; all of them side by side if not given.
     kind
         The kind of probe; ridge and mlp also predict numbers.
+    text_column
+        The name of the column with the text (or the words) instead of text; its number, from 1, where columns have no
+        names.
+    label_column
+        The same for the label.
+    no_header
+        The first line of a .csv or .tsv file is data already; --text-column and --label-column are numbers then.
     position
         Where in a text to read: last, mean, every (then label is a list, one a token), match (the column of that
         name), match:TEXT, or a position from the start (0, 1, ...) or the end (-1, -2, ...).
@@ -97,9 +111,18 @@ def probe(
         from cutaway.observe.probe import FILES
 
         check_folder(save, "probe", FILES)
-    rows = read_rows(data)
-    texts = [row["text"] for row in rows]
-    where = place(position, rows, data)
+    rows = read_rows(data, text=text_column, label=label_column, header=not no_header)
+    of_words = "words" in rows[0]
+    if of_words and (position != "last" or use):
+        given = "--use" if use else f"--position {position}"
+        raise CutawayError(f"{data} has a label for each word, which is read at its last token: leave {given} out.")
+    if of_words and not regression:
+        rows, rare = without_rare(rows, folds)
+        if rare:
+            said = ", ".join(f"{label} ({n})" for label, n in rare.items())
+            print(f"cutaway: labels in fewer sentences than {folds} folds need are left out: {said}", file=sys.stderr)
+    texts = [row["words" if of_words else "text"] for row in rows]
+    where = "words" if of_words else place(position, rows, data)
 
     import cutaway
     from cutaway.observe.probe_data import probe_data
@@ -113,6 +136,9 @@ def probe(
         site=(site, None),
         head=(head, None),
         kind=(kind, "logistic"),
+        text_column=(text_column, None),
+        label_column=(label_column, None),
+        no_header=(no_header, False),
         position=(position, "last"),
         regression=(regression, False),
         folds=(folds, 5),
@@ -126,7 +152,7 @@ def probe(
     )
     lm = cutaway.load(model, dtype=dtype, device=device)
     sites = lm.sites().expand_all(site or "blocks.*.resid_post")
-    labels = [row["label"] for row in rows]
+    labels = [row["labels" if of_words else "label"] for row in rows]
     groups = column(rows, "group", data)
     numbers = True if regression else None
     metric = chosen = None
@@ -171,70 +197,6 @@ def probe(
 
 
 # Input --------------------------------------------------------------------------------------------------------------
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a .csv, .tsv or .jsonl file, each with at least a text and a label.
-
-    Raises CutawayError naming the line and what is missing there.
-    """
-    import csv
-    import json
-
-    if not path.is_file():
-        raise CutawayError(f"{path} is not a file; give a .csv, .tsv or .jsonl file with text and label in each row.")
-    try:
-        content = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise CutawayError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8.") from error
-    except OSError as error:
-        raise CutawayError(f"{path} could not be read: {error.strerror}.") from error
-    rows: list[tuple[int, dict[str, Any]]] = []
-    if path.suffix.lower() in (".csv", ".tsv"):
-        delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-        reader = csv.DictReader(content.splitlines(keepends=True), delimiter=delimiter)
-        names = reader.fieldnames or ()
-        missing = {"text", "label"} - set(names)
-        if missing:
-            raise CutawayError(
-                f"The first line of {path} must name the columns text and label (and if you like group); it lacks "
-                f"{' and '.join(sorted(missing))}."
-            )
-        if twice := [name for name in COLUMNS if names.count(name) > 1]:
-            raise CutawayError(f"The first line of {path} names the column {twice[0]} twice; name each once.")
-        try:
-            rows = [(reader.line_num, dict(row)) for row in reader]
-        except csv.Error as error:
-            raise CutawayError(f"{path}, line {reader.line_num}: {error}.") from error
-        if longer := [number for number, row in rows if None in row]:
-            raise CutawayError(
-                f"{path}, line {longer[0]} has more cells than the {len(names)} columns that the first line names; put "
-                f"a text that holds the separator {delimiter!r} in double quotes."
-            )
-    elif path.suffix.lower() in (".jsonl", ".ndjson"):
-        for number, line in enumerate(content.splitlines(), 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise CutawayError(f"{path}, line {number} is not JSON: {error.msg}.") from error
-            except RecursionError as error:
-                raise CutawayError(f"{path}, line {number} is JSON nested too deeply.") from error
-            if not isinstance(row, dict):
-                raise CutawayError(f'{path}, line {number} is no object such as {{"text": "...", "label": "..."}}.')
-            rows.append((number, row))
-    else:
-        raise CutawayError(f"{path} is neither .csv, .tsv nor .jsonl; save its rows (text, label) as one of them.")
-    if not rows:
-        raise CutawayError(f"{path} has no rows; a probe needs texts with labels.")
-    for number, row in rows:
-        if not isinstance(row.get("text"), str) or not row["text"]:
-            raise CutawayError(f"{path}, line {number} has no text.")
-        label = row.get("label")
-        if label is None or (isinstance(label, str) and label.strip().lower() in ("", "nan")) or label != label:
-            raise CutawayError(f"{path}, line {number} has no label ({label!r}); give every row one, or leave it out.")
-    return [row for _, row in rows]
 
 
 def column(rows: list[dict[str, Any]], name: str, path: Path) -> list[Any] | None:

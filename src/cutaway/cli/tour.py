@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from cutaway.cli.options import ExistingPath, Flag, Seed
+from cutaway.cli.options import ExistingPath, Flag, Seed, Separator
 
 
 def tour(
@@ -12,6 +12,7 @@ def tour(
     *,
     out: Path | None = None,
     corpus: ExistingPath | None = None,
+    document_separator: Separator = None,
     seed: Seed = 0,
     overwrite: Flag = False,
     only: str | None = None,
@@ -29,6 +30,9 @@ def tour(
         Folder for the page and everything behind it; runs/tour-MODEL if not given.
     corpus
         A text file, or a folder of them, to train the dictionary on instead of the built-in text.
+    document_separator
+        What stands between documents in the text, such as “<|endoftext|>” (wherever it is) or “---” (alone on a line);
+        .txt files are cut at blank lines if not given.
     seed
         Of everything drawn at random.
     overwrite
@@ -43,7 +47,9 @@ def tour(
     from cutaway.tour import run_tour
 
     out = out or Path("runs") / f"tour-{_slug(model)}"
-    result = run_tour(model, out=out, corpus=corpus, seed=seed, overwrite=overwrite, only=only)
+    result = run_tour(
+        model, out=out, corpus=corpus, document_separator=document_separator, seed=seed, overwrite=overwrite, only=only
+    )
     if json or only is not None:
         print(result.model_dump_json(indent=2))
     else:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter, validators
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.cli.options import Count, Flag, Seed
+from cutaway.cli.options import Count, Flag, Seed, Separator
 from cutaway.cli.output import command_line, deliver, print_json, print_table
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ def train(
     high_norm: float | None = None,
     field: str | None = None,
     split: str | None = None,
+    document_separator: Separator = None,
     judge: Count | None = None,
     data_seed: Seed | None = None,
     log: Annotated[list[Literal["wandb", "tensorboard"]] | None, Several] = None,
@@ -126,6 +127,9 @@ def train(
         Where a record of a .jsonl or .parquet file, or of a data set, has its text.
     split
         Which split of a data set.
+    document_separator
+        What stands between documents in the text, such as “<|endoftext|>” (wherever it is) or “---” (alone on a line);
+        .txt files are cut at blank lines if not given.
     judge
         Keep so many rows out of training, and judge on them in the end: a table here, OUT/judged.html and .json.
     data_seed
@@ -173,6 +177,7 @@ def train(
         high_norm=high_norm,
         field=field,
         split=split,
+        document_separator=document_separator,
         held_out=judge,
         data_seed=data_seed,
     )

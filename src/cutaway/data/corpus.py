@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.data.documents import add_document, documents_of
+from cutaway.data.separators import Marks
 
 _DOCUMENTS_AT_ONCE = 256
 
@@ -48,14 +49,15 @@ class Corpus:
         return sum(map(len, self.documents))
 
 
-def read_corpus(path: str | Path) -> Corpus:
+def read_corpus(path: str | Path, *, document_separator: str | None = None) -> Corpus:
     """Read a file, or every .txt, .md, .py, .jsonl and .parquet file below a folder (hidden ones left out), as UTF-8.
 
     Documents of a .txt file are separated by blank lines; each line of a .jsonl file is an object with a `text`, each
-    row of a .parquet file has one; other files are one document. Raises `CutawayError` when the path does not exist, a
-    file is not UTF-8 or not as its suffix says, or when there is no text at all.
+    row of a .parquet file has one; other files are one document. With a `document_separator`, such as `<|endoftext|>`,
+    documents end where it stands instead, in files of every kind. Raises `CutawayError` when the path does not exist, a
+    file is not UTF-8 or not as its suffix says, when there is no text at all, or no separator.
     """
-    found = documents_of(Path(path))
+    found = documents_of(Path(path), document_separator=document_separator)
     documents = tuple(found)
     return Corpus(documents, found.source, corpus_hash(documents))
 
@@ -146,7 +148,10 @@ def _token_stream(lm: Tokenizing, documents: Sequence[str], seed: int) -> Iterat
     random.Random(seed).shuffle(order)
     separator = lm.bos_id if lm.bos_id is not None else getattr(lm.tokenizer, "eos_token_id", None)
     join = [] if separator is None else [separator]
+    marks = Marks(lm.tokenizer)
     for start in range(0, len(order), _DOCUMENTS_AT_ONCE):
         texts = [documents[place] for place in order[start : start + _DOCUMENTS_AT_ONCE]]
+        for text in texts:
+            marks.see(text)
         encoded = lm.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
         yield [token for ids in encoded["input_ids"] for token in (*ids, *join)]

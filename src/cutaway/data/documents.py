@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cutaway.artifacts.errors import CutawayError
+from cutaway.data.separators import check_separator, separated
 
 SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".parquet")
 HUB = "hub:"
@@ -40,12 +41,19 @@ class Documents:
         return self.begin()
 
 
-def documents_of(corpus: Any, *, field: str = "text", split: str = "train") -> Documents:
+def documents_of(
+    corpus: Any, *, field: str = "text", split: str = "train", document_separator: str | None = None
+) -> Documents:
     """The documents of a path, of `hub:NAME` (or `hub:NAME:CONFIGURATION`), or of an iterable of texts or records.
 
-    `field` is where a record keeps its text, `split` what is taken of a data set that has several. An iterator that can
-    be gone through only once is taken as it is. Raises `CutawayError` for what is none of these.
+    `field` is where a record keeps its text, `split` what is taken of a data set that has several. With a
+    `document_separator` every text is cut there (`separators.separated`): a .txt file there instead of at blank lines,
+    other files, records and texts into several. An iterator that can be gone through only once is taken as it is.
+    Raises `CutawayError` for what is none of these.
     """
+    check_separator(document_separator)
+    if document_separator is not None:
+        return _separated(corpus, field, split, document_separator)
     if isinstance(corpus, Documents):
         return corpus
     if isinstance(corpus, str) and corpus.startswith(HUB):
@@ -84,6 +92,35 @@ def documents_of(corpus: Any, *, field: str = "text", split: str = "train") -> D
             yield text
 
     return Documents(begin, name, None if fingerprint is None else str(fingerprint), None)
+
+
+def _separated(corpus: Any, field: str, split: str, separator: str) -> Documents:
+    """The same documents, cut where a separator stands; of a file not a paragraph at a time, but the whole."""
+    texts: Callable[[], Iterator[Iterable[str]]]
+    if isinstance(corpus, (str, Path)) and not str(corpus).startswith(HUB):
+        plain = _of_path(Path(corpus), field)
+        files = corpus_files(Path(corpus))
+
+        def texts() -> Iterator[Iterable[str]]:
+            return (text for file in files for text in _whole_texts(file, field))
+    else:
+        plain = documents_of(corpus, field=field, split=split)
+
+        def texts() -> Iterator[Iterable[str]]:
+            return ([text] for text in plain)
+
+    def begin() -> Iterator[str]:
+        return separated(texts(), separator, plain.source)
+
+    return Documents(begin, plain.source, plain.fingerprint, plain.size)
+
+
+def _whole_texts(file: Path, field: str) -> Iterator[Iterable[str]]:
+    """The texts of a file before they are cut, each in pieces: records, or the whole file."""
+    if file.suffix in (".parquet", ".jsonl"):
+        yield from ([text] for text in file_documents(file, field))
+    else:
+        yield _decoded(file)
 
 
 def _hash_texts(texts: Iterable[str]) -> str:

@@ -27,6 +27,7 @@ from cutaway.data.documents import documents_of
 from cutaway.data.hardware import keep_freed_memory
 from cutaway.data.journal import Folder, Memory, Written
 from cutaway.data.rows import Packing, Reading, RowBatch, given_rows, row_batches, text_rows
+from cutaway.data.separators import Marks, refuse_separator
 from cutaway.data.store import COLUMNS, DTYPES, Store
 from cutaway.model.tokens import Tokens, pad_rows
 
@@ -107,15 +108,16 @@ def harvest(
     file_format: Literal["safetensors", "parquet"] = "safetensors",
     field: str = "text",
     split: str = "train",
+    document_separator: str | None = None,
 ) -> Store:
     """Run a corpus through a model up to the last of `sites` and keep what is there at every token that counts.
 
     `corpus` is a path, `hub:NAME`, texts in any iterable (it may be larger than memory), or rows of token ids (lists,
-    int [n, p], or `Tokens`); see `documents_of`. `sites` names sites or wildcards with one vector a token; by head they
-    are kept as [H, h] or flattened. Texts become rows of `context` tokens (256, or all that a smaller model reads, if
-    None), `packed` or one `document` a row; rows of ids stay as they are. `tokens` ends the harvest after that many
-    tokens that `rules` keep (`high_norm` comes after it). `dtype` is how values are stored: float32, float16, bfloat16,
-    the model's own if None.
+    int [n, p], or `Tokens`); see `documents_of`, also for `document_separator`. `sites` names sites or wildcards with
+    one vector a token; by head they are kept as [H, h] or flattened. Texts become rows of `context` tokens (256, or all
+    that a smaller model reads, if None), `packed` or one `document` a row; rows of ids stay as they are. `tokens` ends
+    the harvest after that many tokens that `rules` keep (`high_norm` comes after it). `dtype` is how values are stored:
+    float32, float16, bfloat16, the model's own if None.
 
     Without `out` the store is in memory. With it the store is that folder; the same call goes on with an unfinished one
     and opens a finished one. Under `torchrun` (RANK and WORLD_SIZE) each process writes its share of the shards, and
@@ -126,7 +128,7 @@ def harvest(
     """
     plan = _plan(
         lm, corpus, sites, tokens, context, packing, rules or Rules(), dtype, heads, batch_rows, shard_tokens,
-        file_format, field, split,
+        file_format, field, split, document_separator,
     )  # fmt: skip
     keep_freed_memory()
     if out is None:
@@ -186,6 +188,7 @@ def _plan(
     file_format: str,
     field: str,
     split: str,
+    document_separator: str | None = None,
 ) -> _Plan:
     stored = str(lm.dtype).removeprefix("torch.") if dtype is None else dtype
     stored = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}.get(stored, stored)
@@ -208,7 +211,7 @@ def _plan(
     pad = next((i for i in (lm.pad_id, lm.bos_id) if i is not None and i < lm.d_vocab), 0)
     given = _given(corpus)
     if given is None:
-        documents = documents_of(corpus, field=field, split=split)
+        documents = documents_of(corpus, field=field, split=split, document_separator=document_separator)
         text_rows(lm, documents, context, packing, Reading())  # so that what is wrong shows before any work
         source, fingerprint, total = documents.source, documents.fingerprint, documents.size
 
@@ -216,6 +219,7 @@ def _plan(
             return row_batches(text_rows(lm, documents, context, packing, reading), batch_rows, pad)
     else:
         ids, mask = given
+        refuse_separator(document_separator)
         if bool((ids < 0).any()) or bool((ids >= lm.d_vocab).any()):
             raise CutawayError(f"Token ids must be between 0 and {lm.d_vocab - 1}, the vocabulary of {lm.name}.")
         source, fingerprint, total = "rows of token ids", rows_hash(ids), None
@@ -228,6 +232,7 @@ def _plan(
         "sites": {name: list(shape) for name, shape in shapes.items()},
         "rules": asdict(rules),
         "rows": {"packing": packing, "context": context} if given is None else {"packing": "given"},
+        "document_separator": document_separator,
         "batch_rows": batch_rows,
         "tokens": tokens,
         "dtype": stored,
@@ -371,7 +376,7 @@ def _check_finite(tensors: dict[str, Tensor], plan: _Plan) -> None:
 def _fill(plan: _Plan, sink: Memory | Folder, done: dict[int, Written]) -> None:
     """Run what is missing: every shard that is this process's and not in `done`."""
     lm, size = plan.lm, plan.shard_tokens
-    reading = Reading()
+    reading = Reading(marks=Marks(lm.tokenizer, plan.header["source"]))
     thresholds = _thresholds(plan) if sink.thresholds is None else sink.thresholds
     sink.begin(thresholds)
     counts = {"read": 0, "padding": 0, "first_position": 0, "bos": 0, "beyond_limit": 0}

@@ -18,6 +18,7 @@ from torch import Tensor
 from cutaway.artifacts.errors import CutawayError
 from cutaway.data.corpus import Tokenizing
 from cutaway.data.documents import Documents, add_document
+from cutaway.data.separators import Marks
 from cutaway.model.tokens import Tokens
 
 Packing = Literal["packed", "document"]
@@ -52,11 +53,14 @@ class Reading:
     documents: int = 0
     bytes: int = 0
     truncated_tokens: int = 0
+    marks: Marks | None = None  # None: lines that look like separators are not looked for
 
     def add(self, text: str) -> None:
         add_document(self.digest, text)
         self.documents += 1
         self.bytes += len(text)
+        if self.marks is not None:
+            self.marks.see(text)
 
 
 def row_batches(rows: Iterable[Row], size: int, pad_id: int) -> Iterator[RowBatch]:

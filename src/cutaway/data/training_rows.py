@@ -9,6 +9,7 @@ from cutaway.artifacts.errors import CutawayError
 from cutaway.data.corpus import Tokenizing, token_rows
 from cutaway.data.documents import documents_of
 from cutaway.data.rows import Reading, text_rows
+from cutaway.data.separators import Marks, refuse_separator
 
 _SMALL = 1 << 28  # bytes of text that are held in memory
 
@@ -23,6 +24,7 @@ def training_rows(
     seed: int = 0,
     field: str = "text",
     split: str = "train",
+    document_separator: str | None = None,
 ) -> Tensor:
     """Rows of `context` tokens [n, context], no two the same: enough for `tokens` tokens, and `more_rows` beside them.
 
@@ -32,15 +34,16 @@ def training_rows(
     no error: training goes through them again. Raises `CutawayError` when the text does not fill one row.
     """
     if isinstance(corpus, Tensor):
+        refuse_separator(document_separator)
         return corpus
     limit = -(-tokens // (context - 1)) + more_rows if context > 1 else None
-    documents = documents_of(corpus, field=field, split=split)
+    documents = documents_of(corpus, field=field, split=split, document_separator=document_separator)
     at_hand = isinstance(corpus, (list, tuple)) or (documents.size is not None and documents.size <= _SMALL)
     if at_hand:
         return token_rows(lm, tuple(documents), context, seed, limit)
     rows: list[Tensor] = []
     seen: set[bytes] = set()
-    for ids, _, _ in text_rows(lm, documents, context, "packed", Reading()):
+    for ids, _, _ in text_rows(lm, documents, context, "packed", Reading(marks=Marks(lm.tokenizer))):
         if len(ids) == context and (key := ids.tobytes()) not in seen:
             seen.add(key)
             rows.append(torch.from_numpy(ids.astype("int32")))

@@ -102,7 +102,16 @@ def prepare(recipe: Recipe, what: Any = None, corpus: Any = None) -> Training:
     if isinstance(what, Store | Mapping):
         if corpus is not None or recipe.corpus is not None or recipe.held_out:
             raise CutawayError("a corpus, and rows to judge on, go with a model; activations that are there have none")
-        fixed = ("context", "bos", "first_position", "high_norm", "buffer_tokens", "passes", "other")
+        fixed = (
+            "document_separator",
+            "context",
+            "bos",
+            "first_position",
+            "high_norm",
+            "buffer_tokens",
+            "passes",
+            "other",
+        )
         if given := [name for name in fixed if getattr(recipe, name) != getattr(Recipe(), name)]:
             raise CutawayError(f"'{given[0]}' goes with a model: which activations are there was decided before")
         return _at_hand(recipe, what)
@@ -158,6 +167,7 @@ def _live(recipe: Recipe, models: tuple[LanguageModel, ...], corpus: Any) -> Tra
         seed=recipe.data_seed,
         field=recipe.field,
         split=recipe.split,
+        document_separator=recipe.document_separator,
     )
     held_out = None
     if recipe.held_out:
@@ -209,6 +219,8 @@ def run(
         "source": training.source.identity,
         "dictionaries": plain({name: asdict(job) for name, job in training.jobs.items()}),
     }
+    if training.recipe.document_separator is not None:
+        configuration["document_separator"] = training.recipe.document_separator
     with RunFolder.open(
         out, command="train", configuration=configuration, writes=(*_WRITES, *training.jobs), resume=resume
     ) as folder:

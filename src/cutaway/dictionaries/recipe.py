@@ -79,6 +79,7 @@ class Recipe(Plain):
     corpus: str | None = None
     field: str = "text"
     split: str = "train"
+    document_separator: str | None = None
     context: int | None = None
     bos: Literal["drop", "keep"] = "drop"
     first_position: Literal["drop", "keep"] = "drop"

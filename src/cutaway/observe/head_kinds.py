@@ -26,6 +26,8 @@ MEANINGS: dict[str, str] = {
     "retrieval": "attention to the needle",
     "copying": "OV eigenvalues, Σλ / Σ|λ|: 1 raises each token it reads, −1 lowers it",
 }
+ON_TEXT = " (text)"
+"""Ends the name of a kind that is scored on the user's text instead of random tokens."""
 LEAST: dict[str, float] = {
     "relative-position": 0.5,
     "absolute-position": 0.5,
@@ -36,6 +38,12 @@ LEAST: dict[str, float] = {
 LEAST_SHARE = 0.1
 
 
+def meaning(kind: str) -> str:
+    """What a kind of score measures, in words."""
+    said = MEANINGS.get(kind.removesuffix(ON_TEXT), "")
+    return f"{said}, on the text" if kind.endswith(ON_TEXT) else said
+
+
 @dataclass(frozen=True, eq=False)
 class KindScores:
     """One kind of score for every head, and the same head's control.
@@ -43,7 +51,8 @@ class KindScores:
     `score` is [L, H], the mean over `n` sequences, with its 95 % bootstrap interval over sequences `low`, `high`;
     `control`, `control_low`, `control_high` likewise (`control_name` says of what). NaN: the layer has no such value,
     or no row has its target in sight. `rows` is the number of destinations that counted, over all sequences, `uniform`
-    [L] what attention spread evenly over all that is in sight would score (None where that makes no sense).
+    [L] what attention spread evenly over all that is in sight would score (None where that makes no sense). `margin` is
+    how far above its control a score must be to carry the label: 0 on random tokens, where nothing else explains it.
     """
 
     kind: str
@@ -58,6 +67,7 @@ class KindScores:
     rows: int
     uniform: Tensor | None = None
     units: str = "share of attention"
+    margin: float = 0.0
 
     @property
     def least(self) -> float:
@@ -71,9 +81,11 @@ class KindScores:
 
     def labelled(self) -> Tensor:
         """Which heads carry the label [L, H]: the score is at least `least`, and the lower end of its interval lies
-        above the upper end of its control's. A score without an interval (one sequence) labels nothing.
+        above the upper end of its control's; and by `margin` above the control. A score without an interval (one
+        sequence) labels nothing.
         """
-        return (self.score >= self.least) & (self.low > self.control_high)
+        apart = (self.low > self.control_high) & (self.score - self.control >= self.margin)
+        return (self.score >= self.least) & apart
 
     def heads(self) -> list[Head]:
         """The labelled heads, largest score first."""
@@ -114,11 +126,12 @@ class KindScores:
         grids = ("score", "low", "high", "control", "control_low", "control_high")
         return {
             "kind": self.kind,
-            "meaning": MEANINGS.get(self.kind, ""),
+            "meaning": meaning(self.kind),
             "units": self.units,
             "n": self.n,
             "rows": self.rows,
             "least": self.least,
+            "margin": self.margin,
             "control_name": self.control_name,
             **{grid: _lists(getattr(self, grid)) for grid in grids},
             "uniform": None if self.uniform is None else _lists(self.uniform),
@@ -200,7 +213,9 @@ class Sums:
         )
         self.uniform = torch.zeros(n, lm.n_layers, dtype=torch.float64)
 
-    def scores(self, kind: str, control_name: str, units: str = "share of attention", even: bool = True) -> KindScores:
+    def scores(
+        self, kind: str, control_name: str, units: str = "share of attention", even: bool = True, margin: float = 0.0
+    ) -> KindScores:
         score, low, high = ratio_interval(self.above, self.below)
         control, control_low, control_high = ratio_interval(self.control_above, self.control_below)
         rows = self.below[:, :, 0]
@@ -210,4 +225,5 @@ class Sums:
             rows=int(rows.sum(0).max()),
             uniform=self.uniform.sum(0) / rows.sum(0) if even else None,
             units=units,
+            margin=margin,
         )  # fmt: skip

@@ -7,6 +7,7 @@ each other cost little alone and much together: `heads.head_report` ablates grou
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,19 +23,21 @@ from cutaway.model.language_model import Inputs, LanguageModel
 from cutaway.model.tokens import Tokens
 from cutaway.observe.circuits import copying_scores
 from cutaway.observe.head_ablation import HeadEffects, Metric, ablate_each_head, text_loss
-from cutaway.observe.head_kinds import MEANINGS, KindScores, attention_layers
+from cutaway.observe.head_kinds import ON_TEXT, KindScores, attention_layers, meaning
 from cutaway.observe.head_scores import repeated_scores
-from cutaway.observe.head_targets import retrieval_scores
+from cutaway.observe.head_targets import TARGETS, retrieval_scores
+from cutaway.observe.head_text import text_scores
 from cutaway.observe.heads import Ablation, Head, losses, name, repeated_tokens, second_half_loss
 
 LABEL_RULE = (
     "A head carries a label when the lower end of its score's 95 % interval is above the upper end of its control's, "
     "and the score is at least a tenth of its attention (0.05 of the logits it raises for induction-copying, 0.5 for "
-    "positions and copying)."
+    "positions and copying); on a text, a tenth above its control."
 )
 OF_REPETITION = ("previous", "duplicate", "induction", "induction-copying")
 """Kinds whose behaviour is the loss on the second copy; the others' is the loss on the user's text, if there is one."""
 REPEATED, TEXT = "second copy", "text"
+_ABLATED_ROWS, _ABLATED_TOKENS = 8, 64  # of a text that heads are scored on
 
 
 @dataclass(frozen=True)
@@ -63,8 +66,9 @@ class HeadTable:
 
     `kinds` has the scores by kind; `effects[behaviour][ablation]` the change of the loss on the "second copy" of
     repeated random tokens and, where prompts were given, of the metric on the "text"; `repetition` says whether the
-    model foresees repeated tokens at all; `skipped` has the layers without attention patterns and why, `notes` what
-    else could not be measured.
+    model foresees repeated tokens at all, `random_loss` how far off they are: the mean loss, in nats, on tokens drawn
+    at random, beside `even_loss`, that of an even guess (ln of the vocabulary). `skipped` has the layers without
+    attention patterns and why, `notes` what else could not be measured.
     """
 
     model: str
@@ -76,6 +80,13 @@ class HeadTable:
     skipped: dict[int, str]
     command: str | None = None
     notes: tuple[str, ...] = ()
+    random_loss: float = float("nan")
+    even_loss: float = float("nan")
+
+    @property
+    def on_text(self) -> bool:
+        """Whether heads were scored on a text too."""
+        return any(kind.endswith(ON_TEXT) for kind in self.kinds)
 
     def labels(self, head: Head) -> tuple[str, ...]:
         """The labels of a head, in the order of the kinds."""
@@ -120,9 +131,7 @@ class HeadTable:
     @property
     def induces(self) -> bool:
         """Whether the loss falls on repeated tokens by more than on fresh ones."""
-        interval, control = self.repetition.interval, self.repetition.controls[0]
-        high = control.value if control.interval is None else control.interval[1]
-        return interval is not None and interval[0] > max(0.0, high)
+        return induces(self.repetition)
 
     def verdicts(self) -> tuple[str, ...]:
         """What the table says in words: of induction, of each kind without a head, and of what was left out."""
@@ -144,13 +153,29 @@ class HeadTable:
                 told.append(f"No head is above its control for induction, yet {loss}.")
             else:
                 told.append(f"No induction: no head is above its control, and {loss}.")
-        empty = [k for k, scores in self.kinds.items() if k != "induction" and scores.judged and not scores.heads()]
+        if (on := self.kinds.get("induction" + ON_TEXT)) is not None and on.judged:
+            named = ", ".join(f"{name(head)} {on.score[head].item():.2f}" for head in on.heads())
+            told.append(f"On the text, an induction pattern: {named or 'no head above its control'}.")
+        said = ("induction", "induction" + ON_TEXT)
+        empty = [k for k, scores in self.kinds.items() if k not in said and scores.judged and not scores.heads()]
         if empty:
             told.append(f"No head is labelled: {', '.join(empty)}.")
+        told += self._off_distribution()
         for reason in dict.fromkeys(self.skipped.values()):
             layers = ", ".join(str(layer) for layer, why in self.skipped.items() if why == reason)
             told.append(f"Left out, layers {layers}: {reason}.")
         return (*told, *self.notes)
+
+    def _off_distribution(self) -> list[str]:
+        """A warning where the model is worse than an even guess on random tokens: it never saw anything like them."""
+        if not self.random_loss > self.even_loss + 0.01:  # a model that is even has the two alike, but for rounding
+            return []
+        way = "" if self.on_text else "; --on TEXT (in Python on=) scores them on a text"
+        return [
+            f"Warning: the loss on random tokens is {self.random_loss:.2f} nats, above the {self.even_loss:.2f} of an "
+            f"even guess over the vocabulary: they are far from what {self.model} was trained on, and heads that work "
+            f"on text may not show there{way}."
+        ]
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -160,6 +185,8 @@ class HeadTable:
             "rule": LABEL_RULE,
             "verdicts": list(self.verdicts()),
             "repetition": self.repetition.to_json(),
+            "random_loss": self.random_loss,
+            "even_loss": self.even_loss,
             "skipped": {str(layer): reason for layer, reason in self.skipped.items()},
             "kinds": {kind: scores.to_json() for kind, scores in self.kinds.items()},
             "effects": {
@@ -173,14 +200,16 @@ class HeadTable:
         """The table for a terminal: the `top` labelled heads of each kind, scores and effects beside their controls."""
         lines = [f"heads of {self.model}: {self.n_layers} layers × {self.n_heads}"]
         for kind in self.kinds if kinds is None else kinds:
-            judged = self.kinds[kind].judged
+            scores = self.kinds[kind]
+            judged = scores.judged
             rows = self.rows(kind) if judged else self.rows(kind, top, labelled=False)
             behaviour = self.behaviour(kind)
             about = "" if behaviour is None else f"; ablated for the {behaviour}"
+            about += f"; {scores.rows:,} tokens of {scores.n} sequences" if kind.endswith(ON_TEXT) else ""
             about += "" if judged else "; one sequence, so no interval and no label"
-            lines += ["", f"{kind}: {MEANINGS.get(kind, '')}{about}"]
+            lines += ["", f"{kind}: {meaning(kind)}{about}"]
             if not rows:
-                best = self.kinds[kind].top(1)
+                best = scores.top(1)
                 closest = f" (highest: {name(best[0][0])} {best[0][1]:.2f})" if best else ""
                 lines.append(f"  no head above its control{closest}")
                 continue
@@ -223,6 +252,7 @@ def head_table(
     *,
     units: str = "nats of loss on the text",
     needle: str | Tensor | Sequence[Sequence[int]] | None = None,
+    on: Inputs | None = None,
     n: int = 8,
     length: int | None = None,
     ablations: Sequence[Ablation] = ("mean", "zero"),
@@ -235,6 +265,8 @@ def head_table(
     Scores are read on `n` repeated random sequences of `length` tokens, copying on the weights; every head is then
     ablated alone (`ablations`, () for none) on `n` other sequences of `ablation_length` tokens, for the loss on the
     second copy, and, where `inputs` are given, for `metric` on those. `needle` adds the retrieval score on `inputs`.
+    `on` are prompts or rows of a corpus to score heads on as well (`head_text.text_scores`; these kinds end in
+    "(text)"); without `inputs` the first 64 tokens of its first 8 rows stand for them.
 
     Raises CutawayError for a model without attention patterns, and a needle without inputs.
     """
@@ -248,6 +280,14 @@ def head_table(
     except CutawayError as error:  # latent attention: no matrix from the stream to the values
         notes.append(f"Copying is not measured: {error}")
     text = None if inputs is None else lm.tokens(inputs)
+    if on is not None:
+        scored = lm.tokens(on)
+        kinds |= {scores.kind: scores for scores in text_scores(lm, scored).values()}
+        if missing := [kind for kind in TARGETS if kind + ON_TEXT not in kinds]:
+            notes.append(f"Nothing in the text to score by: {', '.join(missing)}.")
+        if text is None:
+            some = range(min(len(scored), _ABLATED_ROWS))
+            text = lm.tokens([scored.row_ids(row)[:_ABLATED_TOKENS] for row in some])
     if needle is not None and text is not None:
         kinds["retrieval"] = retrieval_scores(lm, text, needle)
     effects: dict[str, dict[str, HeadEffects]] = {}
@@ -259,8 +299,16 @@ def head_table(
             effects[TEXT] = ablate_each_head(lm, text, metric, ablations=ablations, units=units)
     foreseen = repetition(lm, n, t, seed, command)
     return HeadTable(
-        lm.name, lm.n_layers, lm.n_heads, kinds, effects, foreseen, skipped, command=command, notes=tuple(notes)
-    )
+        lm.name, lm.n_layers, lm.n_heads, kinds, effects, foreseen, skipped, command=command, notes=tuple(notes),
+        random_loss=random_loss(lm, n, t, seed), even_loss=math.log(lm.d_vocab),
+    )  # fmt: skip
+
+
+def random_loss(lm: LanguageModel, n: int = 8, length: int | None = None, seed: int = 0) -> float:
+    """Mean loss in nats on the first copy of `repeated_tokens`: on tokens drawn at random, none of them twice."""
+    tokens = repeated_tokens(lm, n, length, seed)
+    t = (tokens.ids.shape[1] - 1) // 2
+    return float(losses(lm.run(tokens))[:, :t].mean())
 
 
 def _copying(lm: LanguageModel, seed: int) -> KindScores:
@@ -271,6 +319,13 @@ def _copying(lm: LanguageModel, seed: int) -> KindScores:
         "copying", found.score, found.score, found.score, chance, low, high, f"{found.draws} random heads",
         n=1, rows=0, units="balance of eigenvalues",
     )  # fmt: skip
+
+
+def induces(fall: Effect) -> bool:
+    """Whether a `repetition` says that the loss falls on repeated tokens by more than on fresh ones."""
+    control = fall.controls[0]
+    high = control.value if control.interval is None else control.interval[1]
+    return fall.interval is not None and fall.interval[0] > max(0.0, high)
 
 
 def repetition(

@@ -1,4 +1,4 @@
-"""How much attention goes to a target: the cells a kind of head looks for, and scores on the user's own text.
+"""How much attention goes to a target: the cells that a kind of head looks for, and the score of a needle.
 
 Only rows (destinations) that *have* a target count: a row without one would pull a perfect head's score down. A cell
 counts only where it is in sight: a sliding window hides far targets, and a hidden one says nothing about a head.
@@ -114,22 +114,6 @@ TARGETS: dict[str, Callable[[Tokens], Tensor]] = {
     "current": current_targets,
     "first": first_targets,
 }
-
-
-def text_scores(lm: LanguageModel, inputs: Inputs, kinds: Sequence[str] = tuple(TARGETS)) -> dict[str, KindScores]:
-    """Attention of every head to each kind's target on the user's own text, over rows that have a target.
-
-    A target may be several cells (a token that stood in five places): their attention is summed. The control moves the
-    targets to other cells of the same rows. On natural text repeated words also tend to be near and frequent, so a
-    score above its control is weaker evidence than one on random tokens (`repeated_scores`).
-
-    Raises CutawayError for an unknown kind, and when no row of the text has a target of some kind.
-    """
-    tokens = lm.tokens(inputs)
-    for kind in kinds:
-        if kind not in TARGETS:
-            raise CutawayError(f"no score on text is called {kind!r}; there are {', '.join(TARGETS)}")
-    return _targeted(lm, tokens, {kind: TARGETS[kind](tokens) for kind in kinds})
 
 
 def retrieval_scores(

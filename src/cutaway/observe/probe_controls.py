@@ -62,7 +62,7 @@ def control_labels(types: np.ndarray, labels: np.ndarray, generator: np.random.G
 def bag_of_tokens(data: ProbeData) -> Any:
     """Counts of the tokens up to each example's position (all of them for a mean), CSR [n, tokens seen].
 
-    Where every token is an example, the token itself has columns of its own besides.
+    Where every token (or word) is an example, the token itself has columns of its own besides.
     """
     from scipy.sparse import csr_matrix, hstack
 
@@ -76,7 +76,7 @@ def bag_of_tokens(data: ProbeData) -> Any:
         (np.ones(pointers[-1]), np.concatenate(columns), pointers), shape=(len(data), len(seen)), dtype=np.float64
     )
     counts.sum_duplicates()
-    if data.rule != "every":
+    if data.rule not in ("every", "words"):
         return counts
     own = np.array([rows[r][p] for r, p in zip(data.row, data.at, strict=True)])
     one = csr_matrix((np.ones(len(data)), own, np.arange(len(data) + 1)), shape=counts.shape)

@@ -5,6 +5,8 @@ A *position rule* says where each text is read:
     "last"         its last token
     "mean"         the mean over its tokens, a beginning-of-text left out (its norm dwarfs the others)
     "every"        every token is an example of its own; labels are a list a text, None where a token has no label
+    "words"        each text is a list of words, and each word an example, read at its last token; labels are a list a
+                   text, None where a word has no label
     "match:TEXT"   the last token of TEXT, at its last occurrence
     an int         counts from the first token, negative from the end
     a list         one int, or one text to match, for each text
@@ -27,6 +29,7 @@ from cutaway.artifacts.progress import Progress
 from cutaway.model.language_model import LanguageModel
 from cutaway.model.run import capture_bytes
 from cutaway.model.tokens import Tokens
+from cutaway.observe.probe_words import joined, sentences_of, word_examples, word_places
 
 Position = str | int | Sequence[int] | Sequence[str]
 MEMORY = 4 * 2**30
@@ -94,14 +97,20 @@ def probe_data(
     `regression=False`; anything else names classes, in sorted order (the last of two is the positive one).
 
     Raises CutawayError: numbers of texts, labels and groups that differ, a label that is missing or NaN, one class
-    only, a position outside its text, labels that do not fit the tokens of a text (rule "every").
+    only, a position outside its text, labels that do not fit the tokens of a text (rule "every") or its words
+    ("words").
     """
-    tokens = lm.tokens(texts, bos=bos)
+    sentences = sentences_of(texts) if position == "words" else None
+    tokens = lm.tokens(texts if sentences is None else joined(sentences), bos=bos)
     n = len(tokens)
     for what, given in (("labels", labels), ("groups", groups)):
         if given is not None and len(given) != n:
             raise CutawayError(f"There are {n} texts but {len(given)} {what}; give one for each text.")
-    row, at, flat, rule = _places(lm, tokens, labels, position)
+    if sentences is None:
+        row, at, flat, rule = _places(tokens, labels, position)
+    else:
+        row, at, flat = word_examples(lm, tokens, sentences, labels)
+        rule = "words"
     if len(flat) == 0:
         raise CutawayError("There is no labelled token; give at least one label that is not None.")
     numbers, classes = _classes(flat, regression)
@@ -117,9 +126,7 @@ def probe_data(
     )
 
 
-def _places(
-    lm: LanguageModel, tokens: Tokens, labels: Sequence[Any], position: Position
-) -> tuple[np.ndarray, np.ndarray, list[Any], str]:
+def _places(tokens: Tokens, labels: Sequence[Any], position: Position) -> tuple[np.ndarray, np.ndarray, list[Any], str]:
     """Text and position of each example, its label, and the rule in words."""
     n = len(tokens)
     lengths = tokens.lengths.tolist()
@@ -144,8 +151,8 @@ def _places(
         kind, _, text = position.partition(":")
         if kind != "match" or not text:
             raise CutawayError(
-                f"There is no position rule {position!r}; use 'last', 'mean', 'every', 'match:TEXT', a number, or one "
-                "number or text for each text."
+                f"There is no position rule {position!r}; use 'last', 'mean', 'every', 'words', 'match:TEXT', a "
+                "number, or one number or text for each text."
             )
         places = [text] * n
     elif isinstance(position, int):
@@ -258,10 +265,16 @@ def read_site(
     lm: LanguageModel, texts: Any, sites: str | Sequence[str], *, position: Position = "last", head: int | None = None
 ) -> dict[str, np.ndarray]:
     """What a probe would read of texts without labels: {site: float32 [examples, width]}. See `collect`."""
-    tokens = lm.tokens(texts)
-    blank = [[0] * int(n) if position == "every" else 0 for n in tokens.lengths]
-    row, at, labels, rule = _places(lm, tokens, blank, position)
-    nothing = np.zeros(len(labels))
+    if position == "words":
+        sentences, rule = sentences_of(texts), "words"
+        tokens = lm.tokens(joined(sentences))
+        places = word_places(lm, tokens, sentences)
+        row, at = np.repeat(np.arange(len(places)), [len(some) for some in places]), np.concatenate(places)
+    else:
+        tokens = lm.tokens(texts)
+        blank = [[0] * int(n) if position == "every" else 0 for n in tokens.lengths]
+        row, at, _, rule = _places(tokens, blank, position)
+    nothing = np.zeros(len(at))
     return collect(lm, ProbeData(tokens, row, at, nothing, None, nothing.astype(int), False, rule), sites, head=head)
 
 

@@ -12,6 +12,7 @@ def run_tour(
     *,
     out: Path,
     corpus: Path | None = None,
+    document_separator: str | None = None,
     seed: int = 0,
     overwrite: bool = False,
     only: str | None = None,
@@ -19,4 +20,6 @@ def run_tour(
     """See `cutaway.tour.run.run_tour`; this one imports torch only when called."""
     from cutaway.tour import run
 
-    return run.run_tour(model, out=out, corpus=corpus, seed=seed, overwrite=overwrite, only=only)
+    return run.run_tour(
+        model, out=out, corpus=corpus, document_separator=document_separator, seed=seed, overwrite=overwrite, only=only
+    )

@@ -39,10 +39,10 @@ class Text:
     hash: str
 
 
-def read_text(corpus: Path | None, *, of_atlas: bool, seed: int) -> Text:
+def read_text(corpus: Path | None, *, of_atlas: bool, seed: int, document_separator: str | None = None) -> Text:
     """The user's corpus; else atlas's world stream with held-out standard library; else the standard library."""
     if corpus is not None:
-        found = read_corpus(corpus)
+        found = read_corpus(corpus, document_separator=document_separator)
         return Text(tuple(found.documents), str(corpus), corpus_hash(found.documents))
     if not of_atlas:
         library = standard_library()
@@ -71,6 +71,7 @@ class Tour:
     rows: Split
     corpus: Path | None
     seed: int
+    document_separator: str | None = None
 
     @property
     def of_atlas(self) -> bool:
@@ -85,6 +86,8 @@ class Tour:
         words = ["cutaway", "tour", self.model, "--seed", str(self.seed), "--out", str(self.folder.path)]
         if self.corpus is not None:
             words += ["--corpus", str(self.corpus)]
+        if self.document_separator is not None:
+            words += ["--document-separator", self.document_separator]
         return shlex.join(words)
 
     @property

@@ -8,6 +8,9 @@ from typing import Any
 from cutaway.artifacts.results import Control, Effect
 from cutaway.artifacts.statistics import bootstrap_interval
 from cutaway.model.selftest import SelfTest as ModelSelfTest
+from cutaway.observe.head_kinds import KindScores
+from cutaway.observe.head_scores import repeated_scores
+from cutaway.observe.head_table import LABEL_RULE, induces, repetition
 from cutaway.observe.heads import head_report, name
 from cutaway.observe.logit_lens import logit_lens
 from cutaway.tour import section as page
@@ -186,24 +189,33 @@ def heads(tour: Tour) -> page.Section:
     top = min(3, max(1, lm.n_layers * lm.n_heads // 8))
     report = head_report(lm, top=top, draws=8, seed=tour.seed, command=command)
     scores = report.scores
+    judged = repeated_scores(lm, scores.n, scores.length, tour.seed)
+    foreseen = repetition(lm, scores.n, scores.length, tour.seed)
     repeated = next((t for t in tour.tried if t.task.name == "repeated tokens"), None)
     does = repeated is not None and repeated.able
     effects = [e for e in report.effects if e.ablation == "mean ablation"]
     grids = []
     for kind, what in (("previous", "the token before"), ("induction", "the token after the last time it stood here")):
         values = getattr(scores, kind)
-        best = [head for head, _ in scores.top(kind, top)]
         grids.append(
             page.Heatmap(
                 rows=tuple(f"layer {i}" for i in range(lm.n_layers)),
                 columns=tuple(f"head {i}" for i in range(lm.n_heads)),
                 values=tuple(map(tuple, values.tolist())),
-                caption=f"Mean attention to {what}, on repeated random tokens; the largest are outlined.",
+                caption=f"Mean attention to {what}, on repeated random tokens; those above their control are outlined.",
                 units="share of attention",
-                marks=tuple(best),
+                marks=tuple(judged[kind].heads()),
             )
         )
-    rows = [(r.kind, name(r.head), round(r.score, 3), round(r.zero, 3), round(r.mean, 3)) for r in report.rows]
+    rows = [
+        (
+            r.kind,
+            name(r.head),
+            bool(judged[r.kind].labelled()[r.head]),
+            *(round(x, 3) for x in (r.score, r.zero, r.mean)),
+        )
+        for r in report.rows
+    ]
     note = "A pattern is not a cause: the table and the effects say what is lost without the heads."
     if not does:
         right = repeated.competence if repeated is not None else None
@@ -225,16 +237,8 @@ def heads(tour: Tour) -> page.Section:
         blocks=(
             page.Figures(
                 items=(
-                    page.Figure(
-                        label="strongest induction head",
-                        value=name(scores.top("induction", 1)[0][0]),
-                        detail=f"score {scores.top('induction', 1)[0][1]:.2f}",
-                    ),
-                    page.Figure(
-                        label="strongest previous-token head",
-                        value=name(scores.top("previous", 1)[0][0]),
-                        detail=f"score {scores.top('previous', 1)[0][1]:.2f}",
-                    ),
+                    _strongest("induction", judged["induction"], induces(foreseen)),
+                    _strongest("previous-token", judged["previous"]),
                     page.Figure(
                         label="loss on the second copy",
                         value=round(scores.second_loss, 3),
@@ -246,11 +250,27 @@ def heads(tour: Tour) -> page.Section:
             *grids,
             *(page.EffectBlock(effect=effect.to_json()) for effect in effects),
             page.Table(
-                columns=("kind", "head", "score", "Δ loss at zero", "Δ loss at mean"),
+                columns=("score", "head", "above its control", "value", "Δ loss at zero", "Δ loss at mean"),
                 rows=tuple(rows),
-                caption="Each head ablated alone: rise of the loss on the second copy, in nats.",
+                caption=f"Each head ablated alone: rise of the loss on the second copy, in nats. {LABEL_RULE}",
             ),
         ),
         effects=tuple(effect.to_json() for effect in report.effects if effect not in effects),
         command=command,
     )
+
+
+def _strongest(kind: str, scores: KindScores, does: bool = True) -> page.Figure:
+    """The strongest head of a kind by the rule of `cutaway heads`: none where no head carries the label, and no
+    induction head where the model does not foresee repeated tokens.
+    """
+    label = f"strongest {kind} head"
+    heads, top = scores.heads(), scores.top(1)
+    if heads and does:
+        return page.Figure(label=label, value=name(heads[0]), detail=f"score {scores.score[heads[0]]:.2f}")
+    if not top:
+        return page.Figure(label=label, value="none", detail="no head has such a score")
+    head = heads[0] if heads else top[0][0]
+    found = "the pattern" if heads else "largest score"
+    why = "repeated tokens are not foreseen" if heads else "not above its control"
+    return page.Figure(label=label, value="none", detail=f"{found}: {name(head)} {scores.score[head]:.2f}, {why}")

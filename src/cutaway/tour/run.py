@@ -46,21 +46,27 @@ def run_tour(
     *,
     out: Path,
     corpus: Path | None = None,
+    document_separator: str | None = None,
     seed: int = 0,
     overwrite: bool = False,
     only: str | None = None,
 ) -> TourResult:
     """Tour a model and leave a run folder with `index.html` in it.
 
-    `model` is "atlas", a folder or a hub id; `corpus` a text file or a folder of them. With the same arguments an
-    interrupted tour goes on where it stopped. `only` makes one section (see `NAMES`) anew in `out` and returns it
-    alone. Raises `CutawayError` for a model, corpus or folder that cannot be used.
+    `model` is "atlas", a folder or a hub id; `corpus` a text file or a folder of them, and `document_separator` what
+    stands between its documents if not blank lines. With the same arguments an interrupted tour goes on where it
+    stopped. `only` makes one section (see `NAMES`) anew in `out` and returns it alone. Raises `CutawayError` for a
+    model, corpus or folder that cannot be used.
     """
     if only is not None and only not in NAMES:
         raise CutawayError(f"the tour has no section “{only}”; its sections are {', '.join(NAMES)}")
     started = time.monotonic()
     of_atlas = model == "atlas"
-    given = None if corpus is None else read_text(corpus, of_atlas=of_atlas, seed=seed)
+    if corpus is None and document_separator is not None:
+        raise CutawayError("a document separator is of a corpus: name the text file or folder too")
+    given = None
+    if corpus is not None:
+        given = read_text(corpus, of_atlas=of_atlas, seed=seed, document_separator=document_separator)
     lm = load(model)
     if lm.tokenizer is None:
         raise CutawayError(f"{model} has no tokenizer, and a tour reads text; add tokenizer.json to the folder")
@@ -70,7 +76,10 @@ def run_tour(
     with RunFolder.open(
         Path(out), command="tour", configuration=settings, writes=_WRITES, resume=not overwrite
     ) as folder:
-        tour = Tour(lm=lm, model=model, folder=folder, text=text, rows=rows, corpus=corpus, seed=seed)
+        tour = Tour(
+            lm=lm, model=model, folder=folder, text=text, rows=rows, corpus=corpus, seed=seed,
+            document_separator=document_separator,
+        )  # fmt: skip
         result = _run(tour, only, started, settings)
         if only is None:
             write_json(folder.path / "manifest.json", result.manifest)
