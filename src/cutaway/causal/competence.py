@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.results import interval_text
 from cutaway.artifacts.statistics import bootstrap_interval, wilson_interval
 from cutaway.data.pairs import AlignedPairs, PromptPair, align
 from cutaway.data.tasks import TASKS, Task, readable_pairs
@@ -89,8 +90,7 @@ class Competence:
         }
 
     def __str__(self) -> str:
-        low, high = self.interval
-        return f"right on {self.right} of {self.n} ({self.value:.2f}, 95 % {low:.2f} to {high:.2f})"
+        return f"right on {self.right} of {self.n} ({self.value:.2f}, 95 % {interval_text(self.interval, 2, to=True)})"
 
 
 def competence(

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.progress import shown
-from cutaway.artifacts.results import Choices, Interval
+from cutaway.artifacts.results import Choices, Interval, interval_text
 from cutaway.causal.latent_scores import Features, LatentMethod, features_of, latent_attribution
 from cutaway.causal.metrics import Metric, Targets, logit_difference
 from cutaway.causal.node_questions import Positions, Question, ask
@@ -121,7 +121,7 @@ class FeatureCircuit:
         for one in self.nodes[:12]:
             low, high = one.interval
             said = f"  “{one.label}”" if one.label else ""
-            lines.append(f"  {one.score:+8.3f}  [{low:+.3f}, {high:+.3f}]  {one.node}{said}")
+            lines.append(f"  {one.score:+8.3f}  {interval_text((low, high), signed=True)}  {one.node}{said}")
         if len(self.nodes) > 12:
             lines.append(f"  … and {len(self.nodes) - 12} more nodes")
         for edge in self.edges[:8]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.artifacts.results import Choices, Control, Effect
+from cutaway.artifacts.results import Choices, Control, Effect, interval_text
 from cutaway.artifacts.statistics import bootstrap_interval, mean_intervals
 
 Direction = Literal["denoise", "noise"]
@@ -259,7 +259,8 @@ class NodeScores:
         lines += [f"  {note}" for note in self.notes]
         top = self.top()
         for node, (low, high) in zip(top, self.interval(top).tolist(), strict=True):
-            lines.append(f"  {self.mean[self.number(node)]:+9.4f}  [{low:+.4f}, {high:+.4f}]  {node}")
+            ends = interval_text((low, high), 4, signed=True)
+            lines.append(f"  {self.mean[self.number(node)]:+9.4f}  {ends}  {node}")
         return "\n".join(lines)
 
 

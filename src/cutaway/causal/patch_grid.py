@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.artifacts.results import Choices, Control, Effect
+from cutaway.artifacts.results import Choices, Control, Effect, interval_text
 from cutaway.artifacts.statistics import (
     bootstrap_interval,
     mean_intervals,
@@ -64,9 +64,8 @@ class PatchedCell:
     def __str__(self) -> str:
         effect = self.effect
         beside = "".join(f"{control.name} {control.value:.3f}, " for control in effect.controls)
-        low, high = effect.interval or (float("nan"), float("nan"))
         return (
-            f"{effect.name}: {effect.value:.3f} [{low:.3f}, {high:.3f}], {beside}"
+            f"{effect.name}: {effect.value:.3f} {interval_text(effect.interval)}, {beside}"
             f"p {self.p:.2g}, ratio of means {self.ratio_of_means:.3f}, n {effect.n}"
         )
 

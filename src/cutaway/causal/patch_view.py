@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from markupsafe import Markup
 from torch import Tensor
 
-from cutaway.artifacts.results import Effect
+from cutaway.artifacts.results import Effect, interval_text
 from cutaway.causal.competence import Competence
 from cutaway.causal.metrics import UNITS
 from cutaway.causal.patch_grid import LEAST_PAIRS, PatchedCell, PatchGrid
@@ -91,7 +91,7 @@ def _told(effect: Effect) -> str:
 
 
 def _span(ends: tuple[float, float] | None) -> str:
-    return "–" if ends is None or math.isnan(ends[0]) else f"[{ends[0]:.3f}, {ends[1]:.3f}]"
+    return interval_text(ends)
 
 
 def _p(p: float) -> str:
@@ -159,7 +159,7 @@ def _ability(grid: PatchGrid, ability: Competence, pairs: AlignedPairs) -> Secti
         {
             "label": "right on both prompts",
             "value": f"{ability.right} of {ability.n}",
-            "detail": f"95 % interval of the share {low:.2f} to {high:.2f}",
+            "detail": f"95 % interval of the share {interval_text((low, high), 2, to=True)}",
         },
         {"label": f"{_words(grid)}, clean prompts", "value": grid.clean.mean().item(), "units": units},
         {"label": f"{_words(grid)}, corrupt prompts", "value": grid.corrupt.mean().item(), "units": units},

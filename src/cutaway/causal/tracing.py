@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.artifacts.results import Choices, Control, Effect
-from cutaway.artifacts.statistics import bootstrap_interval, bootstrap_weights
+from cutaway.artifacts.results import Choices, Control, Effect, interval_text
+from cutaway.artifacts.statistics import bootstrap_interval, mean_intervals
 from cutaway.causal.tracing_prompts import BEHIND, IN_SUBJECT, ROLES, FactPrompt, answered, elsewhere_of, roles_of
 from cutaway.model.edits import Edit, patch
 from cutaway.model.edits import noise as noise_edit
@@ -112,16 +112,13 @@ class CausalTrace:
         return self.by_role(kind).nanmean(-1)
 
     def interval(self, kind: Kind, n_resamples: int = 2000, seed: int = 0) -> Tensor:
-        """95 % bootstrap interval of the AIE over prompts [2, layers, columns]; NaN below two prompts."""
+        """95 % interval of the AIE over the prompts with the role [2, layers, columns]; NaN below two of them."""
         values = self.by_role(kind).double().numpy()
-        if self.n < 2:
-            return torch.full((2, *values.shape[:2]), torch.nan)
-        drawn = bootstrap_weights(self.n, n_resamples, seed)
-        known = ~np.isnan(values)
-        total, count = np.nan_to_num(values) @ drawn.T, known.astype(float) @ drawn.T
-        with np.errstate(invalid="ignore"):
-            means = np.where(count > 0, total / count, np.nan)
-        return torch.from_numpy(np.nanquantile(means, [0.025, 0.975], axis=-1)).float()
+        ends = np.full((2, *values.shape[:2]), np.nan)
+        for at in range(values.shape[1]):
+            has = ~np.isnan(values[0, at])
+            ends[..., at] = mean_intervals(values[:, at, has], n_resamples, seed)
+        return torch.from_numpy(ends).float()
 
     def _choices(self, component: str, positions: str) -> Choices:
         return Choices(
@@ -307,9 +304,8 @@ def _beside(effect: Effect) -> str:
     """An effect and its controls as one line."""
 
     def written(one: Effect | Control) -> str:
-        low, high = one.interval or (math.nan, math.nan)
-        ends = "" if math.isnan(low) else f" ({low:.3f} to {high:.3f})"
-        return f"{one.value:.3f}{ends}"
+        ends = interval_text(one.interval, to=True)
+        return f"{one.value:.3f}" + ("" if ends == "–" else f" ({ends})")
 
     beside = "; ".join(f"{control.name} {written(control)}" for control in effect.controls)
     return f"{effect.name}: {written(effect)}, n {effect.n}" + (f"; control: {beside}" if beside else "")

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
+from cutaway.artifacts.results import interval_text
 from cutaway.cli.options import Count, Flag, Page, Seed
 from cutaway.cli.output import deliver
 
@@ -258,11 +259,11 @@ def _composition_section(composed: "Composition") -> "tuple[str, str, Markup]":
         if kind not in composed.left_out
         for writer, reader, value in composed.top(kind)
     ]
-    low, high = composed.baseline_interval
     left_out = "".join(f" {kind.upper()} is not measured: {why}." for kind, why in composed.left_out.items())
     text = (
         "How much of what a later head reads (as query, key or value) an earlier one writes, by their weights alone. "
-        f"Random heads of these shapes score {composed.baseline:.3f} [{low:.3f}, {high:.3f}].{left_out}"
+        f"Random heads of these shapes score {composed.baseline:.3f} "
+        f"{interval_text(composed.baseline_interval)}.{left_out}"
     )
     columns = ("input", "writer", "reader", "score", "above random")
     return "Composition", text, table_html(columns=columns, rows=rows, title="Composition scores")

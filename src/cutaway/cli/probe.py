@@ -7,6 +7,7 @@ from cyclopts import Parameter
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.files import check_folder
+from cutaway.artifacts.results import interval_text
 from cutaway.cli.options import Count, Flag, Page, Seed
 from cutaway.cli.output import command_line, deliver
 
@@ -296,7 +297,7 @@ def probe_page(model: str, source: str, sweep: "ProbeSweep", used: "Use | None",
     low, high = sweep.picked.interval or (float("nan"), float("nan"))
     note = (
         f"Out of fold, {sweep.folds} folds, no group on both sides; intervals are over groups. With the site chosen "
-        f"inside each fold: {sweep.picked.value:.3f} [{low:.3f}, {high:.3f}]. "
+        f"inside each fold: {sweep.picked.value:.3f} {interval_text((low, high))}. "
     )
     sections: list[tuple[str, str, Markup]] = []
     if len(sweep.rows) > 1:
@@ -411,8 +412,7 @@ def table(sweep: "ProbeSweep") -> dict[str, Any]:
     columns += ["ECE", "Brier"] if first.reliability else []
     rows = []
     for row in sweep.rows:
-        low, high = row.effect.interval or (float("nan"), float("nan"))
-        cells = [row.site, f"{row.effect.value:.3f}", f"{low:.3f} to {high:.3f}"]
+        cells = [row.site, f"{row.effect.value:.3f}", interval_text(row.effect.interval, to=True)]
         cells += [f"{row.accuracy.value:.3f}"] if row.accuracy else []
         cells += [f"{row.effect.controls[i].value:.3f}" for i in varying]
         cells += [f"{row.row_folds:.3f}"] + ([f"{row.selectivity:.3f}"] if row.selectivity is not None else [])

@@ -5,6 +5,7 @@ measured on the other, and the same search is made for shuffled labels. Telling 
 the latent does anything is for `cutaway.steering` to show.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +16,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.artifacts.results import Control, Effect
-from cutaway.artifacts.statistics import auroc
+from cutaway.artifacts.results import Control, Effect, interval_text
+from cutaway.artifacts.statistics import auroc, bootstrap_weights, resampled_intervals
 from cutaway.dictionaries.dictionary import Dictionary
 from cutaway.features.activations import Firing, Rows, fires, of_rows, width_of
 from cutaway.model.language_model import LanguageModel
@@ -54,11 +55,10 @@ class ConceptMatch:
         }
 
     def __str__(self) -> str:
-        low, high = self.effect.interval or (float("nan"), float("nan"))
         return (
-            f"{self.concept}: latent {self.latent}, AUROC {self.auroc:.3f} [{low:.3f}, {high:.3f}] on held-out rows, "
-            f"precision {self.precision:.2f}, recall {self.recall:.2f} (n {self.n_positive}; shuffled labels "
-            f"{self.effect.controls[0].value:.3f})"
+            f"{self.concept}: latent {self.latent}, AUROC {self.auroc:.3f} {interval_text(self.effect.interval)} on "
+            f"held-out rows, precision {self.precision:.2f}, recall {self.recall:.2f} (n {self.n_positive}; shuffled "
+            f"labels {self.effect.controls[0].value:.3f})"
         )
 
 
@@ -221,18 +221,20 @@ def _interval(
     of_row = row[token].numpy()
     p_row = np.bincount(row.numpy(), weights=labels.double().numpy(), minlength=n_rows)
     n_row = np.bincount(row.numpy(), weights=(~labels).double().numpy(), minlength=n_rows)
-    generator = np.random.default_rng(seed)
-    drawn = []
-    for _ in range(n_resamples):
-        weight = np.bincount(generator.integers(0, n_rows, n_rows), minlength=n_rows).astype(float)
+
+    def auroc_of(weight: np.ndarray) -> float:
         p, n = weight @ p_row, weight @ n_row
         if p == 0 or n == 0:
-            continue
+            return math.nan
         w = weight[of_row]
         wp, wn = w * positive, w * (1 - positive)
         negatives = np.bincount(run, weights=wn) if len(run) else np.zeros(0)
         below = np.cumsum(negatives) - negatives
         quiet_n = n - wn.sum()
         wins = (wp * (quiet_n + below[run] + negatives[run] / 2)).sum() if len(run) else 0.0
-        drawn.append((wins + (p - wp.sum()) * quiet_n / 2) / (p * n))
-    return _range(drawn)
+        return float((wins + (p - wp.sum()) * quiet_n / 2) / (p * n))
+
+    weights = bootstrap_weights(n_rows, n_resamples, seed) * n_rows
+    drawn = [auroc_of(weight) for weight in weights]
+    low, high = resampled_intervals(auroc_of(np.ones(n_rows)), drawn, weights / n_rows)
+    return max(0.0, float(low)), min(1.0, float(high))

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.results import interval_text
 from cutaway.model.language_model import LanguageModel
 from cutaway.model.wrapped import embedding_rows
 from cutaway.observe.head_kinds import attention_layers
@@ -331,7 +332,7 @@ class Composition:
 
     def __str__(self) -> str:
         low, high = self.baseline_interval
-        lines = [f"composition in {self.model}; random heads {self.baseline:.3f} [{low:.3f}, {high:.3f}]"]
+        lines = [f"composition in {self.model}; random heads {self.baseline:.3f} {interval_text((low, high))}"]
         for kind in COMPOSITIONS:
             if kind in self.left_out:
                 lines.append(f"  {kind.upper()}  not measured: {self.left_out[kind]}")

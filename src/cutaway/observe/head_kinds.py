@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.results import Control, Effect
+from cutaway.artifacts.statistics import ratio_intervals
 from cutaway.model.language_model import LanguageModel
 from cutaway.observe.heads import Head, name
 
@@ -40,7 +40,7 @@ LEAST_SHARE = 0.1
 class KindScores:
     """One kind of score for every head, and the same head's control.
 
-    `score` is [L, H], the mean over `n` sequences, with its 95 % bootstrap interval over sequences `low`, `high`;
+    `score` is [L, H], the mean over `n` sequences, with its 95 % interval over sequences `low`, `high`;
     `control`, `control_low`, `control_high` likewise (`control_name` says of what). NaN: the layer has no such value,
     or no row has its target in sight. `rows` is the number of destinations that counted, over all sequences, `uniform`
     [L] what attention spread evenly over all that is in sight would score (None where that makes no sense).
@@ -161,33 +161,14 @@ def attention_layers(lm: LanguageModel, *sites: str) -> tuple[list[int], dict[in
 # Means over sequences ----------------------------------------------------------------------------------------------
 
 
-def ratio_interval(
-    above: Tensor, below: Tensor, *, n_resamples: int = 2000, seed: int = 0
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Σ above / Σ below over sequences, and its 95 % percentile bootstrap interval over sequences.
+def ratio_interval(above: Tensor, below: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Σ above / Σ below over sequences, and its 95 % interval (`artifacts.statistics.ratio_intervals`).
 
-    Both are [n, ...]; NaN where Σ below is 0, and no interval (NaN) for fewer than two sequences. Draws are those of
-    `artifacts.statistics.bootstrap_interval`, for every column at once.
+    Both are [n, ...]; NaN where Σ below is 0, and no interval (NaN) for fewer than two sequences.
     """
     above, below = above.double(), below.double().expand_as(above)
-    total = below.sum(0)
-    value = above.sum(0) / total
-    n = len(above)
-    if n < 2:
-        nothing = torch.full_like(value, torch.nan)
-        return value, nothing, nothing
-    drawn = np.random.default_rng(seed).integers(0, n, (n_resamples, n))
-    weights = torch.zeros(n_resamples, n, dtype=torch.float64)
-    weights.scatter_add_(1, torch.from_numpy(drawn), torch.ones(n_resamples, n, dtype=torch.float64))
-    flat_above, flat_below = above.reshape(n, -1), below.reshape(n, -1)
-    ends = torch.empty(2, flat_above.shape[1], dtype=torch.float64)
-    levels = torch.tensor([0.025, 0.975], dtype=torch.float64)
-    for start in range(0, flat_above.shape[1], 512):  # [draws, columns] at a time
-        part = slice(start, start + 512)
-        ratios = (weights @ flat_above[:, part]) / (weights @ flat_below[:, part])
-        ends[:, part] = torch.nanquantile(ratios, levels, dim=0)
-    low, high = ends.reshape(2, *value.shape)
-    return value, low, high
+    low, high = ratio_intervals(above.movedim(0, -1).numpy(), below.movedim(0, -1).numpy())
+    return above.sum(0) / below.sum(0), torch.from_numpy(low), torch.from_numpy(high)
 
 
 class Sums:

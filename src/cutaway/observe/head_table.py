@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.artifacts.results import Control, Effect
+from cutaway.artifacts.results import Control, Effect, interval_text
 from cutaway.artifacts.statistics import bootstrap_interval
 from cutaway.data.tasks import ordinary_tokens
 from cutaway.model.language_model import Inputs, LanguageModel
@@ -127,10 +127,9 @@ class HeadTable:
     def verdicts(self) -> tuple[str, ...]:
         """What the table says in words: of induction, of each kind without a head, and of what was left out."""
         fall, control = self.repetition, self.repetition.controls[0]
-        low, high = fall.interval or (float("nan"), float("nan"))
         loss = (
-            f"the loss on the second copy is {fall.value:.2f} nats [{low:.2f}, {high:.2f}] below that on fresh tokens "
-            f"in its place (control, fresh tokens beside the first half: {control.value:.2f})"
+            f"the loss on the second copy is {fall.value:.2f} nats {interval_text(fall.interval, 2)} below that on "
+            f"fresh tokens in its place (control, fresh tokens beside the first half: {control.value:.2f})"
         )
         told = []
         heads = self.kinds["induction"].heads() if "induction" in self.kinds else None
@@ -212,7 +211,7 @@ class HeadTable:
 
 def numbers(value: float, interval: tuple[float, float] | None, decimals: int = 2) -> str:
     """0.99 [0.98, 0.99]"""
-    ends = "" if interval is None else f" [{interval[0]:.{decimals}f}, {interval[1]:.{decimals}f}]"
+    ends = "" if interval is None else f" {interval_text(interval, decimals)}"
     return f"{value:.{decimals}f}{ends}"
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.progress import Progress
-from cutaway.artifacts.results import Control, Effect
+from cutaway.artifacts.results import Control, Effect, interval_text
 from cutaway.artifacts.statistics import bootstrap_interval
 from cutaway.model.language_model import LanguageModel
 from cutaway.observe.logit_lens import stream_sites
@@ -76,7 +76,7 @@ class LensEvaluation:
             cells = []
             for values in (logit, tuned, logit - tuned):
                 low, high = bootstrap_interval(values.numpy())
-                cells.append(f"{float(values.mean()):.3f} [{low:.3f}, {high:.3f}]")
+                cells.append(f"{float(values.mean()):.3f} {interval_text((low, high))}")
             lines.append(f"  {layer:<22}" + "".join(f"{cell:>24}" for cell in cells))
         lines.append(f"  mean answer, no input: {float(self.constant.mean()):.3f}")
         return "\n".join(lines)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from cutaway.artifacts.results import Control
-from cutaway.artifacts.statistics import bootstrap_interval
+from cutaway.artifacts.statistics import bootstrap_interval, ratio_intervals, wilson_interval
 from cutaway.observe.probe_data import ProbeData
 from cutaway.observe.probe_fit import CrossValidated, Kind, Scorer, Split, cross_validate
 
@@ -100,7 +100,7 @@ class Measured:
 
 
 def group_interval(scorer: Scorer, groups: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """Bootstrap interval of an out-of-fold score: whole groups are drawn, since their examples are not independent.
+    """Interval of an out-of-fold score: whole groups are drawn, since their examples are not independent.
 
     The fits stay as they are, so it says how sure the score of these probes is, not how much another training set
     would change them.
@@ -111,15 +111,24 @@ def group_interval(scorer: Scorer, groups: np.ndarray, seed: int = 0) -> tuple[f
     def statistic(drawn: np.ndarray) -> float:
         return scorer(np.bincount(drawn.astype(int), minlength=size)[numbers].astype(float))
 
-    values = np.arange(size)
-    return bootstrap_interval(values, lambda d: np.nan_to_num(statistic(d), nan=0.5), n_resamples=RESAMPLES, seed=seed)
+    low, high = bootstrap_interval(
+        np.arange(size), lambda d: np.nan_to_num(statistic(d), nan=0.5), n_resamples=RESAMPLES, seed=seed,
+        bounds=(-np.inf, 1.0),
+    )  # fmt: skip
+    # no resample of a perfect score varies, but among more groups there may be one that is not
+    return (wilson_interval(size, size)[0], 1.0) if low == high == 1 else (low, high)
 
 
-def mean_interval(values: np.ndarray, groups: np.ndarray, seed: int) -> tuple[float, float]:
-    """Bootstrap interval of a mean whose examples depend on each other within a group."""
+def mean_interval(values: np.ndarray, groups: np.ndarray, seed: int, *, share: bool = False) -> tuple[float, float]:
+    """Interval of a mean whose examples depend on each other within a group; of a `share`, values are 0 or 1."""
     numbers = np.unique(groups, return_inverse=True)[1]
     sums, sizes = np.bincount(numbers, values), np.bincount(numbers)
-    return bootstrap_interval(np.stack([sums, sizes], 1), lambda d: d[:, 0].sum() / d[:, 1].sum(), seed=seed)
+    low, high = map(float, ratio_intervals(sums, sizes, seed=seed))
+    if not share:
+        return low, high
+    if low == high:  # all right or all wrong
+        return wilson_interval(len(sizes) * int(low), len(sizes))
+    return max(0.0, low), min(1.0, high)
 
 
 def measure(

@@ -15,7 +15,7 @@ import numpy as np
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.progress import Progress
-from cutaway.artifacts.results import Control, Effect
+from cutaway.artifacts.results import Control, Effect, interval_text
 from cutaway.model.language_model import LanguageModel
 from cutaway.model.sites import layer_of
 from cutaway.observe.probe import Calibration, Probe, describe, fit_calibrator
@@ -193,8 +193,7 @@ class ProbeSweep:
         heads += [f"{'ECE':>5}  {'Brier':>5}"] if self.rows[0].reliability else []
         lines.append("  ".join(heads))
         for row in self.rows:
-            low, high = row.effect.interval or (float("nan"), float("nan"))
-            cells = [f"{row.site:<{width}}", f"{row.effect.value:>6.3f}  {f'[{low:.3f}, {high:.3f}]':<15}"]
+            cells = [f"{row.site:<{width}}", f"{row.effect.value:>6.3f}  {interval_text(row.effect.interval):<15}"]
             cells += [f"{row.accuracy.value:>8.3f}"] if row.accuracy else []
             for n in short:
                 found = row.control(n)
@@ -202,12 +201,10 @@ class ProbeSweep:
             cells += [f"{row.selectivity:>9.3f}"] if row.selectivity is not None else []
             cells += [f"{row.reliability.ece:>5.3f}  {row.reliability.brier:>5.3f}"] if row.reliability else []
             lines.append("  ".join(cells))
-        low, high = self.picked.interval or (float("nan"), float("nan"))
-        lines.append(f"site chosen inside each fold: {self.picked.value:.3f} [{low:.3f}, {high:.3f}]")
+        lines.append(f"site chosen inside each fold: {self.picked.value:.3f} {interval_text(self.picked.interval)}")
         for control in self.rows[0].effect.controls:
             if not any(control.name.startswith(n) for n in short):
-                low, high = control.interval or (float("nan"), float("nan"))
-                lines.append(f"{control.name}: {control.value:.3f} [{low:.3f}, {high:.3f}]")
+                lines.append(f"{control.name}: {control.value:.3f} {interval_text(control.interval)}")
         if self.rows[0].accuracy:
             lines.append(f"majority class: accuracy {self.rows[0].accuracy.controls[0].value:.3f}")
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
@@ -358,7 +355,7 @@ def _row(
     accuracy = quality = None
     if n_classes is not None:
         hits = accuracy_hits(data.labels, done.cv.scores)[judged].astype(float)
-        interval = mean_interval(hits, data.groups[judged], seed)
+        interval = mean_interval(hits, data.groups[judged], seed, share=True)
         majority = np.bincount(data.labels[judged]).max() / judged.sum()
         accuracy = Effect(
             f"{kind} probe at {name}",
