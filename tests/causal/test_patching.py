@@ -1,6 +1,7 @@
 """The batched, resuming sweep against one plain forward per cell; everything patched, nothing patched; its controls."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,14 @@ from torch import Tensor
 
 import cutaway
 from cutaway.artifacts.errors import CutawayError
+from cutaway.causal import patching
 from cutaway.causal.competence import competence
-from cutaway.causal.patching import PatchGrid, patch_grid
+from cutaway.causal.patching import PatchGrid
 from cutaway.data.pairs import PromptPair, align
 from cutaway.model.language_model import LanguageModel
+
+# small random models do no task
+patch_grid = partial(patching.patch_grid, force=True)
 
 Pairs = Callable[..., list[PromptPair]]
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.results import Choices, Control, Effect, interval_text
-from cutaway.artifacts.statistics import bootstrap_interval, mean_intervals
+from cutaway.artifacts.statistics import bootstrap_interval, false_discovery, mean_intervals, sign_flip_p_of_each
 from cutaway.causal.tracing_prompts import BEHIND, IN_SUBJECT, ROLES, FactPrompt, answered, elsewhere_of, roles_of
 from cutaway.model.edits import Edit, patch
 from cutaway.model.edits import noise as noise_edit
@@ -33,6 +33,7 @@ from cutaway.model.tokens import Tokens
 Kind = Literal["state", "attention", "MLP"]
 SITES: dict[Kind, str] = {"state": "resid_post", "attention": "attn.out", "MLP": "mlp.out"}
 OTHER = "random other position"
+_ROUNDING = 1e-6
 _LEAST = 3  # prompts of a half with a role that can be chosen
 
 
@@ -119,6 +120,23 @@ class CausalTrace:
             has = ~np.isnan(values[0, at])
             ends[..., at] = mean_intervals(values[:, at, has], n_resamples, seed)
         return torch.from_numpy(ends).float()
+
+    def p(self, kind: Kind) -> Tensor:
+        """Two-sided p [layers, columns] of each cell against a random other position, by flipping prompts' signs."""
+        difference = (self.by_role(kind) - self.elsewhere_by_role(kind)).double()
+        # differences of rounding alone would have a small p
+        difference[difference.abs() <= _ROUNDING] = 0.0
+        found = sign_flip_p_of_each(difference.flatten(0, 1).numpy())
+        return torch.from_numpy(found).view(difference.shape[:2])
+
+    def q(self, kind: Kind) -> Tensor:
+        """The rate of false discoveries [layers, columns] among all cells of a kind with a p as small."""
+        return torch.from_numpy(false_discovery(self.p(kind).numpy()))
+
+    def discoveries(self, kind: Kind) -> str:
+        """How many cells stand out from other positions, with one in twenty of them expected to be false."""
+        q = self.q(kind)
+        return f"{int((q <= 0.05).sum())} of {int((~q.isnan()).sum())} cells have q at most 0.05"
 
     def _choices(self, component: str, positions: str) -> Choices:
         return Choices(
@@ -232,6 +250,8 @@ class CausalTrace:
                 "aie": plain(self.aie(kind)),
                 "low": plain(low),
                 "high": plain(high),
+                "p": plain(self.p(kind)),
+                "q": plain(self.q(kind)),
                 "random_other_position": plain(self.elsewhere_by_role(kind).nanmean(-1)),
                 "largest": [effect.to_json() for effect in self.sites(kind, command)],
             }
@@ -297,6 +317,7 @@ class CausalTrace:
                 lines.append(f"  L{layer:<3} {cells}")
             lines.append("  n    " + "".join(f"{n:>{w}}" for n, w in zip(self.counts, width, strict=True)))
             lines += [f"  {_beside(effect)}" for effect in self.sites(kind)]
+            lines += [f"  {self.discoveries(kind)}"] if self.n > 1 else []
         return "\n".join(lines)
 
 

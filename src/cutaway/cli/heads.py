@@ -208,13 +208,13 @@ def _labelled(table: "HeadTable", kinds: Sequence[str], top: int) -> "Markup":
     from markupsafe import Markup
 
     from cutaway.draw.panels import table_html
-    from cutaway.observe.head_table import numbers
+    from cutaway.observe.head_table import numbers, q_text
     from cutaway.observe.heads import name
 
     found = [row for kind in kinds for row in table.rows(kind, top)]
     if not found:
         return Markup("<p>No head is above its control.</p>")
-    columns = ["kind", "head", "score", "its control"]
+    columns = ["kind", "head", "score", "its control", "q"]
     for effect in found[0].effects:
         columns += [f"Δ {effect.ablation.removesuffix(' ablation')}", "other heads"]
     cells = []
@@ -222,6 +222,7 @@ def _labelled(table: "HeadTable", kinds: Sequence[str], top: int) -> "Markup":
         control = row.score.controls[0]
         line = [row.kind, name(row.head)]
         line += [numbers(row.score.value, row.score.interval), numbers(control.value, control.interval)]
+        line += [q_text(row.q)]
         for effect in row.effects:
             others = effect.require_controls().controls[0]
             line += [numbers(effect.value, effect.interval, 3), numbers(others.value, None, 3)]

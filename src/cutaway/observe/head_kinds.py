@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.results import Control, Effect
-from cutaway.artifacts.statistics import ratio_intervals
+from cutaway.artifacts.statistics import false_discovery, paired_t_p, ratio_intervals
 from cutaway.model.language_model import LanguageModel
 from cutaway.observe.heads import Head, name
 
@@ -43,7 +43,8 @@ class KindScores:
     `score` is [L, H], the mean over `n` sequences, with its 95 % interval over sequences `low`, `high`;
     `control`, `control_low`, `control_high` likewise (`control_name` says of what). NaN: the layer has no such value,
     or no row has its target in sight. `rows` is the number of destinations that counted, over all sequences, `uniform`
-    [L] what attention spread evenly over all that is in sight would score (None where that makes no sense).
+    [L] what attention spread evenly over all that is in sight would score (None where that makes no sense). `p` [L, H]
+    is that of the score against its control, two-sided (Student's t over sequences); None where there is none.
     """
 
     kind: str
@@ -58,6 +59,16 @@ class KindScores:
     rows: int
     uniform: Tensor | None = None
     units: str = "share of attention"
+    p: Tensor | None = None
+
+    @property
+    def q(self) -> Tensor | None:
+        """The rate of false discoveries among all heads of the model with a p as small [L, H]."""
+        return None if self.p is None else torch.from_numpy(false_discovery(self.p.numpy()))
+
+    def q_of(self, head: Head) -> float:
+        """`q` of one head; NaN where there is none."""
+        return float("nan") if self.q is None else self.q[head].item()
 
     @property
     def least(self) -> float:
@@ -121,6 +132,8 @@ class KindScores:
             "least": self.least,
             "control_name": self.control_name,
             **{grid: _lists(getattr(self, grid)) for grid in grids},
+            "p": None if self.p is None else _lists(self.p),
+            "q": None if self.q is None else _lists(self.q),
             "uniform": None if self.uniform is None else _lists(self.uniform),
             "labelled": [list(head) for head in self.heads()],
         }
@@ -171,6 +184,16 @@ def ratio_interval(above: Tensor, below: Tensor) -> tuple[Tensor, Tensor, Tensor
     return above.sum(0) / below.sum(0), torch.from_numpy(low), torch.from_numpy(high)
 
 
+def paired_p(above: Tensor, below: Tensor, control_above: Tensor, control_below: Tensor) -> Tensor:
+    """Two-sided p of Σ above / Σ below against the control's ratio over the same sequences, all [n, ...].
+
+    Student's t of what each sequence adds to the difference of the two ratios, to first order.
+    """
+    value, other = above.sum(0) / below.sum(0), control_above.sum(0) / control_below.sum(0)
+    adds = (above - value * below) / below.mean(0) - (control_above - other * control_below) / control_below.mean(0)
+    return torch.from_numpy(paired_t_p((adds + value - other).double().movedim(0, -1).numpy()))
+
+
 class Sums:
     """Numerators and denominators of a score and of its control, one entry a sequence: [n, L, H]."""
 
@@ -191,4 +214,5 @@ class Sums:
             rows=int(rows.sum(0).max()),
             uniform=self.uniform.sum(0) / rows.sum(0) if even else None,
             units=units,
+            p=paired_p(self.above, self.below, self.control_above, self.control_below),
         )  # fmt: skip

@@ -39,13 +39,14 @@ REPEATED, TEXT = "second copy", "text"
 
 @dataclass(frozen=True)
 class LabelledHead:
-    """One head and one kind: its score, and what ablating it alone changes, each with its controls."""
+    """One head and one kind: its score, and what ablating it alone changes, each with its controls; `KindScores.q`."""
 
     kind: str
     head: Head
     labelled: bool
     score: Effect
     effects: tuple[Effect, ...]
+    q: float = float("nan")
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -53,6 +54,7 @@ class LabelledHead:
             "head": list(self.head),
             "labelled": self.labelled,
             "score": self.score.to_json(),
+            "q": None if self.q != self.q else self.q,
             "effects": [effect.to_json() for effect in self.effects],
         }
 
@@ -113,6 +115,7 @@ class HeadTable:
                     effects.effect(head, control, self.command)
                     for effects, control in zip(measured.values(), controls, strict=True)
                 ),
+                scores.q_of(head),
             )
             for head in found[:top]
         ]
@@ -185,12 +188,13 @@ class HeadTable:
                 continue
             measured = [f"Δ {effect.ablation.removesuffix(' ablation')}" for effect in rows[0].effects]
             lines.append(
-                f"  {'head':<7}{'score':<20}{'control':<22}" + "".join(f"{m:<26}{'others':<8}" for m in measured)
+                f"  {'head':<7}{'score':<20}{'control':<22}{'q':<9}"
+                + "".join(f"{m:<26}{'others':<8}" for m in measured)
             )
             for row in rows[:top]:
                 control = row.score.controls[0]
                 cells = f"  {name(row.head):<7}{numbers(row.score.value, row.score.interval):<20}"
-                cells += f"{numbers(control.value, control.interval):<22}"
+                cells += f"{numbers(control.value, control.interval):<22}{q_text(row.q):<9}"
                 for effect in row.effects:
                     cells += f"{numbers(effect.value, effect.interval, 3):<26}{effect.controls[0].value:<8.3f}"
                 lines.append(cells.rstrip())
@@ -198,6 +202,9 @@ class HeadTable:
                 lines.append(f"  and {len(rows) - top} more")
         units = {e.units for by in self.effects.values() for e in by.values()}
         lines += ["", *self.verdicts(), LABEL_RULE]
+        lines.append(
+            "q: of all heads whose score differs from its control as surely, the share that is expected to be chance."
+        )
         if units:
             lines.append(
                 f"Δ: rise in {' / '.join(sorted(units))} when that head alone is ablated; others: the mean of heads "
@@ -207,6 +214,11 @@ class HeadTable:
 
     def __str__(self) -> str:
         return self.text()
+
+
+def q_text(q: float) -> str:
+    """A q-value in a table: two digits, "–" where there is none."""
+    return "–" if q != q else f"{q:.2g}"
 
 
 def numbers(value: float, interval: tuple[float, float] | None, decimals: int = 2) -> str:
@@ -268,7 +280,7 @@ def _copying(lm: LanguageModel, seed: int) -> KindScores:
     chance = torch.full_like(found.score, found.chance)
     return KindScores(
         "copying", found.score, found.score, found.score, chance, low, high, f"{found.draws} random heads",
-        n=1, rows=0, units="balance of eigenvalues",
+        n=1, rows=0, units="balance of eigenvalues", p=found.p,
     )  # fmt: skip
 
 
