@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from scipy import stats
 from attribution_models import bent_llama, linear_llama
+from scipy import stats
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError

@@ -7,8 +7,8 @@ import torch
 from toy_graph import Toy, ToyRuns
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.artifacts.statistics import ratio_intervals
 from cutaway.artifacts.results import Choices
+from cutaway.artifacts.statistics import ratio_intervals
 from cutaway.causal.circuit_baselines import select_edges
 from cutaway.causal.circuit_evaluation import (
     FRACTIONS,

@@ -17,9 +17,9 @@ from cutaway.model.language_model import LanguageModel
 from cutaway.observe.probe import Probe, fit_calibrator, load_probe
 from cutaway.observe.probe_controls import (
     bag_of_tokens,
+    chance_p,
     control_labels,
     control_types,
-    chance_p,
     group_interval,
     mean_interval,
     shuffled_labels,

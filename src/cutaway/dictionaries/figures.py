@@ -3,7 +3,7 @@
 Every ratio is one of sums over all tokens (dataset level), so long rows count more and no token's ratio can blow up.
 Tokens of one row are not independent: rows are what is drawn anew. With S dictionaries that differ in their seed, the
 interval is that over rows and Student's t interval over the seeds together: the root of the sum of squares of their
-half widths. Of two or three seeds the latter is wide, as it has to be; every seed's own value is kept beside it.
+half widths. With two or three seeds it is wide, as it has to be; every seed's own value is kept beside it.
 """
 
 import math
