@@ -93,6 +93,8 @@ def ratio_intervals(
         return ends.reshape(2, *shape)
     a, b = a.reshape(-1, n).T, b.reshape(-1, n).T
     known = np.flatnonzero(np.isfinite(a.sum(0)) & np.isfinite(b.sum(0)) & (b.sum(0) != 0))
+    if len(known) == 0:
+        return ends.reshape(2, *shape)
     weights = bootstrap_weights(n, n_resamples, seed) if FEWEST <= n <= MOST else None
     with np.errstate(divide="ignore", invalid="ignore"):
         for part in np.split(known, range(256, len(known), 256)):  # [resamples, columns] at a time
@@ -126,6 +128,8 @@ def resampled_intervals(
     flat, middle = found.reshape(r, -1), np.asarray(value, dtype=np.float64).reshape(-1)
     ends = np.full((2, flat.shape[1]), np.nan)
     some = np.isfinite(flat).any(0) & np.isfinite(middle)
+    if not some.any():
+        return ends.reshape(2, *shape)
     flat, middle = flat[:, some], middle[some]
     if r < 4 * n:
         ends[:, some] = np.nanquantile(flat, [(1 - level) / 2, (1 + level) / 2], axis=0)
