@@ -88,7 +88,7 @@ def ratio_intervals(
 
     a, b = np.broadcast_arrays(np.asarray(above, dtype=np.float64), np.asarray(below, dtype=np.float64))
     shape, n = a.shape[:-1], a.shape[-1]
-    ends = np.full((2, a[..., 0].size if n else math.prod(shape)), np.nan)
+    ends = np.full((2, math.prod(shape)), np.nan)
     if n < 2:
         return ends.reshape(2, *shape)
     a, b = a.reshape(-1, n).T, b.reshape(-1, n).T
