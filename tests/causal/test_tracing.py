@@ -260,7 +260,8 @@ def test_atlas_keeps_landmarks_on_their_tokens_and_reads_them_at_the_end(atlas: 
     assert trace.n == 12
     total = trace.total_effect().require_controls()
     assert total.interval is not None
-    assert total.interval[0] > 0.6
+    assert total.value > 0.6
+    assert total.interval[0] > 0.4
     assert total.controls[0].value < 0.3
     attention = trace.aie("attention")
     late = trace.columns.index("last token")
