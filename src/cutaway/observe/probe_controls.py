@@ -103,8 +103,8 @@ class Measured:
 def group_interval(scorer: Scorer, groups: np.ndarray, seed: int = 0) -> tuple[float, float]:
     """Interval of an out-of-fold score: whole groups are drawn, since their examples are not independent.
 
-    A resample that has one class only has no score and is left out. The fits stay as they are, so it says how sure the score of these probes is, not how much another training set
-    would change them.
+    The fits stay as they are, so it says how sure the score of these probes is, not how much another training set
+    would change them. A resample that has one class only has no score and is left out.
     """
     numbers = np.unique(groups, return_inverse=True)[1]
     size = int(numbers.max()) + 1
@@ -112,8 +112,8 @@ def group_interval(scorer: Scorer, groups: np.ndarray, seed: int = 0) -> tuple[f
     def statistic(drawn: np.ndarray) -> float:
         return scorer(np.bincount(drawn.astype(int), minlength=size)[numbers].astype(float))
 
-    groups_drawn = np.arange(size)
-    low, high = bootstrap_interval(groups_drawn, statistic, n_resamples=RESAMPLES, seed=seed, bounds=(-np.inf, 1.0))
+    bounds = (-np.inf, 1.0)
+    low, high = bootstrap_interval(np.arange(size), statistic, n_resamples=RESAMPLES, seed=seed, bounds=bounds)
     # no resample of a perfect score varies, but among more groups there may be one that is not
     return (wilson_interval(size, size)[0], 1.0) if low == high == 1 else (low, high)
 
