@@ -144,7 +144,7 @@ def test_seeds_that_agree_add_nothing() -> None:
 def test_where_seeds_alone_vary_the_interval_is_students(n_seeds: int) -> None:
     figures = np.array([0.1, 0.5, 0.2, 0.9, 0.3])[:n_seeds]
     expected = stats.t.interval(0.95, n_seeds - 1, figures.mean(), stats.sem(figures))
-    assert with_seeds(figures, (float(figures.mean()),) * 2) == pytest.approx(expected)
+    assert with_seeds(figures, (float(figures.mean()), float(figures.mean()))) == pytest.approx(expected)
 
 
 def test_shares_and_means_stand_beside_their_controls() -> None:

@@ -107,9 +107,9 @@ def test_a_heads_p_is_that_of_a_paired_test_of_score_and_control() -> None:
     score[:, 0, 0] += 1
     rows = torch.full((8, 2, 3), 4.0, dtype=torch.float64)
     p = paired_p(score * 4, rows, control * 4, rows)
-    assert p.numpy() == pytest.approx(stats.ttest_rel(score, control, axis=0).pvalue)
+    assert p.numpy() == pytest.approx(stats.ttest_rel(score, control, axis=0)[1])
     zero = torch.zeros(2, 3)
-    kinds = KindScores("previous", *([zero] * 6), "other", n=8, rows=32, p=p)
+    kinds = KindScores("previous", zero, zero, zero, zero, zero, zero, "other", n=8, rows=32, p=p)
     assert kinds.q_of((0, 0)) == pytest.approx(stats.false_discovery_control(p.numpy().ravel())[0])
     assert kinds.to_json()["q"][0][0] == kinds.q_of((0, 0)) < 0.001
 

@@ -126,7 +126,7 @@ def test_a_step_is_that_of_all_layers_together(llama: LanguageModel) -> None:
 def test_training_comes_closer_to_the_final_answer_than_the_logit_lens(llama: LanguageModel) -> None:
     lens = train_tuned_lens(llama, some_rows(64), TunedLensConfig(steps=60, tokens_per_step=160))
     found = evaluate_lens(llama, lens, some_rows(8, seed=9))
-    p = stats.ttest_rel(found.logit, found.tuned, axis=1).pvalue
+    p = stats.ttest_rel(found.logit, found.tuned, axis=1)[1]
     assert found.q == pytest.approx(stats.false_discovery_control(p))
     assert [row["q"] for row in found.to_json()["mean_difference"]] == list(found.q)
     for effect, gap in zip(found.effects(), found.logit - found.tuned, strict=True):
