@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "src"))
 
 import cutaway  # noqa: E402
+from cutaway.artifacts.results import interval_text  # noqa: E402
 from cutaway.causal.competence import try_tasks  # noqa: E402
 from cutaway.causal.feature_circuits import strongest_nodes  # noqa: E402
 from cutaway.causal.feature_evaluation import circuit_faithfulness  # noqa: E402
@@ -96,8 +97,8 @@ def main() -> None:
         print(f"\n{tried.task.name}: {scores.agreement}; {len(ours)} pairs, {len(held)} held out\n")
         print("| node | score | label |\n|---|---|---|")
         for one in strongest_nodes(scores, most=arguments.top, labels=labels).nodes:
-            low, high = one.interval
-            print(f"| {one.node} | {one.score:+.2f} [{low:+.2f}, {high:+.2f}] | {one.label or '–'} |")
+            ends = interval_text(one.interval, 2, signed=True)
+            print(f"| {one.node} | {one.score:+.2f} {ends} | {one.label or '–'} |")
         ranked = strongest_nodes(scores, most=arguments.known, labels=known_entities()).nodes
         for rank, one in enumerate(ranked, 1):
             if one.label:
@@ -110,7 +111,7 @@ def main() -> None:
                     lm, held, circuit, shipped, errors=errors, reference=ours, draws=arguments.draws
                 )
                 low, high = found.interval or (0.0, 0.0)
-                cells += [f"{found.value:.2f} [{low:.2f}, {high:.2f}]", f"{found.controls[0].value:.2f}"]
+                cells += [f"{found.value:.2f} {interval_text((low, high), 2)}", f"{found.controls[0].value:.2f}"]
             print(f"| {size} | " + " | ".join(cells) + " |", flush=True)
 
 

@@ -16,7 +16,8 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor
 
-from cutaway.artifacts.statistics import bootstrap_interval
+from cutaway.artifacts.results import interval_text
+from cutaway.artifacts.statistics import median_interval
 
 ROOT = Path(__file__).resolve().parent.parent
 Subject = Callable[[int], float]
@@ -75,14 +76,14 @@ class Verdict:
         """The number with its interval and n, where there is more than one."""
         if self.n == 1:
             return f"{self.value:.3g}"
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}], n {self.n}"
+        return f"{self.value:.3f} {interval_text((self.low, self.high))}, n {self.n}"
 
 
 def verdict(claim: Claim, seconds: Mapping[str, list[float]]) -> Verdict:
-    """Judge a claim by the median of the ratios within each turn, with its bootstrap interval."""
+    """Judge a claim by the median of the ratios within each turn, with its interval."""
     ratios = [a / b for a, b in zip(seconds[claim.over], seconds[claim.under], strict=True)]
     value = median(ratios)
-    low, high = bootstrap_interval(ratios, np.median)
+    low, high = median_interval(ratios)
     return judged(claim.text, value, claim.relation, claim.bound, low, high, len(ratios))
 
 

@@ -4,6 +4,7 @@ python examples/patch_a_fact.py
 """
 
 import cutaway
+from cutaway.artifacts.results import interval_text
 from cutaway.causal.patching import patch_grid
 from cutaway.data.pairs import PromptPair
 
@@ -32,6 +33,5 @@ pairs = [
 grid = patch_grid(lm, pairs, direction="noise", roles=["city", "last"])
 print(grid)
 best = grid.best()  # chosen on every second pair, measured on the others
-low, high = best.interval
 control = best.controls[0]
-print(f"{best.name}: {best.value:.2f} [{low:.2f}, {high:.2f}], {control.name} {control.value:.2f}, n {best.n}")
+print(f"{best.name}: {best.value:.2f} {interval_text(best.interval)}, {control.name} {control.value:.2f}, n {best.n}")

@@ -14,7 +14,7 @@ from pathlib import Path
 import cutaway
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.files import write_text
-from cutaway.artifacts.results import Effect
+from cutaway.artifacts.results import Effect, interval_text
 from cutaway.causal.circuit import Circuit
 from cutaway.causal.circuit_view import circuit_sections, lead
 from cutaway.causal.discover import discover
@@ -101,8 +101,7 @@ def row(circuit: Circuit) -> list[str]:
 
 
 def _with_interval(effect: Effect) -> str:
-    low, high = effect.interval or (float("nan"), float("nan"))
-    return f"{effect.value:.2f} [{low:.2f}, {high:.2f}]"
+    return f"{effect.value:.2f} {interval_text(effect.interval, 2)}"
 
 
 def _upper(interval: tuple[float, float] | None, value: float) -> str:

@@ -8,14 +8,13 @@ these three through their queries, keys and values; then the paths of every earl
 through which it does. Prints the figures of docs/causal.md.
 """
 
-import math
 import random
 import sys
 
 from torch import Tensor
 
 import cutaway
-from cutaway.artifacts.results import Control, Effect
+from cutaway.artifacts.results import Control, Effect, interval_text
 from cutaway.artifacts.statistics import bootstrap_interval
 from cutaway.causal.competence import competence
 from cutaway.causal.metrics import Targets
@@ -76,7 +75,7 @@ def main(n: int = 40) -> None:
     low, high = bootstrap_interval(others.numpy())
     print(
         f"  control: the same into {len(drawn)} random threes of heads of these layers, {part}: {others.mean():.3f} "
-        f"({low:.3f} to {high:.3f})\n"
+        f"({interval_text((low, high), to=True)})\n"
     )
     receiver = [f"{head}.{part}" for head in movers]
     role = part.partition("@")[2]
@@ -104,8 +103,7 @@ def _print(effects: list[Effect], sender: str | None = None) -> None:
 
 
 def _written(one: Effect | Control) -> str:
-    low, high = one.interval or (math.nan, math.nan)
-    return f"{one.value:6.3f} ({low:.3f} to {high:.3f})"
+    return f"{one.value:6.3f} ({interval_text(one.interval, to=True)})"
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from atlas_latent_steering import handles_of, measure, section
 
 import cutaway
 from cutaway.artifacts.files import read_json
+from cutaway.artifacts.results import interval_text
 from cutaway.data.corpus import token_rows
 from cutaway.dictionaries import load
 from cutaway.features.activations import fires
@@ -90,7 +91,7 @@ def _cards(cards: dict[str, Any]) -> str:
         for one in cards.values():
             effect = one["figures"][name]
             low, high = effect["interval"]
-            cells.append(f"{effect['value']:.3f} [{low:.3f}, {high:.3f}] ({effect['controls'][0]['value']:.3f})")
+            cells.append(f"{effect['value']:.3f} {interval_text((low, high))} ({effect['controls'][0]['value']:.3f})")
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     for name in ("dead", "dense"):
         lines.append(f"| {name} latents | " + " | ".join(f"{one[name]:.2%}" for one in cards.values()) + " |")

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from attribution_models import bent_llama, linear_llama
+from scipy import stats
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
@@ -201,6 +202,9 @@ def test_what_it_returns(llama: LanguageModel, id_pairs: Pairs) -> None:
     low, high = effect.interval or (1, 0)
     assert low <= effect.value <= high
     torch.testing.assert_close(scores.interval(top[:1])[0], torch.tensor([low, high]), rtol=0.2, atol=0.2)
+    assert scores.p.numpy() == pytest.approx(stats.ttest_1samp(scores.scores.double(), 0, axis=1)[1], nan_ok=True)
+    assert scores.q.numpy() == pytest.approx(stats.false_discovery_control(scores.p.numpy()))
+    assert scores.to_json(1)["top"][0]["q"] == scores.q[scores.number(top[0])].item()
     assert effect.choices is not None
     assert effect.choices.to_json() == {
         "granularity": "head and neuron and node", "component": "embed, attn.z, mlp.post",

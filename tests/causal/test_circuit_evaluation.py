@@ -8,6 +8,7 @@ from toy_graph import Toy, ToyRuns
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.results import Choices
+from cutaway.artifacts.statistics import ratio_intervals
 from cutaway.causal.circuit_baselines import select_edges
 from cutaway.causal.circuit_evaluation import (
     FRACTIONS,
@@ -68,7 +69,15 @@ def test_the_interval_is_that_of_a_loop_over_draws() -> None:
         rows = [row for row, count in enumerate(counts) for _ in range(count)]
         expected.append(float((value[rows].mean() - corrupt[rows].mean()) / (clean[rows] - corrupt[rows]).mean()))
     assert measured.resampled[:, 0].tolist() == pytest.approx(expected, rel=1e-12)
-    assert measured.interval(0) == pytest.approx(tuple(np.quantile(expected, [0.025, 0.975])))
+    assert drawn / 10 == pytest.approx(measured.weights.numpy())
+    whole = measure(ToyRuns(value[None], clean, corrupt))
+    ends = tuple(ratio_intervals((value - corrupt).numpy(), (clean - corrupt).numpy()))
+    assert measured.interval(0) == whole.interval(0) == pytest.approx(ends)
+    # of any figure of circuits, from its draws: here the same ratio, to first order
+    f = float(whole.ratio[0])
+    low, high = whole.interval_over(f, whole.resampled[:, 0])
+    assert low < f < high
+    assert high - low == pytest.approx(ends[1] - ends[0], rel=0.3)
 
 
 def test_a_pair_without_a_fall_is_left_out_of_the_mean_of_ratios() -> None:

@@ -1,6 +1,7 @@
 """What each ablation puts in place, against loops over real tokens; and what denoising and noising show of a gate."""
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,8 +11,8 @@ from torch import Tensor
 
 import cutaway
 from cutaway.artifacts.errors import CutawayError
+from cutaway.causal import patching
 from cutaway.causal.ablations import ABLATIONS, Ablation, replacement_run
-from cutaway.causal.patching import patch_cell, patch_grid
 from cutaway.data.pairs import AlignedPairs, PromptPair, align
 from cutaway.model.language_model import LanguageModel, attach
 
@@ -19,6 +20,10 @@ sys.path.append(str(Path(__file__).parents[1] / "model"))
 
 from planted_gates import PARTS, gate_pairs, planted_gate
 from tiny import tiny_model
+
+# small random models do no task
+patch_cell = partial(patching.patch_cell, force=True)
+patch_grid = partial(patching.patch_grid, force=True)
 
 SITE = "blocks.1.attn.z"
 

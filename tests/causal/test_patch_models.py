@@ -2,7 +2,10 @@
 
 from pathlib import Path
 
+import pytest
+
 import cutaway
+from cutaway.artifacts.statistics import sign_flip_p
 from cutaway.causal.patching import patch_grid
 from cutaway.causal.self_repair import self_repair
 from cutaway.data.tasks import find_task, readable_pairs
@@ -22,6 +25,10 @@ def test_one_head_of_atlas_carries_the_year(atlas: LanguageModel) -> None:
     assert first.effect.interval[0] > 0.2 > first.effect.controls[0].interval[1]
     assert abs(second.effect.value) < 0.2
     assert first.p_of_all < 0.01
+    assert first.p == sign_flip_p((grid.values - grid.random_values)[1, 4].double().numpy())
+    p = grid.p.flatten().numpy()
+    assert first.q == pytest.approx(min(len(p) * t / (p <= t).sum() for t in p if t >= first.p))
+    assert first.q >= first.p
     found = self_repair(atlas, pairs, heads=[(1, 4)], draws=2)
     direct, total, repair = found.effects()
     assert total.value > 3 * direct.value > 0

@@ -1,6 +1,9 @@
 """The batched, resuming sweep against one plain forward per cell; everything patched, nothing patched; its controls."""
 
+import re
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,10 +13,14 @@ from torch import Tensor
 
 import cutaway
 from cutaway.artifacts.errors import CutawayError
+from cutaway.causal import patching
 from cutaway.causal.competence import competence
-from cutaway.causal.patching import PatchGrid, patch_grid
+from cutaway.causal.patching import PatchGrid
 from cutaway.data.pairs import PromptPair, align
 from cutaway.model.language_model import LanguageModel
+
+# small random models do no task
+patch_grid = partial(patching.patch_grid, force=True)
 
 Pairs = Callable[..., list[PromptPair]]
 
@@ -196,6 +203,27 @@ def two_hop() -> PatchGrid:
     aligned = align(atlas, pairs)
     able = aligned[competence(atlas, aligned).items.nonzero()[:, 0].tolist()]
     return patch_grid(atlas, able, direction="noise", roles=["city", "last"])
+
+
+def test_pairs_that_the_model_cannot_do_are_refused(
+    tiny: LanguageModel, id_pairs: Pairs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pairs = align(tiny, id_pairs(10, 6))
+    able = competence(tiny, pairs)
+    assert able.value < 0.8
+    for call in (
+        lambda: patching.patch_grid(tiny, pairs, layers=[0]),
+        lambda: patching.patch_cell(tiny, pairs, "blocks.0.mlp.out"),
+    ):
+        with pytest.raises(CutawayError, match=rf"tiny cannot do 10 prompt pairs: it is {re.escape(str(able))}. What"):
+            call()
+    grid = patch_grid(tiny, pairs, layers=[0])
+    assert f"tiny cannot do 10 prompt pairs: it is {able}" in capsys.readouterr().err
+    assert grid.unable in str(grid)
+    assert bool(torch.stack([grid.p, grid.q, grid.p_of_all]).isnan().all())
+    assert np.isnan(grid.top(1)[0].p)
+    every = replace(able, items=torch.ones(10, dtype=torch.bool))
+    assert not patching.patch_grid(tiny, pairs, layers=[0], ability=every).p.isnan().any()
 
 
 def test_atlas_hands_the_state_from_the_city_to_the_last_token(two_hop: PatchGrid) -> None:

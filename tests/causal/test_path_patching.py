@@ -11,6 +11,7 @@ import transformers
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.statistics import false_discovery, sign_flip_p
 from cutaway.causal.competence import competence
 from cutaway.causal.path_patching import PathGrid, all_senders, path_patch
 from cutaway.data.pairs import AlignedPairs, PromptPair, align
@@ -286,7 +287,7 @@ def test_a_part_of_the_last_layer_has_no_other_path(arch: tuple[str, LanguageMod
     torch.testing.assert_close(one.values, two.values, rtol=1e-4, atol=1e-5)
     from cutaway.causal.patching import patch_grid
 
-    node = patch_grid(lm, pairs, site="blocks.{l}.mlp.out", direction="noise", layers=[2])
+    node = patch_grid(lm, pairs, site="blocks.{l}.mlp.out", direction="noise", layers=[2], force=True)
     torch.testing.assert_close(one.values[0, 0], node.values[0, -1], rtol=1e-3, atol=1e-4)
 
 
@@ -303,6 +304,9 @@ def test_the_control_is_the_other_senders_of_the_kind(tiny: LanguageModel, id_pa
     assert (effect.choices.granularity, effect.choices.direction) == ("edge", "noise")
     low, high = grid.interval()[:, 1, 1].tolist()
     assert low <= effect.value <= high
+    difference = (grid.values[1, 1] - grid.random[1, 1]).double()
+    assert grid.p[1, 1].item() == pytest.approx(sign_flip_p(difference.numpy()))
+    assert grid.to_json()["q"][1][1] == false_discovery(grid.p.numpy())[1, 1] >= grid.p[1, 1]
     assert grid.effect("L0.mlp", "L1.mlp").controls
     best = grid.strongest("L1.mlp", 2)
     chosen = grid.values[:, 1, 0::2].mean(-1).abs().argmax()

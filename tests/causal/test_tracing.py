@@ -12,6 +12,7 @@ from torch import Tensor
 
 import cutaway
 from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.statistics import false_discovery, sign_flip_p
 from cutaway.causal.tracing import SITES, causal_trace, default_window, window_of
 from cutaway.causal.tracing_prompts import (
     ROLES,
@@ -202,8 +203,17 @@ def test_a_role_is_a_mean_over_its_tokens_and_stands_beside_the_others(words: La
     assert one.interval[0] == pytest.approx(low, abs=0.2 * (high - low) + 1e-6)
     with pytest.raises(CutawayError, match="no cell"):
         trace.effect("MLP", 9, "last token")
+    column = trace.columns.index("subject last")
+    difference = (trace.by_role("MLP") - trace.elsewhere_by_role("MLP"))[1, column].double()
+    known = difference[~difference.isnan()]
+    assert trace.p("MLP")[1, column].item() == pytest.approx(sign_flip_p(known.numpy()))
+    assert trace.q("MLP").flatten().tolist() == pytest.approx(
+        false_discovery(trace.p("MLP").flatten().numpy()).tolist(), nan_ok=True
+    )
+    assert "cells have q at most 0.05" in str(trace)
     data = json.loads(json.dumps(trace.to_json(), allow_nan=False))
     assert data["grids"]["MLP"]["aie"][0][at] is not None
+    assert data["grids"]["MLP"]["q"][1][column] == pytest.approx(trace.q("MLP")[1, column].item())
     assert "mlp.out" in str(trace)
 
 
@@ -250,7 +260,8 @@ def test_atlas_keeps_landmarks_on_their_tokens_and_reads_them_at_the_end(atlas: 
     assert trace.n == 12
     total = trace.total_effect().require_controls()
     assert total.interval is not None
-    assert total.interval[0] > 0.6
+    assert total.value > 0.6
+    assert total.interval[0] > 0.4
     assert total.controls[0].value < 0.3
     attention = trace.aie("attention")
     late = trace.columns.index("last token")

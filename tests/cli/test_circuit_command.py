@@ -57,6 +57,7 @@ def test_the_file_the_json_and_the_page(pairs: Path, tmp_path: Path, capsys: pyt
     text = page.read_text()
     assert text.count("<h1>") == 1
     assert "cw-circuit" in text
+    assert 'class="cw-alarm">The model cannot do the task: it is right on' in text  # forced
     assert "nan" not in text
     assert main(words) == 0
     table = capsys.readouterr().out

@@ -1,6 +1,7 @@
 """`cutaway patch`: the table, its JSON and its page, for tasks and pairs of one's own; and what is refused."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def test_json_and_page(
     assert part in one["effect"]["name"]
     assert one["effect"]["choices"]["evaluation"] == "10 pairs of two-hop capitals, seed 0"
     assert one["effect"]["controls"][0]["n"] == 10
-    assert 0 < one["p"] <= 1
+    assert 0 < one["p"] <= one["q"] <= 1
     assert one["ratio_of_means"] == pytest.approx(one["effect"]["value"], abs=0.1)
     assert data["command"].startswith("cutaway patch atlas --task 'two-hop capitals'")
     text = page.read_text()
@@ -129,10 +130,58 @@ def test_pairs_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert own["mean"] != found["mean_by_template"] != found["zero"]
 
 
+def _reversed(path: Path) -> Path:
+    """The capitals, but each pair calls the other state's capital right: the model is right on none."""
+    pairs = json.loads(_own(path).read_text())
+    path.write_text(json.dumps([{**pair, "answer": pair["wrong"], "wrong": pair["answer"]} for pair in pairs]))
+    return path
+
+
+def test_a_task_that_the_model_cannot_do_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["patch", "atlas", "--pairs", str(_reversed(tmp_path / "cities.json")), "--over", "heads", "--layer", "1"]
+    assert main(words) == 2
+    out, err = capsys.readouterr()
+    assert "cannot do 12 pairs of cities.json: it is right on 0 of 12" in err
+    assert "force it if you must" in err
+    assert err.strip().count("\n") == 0
+    assert out == ""
+
+
+def test_forced_all_the_same_it_says_so_in_red_and_has_no_p(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "page.html"
+    words = ["patch", "atlas", "--pairs", str(_reversed(tmp_path / "cities.json")), "--over", "heads", "--layer", "1"]
+    assert main([*words, "--force", "--json", "--html", str(page)]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert "it is right on 0 of 12" in data["unable"]
+    assert {value for row in (*data["p"], *data["q"], *data["p_of_all"]) for value in row} == {None}
+    assert {(one["p"], one["q"], one["p_of_all"]) for one in data["largest"]} == {(None, None, None)}
+    assert "--force" in data["command"]
+    text = page.read_text()
+    assert 'class="cw-alarm">atlas cannot do 12 pairs of cities.json: it is right on 0 of 12' in text
+    assert "No p: the model cannot do the task" in text
+    assert ">p of all</th>" not in text
+    assert main([*words, "--force"]) == 0
+    out, err = capsys.readouterr()
+    assert "cannot do" in out
+    assert "cannot do" in err
+    assert "no p: the model cannot do the task" in out
+
+
+def test_the_readmes_example_is_of_a_task_that_the_model_can_do(capsys: pytest.CaptureFixture[str]) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    line = next(line for line in readme.splitlines() if line.startswith("cutaway patch "))
+    words = shlex.split(line.split("  #")[0])[1:]
+    assert "atlas" in words
+    assert main([*words, "--n", "8", "--layer", "1", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["competence"]["value"] == 1
+    assert data["unable"] == ""
+
+
 def test_without_one_wording_the_roles_are_the_columns(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["patch", "atlas", "--task", "ioi", "--n", "8", "--json"]) == 0
+    assert main(["patch", "atlas", "--task", "world indirect object", "--n", "8", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["columns"] == ["IO", "S1", "S2", "last"]
-    assert main(["patch", "atlas", "--task", "ioi", "--n", "12", "--tokens", "--json"]) == 0
+    assert main(["patch", "atlas", "--task", "world indirect object", "--n", "12", "--tokens", "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
     assert data["columns"][0].startswith("0 ")
     assert data["evaluation"].endswith("of one wording")
@@ -182,6 +231,6 @@ def test_a_metric_that_does_not_tell_the_prompts_apart_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = str(_own(tmp_path / "dull.json", answer=" dog", wrong=" cat"))
-    words = ["patch", "atlas", "--pairs", path]
+    words = ["patch", "atlas", "--pairs", path, "--force"]
     assert main([*words, "--metric", "probability"]) == 2  # neither prompt has a dog in it
     assert "probability does not tell the clean prompts from the corrupt ones" in capsys.readouterr().err

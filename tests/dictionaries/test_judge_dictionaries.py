@@ -1,10 +1,11 @@
-"""Dictionaries of several seeds judged together; intervals against brute force; the frontier; labels of tokens."""
+"""Dictionaries of several seeds judged together; intervals; the frontier; labels of tokens."""
 
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from tiny_llama import tiny_llama
 from torch import Tensor
 
@@ -13,7 +14,7 @@ from cutaway.artifacts.results import Effect, MissingControls
 from cutaway.data.activations import harvest
 from cutaway.dictionaries.dictionary import Dictionary, Port, ReLU, TopK
 from cutaway.dictionaries.evaluate import evaluate
-from cutaway.dictionaries.figures import RESAMPLES, mean_effect, over_seeds, share_effect, summary
+from cutaway.dictionaries.figures import mean_effect, share_effect, summary, with_seeds
 from cutaway.dictionaries.frontier import Point, frontier
 from cutaway.dictionaries.judge import by_setting, judge
 from cutaway.dictionaries.labels import first_letters, frequent, states_of_cities
@@ -97,7 +98,7 @@ def test_a_crosscoder_is_judged_with_its_sides(lm: LanguageModel, rows: Tensor) 
     assert judged.to_json()["sides"][0]["sides"] == list(sides.labels)
 
 
-def test_intervals_of_rows_equal_brute_force() -> None:
+def test_intervals_of_rows_have_the_width_of_theory() -> None:
     generator = np.random.default_rng(0)
     table = np.abs(generator.standard_normal((1, 40, 2))) + np.array([0.0, 1.0])
 
@@ -105,10 +106,11 @@ def test_intervals_of_rows_equal_brute_force() -> None:
         return sums[..., 0] / sums[..., 1]
 
     value, (low, high), each = summary(table, ratio)
-    drawn = [ratio(table[0, generator.integers(0, 40, 40)].sum(0)) for _ in range(4 * RESAMPLES)]
-    expected = np.quantile(drawn, [0.025, 0.975])
+    off = table[0, :, 0] - value * table[0, :, 1]  # each row's share in the error of the ratio
+    half = 1.96 * np.sqrt((off**2).sum() / (40 * 39)) / table[0, :, 1].mean()
     assert value == each[0] == pytest.approx(ratio(table[0].sum(0)))
-    assert (low, high) == pytest.approx(expected, abs=0.1 * (expected[1] - expected[0]))
+    assert high - low == pytest.approx(2 * half, rel=0.15)
+    assert (low + high) / 2 == pytest.approx(value, abs=0.3 * half)
     assert all(np.isnan(summary(table[:, :1], ratio)[1])), "one row has no interval"
 
 
@@ -130,22 +132,19 @@ def test_intervals_that_include_seeds_cover_as_they_should() -> None:
         inside += low <= 0 <= high
         low, high = summary(table.mean(0, keepdims=True), mean, seed=world)[1]
         without += low <= 0 <= high
-    assert 0.84 <= inside / 200 <= 0.99
+    assert 0.92 <= inside / 200 <= 0.99
     assert without / 200 < 0.7, "rows alone are not enough"
 
 
 def test_seeds_that_agree_add_nothing() -> None:
-    drawn = np.tile(np.random.default_rng(0).standard_normal(500), (3, 1))
-    np.testing.assert_allclose(over_seeds(drawn, np.random.default_rng(0)), drawn[0])
+    assert with_seeds(np.full(3, 0.5), (0.4, 0.7)) == pytest.approx((0.4, 0.7))
 
 
 @pytest.mark.parametrize("n_seeds", [2, 3, 5])
-def test_few_seeds_vary_as_much_as_they_would_anew(n_seeds: int) -> None:
-    """Seeds alone vary: the draws have the unbiased variance of a mean of S, Σ(x − x̄)² / (S(S − 1))."""
+def test_where_seeds_alone_vary_the_interval_is_students(n_seeds: int) -> None:
     figures = np.array([0.1, 0.5, 0.2, 0.9, 0.3])[:n_seeds]
-    drawn = over_seeds(np.tile(figures[:, None], (1, 50_000)), np.random.default_rng(0))
-    assert drawn.mean() == pytest.approx(figures.mean(), abs=0.01)
-    assert drawn.var() == pytest.approx(figures.var(ddof=1) / n_seeds, rel=0.05)
+    expected = stats.t.interval(0.95, n_seeds - 1, figures.mean(), stats.sem(figures))
+    assert with_seeds(figures, (float(figures.mean()), float(figures.mean()))) == pytest.approx(expected)
 
 
 def test_shares_and_means_stand_beside_their_controls() -> None:

@@ -44,6 +44,7 @@ def test_a_planted_latent_is_found_and_reported_on_the_other_half(
     assert match.latent == 5
     assert match.auroc > 0.95
     assert match.effect.interval is not None
+    assert 0 < match.p <= match.q < 0.05
     assert match.effect.interval[0] > match.effect.controls[0].value
     assert match.effect.controls[1].value > match.effect.controls[0].value, "luck looks better where it was chosen"
     wrong = labels.clone()

@@ -7,13 +7,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 import cutaway
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.statistics import bootstrap_interval
 from cutaway.model.language_model import LanguageModel, attach
 from cutaway.model.tokens import Tokens
-from cutaway.observe.head_kinds import attention_layers, ratio_interval
+from cutaway.observe.head_kinds import KindScores, attention_layers, paired_p, ratio_interval
 from cutaway.observe.head_scores import copied_share, position_scores, repeated_scores
 from cutaway.observe.head_targets import (
     TARGETS,
@@ -52,6 +53,20 @@ def test_intervals_are_those_of_one_column_at_a_time(n: int, columns: int, seed:
         expected = bootstrap_interval(values[:, c].numpy())
         assert (low[c].item(), high[c].item()) == pytest.approx(expected, abs=1e-12)
         assert mean[c].item() == pytest.approx(values[:, c].mean().item())
+
+
+def test_a_heads_p_is_that_of_a_paired_test_of_score_and_control() -> None:
+    """With as many rows in every sequence the ratios are means, and the test is the ordinary one."""
+    generator = torch.Generator().manual_seed(2)
+    score, control = (torch.rand(8, 2, 3, generator=generator, dtype=torch.float64) for _ in range(2))
+    score[:, 0, 0] += 1
+    rows = torch.full((8, 2, 3), 4.0, dtype=torch.float64)
+    p = paired_p(score * 4, rows, control * 4, rows)
+    assert p.numpy() == pytest.approx(stats.ttest_rel(score, control, axis=0)[1])
+    zero = torch.zeros(2, 3)
+    kinds = KindScores("previous", zero, zero, zero, zero, zero, zero, "other", n=8, rows=32, p=p)
+    assert kinds.q_of((0, 0)) == pytest.approx(stats.false_discovery_control(p.numpy().ravel())[0])
+    assert kinds.to_json()["q"][0][0] == kinds.q_of((0, 0)) < 0.001
 
 
 # On random tokens ---------------------------------------------------------------------------------------------------

@@ -12,17 +12,20 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.statistics import false_discovery, wilson_interval
 from cutaway.model.language_model import LanguageModel
 from cutaway.observe.probe import Probe, fit_calibrator, load_probe
 from cutaway.observe.probe_controls import (
     bag_of_tokens,
+    chance_p,
     control_labels,
     control_types,
     group_interval,
+    mean_interval,
     shuffled_labels,
 )
 from cutaway.observe.probe_data import collect, probe_data, read_site, site_width
-from cutaway.observe.probe_fit import Scorer, folds, probabilities
+from cutaway.observe.probe_fit import CrossValidated, Scorer, folds, probabilities, score
 from cutaway.observe.probes import ProbeSweep, probe_sweep, reliability
 from cutaway.observe.untrained import cascade, untrained
 
@@ -249,6 +252,33 @@ def test_an_interval_draws_groups_not_rows() -> None:
     np.testing.assert_allclose(copies, once, atol=1e-6)
 
 
+@pytest.mark.parametrize("n_classes", [None, 2, 3])
+def test_the_p_of_a_probe_counts_labellings_that_score_as_high(n_classes: int | None) -> None:
+    """By the slow scorer, one labelling after another; groups keep their one label."""
+    generator = np.random.default_rng(4)
+    groups, fold = np.arange(48) // 2, np.repeat(np.arange(3), 16)
+    labels = (generator.standard_normal(24) if n_classes is None else generator.integers(0, n_classes, 24))[groups]
+    scores = generator.standard_normal((48, 1 if n_classes in (None, 2) else n_classes))
+    scores[:, -1] += 0.4 * labels
+    baseline = np.full(48, labels.mean())
+    cv = CrossValidated(scores, fold, baseline, np.zeros((1, 1)), (), n_classes)
+    p = chance_p(cv, labels, groups, draws=99, seed=6)
+    drawn = np.random.default_rng(9)
+    others = [shuffled_labels(labels, groups, drawn) for _ in range(99)]
+    slow = [score(one, scores, fold, baseline, n_classes) for one in [labels, *others]]
+    assert p == (1 + sum(one >= slow[0] - 1e-12 for one in slow[1:])) / 100
+    assert 0 < p < 1
+
+
+def test_a_perfect_probe_has_an_interval_all_the_same() -> None:
+    labels = np.arange(12) % 2
+    scores = (labels - 0.5)[:, None]
+    low, high = group_interval(Scorer(labels, scores, np.zeros(12), np.zeros(12), 2), np.arange(12))
+    assert (low, high) == (wilson_interval(12, 12)[0], 1.0)
+    assert mean_interval(np.ones(12), np.arange(12), 0, share=True) == wilson_interval(12, 12)
+    assert mean_interval(np.zeros(12), np.arange(12), 0, share=True) == wilson_interval(0, 12)
+
+
 def test_an_untrained_model_is_another_model_and_changes_nothing(llama: LanguageModel) -> None:
     before = {name: p.clone() for name, p in llama.hf.named_parameters()}
     state = torch.get_rng_state()
@@ -322,6 +352,9 @@ def test_everything_is_in_the_json_and_the_table(sweep: ProbeSweep) -> None:
     assert [row["site"] for row in found["rows"]] == [f"blocks.{i}.resid_post" for i in range(3)]
     assert found["classes"] == {"low": 60, "up": 60}
     assert found["rows"][1]["effect"]["interval"] is not None
+    assert [row["q"] for row in found["rows"]] == list(sweep.q)
+    assert sweep.q == tuple(false_discovery([row.p for row in sweep.rows]))
+    assert sweep.rows[1].p == 0.001
     text = str(sweep)
     for word in (
         "AUROC",

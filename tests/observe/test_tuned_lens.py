@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from scipy import stats
 from small_models import build
 from torch import Tensor
 
@@ -125,6 +126,9 @@ def test_a_step_is_that_of_all_layers_together(llama: LanguageModel) -> None:
 def test_training_comes_closer_to_the_final_answer_than_the_logit_lens(llama: LanguageModel) -> None:
     lens = train_tuned_lens(llama, some_rows(64), TunedLensConfig(steps=60, tokens_per_step=160))
     found = evaluate_lens(llama, lens, some_rows(8, seed=9))
+    p = stats.ttest_rel(found.logit, found.tuned, axis=1)[1]
+    assert found.q == pytest.approx(stats.false_discovery_control(p))
+    assert [row["q"] for row in found.to_json()["mean_difference"]] == list(found.q)
     for effect, gap in zip(found.effects(), found.logit - found.tuned, strict=True):
         assert effect.value < 0.8 * effect.controls[0].value
         assert gap.min() > 0

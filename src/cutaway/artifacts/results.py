@@ -14,6 +14,28 @@ from cutaway.artifacts.errors import CutawayError
 Interval = tuple[float, float]
 
 
+def interval_text(interval: Interval | None, decimals: int = 3, *, signed: bool = False, to: bool = False) -> str:
+    """An interval as tables write it: "[0.79, 0.87]", or with `to` "0.79 to 0.87"; "–" where there is none.
+
+    With as many decimals as it takes for the ends to differ, `decimals` at the least: "[0.997, 1.001]", never
+    "[1.00, 1.00]". Where nothing varied, both ends are the same and it is "[all 1.00]" ("all 1.00").
+    """
+    if interval is None or any(math.isnan(end) for end in interval):
+        return "–"
+    low, high = interval
+    sign = "+" if signed else ""
+    while low != high and decimals < _MOST_DECIMALS and f"{low:.{decimals}f}" == f"{high:.{decimals}f}":
+        decimals += 1
+    if f"{low:.{decimals}f}" == f"{high:.{decimals}f}":
+        written = f"all {low:{sign}.{decimals}f}"
+    else:
+        written = f"{low:{sign}.{decimals}f}{' to ' if to else ', '}{high:{sign}.{decimals}f}"
+    return written if to else f"[{written}]"
+
+
+_MOST_DECIMALS = 9
+
+
 class MissingControls(CutawayError):
     """An effect was to be shown without anything to compare it with."""
 

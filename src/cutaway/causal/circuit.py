@@ -20,7 +20,7 @@ from torch import Tensor
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.files import read_json, refuse_replacing, write_json
 from cutaway.artifacts.manifest import Manifest
-from cutaway.artifacts.results import Choices
+from cutaway.artifacts.results import Choices, interval_text
 from cutaway.causal.circuit_baselines import nodes_of
 from cutaway.causal.circuit_evidence import Evidence
 from cutaway.causal.graph import Graph
@@ -201,7 +201,7 @@ def _line(effect: Any) -> str:
 
 
 def _ends(interval: tuple[float, float] | None) -> str:
-    return "" if interval is None else f" [{interval[0]:.2f}, {interval[1]:.2f}]"
+    return "" if interval is None else f" {interval_text(interval, 2)}"
 
 
 def _graph_from(data: Any) -> Graph:

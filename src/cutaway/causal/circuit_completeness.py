@@ -157,11 +157,14 @@ def completeness(
             continue
         gaps = (drawn[:, rows, 0] - drawn[:, rows, 1]).abs().mean(1)
         beside = (drawn[:, rows, 2] - drawn[:, rows, 1]).abs().mean(1)
+        gap = sum(found[row].gap for row in rows) / len(rows)
         control = sum(abs(found[row].random - found[row].model) for row in rows) / len(rows)
+        ends = measured.interval_over(control, beside)
         effects.append(
             Effect(
-                f"incompleteness, {how} nodes taken out", sum(found[row].gap for row in rows) / len(rows), measured.n,
-                middle(gaps), (Control("a random circuit of the same size", control, middle(beside), measured.n),),
+                f"incompleteness, {how} nodes taken out", gap, measured.n,
+                measured.interval_over(gap, gaps),
+                (Control("a random circuit of the same size", control, ends, measured.n),),
                 choices.ablation, UNITS, command, choices,
             )
         )  # fmt: skip
@@ -260,14 +263,18 @@ def self_repair(
         drawn = growth(alone.resampled[:, :1], alone.resampled[:, singles], after.resampled[:, columns])
         results.append((mean, drawn))
     (mean, drawn), (idle_mean, idle_drawn) = results
-    rows = [Removal(graph.sources[nodes[i]], float(mean[j]), *middle(drawn[:, j])) for j, i in enumerate(rest)]
+    rows = [
+        Removal(graph.sources[nodes[i]], float(mean[j]), *alone.interval_over(float(mean[j]), drawn[:, j]))
+        for j, i in enumerate(rest)
+    ]
     name = graph.sources[nodes[first]]
     effect = Effect(
-        f"self-repair after {name} is knocked out", float(mean.mean()), alone.n, middle(drawn.mean(1)),
+        f"self-repair after {name} is knocked out", float(mean.mean()), alone.n,
+        alone.interval_over(float(mean.mean()), drawn.mean(1)),
         (
             Control(
                 f"after {graph.sources[nodes[idle]]} is knocked out, which costs least",
-                float(idle_mean.mean()), middle(idle_drawn.mean(1)), alone.n,
+                float(idle_mean.mean()), alone.interval_over(float(idle_mean.mean()), idle_drawn.mean(1)), alone.n,
             ),
         ),
         choices.ablation, f"mean growth of what each of {m} other nodes costs", command, choices,
@@ -299,5 +306,6 @@ def _edge_name(graph: Graph, place: int) -> str:
 
 def _falls(measured: Measured, base: int, block: slice, names: list[str]) -> list[Removal]:
     falls = (measured.ratio[base] - measured.ratio[block]).tolist()
-    drawn = measured.resampled[:, [base]] - measured.resampled[:, block]
-    return [Removal(name, fall, *middle(drawn[:, i])) for i, (name, fall) in enumerate(zip(names, falls, strict=True))]
+    # the fall is f itself, of the difference of the two metrics
+    lost = measured.values[base] - measured.values[block] + measured.corrupt
+    return [Removal(name, fall, *measured.interval_of(one)) for name, fall, one in zip(names, falls, lost, strict=True)]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.results import Choices, Control, Effect, Interval
-from cutaway.artifacts.statistics import bootstrap_weights
+from cutaway.artifacts.statistics import bootstrap_interval, bootstrap_weights, ratio_intervals, resampled_intervals
 from cutaway.causal.circuit_baselines import By, Select, random_circuits, select_edges, sized_circuit
 from cutaway.causal.graph import Graph
 from cutaway.causal.metrics import recovery
@@ -46,13 +46,15 @@ Run = Callable[[Tensor], Runs]
 @dataclass(frozen=True)
 class Measured:
     """C circuits on n pairs, in float64: `values` [C, n], `clean` and `corrupt` [n], and f on R bootstrap draws of the
-    pairs, `resampled` [R, C]. The draws are the same for all circuits, so that these can be compared draw by draw.
+    pairs, `resampled` [R, C], where the pairs have `weights` [R, n]. The draws are the same for all circuits, so that
+    these can be compared draw by draw.
     """
 
     values: Tensor
     clean: Tensor
     corrupt: Tensor
     resampled: Tensor
+    weights: Tensor
 
     @property
     def n(self) -> int:
@@ -69,11 +71,21 @@ class Measured:
         return each[usable], int((~usable).sum())
 
     def interval(self, circuit: int) -> Interval:
-        """95 % of f over draws of the pairs."""
-        return middle(self.resampled[:, circuit])
+        """95 % interval of f over pairs."""
+        return self.interval_of(self.values[circuit])
+
+    def interval_of(self, values: Tensor) -> Interval:
+        """95 % interval of f over pairs, where a metric of `values` [n] takes the place of a circuit's."""
+        low, high = ratio_intervals((values - self.corrupt).numpy(), (self.clean - self.corrupt).numpy())
+        return float(low), float(high)
+
+    def interval_over(self, value: float, drawn: Tensor) -> Interval:
+        """95 % interval over pairs of a figure of several circuits, from its value on each of the draws [R]."""
+        low, high = resampled_intervals(value, drawn.numpy(), self.weights.numpy())
+        return float(low), float(high)
 
     def __getitem__(self, circuits: slice) -> Measured:
-        return Measured(self.values[circuits], self.clean, self.corrupt, self.resampled[:, circuits])
+        return Measured(self.values[circuits], self.clean, self.corrupt, self.resampled[:, circuits], self.weights)
 
 
 def measure(runs: Runs, *, resamples: int = _RESAMPLES, seed: int = 0) -> Measured:
@@ -93,7 +105,7 @@ def measure(runs: Runs, *, resamples: int = _RESAMPLES, seed: int = 0) -> Measur
         )
     weights = torch.from_numpy(bootstrap_weights(n, resamples, seed))
     resampled = _ratio(weights @ values.T, (weights @ clean)[:, None], (weights @ corrupt)[:, None])
-    return Measured(values, clean, corrupt, resampled)
+    return Measured(values, clean, corrupt, resampled, weights)
 
 
 def _ratio(m: Tensor, whole: Tensor, ablated: Tensor) -> Tensor:
@@ -196,7 +208,7 @@ def _interval_of_mean(values: Tensor) -> Interval | None:
     n = len(values)
     if n < LEAST_PAIRS:
         return None
-    return middle(torch.from_numpy(bootstrap_weights(n, _RESAMPLES)) @ values.double())
+    return bootstrap_interval(values.numpy())
 
 
 # by size
@@ -204,7 +216,8 @@ def _interval_of_mean(values: Tensor) -> Interval | None:
 
 @dataclass(frozen=True)
 class SizeSeries:
-    """f at each size: `edges` after pruning, `value`, and the 95 % interval from `low` to `high`."""
+    """f at each size: `edges` after pruning, `value`, and the 95 % interval from `low` to `high`; of random circuits
+    the middle 95 % of them over draws of the pairs."""
 
     name: str
     edges: tuple[float, ...]
@@ -291,18 +304,28 @@ def size_curve(
         if strong is not None:
             value = float(function(plan.fractions, measured.ratio[strong]))
             drawn = function(plan.fractions, measured.resampled[:, strong])
-            controls.append(Control("strongest edges", value, middle(drawn), measured.n))
+            controls.append(Control("strongest edges", value, measured.interval_over(value, drawn), measured.n))
         value = float(function(plan.fractions, measured.ratio[block]))
         drawn = function(plan.fractions, measured.resampled[:, block])
         what = "area under f" if name == "CPR" else "area under |1 − f|"
         effects.append(
-            Effect(name, value, measured.n, middle(drawn), tuple(controls), choices.ablation, what, command, choices)
+            Effect(
+                name,
+                value,
+                measured.n,
+                measured.interval_over(value, drawn),
+                tuple(controls),
+                choices.ablation,
+                what,
+                command,
+                choices,
+            )
         )
     return tuple(series), effects
 
 
 def _series(name: str, measured: Measured, edges: Tensor, block: slice, *, control: bool = False) -> SizeSeries:
-    ends = [middle(measured.resampled[:, i]) for i in range(block.start, block.stop)]
+    ends = [measured.interval(i) for i in range(block.start, block.stop)]
     return SizeSeries(
         name,
         tuple(edges[block].tolist()),

@@ -10,9 +10,10 @@ from cutaway.artifacts.results import Effect
 from cutaway.causal.circuit import Circuit
 from cutaway.causal.circuit_completeness import Removal
 from cutaway.causal.circuit_evidence import Evidence
+from cutaway.causal.competence import ABLE
 from cutaway.draw.charts import Bar, Series, bars_html, effect_html, line_legend, line_svg
 from cutaway.draw.circuit import CircuitEdge, circuit_svg
-from cutaway.draw.panels import figures_html, table_html
+from cutaway.draw.panels import alarm_html, figures_html, table_html
 from cutaway.draw.text import interval
 
 Section = tuple[str, str, Markup]
@@ -70,6 +71,10 @@ def _verdict(circuit: Circuit, evidence: Evidence) -> Section:
         f"the circuit's edges carry the clean prompt: 1 is all of it. Measured on {evidence.pairs}. {above}"
     )
     drawing = Markup('<div style="margin-bottom: 1.5rem">{}</div>{}').format(tiles, _effects(evidence.effects[:2]))
+    able = circuit.method.get("competence")
+    if able is not None and able["value"] < ABLE:
+        cannot = f"The model cannot do the task: it is right on {able['right']} of {able['n']} pairs of the search. "
+        drawing = alarm_html(f"{cannot}A circuit for what it does not do means nothing.") + drawing
     return ("Does the circuit do it?", text, drawing)
 
 

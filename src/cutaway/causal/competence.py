@@ -1,5 +1,6 @@
 """Can the model do the task at all? Asked before any question about how it does it."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.results import interval_text
 from cutaway.artifacts.statistics import bootstrap_interval, wilson_interval
 from cutaway.data.pairs import AlignedPairs, PromptPair, align
 from cutaway.data.tasks import TASKS, Task, readable_pairs
@@ -16,6 +18,8 @@ from cutaway.model.language_model import LanguageModel
 from cutaway.model.tokens import Tokens
 
 Criterion = Literal["preferred", "top1"]
+ABLE = 0.8
+"""The least share of pairs that a model is right on for a question about how it does them to mean anything."""
 _DEALS = 8
 
 
@@ -89,8 +93,7 @@ class Competence:
         }
 
     def __str__(self) -> str:
-        low, high = self.interval
-        return f"right on {self.right} of {self.n} ({self.value:.2f}, 95 % {low:.2f} to {high:.2f})"
+        return f"right on {self.right} of {self.n} ({self.value:.2f}, 95 % {interval_text(self.interval, 2, to=True)})"
 
 
 def competence(
@@ -139,6 +142,20 @@ def competence(
         refusals=aligned.refusals(),
         control=torch.cat(others).float().mean().item() if others else None,
     )
+
+
+def unable(able: Competence, model: str, task: str, *, force: bool, so: str) -> str:
+    """That a model cannot do a task (right on less than `ABLE`), in words; "" where it can.
+
+    Raises CutawayError that says so and what it means (`so`), or with `force` says it on stderr.
+    """
+    if able.value >= ABLE:
+        return ""
+    words = f"{model} cannot do {task}: it is {able}"
+    if not force:
+        raise CutawayError(f"{words}. {so}")
+    print(f"cutaway: {words}", file=sys.stderr)
+    return words
 
 
 def _judge(

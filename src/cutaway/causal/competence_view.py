@@ -8,6 +8,7 @@ from math import isnan
 
 from markupsafe import Markup
 
+from cutaway.artifacts.results import interval_text
 from cutaway.causal.competence import TaskResult
 from cutaway.draw.charts import Bar, bars_html
 from cutaway.draw.page import page_html
@@ -28,16 +29,15 @@ def _row(result: TaskResult) -> list[str]:
     measured, wording = result.competence, _wording(result)
     if measured is None:
         return [result.task.name, wording, "0", *([""] * 5), "not tried"]
-    low, high = measured.interval
-    below, above = measured.logit_difference_interval
-    spread = "one pair: no interval" if isnan(below) else f"{below:.2f}, {above:.2f}"
+    spread = measured.logit_difference_interval
+    ends = "[one pair: no interval]" if isnan(spread[0]) else interval_text(spread, 2)
     return [
         result.task.name,
         wording,
         str(measured.n),
-        f"{measured.value:.2f} [{low:.2f}, {high:.2f}]",
+        f"{measured.value:.2f} {interval_text(measured.interval, 2)}",
         "" if measured.control is None else f"{measured.control:.2f}",
-        f"{measured.logit_difference:.2f} [{spread}]",
+        f"{measured.logit_difference:.2f} {ends}",
         f"{measured.corrupt_logit_difference:.2f}",
         f"{measured.probability_difference:.2f}",
         "yes" if result.able else "too few pairs" if result.reason.startswith("only ") else "no",

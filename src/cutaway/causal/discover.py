@@ -18,7 +18,7 @@ from cutaway.causal.circuit import Circuit
 from cutaway.causal.circuit_baselines import By, Select, sized_circuit
 from cutaway.causal.circuit_evaluation import Run, measure, smallest_faithful
 from cutaway.causal.circuit_evidence import Evidence, gather_evidence
-from cutaway.causal.competence import Competence, Criterion, competence
+from cutaway.causal.competence import Competence, Criterion, competence, unable
 from cutaway.causal.edge_patching import CircuitRuns, run_circuits
 from cutaway.causal.edges import EdgeScores, Scorer
 from cutaway.causal.graph import Graph
@@ -31,7 +31,6 @@ from cutaway.model.language_model import LanguageModel
 from cutaway.subjects.world.pairs import known_task
 
 Pairs = Sequence[PromptPair] | AlignedPairs
-ABLE = 0.8  # share of pairs that a model must be right on for its circuit to mean anything
 _MEMORY = 2**30  # bytes that the streams of one pair's circuits may hold, about
 
 
@@ -146,11 +145,10 @@ def check_able(
 ) -> Competence:
     """How well the model does the task; CutawayError where it does not, or with `force` a warning on stderr."""
     able = competence(lm, pairs, criterion=criterion)
-    if able.value < ABLE:
-        words = f"{lm.name} cannot do {name}: it is {able}"
-        if not force:
-            raise CutawayError(f"{words}. A circuit for what a model does not do means nothing; force it if you must.")
-        print(f"cutaway: {words}", file=sys.stderr)
+    unable(
+        able, lm.name, name, force=force,
+        so="A circuit for what a model does not do means nothing; force it if you must.",
+    )  # fmt: skip
     return able
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.progress import shown
-from cutaway.artifacts.results import Choices, Interval
+from cutaway.artifacts.results import Choices, Interval, interval_text
 from cutaway.causal.latent_scores import Features, LatentMethod, features_of, latent_attribution
 from cutaway.causal.metrics import Metric, Targets, logit_difference
 from cutaway.causal.node_questions import Positions, Question, ask
@@ -42,12 +42,16 @@ METRIC = -1  # where an edge ends that goes to the metric itself
 
 @dataclass(frozen=True)
 class FeatureNode:
-    """A latent or an error: its mean score over the pairs, the 95 % interval of that, and what is known of it."""
+    """A latent or an error: its mean score over the pairs, the 95 % interval of that, and what is known of it.
+
+    `q` is the rate of false discoveries among all nodes with a score as sure (`NodeScores.q`).
+    """
 
     node: Node
     score: float
     interval: Interval
     label: str | None = None
+    q: float = float("nan")
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,7 @@ class FeatureCircuit:
                     "at": one.node.at,
                     "score": one.score,
                     "interval": [None if end != end else end for end in one.interval],
+                    "q": None if one.q != one.q else one.q,
                     "label": one.label,
                 }
                 for one in self.nodes
@@ -119,9 +124,9 @@ class FeatureCircuit:
         ]
         lines.append(f"  {self.agreement or 'not compared with exact patching (check=0)'}")
         for one in self.nodes[:12]:
-            low, high = one.interval
             said = f"  “{one.label}”" if one.label else ""
-            lines.append(f"  {one.score:+8.3f}  [{low:+.3f}, {high:+.3f}]  {one.node}{said}")
+            q = "–" if one.q != one.q else f"{one.q:.2g}"
+            lines.append(f"  {one.score:+8.3f}  {interval_text(one.interval, signed=True)}  q {q}  {one.node}{said}")
         if len(self.nodes) > 12:
             lines.append(f"  … and {len(self.nodes) - 12} more nodes")
         for edge in self.edges[:8]:
@@ -196,7 +201,11 @@ def strongest_nodes(
     return FeatureCircuit(
         nodes=tuple(
             FeatureNode(
-                node, float(mean[i]), (low, high), None if node.latent is None else named.get((node.site, node.latent))
+                node,
+                float(mean[i]),
+                (low, high),
+                None if node.latent is None else named.get((node.site, node.latent)),
+                float(scores.q[i]),
             )
             for node, i, (low, high) in zip(nodes, chosen, scores.interval(nodes).tolist(), strict=True)
         ),

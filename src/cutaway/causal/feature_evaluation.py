@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.results import Choices, Control, Effect
-from cutaway.artifacts.statistics import bootstrap_interval
+from cutaway.artifacts.statistics import bootstrap_interval, ratio_intervals
 from cutaway.causal.feature_circuits import FeatureCircuit
 from cutaway.causal.latent_scores import Features, features_of
 from cutaway.causal.metrics import Metric, logit_difference, targets_of
@@ -95,13 +95,9 @@ def circuit_faithfulness(
             f"{question.metric_name} is the same with every latent at its mean; choose another metric, or dictionaries"
         )
 
-    def share(rows: np.ndarray) -> float:
-        value, whole, least = rows.mean(0)
-        return float((value - least) / (whole - least))
-
     def effect(of: np.ndarray) -> tuple[float, tuple[float, float]]:
-        rows = np.stack([of, full, empty], 1)
-        return share(rows), bootstrap_interval(rows, share)
+        low, high = ratio_intervals(of - empty, full - empty)
+        return float((of - empty).mean() / (full - empty).mean()), (float(low), float(high))
 
     generator = np.random.default_rng(seed)
     random = np.array([effect(measure(_random(own, circuit, generator)))[0] for _ in range(draws)])

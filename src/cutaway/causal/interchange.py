@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.artifacts.results import Choices, Control, Effect
+from cutaway.artifacts.results import Choices, Control, Effect, interval_text
 from cutaway.artifacts.statistics import bootstrap_interval, wilson_interval
 from cutaway.causal.causal_model import CausalModel, Example, Swap
 from cutaway.model.edits import Edit, patch
@@ -134,11 +134,9 @@ class Interchanged:
 
     def __str__(self) -> str:
         effect = self.effect()
-        low, high = effect.interval or (float("nan"), float("nan"))
-        lines = [f"{effect.name}: {effect.value:.2f} ({low:.2f} to {high:.2f}), n {effect.n}"]
+        lines = [f"{effect.name}: {effect.value:.2f} ({interval_text(effect.interval, 2, to=True)}), n {effect.n}"]
         for control in effect.controls:
-            low, high = control.interval or (float("nan"), float("nan"))
-            lines.append(f"  {control.name}: {control.value:.2f} ({low:.2f} to {high:.2f})")
+            lines.append(f"  {control.name}: {control.value:.2f} ({interval_text(control.interval, 2, to=True)})")
         kept, same = self.left_alone
         lines += [f"  left alone where the answer stays: {kept} of {same}"] if same else []
         lines += [f"  {len(self.refused)} pairs left out"] if self.refused else []

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.artifacts.results import Choices, Control, Effect
-from cutaway.artifacts.statistics import bootstrap_interval, mean_intervals
+from cutaway.artifacts.results import Choices, Control, Effect, interval_text
+from cutaway.artifacts.statistics import bootstrap_interval, false_discovery, mean_intervals, paired_t_p
 
 Direction = Literal["denoise", "noise"]
 Unit = Literal["site", "head", "neuron", "latent"]
@@ -180,9 +180,23 @@ class NodeScores:
         return self.blocks[site].mean(-1)
 
     def interval(self, nodes: Sequence[Node], n_resamples: int = 2000, seed: int = 0) -> Tensor:
-        """95 % bootstrap intervals of the mean scores of some nodes [len(nodes), 2]; NaN below 2 pairs."""
+        """95 % intervals of the mean scores of some nodes [len(nodes), 2]; NaN below 2 pairs."""
         values = self.scores[[self.number(node) for node in nodes]].double().numpy()
         return torch.from_numpy(mean_intervals(values, n_resamples, seed).T.copy()).float()
+
+    @cached_property
+    def p(self) -> Tensor:
+        """Two-sided p of each node's mean score [nodes] against 0, by Student's t over pairs; NaN where only the size
+        of a score is known. (Signs flipped would give 2 / 2^n at the least, too coarse for so many nodes.)
+        """
+        if self.magnitude:
+            return torch.full((len(self),), torch.nan, dtype=torch.float64)
+        return torch.from_numpy(paired_t_p(self.scores.double().numpy()))
+
+    @cached_property
+    def q(self) -> Tensor:
+        """The rate of false discoveries among all nodes with a p as small [nodes]."""
+        return torch.from_numpy(false_discovery(self.p.numpy()))
 
     def effect(self, node: Node, *, command: str | None = None) -> Effect:
         """One node's score as an effect, beside the other nodes of its site and, where it was sampled, exact patching.
@@ -244,6 +258,8 @@ class NodeScores:
                     "at": node.at,
                     "score": self.mean[self.number(node)].item(),
                     "interval": [_number(end) for end in ends],
+                    "p": _number(self.p[self.number(node)].item()),
+                    "q": _number(self.q[self.number(node)].item()),
                 }
                 for node, ends in zip(top, self.interval(top).tolist(), strict=True)
             ],
@@ -259,7 +275,9 @@ class NodeScores:
         lines += [f"  {note}" for note in self.notes]
         top = self.top()
         for node, (low, high) in zip(top, self.interval(top).tolist(), strict=True):
-            lines.append(f"  {self.mean[self.number(node)]:+9.4f}  [{low:+.4f}, {high:+.4f}]  {node}")
+            ends = interval_text((low, high), 4, signed=True)
+            q = self.q[self.number(node)].item()
+            lines.append(f"  {self.mean[self.number(node)]:+9.4f}  {ends}  q {'–' if q != q else f'{q:.2g}'}  {node}")
         return "\n".join(lines)
 
 

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.artifacts.results import Choices, Control, Effect
+from cutaway.artifacts.results import Choices, Control, Effect, interval_text
 from cutaway.artifacts.statistics import (
     bootstrap_interval,
+    false_discovery,
     mean_intervals,
-    sign_flip_p,
+    sign_flip_p_of_each,
     sign_flip_p_of_many,
     wilson_interval,
 )
@@ -36,7 +37,9 @@ class PatchedCell:
 
     `effect.value` is the mean over pairs of each pair's share; `ratio_of_means` divides the means instead, over all n
     pairs, and weighs pairs by how far their prompts differ. `p` is the two-sided p of the sign-flip test of the pairs'
-    shares against their controls, for this one cell; `p_of_all` is corrected for how many cells the grid has.
+    shares against their controls, for this one cell; `q` is the rate of false discoveries among all cells with a p as
+    small, `p_of_all` the chance that any cell is as far off where there is nothing. All three are NaN where the model
+    cannot do the task.
     """
 
     layer: int
@@ -44,6 +47,7 @@ class PatchedCell:
     cell: PatchCell
     effect: Effect
     p: float
+    q: float
     p_of_all: float
     ratio_of_means: float
 
@@ -56,6 +60,7 @@ class PatchedCell:
             "neurons": self.cell.neurons,
             "at": self.cell.at,
             "p": _finite(self.p),
+            "q": _finite(self.q),
             "p_of_all": _finite(self.p_of_all),
             "ratio_of_means": _finite(self.ratio_of_means),
             "effect": self.effect.to_json(),
@@ -64,10 +69,9 @@ class PatchedCell:
     def __str__(self) -> str:
         effect = self.effect
         beside = "".join(f"{control.name} {control.value:.3f}, " for control in effect.controls)
-        low, high = effect.interval or (float("nan"), float("nan"))
         return (
-            f"{effect.name}: {effect.value:.3f} [{low:.3f}, {high:.3f}], {beside}"
-            f"p {self.p:.2g}, ratio of means {self.ratio_of_means:.3f}, n {effect.n}"
+            f"{effect.name}: {effect.value:.3f} {interval_text(effect.interval)}, {beside}"
+            f"p {self.p:.2g}, q {self.q:.2g}, ratio of means {self.ratio_of_means:.3f}, n {effect.n}"
         )
 
 
@@ -82,6 +86,7 @@ class PatchGrid:
     probable token or, by the criterion "preferred", more probable than the other answer. `layers` are those patched,
     out of the model's `n_layers`; `columns` are positions or roles, heads, components or neurons, as `over` says, and
     `cells` [layers][columns] what each cell patches. `random_values` are the control of each cell, named by `control`.
+    `unable` says that the model cannot do the task, "" where it can: then nothing has a p.
     """
 
     model: str
@@ -107,6 +112,7 @@ class PatchGrid:
     random_flips: Tensor = field(repr=False)
     base_flips: Tensor = field(repr=False)
     evaluation: str
+    unable: str = ""
 
     @property
     def n(self) -> int:
@@ -129,7 +135,7 @@ class PatchGrid:
         return self.flips.float().mean(-1)
 
     def interval(self, n_resamples: int = 2000, seed: int = 0) -> Tensor:
-        """95 % bootstrap interval of the mean over pairs [2, layers, columns]."""
+        """95 % interval of the mean over pairs [2, layers, columns]."""
         kept = self.values[..., ~self.values.isnan().any(0).any(0)]
         return torch.from_numpy(mean_intervals(kept.double().numpy(), n_resamples, seed)).float()
 
@@ -213,11 +219,9 @@ class PatchGrid:
     def evidence(self, layer: int, column: str, *, command: str | None = None) -> PatchedCell:
         """One cell with its effect, the p of its difference from the control, and the ratio of means."""
         i, j = self._place(layer, column)
-        difference = self._differences[i, j]
-        p = sign_flip_p(difference[~difference.isnan()].numpy())
         effect = self.effect(layer, column, command=command)
-        of_all, ratio = self.p_of_all[i, j].item(), self.ratio_of_means[i, j].item()
-        return PatchedCell(layer, column, self.cells[i][j], effect, p, of_all, ratio)
+        p, q, of_all, ratio = (grid[i, j].item() for grid in (self.p, self.q, self.p_of_all, self.ratio_of_means))
+        return PatchedCell(layer, column, self.cells[i][j], effect, p, q, of_all, ratio)
 
     @cached_property
     def _differences(self) -> Tensor:
@@ -227,8 +231,23 @@ class PatchGrid:
         return torch.where(difference.abs() <= _ROUNDING, torch.zeros_like(difference), difference)
 
     @cached_property
+    def p(self) -> Tensor:
+        """p of each cell's difference from its control, for that cell alone [layers, columns]."""
+        if self.unable:
+            return torch.full(self.values.shape[:2], torch.nan, dtype=torch.float64)
+        found = sign_flip_p_of_each(self._differences.flatten(0, 1).numpy())
+        return torch.from_numpy(found).view(self.values.shape[:2])
+
+    @cached_property
+    def q(self) -> Tensor:
+        """The rate of false discoveries among all cells whose p is as small as this one's [layers, columns]."""
+        return torch.from_numpy(false_discovery(self.p.numpy()))
+
+    @cached_property
     def p_of_all(self) -> Tensor:
         """p of each cell's difference from its control, corrected for the number of cells [layers, columns]."""
+        if self.unable:
+            return torch.full(self.values.shape[:2], torch.nan, dtype=torch.float64)
         judged = ~self.values.isnan().all(0).all(0)
         found = sign_flip_p_of_many(self._differences[..., judged].flatten(0, 1).numpy())
         return torch.from_numpy(found).view(self.values.shape[:2])
@@ -281,6 +300,7 @@ class PatchGrid:
             "metric": self.metric,
             "at": self.at,
             "evaluation": self.evaluation,
+            "unable": self.unable,
             "layers": list(self.layers),
             "columns": list(self.columns),
             "cells": [[cell.part for cell in row] for row in self.cells],
@@ -293,6 +313,8 @@ class PatchGrid:
             "ratio_of_means": _plain(self.ratio_of_means),
             "flip_rate": _plain(self.flip_rate),
             "control": self.control,
+            "p": _plain(self.p),
+            "q": _plain(self.q),
             "p_of_all": _plain(self.p_of_all),
             "control_mean": _plain(self.random_values.nanmean(-1)),
             "clean": self.clean.mean().item(),
@@ -309,7 +331,7 @@ class PatchGrid:
         )
 
     def __str__(self) -> str:
-        return f"{self.headline()}\n{self.table()}"
+        return f"{self.headline()}\n" + (f"  {self.unable}\n" if self.unable else "") + self.table()
 
     def table(self) -> str:
         """Mean shares, a row a layer; for neurons, which differ from layer to layer, a line each."""

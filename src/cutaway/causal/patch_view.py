@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from markupsafe import Markup
 from torch import Tensor
 
-from cutaway.artifacts.results import Effect
+from cutaway.artifacts.results import Effect, interval_text
 from cutaway.causal.competence import Competence
 from cutaway.causal.metrics import UNITS
 from cutaway.causal.patch_grid import LEAST_PAIRS, PatchedCell, PatchGrid
@@ -17,7 +17,7 @@ from cutaway.causal.self_repair import SelfRepair
 from cutaway.data.pairs import AlignedPairs, Prompt
 from cutaway.draw.charts import effect_html
 from cutaway.draw.heatmap import heatmap_svg
-from cutaway.draw.panels import figures_html, table_html
+from cutaway.draw.panels import alarm_html, figures_html, table_html
 
 Section = tuple[str, str, Markup]
 _NEURON_COLUMNS = 8
@@ -64,22 +64,34 @@ def patch_text(
     grid: PatchGrid, strongest: Sequence[PatchedCell], best: Sequence[Effect], ability: Competence, refused: str
 ) -> str:
     """The grid as text: what a cell means, the table, the strongest cells with their evidence."""
-    lines = [grid.headline(), f"  {reading(grid)}", f"  {grid.evaluation}; the model is {ability}{refused}", ""]
+    warning = [f"  {grid.unable}: what follows is no evidence of how it is done", ""] if grid.unable else []
+    lines = [
+        grid.headline(),
+        *warning,
+        f"  {reading(grid)}",
+        f"  {grid.evaluation}; the model is {ability}{refused}",
+        "",
+    ]
     if grid.over != "neurons":
         lines += [grid.table(), ""]
     width = max(len(one.cell.part + (one.cell.at or "")) for one in strongest) + 5
-    heads = f"{'share':>8}{'95 % interval':>18}{'control':>9}{'p':>8}{'p of all':>10}{'ratio':>8}{'flips':>7}"
+    heads = f"{'share':>8}{'95 % interval':>18}{'control':>9}{'p':>8}{'q':>8}{'p of all':>10}{'ratio':>8}{'flips':>7}"
     lines.append(f"  {'the largest cells':<{width}}{heads}")
     for one in strongest:
         i, j = grid.layers.index(one.layer), grid.columns.index(one.column)
         name = one.cell.part + (f" at {one.cell.at}" if one.cell.at else "")
         control = f"{one.effect.controls[0].value:.3f}" if one.effect.controls else "–"
         share, span = f"{one.effect.value:.3f}", _span(one.effect.interval)
-        line = f"  {name:<{width}}{share:>8}{span:>18}{control:>9}{_p(one.p):>8}{_p(one.p_of_all):>10}"
+        line = f"  {name:<{width}}{share:>8}{span:>18}{control:>9}{_p(one.p):>8}{_p(one.q):>8}{_p(one.p_of_all):>10}"
         lines.append(f"{line}{one.ratio_of_means:>8.3f}{grid.flip_rate[i, j]:>7.2f}")
     lines.append(
-        f"  control: {grid.control}; ratio: ratio of means; p: sign flips against the control, of one "
-        "cell, and corrected for all cells"
+        f"  control: {grid.control}; ratio: ratio of means; "
+        + (
+            "no p: the model cannot do the task"
+            if grid.unable
+            else "p: sign flips against the control, of one cell; q: false discoveries among cells with such a p; p of "
+            "all: corrected for all cells"
+        )
     )
     lines += [f"  chosen on half of the pairs, measured on the others: {_told(effect)}" for effect in best]
     return "\n".join(lines)
@@ -91,7 +103,7 @@ def _told(effect: Effect) -> str:
 
 
 def _span(ends: tuple[float, float] | None) -> str:
-    return "–" if ends is None or math.isnan(ends[0]) else f"[{ends[0]:.3f}, {ends[1]:.3f}]"
+    return interval_text(ends)
 
 
 def _p(p: float) -> str:
@@ -159,7 +171,7 @@ def _ability(grid: PatchGrid, ability: Competence, pairs: AlignedPairs) -> Secti
         {
             "label": "right on both prompts",
             "value": f"{ability.right} of {ability.n}",
-            "detail": f"95 % interval of the share {low:.2f} to {high:.2f}",
+            "detail": f"95 % interval of the share {interval_text((low, high), 2, to=True)}",
         },
         {"label": f"{_words(grid)}, clean prompts", "value": grid.clean.mean().item(), "units": units},
         {"label": f"{_words(grid)}, corrupt prompts", "value": grid.corrupt.mean().item(), "units": units},
@@ -173,7 +185,12 @@ def _ability(grid: PatchGrid, ability: Competence, pairs: AlignedPairs) -> Secti
     text = (
         f"{grid.evaluation}.{refused} After the clean prompt the answer is right, after the corrupt one the wrong one."
     )
-    return ("Can the model do it?", text, figures_html(items=items) + table)  # type: ignore[arg-type]
+    alarm = (
+        alarm_html(f"{grid.unable}. What moves its answer is no evidence of how the task is done.")
+        if grid.unable
+        else ""
+    )
+    return ("Can the model do it?", text, alarm + figures_html(items=items) + table)  # type: ignore[arg-type]
 
 
 def _words(grid: PatchGrid) -> str:
@@ -260,23 +277,32 @@ def _strongest(grid: PatchGrid, strongest: Sequence[PatchedCell]) -> Section:
                 _minus(f"{one.effect.value:.3f}"),
                 _minus(_span(one.effect.interval)),
                 "–" if control is None else _minus(f"{control.value:.3f} {_span(control.interval)}"),
-                _p(one.p),
-                _p(one.p_of_all),
+                *([] if grid.unable else [_p(one.p), _p(one.q), _p(one.p_of_all)]),
                 _minus(f"{one.ratio_of_means:.3f}"),
                 f"{grid.flip_rate[i, j]:.2f}",
             ]
         )
     count = len(grid.layers) * len(grid.columns)
     text = (
-        f"The largest of {count} cells by size. Share: mean over pairs of each pair's share, with its bootstrap "
-        f"interval over pairs. Control: {grid.control}. p: two-sided, signs of the pairs' differences from the control "
-        f"flipped at random, for the one cell; p of all: corrected for looking at {count} cells. "
+        f"The largest of {count} cells by size. Share: mean over pairs of each pair's share, with its "
+        f"interval over pairs. Control: {grid.control}. {_meaning_of_p(count, grid.unable)}"
         "Ratio of means: the mean difference moved over the mean difference, in which pairs that differ more count for "
         "more."
     )
-    columns = ("part", "at", "share", "95 % interval", "control", "p", "p of all", "ratio of means", "flips")
-    align = ["left", "left", *["right"] * 7]
+    tests = [] if grid.unable else ["p", "q", "p of all"]
+    columns = ["part", "at", "share", "95 % interval", "control", *tests, "ratio of means", "flips"]
+    align = ["left", "left", *["right"] * (len(columns) - 2)]
     return ("The largest cells", text, table_html(columns=columns, rows=rows, title="largest cells", align=align))
+
+
+def _meaning_of_p(count: int, unable: str) -> str:
+    if unable:
+        return "No p: the model cannot do the task. "
+    return (
+        "p: two-sided, signs of the pairs' differences from the control flipped at random, for the one cell; q: the "
+        "share of false discoveries to expect among cells with a p as small; p of all: corrected for looking at "
+        f"{count} cells. "
+    )
 
 
 def _choices(grid: PatchGrid, one: PatchedCell) -> Section:

@@ -14,7 +14,7 @@ import numpy as np
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.causal.ablations import Ablation, ablation_of
-from cutaway.causal.competence import Criterion
+from cutaway.causal.competence import Competence, Criterion, competence, unable
 from cutaway.causal.metrics import Metric, logit_difference, named_metric
 from cutaway.causal.patch_cells import Direction, PatchBench, every_layer, head_count, neuron_count
 from cutaway.causal.patch_grid import LEAST_PAIRS, Over, PatchedCell, PatchGrid
@@ -70,6 +70,8 @@ def patch_grid(
     seed: int = 0,
     reference: Tokens | None = None,
     evaluation: str = "",
+    ability: Competence | None = None,
+    force: bool = False,
 ) -> PatchGrid:
     """Patch one part at a time, in every layer, and measure what share of the answer each moves.
 
@@ -92,9 +94,11 @@ def patch_grid(
             where the grid does not hold all others anyway.
         reference: tokens whose mean a mean ablation takes, instead of the pairs' own.
         evaluation: what the pairs are, in words, for the record.
+        ability: how well the model does the pairs, where that has been measured; else it is, by "preferred".
+        force: go on where the model is right on less than 80 % of the pairs; the grid has no p-values then.
 
-    Raises `CutawayError`: pairs that do not line up, prompts that the metric cannot tell apart, an unknown site, role,
-    head, layer, metric or ablation, a site without `{l}`.
+    Raises `CutawayError`: pairs that do not line up, prompts that the metric cannot tell apart, a task that the model
+    cannot do, an unknown site, role, head, layer, metric or ablation, a site without `{l}`.
     """
     if over not in SITES:
         raise CutawayError(f"over={over!r} is not one of {', '.join(SITES)}")
@@ -106,6 +110,7 @@ def patch_grid(
         lm, pairs, rows, wanted, over, direction=direction, ablation=ablation, metric=metric, roles=roles,
         at=[at] if isinstance(at, str) else at, heads=heads, neurons=neurons, top=top, names=names,
         criterion=criterion, draws=draws, batch_rows=batch_rows, seed=seed, reference=reference, evaluation=evaluation,
+        ability=ability, force=force,
     )  # fmt: skip
 
 
@@ -125,6 +130,7 @@ def patch_cell(
     seed: int = 0,
     reference: Tokens | None = None,
     evaluation: str = "",
+    force: bool = False,
 ) -> PatchedCell:
     """Patch one part: a whole site (`blocks.3.attn.out`, `embed`), one head or one neuron of it, at a role or several
     (`at`) or at every token. Its control patches `draws` random other heads or neurons of the layer; a whole site's,
@@ -150,7 +156,7 @@ def patch_cell(
         roles=roles if over == "positions" else None, at=None if over == "positions" else roles,
         heads=None if head is None else [head], neurons=None if neuron is None else [neuron], top=1, names=None,
         criterion=criterion, draws=draws, batch_rows=256, seed=seed, reference=reference, evaluation=evaluation,
-        whole=True,
+        force=force, whole=True,
     )  # fmt: skip
     return grid.evidence(grid.layers[0], grid.columns[0])
 
@@ -177,6 +183,8 @@ def _measured(
     seed: int,
     reference: Tokens | None,
     evaluation: str,
+    ability: Competence | None = None,
+    force: bool = False,
     whole: bool = False,
 ) -> PatchGrid:
     aligned = pairs if isinstance(pairs, AlignedPairs) else align(lm, pairs)
@@ -194,6 +202,12 @@ def _measured(
     bench = PatchBench(
         lm, aligned, used, direction=direction, ablation=choice, metric=measure, metric_name=name,
         criterion=criterion, reference=reference,
+    )  # fmt: skip
+    about = evaluation or f"{len(aligned)} prompt pairs"
+    cannot = unable(
+        ability or competence(lm, aligned), lm.name, about, force=force,
+        so="What moves an answer that a model does not give means nothing; force it if you must, or take only the "
+        "pairs that it answers rightly.",
     )  # fmt: skip
     where = None if at is None else " and ".join(at)
     if over == "positions":
@@ -247,7 +261,8 @@ def _measured(
         random_values=control[keep],
         random_flips=control_flips[keep],
         base_flips=bench.flipped(bench.base_logits),
-        evaluation=evaluation or f"{len(aligned)} prompt pairs",
+        evaluation=about,
+        unable=cannot,
     )
 
 

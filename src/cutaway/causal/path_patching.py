@@ -16,6 +16,7 @@ What the logits read is step 2 itself. Many senders are rows of one forward in s
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -25,7 +26,7 @@ from torch import Tensor
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.progress import Progress
 from cutaway.artifacts.results import Choices, Control, Effect
-from cutaway.artifacts.statistics import bootstrap_interval, mean_intervals
+from cutaway.artifacts.statistics import bootstrap_interval, false_discovery, mean_intervals, sign_flip_p_of_each
 from cutaway.causal.graph import Graph
 from cutaway.causal.metrics import Metric, Targets, logit_difference, named_metric, recovery, targets_of
 from cutaway.causal.path_nodes import Name, Node, Nodes, earlier, end_name, parse, random_others, signature
@@ -38,6 +39,8 @@ from cutaway.model.tokens import Tokens
 
 Mlps = Literal["recompute", "freeze"]
 Direction = Literal["noise", "denoise"]
+
+_ROUNDING = 1e-5
 
 
 @dataclass(frozen=True)
@@ -76,10 +79,23 @@ class PathGrid:
         return self.values.nanmean(-1)
 
     def interval(self, n_resamples: int = 2000, seed: int = 0) -> Tensor:
-        """95 % bootstrap interval of the mean over pairs [2, senders, receivers]."""
+        """95 % interval of the mean over pairs [2, senders, receivers]."""
         usable = ~self.values.isnan().all(0).all(0)
         kept = self.values[..., usable].double().numpy()
         return torch.from_numpy(mean_intervals(kept, n_resamples, seed)).float()
+
+    @cached_property
+    def p(self) -> Tensor:
+        """Two-sided p [senders, receivers] of each path against random other senders, by flipping pairs' signs."""
+        difference = (self.values - self.random).double()
+        # differences of rounding alone would have a small p
+        difference[difference.abs() <= _ROUNDING] = 0.0
+        return torch.from_numpy(sign_flip_p_of_each(difference.flatten(0, 1).numpy())).view(difference.shape[:2])
+
+    @cached_property
+    def q(self) -> Tensor:
+        """The rate of false discoveries [senders, receivers] among all paths with a p as small."""
+        return torch.from_numpy(false_discovery(self.p.numpy()))
 
     def _at(self, sender: str, receiver: str) -> tuple[int, int]:
         if sender not in self.senders or receiver not in self.receivers:
@@ -181,6 +197,8 @@ class PathGrid:
             "mean": plain(self.mean),
             "low": plain(low),
             "high": plain(high),
+            "p": plain(self.p),
+            "q": plain(self.q),
             "random_senders": plain(self.random.nanmean(-1)),
             "clean": self.clean.mean().item(),
             "corrupt": self.corrupt.mean().item(),

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.progress import Progress
-from cutaway.artifacts.results import Choices, Control, Effect
+from cutaway.artifacts.results import Choices, Control, Effect, interval_text
 from cutaway.artifacts.statistics import bootstrap_interval, sign_flip_p
 from cutaway.causal.ablations import Ablation, ablation_of, replacement_run
 from cutaway.causal.patch_grid import LEAST_PAIRS
@@ -162,9 +162,8 @@ class SelfRepair:
         ]
         for effect in [*self.effects(), *self.made_up(k)]:
             name = effect.name.removesuffix(f" without {self.name}").removesuffix(f" of {self.name}")
-            low, high = effect.interval or (float("nan"), float("nan"))
             lines.append(
-                f"  {name:<34}{effect.value:>9.3f}{f'[{low:.3f}, {high:.3f}]':>20}{effect.controls[0].value:>14.3f}"
+                f"  {name:<34}{effect.value:>9.3f}{interval_text(effect.interval):>20}{effect.controls[0].value:>14.3f}"
             )
         said = "more is lost than the heads write: later parts read them" if self.removed.repair.mean() < 0 else ""
         lines.append(f"  self-repair is direct minus total effect; p against random heads {self.p:.2g}")

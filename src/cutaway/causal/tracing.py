@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.artifacts.results import Choices, Control, Effect
-from cutaway.artifacts.statistics import bootstrap_interval, bootstrap_weights
+from cutaway.artifacts.results import Choices, Control, Effect, interval_text
+from cutaway.artifacts.statistics import bootstrap_interval, false_discovery, mean_intervals, sign_flip_p_of_each
 from cutaway.causal.tracing_prompts import BEHIND, IN_SUBJECT, ROLES, FactPrompt, answered, elsewhere_of, roles_of
 from cutaway.model.edits import Edit, patch
 from cutaway.model.edits import noise as noise_edit
@@ -33,6 +33,7 @@ from cutaway.model.tokens import Tokens
 Kind = Literal["state", "attention", "MLP"]
 SITES: dict[Kind, str] = {"state": "resid_post", "attention": "attn.out", "MLP": "mlp.out"}
 OTHER = "random other position"
+_ROUNDING = 1e-6
 _LEAST = 3  # prompts of a half with a role that can be chosen
 
 
@@ -112,16 +113,30 @@ class CausalTrace:
         return self.by_role(kind).nanmean(-1)
 
     def interval(self, kind: Kind, n_resamples: int = 2000, seed: int = 0) -> Tensor:
-        """95 % bootstrap interval of the AIE over prompts [2, layers, columns]; NaN below two prompts."""
+        """95 % interval of the AIE over the prompts with the role [2, layers, columns]; NaN below two of them."""
         values = self.by_role(kind).double().numpy()
-        if self.n < 2:
-            return torch.full((2, *values.shape[:2]), torch.nan)
-        drawn = bootstrap_weights(self.n, n_resamples, seed)
-        known = ~np.isnan(values)
-        total, count = np.nan_to_num(values) @ drawn.T, known.astype(float) @ drawn.T
-        with np.errstate(invalid="ignore"):
-            means = np.where(count > 0, total / count, np.nan)
-        return torch.from_numpy(np.nanquantile(means, [0.025, 0.975], axis=-1)).float()
+        ends = np.full((2, *values.shape[:2]), np.nan)
+        for at in range(values.shape[1]):
+            has = ~np.isnan(values[0, at])
+            ends[..., at] = mean_intervals(values[:, at, has], n_resamples, seed)
+        return torch.from_numpy(ends).float()
+
+    def p(self, kind: Kind) -> Tensor:
+        """Two-sided p [layers, columns] of each cell against a random other position, by flipping prompts' signs."""
+        difference = (self.by_role(kind) - self.elsewhere_by_role(kind)).double()
+        # differences of rounding alone would have a small p
+        difference[difference.abs() <= _ROUNDING] = 0.0
+        found = sign_flip_p_of_each(difference.flatten(0, 1).numpy())
+        return torch.from_numpy(found).view(difference.shape[:2])
+
+    def q(self, kind: Kind) -> Tensor:
+        """The rate of false discoveries [layers, columns] among all cells of a kind with a p as small."""
+        return torch.from_numpy(false_discovery(self.p(kind).numpy()))
+
+    def discoveries(self, kind: Kind) -> str:
+        """How many cells stand out from other positions, with one in twenty of them expected to be false."""
+        q = self.q(kind)
+        return f"{int((q <= 0.05).sum())} of {int((~q.isnan()).sum())} cells have q at most 0.05"
 
     def _choices(self, component: str, positions: str) -> Choices:
         return Choices(
@@ -235,6 +250,8 @@ class CausalTrace:
                 "aie": plain(self.aie(kind)),
                 "low": plain(low),
                 "high": plain(high),
+                "p": plain(self.p(kind)),
+                "q": plain(self.q(kind)),
                 "random_other_position": plain(self.elsewhere_by_role(kind).nanmean(-1)),
                 "largest": [effect.to_json() for effect in self.sites(kind, command)],
             }
@@ -300,6 +317,7 @@ class CausalTrace:
                 lines.append(f"  L{layer:<3} {cells}")
             lines.append("  n    " + "".join(f"{n:>{w}}" for n, w in zip(self.counts, width, strict=True)))
             lines += [f"  {_beside(effect)}" for effect in self.sites(kind)]
+            lines += [f"  {self.discoveries(kind)}"] if self.n > 1 else []
         return "\n".join(lines)
 
 
@@ -307,9 +325,8 @@ def _beside(effect: Effect) -> str:
     """An effect and its controls as one line."""
 
     def written(one: Effect | Control) -> str:
-        low, high = one.interval or (math.nan, math.nan)
-        ends = "" if math.isnan(low) else f" ({low:.3f} to {high:.3f})"
-        return f"{one.value:.3f}{ends}"
+        ends = interval_text(one.interval, to=True)
+        return f"{one.value:.3f}" + ("" if ends == "–" else f" ({ends})")
 
     beside = "; ".join(f"{control.name} {written(control)}" for control in effect.controls)
     return f"{effect.name}: {written(effect)}, n {effect.n}" + (f"; control: {beside}" if beside else "")

@@ -95,7 +95,12 @@ def _reading(trace: CausalTrace, kind: Kind, single: bool) -> str:
         what = f"{SITES[kind]} of one layer at one token"
     else:
         what = f"{SITES[kind]} at one token in {trace.window} neighbouring layers (around the row's)"
-    mean = "" if single else " The mean is over prompts; a prompt without such a token is left out of its column."
+    mean = (
+        ""
+        if single
+        else " The mean is over prompts; a prompt without such a token is left out of its column. Against a random "
+        f"other position {trace.discoveries(kind)}: of so many one in twenty is expected to be false."
+    )
     return (
         f"A cell is the probability that comes back when {what} gets its clean value, the subject still hidden: 0 is "
         f"nothing, {trace.total_effect().value:.2f} would be all that the noise took, below 0 it gets worse.{mean}"

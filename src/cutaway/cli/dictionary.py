@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import App, Parameter
 
 from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.results import interval_text
 from cutaway.cli.dictionary_judge import judge
 from cutaway.cli.options import Count, ExistingPath, Flag, Page, Seed, Separator
 from cutaway.cli.output import command_line, deliver, print_json
@@ -251,6 +252,8 @@ def _columns(rows: list[list[str]]) -> list[str]:
 
 
 def _text(found: dict[str, Any], fit: "Fit | None", text: str) -> str:
+    from cutaway.draw.text import interval
+
     summary = _summary(found)
     width = max(len(label) for label, _ in summary)
     lines = [f"{label:<{width}}  {value}" for label, value in summary]
@@ -259,9 +262,9 @@ def _text(found: dict[str, Any], fit: "Fit | None", text: str) -> str:
         return "\n".join([*lines, "", "give --model to measure how well it fits"])
     lines += ["", f"on {fit.n_tokens:,} tokens of {fit.n_rows} rows, {text}:"]
     for effect in fit.effects:
-        low, high = effect.interval or (float("nan"), float("nan"))
+        ends = effect.interval or (None, None)
         lines.append(
-            f"  {effect.name}: {effect.value:.4g} [{low:.4g}, {high:.4g}] {effect.units}; random directions "
+            f"  {effect.name}: {interval(effect.value, *ends, digits=4)} {effect.units}; random directions "
             f"{effect.controls[0].value:.4g}"
         )
     rows = _alternative_rows(fit)
@@ -272,7 +275,7 @@ def _text(found: dict[str, Any], fit: "Fit | None", text: str) -> str:
 
 def _alternative_rows(fit: "Fit") -> list[list[str]]:
     return [
-        [one.name, f"{one.fvu:.3f}", f"[{one.interval[0]:.3f}, {one.interval[1]:.3f}]", f"{one.l0:.1f}"]
+        [one.name, f"{one.fvu:.3f}", interval_text(one.interval), f"{one.l0:.1f}"]
         for one in (*fit.sites[:12], *fit.scales)
     ]
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter, validators
 
 from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.results import interval_text
 from cutaway.cli.options import Count, ExistingPath, Flag, Page, Seed, Separator
 from cutaway.cli.output import command_line, deliver
 
@@ -395,9 +396,8 @@ def _probe_table(probing: "list[Probing]") -> "Markup":
     for some in probing:
         for k, effects in some.effects.items():
             one = effects["f1"]
-            low, high = one.interval or (float("nan"), float("nan"))
             beside = [control.value for control in one.controls]
-            rows.append([some.what, k, one.value, f"{low:.3f} to {high:.3f}", *beside, one.n])
+            rows.append([some.what, k, one.value, interval_text(one.interval, to=True), *beside, one.n])
     return table_html(
         columns=["label", "k", "F1", "95 % interval", "always yes", "random dictionary", "whole activation", "n"],
         rows=rows,
@@ -410,11 +410,10 @@ def _absorption_table(absorption: "list[Absorption]") -> "Markup":
 
     rows = []
     for some in absorption:
-        low, high = some.rate.interval or (float("nan"), float("nan"))
         beside = [control.value for control in some.rate.controls]
         latents = "; ".join(", ".join(map(str, each)) for each in some.latents)
-        rows.append([some.what, some.rate.value, f"{low:.3f} to {high:.3f}", *beside, some.missed.value, latents,
-                     some.probe_f1, some.rate.n])  # fmt: skip
+        ends = interval_text(some.rate.interval, to=True)
+        rows.append([some.what, some.rate.value, ends, *beside, some.missed.value, latents, some.probe_f1, some.rate.n])
     return table_html(
         columns=["concept", "absorbed", "95 % interval", "random dictionary", "random directions", "latents silent",
                  "latents", "F1 of the probe", "n"],

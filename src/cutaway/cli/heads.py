@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import Parameter, validators
 
 from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.results import interval_text
 from cutaway.cli.options import Count, Flag, Page, Seed, Separator
 from cutaway.cli.output import command_line, deliver
 
@@ -250,13 +251,13 @@ def _labelled(table: "HeadTable", kinds: Sequence[str], top: int) -> "Markup":
     from markupsafe import Markup
 
     from cutaway.draw.panels import table_html
-    from cutaway.observe.head_table import numbers
+    from cutaway.observe.head_table import numbers, q_text
     from cutaway.observe.heads import name
 
     found = [row for kind in kinds for row in table.rows(kind, top)]
     if not found:
         return Markup("<p>No head is above its control.</p>")
-    columns = ["kind", "head", "score", "its control"]
+    columns = ["kind", "head", "score", "its control", "q"]
     for effect in found[0].effects:
         columns += [f"Δ {effect.ablation.removesuffix(' ablation')}", "other heads"]
     cells = []
@@ -264,6 +265,7 @@ def _labelled(table: "HeadTable", kinds: Sequence[str], top: int) -> "Markup":
         control = row.score.controls[0]
         line = [row.kind, name(row.head)]
         line += [numbers(row.score.value, row.score.interval), numbers(control.value, control.interval)]
+        line += [q_text(row.q)]
         for effect in row.effects:
             others = effect.require_controls().controls[0]
             line += [numbers(effect.value, effect.interval, 3), numbers(others.value, None, 3)]
@@ -301,11 +303,11 @@ def _composition_section(composed: "Composition") -> "tuple[str, str, Markup]":
         if kind not in composed.left_out
         for writer, reader, value in composed.top(kind)
     ]
-    low, high = composed.baseline_interval
     left_out = "".join(f" {kind.upper()} is not measured: {why}." for kind, why in composed.left_out.items())
     text = (
         "How much of what a later head reads (as query, key or value) an earlier one writes, by their weights alone. "
-        f"Random heads of these shapes score {composed.baseline:.3f} [{low:.3f}, {high:.3f}].{left_out}"
+        f"Random heads of these shapes score {composed.baseline:.3f} "
+        f"{interval_text(composed.baseline_interval)}.{left_out}"
     )
     columns = ("input", "writer", "reader", "score", "above random")
     return "Composition", text, table_html(columns=columns, rows=rows, title="Composition scores")

@@ -35,6 +35,7 @@ def patch(
     top: Count = 10,
     only_right: Flag = False,
     self_repair: Count | None = None,
+    force: Flag = False,
     seed: Seed = 0,
     dtype: str | None = None,
     device: str | None = None,
@@ -90,6 +91,8 @@ def patch(
         Take only pairs that the model answers rightly, both prompts.
     self_repair
         Also knock out so many heads of the largest direct effect, and measure what the others make up for.
+    force
+        Go on where the model cannot do the task; nothing has a p-value then.
     seed
         Of the task's pairs, the controls and the noise.
     dtype
@@ -133,8 +136,9 @@ def patch(
         if not chosen:
             raise CutawayError(f"{lm.name} answers none of the {len(aligned)} pairs rightly on both prompts")
         aligned, about = aligned[chosen], f"{len(chosen)} {about}, which the model answers rightly"
+        asked = competence(lm, aligned, criterion=criterion)
     else:
-        about = f"{len(aligned)} {about}"
+        asked, about = ability, f"{len(aligned)} {about}"
     if len(aligned) < LEAST_PAIRS:
         raise CutawayError(too_few(len(aligned)))
     ragged = len(set(aligned.clean.lengths.tolist())) > 1
@@ -142,6 +146,7 @@ def patch(
     grid = patch_grid(
         lm, aligned, site=site, over=over, direction=direction, ablation=choice, metric=metric, roles=columns, at=at,
         heads=head, neurons=neuron, top=max(top, 8), criterion=criterion, layers=layer, seed=seed, evaluation=about,
+        ability=asked, force=force,
     )  # fmt: skip
     if grid.n - grid.dropped < LEAST_PAIRS:
         raise CutawayError(too_few(grid.n - grid.dropped))
@@ -150,7 +155,7 @@ def patch(
         role=(role, None), at=(at, None), tokens=(tokens, False), layer=(layer, None), head=(head, None),
         neuron=(neuron, None), direction=(direction, "denoise"), ablation=(ablation, "resample"), std=(std, 3.0),
         metric=(metric, "logit_difference"), n=(n, 32), top=(top, 10), only_right=(only_right, False),
-        self_repair=(self_repair, None), seed=(seed, 0),
+        self_repair=(self_repair, None), force=(force, False), seed=(seed, 0),
         dtype=(dtype, None), device=(device, None),
     )  # fmt: skip
     strongest = grid.top(top, command=command)

@@ -8,6 +8,7 @@ from cyclopts import Parameter
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.files import check_folder
+from cutaway.artifacts.results import interval_text
 from cutaway.cli.options import Count, Flag, Page, Seed
 from cutaway.cli.output import command_line, deliver
 from cutaway.data.labelled_rows import read_rows
@@ -258,7 +259,7 @@ def probe_page(model: str, source: str, sweep: "ProbeSweep", used: "Use | None",
     low, high = sweep.picked.interval or (float("nan"), float("nan"))
     note = (
         f"Out of fold, {sweep.folds} folds, no group on both sides; intervals are over groups. With the site chosen "
-        f"inside each fold: {sweep.picked.value:.3f} [{low:.3f}, {high:.3f}]. "
+        f"inside each fold: {sweep.picked.value:.3f} {interval_text((low, high))}. "
     )
     sections: list[tuple[str, str, Markup]] = []
     if len(sweep.rows) > 1:
@@ -359,7 +360,7 @@ def layer_series(sweep: "ProbeSweep") -> list[Any]:
 
 def table(sweep: "ProbeSweep") -> dict[str, Any]:
     """Columns and rows of every figure, as `table_html` takes them."""
-    columns = ["site", sweep.measure, "95 % interval"]
+    columns = ["site", sweep.measure, "95 % interval", "q"]
     first = sweep.rows[0]
     columns += ["accuracy"] if first.accuracy else []
     # those that are the same for every site stand beside the best one
@@ -372,9 +373,9 @@ def table(sweep: "ProbeSweep") -> dict[str, Any]:
     columns += ["folds by row"] + (["selectivity"] if first.selectivity is not None else [])
     columns += ["ECE", "Brier"] if first.reliability else []
     rows = []
-    for row in sweep.rows:
-        low, high = row.effect.interval or (float("nan"), float("nan"))
-        cells = [row.site, f"{row.effect.value:.3f}", f"{low:.3f} to {high:.3f}"]
+    for row, q in zip(sweep.rows, sweep.q, strict=True):
+        cells = [row.site, f"{row.effect.value:.3f}", interval_text(row.effect.interval, to=True)]
+        cells.append("–" if q != q else f"{q:.3f}")
         cells += [f"{row.accuracy.value:.3f}"] if row.accuracy else []
         cells += [f"{row.effect.controls[i].value:.3f}" for i in varying]
         cells += [f"{row.row_folds:.3f}"] + ([f"{row.selectivity:.3f}"] if row.selectivity is not None else [])
@@ -387,7 +388,8 @@ def table_note(sweep: "ProbeSweep") -> str:
     """What stands over the table."""
     parts = [
         "“folds by row” deals single rows into folds, so that a group stands on both sides: its excess is what leaks. "
-        "Selectivity is that minus the control task."
+        "Selectivity is that minus the control task. q: of all sites above shuffled labels as surely, the share that "
+        "is expected to be chance."
     ]
     if sweep.rows[0].accuracy:
         parts.append(f"The majority class has accuracy {sweep.rows[0].accuracy.controls[0].value:.3f}.")

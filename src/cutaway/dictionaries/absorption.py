@@ -27,7 +27,7 @@ import numpy as np
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.artifacts.results import Control, Effect
+from cutaway.artifacts.results import Control, Effect, interval_text
 from cutaway.dictionaries.dictionary import Dictionary, random_dictionary
 from cutaway.dictionaries.figures import Tables, summary
 from cutaway.dictionaries.probing import best_latents, dense_probe, fold_splits, sparse_codes, sparse_probe
@@ -79,11 +79,10 @@ class Absorption:
         }
 
     def __str__(self) -> str:
-        low, high = self.rate.interval or (float("nan"), float("nan"))
         beside = ", ".join(f"{control.name} {control.value:.3f}" for control in self.rate.controls)
         return (
-            f"{self.what}: absorbed {self.rate.value:.3f} [{low:.3f}, {high:.3f}] of {self.rate.n} tokens; {beside}; "
-            f"latents silent {self.missed.value:.3f}; {np.mean(self.split):.1f} latents "
+            f"{self.what}: absorbed {self.rate.value:.3f} {interval_text(self.rate.interval)} of {self.rate.n} "
+            f"tokens; {beside}; latents silent {self.missed.value:.3f}; {np.mean(self.split):.1f} latents "
             f"({', '.join(map(str, self.latents[0]))}); F1 of the dense probe {self.probe_f1:.2f}"
         )
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.progress import Progress
-from cutaway.artifacts.results import Effect
+from cutaway.artifacts.results import Effect, interval_text
 from cutaway.data.activations import as_tokens
 from cutaway.dictionaries.dictionary import Dictionary, random_dictionary
 from cutaway.dictionaries.figures import RECONSTRUCTION, SPLICED, Tables, effect, statistics_of
@@ -53,9 +53,8 @@ class Evaluation:
             f"{self.n_tokens:,} tokens of {self.n_rows} held-out rows; dead {self.dead:.1%}, dense {self.dense:.1%}"
         ]
         for one in (*self.effects.values(), *(e for part in self.parts.values() for e in part.values())):
-            low, high = one.interval or (float("nan"), float("nan"))
             beside = ", ".join(f"{control.name.split(',')[0]} {control.value:.4f}" for control in one.controls)
-            lines.append(f"  {one.name}: {one.value:.4f} [{low:.4f}, {high:.4f}] {one.units}; {beside}")
+            lines.append(f"  {one.name}: {one.value:.4f} {interval_text(one.interval, 4)} {one.units}; {beside}")
         return "\n".join([*lines, "  cross-entropy: " + ", ".join(f"{name} {ce:.3f}" for name, ce in self.ce.items())])
 
 

@@ -1,18 +1,18 @@
 """Figures of a dictionary from per-row sums, with intervals that count rows and, where there are several, seeds.
 
 Every ratio is one of sums over all tokens (dataset level), so long rows count more and no token's ratio can blow up.
-Tokens of one row are not independent: rows are what is drawn anew. With S dictionaries that differ in their seed, seeds
-are drawn as well, crossed with the rows: a draw's figure is m + √(S/(S−1)) · (mean of the drawn seeds − m), m being the
-mean of all seeds on the drawn rows. The factor undoes the bias of a bootstrap of few; with two or three seeds the
-interval is still a rough one, which is why every seed's own value is kept beside it.
+Tokens of one row are not independent: rows are what is drawn anew. With S dictionaries that differ in their seed, the
+interval is that over rows and Student's t interval over the seeds together: the root of the sum of squares of their
+half widths. With two or three seeds it is wide, as it has to be; every seed's own value is kept beside it.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from cutaway.artifacts.results import Control, Effect, Interval
-from cutaway.artifacts.statistics import wilson_interval
+from cutaway.artifacts.statistics import mean_intervals, resampled_intervals, student_intervals, wilson_interval
 
 RESAMPLES = 1000
 
@@ -130,21 +130,17 @@ def summary(tables: Tables, statistic: Statistic, *, seed: int = 0) -> tuple[flo
     generator = np.random.default_rng(seed)
     weights = generator.multinomial(n_rows, np.full(n_rows, 1 / n_rows), size=RESAMPLES).astype(np.float64)
     drawn = statistic(np.einsum("rn,snc->src", weights, tables))  # [S, resamples]
-    low, high = (
-        np.nanquantile(over_seeds(drawn, generator), [0.025, 0.975]) if np.isfinite(drawn).any() else (np.nan,) * 2
-    )
-    return float(each.mean()), (float(low), float(high)), tuple(map(float, each))
+    ends = resampled_intervals(each.mean(), drawn.mean(0), weights / n_rows)
+    return float(each.mean()), with_seeds(each, (float(ends[0]), float(ends[1]))), tuple(map(float, each))
 
 
-def over_seeds(drawn: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """Draws [S, R] of each dictionary's figure -> draws [R] of their mean, seeds drawn too (see the module)."""
-    n_seeds, n_draws = drawn.shape
-    middle = drawn.mean(0)
-    if n_seeds == 1:
-        return middle
-    chosen = generator.integers(0, n_seeds, (n_seeds, n_draws))
-    picked = np.take_along_axis(drawn, chosen, axis=0).mean(0)
-    return middle + (n_seeds / (n_seeds - 1)) ** 0.5 * (picked - middle)
+def with_seeds(each: np.ndarray, ends: Interval) -> Interval:
+    """The interval of the mean of S seeds' figures [S], from its interval for these very seeds (see the module)."""
+    middle = float(each.mean())
+    if len(each) == 1:
+        return ends
+    seeds = middle - float(student_intervals(each)[0])
+    return middle - math.hypot(middle - ends[0], seeds), middle + math.hypot(ends[1] - middle, seeds)
 
 
 def share_effect(
@@ -158,20 +154,15 @@ def share_effect(
 ) -> tuple[Effect, tuple[float, ...]]:
     """A share of n latents that holds in each of several dictionaries, beside controls; and each one's own value.
 
-    The interval is Wilson's for one dictionary; for several, latents (binomially) and seeds are drawn, and it is no
-    narrower than Wilson's.
+    The interval is Wilson's; for several dictionaries, widened by their seeds.
     """
 
     def measured(counts: Sequence[int]) -> tuple[float, Interval]:
         shares = np.array(counts) / n
         if len(counts) == 1:
             return float(shares[0]), wilson_interval(int(counts[0]), n)
-        generator = np.random.default_rng(0)
-        drawn = np.stack([generator.binomial(n, share, RESAMPLES) / n for share in shares])
-        low, high = np.quantile(over_seeds(drawn, generator), [0.025, 0.975])
-        # draws of a share of 0 or 1 do not vary, but what was not seen among n may still be
-        least, most = wilson_interval(round(float(shares.mean()) * n), n)
-        return float(shares.mean()), (float(min(max(0.0, low), least)), float(max(min(1.0, high), most)))
+        low, high = with_seeds(shares, wilson_interval(round(float(shares.mean()) * n), n))
+        return float(shares.mean()), (max(0.0, low), min(1.0, high))
 
     value, interval = measured(successes)
     stood_beside = []
@@ -192,17 +183,19 @@ def mean_effect(
 ) -> tuple[Effect, tuple[float, ...]]:
     """Mean over latents of a number each has, in each of several dictionaries, beside controls; and each's own mean.
 
-    Latents that have none (NaN) are left out. Latents and seeds are drawn for the interval.
+    Latents that have none (NaN) are left out. The interval is over the latents of one dictionary, over several of them.
     """
 
     def measured(given: Sequence[np.ndarray]) -> tuple[float, Interval | None, int]:
         some = [each[np.isfinite(each)] for each in given]
         if not all(map(len, some)):
             return float("nan"), None, 0
-        generator = np.random.default_rng(0)
-        drawn = np.array([[generator.choice(one, len(one)).mean() for _ in range(300)] for one in some])
-        low, high = np.quantile(over_seeds(drawn, generator), [0.025, 0.975])
-        return float(np.mean([one.mean() for one in some])), (float(low), float(high)), len(some[0])
+        means = np.array([one.mean() for one in some])
+        if len(some) > 1:  # how their means differ has the latents in it
+            ends = student_intervals(means)
+        else:
+            ends = mean_intervals(some[0])
+        return float(means.mean()), (float(ends[0]), float(ends[1])), len(some[0])
 
     value, interval, n = measured(values)
     beside = []

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from cutaway.artifacts.files import plain
-from cutaway.artifacts.results import Effect
+from cutaway.artifacts.results import Effect, interval_text
 from cutaway.dictionaries.crosscoders import Sides, compare_sides
 from cutaway.dictionaries.dictionary import Dictionary, random_dictionary
 from cutaway.dictionaries.evaluate import ALL, RANDOM, Measured, measure
@@ -102,10 +102,11 @@ class Judgement:
         heads = ["figure", "value", "95 % interval", *(["by seed"] if several else []), "controls", "n"]
         rows = []
         for _, one, each in self.all_effects():
-            low, high = one.interval or (float("nan"), float("nan"))
             beside = "; ".join(f"{control.name.split(',')[0]} {control.value:.4g}" for control in one.controls)
             seeds = [", ".join(f"{value:.4g}" for value in each[:6]) + (" …" if len(each) > 6 else "")]
-            cells = [one.name, f"{one.value:.4g}", f"{low:.4g} to {high:.4g}", *(seeds if several else []), beside]
+            ends = [f"{end:.4g}" for end in one.interval or ()]
+            span = " to ".join(ends) if len(set(ends)) == 2 else interval_text(one.interval, 4, to=True)
+            cells = [one.name, f"{one.value:.4g}", span, *(seeds if several else []), beside]
             of = "rows" if any(one.name.startswith(label) for label, *_ in NAMES.values()) else "latents"
             rows.append([*cells, f"{one.n:,} {of}"])
         return heads, rows

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.progress import Progress
-from cutaway.artifacts.results import Control, Effect
+from cutaway.artifacts.results import Control, Effect, interval_text
 from cutaway.dictionaries.dictionary import Dictionary, random_dictionary
 from cutaway.dictionaries.figures import Tables, summary
 
@@ -72,10 +72,9 @@ class Probing:
         for k, effects in self.effects.items():
             told = []
             for name, one in effects.items():
-                low, high = one.interval or (float("nan"), float("nan"))
                 floor, random, whole = (control.value for control in one.controls)
                 told.append(
-                    f"{name.replace('f1', 'F1')} {one.value:.3f} [{low:.3f}, {high:.3f}] (random dictionary "
+                    f"{name.replace('f1', 'F1')} {one.value:.3f} {interval_text(one.interval)} (random dictionary "
                     f"{random:.3f}, whole activation {whole:.3f}, {NO_ACTIVATION[name]} {floor:.3f})"
                 )
             lines.append(f"  k = {k:>2}: {'; '.join(reversed(told))}")

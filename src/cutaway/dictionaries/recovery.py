@@ -13,6 +13,7 @@ from cutaway.dictionaries.config import TrainConfig
 from cutaway.dictionaries.dictionary import Dictionary, Port
 from cutaway.dictionaries.jobs import Job, train_jobs
 from cutaway.dictionaries.rules import TopKRule
+from cutaway.draw.text import interval
 from cutaway.subjects.superposition.generator import Generator, World
 from cutaway.subjects.superposition.scores import COLUMNS, Code, Scores, random_code, score, score_row
 
@@ -134,9 +135,9 @@ class RecoveryStudy:
         widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
         lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in table]
         for effect in self.effects():
-            low, high = effect.interval or (effect.value, effect.value)
             lines.append(
-                f"{effect.name}: {effect.value:.3g} [{low:.3g}, {high:.3g}] {effect.units}, {effect.n} seeds; "
+                f"{effect.name}: {interval(effect.value, *(effect.interval or (None, None)))} {effect.units}, "
+                f"{effect.n} seeds; "
                 f"{effect.controls[0].name} {effect.controls[0].value:.3g}"
             )
         for name, grid in (("non-negative", self.grid), ("signed", self.signed_grid)):
@@ -186,8 +187,8 @@ def recovery_study(
 def _over_seeds(name: str, found: Sequence[float], random: Sequence[float], units: str) -> Effect:
     """A figure's mean over seeds with its bootstrap interval, beside random directions of the same number."""
 
-    def interval(values: Sequence[float]) -> tuple[float, float] | None:
+    def ends(values: Sequence[float]) -> tuple[float, float] | None:
         return bootstrap_interval(values) if len(values) > 1 else None
 
-    control = Control("random directions", sum(random) / len(random), interval(random), len(random))
-    return Effect(name, sum(found) / len(found), len(found), interval(found), (control,), "", units)
+    control = Control("random directions", sum(random) / len(random), ends(random), len(random))
+    return Effect(name, sum(found) / len(found), len(found), ends(found), (control,), "", units)

@@ -12,6 +12,7 @@ dictionaries of the same sizes.
 """
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.results import Control, Effect, Interval
-from cutaway.artifacts.statistics import bootstrap_interval
+from cutaway.artifacts.statistics import bootstrap_interval, student_intervals, wilson_interval
 from cutaway.dictionaries.dictionary import Dictionary
 
 Matching = Literal["assignment", "mutual"]
@@ -141,12 +142,12 @@ def stability(
             name=label,
             value=float(np.mean(each[name])),
             n=sum(map(len, values)),
-            interval=_interval(values),
+            interval=_interval(values, len(rows)),
             controls=(
                 Control(
                     "two random dictionaries",
                     float(other.mean()),
-                    bootstrap_interval(other, n_resamples=500),
+                    _latents(other),
                     len(other),
                 ),
             ),
@@ -166,12 +167,27 @@ def _per_latent(matched: Matched, name: str) -> np.ndarray:
     return same
 
 
-def _interval(values: Sequence[np.ndarray]) -> Interval:
-    """Of the mean over pairs of dictionaries: pairs are drawn, and in each of them latents."""
-    generator = np.random.default_rng(0)
-    draws = []
-    for _ in range(500):
-        chosen = generator.integers(0, len(values), len(values))
-        draws.append(np.mean([generator.choice(values[k], len(values[k])).mean() for k in chosen]))
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return float(low), float(high)
+def _interval(values: Sequence[np.ndarray], n_dictionaries: int) -> Interval:
+    """Of the mean over pairs of dictionaries: that over latents, and that over dictionaries by leaving each out.
+
+    The half widths add as squares; of two dictionaries, which are one pair, there is none over dictionaries.
+    """
+    each = np.array([one.mean() for one in values])
+    middle = float(each.mean())
+    # the same latents stand in several pairs, so that the mean over pairs is no surer than one pair
+    low, high = (float(end) for end in np.mean([_latents(one) for one in values], axis=0))
+    if n_dictionaries < 3:
+        return low, high
+    pairs = np.array(list(itertools.combinations(range(n_dictionaries), 2)))
+    left_out = np.array([each[(pairs != k).all(1)].mean() for k in range(n_dictionaries)])
+    # pseudo-values: what each dictionary adds to the mean
+    own = n_dictionaries * middle - (n_dictionaries - 1) * left_out
+    half = float(np.diff(student_intervals(own))[0]) / 2
+    return middle - math.hypot(middle - low, half), middle + math.hypot(high - middle, half)
+
+
+def _latents(values: np.ndarray) -> Interval:
+    """Over latents, of their mean; of their share, where each is 0 or 1."""
+    if np.isin(values, (0, 1)).all():
+        return wilson_interval(int(values.sum()), len(values))
+    return bootstrap_interval(values)

@@ -44,6 +44,11 @@ def figures_html(*, items: Sequence[Figure]) -> Markup:
     return Markup(f'<dl class="cw-tiles">{"".join(tiles)}</dl>')
 
 
+def alarm_html(text: str) -> Markup:
+    """A sentence in red: what is shown is not what it seems."""
+    return Markup(f'<p class="cw-alarm">{escape(text)}</p>')
+
+
 def figure_html(value: float | int | str | None, units: str = "") -> Markup:
     """A number set large, its units set small."""
     small = f"<small>{'' if units in {'%', '×'} else ' '}{escape(units)}</small>" if units and value is not None else ""

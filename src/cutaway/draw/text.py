@@ -138,7 +138,8 @@ def _superscript(power: int) -> str:
 def interval(value: float | None, low: float | None, high: float | None, units: str = "", digits: int = 3) -> str:
     """A number with its interval, all three to the same decimal place: "0.83 [0.79, 0.87]".
 
-    Without an interval it is `number(value, units)`.
+    With `digits` significant ones, or as many more as it takes for the ends to differ ("0.9997 [0.9996, 0.9998]"),
+    unless both ends are the same: nothing varied. Without an interval it is `number(value, units)`.
     """
     if value is None or low is None or high is None or any(math.isnan(x) for x in (value, low, high)):
         return number(None if value is None else float(value), units, digits)
@@ -147,6 +148,8 @@ def interval(value: float | None, low: float | None, high: float | None, units: 
         bounds = ", ".join(number(float(bound), digits=digits) for bound in (low, high))
         return with_units(f"{number(float(value), digits=digits)} [{bounds}]", units)
     decimals = max(0, digits - 1 - math.floor(math.log10(largest)))
+    while low != high and decimals < 9 and f"{low:.{decimals}f}" == f"{high:.{decimals}f}":
+        decimals += 1
     written = same_decimals((value, low, high), decimals)
     return with_units(f"{written[0]} [{written[1]}, {written[2]}]", units)
 

@@ -5,18 +5,20 @@ measured on the other, and the same search is made for shuffled labels. Telling 
 the latent does anything is for `cutaway.steering` to show.
 """
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
+from scipy.special import stdtr
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.artifacts.results import Control, Effect
-from cutaway.artifacts.statistics import auroc
+from cutaway.artifacts.results import Control, Effect, interval_text
+from cutaway.artifacts.statistics import auroc, bootstrap_weights, false_discovery, resampled_intervals
 from cutaway.dictionaries.dictionary import Dictionary
 from cutaway.features.activations import Firing, Rows, fires, of_rows, width_of
 from cutaway.model.language_model import LanguageModel
@@ -26,8 +28,9 @@ from cutaway.model.language_model import LanguageModel
 class ConceptMatch:
     """The latent that tells a concept best, chosen on even rows; every other number is from odd rows.
 
-    `effect` holds the AUROC with its bootstrap interval over rows, beside shuffled labels. `precision`: share of the
+    `effect` holds the AUROC with its interval over rows, beside shuffled labels. `precision`: share of the
     tokens on which the latent fires that are the concept; `recall`: share of the concept's tokens on which it fires.
+    `p` is that of the AUROC against ½, `q` the rate of false discoveries among all concepts with a p as small.
     """
 
     concept: str
@@ -37,6 +40,8 @@ class ConceptMatch:
     precision: float
     recall: float
     n_positive: int
+    p: float = math.nan
+    q: float = math.nan
 
     @property
     def auroc(self) -> float:
@@ -51,14 +56,15 @@ class ConceptMatch:
             "precision": self.precision,
             "recall": self.recall,
             "n_positive": self.n_positive,
+            "p": self.p,
+            "q": self.q,
         }
 
     def __str__(self) -> str:
-        low, high = self.effect.interval or (float("nan"), float("nan"))
         return (
-            f"{self.concept}: latent {self.latent}, AUROC {self.auroc:.3f} [{low:.3f}, {high:.3f}] on held-out rows, "
-            f"precision {self.precision:.2f}, recall {self.recall:.2f} (n {self.n_positive}; shuffled labels "
-            f"{self.effect.controls[0].value:.3f})"
+            f"{self.concept}: latent {self.latent}, AUROC {self.auroc:.3f} {interval_text(self.effect.interval)} on "
+            f"held-out rows, precision {self.precision:.2f}, recall {self.recall:.2f} (n {self.n_positive}; shuffled "
+            f"labels {self.effect.controls[0].value:.3f}; q {self.q:.2g})"
         )
 
 
@@ -172,11 +178,12 @@ def match_concepts(
             unlucky.append(halves[1].auroc_of(winner, second))
         values, tokens = halves[1].of(latent)
         hits = int(labels[1][tokens].sum())
+        interval, p = _evidence(held, values, tokens, labels[1], halves[1].tokens // width, seed)
         effect = Effect(
             name=f"latent {latent} tells {concept!r}",
             value=held,
             n=counts[1],
-            interval=_interval(values, tokens, labels[1], halves[1].tokens // width, seed),
+            interval=interval,
             controls=(
                 Control(
                     "best latent for shuffled labels, held-out rows", float(np.mean(unlucky)), _range(unlucky), shuffles
@@ -198,9 +205,11 @@ def match_concepts(
                 precision=hits / len(tokens) if len(tokens) else float("nan"),
                 recall=hits / counts[1],
                 n_positive=counts[1],
+                p=p,
             )
         )
-    return matches
+    found_q = false_discovery([match.p for match in matches]).tolist()
+    return [replace(match, q=q) for match, q in zip(matches, found_q, strict=True)]
 
 
 def _range(values: Sequence[float]) -> tuple[float, float]:
@@ -208,10 +217,12 @@ def _range(values: Sequence[float]) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _interval(
-    values: Tensor, tokens: Tensor, labels: Tensor, row: Tensor, seed: int, n_resamples: int = 500
-) -> tuple[float, float]:
-    """95 % bootstrap interval of one latent's AUROC, resampling rows, since tokens of one row are not independent."""
+def _evidence(
+    value: float, values: Tensor, tokens: Tensor, labels: Tensor, row: Tensor, seed: int, n_resamples: int = 500
+) -> tuple[tuple[float, float], float]:
+    """95 % interval of one latent's AUROC, resampling rows, since tokens of one row are not independent; and the
+    two-sided p of its distance from ½, by Student's t over rows with the concept, at the least that of as many coins.
+    """
     _, row = row.unique(return_inverse=True)
     n_rows = int(row.max()) + 1
     order = values.argsort(stable=True)
@@ -221,18 +232,24 @@ def _interval(
     of_row = row[token].numpy()
     p_row = np.bincount(row.numpy(), weights=labels.double().numpy(), minlength=n_rows)
     n_row = np.bincount(row.numpy(), weights=(~labels).double().numpy(), minlength=n_rows)
-    generator = np.random.default_rng(seed)
-    drawn = []
-    for _ in range(n_resamples):
-        weight = np.bincount(generator.integers(0, n_rows, n_rows), minlength=n_rows).astype(float)
+
+    def auroc_of(weight: np.ndarray) -> float:
         p, n = weight @ p_row, weight @ n_row
         if p == 0 or n == 0:
-            continue
+            return math.nan
         w = weight[of_row]
         wp, wn = w * positive, w * (1 - positive)
         negatives = np.bincount(run, weights=wn) if len(run) else np.zeros(0)
         below = np.cumsum(negatives) - negatives
         quiet_n = n - wn.sum()
         wins = (wp * (quiet_n + below[run] + negatives[run] / 2)).sum() if len(run) else 0.0
-        drawn.append((wins + (p - wp.sum()) * quiet_n / 2) / (p * n))
-    return _range(drawn)
+        return float((wins + (p - wp.sum()) * quiet_n / 2) / (p * n))
+
+    weights = bootstrap_weights(n_rows, n_resamples, seed) * n_rows
+    drawn = [auroc_of(weight) for weight in weights]
+    low, high = resampled_intervals(auroc_of(np.ones(n_rows)), drawn, weights / n_rows)
+    with_concept = int((p_row > 0).sum())
+    error = float(np.nanstd(drawn, ddof=1))
+    t = (value - 0.5) / error if error > 0 else math.copysign(math.inf, value - 0.5)
+    p = max(2 * float(stdtr(max(1, with_concept - 1), -abs(t))), 2.0 ** (1 - with_concept))
+    return (max(0.0, float(low)), min(1.0, float(high))), min(1.0, p)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.artifacts.results import Control, Effect
+from cutaway.artifacts.results import Control, Effect, interval_text
 from cutaway.artifacts.statistics import bootstrap_interval
 from cutaway.model.language_model import LanguageModel
 from cutaway.model.tokens import Tokens
@@ -218,7 +218,7 @@ class Attribution:
         lines = [_headline(self)]
         lines.append(f"  {'part':<34}{'share':>9}{'95 % interval':>20}{'random pairs':>14}")
         for part in parts:
-            spread = "" if part.interval is None else f"[{part.interval[0]:.3f}, {part.interval[1]:.3f}]"
+            spread = "" if part.interval is None else interval_text(part.interval)
             lines.append(f"  {part.name:<34}{part.value:>9.3f}{spread:>20}{part.control:>14.3f}")
         rest = float(self.values.mean(0).sum()) - sum(part.value for part in parts)
         left = self.values.shape[1] - len(parts)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from markupsafe import Markup
 
+from cutaway.artifacts.results import interval_text
 from cutaway.draw.charts import Bar, bars_html
 from cutaway.draw.heatmap import heatmap_scale, heatmap_svg
 from cutaway.draw.panels import figures_html, table_html
@@ -78,7 +79,7 @@ def _parts(result: Attribution, shown: int) -> Section:
 
 
 def _span(ends: tuple[float, float]) -> str:
-    return f"{ends[0]:.3f} to {ends[1]:.3f}"
+    return interval_text(ends, to=True)
 
 
 def _layers(result: Attribution) -> list[Section]:

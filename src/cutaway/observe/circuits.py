@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.results import interval_text
 from cutaway.model.language_model import LanguageModel
 from cutaway.model.wrapped import embedding_rows
 from cutaway.observe.head_kinds import attention_layers
@@ -223,13 +224,15 @@ class CopyingScores:
     """Σλ / Σ|λ| over the eigenvalues of each head's full OV circuit [L, H] (NaN: a layer without heads).
 
     `chance` is the mean and `chance_interval` the 95 % range of the same score of `draws` random heads: Gaussian W_V
-    and W_O of the same shapes between the same embedding and unembedding.
+    and W_O of the same shapes between the same embedding and unembedding. `p` [L, H] is two-sided, by how many random
+    heads have a score as high or as low.
     """
 
     score: Tensor
     chance: float
     chance_interval: tuple[float, float]
     draws: int
+    p: Tensor
 
 
 def copying_scores(lm: LanguageModel, *, norms: bool = True, draws: int = 200, seed: int = 0) -> CopyingScores:
@@ -257,7 +260,10 @@ def copying_scores(lm: LanguageModel, *, norms: bool = True, draws: int = 200, s
         ]
     )
     low, high = torch.quantile(random, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return CopyingScores(score, random.mean().item(), (low, high), draws)
+    above = (random >= score[..., None]).sum(-1)
+    tail = torch.minimum(above, (random <= score[..., None]).sum(-1))
+    p = torch.where(score.isnan(), torch.nan, (2 * (tail + 1) / (draws + 1)).clamp(max=1.0).double())
+    return CopyingScores(score, random.mean().item(), (low, high), draws, p)
 
 
 def _balance(matrices: Tensor) -> Tensor:
@@ -331,7 +337,7 @@ class Composition:
 
     def __str__(self) -> str:
         low, high = self.baseline_interval
-        lines = [f"composition in {self.model}; random heads {self.baseline:.3f} [{low:.3f}, {high:.3f}]"]
+        lines = [f"composition in {self.model}; random heads {self.baseline:.3f} {interval_text((low, high))}"]
         for kind in COMPOSITIONS:
             if kind in self.left_out:
                 lines.append(f"  {kind.upper()}  not measured: {self.left_out[kind]}")

@@ -17,7 +17,7 @@ from torch import Tensor
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.progress import Progress
 from cutaway.artifacts.results import Control, Effect
-from cutaway.artifacts.statistics import bootstrap_interval
+from cutaway.artifacts.statistics import bootstrap_interval, false_discovery, paired_t_p
 from cutaway.model.edits import Edit, mean, zero
 from cutaway.model.language_model import Inputs, LanguageModel
 from cutaway.model.run import Run
@@ -55,13 +55,18 @@ class HeadEffects:
 
     @cached_property
     def intervals(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean change over rows and its 95 % bootstrap interval over rows, each [L, H]."""
+        """Mean change over rows and its 95 % interval over rows, each [L, H]."""
         return ratio_interval(self.change.movedim(-1, 0), torch.ones(len(self.base), 1, 1))
 
     @property
     def mean(self) -> Tensor:
         """Mean change over rows [L, H]."""
         return self.change.mean(-1)
+
+    @cached_property
+    def q(self) -> Tensor:
+        """The rate of false discoveries [L, H] among all heads whose change is as sure (Student's t over rows)."""
+        return torch.from_numpy(false_discovery(paired_t_p(self.change.double().numpy())))
 
     def others(self, heads: Sequence[Head], label: str) -> Control | None:
         """The same ablation of other heads, each alone: their mean, with an interval over heads."""
@@ -94,6 +99,7 @@ class HeadEffects:
             "n": len(self.base),
             "base": self.base.mean().item(),
             "mean": [[None if v != v else v for v in row] for row in values],
+            "q": [[None if v != v else v for v in row] for row in self.q.tolist()],
         }
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.results import Control, Effect
+from cutaway.artifacts.statistics import false_discovery, paired_t_p, ratio_intervals
 from cutaway.model.language_model import LanguageModel
 from cutaway.observe.heads import Head, name
 
@@ -48,11 +48,13 @@ def meaning(kind: str) -> str:
 class KindScores:
     """One kind of score for every head, and the same head's control.
 
-    `score` is [L, H], the mean over `n` sequences, with its 95 % bootstrap interval over sequences `low`, `high`;
+    `score` is [L, H], the mean over `n` sequences, with its 95 % interval over sequences `low`, `high`;
     `control`, `control_low`, `control_high` likewise (`control_name` says of what). NaN: the layer has no such value,
     or no row has its target in sight. `rows` is the number of destinations that counted, over all sequences, `uniform`
     [L] what attention spread evenly over all that is in sight would score (None where that makes no sense). `margin` is
     how far above its control a score must be to carry the label: 0 on random tokens, where nothing else explains it.
+    `p` [L, H] is that of the score against its control, two-sided (Student's t over sequences); None where there is
+    none.
     """
 
     kind: str
@@ -68,6 +70,16 @@ class KindScores:
     uniform: Tensor | None = None
     units: str = "share of attention"
     margin: float = 0.0
+    p: Tensor | None = None
+
+    @property
+    def q(self) -> Tensor | None:
+        """The rate of false discoveries among all heads of the model with a p as small [L, H]."""
+        return None if self.p is None else torch.from_numpy(false_discovery(self.p.numpy()))
+
+    def q_of(self, head: Head) -> float:
+        """`q` of one head; NaN where there is none."""
+        return float("nan") if self.q is None else self.q[head].item()
 
     @property
     def least(self) -> float:
@@ -134,6 +146,8 @@ class KindScores:
             "margin": self.margin,
             "control_name": self.control_name,
             **{grid: _lists(getattr(self, grid)) for grid in grids},
+            "p": None if self.p is None else _lists(self.p),
+            "q": None if self.q is None else _lists(self.q),
             "uniform": None if self.uniform is None else _lists(self.uniform),
             "labelled": [list(head) for head in self.heads()],
         }
@@ -174,33 +188,24 @@ def attention_layers(lm: LanguageModel, *sites: str) -> tuple[list[int], dict[in
 # Means over sequences ----------------------------------------------------------------------------------------------
 
 
-def ratio_interval(
-    above: Tensor, below: Tensor, *, n_resamples: int = 2000, seed: int = 0
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Σ above / Σ below over sequences, and its 95 % percentile bootstrap interval over sequences.
+def ratio_interval(above: Tensor, below: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Σ above / Σ below over sequences, and its 95 % interval (`artifacts.statistics.ratio_intervals`).
 
-    Both are [n, ...]; NaN where Σ below is 0, and no interval (NaN) for fewer than two sequences. Draws are those of
-    `artifacts.statistics.bootstrap_interval`, for every column at once.
+    Both are [n, ...]; NaN where Σ below is 0, and no interval (NaN) for fewer than two sequences.
     """
     above, below = above.double(), below.double().expand_as(above)
-    total = below.sum(0)
-    value = above.sum(0) / total
-    n = len(above)
-    if n < 2:
-        nothing = torch.full_like(value, torch.nan)
-        return value, nothing, nothing
-    drawn = np.random.default_rng(seed).integers(0, n, (n_resamples, n))
-    weights = torch.zeros(n_resamples, n, dtype=torch.float64)
-    weights.scatter_add_(1, torch.from_numpy(drawn), torch.ones(n_resamples, n, dtype=torch.float64))
-    flat_above, flat_below = above.reshape(n, -1), below.reshape(n, -1)
-    ends = torch.empty(2, flat_above.shape[1], dtype=torch.float64)
-    levels = torch.tensor([0.025, 0.975], dtype=torch.float64)
-    for start in range(0, flat_above.shape[1], 512):  # [draws, columns] at a time
-        part = slice(start, start + 512)
-        ratios = (weights @ flat_above[:, part]) / (weights @ flat_below[:, part])
-        ends[:, part] = torch.nanquantile(ratios, levels, dim=0)
-    low, high = ends.reshape(2, *value.shape)
-    return value, low, high
+    low, high = ratio_intervals(above.movedim(0, -1).numpy(), below.movedim(0, -1).numpy())
+    return above.sum(0) / below.sum(0), torch.from_numpy(low), torch.from_numpy(high)
+
+
+def paired_p(above: Tensor, below: Tensor, control_above: Tensor, control_below: Tensor) -> Tensor:
+    """Two-sided p of Σ above / Σ below against the control's ratio over the same sequences, all [n, ...].
+
+    Student's t of what each sequence adds to the difference of the two ratios, to first order.
+    """
+    value, other = above.sum(0) / below.sum(0), control_above.sum(0) / control_below.sum(0)
+    adds = (above - value * below) / below.mean(0) - (control_above - other * control_below) / control_below.mean(0)
+    return torch.from_numpy(paired_t_p((adds + value - other).double().movedim(0, -1).numpy()))
 
 
 class Sums:
@@ -226,4 +231,5 @@ class Sums:
             uniform=self.uniform.sum(0) / rows.sum(0) if even else None,
             units=units,
             margin=margin,
+            p=paired_p(self.above, self.below, self.control_above, self.control_below),
         )  # fmt: skip

@@ -14,7 +14,7 @@ from cutaway.artifacts.errors import CutawayError
 from cutaway.model.language_model import LanguageModel
 from cutaway.model.tokens import Tokens
 from cutaway.observe.circuits import output_map
-from cutaway.observe.head_kinds import KindScores, Sums, attention_layers, ratio_interval
+from cutaway.observe.head_kinds import KindScores, Sums, attention_layers, paired_p, ratio_interval
 from cutaway.observe.head_targets import TARGETS, add, attention_to, in_sight, real_cells
 from cutaway.observe.heads import repeated_tokens
 
@@ -159,6 +159,7 @@ def position_scores(attention: Tensor, seed: int = 0) -> dict[str, KindScores]:
         found[kind] = KindScores(
             kind, score, low, high, chance, chance_low, chance_high, "positions shuffled",
             n=n, rows=n * (t - 1), units="share of variation",
+            p=paired_p(weight - left, weight, weight - control, weight),
         )  # fmt: skip
     return found
 

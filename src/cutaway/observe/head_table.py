@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.artifacts.results import Control, Effect
+from cutaway.artifacts.results import Control, Effect, interval_text
 from cutaway.artifacts.statistics import bootstrap_interval
 from cutaway.data.tasks import ordinary_tokens
 from cutaway.model.language_model import Inputs, LanguageModel
@@ -42,13 +42,14 @@ _ABLATED_ROWS, _ABLATED_TOKENS = 8, 64  # of a text that heads are scored on
 
 @dataclass(frozen=True)
 class LabelledHead:
-    """One head and one kind: its score, and what ablating it alone changes, each with its controls."""
+    """One head and one kind: its score, and what ablating it alone changes, each with its controls; `KindScores.q`."""
 
     kind: str
     head: Head
     labelled: bool
     score: Effect
     effects: tuple[Effect, ...]
+    q: float = float("nan")
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -56,6 +57,7 @@ class LabelledHead:
             "head": list(self.head),
             "labelled": self.labelled,
             "score": self.score.to_json(),
+            "q": None if self.q != self.q else self.q,
             "effects": [effect.to_json() for effect in self.effects],
         }
 
@@ -124,6 +126,7 @@ class HeadTable:
                     effects.effect(head, control, self.command)
                     for effects, control in zip(measured.values(), controls, strict=True)
                 ),
+                scores.q_of(head),
             )
             for head in found[:top]
         ]
@@ -136,10 +139,9 @@ class HeadTable:
     def verdicts(self) -> tuple[str, ...]:
         """What the table says in words: of induction, of each kind without a head, and of what was left out."""
         fall, control = self.repetition, self.repetition.controls[0]
-        low, high = fall.interval or (float("nan"), float("nan"))
         loss = (
-            f"the loss on the second copy is {fall.value:.2f} nats [{low:.2f}, {high:.2f}] below that on fresh tokens "
-            f"in its place (control, fresh tokens beside the first half: {control.value:.2f})"
+            f"the loss on the second copy is {fall.value:.2f} nats {interval_text(fall.interval, 2)} below that on "
+            f"fresh tokens in its place (control, fresh tokens beside the first half: {control.value:.2f})"
         )
         told = []
         heads = self.kinds["induction"].heads() if "induction" in self.kinds else None
@@ -215,12 +217,13 @@ class HeadTable:
                 continue
             measured = [f"Δ {effect.ablation.removesuffix(' ablation')}" for effect in rows[0].effects]
             lines.append(
-                f"  {'head':<7}{'score':<20}{'control':<22}" + "".join(f"{m:<26}{'others':<8}" for m in measured)
+                f"  {'head':<7}{'score':<20}{'control':<22}{'q':<9}"
+                + "".join(f"{m:<26}{'others':<8}" for m in measured)
             )
             for row in rows[:top]:
                 control = row.score.controls[0]
                 cells = f"  {name(row.head):<7}{numbers(row.score.value, row.score.interval):<20}"
-                cells += f"{numbers(control.value, control.interval):<22}"
+                cells += f"{numbers(control.value, control.interval):<22}{q_text(row.q):<9}"
                 for effect in row.effects:
                     cells += f"{numbers(effect.value, effect.interval, 3):<26}{effect.controls[0].value:<8.3f}"
                 lines.append(cells.rstrip())
@@ -228,6 +231,9 @@ class HeadTable:
                 lines.append(f"  and {len(rows) - top} more")
         units = {e.units for by in self.effects.values() for e in by.values()}
         lines += ["", *self.verdicts(), LABEL_RULE]
+        lines.append(
+            "q: of all heads whose score differs from its control as surely, the share that is expected to be chance."
+        )
         if units:
             lines.append(
                 f"Δ: rise in {' / '.join(sorted(units))} when that head alone is ablated; others: the mean of heads "
@@ -239,9 +245,14 @@ class HeadTable:
         return self.text()
 
 
+def q_text(q: float) -> str:
+    """A q-value in a table: two digits, "–" where there is none."""
+    return "–" if q != q else f"{q:.2g}"
+
+
 def numbers(value: float, interval: tuple[float, float] | None, decimals: int = 2) -> str:
     """0.99 [0.98, 0.99]"""
-    ends = "" if interval is None else f" [{interval[0]:.{decimals}f}, {interval[1]:.{decimals}f}]"
+    ends = "" if interval is None else f" {interval_text(interval, decimals)}"
     return f"{value:.{decimals}f}{ends}"
 
 
@@ -317,7 +328,7 @@ def _copying(lm: LanguageModel, seed: int) -> KindScores:
     chance = torch.full_like(found.score, found.chance)
     return KindScores(
         "copying", found.score, found.score, found.score, chance, low, high, f"{found.draws} random heads",
-        n=1, rows=0, units="balance of eigenvalues",
+        n=1, rows=0, units="balance of eigenvalues", p=found.p,
     )  # fmt: skip
 
 

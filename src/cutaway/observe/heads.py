@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.artifacts.results import Control, Effect
+from cutaway.artifacts.results import Control, Effect, interval_text
 from cutaway.artifacts.statistics import bootstrap_interval
 from cutaway.data.tasks import ordinary_tokens
 from cutaway.model.edits import Edit, mean, zero
@@ -251,10 +251,9 @@ class HeadReport:
         lines += [f"  {r.kind:<12}{name(r.head):<8}{r.score:>7.2f}{r.zero:>12.3f}{r.mean:>12.3f}" for r in self.rows]
         for effect in self.effects:
             control = effect.controls[0]
-            low, high = effect.interval or (float("nan"), float("nan"))
             lines.append(
-                f"  {effect.name} ({effect.ablation}): {effect.value:.2f} [{low:.2f}, {high:.2f}], {control.name} "
-                f"{control.value:.2f}"
+                f"  {effect.name} ({effect.ablation}): {effect.value:.2f} {interval_text(effect.interval, 2)}, "
+                f"{control.name} {control.value:.2f}"
             )
         return "\n".join(lines)
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.progress import Progress
-from cutaway.artifacts.results import Control, Effect
-from cutaway.artifacts.statistics import bootstrap_interval
+from cutaway.artifacts.results import Control, Effect, interval_text
+from cutaway.artifacts.statistics import bootstrap_interval, false_discovery, paired_t_p
 from cutaway.model.language_model import LanguageModel
 from cutaway.observe.logit_lens import stream_sites
 from cutaway.observe.tuned_lens import TunedLens, lens_kl, lens_streams
@@ -54,6 +54,11 @@ class LensEvaluation:
             for layer, tuned, logit in zip(self.layers, self.tuned, self.logit, strict=True)
         ]
 
+    @property
+    def q(self) -> tuple[float, ...]:
+        """For each layer: the rate of false discoveries among all whose two lenses differ as surely (Student's t)."""
+        return tuple(false_discovery(paired_t_p((self.logit - self.tuned).numpy())).tolist())
+
     def to_json(self) -> dict[str, Any]:
         return {
             "model": self.model,
@@ -61,8 +66,8 @@ class LensEvaluation:
             "tokens": self.tokens,
             "effects": [effect.to_json() for effect in self.effects()],
             "mean_difference": [
-                {"layer": layer, "value": float(gap.mean()), "interval": list(bootstrap_interval(gap.numpy()))}
-                for layer, gap in zip(self.layers, self.logit - self.tuned, strict=True)
+                {"layer": layer, "value": float(gap.mean()), "interval": list(bootstrap_interval(gap.numpy())), "q": q}
+                for layer, gap, q in zip(self.layers, self.logit - self.tuned, self.q, strict=True)
             ],
         }
 
@@ -70,14 +75,14 @@ class LensEvaluation:
         n = self.logit.shape[1]
         lines = [
             f"KL(final ‖ lens) in nats, {self.model}, {n} held-out rows, {self.tokens:,} tokens [95 % over rows]",
-            f"  {'':<22}{'logit lens':>24}{'tuned lens':>24}{'logit − tuned':>24}",
+            f"  {'':<22}{'logit lens':>24}{'tuned lens':>24}{'logit − tuned':>24}{'q':>9}",
         ]
-        for layer, logit, tuned in zip(self.layers, self.logit, self.tuned, strict=True):
+        for layer, logit, tuned, q in zip(self.layers, self.logit, self.tuned, self.q, strict=True):
             cells = []
             for values in (logit, tuned, logit - tuned):
                 low, high = bootstrap_interval(values.numpy())
-                cells.append(f"{float(values.mean()):.3f} [{low:.3f}, {high:.3f}]")
-            lines.append(f"  {layer:<22}" + "".join(f"{cell:>24}" for cell in cells))
+                cells.append(f"{float(values.mean()):.3f} {interval_text((low, high))}")
+            lines.append(f"  {layer:<22}" + "".join(f"{cell:>24}" for cell in cells) + f"{q:>9.2g}")
         lines.append(f"  mean answer, no input: {float(self.constant.mean()):.3f}")
         return "\n".join(lines)
 

@@ -186,10 +186,10 @@ def evaluation_section(found: LensEvaluation) -> Section:
     }
     series = [tuned, logit, constant]
     rows = [
-        [short_site(layer), *(_interval(one) for one in (effect, effect.controls[0]))]
-        for layer, effect in zip(found.layers, effects, strict=True)
+        [short_site(layer), *(_interval(one) for one in (effect, effect.controls[0])), f"{q:.2g}"]
+        for layer, effect, q in zip(found.layers, effects, found.q, strict=True)
     ]
-    table = table_html(columns=("", "tuned lens", "logit lens"), rows=rows, title="KL by layer")
+    table = table_html(columns=("", "tuned lens", "logit lens", "q of the difference"), rows=rows, title="KL by layer")
     note = ""
     if len(layers) > 2:
         series = [_without_first(one) for one in series]

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy.stats import rankdata
 
 from cutaway.artifacts.results import Control
-from cutaway.artifacts.statistics import bootstrap_interval
+from cutaway.artifacts.statistics import bootstrap_interval, ratio_intervals, wilson_interval
 from cutaway.observe.probe_data import ProbeData
 from cutaway.observe.probe_fit import CrossValidated, Kind, Scorer, Split, cross_validate
 
@@ -100,10 +101,10 @@ class Measured:
 
 
 def group_interval(scorer: Scorer, groups: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """Bootstrap interval of an out-of-fold score: whole groups are drawn, since their examples are not independent.
+    """Interval of an out-of-fold score: whole groups are drawn, since their examples are not independent.
 
     The fits stay as they are, so it says how sure the score of these probes is, not how much another training set
-    would change them.
+    would change them. A resample that has one class only has no score and is left out.
     """
     numbers = np.unique(groups, return_inverse=True)[1]
     size = int(numbers.max()) + 1
@@ -111,15 +112,57 @@ def group_interval(scorer: Scorer, groups: np.ndarray, seed: int = 0) -> tuple[f
     def statistic(drawn: np.ndarray) -> float:
         return scorer(np.bincount(drawn.astype(int), minlength=size)[numbers].astype(float))
 
-    values = np.arange(size)
-    return bootstrap_interval(values, lambda d: np.nan_to_num(statistic(d), nan=0.5), n_resamples=RESAMPLES, seed=seed)
+    bounds = (-np.inf, 1.0)
+    low, high = bootstrap_interval(np.arange(size), statistic, n_resamples=RESAMPLES, seed=seed, bounds=bounds)
+    # no resample of a perfect score varies, but among more groups there may be one that is not
+    return (wilson_interval(size, size)[0], 1.0) if low == high == 1 else (low, high)
 
 
-def mean_interval(values: np.ndarray, groups: np.ndarray, seed: int) -> tuple[float, float]:
-    """Bootstrap interval of a mean whose examples depend on each other within a group."""
+def chance_p(cv: CrossValidated, labels: np.ndarray, groups: np.ndarray, *, draws: int = 999, seed: int = 0) -> float:
+    """p that an out-of-fold score is as high by chance: one-sided, labels dealt out anew (as `shuffled_labels` does).
+
+    The scores stay as they are, each fold's made by a fit that has not seen its labels. One is added to both counts.
+    """
+    generator = np.random.default_rng(seed + 3)
+    known = cv.fold >= 0
+    drawn = np.stack([labels, *(shuffled_labels(labels, groups, generator) for _ in range(draws))])[:, known]
+    found = _scores_of(drawn, cv.scores[known], cv.fold[known], cv.baseline[known], cv.n_classes)
+    if np.isnan(found[0]):
+        return float("nan")
+    return float(1 + (found[1:] >= found[0] - 1e-12).sum()) / (draws + 1)
+
+
+def _scores_of(
+    labels: np.ndarray, scores: np.ndarray, fold: np.ndarray, baseline: np.ndarray, n_classes: int | None
+) -> np.ndarray:
+    """`probe_fit.score` of many labellings [draws, n] of the same scores, from ranks."""
+    if n_classes is None:
+        spread = ((labels - baseline) ** 2).sum(1)
+        return 1 - ((labels - scores[:, 0]) ** 2).sum(1) / np.where(spread > 0, spread, np.nan)
+    values = []
+    for c in range(1, 2) if n_classes == 2 else range(n_classes):
+        column = scores[:, 0] if scores.shape[1] == 1 else scores[:, c]
+        won = pairs = np.zeros(len(labels))
+        for f in np.unique(fold):
+            here = fold == f
+            positive = (labels[:, here] == c).astype(float)
+            n_positive = positive.sum(1)
+            won = won + positive @ rankdata(column[here]) - n_positive * (n_positive + 1) / 2
+            pairs = pairs + n_positive * (here.sum() - n_positive)
+        values.append(won / np.where(pairs > 0, pairs, np.nan))
+    return np.mean(values, axis=0)
+
+
+def mean_interval(values: np.ndarray, groups: np.ndarray, seed: int, *, share: bool = False) -> tuple[float, float]:
+    """Interval of a mean whose examples depend on each other within a group; of a `share`, values are 0 or 1."""
     numbers = np.unique(groups, return_inverse=True)[1]
     sums, sizes = np.bincount(numbers, values), np.bincount(numbers)
-    return bootstrap_interval(np.stack([sums, sizes], 1), lambda d: d[:, 0].sum() / d[:, 1].sum(), seed=seed)
+    low, high = map(float, ratio_intervals(sums, sizes, seed=seed))
+    if not share:
+        return low, high
+    if low == high:  # all right or all wrong
+        return wilson_interval(len(sizes) * int(low), len(sizes))
+    return max(0.0, low), min(1.0, high)
 
 
 def measure(

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.progress import Progress
-from cutaway.artifacts.results import Control, Effect
+from cutaway.artifacts.results import Control, Effect, interval_text
 from cutaway.artifacts.statistics import bootstrap_interval
 from cutaway.model import naming
 from cutaway.model.edits import add
@@ -162,12 +162,11 @@ class Use:
             f"{'|Δ| probe/mean diff./random'}",
         ]
         for row in self.rows:
-            low, high = row.effect.interval or (float("nan"), float("nan"))
             mass, chance = row.effect.controls[:2]
             sizes = " / ".join(f"{s:.2g}" for s in row.size)
             lines.append(
-                f"{row.action:<13}  {row.effect.value:>7.3f}  {f'[{low:.3f}, {high:.3f}]':<18}  {mass.value:>10.3f}  "
-                f"{chance.value:>7.3f}  {sizes}"
+                f"{row.action:<13}  {row.effect.value:>7.3f}  {interval_text(row.effect.interval):<18}  "
+                f"{mass.value:>10.3f}  {chance.value:>7.3f}  {sizes}"
             )
         return "\n".join([*lines, self.verdict])
 

@@ -15,12 +15,14 @@ import numpy as np
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.progress import Progress
-from cutaway.artifacts.results import Control, Effect
+from cutaway.artifacts.results import Control, Effect, interval_text
+from cutaway.artifacts.statistics import false_discovery
 from cutaway.model.language_model import LanguageModel
 from cutaway.model.sites import layer_of
 from cutaway.observe.probe import Calibration, Probe, describe, fit_calibrator
 from cutaway.observe.probe_controls import (
     Measured,
+    chance_p,
     control_task,
     control_types,
     group_interval,
@@ -101,7 +103,8 @@ class ProbeRow:
     """One site: the score (AUROC or R²) and accuracy beside their controls, and the probe fitted on all examples.
 
     `row_folds` is the same score when single examples are dealt into folds, whatever their group: what leaks between
-    the texts of a group is its excess. `selectivity` is `row_folds` minus the control task, None without one.
+    the texts of a group is its excess. `selectivity` is `row_folds` minus the control task, None without one. `p` is
+    that of the score against labels dealt out anew; `ProbeSweep.q` counts the sites.
     """
 
     site: str
@@ -112,6 +115,7 @@ class ProbeRow:
     row_folds: float
     selectivity: float | None
     probe: Probe
+    p: float = float("nan")
 
     def control(self, name: str) -> Control | None:
         """The control whose name begins so."""
@@ -126,6 +130,7 @@ class ProbeRow:
             "reliability": None if self.reliability is None else self.reliability.to_json(),
             "row_folds": self.row_folds,
             "selectivity": self.selectivity,
+            "p": None if self.p != self.p else self.p,
             "probe": describe(self.probe),
         }
 
@@ -153,6 +158,11 @@ class ProbeSweep:
         """The row with the highest score."""
         return max(self.rows, key=lambda row: np.nan_to_num(row.effect.value, nan=-np.inf))
 
+    @property
+    def q(self) -> tuple[float, ...]:
+        """For each row: the rate of false discoveries among all sites with a p as small."""
+        return tuple(false_discovery([row.p for row in self.rows]).tolist())
+
     def row(self, site: str) -> ProbeRow:
         """The row of a site."""
         for row in self.rows:
@@ -169,7 +179,7 @@ class ProbeSweep:
             "groups": self.data.n_groups,
             "folds": self.folds,
             "classes": self.data.balance(),
-            "rows": [row.to_json() for row in self.rows],
+            "rows": [{**row.to_json(), "q": None if q != q else q} for row, q in zip(self.rows, self.q, strict=True)],
             "picked": self.picked.to_json(),
             "best": self.best.site,
             "notes": list(self.notes),
@@ -184,7 +194,7 @@ class ProbeSweep:
             + f", {self.folds} folds without a group on both sides"
         ]
         width = max(len(row.site) for row in self.rows)
-        heads = [f"{'site':<{width}}", f"{self.measure:>6}  {'95 % interval':<15}"]
+        heads = [f"{'site':<{width}}", f"{self.measure:>6}  {'95 % interval':<15}", f"{'q':>6}"]
         heads += [f"{'accuracy':>8}"] if self.rows[0].accuracy else []
         names = [c.name for c in self.rows[0].effect.controls]
         short = [n for n in _SHORT if any(name.startswith(n) for name in names)]
@@ -192,9 +202,9 @@ class ProbeSweep:
         heads += [f"{'selective':>9}"] if self.rows[0].selectivity is not None else []
         heads += [f"{'ECE':>5}  {'Brier':>5}"] if self.rows[0].reliability else []
         lines.append("  ".join(heads))
-        for row in self.rows:
-            low, high = row.effect.interval or (float("nan"), float("nan"))
-            cells = [f"{row.site:<{width}}", f"{row.effect.value:>6.3f}  {f'[{low:.3f}, {high:.3f}]':<15}"]
+        for row, q in zip(self.rows, self.q, strict=True):
+            cells = [f"{row.site:<{width}}", f"{row.effect.value:>6.3f}  {interval_text(row.effect.interval):<15}"]
+            cells.append(f"{'–' if q != q else f'{q:.3f}':>6}")
             cells += [f"{row.accuracy.value:>8.3f}"] if row.accuracy else []
             for n in short:
                 found = row.control(n)
@@ -202,14 +212,13 @@ class ProbeSweep:
             cells += [f"{row.selectivity:>9.3f}"] if row.selectivity is not None else []
             cells += [f"{row.reliability.ece:>5.3f}  {row.reliability.brier:>5.3f}"] if row.reliability else []
             lines.append("  ".join(cells))
-        low, high = self.picked.interval or (float("nan"), float("nan"))
-        lines.append(f"site chosen inside each fold: {self.picked.value:.3f} [{low:.3f}, {high:.3f}]")
+        lines.append(f"site chosen inside each fold: {self.picked.value:.3f} {interval_text(self.picked.interval)}")
         for control in self.rows[0].effect.controls:
             if not any(control.name.startswith(n) for n in short):
-                low, high = control.interval or (float("nan"), float("nan"))
-                lines.append(f"{control.name}: {control.value:.3f} [{low:.3f}, {high:.3f}]")
+                lines.append(f"{control.name}: {control.value:.3f} {interval_text(control.interval)}")
         if self.rows[0].accuracy:
             lines.append(f"majority class: accuracy {self.rows[0].accuracy.controls[0].value:.3f}")
+        lines.append("q: of all sites above shuffled labels as surely, the share that is expected to be chance")
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 
@@ -240,7 +249,7 @@ def probe_sweep(
 
     `texts`, `labels`, `position`, `groups`, `regression` are those of `probe_data`; `kind` is one of `probe_fit.KINDS`;
     `head` picks one head of sites that have heads. The score is AUROC (macro, one class against the rest, for more
-    than two classes) or R², always out of fold, with a 95 % bootstrap interval over groups. `draws` is how often labels
+    than two classes) or R², always out of fold, with a 95 % interval over groups. `draws` is how often labels
     are shuffled and control tasks drawn. `calibration` is fitted inside each training fold.
 
     Raises CutawayError: what `probe_data` and `collect` raise, too few examples for the folds, a kind that does not fit
@@ -358,7 +367,7 @@ def _row(
     accuracy = quality = None
     if n_classes is not None:
         hits = accuracy_hits(data.labels, done.cv.scores)[judged].astype(float)
-        interval = mean_interval(hits, data.groups[judged], seed)
+        interval = mean_interval(hits, data.groups[judged], seed, share=True)
         majority = np.bincount(data.labels[judged]).max() / judged.sum()
         accuracy = Effect(
             f"{kind} probe at {name}",
@@ -370,7 +379,8 @@ def _row(
             "accuracy",
         )
         quality = reliability(calibrated(done.cv, calibration)[judged], data.labels[judged], calibration)
-    return ProbeRow(name, layer_of(name), effect, accuracy, quality, leaky, selectivity, probe)
+    p = chance_p(done.cv, data.labels, data.groups, seed=seed)
+    return ProbeRow(name, layer_of(name), effect, accuracy, quality, leaky, selectivity, probe, p)
 
 
 def _picked(

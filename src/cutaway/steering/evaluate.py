@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cutaway.artifacts.results import Control, Effect
+from cutaway.artifacts.results import Control, Effect, interval_text
 from cutaway.artifacts.statistics import wilson_interval
 from cutaway.model.edits import Edit
 from cutaway.model.language_model import LanguageModel
@@ -88,9 +88,10 @@ class SteeringResult:
     def __str__(self) -> str:
         lines = [f"{self.method}, {self.direction}"]
         for label, effect in self.effects.items():
-            low, high = effect.interval or (float("nan"), float("nan"))
             controls = ", ".join(f"{c.name} {c.value:.2f}" for c in effect.controls)
-            lines.append(f"  {label}: {effect.value:.2f} [{low:.2f}, {high:.2f}] of {effect.n} ({controls})")
+            lines.append(
+                f"  {label}: {effect.value:.2f} {interval_text(effect.interval, 2)} of {effect.n} ({controls})"
+            )
         if self.price is not None:
             dull = sum(p.kl for p in self.random_price) / max(1, len(self.random_price))
             lines.append(f"  price on neutral text: {self.price}; random directions {dull:.3f}")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.artifacts.results import Control, Effect
+from cutaway.artifacts.results import Control, Effect, interval_text
 from cutaway.artifacts.statistics import bootstrap_interval
 from cutaway.dictionaries.dictionary import BatchTopK, Dictionary, Gated, JumpReLU
 from cutaway.model.edits import Edit, clamp_latent
@@ -129,10 +129,10 @@ class LatentSteering:
     def __str__(self) -> str:
         lines = [f"latent {self.latent} clamped, P({self.concept}) over {len(self.prompts)} prompts"]
         for dose in self.doses:
-            low, high = dose.effect.interval or (float("nan"), float("nan"))
             cost = "" if dose.price is None else f", KL {dose.price.kl:.2f} (random {dose.random_price:.2f})"
             controls = ", ".join(f"{c.name} {c.value:.3f}" for c in dose.effect.controls)
-            lines.append(f"  ×{dose.multiple:<4g} {dose.effect.value:.3f} [{low:.3f}, {high:.3f}] ({controls}){cost}")
+            ends = interval_text(dose.effect.interval)
+            lines.append(f"  ×{dose.multiple:<4g} {dose.effect.value:.3f} {ends} ({controls}){cost}")
         return "\n".join(lines)
 
 

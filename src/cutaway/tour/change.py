@@ -9,7 +9,7 @@ import torch
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.files import write_safetensors
-from cutaway.artifacts.results import Control, Effect
+from cutaway.artifacts.results import Control, Effect, interval_text
 from cutaway.artifacts.statistics import bootstrap_interval
 from cutaway.causal.competence import TaskResult
 from cutaway.model.edits import Edit
@@ -198,7 +198,7 @@ def _prices(results: Sequence[tuple[str, SteeringResult]]) -> page.Table:
         assert result.price is not None
         random = sum(p.kl for p in result.random_price) / len(result.random_price)
         low, high = result.price.interval
-        rows.append((words, round(result.price.kl, 3), f"{low:.3f} to {high:.3f}", round(random, 3)))
+        rows.append((words, round(result.price.kl, 3), interval_text((low, high), to=True), round(random, 3)))
     return page.Table(
         columns=("edit", "KL, nats a token", "95 % interval", "random directions"),
         rows=tuple(rows),

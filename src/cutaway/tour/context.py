@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from cutaway.artifacts.results import interval_text
 from cutaway.artifacts.run_folder import RunFolder
 from cutaway.artifacts.statistics import wilson_interval
 from cutaway.causal.competence import TaskResult, competence, try_tasks
@@ -128,7 +129,7 @@ class Tour:
         assert result.competence is not None
         right, n = result.competence.right, result.competence.n
         low, high = wilson_interval(right, n)
-        measured = f"right on {right} of {n} ({low:.2f} to {high:.2f})"
+        measured = f"right on {right} of {n} ({interval_text((low, high), 2, to=True)})"
         if result.task.name == WORLD_TASKS[0].name:
             return "shown", f"Task: {result.task.name}, {measured}."
         failed = next((t for t in self.tried if not t.able), None)

@@ -18,7 +18,7 @@ from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.files import make_folder, plain, refuse_replacing, write_text
 from cutaway.artifacts.progress import Progress
 from cutaway.artifacts.results import Control, Effect
-from cutaway.artifacts.statistics import bootstrap_interval, wilson_interval
+from cutaway.artifacts.statistics import bootstrap_interval, ratio_intervals, wilson_interval
 from cutaway.subjects.atlas.causal_checks import BridgePool, two_hop_bridge
 from cutaway.subjects.atlas.landmark_checks import LandmarkChecks, landmark_checks
 from cutaway.subjects.atlas.open_steering import OpenSteering, open_steering
@@ -384,12 +384,9 @@ def loss_effect(name: str, losses: np.ndarray, untrained: np.ndarray) -> Effect:
 
 
 def mixture_effect(found: tuple[np.ndarray, np.ndarray], untrained: tuple[np.ndarray, np.ndarray]) -> Effect:
-    """Nats a token over documents of all parts by their shares, with a bootstrap over documents."""
+    """Nats a token over documents of all parts by their shares, with an interval over documents."""
     nats, counts = found
-    rng = np.random.default_rng(0)
-    drawn = rng.integers(0, len(nats), (2000, len(nats)))
-    ratios = nats[drawn].sum(1) / counts[drawn].sum(1)
-    low, high = np.quantile(ratios, [0.025, 0.975])
+    low, high = ratio_intervals(nats, counts)
     return Effect(
         name="world",
         value=float(nats.sum() / counts.sum()),

@@ -6,6 +6,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from cutaway.artifacts.results import interval_text as written
 from cutaway.subjects.atlas import report
 from cutaway.subjects.atlas.causal_checks import Rate
 from cutaway.subjects.atlas.compare import Comparison
@@ -336,15 +337,14 @@ def comparison_markdown(compared: Comparison, folder: Path, other: Path) -> str:
         if name in compared.rows
     ]
     rows += [[name, report.number(mine), report.number(theirs)] for name, (mine, theirs) in compared.causal.items()]
-    low, high = compared.interval
     parts = [
         "## Beside other weights",
         f"The others: {origin(_manifest(other))}",
         *_loss_curve(other),
         markdown_table((columns, rows)),
         f"Over {len(compared.rows)} held-out and new-wording sets the share right of this page's weights is higher by "
-        f"{compared.held_out:+.2f} [{low:+.2f}, {high:+.2f}] (bootstrap over sets), over all {compared.n_sets} sets by "
-        f"{compared.all_sets:+.2f} [{compared.all_interval[0]:+.2f}, {compared.all_interval[1]:+.2f}]. "
+        f"{compared.held_out:+.2f} {written(compared.interval, 2, signed=True)} (over sets), over all "
+        f"{compared.n_sets} sets by {compared.all_sets:+.2f} {written(compared.all_interval, 2, signed=True)}. "
         f"{_fallen(compared)}{_smaller(_manifest(folder), _manifest(other))}",
     ]
     return "\n\n".join(parts) + "\n"

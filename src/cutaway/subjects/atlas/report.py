@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from cutaway.artifacts.results import Effect
+from cutaway.artifacts.results import interval_text as written
 from cutaway.subjects.atlas.causal_checks import BridgePool, Rate
 from cutaway.subjects.atlas.compare import Comparison
 from cutaway.subjects.atlas.evaluate import N_CONTROL, Evaluation, Measured
@@ -51,8 +52,9 @@ def number(value: float) -> str:
 
 
 def interval_text(interval: tuple[float, float]) -> str:
-    """`[low, high]`."""
-    return f"[{number(interval[0])}, {number(interval[1])}]"
+    """`[low, high]`, with as many decimals as it takes for the ends to differ."""
+    low, high = map(number, interval)
+    return written(interval) if low == high else f"[{low}, {high}]"
 
 
 def with_interval(effect: Effect) -> str:
@@ -390,12 +392,10 @@ def as_text(found: Evaluation) -> str:
 
 def comparison_text(compared: Comparison, candidate: str, other: str) -> str:
     """Which weights are better, and why."""
-    low, high = compared.interval
     lines = [
         f"{candidate} minus {other}, {len(compared.rows)} held-out and new-wording sets: "
-        f"{compared.held_out:+.3f} [{low:+.3f}, {high:+.3f}]",
-        f"over all {compared.n_sets} sets: {compared.all_sets:+.3f} "
-        f"[{compared.all_interval[0]:+.3f}, {compared.all_interval[1]:+.3f}]",
+        f"{compared.held_out:+.3f} {written(compared.interval, signed=True)}",
+        f"over all {compared.n_sets} sets: {compared.all_sets:+.3f} {written(compared.all_interval, signed=True)}",
     ]
     lines += [f"  {name}: {mine:.2f} against {theirs:.2f}" for name, (mine, theirs) in compared.headlines.items()]
     lines += [f"  {name}: {mine:.2f} against {theirs:.2f}" for name, (mine, theirs) in compared.causal.items()]
