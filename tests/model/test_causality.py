@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import random_rows, tiny_model
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 import cutaway
@@ -48,6 +48,12 @@ def test_it_is_measured_and_said(lm: LanguageModel) -> None:
     assert test.passed, str(test)
     assert "note: Attention is not causal" in str(test)
     assert repr(lm).endswith("attention not causal")
+
+
+@pytest.mark.parametrize("family", ["gemma3", "gpt2"])
+def test_it_is_seen_in_short_floats(family: str) -> None:
+    assert not attach(both_ways(family).to(dtype=torch.bfloat16)).causal  # type: ignore[call-arg]
+    assert attach(tiny_model(family).to(dtype=torch.bfloat16)).causal  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma3", "mistral", "neox"])
@@ -149,7 +155,7 @@ def test_dropout_stands_behind_the_pattern() -> None:
         torch.testing.assert_close(pattern.sum(-1), torch.ones_like(pattern[..., 0]))
         mixed = torch.einsum("bhqk,bkhe->bqhe", pattern, v.repeat_interleave(lm.n_heads // lm.n_kv_heads, 2))
         off.append(float((mixed - z).abs().max() / z.abs().max()))
+    assert "note: The model is in training mode: with dropout" in str(lm.selftest())
     assert off[0] < 1e-5
     assert off[1] > 0.1
     assert "before any dropout" in lm.sites()["blocks.0.attn.pattern"].meaning
-    assert isinstance(model, nn.Module)

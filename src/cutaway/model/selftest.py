@@ -3,8 +3,8 @@
 The first forward captures every site of one short row and checks identities between sites (a sum that must hold, a
 product that must come out). The second is a batch of the same row again and again, each with one edit at a site of one
 layer, whose effect at the next sites is checked. Names, shapes and logits can all be right while a site is read from
-the wrong place; sums cannot. Two more see whether the row is the same beside a longer one far along in the context, and
-whether attention looks back alone.
+the wrong place; sums cannot. Three more, of one or two rows, see whether the row is the same beside one far along in
+the context, and whether attention looks back alone.
 """
 
 from __future__ import annotations
@@ -378,6 +378,11 @@ def _selftest(lm: LanguageModel) -> SelfTest:
 def notes_on(lm: LanguageModel) -> tuple[str, ...]:
     """What sets limits to batches and caches of this model, a sentence each."""
     notes = []
+    if lm.hf.training:
+        notes.append(
+            "The model is in training mode: with dropout each run draws anew, and attn.pattern attn.v is not attn.z; "
+            "call eval()."
+        )
     if not lm.causal:
         notes.append(
             "Attention is not causal: each token changes what is computed at those before it, so texts are generated "
@@ -397,13 +402,14 @@ def notes_on(lm: LanguageModel) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _beside(lm: LanguageModel, tokens: Tokens, site: str) -> Tensor:
-    """A site's value at the tokens of a row [1, p], run beside a longer row that stands at the end of the context (or
-    of the lengths that have the same rotary angles): what one row is must not hang on the others.
+def _beside(lm: LanguageModel, tokens: Tokens, site: str) -> tuple[Tensor, Tensor]:
+    """A site's value at the tokens of a row [1, p], run alone, and run beside one that stands at the end of the context
+    (or of the lengths that have the same rotary angles): what one row is must not hang on the others, nor, where
+    attention is not causal, on padding.
     """
     n = tokens.ids.shape[1]
     end = lm.context_length if lm.ropes is None else lm.ropes.end(n, lm.context_length)
-    width = min(n + _LENGTH // 2, end)
+    width = n if lm.causal else min(n + _LENGTH // 2, end)  # a mask may mean a kernel that rounds otherwise
     ids = tokens.ids[0, torch.arange(width, device=tokens.ids.device) % n].repeat(2, 1)
     mask = torch.ones_like(ids, dtype=torch.bool)
     mask[0, n:] = False
@@ -411,7 +417,7 @@ def _beside(lm: LanguageModel, tokens: Tokens, site: str) -> Tensor:
     places[1] += end - width if end < 2**31 else 0  # a context without a limit has no end
     execution = Execution(lm, (site,), (), mask, stop=True)
     execution.forward(lambda: lm.hf(input_ids=ids, attention_mask=mask.long(), position_ids=places, use_cache=False))
-    return execution.values[site][:1, :n]
+    return lm.run(tokens, capture=site, logits=None)[site], execution.values[site][:1, :n]
 
 
 @dataclass(frozen=True)
@@ -466,8 +472,9 @@ def _edits(lm: LanguageModel, tokens: Tokens, base: Run, checks: _Checks, genera
     )
     execution.touch("logits", out.logits)
     values = execution.values
-    rows = torch.cat([values[last_stream][:1], _beside(lm, tokens, last_stream)])
-    checks.equal("a row of a batch without an edit = the row alone", None, rows, base[last_stream].expand_as(rows))
+    alone, beside = _beside(lm, tokens, last_stream)  # by the kernels of a run that looks into no attention
+    in_batch, by_itself = torch.cat([values[last_stream][:1], beside]), torch.cat([base[last_stream], alone])
+    checks.equal("a row of a batch without an edit = the row alone", None, in_batch, by_itself)
     for batch in batches:
         for i, (_, verify_case) in enumerate(batch.cases):
             row = batch.start + i
