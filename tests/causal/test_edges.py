@@ -349,11 +349,11 @@ def test_pairs_that_differ_in_their_first_or_last_token_alone() -> None:
     """Nothing is computed before the first column in which some pair differs, and nothing behind it is left out."""
     lm = double("gpt2")
     last = align(lm, [PromptPair((4, 5, 6, 7), (4, 5, 6, 17), 8, 9), PromptPair((3, 5, 6, 7), (3, 5, 6, 8), 18, 19)])
-    assert first_column(last) == 3
+    assert first_column(lm, last) == 3
     either = align(lm, [PromptPair((4, 5, 6, 7), (4, 5, 6, 17), 8, 9), PromptPair((14, 15, 16), (14, 25, 16), 18, 19)])
-    assert first_column(either) == 1
+    assert first_column(lm, either) == 1
     first = align(lm, [PromptPair((4, 5, 6, 7), (14, 5, 6, 7), 8, 9)])
-    assert first_column(first) == 0
+    assert first_column(lm, first) == 0
     graph = graph_of(lm)
     for pairs in (last, first):
         found = eap(lm, pairs, graph=graph).per_pair

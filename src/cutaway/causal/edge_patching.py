@@ -121,7 +121,7 @@ def run_circuits(
             part = pairs[rows]
             at, prefix = 0, None
             if given is None:
-                at = first_column(part)
+                at = first_column(lm, part)
                 if share and at:
                     prefix = shared_prefix(lm, part.clean, at, check=not checked)
                     share, checked = prefix is not None, True

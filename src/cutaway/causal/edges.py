@@ -279,7 +279,7 @@ class _Engine:
     def batch(self, pairs: AlignedPairs, columns: Tensor | None, direction: Direction) -> tuple[Tensor, Tensor, float]:
         """Scores [n, ...], the metric of the clean and the corrupt run [2, n], the largest |d metric / d logit|."""
         lm, n = self.lm, len(pairs)
-        self.first = first_column(pairs)
+        self.first = first_column(lm, pairs)
         self.columns = None if columns is None else columns[:, self.first :]
         self.prefix = None
         if self.may_share and self.first:

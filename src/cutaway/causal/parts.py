@@ -151,8 +151,13 @@ def joined(projection: Projection, parts: dict[str, Tensor], y: Tensor, repeats:
     return projection.join(parts, y)
 
 
-def first_column(pairs: AlignedPairs) -> int:
-    """The first column in which some pair's prompts differ: nothing before it can carry a difference."""
+def first_column(lm: LanguageModel, pairs: AlignedPairs) -> int:
+    """The first column in which some pair's prompts differ: nothing before it can carry a difference.
+
+    That is the first of all (0) where attention is not causal.
+    """
+    if not lm.causal:
+        return 0
     return int((pairs.clean.ids != pairs.corrupt.ids).any(0).int().argmax())
 
 
@@ -222,7 +227,9 @@ def shared_prefix(lm: LanguageModel, clean: Tokens, columns: int, *, check: bool
     With `check`, what is computed behind it is compared with a whole forward of the first prompt, and the prefix is
     refused where they differ.
     """
-    if columns == 0 or not bool(clean.mask[:, :columns].all()):
+    if columns == 0 or not bool(clean.mask[:, :columns].all()) or not lm.causal:
+        return None
+    if lm.ropes is not None and not lm.ropes.alike(columns, clean.longest):
         return None
     with torch.no_grad():
         front = Tokens.whole(clean.ids[:, :columns], ())
@@ -267,6 +274,7 @@ def forward(
         last_only=True,
         watch=hooks,
         ungrouped=ungrouped,
+        before=start,
     )
     repeats = lm.n_heads // lm.n_kv_heads if ungrouped else 1
     keep: dict[str, Any] = {"use_cache": False}

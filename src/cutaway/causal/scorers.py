@@ -135,7 +135,7 @@ class _Exact:
         batch_tokens: int,
     ) -> None:
         self.lm, self.graph, self.readers, self.pairs, self.measure = lm, graph, readers, pairs, measure
-        self.first = first_column(pairs)
+        self.first = first_column(lm, pairs)
         self.repeats = graph.kv // lm.n_kv_heads
         self.run = lm.run(pairs.clean, capture=_streams(lm, graph), logits="last")
         other = lm.run(pairs.corrupt, logits="last").logits
@@ -262,7 +262,7 @@ def _ends(lm: LanguageModel, pairs: AlignedPairs, measure: Metric) -> Tensor:
 
 
 def _magnitudes(lm: LanguageModel, graph: Graph, readers: list[Reader], pairs: AlignedPairs) -> Tensor:
-    first = first_column(pairs)
+    first = first_column(lm, pairs)
     run = lm.run(pairs.clean, capture=_streams(lm, graph), logits=None)
     delta = source_changes(lm, graph, pairs, first)
     real = pairs.clean.mask[:, first:].to(delta)

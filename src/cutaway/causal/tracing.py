@@ -457,11 +457,11 @@ def _cells(
     """One list of edits for each kind, draw, layer and place behind the subject's start, in that order.
 
     Each takes the noised stream over just below what it restores, from the subject on, so that the layers and the
-    tokens before it need not run again.
+    tokens before it need not run again; at every token where attention is not causal, for then the noise is everywhere.
     """
     n = roles.shape[1]
     lengths = clean.tokens.lengths.tolist()
-    noisy = [list(range(start, length)) for start, length in zip(starts, lengths, strict=True)]
+    noisy = [list(range(start if lm.causal else 0, length)) for start, length in zip(starts, lengths, strict=True)]
     cells = []
     for kind, site in SITES.items():
         for draw in range(draws):

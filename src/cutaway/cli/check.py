@@ -47,7 +47,7 @@ def check(
     command = command_line("check", model, dtype=(dtype, None), device=(device, None))
     deliver(
         text="\n".join([*lines, "", str(test)]),
-        data={"card": facts, "passed": test.passed, "rows": rows},
+        data={"card": facts, "passed": test.passed, "rows": rows, "notes": list(test.notes)},
         page=lambda: _page(test, facts, lm.n_layers, command),
         as_json=json,
         html=html,
@@ -103,7 +103,8 @@ def _page(test: "SelfTest", facts: dict[str, str | int], n_layers: int, command:
     return page_html(
         title=f"Self-test of {test.model}: {verdict}",
         lead=f"{facts['architecture']} in {test.dtype}. Identities between the values at different sites, and the "
-        "effect of an edit at every site of every layer, each relative to the scale of the values compared.",
+        "effect of an edit at every site of every layer, each relative to the scale of the values compared."
+        + "".join(f" {note}" for note in test.notes),
         sections=[
             ("The model", "", table_html(columns=["", ""], rows=[[k, v] for k, v in facts.items()], title="Card")),
             ("Every check", "The layer with the largest residual.", table),
@@ -137,4 +138,5 @@ def card(lm: Any) -> dict[str, str | int]:
         "context": lm.context_length,
         "dtype": str(lm.dtype).removeprefix("torch."),
         "device": str(lm.device),
+        **({} if lm.causal else {"attention": "not causal: tokens see later ones"}),
     }

@@ -184,9 +184,12 @@ class Recorder(Execution):
         self.pieces: dict[str, list[tuple[int, Tensor]]] = {}
 
     def begin(self, ids: Tensor) -> None:
-        """A forward reads `ids` [rows, columns], which follow those of the forwards before it where they are cached."""
+        """A forward reads `ids` [rows, columns], which follow those of the forwards before it where they are cached.
+
+        A model that drops its cache (where its rotary angles change) reads all of them anew.
+        """
         known, read = self.end, ids.shape[1]
-        self.end, self.fresh = read + (known if self.use_cache else 0), read
+        self.end, self.fresh = read if read == known + 1 or not self.use_cache else known + read, read
         if self.end == read:
             self.pieces.clear()
         if known:

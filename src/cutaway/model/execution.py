@@ -59,7 +59,10 @@ class Execution:
         replace: Mapping[nn.Module, Replacement] | None = None,
         watch: Callable[[Execution], Iterable[Removable]] | None = None,
         ungrouped: bool = False,
+        before: int = 0,
     ) -> None:
+        if lm.ropes is not None:  # `before`: columns in front of those of `mask`, in a cache and all of them real
+            lm.ropes.check(lm.name, mask.sum(1) + before)
         self.lm = lm
         self.capture = frozenset(capture)
         self.edits: dict[str, list[Resolved]] = {}

@@ -130,6 +130,15 @@ def generate(
         )
     if settings.stops and lm.tokenizer is None:
         raise CutawayError("stop= names texts, and this model has no tokenizer; attach one to use text.")
+    captured, cached = settings.capture is not None, settings.use_cache
+    if cached and not lm.causal:
+        raise CutawayError(
+            f"Attention in {lm.name} is not causal: each new token changes what is computed at those before it, and a "
+            "cache would keep that as it was; generate with use_cache=False."
+        )
+    if lm.ropes is not None:
+        new = settings.max_new_tokens
+        lm.ropes.check_generation(lm.name, prompts.lengths, new, captured=captured, cached=cached)
     layout, prompts = prompts, _left_padded(prompts, lm)
     width, n = prompts.ids.shape[1], settings.num_return_sequences
     copies = max(n, settings.num_beams)  # rows that a prompt takes inside generate

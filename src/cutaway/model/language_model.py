@@ -22,11 +22,13 @@ from cutaway.model import generation, loading
 from cutaway.model import sweep as sweeps
 from cutaway.model.addressing import resolve
 from cutaway.model.attention import check_dispatch
+from cutaway.model.causality import is_causal, says_bidirectional
 from cutaway.model.current import active
 from cutaway.model.edits import Edit, edits_for
 from cutaway.model.execution import Execution, Form, form_of
 from cutaway.model.families import TESTED, find_family, weight_matrix
 from cutaway.model.parts import Layer
+from cutaway.model.ropes import find_ropes
 from cutaway.model.run import CAPTURE_LIMIT, Generation, Gradients, Run, check_capture_size
 from cutaway.model.selftest import SelfTest, run_selftest, verify
 from cutaway.model.sites import KINDS, Site, SiteTable, layer_of
@@ -69,6 +71,8 @@ class LanguageModel:
         self.family = find_family(hf)
         for layer in self.family.layers:
             check_dispatch(hf, layer.core)
+        self.ropes = find_ropes(hf)
+        self._causal: bool | None = None
         self.n_layers = len(self.family.layers)
         self.d_model = self.family.d_model
         self.n_heads = self.family.n_heads
@@ -96,6 +100,15 @@ class LanguageModel:
         if isinstance(weight, Tensor) and weight.device.type != "meta":
             return weight.device
         return device_of(self.family.embed)
+
+    @property
+    def causal(self) -> bool:
+        """Whether attention looks back alone, so that no token changes what is computed at earlier ones. Measured when
+        it is first asked for, and by every self-test, with a forward of two short rows.
+        """
+        if self._causal is None:
+            self._causal = is_causal(self)
+        return self._causal
 
     @property
     def bos_id(self) -> int | None:
@@ -154,6 +167,7 @@ class LanguageModel:
 
     def selftest(self) -> SelfTest:
         """Check the algebra of every site, and of an edit there, on every layer: some forwards of a few short rows."""
+        self._causal = None
         return run_selftest(self)
 
     # Tokens
@@ -692,6 +706,7 @@ class LanguageModel:
         return (
             f"LanguageModel {self.name}: {type(self.hf).__name__}, {size} parameters, {self.n_layers} layers x d "
             f"{self.d_model} x {heads}, vocabulary {self.d_vocab}, {dtype} on {self.device}"
+            f"{', attention not causal' if self._causal is False or says_bidirectional(self.hf) else ''}"
         )
 
 

@@ -1,9 +1,10 @@
 """The algebra that every attached model must satisfy, on every layer.
 
-Two forwards. The first captures every site of one short row and checks identities between sites (a sum that must
-hold, a product that must come out). The second is a batch of the same row again and again, each with one edit at a site
-of one layer, whose effect at the next sites is checked. Names, shapes and logits can all be right while a site is read
-from the wrong place; sums cannot.
+The first forward captures every site of one short row and checks identities between sites (a sum that must hold, a
+product that must come out). The second is a batch of the same row again and again, each with one edit at a site of one
+layer, whose effect at the next sites is checked. Names, shapes and logits can all be right while a site is read from
+the wrong place; sums cannot. Three more, of one or two rows, see whether the row is the same beside one far along in
+the context, and whether attention looks back alone.
 """
 
 from __future__ import annotations
@@ -62,11 +63,14 @@ class Check:
 
 @dataclass(frozen=True)
 class SelfTest:
-    """The result of a self-test; `rows` holds one `Check` an identity and layer."""
+    """The result of a self-test; `rows` holds one `Check` an identity and layer, and `notes` what is not wrong but
+    sets limits to what can be asked of the model.
+    """
 
     model: str
     dtype: str
     rows: tuple[Check, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -92,6 +96,7 @@ class SelfTest:
             worst = max(rows, key=lambda row: row.residual)
             mark = "" if all(row.ok for row in rows) else f"  FAILS at layer {worst.layer}"
             lines.append(f"{name:<66} {len(rows):>6} {worst.residual:>9.1e} {worst.tolerance:>9.1e}{mark}")
+        lines += [f"note: {note}" for note in self.notes]
         verdict = "passed" if self.passed else f"FAILED ({len(self.failures())} of {len(self.rows)})"
         lines.append(f"self-test of {self.model} in {self.dtype}: {verdict}")
         return "\n".join(lines)
@@ -367,7 +372,52 @@ def _selftest(lm: LanguageModel) -> SelfTest:
     for layer in range(lm.n_layers):
         _identities(lm, base, layer, checks)
     _edits(lm, tokens, base, checks, generator)
-    return SelfTest(lm.name, str(lm.dtype).removeprefix("torch."), tuple(checks.rows))
+    return SelfTest(lm.name, str(lm.dtype).removeprefix("torch."), tuple(checks.rows), notes_on(lm))
+
+
+def notes_on(lm: LanguageModel) -> tuple[str, ...]:
+    """What sets limits to batches and caches of this model, a sentence each."""
+    notes = []
+    if lm.hf.training:
+        notes.append(
+            "The model is in training mode: with dropout each run draws anew, and attn.pattern attn.v is not attn.z; "
+            "call eval()."
+        )
+    if not lm.causal:
+        notes.append(
+            "Attention is not causal: each token changes what is computed at those before it, so texts are generated "
+            "without a cache, no prefix is shared, and logits do not foretell the next token of the text they read."
+        )
+    if lm.ropes is not None:
+        notes += [
+            f"Rotary angles depend on the length: texts of more than {limit} tokens are turned by others, so they "
+            "share no batch with shorter ones."
+            for limit in lm.ropes.switches
+        ]
+        if lm.ropes.stretches is not None:
+            notes.append(
+                f"Above {lm.ropes.stretches} tokens rotary angles depend on the longest text read before: longer texts "
+                "are refused."
+            )
+    return tuple(notes)
+
+
+def _beside(lm: LanguageModel, tokens: Tokens, site: str) -> tuple[Tensor, Tensor]:
+    """A site's value at the tokens of a row [1, p], run alone, and run beside one that stands at the end of the context
+    (or of the lengths that have the same rotary angles): what one row is must not hang on the others, nor, where
+    attention is not causal, on padding.
+    """
+    n = tokens.ids.shape[1]
+    end = lm.context_length if lm.ropes is None else lm.ropes.end(n, lm.context_length)
+    width = n if lm.causal else min(n + _LENGTH // 2, end)  # a mask may mean a kernel that rounds otherwise
+    ids = tokens.ids[0, torch.arange(width, device=tokens.ids.device) % n].repeat(2, 1)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[0, n:] = False
+    places = Tokens(ids, mask, ()).position_ids.clone()
+    places[1] += end - width if end < 2**31 else 0  # a context without a limit has no end
+    execution = Execution(lm, (site,), (), mask, stop=True)
+    execution.forward(lambda: lm.hf(input_ids=ids, attention_mask=mask.long(), position_ids=places, use_cache=False))
+    return lm.run(tokens, capture=site, logits=None)[site], execution.values[site][:1, :n]
 
 
 @dataclass(frozen=True)
@@ -422,7 +472,9 @@ def _edits(lm: LanguageModel, tokens: Tokens, base: Run, checks: _Checks, genera
     )
     execution.touch("logits", out.logits)
     values = execution.values
-    checks.equal("a row of a batch without an edit = the row alone", None, values[last_stream][:1], base[last_stream])
+    alone, beside = _beside(lm, tokens, last_stream)  # by the kernels of a run that looks into no attention
+    in_batch, by_itself = torch.cat([values[last_stream][:1], beside]), torch.cat([base[last_stream], alone])
+    checks.equal("a row of a batch without an edit = the row alone", None, in_batch, by_itself)
     for batch in batches:
         for i, (_, verify_case) in enumerate(batch.cases):
             row = batch.start + i

@@ -50,7 +50,7 @@ _BLOCK = [
     SiteKind("blocks.{l}.attn.rot_q", "b p H h", "queries as the attention function receives them"),
     SiteKind("blocks.{l}.attn.rot_k", "b p KV h", "keys as the attention function receives them; grouped"),
     SiteKind("blocks.{l}.attn.scores", "b H q k", "after scale, softcap and mask; masked cells are -inf"),
-    SiteKind("blocks.{l}.attn.pattern", "b H q k", "the softmax of the scores"),
+    SiteKind("blocks.{l}.attn.pattern", "b H q k", "the softmax of the scores, before any dropout"),
     SiteKind("blocks.{l}.attn.z", "b p H h", "input of the output projection, by head"),
     SiteKind("blocks.{l}.attn.result", "b p H d", "z W_O by head, without the bias"),
     *_norm_kinds("blocks.{l}.ln1_post", "the norm of what attention writes"),

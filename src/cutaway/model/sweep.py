@@ -155,7 +155,7 @@ class _Sweeper:
 
     def run_base(self) -> Base:
         wants = any(plan.start > 0 for plan in self.plans)
-        causal = not getattr(self.lm.hf.config.get_text_config(), "use_bidirectional_attention", False)
+        causal = not wants or self.lm.causal
         base = run_base(
             self.lm, self.tokens, {plan.entry for plan in self.plans}, last=self.last, cached=wants and causal
         )

@@ -69,6 +69,7 @@ def selftest(tour: Tour, test: ModelSelfTest) -> page.Section:
         lead=(
             "Before anything is shown, the model's parts are added up in every layer and compared with what the model "
             "computes, and each kind of edit is checked where it must show. Figures follow only if the sums come out."
+            + "".join(f" {note}" for note in test.notes)
         ),
         blocks=(
             page.Figures(
