@@ -1,5 +1,6 @@
 """Causal tracing against one plain forward a cell with hand-written hooks; roles, windows, controls, refusals."""
 
+import copy
 import json
 import math
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from cutaway.causal.tracing_prompts import (
     roles_of,
     subject_span,
 )
-from cutaway.model.language_model import LanguageModel
+from cutaway.model.language_model import LanguageModel, attach
 
 DRAWS, SEED, TIMES = 2, 3, 2.0
 
@@ -60,25 +61,36 @@ def _hooked(
     return logits.softmax(-1), seen
 
 
-def test_every_cell_equals_one_forward_with_hooks(words: LanguageModel) -> None:
-    trace = causal_trace(words, FACTS, noise=TIMES, draws=DRAWS, window=2, seed=SEED)
-    model: Any = words.hf.model
+@pytest.fixture(params=["looks back", "looks both ways"])
+def lm(words: LanguageModel, request: pytest.FixtureRequest) -> LanguageModel:
+    if request.param == "looks back":
+        return words
+    model: Any = copy.deepcopy(words.hf)
+    model.config.is_causal = False  # of the mask of padded rows
+    for layer in model.model.layers:
+        layer.self_attn.is_causal = False
+    return attach(model, words.tokenizer)
+
+
+def test_every_cell_equals_one_forward_with_hooks(lm: LanguageModel) -> None:
+    trace = causal_trace(lm, FACTS, noise=TIMES, draws=DRAWS, window=2, seed=SEED)
+    model: Any = lm.hf.model
     modules = {
         "state": list(model.layers),
         "attention": [layer.self_attn for layer in model.layers],
         "MLP": [layer.mlp for layer in model.layers],
     }
-    embedding: Any = words.hf.get_input_embeddings().weight
-    start = int(words.tokens(["w2"]).ids[0, 0] == 0)  # of the first word, behind a beginning of text
+    embedding: Any = lm.hf.get_input_embeddings().weight
+    start = int(lm.tokens(["w2"]).ids[0, 0] == 0)  # of the first word, behind a beginning of text
     spans = [(start + 1, start + 2), (start + 1, start + 1), (start + 1, start + 3)]
     hidden_tokens = [
-        words.tokens([fact.prompt]).ids[0, first : last + 1] for fact, (first, last) in zip(FACTS, spans, strict=True)
+        lm.tokens([fact.prompt]).ids[0, first : last + 1] for fact, (first, last) in zip(FACTS, spans, strict=True)
     ]
     subjects = embedding[torch.cat(hidden_tokens)].detach()
     assert trace.sigma == pytest.approx(subjects.double().std(correction=0).item(), rel=1e-5)
     for row, (fact, (first, last)) in enumerate(zip(FACTS, spans, strict=True)):
-        ids = words.tokens([fact.prompt]).ids[0].tolist()
-        plain, _ = _hooked(words, ids, [])
+        ids = lm.tokens([fact.prompt]).ids[0].tolist()
+        plain, _ = _hooked(lm, ids, [])
         answer = int(plain.argmax())
         assert trace.clean[row].item() == pytest.approx(plain[answer].item(), rel=1e-4)
         hidden, cells = [], {kind: [] for kind in SITES}
@@ -86,20 +98,20 @@ def test_every_cell_equals_one_forward_with_hooks(words: LanguageModel) -> None:
             edit = cutaway.noise(
                 "embed", TIMES * trace.sigma, positions=list(range(first, last + 1)), seed=1000 * SEED + draw
             )
-            noisy = words.run([ids], capture="embed", edits=[edit])["embed"][0]
+            noisy = lm.run([ids], capture="embed", edits=[edit])["embed"][0]
             plain_embedding = embedding[ids]
             assert torch.equal(noisy[:first], plain_embedding[:first])
             assert torch.equal(noisy[last + 1 :], plain_embedding[last + 1 :])
-            hide = (words.hf.get_input_embeddings(), None, noisy)
-            hidden.append(_hooked(words, ids, [hide])[0][answer].item())
+            hide = (lm.hf.get_input_embeddings(), None, noisy)
+            hidden.append(_hooked(lm, ids, [hide])[0][answer].item())
             for kind in SITES:
-                clean = [_hooked(words, ids, [(m, None, None)])[1][0] for m in modules[kind]]
+                clean = [_hooked(lm, ids, [(m, None, None)])[1][0] for m in modules[kind]]
                 grid = np.full((3, len(ids) - first), np.nan)
                 for layer in range(3):
                     low, high = (layer, layer) if kind == "state" else (max(0, layer - 1), min(2, layer))
                     for position in range(first, len(ids)):
                         edits = [(modules[kind][at], position, clean[at][position]) for at in range(low, high + 1)]
-                        grid[layer, position - first] = _hooked(words, ids, [hide, *edits])[0][answer].item()
+                        grid[layer, position - first] = _hooked(lm, ids, [hide, *edits])[0][answer].item()
                 cells[kind].append(grid)
         assert trace.noised[row].item() == pytest.approx(np.mean(hidden), rel=1e-4, abs=1e-6)
         for kind in SITES:

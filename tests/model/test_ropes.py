@@ -205,7 +205,8 @@ def test_generations_that_would_slip_are_refused_with_what_still_fits(
 
 def test_beams_and_samples_past_the_limit(rereading: LanguageModel) -> None:
     prompt = random_rows((12,), seed=2)
-    for options in ({"num_beams": 3}, {"temperature": 1.0, "num_return_sequences": 3}):
+    choices: list[dict[str, Any]] = [{"num_beams": 3}, {"temperature": 1.0, "num_return_sequences": 3}]
+    for options in choices:
         cached, whole = (
             rereading.generate(prompt, max_new_tokens=8, use_cache=use_cache, **options).new_ids
             for use_cache in (True, False)
