@@ -29,6 +29,7 @@ def harvest(
     format: Literal["safetensors", "parquet"] = "safetensors",
     field: str = "text",
     split: str = "train",
+    verify: Flag = False,
     dtype: str | None = None,
     device: str | None = None,
     json: Flag = False,
@@ -73,6 +74,9 @@ def harvest(
         Where a record of a .jsonl or .parquet file, or of a data set, has its text.
     split
         Which split of a data set.
+    verify
+        Of a folder that is finished already, compare the hashes of all shards; else this is done up to 1 GiB, and of
+        more only the sizes are looked at.
     dtype
         How the model computes: float32, bfloat16 or float16; float32 on a CPU and the checkpoint's own on a GPU if not
         given.
@@ -105,6 +109,7 @@ def harvest(
         file_format=format,
         field=field,
         split=split,
+        verify=verify,
     )
     if json:
         print_json(

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -20,12 +21,13 @@ from typing import IO, Any, Self
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.artifacts.files import disk_errors, make_folder, plain, write_json
+from cutaway.artifacts.files import clear_leftovers, disk_errors, make_folder, plain, write_json
 from cutaway.artifacts.manifest import Manifest, file_hash
 from cutaway.data.store import MANIFEST, Shard, Store, read_manifest, write_shard
 
 _SHARD = re.compile(r"^\.?shard-(\d+)\.(safetensors|parquet)(\.[0-9a-f]+\.tmp)?$")
 _LONGEST_SILENCE = 3600.0
+_QUICKLY_HASHED = 1 << 30  # bytes: a second or two
 MakeManifest = Callable[[str, int], Manifest]
 
 
@@ -104,6 +106,7 @@ class Folder:
         self._begun = False  # whether this process's journal says what is harvested
 
     def __enter__(self) -> Self:
+        clear_leftovers(self.path)
         if self._finished():
             self.complete = True
             return self
@@ -157,10 +160,26 @@ class Folder:
     def end(self, shards: int, counts: Mapping[str, int], corpus_hash: str, documents: int) -> None:
         self._append({"end": shards, "counts": counts, "corpus_hash": corpus_hash, "documents": documents})
 
-    def finish(self, make: MakeManifest) -> Store:
-        """The store, once all processes have written theirs."""
+    def finish(self, make: MakeManifest, verify: bool = False) -> Store:
+        """The store, once all processes have written theirs.
+
+        Of one that was finished before, hashes are compared where that takes seconds, or with `verify`; else only the
+        sizes, which a line on stderr says.
+        """
+        if self.complete:
+            store = Store.open(self.path)
+            held = sum(shard.bytes for shard in store.shards)
+            if verify or held <= _QUICKLY_HASHED:
+                store.verify()
+            else:
+                print(
+                    f"cutaway: {self.path} was harvested before; its {held / 1e9:.1f} GB have the right sizes, and "
+                    "--verify reads them and compares their hashes",
+                    file=sys.stderr,
+                )
+            return store
         waited, seen = 0.0, -1
-        while not (self.complete or self._finished() or self._merge(make)):
+        while not (self._finished() or self._merge(make)):
             written = sum(1 for rank in self._ranks() for _ in self._lines(rank))
             waited, seen = (0.0, written) if written != seen else (waited + 0.2, seen)
             if waited > _LONGEST_SILENCE:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,10 +71,8 @@ def dictionary(tour: Tour) -> page.Section:
     config = configuration(tour)
     work = tour.folder.path / "dictionary.training"
     trained = train_on_model(tour.lm, tour.rows.train, site_of(tour), config, folder=work)
-    if dictionary_folder(tour).exists():
-        _remove(dictionary_folder(tour))
-    save(trained.dictionary, dictionary_folder(tour))
-    _remove(work)
+    save(trained.dictionary, dictionary_folder(tour), overwrite=True)
+    tour.folder.discard(work.name)
     judged = evaluate(tour.lm, trained.dictionary, tour.judged_rows, seed=tour.seed, command=command)
     effects = judged.effects
     history = trained.history
@@ -137,10 +134,6 @@ def dictionary(tour: Tour) -> page.Section:
         ),
         command=command,
     )
-
-
-def _remove(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def trained_dictionary(tour: Tour) -> Dictionary:

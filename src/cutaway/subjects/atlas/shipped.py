@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.artifacts.files import make_folder, read_json, write_json
+from cutaway.artifacts.files import atomic_folder, read_json, write_json
 from cutaway.artifacts.manifest import file_hash
 from cutaway.model.named import SHIPPED, named_folder
 
@@ -74,11 +74,8 @@ def write_pair(out: Path, other: str = "atlas-1") -> dict[str, str]:
         if not (folder / "model.safetensors").is_file():
             raise CutawayError(f"{folder} holds no model.safetensors: the pair cannot be made with {name}")
     hashes = {name: file_hash(folder / "model.safetensors") for name, folder in folders.items()}
-    staging = out.with_name(out.name + ".partial")
-    shutil.rmtree(staging, ignore_errors=True)
-    make_folder(staging)
-    for name, folder in folders.items():
-        shutil.copytree(folder, staging / name)
-    write_json(staging / MANIFEST, {"pair": hashes})
-    staging.rename(out)
+    with atomic_folder(out) as fresh:
+        for name, folder in folders.items():
+            shutil.copytree(folder, fresh / name)
+        write_json(fresh / MANIFEST, {"pair": hashes})
     return hashes

@@ -10,7 +10,6 @@ import copy
 import json
 import math
 import os
-import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +24,7 @@ from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.artifacts.files import make_folder, write_json, write_safetensors, write_text
+from cutaway.artifacts.files import note_written, scratch_folder, write_json, write_safetensors, write_text
 from cutaway.artifacts.manifest import code_version, file_hash
 from cutaway.artifacts.progress import Progress
 from cutaway.artifacts.run_folder import RunFolder
@@ -46,7 +45,7 @@ _CHECKPOINT = "checkpoint.safetensors"
 _WEIGHTS = "model.safetensors"
 _LOG = "log.jsonl"
 _WRITES = (
-    _CHECKPOINT, _LOG, MANIFEST, "corpus", ".export", "config.json", "generation_config.json", "model.safetensors",
+    _CHECKPOINT, _LOG, MANIFEST, "corpus", "config.json", "generation_config.json", "model.safetensors",
     "tokenizer*", "special_tokens_map.json", "chat_template*",
 )  # fmt: skip
 _MICROBATCH_ON_CPU = 16  # rows at a time: more spill out of the caches and gain nothing
@@ -193,7 +192,8 @@ def train(
         commits: list[str] = run.step("commits") or []
         if code_version() not in commits:  # a run may go on after the code has changed: the manifest names them all
             commits = run.save_step("commits", [*commits, code_version()])
-        corpus = corpus or run.file("corpus")
+        made = corpus is None
+        corpus = corpus or run.take("corpus")
         about = build_corpus(
             corpus,
             CorpusPlan(
@@ -228,9 +228,9 @@ def train(
         manifest = _manifest(recipe, about, precision["dtype"], loss, commits, start)
         export(model, Tokenizer.from_file(str(corpus / "tokenizer.json")), out, manifest)
         run.save_step("export", {"loss": loss}, files=(_WEIGHTS,))
-        (out / _CHECKPOINT).unlink(missing_ok=True)
-        if corpus.is_relative_to(out):
-            shutil.rmtree(corpus)
+        run.discard(_CHECKPOINT)
+        if made:
+            run.discard("corpus")
     return out
 
 
@@ -431,14 +431,14 @@ def _read_log(folder: Path, step: int) -> list[dict[str, Any]]:
 
 def export(model: LlamaForCausalLM, tokenizer: Tokenizer, folder: Path, manifest: dict[str, Any]) -> None:
     """Write fp16 safetensors, config, tokenizer, chat template and manifest, laid out as the shipped weights are."""
-    staging = make_folder(folder / ".export")
-    copy.deepcopy(model).cpu().half().save_pretrained(str(staging))
-    save_pretrained(tokenizer, staging)
-    written = sorted(staging.iterdir())
-    for file in written:
-        file.chmod(0o644)  # safetensors makes its file readable by its owner alone
-        os.replace(file, folder / file.name)
-    staging.rmdir()
+    with scratch_folder(folder / "export") as staging:
+        copy.deepcopy(model).cpu().half().save_pretrained(str(staging))
+        save_pretrained(tokenizer, staging)
+        written = sorted(staging.iterdir())
+        for file in written:
+            file.chmod(0o644)  # safetensors makes its file readable by its owner alone
+            note_written(folder / file.name, file)
+            os.replace(file, folder / file.name)
     hashes = {file.name: file_hash(folder / file.name) for file in written}
     write_json(folder / MANIFEST, {**manifest, "files": hashes})
 
