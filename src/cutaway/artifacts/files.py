@@ -32,6 +32,7 @@ _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 _OBSTRUCTED = {errno.ENOTDIR, errno.EEXIST, errno.EISDIR}
 _LONGEST_NAME = 200  # bytes; with what a temporary name adds, 255 are a file system's limit
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<token>[0-9a-f]{24}|[0-9a-f]{8})\.(?P<end>tmp|old)", re.DOTALL)
+_DEEPEST = 100  # levels of JSON
 _ABANDONED = 24 * 3600.0  # seconds without a change, for writers of which nothing can be known
 _mine: set[str] = set()  # tokens of what this process is writing
 
@@ -313,9 +314,9 @@ def note_written(final: Path, content: Path | None = None) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` as UTF-8 with the line endings it has."""
+    """Write `text` as UTF-8 with the line endings it has; "?" for half of a surrogate pair, which UTF-8 cannot hold."""
     with atomic_path(path) as temporary:
-        temporary.write_bytes(text.encode())
+        temporary.write_bytes(text.encode(errors="replace"))
 
 
 def plain(value: Any) -> Any:
@@ -353,31 +354,79 @@ def write_json(path: Path, value: Any) -> None:
     """Write `plain(value)`, indented, keys in their order."""
     content = plain(value)
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
-    if not text.isascii() and _has_lone_surrogate(text):  # of a file name that is not UTF-8, say
+    if has_lone_surrogate(text):  # of a file name that is not UTF-8, say
         text = json.dumps(content, indent=2, allow_nan=False)
     write_text(path, text + "\n")
 
 
-def _has_lone_surrogate(text: str) -> bool:
-    return any("\ud800" <= character <= "\udfff" for character in text)
-
-
 def read_json(path: Path) -> Any:
     """What the JSON file holds; `CutawayError` when it is absent, unreadable or not JSON."""
+    return parse_json(read_bytes(path), str(path))
+
+
+@contextlib.contextmanager
+def read_errors(path: Path) -> Iterator[None]:
+    """Turn the operating system's refusals while reading `path`, or a file in it, into a `CutawayError`."""
     try:
-        return json.loads(Path(path).read_bytes())
+        yield
     except FileNotFoundError as error:
-        raise CutawayError(f"{path} does not exist") from error
+        raise CutawayError(f"{error.filename or path} does not exist") from error
     except OSError as error:
-        raise CutawayError(f"{path} could not be read: {error.strerror}") from error
+        named = error.filename if isinstance(error.filename, (str, os.PathLike)) else path
+        raise CutawayError(f"{str(named)[:200]} could not be read: {error.strerror or error}") from error
+
+
+def read_bytes(path: Path) -> bytes:
+    """The content of a file; `CutawayError` when it is absent or may not be read."""
+    with read_errors(path):
+        return Path(path).read_bytes()
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file, a byte order mark left out; `CutawayError` where it is absent, unreadable or none."""
+    data = read_bytes(path)
+    try:
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise CutawayError(f"{path} is not JSON: byte {error.start} is not UTF-8") from error
+        raise CutawayError(f"{path} is not UTF-8 text: byte {error.start}; save it as UTF-8") from error
+
+
+def parse_json(data: bytes | str, where: str) -> Any:
+    """The value of some JSON; `CutawayError` that begins with `where` when it is none, or nested too deeply for use."""
+    try:
+        value = json.loads(data)
+    except UnicodeDecodeError as error:
+        raise CutawayError(f"{where} is not JSON: byte {error.start} is not UTF-8") from error
     except json.JSONDecodeError as error:
-        raise CutawayError(f"{path} is not JSON: line {error.lineno}, column {error.colno}: {error.msg}") from error
+        at = f"line {error.lineno}, column {error.colno}: " if error.lineno > 1 or "line" not in where else ""
+        raise CutawayError(f"{where} is not JSON: {at}{error.msg}") from error
     except RecursionError as error:
-        raise CutawayError(f"{path} is not usable: its JSON is nested too deeply") from error
+        raise CutawayError(f"{where} is not usable: its JSON is nested too deeply") from error
     except ValueError as error:  # Python reads whole numbers of up to 4300 digits
-        raise CutawayError(f"{path} is not usable: it holds a number of too many digits") from error
+        raise CutawayError(f"{where} is not usable: it holds a number of too many digits") from error
+    if _deeper(value, _DEEPEST):
+        raise CutawayError(f"{where} is not usable: its JSON is nested too deeply")
+    return value
+
+
+def _deeper(value: Any, levels: int) -> bool:
+    """Whether a value of JSON is nested in more levels; what is can be read, but not written, copied or compared."""
+    here = [value] if isinstance(value, (dict, list)) else []
+    for _ in range(levels):
+        here = [
+            item
+            for outer in here
+            for item in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(item, (dict, list))
+        ]
+        if not here:
+            return False
+    return True
+
+
+def has_lone_surrogate(text: str) -> bool:
+    """Whether half of a surrogate pair is in a text, which no UTF-8 file can hold (as JSON's \\ud800 makes it)."""
+    return not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
@@ -409,6 +458,18 @@ def write_parquet(path: Path, table: "pyarrow.Table") -> None:
 
     with atomic_path(path) as temporary:
         pyarrow.parquet.write_table(table, temporary, compression="zstd")
+
+
+@contextlib.contextmanager
+def parquet_errors(path: Path) -> Iterator[None]:
+    """Turn what pyarrow raises for a file that is damaged, or no Parquet at all, into a `CutawayError`."""
+    import pyarrow
+
+    try:
+        yield
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError, OverflowError) as error:
+        said = " ".join(str(error).split())[:200]
+        raise CutawayError(f"{path} cannot be read as Parquet: {said or type(error).__name__}") from error
 
 
 @contextlib.contextmanager

@@ -108,6 +108,8 @@ class RunFolder:
         recorded = read_json(hashes)
         if not isinstance(recorded, dict) or file.relative_to(self.path).as_posix() not in recorded:
             raise CutawayError(f"{hashes} is damaged: {_AGAIN}")
+        if any(".." in Path(part).parts or os.path.isabs(part) or "\0" in part for part in recorded):
+            raise CutawayError(f"{hashes} is damaged: it names files outside the folder: {_AGAIN}")
         for part, known in recorded.items():
             there = self.path / part
             if not there.is_file():
@@ -271,7 +273,8 @@ def _is_of_someone_else(path: Path) -> bool:
             return False
         if (path / _RUN).exists():
             found = read_json(path / _RUN)
-            return not isinstance(found, dict) or not {"command", "configuration", "cutaway"} <= found.keys()
+            known = {"command", "configuration", "cutaway"}
+            return not (isinstance(found, dict) and known <= found.keys() and isinstance(found["configuration"], dict))
         ours = (_LOCK, _WRITTEN)
         return any(name not in ours and not name.startswith(f".{_RUN}.") for name in os.listdir(path))
 

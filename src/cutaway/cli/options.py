@@ -13,7 +13,7 @@ from cutaway.artifacts.files import refuse_device
 Flag = Annotated[bool, Parameter(negative="", show_default=False)]
 """A switch that is off unless given; there is no --no-... form."""
 
-Count = Annotated[int, Parameter(validator=validators.Number(gte=1))]
+Count = Annotated[int, Parameter(validator=validators.Number(gte=1, lt=2**53))]
 
 Seed = Annotated[int, Parameter(validator=validators.Number(gte=0, lt=2**32))]
 

@@ -179,21 +179,21 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     Raises CutawayError naming the line and what is missing there.
     """
     import csv
-    import json
+    import os
 
-    if not path.is_file():
+    from cutaway.artifacts.files import has_lone_surrogate, parse_json, read_text
+
+    if not os.path.isfile(path):
         raise CutawayError(f"{path} is not a file; give a .csv, .tsv or .jsonl file with text and label in each row.")
-    try:
-        content = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise CutawayError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8.") from error
-    except OSError as error:
-        raise CutawayError(f"{path} could not be read: {error.strerror}.") from error
+    content = read_text(path)
     rows: list[tuple[int, dict[str, Any]]] = []
     if path.suffix.lower() in (".csv", ".tsv"):
         delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
         reader = csv.DictReader(content.splitlines(keepends=True), delimiter=delimiter)
-        names = reader.fieldnames or ()
+        try:
+            names = reader.fieldnames or ()
+        except csv.Error as error:
+            raise CutawayError(f"{path}, line {reader.line_num}: {error}.") from error
         missing = {"text", "label"} - set(names)
         if missing:
             raise CutawayError(
@@ -215,12 +215,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         for number, line in enumerate(content.splitlines(), 1):
             if not line.strip():
                 continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise CutawayError(f"{path}, line {number} is not JSON: {error.msg}.") from error
-            except RecursionError as error:
-                raise CutawayError(f"{path}, line {number} is JSON nested too deeply.") from error
+            row = parse_json(line, f"{path}, line {number}")
             if not isinstance(row, dict):
                 raise CutawayError(f'{path}, line {number} is no object such as {{"text": "...", "label": "..."}}.')
             rows.append((number, row))
@@ -231,6 +226,8 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     for number, row in rows:
         if not isinstance(row.get("text"), str) or not row["text"]:
             raise CutawayError(f"{path}, line {number} has no text.")
+        if any(isinstance(value, str) and has_lone_surrogate(value) for value in row.values()):
+            raise CutawayError(f"{path}, line {number} holds half of a surrogate pair, which no UTF-8 text can.")
         label = row.get("label")
         if label is None or (isinstance(label, str) and label.strip().lower() in ("", "nan")) or label != label:
             raise CutawayError(f"{path}, line {number} has no label ({label!r}); give every row one, or leave it out.")

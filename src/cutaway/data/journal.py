@@ -18,10 +18,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, Self
 
+from pydantic import BaseModel, Field, StrictInt
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.artifacts.files import clear_leftovers, disk_errors, make_folder, plain, write_json
+from cutaway.artifacts.files import clear_leftovers, disk_errors, make_folder, parse_json, plain, write_json
 from cutaway.artifacts.manifest import Manifest, file_hash
 from cutaway.data.store import MANIFEST, Shard, Store, read_manifest, write_shard
 
@@ -41,6 +42,31 @@ class Written:
     prefix: str
     bytes: int = 0
     sha256: str = ""
+
+
+class _Header(BaseModel):
+    header: dict[str, Any]
+    thresholds: dict[str, float]
+
+
+class _Shard(BaseModel):
+    shard: StrictInt = Field(ge=0)
+    rows: StrictInt = Field(ge=0)
+    high_norm: dict[str, StrictInt]
+    documents: StrictInt = Field(ge=0)
+    prefix: str
+    bytes: StrictInt
+    sha256: str
+
+
+class _End(BaseModel):
+    end: StrictInt = Field(ge=0)
+    counts: dict[str, StrictInt]
+    corpus_hash: str
+    documents: StrictInt
+
+
+_LINES: dict[str, type[BaseModel]] = {"header": _Header, "shard": _Shard, "end": _End}
 
 
 class Memory:
@@ -244,10 +270,20 @@ class Folder:
         except FileNotFoundError:  # another process has just merged it
             return
         for line in data.split(b"\n")[:-1]:
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
-                raise CutawayError(f"{self._journal(rank)} is damaged; delete {self.path} and harvest again") from error
+            yield self._checked(rank, line)
+
+    def _checked(self, rank: int, line: bytes) -> dict[str, Any]:
+        """A line as it was written; raises where it is damaged."""
+        again = f"delete {self.path} and harvest again"
+        found = parse_json(line, f"{self._journal(rank)} is damaged, {again}: a line")
+        known = isinstance(found, dict) and next((name for name in _LINES if name in found), None)
+        try:
+            if not known or found.keys() != _LINES[known].model_fields.keys():
+                raise ValueError
+            _LINES[known].model_validate(found)
+        except ValueError as error:  # pydantic's too
+            raise CutawayError(f"{self._journal(rank)} is damaged; {again}") from error
+        return found
 
     def _take_over(self, rank: int) -> None:
         """What a journal says is done. A last line that was cut short is taken off this process's own."""

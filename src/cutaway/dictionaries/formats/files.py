@@ -148,10 +148,10 @@ def read_all(where: str | Path) -> dict[str, Reading]:
 
 def _found(where: str | Path) -> Path:
     """Where it is here; what was killed while it was being replaced is put back."""
-    path = hub.local(where)
-    if not path.exists():
-        clear_leftovers(path.parent)
-    return path
+    path = Path(where)
+    if not str(where).startswith(hub.PREFIX) and not path.exists():
+        clear_leftovers(path.expanduser().parent)
+    return hub.local(where)
 
 
 def _only(path: Path) -> Reading:
