@@ -234,8 +234,13 @@ def brief(value: Any) -> str:
 
 
 def printable(text: str) -> str:
-    """A text with "�" for every part of a character."""
-    return text if text.isascii() else text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    """A text with "�" for every part of a character, and for half of a surrogate pair."""
+    if text.isascii():
+        return text
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    except UnicodeEncodeError:  # of a damaged file: no token's bytes
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def token_string(tokenizer: PreTrainedTokenizerBase | None, index: int) -> str:

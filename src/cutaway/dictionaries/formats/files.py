@@ -22,6 +22,7 @@ from cutaway.dictionaries.formats import (
     sparsify,
 )
 from cutaway.dictionaries.formats.reading import Reading
+from cutaway.model.devices import usable_device
 
 Format = Literal[
     "cutaway",
@@ -116,6 +117,8 @@ def load(
         dictionary = at_site(dictionary, site)
     if dtype is None and hub.is_shipped(where):
         dtype = torch.float32  # stored in half precision for its size only
+    if device is not None:
+        device = usable_device(device)
     return dictionary if device is None and dtype is None else dictionary.to(device, dtype)
 
 
