@@ -34,6 +34,7 @@ from cutaway.observe.probe import Calibrator, Probe, load_probe
 from cutaway.observe.probe_fit import Weights
 from cutaway.observe.tuned_lens import TunedLens, TunedLensConfig, train_tuned_lens
 from cutaway.observe.tuned_lens_files import load_tuned_lens, save_tuned_lens
+from cutaway.subjects.atlas import shipped, train
 
 # Lenses, probes, circuits
 
@@ -280,6 +281,25 @@ def _read_adapter(folder: Path) -> None:
     load(folder / "adapter").run("the cat sat", logits="last")
 
 
+def _training(folder: Path) -> None:
+    """What a training of atlas leaves half way, and beside its weights."""
+    model = tiny_model()
+    model(input_ids=torch.tensor([[3, 4, 5]]), labels=torch.tensor([[3, 4, 5]])).loss.backward()
+    optimizer = torch.optim.AdamW(model.parameters())
+    optimizer.step()
+    record = {"step": 10, "tokens": 100, "loss": 2.5, "learning_rate": 0.1, "tokens_per_second": 1000.0}
+    train._save_checkpoint(folder, model, optimizer, 20, [record, record | {"step": 20}])
+    (folder / "weights").write_bytes(b"1234")
+    files = {"weights": file_hash(folder / "weights")}
+    write_json(folder / "manifest.json", {"tokens": 100, "name": "atlas", "files": files})
+
+
+def _read_training(folder: Path) -> None:
+    model = tiny_model()
+    train._read_log(folder, train._load_checkpoint(folder, model, torch.optim.AdamW(model.parameters())))
+    shipped.altered_files(folder)
+
+
 def _dictionary_formats() -> list[Reader]:
     formats = (
         "cutaway", "saelens-5", "saelens-training", "sparsify", "dictionary_learning", "gemma-scope", "gemma-scope-2",
@@ -303,6 +323,7 @@ WEIGHTS: tuple[Reader, ...] = (
     Reader("dictionaries of archives", _archives, _read_archives),
     Reader("dictionary in training", _trainer, _read_trainer),
     Reader("recipe", _recipes, _read_recipes),
+    Reader("training of atlas", _training, _read_training),
     Reader("model folder", _model, _read_model),
     Reader("adapter", _adapter, _read_adapter, files=("adapter/*",)),
 )

@@ -461,7 +461,7 @@ def test_a_finished_harvest_that_was_changed_is_noticed_when_it_is_asked_for_aga
         return harvest(tiny, some_texts(), SITES[0], out=tmp_path / "s", context=16, shard_tokens=100, verify=verify)
 
     again()
-    leftover = tmp_path / "s" / ".manifest.json.0123abcd.tmp"
+    leftover = tmp_path / "s" / f".manifest.json.{'0' * 24}.tmp"
     leftover.write_text("half")
     os.utime(leftover, (0, 0))
     again()

@@ -31,7 +31,7 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 _OBSTRUCTED = {errno.ENOTDIR, errno.EEXIST, errno.EISDIR}
 _LONGEST_NAME = 200  # bytes; with what a temporary name adds, 255 are a file system's limit
-_TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<token>[0-9a-f]{24}|[0-9a-f]{8})\.(?P<end>tmp|old)", re.DOTALL)
+_TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<token>[0-9a-f]{24})\.(?P<end>tmp|old)", re.DOTALL)
 _DEEPEST = 100  # levels of JSON
 _ABANDONED = 24 * 3600.0  # seconds without a change, for writers of which nothing can be known
 _mine: set[str] = set()  # tokens of what this process is writing
@@ -170,7 +170,7 @@ def _abandoned(path: Path, token: str) -> bool:
     """Whether nobody writes there any more: the process has ended, or (elsewhere) nothing has changed for a day."""
     if token in _mine:
         return False
-    if os.name == "posix" and len(token) == 24 and token.startswith(_here()):
+    if os.name == "posix" and token.startswith(_here()):
         process = int(token[8:16], 16)
         return process == os.getpid() or not _alive(process)  # or an earlier process of the same number
     times = [path.stat().st_mtime, *(part.stat().st_mtime for part in path.rglob("*"))]

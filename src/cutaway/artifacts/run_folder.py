@@ -145,8 +145,8 @@ class RunFolder:
 
         Raises `CutawayError` where there is one already that the run did not take.
         """
-        path = self.path / name
-        if path.exists() and f"{name}/" not in _written(self.path):
+        path, known = self.path / name, _written(self.path)
+        if path.exists() and known and f"{name}/" not in known:  # nothing is known of a run of an earlier version
             raise CutawayError(f"{path} is there and not of this run: move it, or name another folder")
         _append(self.path, {"path": f"{name}/"})
         return path

@@ -142,7 +142,7 @@ class Folder:
             raise CutawayError(f"{self.path} holds other files; name an empty or a new folder for the activations")
         self._made = not self.path.exists()
         make_folder(self.path)
-        with disk_errors(self.path):
+        with disk_errors(self._journal(self.rank)):
             self._file = open(self._journal(self.rank), "ab+")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -60,11 +60,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The records of a training's log, each with step, tokens, loss and tokens_per_second."""
+    """The records of a training's log, each with tokens, loss and tokens_per_second."""
     again = f"{path} is damaged, remove it, or begin again with --overwrite"
     records = [parse_json(line, f"{again}: a line") for line in read_bytes(path).splitlines()]
     for record in records:
-        wanted = ("step", "tokens", "loss", "tokens_per_second")
+        wanted = ("tokens", "loss", "tokens_per_second")
         if not isinstance(record, dict) or not all(isinstance(record.get(name), (int, float)) for name in wanted):
             raise CutawayError(again)
     return records

@@ -426,7 +426,10 @@ def _read_log(folder: Path, step: int) -> list[dict[str, Any]]:
     path = folder / _LOG
     if not step or not path.exists():
         return []
-    return [record for record in read_log(path) if record["step"] <= step]
+    records = read_log(path)
+    if not all(isinstance(record.get("step"), int) for record in records):
+        raise CutawayError(f"{path} is damaged: remove it, or begin again with --overwrite")
+    return [record for record in records if record["step"] <= step]
 
 
 def export(model: LlamaForCausalLM, tokenizer: Tokenizer, folder: Path, manifest: dict[str, Any]) -> None:
