@@ -121,6 +121,9 @@ def fuzz(reader: Reader, mutations: int, seed: int, keep: Path) -> Count:
         reader.make(whole)
         shutil.copytree(whole, copy)
         reader.read(copy)
+        if reader.mend is not None:
+            reader.mend(copy)
+            reader.read(copy)
         for number in range(mutations):
             shutil.rmtree(copy)
             shutil.copytree(whole, copy)

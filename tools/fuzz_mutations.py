@@ -27,8 +27,9 @@ class Raw(str):
 
 
 STRANGE: tuple[Any, ...] = (
-    None, True, False, 0, -1, 1, 2, 7, 10**9, 10**18, 10**30, -(10**30), 0.5, -0.0, 1e-320, 1e308, math.nan, math.inf,
-    "", " ", "x", "\x00", "\ud800", "\udcff", "é" * 300, "a/../../b", "/etc/passwd", "-1", "1e9", "NaN",
+    None, True, False, 0, -1, 1, 2, 7, 10**9, 10**18, 10**30, 10**400, -(10**30), 0.5, -0.0, 1e-320,
+    1e308, math.nan, math.inf, "", " ", "x", "\x00", "\ud800", "\udcff", "é" * 300, "a/../../b", "/etc/passwd", "-1",
+    "1e9", "NaN",
     "blocks.*.resid_post", [], {}, [[]], [None], [0], [-1], [10**9], ["x"], {"": 0}, {"x": None}, [1, "a", None],
     Raw("1e999"), Raw("-Infinity"), Raw("9" * 5000), Raw("[" * 200 + "]" * 200), Raw("[" * DEEP + "]" * DEEP),
     Raw('{"a":' * DEEP + "1" + "}" * DEEP), Raw('"\\ud834"'), Raw("1.0E+2"),

@@ -196,7 +196,7 @@ def recorded(path: Path) -> Iterator[None]:
 
     def note(file: Path, found: os.stat_result | None) -> None:
         size = None if found is None else [found.st_size, found.st_mtime_ns]
-        _append(path, {"path": file.relative_to(top).as_posix(), "is": size})
+        _append(top, {"path": file.relative_to(top).as_posix(), "is": size})
 
     with watched(path, note):
         yield
