@@ -29,7 +29,7 @@ def test_a_spoiled_file_is_read_or_refused_in_one_sentence(reader: Reader, tmp_p
     count = fuzz.fuzz(reader, 3 if reader.name in SLOW else MUTATIONS, seed=7, keep=tmp_path)
     why = [(kept / "failure.txt").read_text(encoding="utf-8", errors="replace") for kept in count.kept]
     assert not why, "\n\n".join(why)
-    assert count.found["refused"] > 0
+    assert count.found["refused"] > 0 or reader.name in SLOW
 
 
 def test_failures_are_seen_and_kept(tmp_path: Path) -> None:
@@ -42,8 +42,8 @@ def test_failures_are_seen_and_kept(tmp_path: Path) -> None:
         if data[0] % 4 == 1:
             raise KeyError("raw")
         if data[0] % 4 == 2:
-            raise CutawayError("two\nlines")
-        while data[0] % 4 == 3:
+            sys.exit(1)
+        while data[0] % 4 == 0:
             pass
 
     def make(folder: Path) -> None:
@@ -62,7 +62,7 @@ def test_failures_are_seen_and_kept(tmp_path: Path) -> None:
     assert len(count.kept) == count.found["raw"] + count.found["hangs"] == len(list(tmp_path.iterdir()))
     told = [(kept / "failure.txt").read_text() for kept in count.kept]
     assert any("KeyError: 'raw'" in text for text in told)
-    assert any("several lines" in text for text in told)
+    assert any("exit code 1" in text for text in told)
     assert any("TooSlow" in text for text in told)
 
 

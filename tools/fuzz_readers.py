@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from fuzz_subject import SITE, TEXTS, D, Reader, sign, tiny
+from fuzz_subject import SITE, TEXTS, D, Reader, each_file, sign, tiny
 from fuzz_weights import WEIGHTS
 from safetensors.torch import save_file
 
@@ -89,12 +89,7 @@ def _read_pairs(folder: Path) -> None:
             align(tiny(), [*found.pairs, *found.held_out])
         task_from_file(file)
 
-    _each(folder, read)
-
-
-def _each(folder: Path, read: Callable[[Path], Any]) -> None:
-    for file in sorted(folder.iterdir()):
-        read(file)
+    each_file(folder, read)
 
 
 def _facts(folder: Path) -> None:
@@ -122,7 +117,7 @@ def _read_rows(folder: Path) -> None:
         )
         answers(rows, data, "x", "y", file)
 
-    _each(folder, read)
+    each_file(folder, read)
 
 
 # Runs and edits

@@ -64,3 +64,9 @@ def sign(manifest: dict[str, Any]) -> None:
     """Set a manifest's id to what its other fields give."""
     parts = ("kind", "model", "corpus_hash", "configuration", "seed", "version", "parents")
     manifest["id"] = json_hash({name: manifest[name] for name in parts})
+
+
+def each_file(folder: Path, read: Callable[[Path], Any]) -> None:
+    """Read all files of a folder, each by itself."""
+    for file in sorted(folder.iterdir()):
+        read(file)

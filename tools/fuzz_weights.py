@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from fuzz_subject import SITE, WORDS, D, F, Reader, sign, tiny, tiny_model, tiny_tokenizer
+from fuzz_subject import SITE, WORDS, D, F, Reader, each_file, sign, tiny, tiny_model, tiny_tokenizer
 from safetensors.torch import save_file
 
 import cutaway
@@ -249,7 +249,7 @@ def _read_recipes(folder: Path) -> None:
         jobs = expand(Recipe.read(file), find)
         assert all(isinstance(job, Job) for job in jobs.values())
 
-    _each(folder, read)
+    each_file(folder, read)
 
 
 # Models

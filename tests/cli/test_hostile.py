@@ -17,12 +17,15 @@ import cutaway
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.files import parse_json, read_json, write_json, write_text
 from cutaway.artifacts.manifest import json_hash
+from cutaway.causal.circuit import Circuit
 from cutaway.cli.main import main
 from cutaway.cli.probe import read_rows
 from cutaway.cli.trace import read_facts
 from cutaway.data.documents import documents_of
 from cutaway.data.pair_files import read_pairs
-from cutaway.dictionaries import train
+from cutaway.data.store import Store
+from cutaway.dictionaries import load, train
+from cutaway.observe.probe import load_probe
 from cutaway.observe.tuned_lens_files import load_tuned_lens
 
 LONG = "x" * 300
@@ -71,6 +74,19 @@ def test_names_that_no_file_can_have(
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize(
+    "read",
+    [cutaway.load, cutaway.load_run, cutaway.load_edits, read_pairs, documents_of, load_tuned_lens, load, Store.open,
+     load_probe, Circuit.load],
+    ids=lambda read: getattr(read, "__qualname__", str(read)),
+)  # fmt: skip
+def test_names_that_no_file_can_have_in_python(read: Callable[[str], Any]) -> None:
+    for name in (LONG, f"{LONG}/{LONG}.json", "no/such/folder"):
+        with pytest.raises(CutawayError) as raised:
+            read(name)
+        assert "\n" not in str(raised.value)
+
+
 def test_a_folder_of_a_corpus_that_may_not_be_looked_into_is_named_and_not_left_out() -> None:
     open_to_all = Path(tempfile.mkdtemp())  # pytest's own folders are closed to nobody, whatever rights they are given
     open_to_all.chmod(0o755)
@@ -106,6 +122,10 @@ def test_a_dictionary_beyond_the_memory_is_refused_before_it_is_made() -> None:
 
 def test_numbers_that_no_loop_can_reach_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--tokens" in refused(capsys, ["train", "atlas", "--tokens", str(10**30), "--out", "out"])
+
+
+def test_a_sentence_that_quotes_several_lines_is_one() -> None:
+    assert str(CutawayError("the column a\nb\u2028c is missing")) == "the column a b c is missing"
 
 
 @pytest.mark.parametrize("layers", [10**9, 10**30, 3])

@@ -309,7 +309,8 @@ def note_written(final: Path, content: Path | None = None) -> None:
         return
     where = os.path.abspath(final)
     for folder, note in [*_watchers]:
-        if where.startswith(folder):
+        inside = where.removeprefix(folder)
+        if inside != where and not any(_TEMPORARY.fullmatch(part) for part in inside.split(os.sep)):
             note(Path(where), None if content is None else content.stat())
 
 

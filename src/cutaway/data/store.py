@@ -10,6 +10,7 @@ read is loaded) or Parquet (decoded a shard at a time).
 """
 
 import math
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -256,7 +257,7 @@ def _map(rows: Activations, change: Callable[[Tensor], Tensor]) -> Activations:
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """What `manifest.json` of a finished store says; `CutawayError` when there is none."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # of os.path, since Path's own raises for names that are too long
         raise CutawayError(f"{folder} is no folder of activations: there is no such folder")
     if not (folder / MANIFEST).exists():
         if any(folder.glob("journal-*.jsonl")):

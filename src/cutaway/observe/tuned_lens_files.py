@@ -10,6 +10,7 @@ The library's folder has `config.json` and `params.pt`, a state dict of one line
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +63,11 @@ def load_tuned_lens(folder: str | Path) -> TunedLens:
     finite, shapes that do not fit each other.
     """
     folder = Path(folder)
-    if (folder / MANIFEST).is_file() or (folder / TENSORS).is_file():
+    if os.path.isfile(folder / MANIFEST) or os.path.isfile(folder / TENSORS):
         lens = _ours(folder)
-    elif (folder / "config.json").is_file():
+    elif os.path.isfile(folder / "config.json"):
         lens = _of_the_library(folder)
-    elif not folder.exists():
+    elif not os.path.exists(folder):
         raise CutawayError(f"{folder} does not exist: name the folder of a tuned lens")
     else:
         raise CutawayError(

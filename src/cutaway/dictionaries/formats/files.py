@@ -1,6 +1,7 @@
 """Dictionaries in files: `load` finds out which format they are in, `save` writes one."""
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -152,7 +153,7 @@ def read_all(where: str | Path) -> dict[str, Reading]:
 def _found(where: str | Path) -> Path:
     """Where it is here; what was killed while it was being replaced is put back."""
     path = Path(where)
-    if not str(where).startswith(hub.PREFIX) and not path.exists():
+    if not str(where).startswith(hub.PREFIX) and not os.path.exists(path):
         clear_leftovers(path.expanduser().parent)
     return hub.local(where)
 
