@@ -4,17 +4,18 @@
 PYTHON ?= python3
 OUT ?= runs/tour
 PYTEST_ARGS ?=
+FUZZ_ARGS ?=
 SHELL := /bin/sh
 RUN := .venv/bin/python -m
 export PYTHON TORCH_INDEX
 
 .DEFAULT_GOAL := help
-.PHONY: help environment demo test test-slow lint parity bench docs clean
+.PHONY: help environment demo test test-slow fuzz lint parity bench docs clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
 	@echo "Variables: PYTHON=python3.12, TORCH_INDEX=URL of an index with torch for CPUs, OUT=folder of the demo,"
-	@echo "           PYTEST_ARGS='-k lens', PEER=checkout of EAP-IG for parity and bench"
+	@echo "           PYTEST_ARGS='-k lens', FUZZ_ARGS='--reader pairs --seed 1', PEER=checkout of EAP-IG for parity and bench"
 
 environment: ## make or update .venv; the other targets do it themselves
 	@sh tools/environment.sh
@@ -29,6 +30,9 @@ test-slow: environment ## the slow tests
 	@# pytest's 5 means that nothing was collected: as long as no test is slow, that is as it should be
 	@$(RUN) pytest -m "slow and not parity" $(PYTEST_ARGS) || { code=$$?; \
 	  if [ $$code = 5 ]; then echo "there are no slow tests"; else exit $$code; fi; }
+
+fuzz: environment ## spoil every kind of file that is read, 250 times each (minutes); failures go to runs/fuzz
+	.venv/bin/python tools/fuzz.py $(FUZZ_ARGS)
 
 lint: environment ## ruff, pyright and the contract between the floors
 	$(RUN) ruff check .

@@ -14,7 +14,13 @@ import pytest
 
 from cutaway.artifacts import run_folder as module
 from cutaway.artifacts.errors import CutawayError
-from cutaway.artifacts.files import read_json, write_json
+from cutaway.artifacts.files import (
+    _here,  # pyright: ignore[reportPrivateUsage]
+    note_written,
+    read_json,
+    write_json,
+    write_text,
+)
 from cutaway.artifacts.run_folder import RunFolder
 
 CONFIGURATION = {"model": "atlas", "seed": 0}
@@ -73,16 +79,15 @@ def test_a_run_of_another_release_is_refused(tmp_path: Path, monkeypatch: pytest
 def test_overwriting_begins_again_but_only_in_a_run_folder(tmp_path: Path) -> None:
     with open_tour(tmp_path / "r") as folder:
         folder.save_step("lens", 1)
-        folder.file("deep", "er", "page.html").write_text("old")
-        os.symlink(tmp_path, folder.path / "link")
+        write_text(folder.file("deep", "er", "page.html"), "old")
+        write_json(folder.path / "notes.json", "the run's, but not among what it says it writes")
         (folder.path / "notes.md").write_text("the user's")
     other = {"model": "other"}
     with RunFolder.open(
-        tmp_path / "r", command="tour", configuration=other, writes=("deep", "li?k"), resume=False
+        tmp_path / "r", command="tour", configuration=other, writes=("deep", "pa?e"), resume=False
     ) as folder:
         assert folder.step("lens") is None
-        assert sorted(os.listdir(folder.path)) == [".lock", "notes.md", "run.json", "steps"]
-    assert tmp_path.is_dir()
+        assert sorted(os.listdir(folder.path)) == [".lock", ".written", "notes.json", "notes.md", "run.json", "steps"]
 
     mine = tmp_path / "mine"
     mine.mkdir()
@@ -96,6 +101,77 @@ def test_overwriting_begins_again_but_only_in_a_run_folder(tmp_path: Path) -> No
         with pytest.raises(CutawayError, match="is not a run folder: name an empty or a new folder"):
             open_tour(mine, resume=resume)
     assert sorted(os.listdir(mine)) == ["run.json", "thesis.tex"]
+
+
+@pytest.mark.parametrize("theirs", ["a file in a folder of ours", "our file, changed", "a link", "a file of our name"])
+def test_overwriting_removes_nothing_that_the_run_did_not_write(tmp_path: Path, theirs: str) -> None:
+    path = tmp_path / "r"
+    writes = ("deep", "page.html", "later.json", "link")
+    with open_tour(path) as folder:
+        folder.save_step("lens", 1)
+        write_text(folder.file("deep", "table.csv"), "old")
+        write_text(folder.path / "page.html", "old")
+    strange = {
+        "a file in a folder of ours": path / "deep" / "notes.md",
+        "our file, changed": path / "page.html",
+        "a link": path / "link",
+        "a file of our name": path / "later.json",
+    }[theirs]
+    if theirs == "a link":
+        strange.symlink_to(tmp_path)
+    else:
+        strange.write_text("the user's own")
+    before = sorted(path.rglob("*"))
+    with pytest.raises(CutawayError, match=rf"{strange.name} was not written by the run .* move it, or name another"):
+        RunFolder.open(path, command="tour", configuration=CONFIGURATION, writes=writes, resume=False)
+    assert sorted(path.rglob("*")) == before
+    strange.unlink()
+    with RunFolder.open(path, command="tour", configuration=CONFIGURATION, writes=writes, resume=False) as folder:
+        assert folder.step("lens") is None
+        assert not (path / "deep").exists()
+        assert not (path / "page.html").exists()
+
+
+def test_what_grows_and_what_another_program_fills_counts_as_written(tmp_path: Path) -> None:
+    path = tmp_path / "r"
+    with open_tour(path) as folder:
+        log = folder.file("logs", "a.jsonl")
+        write_text(log, "")
+        note_written(log)
+        with open(log, "a") as file:
+            file.write("{}\n")
+        (folder.take("board") / "deep").mkdir(parents=True)
+        (path / "board" / "deep" / "events").write_text("of another program")
+        write_text(folder.file("work", "state"), "half")
+        (path / "work" / "mine.txt").write_text("the user's")
+        folder.discard("work")
+        assert os.listdir(path / "work") == ["mine.txt"]
+        (path / "taken").mkdir()
+        with pytest.raises(CutawayError, match="taken is there and not of this run"):
+            folder.take("taken")
+    RunFolder.open(path, command="tour", configuration={}, writes=("logs", "board"), resume=False).close()
+    assert sorted(os.listdir(path)) == [".lock", ".written", "run.json", "steps", "taken", "work"]
+    with open_tour(path, {}) as folder:
+        (folder.take("board")).mkdir()
+        folder.discard("board")
+    (path / "board").mkdir()
+    (path / "board" / "plan.txt").write_text("the user's")
+    with pytest.raises(CutawayError, match=r"plan\.txt was not written by the run"):
+        RunFolder.open(path, command="tour", configuration={}, writes=("logs", "board"), resume=False)
+
+
+def test_a_run_removes_what_a_killed_one_left_anywhere_in_its_folder(tmp_path: Path) -> None:
+    path = tmp_path / "r"
+    with open_tour(path) as folder:
+        folder.file("deep", "er", "x")
+    nobody = subprocess.Popen([sys.executable, "-c", ""])
+    nobody.wait()
+    token = f"{_here()}{nobody.pid:08x}0123abcd"
+    (path / "deep" / "er" / f".x.{token}.tmp").write_text("half")
+    (path / "steps" / f".lens.json.{token}.tmp").mkdir()
+    open_tour(path).close()
+    assert os.listdir(path / "deep" / "er") == []
+    assert os.listdir(path / "steps") == []
 
 
 def test_an_empty_folder_and_one_of_a_run_killed_at_its_start_are_taken(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The harvest against a slow oracle: every token that counts, once, with the vector that the model has there."""
 
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from itertools import pairwise
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.data import harvest as module
+from cutaway.data import journal
 from cutaway.data.corpus import corpus_hash, rows_hash
 from cutaway.data.documents import documents_of
 from cutaway.data.harvest import Rules, harvest
@@ -450,6 +452,29 @@ def test_one_token_several_and_a_slice(saved: Path) -> None:
     with pytest.raises(CutawayError, match="0 tokens is none"):
         next(store.batches(0))
     assert "blocks.0.attn.z [4, 8]" in repr(store)
+
+
+def test_a_finished_harvest_that_was_changed_is_noticed_when_it_is_asked_for_again(
+    tiny: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def again(verify: bool = False) -> Store:
+        return harvest(tiny, some_texts(), SITES[0], out=tmp_path / "s", context=16, shard_tokens=100, verify=verify)
+
+    again()
+    leftover = tmp_path / "s" / f".manifest.json.{'0' * 24}.tmp"
+    leftover.write_text("half")
+    os.utime(leftover, (0, 0))
+    again()
+    assert not leftover.exists()
+    damage(tmp_path / "s", "one byte")
+    with pytest.raises(CutawayError, match="SHA-256 differs"):
+        again()
+    monkeypatch.setattr(journal, "_QUICKLY_HASHED", 100)
+    assert "sizes" not in capsys.readouterr().err
+    again()
+    assert "have the right sizes, and --verify reads them" in capsys.readouterr().err
+    with pytest.raises(CutawayError, match="SHA-256 differs"):
+        again(verify=True)
 
 
 def damage(folder: Path, how: str) -> None:

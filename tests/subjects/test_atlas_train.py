@@ -285,7 +285,7 @@ def test_the_manifest_names_every_commit_that_trained(tmp_path, monkeypatch):
 def test_a_device_that_cannot_train_is_refused_before_anything_is_made(tmp_path, device):
     if device == "cuda" and torch.cuda.is_available():
         pytest.skip("this machine has a CUDA device")
-    with pytest.raises(CutawayError, match=r"no CUDA device is here|is not here"):
+    with pytest.raises(CutawayError, match=r"no GPU here|cannot be used here|holds no values|not a device"):
         train(tmp_path / "run", RECIPE, device=device)
     assert not (tmp_path / "run").exists()
 

@@ -103,8 +103,7 @@ class Manifest:
             raise CutawayError(
                 f"the manifest is damaged: {error.args[0]} is missing, unknown or of another type"
             ) from error
-        if not isinstance(manifest.id, str):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise CutawayError(f"the manifest is damaged: its id is {manifest.id!r}")
+        _check_types(manifest)
         if manifest.id != manifest.recomputed_id():
             raise CutawayError(f"the manifest {manifest.id[:12]} was changed after it was written: its id does not fit")
         return manifest
@@ -120,6 +119,17 @@ class Manifest:
             version=self.version,
             parents=self.parents,
         )
+
+
+def _check_types(manifest: Manifest) -> None:
+    texts: dict[str, Any] = {"id": manifest.id, "kind": manifest.kind, "version": manifest.version}
+    if manifest.model is not None:
+        texts |= {"model's id": manifest.model.id, "model's weight_hash": manifest.model.weight_hash}
+    for name, value in texts.items():
+        if not isinstance(value, str):
+            raise CutawayError(f"the manifest is damaged: its {name} is no text")
+    if not isinstance(manifest.configuration, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise CutawayError("the manifest is damaged: its configuration is not an object")
 
 
 def manifest_id(
@@ -149,7 +159,7 @@ def manifest_id(
 def json_hash(value: Any) -> str:
     """SHA-256 (hex) of the canonical JSON of `value`: keys sorted, no white space, UTF-8."""
     text = json.dumps(plain(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
 
 def file_hash(path: Path) -> str:

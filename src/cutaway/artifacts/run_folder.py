@@ -3,26 +3,36 @@
     run.json            command, configuration, version of the code: what the folder belongs to
     steps/NAME.json     the result of each finished step
     steps/NAME.sha256   hashes of that file, and of the files that the step wrote
+    .written            every file that the run wrote, with its size and time: nothing else is ever removed
     .lock               held by the process that is writing
 
 A folder belongs to one command and one configuration. The same ones resume it; others are refused rather than mixed.
 """
 
 import contextlib
+import json
 import os
 import re
-import shutil
 from collections.abc import Collection, Iterator, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Self
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.artifacts.files import disk_errors, make_folder, plain, read_json, write_json
+from cutaway.artifacts.files import (
+    clear_leftovers,
+    disk_errors,
+    make_folder,
+    plain,
+    read_json,
+    watched,
+    write_json,
+)
 from cutaway.artifacts.manifest import code_version, file_hash
 
 _RUN = "run.json"
 _LOCK = ".lock"
+_WRITTEN = ".written"
 _AGAIN = "restore it, or begin again with --overwrite"
 _STEP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -36,9 +46,9 @@ class RunFolder:
             lens = folder.save_step("lens", logit_lens(...))
     """
 
-    def __init__(self, path: Path, lock: int | None) -> None:
+    def __init__(self, path: Path, held: contextlib.ExitStack) -> None:
         self.path = path
-        self._lock = lock
+        self._held = held
 
     @classmethod
     def open(
@@ -54,11 +64,12 @@ class RunFolder:
 
         `command` is the verb ("tour"); `configuration` is everything that determines the result: put the hashes of the
         model and of the corpus into it, not only their paths. `writes` are the names, or patterns of names, that the
-        command writes at the top of the folder; `resume=False` removes those and begins again. What else lies in the
-        folder is the user's and stays.
+        command writes at the top of the folder; `resume=False` removes what the run wrote there and begins again. What
+        else lies in the folder is the user's and stays.
 
         Raises `CutawayError` when the folder holds another command, configuration or release's run; when it holds
-        something that is no run at all; when another process is at work in it; when it cannot be written to.
+        something that is no run at all; when another process is at work in it; when it cannot be written to; with
+        `resume=False` also when a file under one of the names was not written by the run, or has been changed since.
         """
         path = Path(path)
         record = {
@@ -70,19 +81,18 @@ class RunFolder:
         if _is_of_someone_else(path):
             raise CutawayError(f"{path} exists and is not a run folder: name an empty or a new folder")
         make_folder(path)
-        lock = _acquire(path)
-        try:
+        with contextlib.ExitStack() as held:
+            held.callback(_unlock, _acquire(path))
+            clear_leftovers(path, below=True)
             if not resume:
                 _clear(path, writes)
+            held.enter_context(recorded(path))
             if (path / _RUN).exists():
                 _check(path, read_json(path / _RUN), record)
             else:
                 write_json(path / _RUN, record)
             make_folder(path / "steps")
-        except BaseException:
-            _unlock(lock)
-            raise
-        return cls(path, lock)
+            return cls(path, held.pop_all())
 
     def step(self, name: str) -> Any | None:
         """What the step saved when it finished, None if it has not.
@@ -98,6 +108,8 @@ class RunFolder:
         recorded = read_json(hashes)
         if not isinstance(recorded, dict) or file.relative_to(self.path).as_posix() not in recorded:
             raise CutawayError(f"{hashes} is damaged: {_AGAIN}")
+        if any(".." in Path(part).parts or os.path.isabs(part) or "\0" in part for part in recorded):
+            raise CutawayError(f"{hashes} is damaged: it names files outside the folder: {_AGAIN}")
         for part, known in recorded.items():
             there = self.path / part
             if not there.is_file():
@@ -128,10 +140,28 @@ class RunFolder:
         make_folder(path.parent)
         return path
 
+    def take(self, name: str) -> Path:
+        """Have a folder in the run's, all of which counts as written by the run: another program fills it.
+
+        Raises `CutawayError` where there is one already that the run did not take.
+        """
+        path, known = self.path / name, _written(self.path)
+        if path.exists() and known and f"{name}/" not in known:  # nothing is known of a run of an earlier version
+            raise CutawayError(f"{path} is there and not of this run: move it, or name another folder")
+        _append(self.path, {"path": f"{name}/"})
+        return path
+
+    def discard(self, name: str) -> None:
+        """Remove a folder, or a file, that the run wrote and does not need any more; what is not the run's stays."""
+        with disk_errors(self.path / name):
+            files, strange = _sorted_out(self.path, [self.path / name])
+            _remove(self.path / name, files)
+            if not strange:
+                _append(self.path, {"path": name, "gone": True})
+
     def close(self) -> None:
         """Give the lock back. Closing twice is harmless."""
-        lock, self._lock = self._lock, None
-        _unlock(lock)
+        self._held.close()
 
     def __enter__(self) -> Self:
         return self
@@ -153,9 +183,77 @@ def locked(path: Path) -> Iterator[None]:
     """
     lock = _acquire(make_folder(path))
     try:
+        clear_leftovers(path, below=True)
         yield
     finally:
         _unlock(lock)
+
+
+@contextlib.contextmanager
+def recorded(path: Path) -> Iterator[None]:
+    """Note in a run's folder what this process writes there while the block runs."""
+    top = Path(os.path.abspath(path))
+
+    def note(file: Path, found: os.stat_result | None) -> None:
+        size = None if found is None else [found.st_size, found.st_mtime_ns]
+        _append(top, {"path": file.relative_to(top).as_posix(), "is": size})
+
+    with watched(path, note):
+        yield
+
+
+def _append(path: Path, line: Mapping[str, Any]) -> None:
+    with disk_errors(path / _WRITTEN), open(path / _WRITTEN, "a", encoding="ascii") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def _written(path: Path) -> dict[str, list[int] | None]:
+    """What the run wrote, by its path in the folder: size and time, None where any will do (and of whole folders)."""
+    found: dict[str, list[int] | None] = {}
+    try:
+        lines = (path / _WRITTEN).read_bytes().splitlines()
+    except OSError:
+        return found
+    for line in lines:
+        try:
+            record = json.loads(line)
+            if record.get("gone"):
+                found.pop(f"{record['path']}/", None)
+            else:
+                found[str(record["path"])] = record.get("is")
+        except (ValueError, KeyError, AttributeError, RecursionError):
+            continue  # cut short by a kill: the file never got its name
+    return found
+
+
+def _sorted_out(path: Path, entries: Collection[Path]) -> tuple[list[Path], list[Path]]:
+    """Of all files at and below some entries of a run's folder, those that the run wrote, and the others."""
+    known = _written(path)
+    taken = tuple(name for name in known if name.endswith("/"))
+    ours: list[Path] = []
+    others: list[Path] = []
+    for entry in entries:
+        whole = entry.is_dir() and not entry.is_symlink()
+        for file in sorted(entry.rglob("*")) if whole else [entry]:
+            if (file.is_dir() and not file.is_symlink()) or not os.path.lexists(file):
+                continue
+            name, there = file.relative_to(path).as_posix(), file.lstat()
+            same = name in known and known[name] in (None, [there.st_size, there.st_mtime_ns])
+            mine = (same and not file.is_symlink()) or file.name == _LOCK or name.startswith(taken or ("//",))
+            (ours if mine else others).append(file)
+    return ours, others
+
+
+def _remove(entry: Path, files: Collection[Path]) -> None:
+    """Remove these files, and the folders at and below `entry` that are empty then."""
+    for file in files:
+        file.unlink(missing_ok=True)
+    if entry.is_dir() and not entry.is_symlink():
+        for folder in sorted((part for part in entry.rglob("*") if part.is_dir()), reverse=True):
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        with contextlib.suppress(OSError):
+            entry.rmdir()
 
 
 def _files_of(path: Path) -> list[Path]:
@@ -175,8 +273,10 @@ def _is_of_someone_else(path: Path) -> bool:
             return False
         if (path / _RUN).exists():
             found = read_json(path / _RUN)
-            return not isinstance(found, dict) or not {"command", "configuration", "cutaway"} <= found.keys()
-        return any(name != _LOCK and not name.startswith(f".{_RUN}.") for name in os.listdir(path))
+            known = {"command", "configuration", "cutaway"}
+            return not (isinstance(found, dict) and known <= found.keys() and isinstance(found["configuration"], dict))
+        ours = (_LOCK, _WRITTEN)
+        return any(name not in ours and not name.startswith(f".{_RUN}.") for name in os.listdir(path))
 
 
 def _check(path: Path, found: Any, wanted: Mapping[str, Any]) -> None:
@@ -193,15 +293,23 @@ def _check(path: Path, found: Any, wanted: Mapping[str, Any]) -> None:
 
 
 def _clear(path: Path, writes: Collection[str]) -> None:
+    """Remove what the run wrote; raise, before anything is removed, where another file has one of its names."""
     with disk_errors(path / _RUN):
+        entries = [
+            entry
+            for entry in sorted(path.iterdir())
+            if any(fnmatch(entry.name, pattern) for pattern in (_RUN, "steps", *writes))
+        ]
+        files, others = _sorted_out(path, entries)
+        if others:
+            raise CutawayError(
+                f"{others[0]} was not written by the run in {path}, or has been changed since: move it, or name "
+                "another folder"
+            )
         # the record goes last: until then the folder is still known as a run's
-        for entry in sorted(path.iterdir(), key=lambda entry: entry.name == _RUN):
-            if not any(fnmatch(entry.name, pattern) for pattern in (_RUN, "steps", *writes)):
-                continue
-            if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry)
-            else:
-                entry.unlink()
+        for entry in sorted(entries, key=lambda entry: entry.name == _RUN):
+            _remove(entry, [file for file in files if file == entry or entry in file.parents])
+        (path / _WRITTEN).unlink(missing_ok=True)
 
 
 def _acquire(path: Path) -> int | None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.files import has_lone_surrogate
 from cutaway.model.language_model import LanguageModel
 from cutaway.model.naming import answer_tokens, prompt_and
 from cutaway.model.tokens import Tokens
@@ -38,6 +39,8 @@ class FactPrompt:
         for name in ("prompt", "subject"):
             if not isinstance(data.get(name), str) or not data[name]:
                 raise CutawayError(f'{where} has no text as its "{name}"')
+            if has_lone_surrogate(data[name]):
+                raise CutawayError(f"{where} holds half of a surrogate pair, which no UTF-8 text can")
         unknown = [key for key in data if key not in ("prompt", "subject", "answer")]
         if unknown:
             raise CutawayError(f"{where} has an unknown key {unknown[0]!r}; known are prompt, subject, answer")

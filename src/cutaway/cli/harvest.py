@@ -30,6 +30,7 @@ def harvest(
     field: str = "text",
     split: str = "train",
     document_separator: Separator = None,
+    verify: Flag = False,
     dtype: str | None = None,
     device: str | None = None,
     json: Flag = False,
@@ -77,6 +78,9 @@ def harvest(
     document_separator
         What stands between documents in the text, such as “<|endoftext|>” (wherever it is) or “---” (alone on a line);
         .txt files are cut at blank lines if not given.
+    verify
+        Of a folder that is finished already, compare the hashes of all shards; else this is done up to 1 GiB, and of
+        more only the sizes are looked at.
     dtype
         How the model computes: float32, bfloat16 or float16; float32 on a CPU and the checkpoint's own on a GPU if not
         given.
@@ -110,6 +114,7 @@ def harvest(
         field=field,
         split=split,
         document_separator=document_separator,
+        verify=verify,
     )
     if json:
         print_json(

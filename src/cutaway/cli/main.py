@@ -39,6 +39,9 @@ from cutaway.cli.tour import tour
 from cutaway.cli.trace import trace
 from cutaway.cli.train import train
 
+# what the operating system says of a path: too long, not readable, not there, in a circle
+_OF_A_PATH = {errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP}
+
 app = App(
     name="cutaway",
     help="Look inside language models: see, find causes, name features, change.",
@@ -80,6 +83,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a sign is no reason to stop
     try:
+        os.getcwd()
+    except OSError:
+        return _fail("the working directory is gone; change into one that is there")
+    try:
         code = app(arguments, exit_on_error=False, print_error=False)
         if sys.stdout is not None:  # it is None when the caller has closed it
             sys.stdout.flush()
@@ -99,10 +106,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None:
             _drop_stdout()
             return _fail("the output could not be written: the disk is full")
+        if isinstance(error, OSError) and error.errno in _OF_A_PATH and error.filename is not None:
+            return _fail(f"{_shortened(error.filename)}: {error.strerror}; name another path, or change its rights")
+        if _out_of_memory(error):
+            return _fail("there is not enough memory for this; ask for less at once, or take a smaller model")
         raise
     finally:
         if restore is not None:
             signal.signal(signal.SIGINT, restore)
+
+
+def _shortened(path: object) -> str:
+    text = os.fsdecode(path) if isinstance(path, (str, bytes, os.PathLike)) else str(path)
+    return text if len(text) < 200 else text[:100] + "…"
+
+
+def _out_of_memory(error: Exception) -> bool:
+    if "torch" not in sys.modules:
+        return isinstance(error, MemoryError)
+    from cutaway.model.memory import out_of_memory
+
+    return out_of_memory(error)
 
 
 def _note_interrupts(noted: list[int]) -> Any:

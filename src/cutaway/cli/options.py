@@ -13,7 +13,7 @@ from cutaway.artifacts.files import refuse_device
 Flag = Annotated[bool, Parameter(negative="", show_default=False)]
 """A switch that is off unless given; there is no --no-... form."""
 
-Count = Annotated[int, Parameter(validator=validators.Number(gte=1))]
+Count = Annotated[int, Parameter(validator=validators.Number(gte=1, lt=2**53))]
 
 Separator = Annotated[str | None, Parameter(allow_leading_hyphen=True)]
 """What stands between the documents of a corpus, such as `<|endoftext|>` or `---`."""

@@ -223,6 +223,7 @@ def train(
 def _judged(training: "Training", done: "Mapping[str, Trained]", out: Path) -> "Frontier":
     """Judge what was trained on the rows that were kept out of it; seeds of one setting together."""
     from cutaway.artifacts.files import write_json, write_text
+    from cutaway.artifacts.run_folder import recorded
     from cutaway.cli.dictionary_judge import Judged, judge_page, line_of
     from cutaway.dictionaries.frontier import frontier
     from cutaway.dictionaries.judge import by_setting
@@ -236,9 +237,10 @@ def _judged(training: "Training", done: "Mapping[str, Trained]", out: Path) -> "
         some = judged_together(models, list(group.values()), rows, spliced_rows=min(32, len(rows)), command=command)
         found.append(Judged(list(group), some))
     points = frontier([one.judgement.point(*line_of(one.judgement.dictionaries[0])) for one in found])
-    write_json(out / "judged.json", {"frontier": points, "judged": [one.judgement.to_json() for one in found]})
     source = f"{training.recipe.corpus}, kept out of training"
-    write_text(out / "judged.html", judge_page(found, points, models, source, command))
+    with recorded(out):
+        write_json(out / "judged.json", {"frontier": points, "judged": [one.judgement.to_json() for one in found]})
+        write_text(out / "judged.html", judge_page(found, points, models, source, command))
     return points
 
 

@@ -9,6 +9,7 @@ A path is a text file or a folder of them (`corpus.SUFFIXES`, and Parquet); `hub
 import codecs
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.files import has_lone_surrogate, parquet_errors, parse_json, read_errors
 from cutaway.data.separators import check_separator, separated
 
 SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".parquet")
@@ -172,18 +174,27 @@ def _of_path(path: Path, field: str) -> Documents:
 
 def corpus_files(path: Path) -> list[Path]:
     """The file, or every file of `SUFFIXES` below a folder in the order of their paths, hidden ones left out."""
-    if path.is_dir():
-        files = sorted(
-            file
-            for file in path.rglob("*")
-            if file.is_file() and file.suffix in SUFFIXES and not _hidden(file.relative_to(path))
-        )
+    with read_errors(path):
+        folder, there = path.is_dir(), path.exists()
+        files = sorted(file for file in _below(path) if file.suffix in SUFFIXES and file.is_file()) if folder else []
+    if folder:
         if not files:
             raise CutawayError(f"{path} holds no {', '.join(SUFFIXES)} file: name a folder of texts, or one text file")
         return files
-    if path.exists():
+    if there:
         return [path]
     raise CutawayError(f"{path} does not exist: name a text file or a folder of text files")
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """The files below a folder that are not hidden. Raises `OSError` for a folder that may not be looked into."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for place, folders, files in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (Path(place, name) for name in files if not name.startswith("."))
 
 
 def file_documents(file: Path, field: str = "text") -> Iterator[str]:
@@ -191,16 +202,17 @@ def file_documents(file: Path, field: str = "text") -> Iterator[str]:
 
     Only the whole file of the last kind is ever in memory at once.
     """
-    if file.suffix == ".parquet":
-        yield from _parquet(file, field)
-    elif file.suffix == ".jsonl":
-        yield from _json_lines(file, field)
-    elif file.suffix == ".txt":
-        yield from (piece.strip("\n") for piece in _paragraphs(_decoded(file)) if piece.strip())
-    else:
-        text = "".join(_decoded(file))
-        if text.strip():
-            yield text
+    with read_errors(file):
+        if file.suffix == ".parquet":
+            yield from _parquet(file, field)
+        elif file.suffix == ".jsonl":
+            yield from _json_lines(file, field)
+        elif file.suffix == ".txt":
+            yield from (piece.strip("\n") for piece in _paragraphs(_decoded(file)) if piece.strip())
+        else:
+            text = "".join(_decoded(file))
+            if text.strip():
+                yield text
 
 
 def _not_utf8(file: Path, place: int, byte: int) -> CutawayError:
@@ -258,15 +270,10 @@ def _json_lines(file: Path, field: str) -> Iterator[str]:
             place += len(data)
             if not line.strip():
                 continue
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise CutawayError(f"{file}, line {number}, is not JSON: {error.msg}") from error
-            except RecursionError as error:
-                raise CutawayError(f"{file}, line {number}, is JSON nested too deeply") from error
+            record = parse_json(line, f"{file}, line {number},")
             if not isinstance(record, dict) or not isinstance(record.get(field), str):
                 raise CutawayError(f'{file}, line {number}, is not an object with a "{field}"')
-            if any("\ud800" <= character <= "\udfff" for character in record[field]):
+            if has_lone_surrogate(record[field]):
                 raise CutawayError(f"{file}, line {number}, holds half of a surrogate pair, which no UTF-8 text can")
             yield record[field]
 
@@ -275,21 +282,15 @@ def _parquet(file: Path, field: str) -> Iterator[str]:
     import pyarrow
     import pyarrow.parquet
 
-    try:
-        with pyarrow.parquet.ParquetFile(file) as table:
-            if field not in table.schema_arrow.names:
-                raise CutawayError(
-                    f"{file} has no column '{field}'; it has {', '.join(table.schema_arrow.names) or 'none'}"
-                )
-            if not pyarrow.types.is_string(kind := table.schema_arrow.field(field).type) and not (
-                pyarrow.types.is_large_string(kind)
-            ):
-                raise CutawayError(f"The column '{field}' of {file} holds {kind}, not text")
-            for batch in table.iter_batches(batch_size=256, columns=[field]):
-                yield from (text for text in batch.column(0).to_pylist() if text is not None)
-    except pyarrow.ArrowException as error:
-        raise CutawayError(f"{file} cannot be read as Parquet: {' '.join(str(error).split())[:200]}") from error
-
-
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+    with parquet_errors(file), pyarrow.parquet.ParquetFile(file) as table:
+        if field not in table.schema_arrow.names:
+            raise CutawayError(
+                f"{file} has no column '{field}'; it has {', '.join(table.schema_arrow.names) or 'none'}"
+            )
+        if not pyarrow.types.is_string(kind := table.schema_arrow.field(field).type) and not (
+            pyarrow.types.is_large_string(kind)
+        ):
+            raise CutawayError(f"The column '{field}' of {file} holds {kind}, not text")
+        for batch in table.iter_batches(batch_size=256, columns=[field]):
+            texts = [text for text in batch.column(0).to_pylist() if text is not None]
+            yield from texts

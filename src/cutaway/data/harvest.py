@@ -109,6 +109,7 @@ def harvest(
     field: str = "text",
     split: str = "train",
     document_separator: str | None = None,
+    verify: bool = False,
 ) -> Store:
     """Run a corpus through a model up to the last of `sites` and keep what is there at every token that counts.
 
@@ -120,8 +121,9 @@ def harvest(
     float32, float16, bfloat16, the model's own if None.
 
     Without `out` the store is in memory. With it the store is that folder; the same call goes on with an unfinished one
-    and opens a finished one. Under `torchrun` (RANK and WORLD_SIZE) each process writes its share of the shards, and
-    each returns the whole store when all are done. Shards hold `shard_tokens` tokens, about 256 MiB if None.
+    and opens a finished one, whose hashes are compared up to 1 GiB, or with `verify`. Under `torchrun` (RANK and
+    WORLD_SIZE) each process writes its share of the shards, and each returns the whole store when all are done. Shards
+    hold `shard_tokens` tokens, about 256 MiB if None.
 
     Raises `CutawayError`: a site that has no vector a token, a folder that holds something else, a corpus that is empty
     or not the one that the folder was begun with, values that are not finite or do not fit the dtype.
@@ -139,7 +141,7 @@ def harvest(
     with Folder(Path(out), plan.header, rank, world) as folder:
         if not folder.complete:
             _fill(plan, folder, folder.done)
-        return folder.finish(plan.manifest)
+        return folder.finish(plan.manifest, verify)
 
 
 def _place_among_processes() -> tuple[int, int]:

@@ -11,21 +11,24 @@ import json
 import os
 import re
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, Self
 
+from pydantic import BaseModel, Field, StrictInt
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.artifacts.files import disk_errors, make_folder, plain, write_json
+from cutaway.artifacts.files import clear_leftovers, disk_errors, make_folder, parse_json, plain, write_json
 from cutaway.artifacts.manifest import Manifest, file_hash
 from cutaway.data.store import MANIFEST, Shard, Store, read_manifest, write_shard
 
 _SHARD = re.compile(r"^\.?shard-(\d+)\.(safetensors|parquet)(\.[0-9a-f]+\.tmp)?$")
 _LONGEST_SILENCE = 3600.0
+_QUICKLY_HASHED = 1 << 30  # bytes: a second or two
 MakeManifest = Callable[[str, int], Manifest]
 
 
@@ -39,6 +42,31 @@ class Written:
     prefix: str
     bytes: int = 0
     sha256: str = ""
+
+
+class _Header(BaseModel):
+    header: dict[str, Any]
+    thresholds: dict[str, float]
+
+
+class _Shard(BaseModel):
+    shard: StrictInt = Field(ge=0)
+    rows: StrictInt = Field(ge=0)
+    high_norm: dict[str, StrictInt]
+    documents: StrictInt = Field(ge=0)
+    prefix: str
+    bytes: StrictInt
+    sha256: str
+
+
+class _End(BaseModel):
+    end: StrictInt = Field(ge=0)
+    counts: dict[str, StrictInt]
+    corpus_hash: str
+    documents: StrictInt
+
+
+_LINES: dict[str, type[BaseModel]] = {"header": _Header, "shard": _Shard, "end": _End}
 
 
 class Memory:
@@ -104,6 +132,7 @@ class Folder:
         self._begun = False  # whether this process's journal says what is harvested
 
     def __enter__(self) -> Self:
+        clear_leftovers(self.path)
         if self._finished():
             self.complete = True
             return self
@@ -113,7 +142,7 @@ class Folder:
             raise CutawayError(f"{self.path} holds other files; name an empty or a new folder for the activations")
         self._made = not self.path.exists()
         make_folder(self.path)
-        with disk_errors(self.path):
+        with disk_errors(self._journal(self.rank)):
             self._file = open(self._journal(self.rank), "ab+")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -157,10 +186,26 @@ class Folder:
     def end(self, shards: int, counts: Mapping[str, int], corpus_hash: str, documents: int) -> None:
         self._append({"end": shards, "counts": counts, "corpus_hash": corpus_hash, "documents": documents})
 
-    def finish(self, make: MakeManifest) -> Store:
-        """The store, once all processes have written theirs."""
+    def finish(self, make: MakeManifest, verify: bool = False) -> Store:
+        """The store, once all processes have written theirs.
+
+        Of one that was finished before, hashes are compared where that takes seconds, or with `verify`; else only the
+        sizes, which a line on stderr says.
+        """
+        if self.complete:
+            store = Store.open(self.path)
+            held = sum(shard.bytes for shard in store.shards)
+            if verify or held <= _QUICKLY_HASHED:
+                store.verify()
+            else:
+                print(
+                    f"cutaway: {self.path} was harvested before; its {held / 1e9:.1f} GB have the right sizes, and "
+                    "--verify reads them and compares their hashes",
+                    file=sys.stderr,
+                )
+            return store
         waited, seen = 0.0, -1
-        while not (self.complete or self._finished() or self._merge(make)):
+        while not (self._finished() or self._merge(make)):
             written = sum(1 for rank in self._ranks() for _ in self._lines(rank))
             waited, seen = (0.0, written) if written != seen else (waited + 0.2, seen)
             if waited > _LONGEST_SILENCE:
@@ -225,10 +270,20 @@ class Folder:
         except FileNotFoundError:  # another process has just merged it
             return
         for line in data.split(b"\n")[:-1]:
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
-                raise CutawayError(f"{self._journal(rank)} is damaged; delete {self.path} and harvest again") from error
+            yield self._checked(rank, line)
+
+    def _checked(self, rank: int, line: bytes) -> dict[str, Any]:
+        """A line as it was written; raises where it is damaged."""
+        again = f"delete {self.path} and harvest again"
+        found = parse_json(line, f"{self._journal(rank)} is damaged, {again}: a line")
+        known = isinstance(found, dict) and next((name for name in _LINES if name in found), None)
+        try:
+            if not known or found.keys() != _LINES[known].model_fields.keys():
+                raise ValueError
+            _LINES[known].model_validate(found)
+        except ValueError as error:  # pydantic's too
+            raise CutawayError(f"{self._journal(rank)} is damaged; {again}") from error
+        return found
 
     def _take_over(self, rank: int) -> None:
         """What a journal says is done. A last line that was cut short is taken off this process's own."""

@@ -1,11 +1,12 @@
 """Texts with labels, as rows of a file that a user has: .csv, .tsv, .jsonl; words with labels also as .conll."""
 
 import csv
-import json
+import os
 from pathlib import Path
 from typing import Any
 
 from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.files import has_lone_surrogate, parse_json, read_text
 from cutaway.data.word_files import CONLL_FILES, conll_rows, words_of
 
 _OTHERS = ("group", "match", "answer", "wrong")
@@ -20,14 +21,9 @@ def read_rows(
     `text` and `label` name their columns if not so (in the rows they are called so); without a header, and in .conll
     files, they are numbers, from 1. Raises CutawayError naming the line and what is missing there.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise CutawayError(f"{path} is not a file; give a .csv, .tsv or .jsonl file with text and label in each row.")
-    try:
-        content = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise CutawayError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8.") from error
-    except OSError as error:
-        raise CutawayError(f"{path} could not be read: {error.strerror}.") from error
+    content = read_text(path)
     suffix = path.suffix.lower()
     if suffix in (".csv", ".tsv"):
         rows = _csv_rows(path, content, "\t" if suffix == ".tsv" else ",", text, label, header)
@@ -44,6 +40,10 @@ def read_rows(
         )
     if not rows:
         raise CutawayError(f"{path} has no rows; a probe needs texts with labels.")
+    for number, row in rows:
+        said = [*row.values(), *row.get("words", ()), *row.get("labels", ())]
+        if any(isinstance(value, str) and has_lone_surrogate(value) for value in said):
+            raise CutawayError(f"{path}, line {number} holds half of a surrogate pair, which no UTF-8 text can.")
     if any("words" in row for _, row in rows):
         if one := next((number for number, row in rows if "words" not in row), None):
             raise CutawayError(f"{path}, line {one} has no list of words, and others have; give all rows one.")
@@ -111,12 +111,7 @@ def _json_rows(path: Path, content: str, text: str | None, label: str | None) ->
     for number, line in enumerate(content.splitlines(), 1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise CutawayError(f"{path}, line {number} is not JSON: {error.msg}.") from error
-        except RecursionError as error:
-            raise CutawayError(f"{path}, line {number} is JSON nested too deeply.") from error
+        row = parse_json(line, f"{path}, line {number}")
         if not isinstance(row, dict):
             raise CutawayError(f'{path}, line {number} is no object such as {{"text": "...", "label": "..."}}.')
         for option, name in (("text", text), ("label", label)):

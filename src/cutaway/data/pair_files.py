@@ -15,6 +15,7 @@ object a line, `clean_prefix`, `patch_prefix`, ...), the relations of Hernandez 
 from __future__ import annotations
 
 import json
+import os
 import random
 import sys
 from collections.abc import Iterator, Sequence
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.artifacts.files import write_text
+from cutaway.artifacts.files import has_lone_surrogate, parse_json, read_text, write_text
 from cutaway.data.pair_formats import NEEDED, PairFile, csv_pairs, foreign_pairs
 from cutaway.data.pairs import Place, PromptPair
 from cutaway.data.tasks import Task
@@ -68,31 +69,29 @@ def read_distinct_pairs(path: Path | str) -> PairFile:
 def read_pair_file(path: Path | str) -> PairFile:
     """The pairs of a file with their split and the task's name; raises like `read_pairs`."""
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except IsADirectoryError:
-        raise CutawayError(f"{path} is a folder; name a file of prompt pairs.") from None
-    except FileNotFoundError:
-        raise CutawayError(f"there is no file {path}; name a file of prompt pairs.") from None
-    except OSError as error:
-        raise CutawayError(f"{path} could not be read: {error.strerror}; name a file of prompt pairs.") from error
-    except UnicodeDecodeError:
-        raise CutawayError(f"{path} is not text in UTF-8; prompt pairs are JSON, JSON lines or CSV.") from None
+    if os.path.isdir(path):
+        raise CutawayError(f"{path} is a folder; name a file of prompt pairs.")
+    if not os.path.lexists(path):
+        raise CutawayError(f"there is no file {str(path)[:200]}; name a file of prompt pairs.")
+    found = _pairs_of(path, read_text(path))
+    for i, pair in enumerate((*found.pairs, *found.held_out)):
+        said = (pair.clean, pair.corrupt, pair.answer, pair.wrong, *pair.answers, *pair.wrongs, pair.template)
+        if any(isinstance(text, str) and has_lone_surrogate(text) for text in said):
+            raise CutawayError(f"{path}: pair {i} holds half of a surrogate pair, which no UTF-8 text can.")
+    return found
+
+
+def _pairs_of(path: Path, text: str) -> PairFile:
     if path.suffix.lower() == ".csv":
         return csv_pairs(path, text)
     try:
-        data = json.loads(text)
-    except json.JSONDecodeError as error:
+        data = parse_json(text, str(path))
+    except CutawayError as error:
         data = _json_lines(text)
         if data is None:
             raise CutawayError(
-                f"{path} is not JSON: {error.msg} in line {error.lineno}, column {error.colno}; prompt pairs are a "
-                "list of objects with clean, corrupt, answer and wrong."
+                f"{error}; prompt pairs are a list of objects with clean, corrupt, answer and wrong."
             ) from None
-    except RecursionError:
-        raise CutawayError(f"{path} is not usable: its JSON is nested too deeply.") from None
-    except ValueError:  # Python reads whole numbers of up to 4300 digits
-        raise CutawayError(f"{path} is not usable: it holds a number of too many digits.") from None
     return foreign_pairs(path, data) or _from_json(path, data)
 
 
@@ -266,7 +265,7 @@ def _json_lines(text: str) -> list[Any] | None:
     """The objects of a text with one a line, or None where it is not of that form."""
     lines = [line for line in text.splitlines() if line.strip()]
     try:
-        found = [json.loads(line) for line in lines]
-    except (ValueError, RecursionError):
+        found = [parse_json(line, "a line") for line in lines]
+    except CutawayError:
         return None
     return found if found and all(isinstance(entry, dict) for entry in found) else None

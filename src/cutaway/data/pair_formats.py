@@ -115,7 +115,10 @@ def _relation(path: Path, data: Mapping[str, Any]) -> PairFile:
         if not (isinstance(subject, str) and subject and isinstance(thing, str) and thing):
             raise CutawayError(f"{path}: sample {i} has no text under subject and object.")
         facts.append((subject, thing))
-    others = [template for template in data.get("prompt_templates_zs", []) if template not in templates]
+    zero_shot = data.get("prompt_templates_zs", [])
+    if not isinstance(zero_shot, list):
+        raise CutawayError(f"{path}: prompt_templates_zs must be a list.")
+    others = [template for template in zero_shot if template not in templates]
     for template in (*templates, *others):
         if not isinstance(template, str) or template.count("{}") != 1:
             raise CutawayError(f"{path}: the template {template!r} has no single place {{}} for the subject.")

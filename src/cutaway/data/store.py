@@ -9,6 +9,8 @@ A store on disk is a folder: `manifest.json` and the shards, which are safetenso
 read is loaded) or Parquet (decoded a shard at a time).
 """
 
+import math
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +23,7 @@ from pydantic import BaseModel, Field, StrictInt, ValidationError
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.artifacts.files import read_json, write_parquet, write_safetensors
+from cutaway.artifacts.files import parquet_errors, read_json, write_parquet, write_safetensors
 from cutaway.artifacts.manifest import Manifest, file_hash
 from cutaway.data.permutation import Permutation
 
@@ -86,7 +88,7 @@ class _Record(BaseModel):
     sites: dict[str, list[Annotated[StrictInt, Field(ge=0)]]]
     dtype: Literal["float32", "float16", "bfloat16"]
     format: Literal["safetensors", "parquet"]
-    counts: dict[str, Any]
+    counts: dict[str, StrictInt | dict[str, StrictInt]]
     thresholds: dict[str, float]
     shards: list[_ShardRecord]
 
@@ -139,8 +141,12 @@ class Store:
         folder = Path(folder)
         record = _record(folder / MANIFEST, read_manifest(folder))
         shards = [Shard(**shard.model_dump()) for shard in record.shards]
+        width = sum(math.prod(shape) for shape in record.sites.values()) * DTYPES[record.dtype].itemsize
         for shard in shards:
             _check_size(folder, shard)
+            # Parquet is compressed, but not by so much
+            if shard.rows * (width + 28) > shard.bytes * (1 if record.format == "safetensors" else 1000):
+                raise CutawayError(f"{folder / MANIFEST} is damaged: {shard.file} cannot hold {shard.rows:,} tokens")
         reader = _Reader(folder, shards, record.sites, record.dtype, record.format)
         store = cls(
             manifest=Manifest.from_json(record.manifest),
@@ -239,7 +245,8 @@ class Store:
         numbers = {name.replace("_", " "): value for name, value in self.counts.items() if isinstance(value, int)}
         lines.append("  tokens  " + ", ".join(f"{name} {value:,}" for name, value in numbers.items()))
         for site, number in self.counts.get("high_norm_by_site", {}).items():
-            lines.append(f"  norm    above {self.thresholds[site]:.4g} at {site}: {number:,} tokens left out")
+            above = self.thresholds.get(site, float("nan"))
+            lines.append(f"  norm    above {above:.4g} at {site}: {number:,} tokens left out")
         return "\n".join(lines)
 
 
@@ -250,7 +257,7 @@ def _map(rows: Activations, change: Callable[[Tensor], Tensor]) -> Activations:
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """What `manifest.json` of a finished store says; `CutawayError` when there is none."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # of os.path, since Path's own raises for names that are too long
         raise CutawayError(f"{folder} is no folder of activations: there is no such folder")
     if not (folder / MANIFEST).exists():
         if any(folder.glob("journal-*.jsonl")):
@@ -295,6 +302,8 @@ class _Reader:
         for name, shape in {**self.sites, **dict.fromkeys(COLUMNS, ())}.items():
             if name not in tensors or tensors[name].shape != (shard.rows, *shape):
                 raise CutawayError(f"{path} does not hold what the manifest says: '{name}' is missing or misshapen")
+            if tensors[name].dtype != COLUMNS.get(name, DTYPES[self.dtype]):
+                raise CutawayError(f"{path} does not hold what the manifest says: '{name}' is {tensors[name].dtype}")
         limit = _OPEN_SHARDS if self.format == "safetensors" else max(1, _DECODED_BYTES // max(1, shard.bytes))
         while len(self._kept) >= limit:
             self._kept.popitem(last=False)
@@ -332,16 +341,19 @@ def read_shard(path: Path, file_format: str, sites: Mapping[str, Sequence[int]],
     import pyarrow as pa
     import pyarrow.parquet
 
-    try:
-        table = pyarrow.parquet.read_table(path)
-    except (pa.ArrowException, OSError) as error:
-        raise CutawayError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
     found: dict[str, Tensor] = {}
-    for name in table.column_names:
-        column = table.column(name).combine_chunks()
-        if name in sites:
-            values = column.flatten().to_numpy(zero_copy_only=False)
-            found[name] = torch.from_numpy(np.array(values)).to(DTYPES[dtype]).view(len(column), *sites[name])
-        else:
-            found[name] = torch.from_numpy(np.array(column.to_numpy(zero_copy_only=False)))
+    with parquet_errors(path):
+        table = pyarrow.parquet.read_table(path)
+        for name in table.column_names:
+            column = table.column(name).combine_chunks()
+            wide = name in sites
+            kind = column.type.value_type if wide and pa.types.is_fixed_size_list(column.type) else column.type
+            number = pa.types.is_floating(kind) if wide else pa.types.is_integer(kind)
+            if not number or column.null_count or (name not in sites and name not in COLUMNS):
+                raise CutawayError(f"{path} does not hold what the manifest says: '{name}' is {column.type}")
+            flat = column.flatten() if wide else column
+            values = torch.from_numpy(np.array(flat.to_numpy(zero_copy_only=False)))
+            if wide and len(values) != len(column) * int(np.prod(sites[name])):
+                raise CutawayError(f"{path} does not hold what the manifest says: '{name}' is misshapen")
+            found[name] = values.to(DTYPES[dtype]).view(len(column), *sites[name]) if wide else values
     return found

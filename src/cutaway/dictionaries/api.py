@@ -8,7 +8,6 @@ OUT/checkpoints/              what a run that is interrupted goes on from; gone 
 """
 
 import contextlib
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from fnmatch import fnmatchcase
@@ -18,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.artifacts.files import disk_errors, plain, write_json, write_text
+from cutaway.artifacts.files import plain, write_json, write_text
 from cutaway.artifacts.manifest import Manifest, ModelIdentity
 from cutaway.artifacts.run_folder import RunFolder
 from cutaway.data.corpus import split_rows
@@ -229,6 +228,8 @@ def run(
                 name: Trained(load(out / name), tuple(_history(out / "logs" / f"{name}.jsonl")))
                 for name in training.jobs
             }
+        for program in dict.fromkeys(log):
+            folder.take(program)
         write_text(out / "recipe.toml", training.recipe.to_toml())
         manifest = _manifest(training, command)
         logs = Logs(out / "logs", trackers(log, out, manifest.id))
@@ -247,8 +248,7 @@ def run(
         write_json(out / "manifest.json", manifest)
         last = {name: dict(one.history[-1]) for name, one in trained.items()}
         folder.save_step("trained", last, files=(*trained, "manifest.json"))
-        with disk_errors(out / "checkpoints"):
-            shutil.rmtree(out / "checkpoints")
+        folder.discard("checkpoints")
         return trained
 
 

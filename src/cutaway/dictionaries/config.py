@@ -10,7 +10,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from cutaway.artifacts.errors import CutawayError
 from cutaway.dictionaries.initial import Initial, Start
 from cutaway.dictionaries.parameters import Plain
-from cutaway.dictionaries.rules import BatchTopKRule, Rule, TopKRule
+from cutaway.dictionaries.rules import BatchTopKRule, GatedRule, JumpReLURule, Rule, TopKRule
 from cutaway.dictionaries.scaling import Normalise
 from cutaway.dictionaries.terms import AuxK, Matryoshka, Reconstruction, Term, check_terms
 
@@ -28,6 +28,9 @@ class Resample(Plain):
     window: float = 1 / 16
     encoder_norm: float = 0.2
 
+
+BYTES_A_PARAMETER = 16
+"""Of float32: the parameter, its gradient, and Adam's two moments."""
 
 _SELECTOR: Rule = TopKRule(32)
 _TERMS: tuple[Term, ...] = (Reconstruction(), AuxK(form="sum"))
@@ -77,15 +80,18 @@ class TrainConfig(Plain):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.d_sae < 1:
-            raise CutawayError(f"d_sae = {self.d_sae}: a dictionary has 1 latent or more")
+        if not 1 <= self.d_sae < 2**31:
+            raise CutawayError(f"d_sae = {self.d_sae}: a dictionary has 1 latent or more, and fewer than 2^31")
         if isinstance(self.selector, TopKRule | BatchTopKRule):
             for k in (self.selector.k, self.selector.start_k or self.selector.k):
                 if not 1 <= k <= self.d_sae:
                     raise CutawayError(f"k = {k} latents cannot be active out of d_sae = {self.d_sae}")
         for name in ("tokens", "batch", "dead_after"):
-            if getattr(self, name) <= 0:
-                raise CutawayError(f"{name} = {getattr(self, name)}: it must be positive")
+            if not 0 < getattr(self, name) < 2**53:
+                raise CutawayError(f"{name} = {getattr(self, name)}: it must be positive, and below 2^53")
+        for name in ("sample", "calibrate", "warmup"):
+            if not 0 <= getattr(self, name) < 2**31:
+                raise CutawayError(f"{name} = {getattr(self, name)}: it must be 0 or more, and below 2^31")
         if self.learning_rate is not None and not self.learning_rate > 0:
             raise CutawayError(f"learning_rate = {self.learning_rate}: it must be positive")
         if self.encoder_scale != "fit" and not 0 < self.encoder_scale < math.inf:
@@ -103,6 +109,11 @@ class TrainConfig(Plain):
     def steps(self) -> int:
         """Number of optimiser steps."""
         return self.tokens // self.batch
+
+    def parameters(self, d_in: int, d_out: int) -> int:
+        """Numbers that are trained, of a dictionary that reads a tensor of the one width and writes the other."""
+        own = {JumpReLURule: 1, GatedRule: 2}.get(type(self.selector), 0)
+        return self.d_sae * (d_in + d_out + 1 + own) + d_out + (d_in * d_out if self.skip else 0)
 
     def rate(self, step: int) -> float:
         """Learning rate of a step, counted from 0."""

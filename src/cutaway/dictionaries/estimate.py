@@ -15,9 +15,9 @@ from torch import Tensor
 
 from cutaway.artifacts.progress import duration
 from cutaway.dictionaries.api import Training
-from cutaway.dictionaries.config import TrainConfig
+from cutaway.dictionaries.config import BYTES_A_PARAMETER, TrainConfig
 from cutaway.dictionaries.jobs import Job, Source, tokens_used
-from cutaway.dictionaries.rules import BatchTopKRule, GatedRule, JumpReLURule, TopKRule
+from cutaway.dictionaries.rules import BatchTopKRule, TopKRule
 from cutaway.dictionaries.sources import LiveRows
 from cutaway.dictionaries.trainer import Trainer
 from cutaway.model.flops import cost
@@ -122,14 +122,14 @@ def estimate(training: Training) -> Estimate:
     free = _available()
     for name, job in jobs.items():
         d_in, d_out = _width(source, job.reads), _width(source, job.writes or job.reads)
-        parameters = _parameters(job.config, d_in, d_out)
+        parameters = job.config.parameters(d_in, d_out)
         found.append(
             OfOne(
                 name=name,
                 latents=job.config.d_sae,
                 parameters=parameters,
                 flops=_flops(job.config, d_in, d_out),
-                state=16 * parameters,
+                state=BYTES_A_PARAMETER * parameters,
                 steps=job.config.steps,
                 step=None,
             )
@@ -164,11 +164,6 @@ def estimate(training: Training) -> Estimate:
 
 def _width(source: Source, sites: Sequence[str]) -> int:
     return sum(source.ports[site].width for site in sites)
-
-
-def _parameters(config: TrainConfig, d_in: int, d_out: int) -> int:
-    own = {JumpReLURule: 1, GatedRule: 2}.get(type(config.selector), 0)
-    return config.d_sae * (d_in + d_out + 1 + own) + d_out + (d_in * d_out if config.skip else 0)
 
 
 def _flops(config: TrainConfig, d_in: int, d_out: int) -> tuple[int, int]:

@@ -25,10 +25,11 @@ from cutaway.artifacts.manifest import json_hash
 from cutaway.artifacts.progress import Progress
 from cutaway.artifacts.run_folder import locked
 from cutaway.dictionaries.calibrate import calibrate
-from cutaway.dictionaries.config import TrainConfig
+from cutaway.dictionaries.config import BYTES_A_PARAMETER, TrainConfig
 from cutaway.dictionaries.dictionary import Dictionary, Port
 from cutaway.dictionaries.rules import BatchTopKRule
 from cutaway.dictionaries.trainer import Trainer
+from cutaway.model.memory import available_bytes
 
 __all__ = ["CHECKPOINT", "Job", "Source", "TrainConfig", "Trained", "Trainer", "train_jobs"]
 
@@ -144,6 +145,7 @@ def train_jobs(
         held: list[Mapping[str, Tensor]] = []
         stream: Iterator[Mapping[str, Tensor]] | None = None
         if fresh := {name: job for name, job in jobs.items() if name not in trainers}:
+            _require_memory(source, fresh)
             stream = source.batches(size, 0)
             held = _first_batches(stream, fresh, size)
             trainers |= {name: _new_trainer(job, source, held, size) for name, job in fresh.items()}
@@ -191,6 +193,26 @@ def train_jobs(
                 raise
         save()
         return _finished(source, jobs, trainers, size, stream)
+
+
+def _require_memory(source: Source, jobs: Mapping[str, Job]) -> None:
+    """Raise, before memory runs out, where the parameters with what training keeps of them are more than is free."""
+
+    def width(sites: Sequence[str]) -> int:
+        return sum(source.ports[site].width for site in sites)
+
+    needed = {
+        name: BYTES_A_PARAMETER * job.config.parameters(width(job.reads), width(job.writes or job.reads))
+        + 2 * 4 * job.config.batch * job.config.d_sae
+        for name, job in jobs.items()
+    }
+    free = available_bytes(torch.device("cpu"))
+    if sum(needed.values()) > free:
+        largest = max(needed, key=lambda name: needed[name])
+        raise CutawayError(
+            f"training {_named(jobs)} takes {sum(needed.values()) / 2**30:,.1f} GiB, and {free / 2**30:,.1f} GiB are "
+            f"free (d_sae is {jobs[largest].config.d_sae:,}): take fewer latents, or fewer dictionaries at once"
+        )
 
 
 def _batch_size(source: Source, jobs: Mapping[str, Job]) -> int:

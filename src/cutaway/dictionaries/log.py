@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.artifacts.files import disk_errors, plain, write_text
+from cutaway.artifacts.files import disk_errors, note_written, plain, read_bytes, write_text
 from cutaway.dictionaries.trainer import Trainer
 
 Tracking = Literal["wandb", "tensorboard"]
@@ -44,6 +44,7 @@ class Logs:
             there = {record["step"]: record for record in read_log(self._path(name))}
             lines = [there.get(record["step"], self._entry(name, record)) for record in trainer.history]
             write_text(self._path(name), "".join(json.dumps(plain(line)) + "\n" for line in lines))
+            note_written(self._path(name))  # it grows
         for tracker in self.trackers:
             tracker.begin(name, trainer)
 
@@ -77,10 +78,10 @@ def read_log(path: Path) -> list[dict[str, float]]:
     if not path.exists():
         return []
     found: list[dict[str, float]] = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in read_bytes(path).splitlines():
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(record, dict) and "step" in record:
             found.append(record)

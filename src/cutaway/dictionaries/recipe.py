@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.artifacts.files import plain
+from cutaway.artifacts.files import plain, read_text
 from cutaway.dictionaries.config import TrainConfig
 from cutaway.dictionaries.dictionary import Port
 from cutaway.dictionaries.jobs import Job
@@ -118,11 +118,9 @@ class Recipe(Plain):
     def read(cls, path: Path) -> "Recipe":
         """The recipe in a TOML file."""
         try:
-            values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise CutawayError(f"{path} cannot be read: {error.strerror}") from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise CutawayError(f"{path} is not TOML: {error}") from error
+            values = tomllib.loads(read_text(path))
+        except (ValueError, RecursionError) as error:  # also for a number of more digits than Python reads
+            raise CutawayError(f"{path} is not TOML: {' '.join(str(error).split())[:200]}") from error
         return cls.of(values, str(path))
 
     def changed(self, **values: Any) -> "Recipe":

@@ -357,6 +357,14 @@ class Trainer:
             raise CutawayError(f"{path} is of a training run with another configuration: {way_out}")
         if record.get("source") != source:
             raise CutawayError(f"{path} is of a training run on other activations: {way_out}")
+        try:
+            return cls._from(config, tensors, record)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            said = " ".join(str(error).split())[:100]
+            raise CutawayError(f"{path} is damaged ({type(error).__name__}: {said}): {way_out}") from error
+
+    @classmethod
+    def _from(cls, config: TrainConfig, tensors: dict[str, Tensor], record: Mapping[str, str]) -> "Trainer":
         trainer = cls.__new__(cls)
         trainer.config = config
         trainer.variance = float.fromhex(record["variance"])
@@ -379,12 +387,33 @@ class Trainer:
         trainer.running_threshold = tensors["running_threshold"].cpu()
         trainer.steps_done = int(record["steps_done"])
         trainer.history = json.loads(record["history"])
+        if not isinstance(trainer.history, list) or not all(isinstance(entry, dict) for entry in trainer.history):
+            raise ValueError("its history is no list of records")
         trainer.adam = trainer._optimiser()
         for name, parameter in trainer.parameters.tensors().items():
             keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"adam.{name}.{key}" in tensors]
             if keys:
-                trainer.adam.state[parameter] = {key: tensors[f"adam.{name}.{key}"] for key in keys}
+                state = {key: tensors[f"adam.{name}.{key}"] for key in keys}
+                if any(state[key].shape != parameter.shape for key in keys if key != "step"):
+                    raise ValueError(f"what is kept of {name} has another shape")
+                trainer.adam.state[parameter] = state
+        trainer._check_shapes()
         return trainer
+
+    def _check_shapes(self) -> None:
+        """Raise ValueError unless the parts of a trainer that was read fit each other and its configuration."""
+        p, f = self.parameters, self.config.d_sae
+        if p.encoder.ndim != 2 or p.decoder.ndim != 2:
+            raise ValueError("encoder and decoder are matrices")
+        d_in, d_out = p.encoder.shape[1], p.decoder.shape[1]
+        latent = {"encoder_bias", "threshold", "gate_scale", "magnitude_bias"}
+        shapes = dict.fromkeys(latent, (f,)) | {"encoder": (f, d_in), "decoder": (f, d_out)}
+        shapes |= {"decoder_bias": (d_out,), "skip": (d_out, d_in)}
+        for name, tensor in p.tensors().items():
+            if tuple(tensor.shape) != shapes[name] or not tensor.is_floating_point():
+                raise ValueError(f"{name} has the shape {list(tensor.shape)}")
+        if self.silent.shape != (f,) or self.fired.shape != (f,) or self.running_threshold.shape != (2,):
+            raise ValueError("its counts of latents have another shape")
 
 
 def _checked(x: Tensor, step: int) -> Tensor:

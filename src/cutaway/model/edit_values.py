@@ -184,8 +184,11 @@ def _applied(edit: Edit, block: Tensor) -> Tensor:
     if not isinstance(result, Tensor) or result.shape != block.shape:  # pyright: ignore[reportUnnecessaryIsInstance]
         got = f"a tensor of shape {list(result.shape)}" if isinstance(result, Tensor) else f"a {type(result).__name__}"
         raise CutawayError(f"The function of '{edit}' returned {got}; it was given {list(block.shape)}.")
-    if result.is_complex() or result.device.type == "meta":
-        raise CutawayError(f"The function of '{edit}' returned numbers that are complex, or on the meta device.")
+    if result.is_complex() or result.device.type == "meta" or result.layout is not torch.strided:
+        raise CutawayError(
+            f"The function of '{edit}' returned numbers that are complex, or a tensor that is sparse or on the meta "
+            "device."
+        )
     if not bool(torch.isfinite(result).all()):
         raise CutawayError(f"The function of '{edit}' returned NaN or infinity.")
     return result.to(device=block.device, dtype=block.dtype)

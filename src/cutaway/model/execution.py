@@ -168,10 +168,11 @@ class Execution:
         if self.idle:
             token = current.set(self)  # a forward inside an observed one belongs to nobody but itself
             try:
-                return call()
+                with one_dtype(self.lm):
+                    return call()
             finally:
                 current.reset(token)
-        with self.observing():
+        with self.observing(), one_dtype(self.lm):
             try:
                 return call()
             except Stop:
@@ -194,8 +195,8 @@ class Execution:
                 f"The metric returned {list(metric.shape)} numbers for {len(self.mask)} rows; it must return one "
                 "number, or one a row."
             )
-        if not bool(torch.isfinite(metric).all()):
-            raise CutawayError("The metric is NaN or infinite, so it has no gradient.")
+        if metric.is_complex() or not bool(torch.isfinite(metric).all()):
+            raise CutawayError("The metric is complex, NaN or infinite, so it has no gradient.")
         found = torch.autograd.grad(metric.sum(), inputs, allow_unused=True)
         return {
             name: self.by_row(torch.zeros_like(value) if grad is None else grad.detach())
@@ -244,6 +245,39 @@ def receipts_of(edits: Iterable[Resolved], tokens_first: Tensor) -> tuple[Receip
             )
         )
     return tuple(made)
+
+
+@contextmanager
+def one_dtype(lm: LanguageModel) -> Iterator[None]:
+    """Where a forward fails and layers differ in their dtypes, say so; models that convert by themselves do not."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "type" not in str(error) or (mixed := _mixed(lm)) is None:
+            raise
+        raise CutawayError(
+            f"{lm.name} cannot be run: {mixed}; give all of it one dtype, such as model.to(torch.float32)."
+        ) from error
+
+
+def _mixed(lm: LanguageModel) -> str | None:
+    """The first weight that is of another float than the same weight of the layer below it, or None."""
+    layers = lm.family.layers
+    there = {name: weight.dtype for name, weight in layers[0].module.named_parameters()}
+    for i, layer in enumerate(layers):
+        for name, weight in layer.module.named_parameters():
+            if weight.is_floating_point() and there.get(name, weight.dtype) != weight.dtype:
+                return f"in layer {i} {name} is {_short(weight.dtype)}, and in layer 0 {_short(there[name])}"
+    floats = {dtype for dtype in there.values() if dtype.is_floating_point}
+    for what, module in (("embedding", lm.family.embed), ("unembedding", lm.family.unembed)):
+        for weight in module.parameters():
+            if weight.is_floating_point() and floats and weight.dtype not in floats:
+                return f"its {what} is {_short(weight.dtype)}, and its layers are {_short(next(iter(floats)))}"
+    return None
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _checkpointing(lm: LanguageModel) -> list[nn.Module]:

@@ -124,6 +124,10 @@ def generate(
             "Beams trade places as they go, so they take no edits of single rows and cannot be streamed; leave out "
             "num_beams, or edit every row."
         )
+    if settings.num_beams > lm.d_vocab:
+        raise CutawayError(
+            f"num_beams is {settings.num_beams}, more than the {lm.d_vocab} tokens there are; take fewer."
+        )
     if settings.num_beams > 1 and any(edit.kind == "noise" for edit in edits):
         raise CutawayError(
             "Noise depends on a row's own tokens, and beams trade them as they go; leave out num_beams, or the noise."

@@ -25,7 +25,7 @@ from cutaway.model.attention import check_dispatch
 from cutaway.model.causality import is_causal, says_bidirectional
 from cutaway.model.current import active
 from cutaway.model.edits import Edit, edits_for
-from cutaway.model.execution import Execution, Form, form_of
+from cutaway.model.execution import Execution, Form, form_of, one_dtype
 from cutaway.model.families import TESTED, find_family, weight_matrix
 from cutaway.model.parts import Layer
 from cutaway.model.ropes import find_ropes
@@ -36,7 +36,7 @@ from cutaway.model.streaming import GenerationStream
 from cutaway.model.sweep import Cell
 from cutaway.model.sweep import Metric as SweepMetric
 from cutaway.model.sweep_results import Sweep
-from cutaway.model.tokens import Tokens, pad_rows, printable, token_string
+from cutaway.model.tokens import Tokens, brief, pad_rows, plain_ids, printable, token_string
 from cutaway.model.wrapped import device_of, unwrap
 
 Inputs = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor | Tokens | Mapping[str, Any]
@@ -284,9 +284,18 @@ class LanguageModel:
         return CutawayError(f"Token ids must be between 0 and {self.d_vocab - 1}, the vocabulary of {self.name}.")
 
     def token_strings(self, ids: Iterable[int] | Tensor) -> list[str]:
-        """One printable string a token, spaces kept."""
-        values = ids.tolist() if isinstance(ids, Tensor) else ids
-        return [printable(token_string(self.tokenizer, int(i))) for i in values]
+        """One printable string a token, spaces kept. Raises CutawayError for what are no ids of the vocabulary."""
+        values = self._ids(ids)
+        if values.ndim != 1:
+            raise CutawayError(f"Tokens are named by a list of ids; got ids of the shape {list(values.shape)}.")
+        return [printable(token_string(self.tokenizer, i)) for i in values.tolist()]
+
+    def _ids(self, ids: Any) -> Tensor:
+        """Ids of the vocabulary as a tensor on the CPU, of the shape that they are given in."""
+        found = plain_ids(ids)
+        if found.numel() and not 0 <= int(found.min()) <= int(found.max()) < self.d_vocab:
+            raise self._no_such_id()
+        return found
 
     def _rows(self, inputs: Any) -> list[list[int]]:
         given: Any = [inputs] if isinstance(inputs, str) else _plain(inputs)
@@ -634,11 +643,15 @@ class LanguageModel:
 
     def unembed(self, residual: Tensor) -> Tensor:
         """What the model would answer from a stream [..., d]: final norm, unembedding and softcap, [..., V]."""
+        if not isinstance(residual, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise CutawayError(f"A stream of {self.name} is a tensor [..., {self.d_model}]; got {brief(residual)}.")
+        if residual.is_complex() or residual.layout is not torch.strided or residual.device.type == "meta":
+            raise CutawayError("A stream is a plain tensor of real numbers, neither sparse nor on the meta device.")
         if residual.ndim == 0 or residual.shape[-1] != self.d_model:
             raise CutawayError(
                 f"A stream of {self.name} is [..., {self.d_model}]; got a tensor of shape {list(residual.shape)}."
             )
-        with torch.no_grad():
+        with torch.no_grad(), one_dtype(self):
             module = self.family.ln_final.module
             return self.family.finish(self.family.unembed(module(residual.to(device=self.device, dtype=self.dtype))))
 
@@ -647,9 +660,7 @@ class LanguageModel:
 
         A factor that the model puts on its logits is in them; a softcap is not.
         """
-        chosen = ids if isinstance(ids, Tensor) else torch.as_tensor(list(ids), dtype=torch.long)
-        if chosen.numel() and not 0 <= int(chosen.min()) <= int(chosen.max()) < self.d_vocab:
-            raise self._no_such_id()
+        chosen = self._ids(ids)
         return weight_matrix(self.family.unembed).detach().T[chosen.to(self.device)] * self.family.logit_scale
 
     def _layer(self, layer: int) -> Layer:
@@ -680,6 +691,12 @@ class LanguageModel:
     def w_v(self, layer: int) -> Tensor:
         """Value projection by key-value head, [KV, d, h]."""
         return self._w(layer, "v")
+
+    def __reduce_ex__(self, _protocol: Any) -> Any:
+        raise CutawayError(
+            f"A LanguageModel is neither pickled nor copied; load it again by its name ({self.name}), or attach a copy "
+            "of its model."
+        )
 
     def _site_table(self) -> SiteTable:
         family = self.family

@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.files import read_json
 from cutaway.artifacts.manifest import ModelIdentity, json_hash, weight_hash
+from cutaway.model.devices import usable_device
 from cutaway.model.named import named_folder
 from cutaway.model.wrapped import parameter_of, unwrap
 
@@ -49,13 +50,7 @@ def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> str | torch
 def _device(device: str | torch.device | None) -> torch.device:
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise CutawayError(f"'{device}' is not a device; use cpu, cuda or cuda:N.") from error
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise CutawayError(f"Device '{device}' was asked for, but PyTorch sees no GPU here; leave device out.")
-    return chosen
+    return usable_device(device)
 
 
 def _check_folder(folder: Path) -> None:
@@ -79,11 +74,12 @@ def load_parts(
     revision: str | None,
     device_map: DeviceMap | None = None,
     offload_folder: str | Path | None = None,
+    adapters: tuple[str, ...] = (),
 ) -> Parts:
     """The model, its tokenizer (None if it has none), its name, and a way to its identity.
 
-    With `device_map` transformers places the parts ("auto", or module -> device, "cpu" or "disk"), and `offload_folder`
-    is where parts on "disk" go.
+    `adapters` are those whose base model this is. With `device_map` transformers places the parts ("auto", or module ->
+    device, "cpu" or "disk"), and `offload_folder` is where parts on "disk" go.
     """
     if device_map is not None and device is not None:
         raise CutawayError("device and device_map both say where the model goes; give one of them.")
@@ -93,13 +89,21 @@ def load_parts(
     if not isinstance(model, (str, os.PathLike)):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise CutawayError(f"A model is named by text or a path; got {model!r} (give cutaway.attach an object).")
     name = str(model)
-    folder = named_folder(name) or Path(model).expanduser()
     try:
+        folder = named_folder(name) or Path(model).expanduser()
         local = folder.is_dir()
+    except (RuntimeError, ValueError) as error:  # no such user's home, or a zero byte
+        raise CutawayError(f"There is no model {name[:60]!r}: {error}; check the name.") from error
     except OSError as error:
         raise CutawayError(f"There is no model {name[:60]!r}…: {error.strerror}; check the name.") from error
     if local and (folder / _ADAPTER).is_file() and not (folder / "config.json").is_file():
         options: dict[str, Any] = {"device_map": device_map, "offload_folder": offload_folder}
+        if adapters:
+            raise CutawayError(
+                f"{adapters[-1]} names {name} as its base model, which is an adapter itself; set "
+                "base_model_name_or_path to the model that both belong to."
+            )
+        options["adapters"] = (name,)
         return _with_adapter(folder, name, {"dtype": dtype, "device": device, "revision": revision, **options})
     if local:
         _check_folder(folder)
@@ -142,7 +146,8 @@ def _quiet() -> Iterator[None]:
 
 def _with_adapter(folder: Path, name: str, options: dict[str, Any]) -> Parts:
     """The base model that an adapter of PEFT names, with the adapter in it, not merged."""
-    base = read_json(folder / _ADAPTER).get("base_model_name_or_path")
+    config = read_json(folder / _ADAPTER)
+    base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
     if not isinstance(base, str) or not base:
         raise CutawayError(f"{folder}/{_ADAPTER} does not name its base model; set base_model_name_or_path.")
     if not any(folder.glob("adapter_model.safetensors")):

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -102,6 +103,12 @@ class Run(Captured):
     strings_of: Callable[[Tensor], list[str]] | None = field(default=None, repr=False)  # ids to text, with a tokenizer
     weights: int | None = field(default=None, repr=False)  # LanguageModel.weights_state, None of a run that was loaded
 
+    def __reduce_ex__(self, _protocol: Any) -> Any:
+        raise CutawayError(
+            "A run is neither pickled nor copied; write it with run.save(folder), which cutaway.load_run reads (and a "
+            "patch from it with cutaway.save_edits)."
+        )
+
     def save(self, folder: str | Path) -> Path:
         """Write the run into a folder, from which `cutaway.load_run` reads it: tensors (`run.safetensors`), tokens,
         receipts, hashes and manifest (`run.json`), edits (`edits.json`, `edits.safetensors`).
@@ -194,6 +201,9 @@ class Generation(Captured):
     site_table: SiteTable = field(repr=False)
     model: str
     identity: Callable[[], ModelIdentity] = field(repr=False)
+
+    def __reduce_ex__(self, _protocol: Any) -> Any:
+        raise CutawayError("A generation is not pickled; keep its texts and new_ids, and values that you need.")
 
     def __repr__(self) -> str:
         lines = [f"Generation of {len(self.texts)} texts"]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import bisect
 import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -60,6 +60,10 @@ class Tokens:
         mask = torch.ones_like(ids, dtype=torch.bool)
         tokens.__dict__.update(ids=ids, mask=mask, spelling=spelling, padded=False)
         return tokens
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and copies: what the tokens are, spelled out, since a function cannot go along."""
+        return {"ids": self.ids, "mask": self.mask, "spelling": self.spelled}
 
     @cached_property
     def spelled(self) -> Strings:
@@ -204,9 +208,39 @@ def _stray(character: str) -> bool:
     return "\udc80" <= character <= "\udcff"
 
 
+def plain_ids(ids: Any) -> Tensor:
+    """Token ids in a list (or a list of lists), an array, a tensor or any iterable, as int64 on the CPU.
+
+    Raises `CutawayError` for what are no whole numbers.
+    """
+    given = ids if isinstance(ids, (Tensor, list, tuple)) or hasattr(ids, "tolist") else None
+    if given is None and isinstance(ids, Iterable) and not isinstance(ids, (str, bytes)):
+        given = list(ids)
+    try:
+        found = torch.as_tensor(given)
+        whole = not found.numel() or not (found.is_floating_point() or found.is_complex() or found.dtype is torch.bool)
+        found = found.detach().to("cpu", torch.long)
+    except (TypeError, ValueError, RuntimeError, NotImplementedError, OverflowError) as error:
+        raise CutawayError(f"Token ids are whole numbers; got {brief(ids)}.") from error
+    if not whole or found.layout is not torch.strided:
+        raise CutawayError(f"Token ids are whole numbers in a list or a plain tensor; got {brief(ids)}.")
+    return found
+
+
+def brief(value: Any) -> str:
+    """A value in a few words."""
+    text = f"a tensor of {value.dtype}" if isinstance(value, Tensor) else repr(value)
+    return text if len(text) < 60 else text[:57] + "…"
+
+
 def printable(text: str) -> str:
-    """A text with "�" for every part of a character."""
-    return text if text.isascii() else text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    """A text with "�" for every part of a character, and for half of a surrogate pair."""
+    if text.isascii():
+        return text
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    except UnicodeEncodeError:  # of a damaged file: no token's bytes
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def token_string(tokenizer: PreTrainedTokenizerBase | None, index: int) -> str:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.artifacts.files import write_safetensors
+from cutaway.artifacts.files import parse_json, write_safetensors
 from cutaway.artifacts.manifest import ModelIdentity, json_hash
 from cutaway.artifacts.progress import Progress
 from cutaway.data.activations import as_tokens, counted
@@ -196,6 +196,9 @@ def lens_streams(lm: LanguageModel, rows: Tensor) -> Iterator[tuple[Tensor, list
 # Training -----------------------------------------------------------------------------------------------------------
 
 
+_KEPT = ("", "step", "momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")  # of a parameter, in a checkpoint
+
+
 class _Trainer:
     """The state of a training run: parameters of all layers, the optimiser's buffers, steps done, losses."""
 
@@ -270,6 +273,13 @@ class _Trainer:
             raise CutawayError(f"{path} is of a training run with another configuration: {way_out}")
         if record.get("source") != source:
             raise CutawayError(f"{path} is of a training run on another model or other text: {way_out}")
+        expected = {name: self._shape(name) for name in ("weight", "bias", *(key for key in tensors if "." in key))}
+        wrong = [name for name, shape in expected.items() if name not in tensors or tensors[name].shape != shape]
+        history = parse_json(record.get("history", ""), f"{path} is damaged, {way_out}: its history")
+        if wrong or tensors.keys() != expected.keys() or not record.get("steps_done", "").isdecimal():
+            raise CutawayError(f"{path} is damaged ({wrong[0] if wrong else 'its record'}): {way_out}")
+        if not isinstance(history, list) or not all(isinstance(entry, dict) for entry in history):
+            raise CutawayError(f"{path} is damaged (its history): {way_out}")
         self.weight.copy_(tensors.pop("weight"))
         self.bias.copy_(tensors.pop("bias"))
         for name, parameter in (("weight", self.weight), ("bias", self.bias)):
@@ -277,7 +287,14 @@ class _Trainer:
             state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
             self.optimizer.state[parameter] = state
         self.steps_done = int(record["steps_done"])
-        self.history = json.loads(record["history"])
+        self.history = history
+
+    def _shape(self, name: str) -> torch.Size | None:
+        """The shape of a tensor of a checkpoint: a parameter, or what the optimiser keeps of it; None of others."""
+        whose, _, part = name.partition(".")
+        if whose not in ("weight", "bias") or part not in _KEPT:
+            return None
+        return torch.Size([]) if part == "step" else getattr(self, whose).shape
 
 
 def _optimizer(parameters: list[Tensor], config: TunedLensConfig) -> torch.optim.Optimizer:

@@ -10,6 +10,7 @@ The library's folder has `config.json` and `params.pt`, a state dict of one line
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +63,11 @@ def load_tuned_lens(folder: str | Path) -> TunedLens:
     finite, shapes that do not fit each other.
     """
     folder = Path(folder)
-    if (folder / MANIFEST).is_file() or (folder / TENSORS).is_file():
+    if os.path.isfile(folder / MANIFEST) or os.path.isfile(folder / TENSORS):
         lens = _ours(folder)
-    elif (folder / "config.json").is_file():
+    elif os.path.isfile(folder / "config.json"):
         lens = _of_the_library(folder)
-    elif not folder.exists():
+    elif not os.path.exists(folder):
         raise CutawayError(f"{folder} does not exist: name the folder of a tuned lens")
     else:
         raise CutawayError(
@@ -132,16 +133,22 @@ def _of_the_library(folder: Path) -> TunedLens:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # rubbish ends the reader in whatever error its bytes happen to name
         raise CutawayError(f"{path} is not a file of tensors alone ({type(error).__name__})") from error
+    if not isinstance(state, dict) or len(state) != layers * (2 if bias else 1):
+        count = len(state) if isinstance(state, dict) else 0
+        raise CutawayError(
+            f"{path} does not fit its config.json: it holds {count} tensors, where {layers} layers have "
+            f"{layers * (2 if bias else 1)}"
+        )
     expected = {f"{i}.weight": (width, width) for i in range(layers)}
     expected |= {f"{i}.bias": (width,) for i in range(layers)} if bias else {}
-    found = (
-        {str(k): tuple(v.shape) for k, v in state.items() if isinstance(v, Tensor)} if hasattr(state, "items") else {}
-    )
+    found = {str(k): tuple(v.shape) for k, v in state.items() if isinstance(v, Tensor) and v.is_floating_point()}
     if wrong := sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key)):
         raise CutawayError(
             f"{path} does not fit its config.json ({layers} layers of width {width}): {wrong[0]} is "
             f"{found.get(wrong[0], 'missing')}, where {expected.get(wrong[0], 'nothing')} is expected"
         )
+    if any(held.layout is not torch.strided or held.device.type != "cpu" for held in state.values()):
+        raise CutawayError(f"{path} holds tensors that are sparse or have no values: save them as plain tensors")
     weight = torch.stack([state[f"{i}.weight"].float() for i in range(layers)])
     biases = [state[f"{i}.bias"].float() if bias else torch.zeros(width) for i in range(layers)]
     hashed = config.get("unembed_hash")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from pydantic import BaseModel, Field, FiniteFloat, StrictInt
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.artifacts.files import write_parquet
+from cutaway.artifacts.files import parquet_errors, write_parquet
 from cutaway.artifacts.progress import Progress
 from cutaway.dictionaries.config import TrainConfig
 from cutaway.dictionaries.dictionary import Dictionary
@@ -72,10 +72,8 @@ def dictionary(tour: Tour) -> page.Section:
     config = configuration(tour)
     work = tour.folder.path / "dictionary.training"
     trained = train_on_model(tour.lm, tour.rows.train, site_of(tour), config, folder=work)
-    if dictionary_folder(tour).exists():
-        _remove(dictionary_folder(tour))
-    save(trained.dictionary, dictionary_folder(tour))
-    _remove(work)
+    save(trained.dictionary, dictionary_folder(tour), overwrite=True)
+    tour.folder.discard(work.name)
     judged = evaluate(tour.lm, trained.dictionary, tour.judged_rows, seed=tour.seed, command=command)
     effects = judged.effects
     history = trained.history
@@ -137,10 +135,6 @@ def dictionary(tour: Tour) -> page.Section:
         ),
         command=command,
     )
-
-
-def _remove(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def trained_dictionary(tour: Tour) -> Dictionary:
@@ -323,18 +317,37 @@ class Told:
 
 def told(tour: Tour) -> tuple[list[Told], Tensor]:
     """What the features step has found, best first, and every latent's density [F]."""
-    path = tour.folder.path / "latents.parquet"
+    return read_told(tour.folder.path / "latents.parquet")
+
+
+class _Record(BaseModel):
+    latent: StrictInt = Field(ge=0)
+    concepts: list[str]
+    auroc: list[FiniteFloat]
+    precision: list[FiniteFloat]
+    recall: list[FiniteFloat]
+    maximum: float
+    density: float
+
+
+def read_told(path: Path) -> tuple[list[Told], Tensor]:
+    """What `told` returns, of a file; `CutawayError` where it is absent, damaged or of another kind."""
     if not path.is_file():
         raise CutawayError(f"{path} does not exist: run the tour, or `--only features` first")
-    records = pq.read_table(path).to_pylist()
-    found = [
-        Told(concept, record["latent"], auroc, precision, recall, record["maximum"])
-        for record in records
-        for concept, auroc, precision, recall in zip(
-            record["concepts"], record["auroc"], record["precision"], record["recall"], strict=True
-        )
-    ]
-    return sorted(found, key=lambda t: -t.auroc), torch.tensor([record["density"] for record in records])
+    with parquet_errors(path):
+        rows = pq.read_table(path).to_pylist()
+    try:
+        records = [_Record.model_validate(row) for row in rows]
+        found = [
+            Told(concept, record.latent, auroc, precision, recall, record.maximum)
+            for record in records
+            for concept, auroc, precision, recall in zip(
+                record.concepts, record.auroc, record.precision, record.recall, strict=True
+            )
+        ]
+    except ValueError as error:  # pydantic's too
+        raise CutawayError(f"{path} is damaged: run the tour again with --only features") from error
+    return sorted(found, key=lambda t: -t.auroc), torch.tensor([record.density for record in records])
 
 
 def require_dictionary(tour: Tour) -> None:

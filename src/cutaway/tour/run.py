@@ -9,6 +9,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.files import write_json
 from cutaway.artifacts.manifest import Manifest, code_version
@@ -137,11 +139,22 @@ def _run(tour: Tour, only: str | None, started: float, settings: dict[str, Any])
     )
 
 
+def finished_section(folder: RunFolder, step: str) -> Section | None:
+    """The section that a step of an earlier run made; None if it has not. `CutawayError` where it is damaged."""
+    saved = folder.step(step)
+    try:
+        return None if saved is None else Section.model_validate(saved)
+    except ValidationError as error:
+        raise CutawayError(
+            f"the step {step} in {folder.path} is not what a tour writes: begin again with --overwrite"
+        ) from error
+
+
 def _section(tour: Tour, step: str, test: SelfTest, tested: float, *, again: bool) -> Section:
     """A section from the run folder, or made now and saved."""
-    saved = None if again else tour.folder.step(step)
+    saved = None if again else finished_section(tour.folder, step)
     if saved is not None:
-        return Section.model_validate(saved)
+        return saved
     began = time.monotonic()
     if step == "selftest":
         made = look.selftest(tour, test).model_copy(update={"seconds": tested})

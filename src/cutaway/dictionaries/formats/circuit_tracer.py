@@ -62,7 +62,10 @@ def layers(path: Path) -> dict[str, str | Path]:
         if place.startswith("hf://"):
             found[f"layer_{layer}"] = place
             continue
-        file = (path / place).resolve()
+        try:
+            file = (path / place).resolve()
+        except (OSError, RuntimeError, ValueError) as error:  # a link in a circle, a zero byte
+            raise CutawayError(f"{path / CFG} names {place!r}, which is no file") from error
         if not file.is_relative_to(path.resolve()):
             raise CutawayError(f"{path / CFG} names {place}, which is outside of its folder")
         found[f"layer_{layer}"] = file

@@ -2,8 +2,6 @@
 
 import contextlib
 import os
-import secrets
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +10,7 @@ from typing import Literal, get_args
 import torch
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.artifacts.files import disk_errors, make_folder
+from cutaway.artifacts.files import atomic_folder, clear_leftovers
 from cutaway.dictionaries.dictionary import Dictionary, Port
 from cutaway.dictionaries.formats import (
     circuit_tracer,
@@ -25,6 +23,7 @@ from cutaway.dictionaries.formats import (
     sparsify,
 )
 from cutaway.dictionaries.formats.reading import Reading
+from cutaway.model.devices import usable_device
 
 Format = Literal[
     "cutaway",
@@ -83,7 +82,7 @@ _SAVED = (
 
 def read(where: str | Path) -> Reading:
     """A dictionary and how its files were read: see `load`, which keeps the dictionary alone."""
-    path = hub.local(where)
+    path = _found(where)
     for known in _READ:
         if known.fits(path):
             return known.read(path)
@@ -119,6 +118,8 @@ def load(
         dictionary = at_site(dictionary, site)
     if dtype is None and hub.is_shipped(where):
         dtype = torch.float32  # stored in half precision for its size only
+    if device is not None:
+        device = usable_device(device)
     return dictionary if device is None and dtype is None else dictionary.to(device, dtype)
 
 
@@ -132,7 +133,7 @@ def load_all(where: str | Path) -> dict[str, Dictionary]:
 
 def read_all(where: str | Path) -> dict[str, Reading]:
     """`load_all`, and how the files were read."""
-    path = hub.local(where)
+    path = _found(where)
     known = next((known for known in _READ if known.fits(path)), None)
     if known is not None and known.name != "circuit-tracer":
         return {path.stem if path.is_file() else path.name: known.read(path)}
@@ -147,6 +148,14 @@ def read_all(where: str | Path) -> dict[str, Reading]:
         own = circuit_tracer.fits(file) and file.is_file()
         found[name] = circuit_tracer.read(file, folder) if own else read(file)
     return found
+
+
+def _found(where: str | Path) -> Path:
+    """Where it is here; what was killed while it was being replaced is put back."""
+    path = Path(where)
+    if not str(where).startswith(hub.PREFIX) and not os.path.exists(path):
+        clear_leftovers(path.expanduser().parent)
+    return hub.local(where)
 
 
 def _only(path: Path) -> Reading:
@@ -253,21 +262,10 @@ def _saved_files(folder: Path) -> set[Path]:
 @contextlib.contextmanager
 def _whole_folder(folder: Path, overwrite: bool) -> Iterator[Path]:
     """A new folder beside, which takes the place of `folder` when the body ends well."""
+    clear_leftovers(folder.parent)  # an earlier dictionary may have been left under another name
     if folder.exists():
         if not overwrite:
             raise CutawayError(f"{folder} exists: name another folder, or allow it to be overwritten")
         _refuse_others(folder)
-    make_folder(folder.parent)
-    token = secrets.token_hex(4)
-    fresh, old = (folder.with_name(f".{folder.name}.{token}.{end}") for end in ("tmp", "old"))
-    try:
-        make_folder(fresh)
+    with atomic_folder(folder) as fresh:
         yield fresh
-        with disk_errors(folder):
-            if folder.exists():
-                os.rename(folder, old)
-            os.rename(fresh, folder)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-        if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)

@@ -1,5 +1,6 @@
 """Folders of the Hugging Face hub as folders of this machine: "hf://owner/repository/folder"."""
 
+import os
 import re
 from pathlib import Path
 
@@ -24,7 +25,7 @@ def local(where: str | Path) -> Path:
         path = Path(where).expanduser()
         if is_shipped(where):
             return shipped_dictionary(str(where).removeprefix(SHIPPED))
-        if not path.exists():
+        if not os.path.exists(path):
             raise CutawayError(
                 f"{path} does not exist: name a folder or file, or an address such as hf://owner/repository/folder"
             )
@@ -42,7 +43,7 @@ def local(where: str | Path) -> Path:
 
 def is_shipped(where: str | Path) -> bool:
     """Whether that is the name of a dictionary in the package, and not of a folder here."""
-    return str(where).startswith(SHIPPED) and not Path(where).expanduser().exists()
+    return str(where).startswith(SHIPPED) and not os.path.exists(Path(where).expanduser())
 
 
 def _snapshot(repository: str, revision: str | None, inside: str, where: str) -> Path:

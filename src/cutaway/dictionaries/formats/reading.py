@@ -233,14 +233,17 @@ def restored(dictionary: Dictionary, block: Mapping[str, Any], path: Path) -> Di
         raise CutawayError(f"{path}: the block 'cutaway' has no site, or a model or metadata that are no objects")
     changes: dict[str, Any] = {"site": site, "model": model, "metadata": metadata}
     for name in ("reads", "writes"):
-        changes[name] = tuple(port_of(record, path) for record in block.get(name) or ())
+        records = block.get(name) or []
+        if not isinstance(records, list):
+            raise CutawayError(f"{path}: the block 'cutaway' has {name} that are no list")
+        changes[name] = tuple(port_of(record, path) for record in records)
     selector = block.get("selector") or {}
     stored = dictionary.selector
     if isinstance(selector, dict) and selector.get("name") == "batchtopk" and isinstance(stored, ReLU | JumpReLU):
         k, threshold = selector.get("k"), selector.get("threshold")
-        if isinstance(k, int) and isinstance(threshold, int | float):
+        if isinstance(k, int) and isinstance(threshold, int | float) and abs(threshold) < 1e30:
             stored_one = isinstance(stored, JumpReLU) and bool(
-                (stored.threshold == stored.threshold.new_tensor(threshold)).all()
+                (stored.threshold == stored.threshold.new_tensor(float(threshold))).all()
             )
             if stored_one or (isinstance(stored, ReLU) and threshold == 0):
                 changes["selector"] = BatchTopK(k, float(threshold))

@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import random
 import shutil
+import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -80,7 +81,7 @@ def build_corpus(
     manifest_path = folder / MANIFEST
     if manifest_path.exists():
         manifest = read_json(manifest_path)
-        if {key: manifest.get(key) for key in wanted} != wanted:
+        if not isinstance(manifest, dict) or {key: manifest.get(key) for key in wanted} != wanted:
             raise CutawayError(f"{folder} holds another corpus than the one asked for: name another folder")
         return manifest
     shards = make_folder(folder / "shards")
@@ -117,7 +118,11 @@ def build_corpus(
 
 def read_stream(folder: Path, name: str) -> np.ndarray:
     """The token stream "world" or "real_text": uint16 [n], memory-mapped."""
-    return np.memmap(folder / f"{name}.bin", dtype=np.uint16, mode="r")
+    path = folder / f"{name}.bin"
+    try:
+        return np.memmap(path, dtype=np.uint16, mode="r")
+    except (OSError, ValueError) as error:
+        raise CutawayError(f"{path} is missing or was cut short: make the corpus again in another folder") from error
 
 
 @dataclass(frozen=True)
@@ -214,8 +219,12 @@ def _write_shard(job: _Job) -> None:
 
 
 def _read_shard(shards: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
-    with np.load(shards / f"{name}.npz", allow_pickle=False) as shard:
-        return shard["tokens"], shard["lengths"]
+    path = shards / f"{name}.npz"
+    try:
+        with np.load(path, allow_pickle=False) as shard:
+            return shard["tokens"], shard["lengths"]
+    except (zipfile.BadZipFile, OSError, EOFError, KeyError, ValueError) as error:
+        raise CutawayError(f"{path} is damaged: remove it, and it is written again") from error
 
 
 def _shuffle(path: Path, shards: Sequence[tuple[np.ndarray, np.ndarray]], seed: tuple[int, ...]) -> None:

@@ -1,6 +1,5 @@
 """The page `docs/atlas.md`: what atlas is, what it can do and what it cannot, and how that was measured."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
@@ -13,7 +12,7 @@ from cutaway.subjects.atlas.compare import Comparison
 from cutaway.subjects.atlas.criterion import CAUSAL_LOSS, HEADLINE_LOSS
 from cutaway.subjects.atlas.evaluate import N_CONTROL, Evaluation
 from cutaway.subjects.atlas.refusal_checks import PRICE_LIMIT, RefusalChecks
-from cutaway.subjects.atlas.shipped import MANIFEST, read_manifest
+from cutaway.subjects.atlas.shipped import MANIFEST, read_log, read_manifest
 from cutaway.subjects.world.ground_truth import GROUND_TRUTH
 from cutaway.subjects.world.items import SCORING
 
@@ -377,7 +376,7 @@ def _loss_curve(folder: Path) -> list[str]:
     log = folder / "log.jsonl"
     if not log.is_file():
         return []
-    records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    records = read_log(log)
     chosen = [records[round(i * (len(records) - 1) / 7)] for i in range(8)] if len(records) > 8 else records
     columns = ("tokens", *(f"{record['tokens'] / 1e6:.2g} M" for record in chosen))
     losses = ["loss, nats a token", *(f"{record['loss']:.2f}" for record in chosen)]

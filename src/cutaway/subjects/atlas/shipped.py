@@ -3,13 +3,14 @@
 Atlas is a Hugging Face folder like any other; its place inside the package is all that is special about it.
 """
 
+import os
 import shutil
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.artifacts.files import make_folder, read_json, write_json
+from cutaway.artifacts.files import atomic_folder, parse_json, read_bytes, read_json, write_json
 from cutaway.artifacts.manifest import file_hash
 from cutaway.model.named import SHIPPED, named_folder
 
@@ -52,12 +53,28 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
         raise CutawayError(f"{folder} has no {MANIFEST}: it was not written by `cutaway subjects train`")
-    return read_json(path)
+    record = read_json(path)
+    if not isinstance(record, dict):
+        raise CutawayError(f"{path} is damaged: it is no object")
+    return record
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The records of a training's log, each with tokens, loss and tokens_per_second."""
+    again = f"{path} is damaged, remove it, or begin again with --overwrite"
+    records = [parse_json(line, f"{again}: a line") for line in read_bytes(path).splitlines()]
+    for record in records:
+        wanted = ("tokens", "loss", "tokens_per_second")
+        if not isinstance(record, dict) or not all(isinstance(record.get(name), (int, float)) for name in wanted):
+            raise CutawayError(again)
+    return records
 
 
 def altered_files(folder: Path) -> list[str]:
     """Names of files that differ from the folder's manifest or are missing; an empty list means all is as written."""
-    recorded: dict[str, str] = read_manifest(folder)["files"]
+    recorded = read_manifest(folder).get("files")
+    if not isinstance(recorded, dict) or any(os.path.basename(name) != name for name in recorded):
+        raise CutawayError(f"{folder / MANIFEST} is damaged: it does not say which files lie beside it")
     return [name for name, sha in recorded.items() if not (folder / name).is_file() or file_hash(folder / name) != sha]
 
 
@@ -74,11 +91,8 @@ def write_pair(out: Path, other: str = "atlas-1") -> dict[str, str]:
         if not (folder / "model.safetensors").is_file():
             raise CutawayError(f"{folder} holds no model.safetensors: the pair cannot be made with {name}")
     hashes = {name: file_hash(folder / "model.safetensors") for name, folder in folders.items()}
-    staging = out.with_name(out.name + ".partial")
-    shutil.rmtree(staging, ignore_errors=True)
-    make_folder(staging)
-    for name, folder in folders.items():
-        shutil.copytree(folder, staging / name)
-    write_json(staging / MANIFEST, {"pair": hashes})
-    staging.rename(out)
+    with atomic_folder(out) as fresh:
+        for name, folder in folders.items():
+            shutil.copytree(folder, fresh / name)
+        write_json(fresh / MANIFEST, {"pair": hashes})
     return hashes

@@ -10,7 +10,6 @@ import copy
 import json
 import math
 import os
-import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,19 +19,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.artifacts.files import make_folder, write_json, write_safetensors, write_text
+from cutaway.artifacts.files import (
+    note_written,
+    scratch_folder,
+    write_json,
+    write_safetensors,
+    write_text,
+)
 from cutaway.artifacts.manifest import code_version, file_hash
 from cutaway.artifacts.progress import Progress
 from cutaway.artifacts.run_folder import RunFolder
+from cutaway.model.devices import usable_device
 from cutaway.subjects.atlas.batches import TURNS, UNMASKED_SHARE, Batches, share_of_rows
 from cutaway.subjects.atlas.corpus import TOKENIZER, CorpusPlan, build_corpus, read_stream, world_tokens_for
 from cutaway.subjects.atlas.loss import linear_cross_entropy
-from cutaway.subjects.atlas.shipped import MANIFEST, read_manifest, weights_folder
+from cutaway.subjects.atlas.shipped import MANIFEST, read_log, read_manifest, weights_folder
 from cutaway.subjects.atlas.tokenizer import BOS, END, PAD, VOCABULARY, save_pretrained
 
 BETAS = (0.9, 0.95)
@@ -46,7 +52,7 @@ _CHECKPOINT = "checkpoint.safetensors"
 _WEIGHTS = "model.safetensors"
 _LOG = "log.jsonl"
 _WRITES = (
-    _CHECKPOINT, _LOG, MANIFEST, "corpus", ".export", "config.json", "generation_config.json", "model.safetensors",
+    _CHECKPOINT, _LOG, MANIFEST, "corpus", "config.json", "generation_config.json", "model.safetensors",
     "tokenizer*", "special_tokens_map.json", "chat_template*",
 )  # fmt: skip
 _MICROBATCH_ON_CPU = 16  # rows at a time: more spill out of the caches and gain nothing
@@ -184,7 +190,7 @@ def train(
         raise CutawayError(f"{recipe.tokens:,} tokens are less than one step of {recipe.rows} x {recipe.context}")
     if (start is None) != (recipe.start is None) or (start and file_hash(start / _WEIGHTS) != recipe.start):
         raise CutawayError(f"{start} does not hold the weights that the recipe starts from")
-    configuration = {**asdict(recipe), "device": _device_type(device), "compiled": compiled}
+    configuration = {**asdict(recipe), "device": usable_device(device).type, "compiled": compiled}
     with RunFolder.open(
         out, command="subjects train", configuration=configuration, writes=_WRITES, resume=not overwrite
     ) as run:
@@ -193,7 +199,8 @@ def train(
         commits: list[str] = run.step("commits") or []
         if code_version() not in commits:  # a run may go on after the code has changed: the manifest names them all
             commits = run.save_step("commits", [*commits, code_version()])
-        corpus = corpus or run.file("corpus")
+        made = corpus is None
+        corpus = corpus or run.take("corpus")
         about = build_corpus(
             corpus,
             CorpusPlan(
@@ -228,22 +235,10 @@ def train(
         manifest = _manifest(recipe, about, precision["dtype"], loss, commits, start)
         export(model, Tokenizer.from_file(str(corpus / "tokenizer.json")), out, manifest)
         run.save_step("export", {"loss": loss}, files=(_WEIGHTS,))
-        (out / _CHECKPOINT).unlink(missing_ok=True)
-        if corpus.is_relative_to(out):
-            shutil.rmtree(corpus)
+        run.discard(_CHECKPOINT)
+        if made:
+            run.discard("corpus")
     return out
-
-
-def _device_type(device: str) -> str:
-    """The kind of a device ("cpu", "cuda", ...), once a number was put there and read back."""
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise CutawayError("no CUDA device is here: leave --device out, or say cpu")
-    try:
-        number = torch.zeros(1, device=device)
-        number.item()
-        return number.device.type
-    except (RuntimeError, AssertionError) as error:  # which one depends on what torch was built with
-        raise CutawayError(f"the device {device!r} is not here: leave --device out, or say cpu") from error
 
 
 def fit(
@@ -407,16 +402,22 @@ def _load_checkpoint(folder: Path, model: LlamaForCausalLM, optimizer: torch.opt
     path = folder / _CHECKPOINT
     if not path.exists():
         return 0
-    with safe_open(str(path), framework="pt", device=str(model.device)) as tensors:
-        step = int(tensors.metadata()["step"])
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.copy_(tensors.get_tensor(f"{name}|value"))
-                optimizer.state[parameter] = {
-                    "step": torch.tensor(float(step), device=parameter.device),
-                    "exp_avg": tensors.get_tensor(f"{name}|exp_avg"),
-                    "exp_avg_sq": tensors.get_tensor(f"{name}|exp_avg_sq"),
-                }
+    try:
+        with safe_open(str(path), framework="pt", device=str(model.device)) as tensors:
+            step = int(tensors.metadata()["step"])
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    kept = {part: tensors.get_tensor(f"{name}|{part}") for part in ("value", "exp_avg", "exp_avg_sq")}
+                    if any(tensor.shape != parameter.shape for tensor in kept.values()):
+                        raise ValueError(f"{name} has another shape")
+                    parameter.copy_(kept.pop("value"))
+                    optimizer.state[parameter] = {
+                        "step": torch.tensor(float(step), device=parameter.device),
+                        **kept,
+                    }
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        said = " ".join(str(error).split())[:100]
+        raise CutawayError(f"{path} is damaged ({said}): remove it, or begin again with --overwrite") from error
     return step
 
 
@@ -425,20 +426,22 @@ def _read_log(folder: Path, step: int) -> list[dict[str, Any]]:
     path = folder / _LOG
     if not step or not path.exists():
         return []
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    records = read_log(path)
+    if not all(isinstance(record.get("step"), int) for record in records):
+        raise CutawayError(f"{path} is damaged: remove it, or begin again with --overwrite")
     return [record for record in records if record["step"] <= step]
 
 
 def export(model: LlamaForCausalLM, tokenizer: Tokenizer, folder: Path, manifest: dict[str, Any]) -> None:
     """Write fp16 safetensors, config, tokenizer, chat template and manifest, laid out as the shipped weights are."""
-    staging = make_folder(folder / ".export")
-    copy.deepcopy(model).cpu().half().save_pretrained(str(staging))
-    save_pretrained(tokenizer, staging)
-    written = sorted(staging.iterdir())
-    for file in written:
-        file.chmod(0o644)  # safetensors makes its file readable by its owner alone
-        os.replace(file, folder / file.name)
-    staging.rmdir()
+    with scratch_folder(folder / "export") as staging:
+        copy.deepcopy(model).cpu().half().save_pretrained(str(staging))
+        save_pretrained(tokenizer, staging)
+        written = sorted(staging.iterdir())
+        for file in written:
+            file.chmod(0o644)  # safetensors makes its file readable by its owner alone
+            note_written(folder / file.name, file)
+            os.replace(file, folder / file.name)
     hashes = {file.name: file_hash(folder / file.name) for file in written}
     write_json(folder / MANIFEST, {**manifest, "files": hashes})
 
