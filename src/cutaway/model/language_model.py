@@ -381,7 +381,7 @@ class LanguageModel:
         first layer that is edited or captured here; `limit_bytes` bounds what the captures may hold (default 4 GiB).
 
         Raises CutawayError: an unknown or absent site, an edit that does not fit or touches nothing, a capture above
-        the limit, a prompt longer than the context.
+        the limit, a prompt longer than the context, rows whose lengths call for different rotary angles.
         """
         tokens = self.tokens(inputs, bos=bos)
         if logits not in ("all", "last", None):
@@ -583,7 +583,8 @@ class LanguageModel:
         checkpoint's own generation settings only the tokens that end a text count.
 
         Raises CutawayError: what `run` raises for tokens and edits, a prompt that leaves no room in the context for
-        the new tokens, settings out of range, beams with edits of single rows.
+        the new tokens, settings out of range, beams with edits of single rows, a cache that would keep what new tokens
+        change (attention that is not causal, rotary angles that depend on the length).
         """
         settings = generation.Settings(
             max_new_tokens=max_new_tokens,
