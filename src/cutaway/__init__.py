@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         zero,
     )
     from cutaway.model.language_model import LanguageModel, attach, load
+    from cutaway.model.own import Description
     from cutaway.model.positions import at_token
     from cutaway.model.run import Run
     from cutaway.model.run_files import load_run
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CutawayError",
+    "Description",
     "Edit",
     "LanguageModel",
     "Run",
@@ -85,6 +87,7 @@ _HOMES = {
         "zero",
     ),
     "cutaway.model.language_model": ("LanguageModel", "attach", "load"),
+    "cutaway.model.own": ("Description",),
     "cutaway.model.positions": ("at_token",),
     "cutaway.model.run": ("Run",),
     "cutaway.model.run_files": ("load_run",),

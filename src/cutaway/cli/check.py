@@ -125,7 +125,7 @@ def card(lm: Any) -> dict[str, str | int]:
         "model": lm.name,
         "revision": identity.revision or "none",
         "weights": f"sha256 {identity.weight_hash}",
-        "architecture": type(lm.hf).__name__,
+        "architecture": lm.architecture,
         "parameters": lm.n_parameters,
         "layers": lm.n_layers,
         "d_model": lm.d_model,

@@ -20,7 +20,7 @@ def ordinary_tokens(lm: LanguageModel) -> list[int]:
     if lm.tokenizer is not None:
         special |= set(lm.tokenizer.all_special_ids)
         special |= {i for i, token in lm.tokenizer.added_tokens_decoder.items() if token.special}
-    return [i for i in range(lm.d_vocab) if i not in special]
+    return [i for i in range(lm.d_vocab_in) if i not in special]
 
 
 def repeated_tokens(rng: random.Random, lm: LanguageModel, split: Split) -> Iterator[PromptPair]:
