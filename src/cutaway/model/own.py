@@ -161,8 +161,9 @@ class OwnModel(PreTrainedModel, GenerationMixin):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         use_cache: bool = False,
+        return_dict: bool = True,
     ) -> CausalLMOutput:
-        """The module's logits [b, p, V] for ids [b, p]. It keeps no cache, so `use_cache` says nothing."""
+        """The module's logits [b, p, V] for ids [b, p]. It keeps no cache, and always returns this form."""
         given = {"attention_mask": attention_mask, "position_ids": position_ids}
         if attention_mask is not None and "attention_mask" not in self.takes:
             shape = attention_mask[:, -input_ids.shape[1] :].bool()
@@ -178,8 +179,8 @@ class OwnModel(PreTrainedModel, GenerationMixin):
         logits = logits[0] if isinstance(logits, tuple) else logits
         return CausalLMOutput(logits=logits)
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, **given: Any) -> dict[str, Any]:
-        return {"input_ids": input_ids, "attention_mask": given.get("attention_mask")}
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
+        return {"input_ids": input_ids, "attention_mask": kwargs.get("attention_mask")}
 
     @property
     def title(self) -> str:

@@ -195,6 +195,16 @@ def named_token(text: str) -> int | str:
     return text[1:] if text.startswith("\\") and _ID.fullmatch(text[1:]) else text
 
 
+def next_tokens(ids: Tensor, mask: Tensor, n_answers: int) -> tuple[Tensor, Tensor]:
+    """The token behind each but the last of ids [b, p], and whether it counts: both [b, p - 1].
+
+    Those count that follow a real token, are one, and are among the `n_answers` ids that a model answers with; another
+    has id 0 here.
+    """
+    counts = mask[:, 1:] & mask[:, :-1] & (ids[:, 1:] < n_answers)
+    return ids[:, 1:].where(counts, 0), counts
+
+
 def ids_in(text: str) -> list[int]:
     """The ids that a text such as "#3 #5 #1" names, one behind the other, for a model without a tokenizer."""
     parts = text.split()
