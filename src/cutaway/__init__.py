@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     )
     from cutaway.model.language_model import LanguageModel, attach, load
     from cutaway.model.own import Description
+    from cutaway.model.own_weights import from_weights
     from cutaway.model.positions import at_token
     from cutaway.model.run import Run
     from cutaway.model.run_files import load_run
@@ -51,6 +52,7 @@ __all__ = [
     "attach",
     "clamp",
     "clamp_latent",
+    "from_weights",
     "function",
     "load",
     "load_edits",
@@ -88,6 +90,7 @@ _HOMES = {
     ),
     "cutaway.model.language_model": ("LanguageModel", "attach", "load"),
     "cutaway.model.own": ("Description",),
+    "cutaway.model.own_weights": ("from_weights",),
     "cutaway.model.positions": ("at_token",),
     "cutaway.model.run": ("Run",),
     "cutaway.model.run_files": ("load_run",),

@@ -19,7 +19,6 @@ from cutaway.data.harvest import harvest
 from cutaway.data.pairs import PromptPair
 from cutaway.dictionaries.api import train
 from cutaway.model.language_model import LanguageModel, attach
-from cutaway.model.own import Description
 from cutaway.observe.attribution import attribute
 from cutaway.observe.circuits import composition, copying_scores
 from cutaway.observe.head_table import head_table
@@ -74,7 +73,9 @@ def test_the_module_stays_what_it_was(own: tuple[nn.Module, LanguageModel]) -> N
     torch.testing.assert_close(seen.logits, plain, rtol=1e-5, atol=1e-5)
     assert torch.equal(logits_of(module, rows), plain)
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
-    assert not any(part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part) for part in module.modules())
+    assert not any(
+        part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part) for part in module.modules()
+    )
     assert lm.hf.module is module
     assert lm.selftest().passed
 
@@ -198,7 +199,164 @@ def test_lens_heads_patch_circuit_train(own: tuple[nn.Module, LanguageModel], tm
 
     rows = torch.tensor(rows_of(lm, 200, 10))
     store = harvest(lm, rows.tolist(), "blocks.0.resid_post", tokens=300)
-    torch.testing.assert_close(store[0]["blocks.0.resid_post"], lm.run(rows[:1], capture="blocks.0.resid_post")["blocks.0.resid_post"][0, 1])  # fmt: skip
+    stream = lm.run(rows[:1], capture="blocks.0.resid_post")["blocks.0.resid_post"]
+    torch.testing.assert_close(store[0]["blocks.0.resid_post"], stream[0, 1])  # the first position is left out
     trained = train(lm, "blocks.0.mlp.out", corpus=rows, d_sae=32, k=4, tokens=4096, batch=128, out=tmp_path / "sae")
     last = trained["blocks.0.mlp.out"].history[-1]
     assert last["variance_explained"] > 0.3
+
+
+# What is refused ----------------------------------------------------------------------------------------------------
+
+
+def refused(**changes: Any) -> str:
+    """What is said to a GPT whose description has these fields instead."""
+    torch.manual_seed(0)
+    module = Gpt(layers=1).eval()
+    with pytest.raises(CutawayError) as error:
+        attach(module, description=replace(GPT, **changes))
+    said = str(error.value)
+    assert "docs/your-own-model.md" in said
+    assert said.count("docs/") == 1
+    assert "\n" not in said
+    return said
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"blocks": "blocks"}, "has no module 'blocks'; it has wte, wpe, h, ln_f, head"),
+        ({"blocks": "head"}, "blocks='head' is a Linear, not a list"),
+        ({"output": "attn.projection"}, "attn has no module 'projection'; it has qkv, proj"),
+        ({"norm1": None}, "resid_pre = attn.in, without a norm between"),
+        ({"final_norm": None}, "W_U = logits"),
+        ({"norm1": "ln_2", "norm2": "ln_1"}, "at layer 0: resid_pre + attn.out = resid_mid"),
+        ({"n_heads": 2, "scale": None}, "attention module Attention calls neither"),
+        ({"n_heads": 3}, "which 3 heads do not share"),
+        ({"qkv_by_head": True}, "attn.rot_q is attn.q turned"),
+        ({"scale": 0.25}, "scaled = attn.scores"),
+        ({"causal": False}, "it says causal=False, and another last token changes no logit before it"),
+        ({"parallel": True}, "at layer 0"),
+        ({"context": 25}, "its forward raises IndexError"),
+        ({"mlp_in": "mlp.2"}, "mlp_in='mlp.2' reads 64 numbers, and 16 are there"),
+        ({"mlp_in": "mlp.1"}, "GELU does not say how many numbers it reads"),
+        ({"attention": "mlp"}, "attention module Sequential calls neither"),
+        ({"unembed": "ln_f"}, "LayerNorm"),
+        ({"embed": "wpe"}, "its forward raises IndexError: index out of range"),
+    ],
+)
+def test_a_wrong_description_is_refused_with_the_reason(changes: dict[str, Any], says: str) -> None:
+    assert says in refused(**changes)
+
+
+def test_fields_are_checked() -> None:
+    for fields, says in [
+        ({"n_heads": 4}, "lacks context"),
+        ({"n_heads": 4, "context": 8, "qvk": "c"}, "no field 'qvk'; did you mean qkv?"),
+        ({"n_heads": 0, "context": 8, "qkv": "c"}, "n_heads is a whole number from 1 on, not 0"),
+        ({"n_heads": 4, "context": 8}, "name one or the other"),
+        ({"n_heads": 4, "context": 8, "q": "q", "v": "v"}, "name one or the other"),
+        ({"n_heads": 4, "context": 8, "qkv": "c", "n_kv_heads": 3}, "does not divide"),
+        ({"n_heads": 4, "context": 8, "qkv": 3}, "qkv is the name of a module"),
+        ({"n_heads": 4, "context": 8, "qkv": "c", "causal": 1}, "causal is True or False"),
+        (["n_heads"], "not a list"),
+    ]:
+        with pytest.raises(CutawayError, match="docs/your-own-model.md") as error:
+            attach(Gpt(), description=fields)  # type: ignore[arg-type]
+        assert says in str(error.value)
+
+
+def test_other_things_that_are_refused() -> None:
+    with pytest.raises(CutawayError, match=r"or a module with description=.*docs/your-own-model.md"):
+        attach(Gpt())
+
+    class Last(Gpt):
+        def forward(self, ids: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+            return super().forward(ids)[0][:, -1:], None
+
+    with pytest.raises(CutawayError, match=r"returns \[3, 1, 21\], not logits \[3, 24, 21\]"):
+        attach(Last(), description=GPT)
+
+    class Leaky(Gpt):
+        def forward(self, ids: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+            logits = super().forward(ids)[0]
+            return logits + logits.mean(1, keepdim=True), None
+
+    with pytest.raises(CutawayError, match="it says causal=True, and another last token changes the logits before it"):
+        attach(Leaky(), description=GPT)
+
+    class Called(Gpt):
+        def forward(self, ids: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+            x = self.wte(ids) + self.wpe(torch.arange(ids.shape[1]))
+            for block in self.h:
+                x = block.forward(x)
+            return self.head(self.ln_f(x)), None
+
+    with pytest.raises(CutawayError, match="does not call the module that blocks='h' names"):
+        attach(Called(), description=GPT)
+
+
+def test_absent_norms_say_so_by_name() -> None:
+    module, description = made("bare")
+    lm = attach(module, description=description)
+    for site, reason in [
+        ("ln_final.scale", "no norm before the unembedding"),
+        ("blocks.0.ln1.normalized", "no norm before attention"),
+        ("blocks.0.ln2.scale", "no norm before the MLP"),
+    ]:
+        with pytest.raises(CutawayError, match=reason):
+            lm.run([[1, 2]], capture=site)
+
+
+def test_ids_stand_for_text_and_text_is_refused_in_a_sentence(own: tuple[nn.Module, LanguageModel]) -> None:
+    _, lm = own
+    tokens = lm.tokens("#3 #5 #1")
+    assert tokens.ids.tolist() == [[3, 5, 1]]
+    assert tokens.strings == (("#3", "#5", "#1"),)
+    with pytest.raises(CutawayError, match="'three' is no token id, and this model has no tokenizer"):
+        lm.tokens("#3 three")
+    with pytest.raises(CutawayError, match=f"between 0 and {lm.d_vocab_in - 1}"):
+        lm.tokens(f"#{lm.d_vocab_in}")
+
+
+def test_the_ids_that_are_read_and_those_that_are_answered_are_told_apart() -> None:
+    module, description = made("unequal")
+    lm = attach(module, description=description)
+    assert (lm.d_vocab_in, lm.d_vocab) == (12, 10)
+    assert "12 in, 10 out" in repr(lm)
+    assert lm.run([[11, 10, 3]]).logits.shape == (1, 3, 10)  # type: ignore[union-attr]
+    with pytest.raises(CutawayError, match="answers with the ids 0 to 9"):
+        lm.output_directions([10])
+    pair = PromptPair((11, 2, 3), (10, 2, 3), 10, 1)
+    with pytest.raises(CutawayError, match="no token 10"):
+        patch_grid(lm, [pair])
+
+
+def test_a_model_that_sees_both_ways() -> None:
+    """Rows of unequal length cannot stand together without a mask, and the self-test passes without causality."""
+
+    class Both(Gpt):
+        def forward(self, ids: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(Tensor, "tril", lambda self: self)
+                return super().forward(ids)
+
+    torch.manual_seed(0)
+    lm = attach(Both().eval(), description=replace(GPT, causal=False))
+    assert lm.selftest().passed
+    assert float(lm.run([[1, 2, 3]], capture="blocks.0.attn.pattern")["blocks.0.attn.pattern"][0, 0, 0, 2]) > 0
+    with pytest.raises(
+        CutawayError, match="takes no attention_mask, so it cannot read rows of unequal length together"
+    ):
+        lm.run([[1, 2, 3], [4, 5]])
+
+
+def test_keys_that_heads_share() -> None:
+    module, description = made("unequal", kv=2)
+    lm = attach(module, description=replace(description, n_kv_heads=2))
+    assert lm.sites()["blocks.0.attn.rot_k"].shape[2] == 2
+    assert lm.run([[1, 2, 3]], capture="blocks.0.attn.rot_k")["blocks.0.attn.rot_k"].shape == (1, 3, 2, 4)
+    pairs = answered_pairs(lm)
+    with pytest.raises(CutawayError, match="grouped=True"):
+        discover(lm, pairs[:8], pairs[8:], fraction=0.5, draws=5, force=True, deep=False)
+    discover(lm, pairs[:8], pairs[8:], fraction=0.5, draws=5, force=True, deep=False, grouped=True)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
-from cutaway.cli.options import Count, Flag, Page, Seed
+from cutaway.cli.options import Count, Flag, ModuleFile, Page, Seed, model_and_prompt, opened
 from cutaway.cli.output import deliver
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ Kind = Literal[
 
 
 def heads(
-    model: str,
+    model: str | None = None,
     prompt: str | None = None,
     /,
     *,
@@ -43,6 +43,7 @@ def heads(
     sequences: Count = 8,
     length: Count | None = None,
     seed: Seed = 0,
+    module: ModuleFile = None,
     dtype: str | None = None,
     device: str | None = None,
     json: Flag = False,
@@ -70,6 +71,9 @@ def heads(
         Random tokens in one copy; 50, or what fits, if not given.
     seed
         Of the random sequences.
+    module
+        Instead of the model, a model of your own: FILE.py:function, which returns a module, (module, description) or
+        (module, description, tokenizer).
     dtype
         float32, bfloat16 or float16; float32 on a CPU and the checkpoint's own on a GPU if not given.
     device
@@ -79,21 +83,21 @@ def heads(
     html
         Write a page: the table, a map of the heads for each kind and each ablation, and the prompt's attention.
     """
-    import cutaway
     from cutaway.artifacts.errors import CutawayError
     from cutaway.artifacts.files import plain
     from cutaway.observe.attention_view import attention_view
     from cutaway.observe.circuits import Composition, composition
     from cutaway.observe.head_table import head_table
 
+    model, prompt = model_and_prompt(model, prompt, module)
     if "retrieval" in kind and needle is None:
         raise CutawayError("The retrieval score needs --needle, a piece of the prompt to look for.")
     if needle is not None and prompt is None:
         raise CutawayError("--needle is a piece of a prompt: give the prompt too.")
-    lm = cutaway.load(model, dtype=dtype, device=device)
+    lm = opened(model, module, dtype=dtype, device=device)
     view = None if prompt is None or html is None else attention_view(lm, prompt)  # refuses too much before the work
     ablations = {"mean": ("mean",), "zero": ("zero",), "both": ("mean", "zero"), "none": ()}
-    command = _command(model, prompt, kind, top, ablate, needle, sequences, length, seed, dtype, device)
+    command = _command(model, prompt, kind, top, ablate, needle, sequences, length, seed, module, dtype, device)
     table = head_table(
         lm,
         prompt,
@@ -124,7 +128,7 @@ def heads(
 
 
 def _command(
-    model: str,
+    model: str | None,
     prompt: str | None,
     kind: tuple[str, ...],
     top: int,
@@ -133,17 +137,19 @@ def _command(
     sequences: int,
     length: int | None,
     seed: int,
+    module: str | None,
     dtype: str | None,
     device: str | None,
 ) -> str:
     """The command line that measures the same again."""
     import shlex
 
-    words = ["cutaway", "heads", model, *([] if prompt is None else [prompt])]
+    words = ["cutaway", "heads", *(word for word in (model, prompt) if word is not None)]
     words += [word for one in kind for word in ("--kind", one)]
     given = {
         "top": (top, 5), "ablate": (ablate, "both"), "needle": (needle, None), "sequences": (sequences, 8),
-        "length": (length, None), "seed": (seed, 0), "dtype": (dtype, None), "device": (device, None),
+        "length": (length, None), "seed": (seed, 0), "module": (module, None), "dtype": (dtype, None),
+        "device": (device, None),
     }  # fmt: skip
     words += [
         word for option, (value, usual) in given.items() if value != usual for word in (f"--{option}", str(value))

@@ -133,7 +133,7 @@ def generate(
         settings = replace(settings, use_cache=False)
         if lm.d_vocab > lm.d_vocab_in:
             raise CutawayError(
-                f"{lm.name} answers with {lm.d_vocab} ids and reads {lm.d_vocab_in}, so it cannot go on with its answers."
+                f"{lm.name} answers with {lm.d_vocab} ids and reads {lm.d_vocab_in}, so it cannot read its answers."
             )
     if settings.stops and lm.tokenizer is None:
         raise CutawayError("stop= names texts, and this model has no tokenizer; attach one to use text.")

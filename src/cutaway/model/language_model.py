@@ -693,7 +693,9 @@ class LanguageModel:
         size = f"{self.n_parameters / 1e6:.1f} M" if self.n_parameters < 1e9 else f"{self.n_parameters / 1e9:.2f} B"
         heads = f"{self.n_heads} heads" + (f" ({self.n_kv_heads} kv)" if self.n_kv_heads != self.n_heads else "")
         dtype = str(self.dtype).removeprefix("torch.")
-        vocabulary = str(self.d_vocab) if self.d_vocab == self.d_vocab_in else f"{self.d_vocab_in} in, {self.d_vocab} out"
+        vocabulary = (
+            str(self.d_vocab) if self.d_vocab == self.d_vocab_in else f"{self.d_vocab_in} in, {self.d_vocab} out"
+        )
         return (
             f"LanguageModel {self.name}: {self.architecture}, {size} parameters, {self.n_layers} layers x d "
             f"{self.d_model} x {heads}, vocabulary {vocabulary}, {dtype} on {self.device}"

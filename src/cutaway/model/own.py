@@ -38,10 +38,10 @@ class Description:
     `nn.Linear`, or what acts like one. What is None is not there: a block without norms reads the stream directly.
     `mlp` is the module of an MLP; without it `mlp_in` stands for it. With `mlp_gate` the MLP is act(gate) * in.
 
-    `context` is how many tokens the module reads at most. `scale` is what queries times keys are multiplied by; it
-    is only compared with what the module does. `causal`: no token sees a later one. `parallel`: attention and MLP read the same stream.
-    `inputs`: how many ids it reads, where the embedding is no `nn.Embedding`; how many it answers with may be another
-    number, and is the width of `unembed`.
+    `context` is how many tokens the module reads at most. `scale` is what queries times keys are multiplied by; it is
+    only compared with what the module does. `causal`: no token sees a later one. `parallel`: attention and MLP read the
+    same stream. `inputs`: how many ids it reads, where the embedding is no `nn.Embedding`; how many it answers with may
+    be another number, and is the width of `unembed`.
     """
 
     n_heads: int
@@ -140,9 +140,7 @@ class OwnModel(PreTrainedModel, GenerationMixin):
             raise _refuse(module, str(error)) from error
         if not isinstance(inputs, int):
             raise _refuse(module, f"say how many ids {description.embed!r} reads, which is no nn.Embedding: inputs=")
-        super().__init__(
-            OwnConfig(**width, vocab_size=inputs, use_bidirectional_attention=not description.causal)
-        )
+        super().__init__(OwnConfig(**width, vocab_size=inputs, use_bidirectional_attention=not description.causal))
         self.module = module
         self.description = description
         self.training = module.training  # of itself alone: the module stays in the mode it is in
@@ -229,16 +227,7 @@ def _family(model: OwnModel, says: Description) -> Family:
     reads = first.projections[0]
     d = width_in(reads.module)
     d_head = width_out(reads.module) // (says.n_heads if "k" not in reads.parts else says.n_heads + 2 * says.kv_heads)
-    widths = {"output": (width_out(first.output), d), "unembed": (width_in(unembed), d)}
-    for layer in layers:
-        out = width_in(layer.output)
-        if out % says.n_heads:
-            raise _refuse(model, f"output={says.output!r} reads {out} numbers, which {says.n_heads} heads do not share")
-    for field, (found, wanted) in widths.items():
-        if found != wanted:
-            raise _refuse(
-                model, f"{field} has a width of {found}, and {says.q or says.qkv!r} reads a stream of {wanted}"
-            )
+    _fits(says, "unembed", unembed, d, None)
     inputs = model.config.vocab_size
     norm = None if says.final_norm is None else probe_norm(_named(module, says.final_norm, "final_norm"), d)
     assert first.mlp_out is not None
@@ -285,6 +274,15 @@ def _projections(block: nn.Module, says: Description) -> tuple[Projection, ...]:
     return tuple(found)
 
 
+def _fits(says: Description, field: str, module: nn.Module, reads: int | None, writes: int | None) -> None:
+    """Raise where a projection does not read or write as many numbers as what stands beside it."""
+    for verb, width, wanted in (("reads", width_in, reads), ("writes", width_out, writes)):
+        if wanted is not None and width(module) != wanted:
+            raise CutawayError(
+                f"{field}={getattr(says, field)!r} {verb} {width(module)} numbers, and {wanted} are there"
+            )
+
+
 def _layer(block: nn.Module, says: Description) -> Layer:
     def part(field: str) -> nn.Module:
         return _named(block, getattr(says, field), field)
@@ -299,14 +297,23 @@ def _layer(block: nn.Module, says: Description) -> Layer:
         found = maybe(field)
         return None if found is None else probe_norm(found, d)
 
-    attention, into, out = part("attention"), part("mlp_in"), part("mlp_out")
+    attention, output, into, out = (part(field) for field in ("attention", "output", "mlp_in", "mlp_out"))
     mlp = maybe("mlp")
+    _fits(says, "output", output, None, d)
+    _fits(says, "mlp_out", out, None, d)
+    _fits(says, "mlp_in", into, d, width_in(out))
+    if says.mlp_gate is not None:
+        _fits(says, "mlp_gate", part("mlp_gate"), d, width_in(out))
+    if width_in(output) % says.n_heads:
+        raise CutawayError(
+            f"output={says.output!r} reads {width_in(output)} numbers, which {says.n_heads} heads do not share"
+        )
     return Layer(
         module=block,
         attention=attention,
         core=attention,
         projections=projections,
-        output=part("output"),
+        output=output,
         q_norm=maybe("q_norm"),
         k_norm=maybe("k_norm"),
         mlp=into if mlp is None else mlp,
@@ -403,4 +410,3 @@ def _observe(model: OwnModel, embed: nn.Module, first: nn.Module, ids: Tensor) -
                 "gives it no tensor first; call modules, not their forward",
             )
     return seen["embed"], seen["block"], logits
-

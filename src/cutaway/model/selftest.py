@@ -253,7 +253,9 @@ def _attention(lm: LanguageModel, at: At, layer: int, equal: Equal) -> None:
         fitted = float((raw[seen] * wide_of(scores[seen])).sum() / raw[seen].square().sum())
         if not isinstance(scaling, float):  # then at least one factor for all cells
             scaling = fitted
-        elif own is None and abs(fitted - 1.0) < abs(fitted - scaling):  # some scale the queries before attention gets them
+        elif own is None and abs(fitted - 1.0) < abs(
+            fitted - scaling
+        ):  # some scale the queries before attention gets them
             scaling = 1.0
         raw = raw * scaling
         raw = raw if cap is None else torch.tanh(raw / cap) * cap
@@ -350,8 +352,10 @@ def verify(lm: LanguageModel) -> None:
     """
     try:
         test = run_selftest(lm)
-    except CutawayError:
-        raise
+    except CutawayError as error:
+        if not isinstance(lm.hf, OwnModel):
+            raise
+        raise _not_supported(lm, str(error).removesuffix(".")) from error
     except Exception as error:  # what a model of unknown build raises when its parts are not where they are looked for
         raise _not_supported(lm, f"its parts do not fit together ({type(error).__name__}: {error})") from error
     failed = test.failures()
