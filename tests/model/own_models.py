@@ -58,7 +58,7 @@ GPT = Description(
 
 
 class Bare(nn.Module):
-    """One layer, no norms: the attention by einsum, the positions a parameter, later tokens hidden by a large number."""
+    """One layer, no norms: attention by einsum, positions as a parameter, later tokens hidden by a large number."""
 
     class Block(nn.Module):
         class Attention(nn.Module):
@@ -131,8 +131,8 @@ class Unequal(nn.Module):
                 self.key, self.value = nn.Linear(d, kv * width), nn.Linear(d, kv * width)
 
             def forward(self, stream: Tensor) -> Tensor:
-                q, k, v = (p(stream).unflatten(-1, (n, -1)).transpose(1, 2)
-                           for p, n in ((self.query, self.heads), (self.key, self.kv), (self.value, self.kv)))  # fmt: skip
+                projections = ((self.query, self.heads), (self.key, self.kv), (self.value, self.kv))
+                q, k, v = (p(stream).unflatten(-1, (n, -1)).transpose(1, 2) for p, n in projections)
                 angle = torch.arange(stream.shape[1])[:, None] / 10 ** (torch.arange(q.shape[-1] // 2) / 2)
                 q, k = (self.turn(t, angle.cos(), angle.sin()) for t in (q, k))
                 k, v = (t.repeat_interleave(self.heads // self.kv, 1) for t in (k, v))

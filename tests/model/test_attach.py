@@ -261,7 +261,7 @@ def test_fields_are_checked() -> None:
         ({"n_heads": 4, "context": 8, "qkv": "c", "causal": 1}, "causal is True or False"),
         (["n_heads"], "not a list"),
     ]:
-        with pytest.raises(CutawayError, match="docs/your-own-model.md") as error:
+        with pytest.raises(CutawayError, match=r"docs/your-own-model\.md") as error:
             attach(Gpt(), description=fields)  # type: ignore[arg-type]
         assert says in str(error.value)
 
