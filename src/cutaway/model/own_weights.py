@@ -161,7 +161,9 @@ def from_weights(
         into, out, gate = (named.get(f"{at}mlp.W_{part}", 2) for part in ("in", "out", "gate"))
         if (into is None) != (out is None):
             raise _wrong(f"it has one of {at}mlp.W_in and {at}mlp.W_out, and not the other")
-        into, out = (embedding.new_zeros(d, 1), embedding.new_zeros(1, d)) if into is None or out is None else (into, out)
+        into, out = (
+            (embedding.new_zeros(d, 1), embedding.new_zeros(1, d)) if into is None or out is None else (into, out)
+        )
         mlp = PlainMlp(
             act,
             _linear(into, named.get(f"{at}mlp.b_in", 1)),
