@@ -23,6 +23,7 @@ from cutaway.observe.attribution import attribute
 from cutaway.observe.circuits import composition, copying_scores
 from cutaway.observe.head_table import head_table
 from cutaway.observe.logit_lens import logit_lens
+from cutaway.observe.untrained import untrained
 
 NAMES = list(MODELS)
 
@@ -185,7 +186,8 @@ def test_lens_heads_patch_circuit_train(own: tuple[nn.Module, LanguageModel], tm
     source = lm.run(rows, capture="blocks.0.resid_post")
     patched = lm.run(others, edits=cutaway.patch("blocks.0.resid_post", source, positions=2), logits="last").logits
     assert patched is not None
-    moved = torch.stack([patched[i, 0, p.answer] - patched[i, 0, p.wrong] for i, p in enumerate(pairs)]) - grid.corrupt
+    ends = [(int(p.answer), int(p.wrong)) for p in pairs]
+    moved = torch.stack([patched[i, 0, a] - patched[i, 0, b] for i, (a, b) in enumerate(ends)]) - grid.corrupt
     kept = ~grid.values[0, 2].isnan()  # the others' clean and corrupt run hardly differ
     assert int(kept.sum()) >= 8
     wanted = (moved / difference)[kept].to(grid.values.dtype)
@@ -204,6 +206,32 @@ def test_lens_heads_patch_circuit_train(own: tuple[nn.Module, LanguageModel], tm
     trained = train(lm, "blocks.0.mlp.out", corpus=rows, d_sae=32, k=4, tokens=4096, batch=128, out=tmp_path / "sae")
     last = trained["blocks.0.mlp.out"].history[-1]
     assert last["variance_explained"] > 0.3
+
+
+def test_an_untrained_twin_begins_as_its_modules_do() -> None:
+    module, description = made("gpt")
+    lm = attach(module, description=description)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    twin = untrained(lm, seed=3)
+    assert torch.equal(twin.hf.module.ln_f.weight, torch.ones(16))
+    assert not torch.equal(twin.hf.module.head.weight, module.head.weight)
+    assert float(twin.hf.module.head.weight.abs().max()) <= 0.25  # torch's own bound, 1/√16
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    module, description = made("bare")
+    with pytest.raises(CutawayError, match="nothing says how pos begins"):
+        untrained(attach(module, description=description))
+
+
+def test_the_mode_of_the_module_is_its_users() -> None:
+    module, description = made("gpt")
+    module.train()
+    lm = attach(module, description=description)
+    assert lm.hf.training
+    assert module.training
+    module.eval()
+    assert not lm.hf.training
+    lm.hf.train()
+    assert module.training
 
 
 # What is refused ----------------------------------------------------------------------------------------------------

@@ -82,8 +82,8 @@ def by_hand(w: dict[str, Tensor], ids: Tensor, norm: str, act: Any, causal: bool
     return normed(x, "ln_final") @ w["unembed.W_U"] + w["unembed.b_U"]
 
 
-GATES = {f"blocks__{layer}__mlp__W_gate": torch.randn(D, M, dtype=torch.float64) for layer in range(2)}
-NO_MLP = {f"blocks__{i}__mlp__{n}": None for i in range(2) for n in ("W_in", "b_in", "W_out", "b_out")}
+GATES: dict[str, Any] = {f"blocks__{layer}__mlp__W_gate": torch.randn(D, M, dtype=torch.float64) for layer in range(2)}
+NO_MLP: dict[str, Any] = {f"blocks__{i}__mlp__{n}": None for i in range(2) for n in ("W_in", "b_in", "W_out", "b_out")}
 
 
 @pytest.mark.parametrize(

@@ -133,22 +133,36 @@ class OwnModel(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
 
     def __init__(self, module: nn.Module, description: Description) -> None:
-        width = {"num_attention_heads": description.n_heads, "max_position_embeddings": description.context}
         try:
             inputs = description.inputs or getattr(_named(module, description.embed, "embed"), "num_embeddings", None)
         except CutawayError as error:
             raise _refuse(module, str(error)) from error
         if not isinstance(inputs, int):
             raise _refuse(module, f"say how many ids {description.embed!r} reads, which is no nn.Embedding: inputs=")
-        super().__init__(OwnConfig(**width, vocab_size=inputs, use_bidirectional_attention=not description.causal))
+        settings: dict[str, Any] = {
+            "num_attention_heads": description.n_heads,
+            "max_position_embeddings": description.context,
+            "vocab_size": inputs,
+            "use_bidirectional_attention": not description.causal,
+        }
+        super().__init__(OwnConfig(**settings))
         self.module = module
         self.description = description
-        self.training = module.training  # of itself alone: the module stays in the mode it is in
         forward = module.forward
         try:
             self.takes = frozenset(inspect.signature(forward).parameters) & {"attention_mask", "position_ids"}
         except (TypeError, ValueError):  # a forward that Python cannot look into takes the ids
             self.takes = frozenset[str]()
+
+    @property
+    def training(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The module's mode, which is its user's."""
+        inside = self.__dict__.get("_modules", {}).get("module")
+        return inside is not None and inside.training
+
+    @training.setter
+    def training(self, mode: bool) -> None:  # `train` and `eval` set it in the module too
+        pass
 
     def get_input_embeddings(self) -> nn.Module:
         return _named(self.module, self.description.embed, "embed")
@@ -177,7 +191,9 @@ class OwnModel(PreTrainedModel, GenerationMixin):
         logits = logits[0] if isinstance(logits, tuple) else logits
         return CausalLMOutput(logits=logits)
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, input_ids: Tensor, **kwargs: Any
+    ) -> dict[str, Any]:
         return {"input_ids": input_ids, "attention_mask": kwargs.get("attention_mask")}
 
     @property
@@ -378,7 +394,7 @@ def _try(model: OwnModel, embed: nn.Module, first: nn.Module, inputs: int, outpu
 
 def _observe(model: OwnModel, embed: nn.Module, first: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor, Any]:
     """What the embedding returns, what the first block reads, and the logits of one forward."""
-    seen: dict[str, Tensor] = {}
+    seen: dict[str, Any] = {}
 
     def on_embed(_module: nn.Module, _args: Any, output: Any) -> None:
         seen["embed"] = output

@@ -102,6 +102,8 @@ class _Watching(TorchFunctionMode):
         """Queries and keys on their way into the scores."""
         if name == "einsum":
             return self.einsum(func, args, kwargs)
+        left: Any
+        right: Any
         left, right = (args[0], args[1]) if len(args) > 1 else (args[0] if args else None, kwargs.get("other"))
         query = self.by_head(left, (self.about.n_heads,))
         key = self.by_head(right, (self.about.n_heads, self.about.n_kv_heads))

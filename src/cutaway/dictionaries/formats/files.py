@@ -96,8 +96,8 @@ def read(where: str | Path, names: Mapping[str, str] | None = None) -> Reading:
         else []
     )
     if below:
-        names = ", ".join(child.name for child in below[:8])
-        raise CutawayError(f"{path} is no dictionary, but holds {len(below)}: name one of {names}")
+        listed = ", ".join(child.name for child in below[:8])
+        raise CutawayError(f"{path} is no dictionary, but holds {len(below)}: name one of {listed}")
     if by_tensors.recognised(path):
         return by_tensors.read(path)
     way = (
