@@ -639,7 +639,9 @@ class LanguageModel:
         """
         chosen = ids if isinstance(ids, Tensor) else torch.as_tensor(list(ids), dtype=torch.long)
         if chosen.numel() and not 0 <= int(chosen.min()) <= int(chosen.max()) < self.d_vocab:
-            raise CutawayError(f"{self.name} answers with the ids 0 to {self.d_vocab - 1}.")
+            raise CutawayError(
+                f"Token ids must be between 0 and {self.d_vocab - 1}, those that {self.name} answers with."
+            )
         return weight_matrix(self.family.unembed).detach().T[chosen.to(self.device)] * self.family.logit_scale
 
     def _layer(self, layer: int) -> Layer:
