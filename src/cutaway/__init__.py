@@ -33,6 +33,8 @@ if TYPE_CHECKING:
         zero,
     )
     from cutaway.model.language_model import LanguageModel, attach, load
+    from cutaway.model.own import Description
+    from cutaway.model.own_weights import from_weights
     from cutaway.model.positions import at_token
     from cutaway.model.run import Run
     from cutaway.model.run_files import load_run
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CutawayError",
+    "Description",
     "Edit",
     "LanguageModel",
     "Run",
@@ -49,6 +52,7 @@ __all__ = [
     "attach",
     "clamp",
     "clamp_latent",
+    "from_weights",
     "function",
     "load",
     "load_edits",
@@ -85,6 +89,8 @@ _HOMES = {
         "zero",
     ),
     "cutaway.model.language_model": ("LanguageModel", "attach", "load"),
+    "cutaway.model.own": ("Description",),
+    "cutaway.model.own_weights": ("from_weights",),
     "cutaway.model.positions": ("at_token",),
     "cutaway.model.run": ("Run",),
     "cutaway.model.run_files": ("load_run",),

@@ -99,7 +99,8 @@ def test_every_command_is_listed_with_what_it_does(capsys: pytest.CaptureFixture
         (["tour", "--ouy", "x"], "Unknown option: --ouy. Did you mean --out?"),
         (["tour", "--seed", "many"], 'unable to convert "many" into int'),
         (["tour", "--corpus", "/no/such/file"], "does not exist"),
-        (["check"], "requires an argument"),
+        (["check"], "name a model: “atlas”, a folder, a hub id, or a function of yours with --module"),
+        (["trace"], "requires an argument"),
         (["subjects", "train", "cairn"], 'Choose from: "atlas"'),
     ],
 )

@@ -123,7 +123,9 @@ def test_what_cannot_be_is_refused() -> None:
     for context, words in ((1, "at least 2"), (65, "longer than the 64 of tiny")):
         with pytest.raises(CutawayError, match=words):
             rows(["w1"], context, "packed", BOS)
-    with pytest.raises(CutawayError, match="no tokenizer"):
-        text_rows(TinyModel(tokenizer=None), documents_of(["w1"]), 8, "packed", Reading())
+    with pytest.raises(CutawayError, match="'w1' is no token id, and this model has no tokenizer"):
+        list(text_rows(TinyModel(tokenizer=None), documents_of(["w1"]), 8, "packed", Reading()))
+    by_id = text_rows(TinyModel(None, tokenizer=None), documents_of(["#5 #3", "#4"]), 8, "document", Reading())
+    assert [ids.tolist() for ids, _, _ in by_id] == [[5, 3], [4]]
     with pytest.raises(CutawayError, match="packing is 'loose'"):
         rows(["w1"], 8, "loose", BOS)  # type: ignore[arg-type]

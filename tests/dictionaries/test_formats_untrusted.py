@@ -111,6 +111,7 @@ def test_saelens_files_that_are_spoiled_are_refused_with_their_name(tmp_path: Pa
         file.truncate(17 << 20)
     refused(folder, "that is no file of settings")
     cfg_file.unlink()
+    (folder / "sae_weights.safetensors").unlink()
     refused(folder, "no dictionary that is read here: looked for params.npz")
     refused(tmp_path / "nothing", "nothing does not exist: name a folder or file, or an address")
 

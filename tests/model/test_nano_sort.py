@@ -14,6 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from cutaway.causal.competence import competence, try_tasks
 from cutaway.data.pairs import PromptPair
 from cutaway.model.language_model import LanguageModel, attach
+from cutaway.model.own_weights import from_weights
 from cutaway.subjects.world.pairs import ALL_TASKS
 
 
@@ -32,11 +33,42 @@ def golden(shared: Path) -> dict[str, Tensor]:
     return tensors(shared / "models" / "nano-sort" / "gpt-nano-sort-t0-partials.json")
 
 
-@pytest.fixture(scope="module")
-def sorter(shared: Path) -> LanguageModel:
-    """The sorter as a GPT-2: its linear layers are stored [out, in], GPT-2's [in, out]."""
+def by_transformerlens(weights: dict[str, Tensor], layers: int, heads: int) -> dict[str, Tensor]:
+    """The same weights under TransformerLens' names: a matrix a head, [in, out]."""
+    found = {
+        "embed.W_E": weights["transformer.wte.weight"],
+        "pos_embed.W_pos": weights["transformer.wpe.weight"],
+        "ln_final.w": weights["transformer.ln_f.weight"],
+        "ln_final.b": weights["transformer.ln_f.bias"],
+        "unembed.W_U": weights["lm_head.weight"].T,
+    }
+    for layer in range(layers):
+        old, new = f"transformer.h.{layer}.", f"blocks.{layer}."
+        fused = (weights[f"{old}attn.c_attn.{end}"].chunk(3) for end in ("weight", "bias"))
+        for part, w, b in zip("QKV", *fused, strict=True):
+            found[f"{new}attn.W_{part}"] = torch.stack([rows.T for rows in w.chunk(heads)])
+            found[f"{new}attn.b_{part}"] = torch.stack(b.chunk(heads))
+        found[f"{new}attn.W_O"] = torch.stack(weights[f"{old}attn.c_proj.weight"].T.chunk(heads))
+        found[f"{new}attn.b_O"] = weights[f"{old}attn.c_proj.bias"]
+        for theirs, ours in (("c_fc", "in"), ("c_proj", "out")):
+            found[f"{new}mlp.W_{ours}"] = weights[f"{old}mlp.{theirs}.weight"].T
+            found[f"{new}mlp.b_{ours}"] = weights[f"{old}mlp.{theirs}.bias"]
+        for theirs, ours in (("ln_1", "ln1"), ("ln_2", "ln2")):
+            found |= {f"{new}{ours}.{end[0]}": weights[f"{old}{theirs}.{end}"] for end in ("weight", "bias")}
+    return found
+
+
+@pytest.fixture(scope="module", params=["gpt2", "weights"])
+def sorter(shared: Path, request: pytest.FixtureRequest) -> LanguageModel:
+    """The sorter as a GPT-2: its linear layers are stored [out, in], GPT-2's [in, out]; and from its weights under
+    TransformerLens' names.
+    """
     path = shared / "models" / "nano-sort" / "gpt-nano-sort-model.json"
     settings: dict[str, Any] = json.loads(path.read_text())["config"]
+    if request.param == "weights":
+        named = by_transformerlens(tensors(path), settings["n_layer"], settings["n_head"])
+        module, description = from_weights(named, act_fn="gelu_new")
+        return attach(module, description=description, name="nano-sort")
     config = GPT2Config(
         vocab_size=settings["vocab_size"],
         n_embd=settings["n_embd"],
@@ -90,8 +122,11 @@ def test_the_authors_values_are_ours(sorter: LanguageModel, golden: dict[str, Te
         assert torch.equal(ours == -torch.inf, hidden), site
         left, right = ours.masked_fill(hidden, 0), value.masked_fill(hidden, 0)
         torch.testing.assert_close(left, right, rtol=1e-5, atol=2e-5, msg=lambda text, site=site: f"{site}: {text}")
-    weights = sorter.hf.state_dict()
-    gained = run["ln_final.normalized"] * weights["transformer.ln_f.weight"] + weights["transformer.ln_f.bias"]
+    norm = sorter.family.ln_final
+    assert norm is not None
+    assert norm.weight is not None
+    assert norm.bias is not None
+    gained = run["ln_final.normalized"] * norm.weight + norm.bias
     torch.testing.assert_close(gained, golden["ln_f"], rtol=1e-5, atol=2e-5)
     assert run.logits is not None
     torch.testing.assert_close(run.logits.softmax(-1), golden["probs"], rtol=1e-4, atol=1e-6)

@@ -188,7 +188,7 @@ def test_what_a_share_is_compared_with(gemma2: LanguageModel) -> None:
     assert alone.total.item() == pytest.approx(logits[11].item())
     assert several.total.item() == pytest.approx((logits[11] - logits[[40, 41]].mean()).item())
     assert mean.total.item() == pytest.approx((logits[11] - logits.mean()).item())
-    assert several.wrong == ("the mean of '⟨40⟩', '⟨41⟩'",)
+    assert several.wrong == ("the mean of '#40', '#41'",)
     for result in (alone, several, mean):
         assert result.relative_error < 1e-5
         assert abs(float(result.total_capped)) < 2 * 3.0, "a softcap of 3 bounds both logits"

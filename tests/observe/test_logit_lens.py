@@ -99,7 +99,7 @@ def test_chosen_positions_and_small_chunks_change_no_number(
         expected = torch.stack([getattr(whole, name)[:, row, columns[row]] for row in range(2)], 1)
         torch.testing.assert_close(getattr(chosen, name), expected, rtol=1e-4, atol=1e-5, equal_nan=True)
     assert chosen.to_json(1)["positions"] == [1, 3]
-    assert chosen.to_json(1)["tokens"] == ["⟨9⟩", "⟨7⟩"]
+    assert chosen.to_json(1)["tokens"] == ["#9", "#7"]
     last = logit_lens(tiny, ROWS, positions=-1)
     torch.testing.assert_close(last.at_last(last.kl), whole.at_last(whole.kl), rtol=1e-4, atol=1e-5)
     with pytest.raises(CutawayError, match="not read at each row's last token"):
@@ -113,11 +113,11 @@ def test_chosen_positions_and_small_chunks_change_no_number(
 
 def test_a_followed_token_is_the_target_elsewhere(llama: LanguageModel) -> None:
     lens = logit_lens(llama, ROWS, targets=[33, 33], follow=[7, 33])
-    assert lens.followed == ("⟨7⟩", "⟨33⟩")
+    assert lens.followed == ("#7", "#33")
     real = lens.tokens.mask
     torch.testing.assert_close(lens.followed_probability[..., 1], lens.target_probability, equal_nan=True)
     assert torch.equal(lens.followed_rank[:, real][..., 1], lens.target_rank[:, real])
-    assert "⟨7⟩" in str(lens)
+    assert "#7" in str(lens)
 
 
 def test_other_sites_of_the_streams_width_are_read(llama: LanguageModel) -> None:

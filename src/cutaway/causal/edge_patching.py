@@ -23,6 +23,7 @@ from cutaway.causal.parts import (
     Hooks,
     Prefix,
     Reader,
+    at_end,
     attention_of,
     by_query_head,
     first_column,
@@ -247,7 +248,7 @@ class _Tile:
             hooks.after(
                 layer.mlp_writer, lambda out, i=index, times=layer.mlp_multiplier: self._wrote_mlp(i, out, times)
             )
-        hooks.before(lm.family.ln_final.module, self._finish)
+        at_end(lm, hooks, self._finish)
         tokens = tiled(self.tokens, len(self.masks))
         logits = forward(lm, tokens, hooks, ungrouped=self.repeats > 1, prefix=self.prefix)
         assert logits is not None

@@ -30,6 +30,7 @@ from cutaway.causal.parts import (
     Hooks,
     Reader,
     Writes,
+    at_end,
     by_query_head,
     centred,
     first_column,
@@ -385,7 +386,7 @@ class _Engine:
 
             return _branch(x, on_gradient)
 
-        hooks.before(family.ln_final.module, on_logits)
+        at_end(lm, hooks, on_logits)
 
     def _on_projection(
         self, projection: Projection, index: int, now: _Layer, scores: Tensor, n: int, y: Tensor

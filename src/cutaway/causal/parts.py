@@ -25,6 +25,7 @@ from cutaway.model.language_model import LanguageModel
 from cutaway.model.norms import Norm
 from cutaway.model.parts import Layer, Projection
 from cutaway.model.shortcuts import Base, run_base
+from cutaway.model.taps import input_name
 from cutaway.model.tokens import Tokens
 from cutaway.model.wrapped import bias_of
 
@@ -177,8 +178,9 @@ class Hooks:
                 if args:
                     new = change(args[0])
                     return None if new is None else ((new, *args[1:]), kwargs)
-                new = change(kwargs["hidden_states"])
-                return None if new is None else (args, {**kwargs, "hidden_states": new})
+                name = input_name(kwargs)
+                new = change(kwargs[name])
+                return None if new is None else (args, {**kwargs, name: new})
 
             return module.register_forward_pre_hook(hook, with_kwargs=True)
 
@@ -397,6 +399,14 @@ def mlp_entry(lm: LanguageModel, layer: int) -> tuple[nn.Module, Norm | None]:
     if parts.ln2 is not None:
         return parts.ln2.module, None
     return parts.mlp, parts.ln1 if lm.family.parallel else None
+
+
+def at_end(lm: LanguageModel, hooks: Hooks, change: Callable[[Tensor], Tensor | None]) -> None:
+    """Let `change` see, and replace, the stream [b, p, d] that the final norm reads, or the unembedding without one."""
+    if lm.family.ln_final is not None:
+        hooks.before(lm.family.ln_final.module, change)
+    else:
+        hooks.after(lm.family.layers[-1].module, change)
 
 
 def refuse_unreadable(lm: LanguageModel) -> None:

@@ -76,7 +76,8 @@ def relp_rules(lm: LanguageModel, *, attention: Attention = "gradient") -> Itera
             if attention == "detach":
                 for projection in layer.projections:
                     hooks.hold(projection)
-        hooks.norm(lm.family.ln_final)
+        if lm.family.ln_final is not None:
+            hooks.norm(lm.family.ln_final)
         token = _active.set(mine)
         stack.callback(_active.reset, token)
         yield

@@ -254,8 +254,10 @@ class _Bench:
         self.directions, self.biases = difference_directions(lm, self.answers, self.wrongs, 0, 0)
         sites = [f"blocks.{layer}.attn.z" for layer in sorted(layers)]
         self.given = replacement_run(lm, pairs, sites, ablation)
-        scale = lm.run(self.tokens, capture="ln_final.scale", logits=None)["ln_final.scale"]
-        self.scale = scale[torch.arange(len(pairs)), self.columns]
+        self.scale = None
+        if lm.family.ln_final is not None:
+            scale = lm.run(self.tokens, capture="ln_final.scale", logits=None)["ln_final.scale"]
+            self.scale = scale[torch.arange(len(pairs)), self.columns]
         groups, self.total, self.notes = self._split()
         self.before = _joined(groups)
         self.names = tuple(group.name(i) for group in groups for i in range(group.values.shape[-1]))

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from cutaway.cli.options import Flag, Page
+from cutaway.cli.options import Flag, ModuleFile, Page, opened
 from cutaway.cli.output import command_line, deliver
 
 if TYPE_CHECKING:
@@ -10,9 +10,10 @@ if TYPE_CHECKING:
 
 
 def check(
-    model: str,
+    model: str | None = None,
     /,
     *,
+    module: ModuleFile = None,
     dtype: str | None = None,
     device: str | None = None,
     json: Flag = False,
@@ -24,6 +25,9 @@ def check(
     ----------
     model
         “atlas”, a Hugging Face folder, or a hub id.
+    module
+        Instead of the model, a model of your own: FILE.py:function, which returns a module, (module, description) or
+        (module, description, tokenizer).
     dtype
         float32, bfloat16 or float16; float32 on a CPU and the checkpoint's own on a GPU if not given.
     device
@@ -33,9 +37,8 @@ def check(
     html
         Write a page: the card, each check's worst layer, and the residuals layer by layer.
     """
-    import cutaway
 
-    lm = cutaway.load(model, dtype=dtype, device=device)
+    lm = opened(model, module, dtype=dtype, device=device)
     test = lm.selftest()
     facts = card(lm)
     rows = [
@@ -44,7 +47,7 @@ def check(
     ]
     width = max(map(len, facts))
     lines = [f"{label:<{width}}  {f'{value:,}' if isinstance(value, int) else value}" for label, value in facts.items()]
-    command = command_line("check", model, dtype=(dtype, None), device=(device, None))
+    command = command_line("check", model, module=(module, None), dtype=(dtype, None), device=(device, None))
     deliver(
         text="\n".join([*lines, "", str(test)]),
         data={"card": facts, "passed": test.passed, "rows": rows, "notes": list(test.notes)},
@@ -126,7 +129,7 @@ def card(lm: Any) -> dict[str, str | int]:
         "model": lm.name,
         "revision": identity.revision or "none",
         "weights": f"sha256 {identity.weight_hash}",
-        "architecture": type(lm.hf).__name__,
+        "architecture": lm.architecture,
         "parameters": lm.n_parameters,
         "layers": lm.n_layers,
         "d_model": lm.d_model,

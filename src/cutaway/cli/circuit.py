@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.cli.options import Count, ExistingPath, Flag, Output, Page, Seed, keep_apart
+from cutaway.cli.options import Count, ExistingPath, Flag, ModuleFile, Output, Page, Seed, keep_apart, opened
 from cutaway.cli.output import command_line, deliver
 
 
 def circuit(
-    model: str,
+    model: str | None = None,
     /,
     *,
     task: str | None = None,
@@ -31,6 +31,7 @@ def circuit(
     quick: Flag = False,
     force: Flag = False,
     seed: Seed = 0,
+    module: ModuleFile = None,
     dtype: str | None = None,
     device: str | None = None,
     out: Output = None,
@@ -82,6 +83,9 @@ def circuit(
         Go on where the model cannot do the task.
     seed
         Of the pairs and of everything drawn at random.
+    module
+        Instead of the model, a model of your own: FILE.py:function, which returns a module, (module, description) or
+        (module, description, tokenizer).
     dtype
         float32, bfloat16 or float16; float32 on a CPU and the checkpoint's own on a GPU if not given.
     device
@@ -126,7 +130,6 @@ def circuit(
     known = None if evaluate is None else Circuit.load(evaluate)
     searched, judged = _read(pairs, held_out)
 
-    import cutaway
     from cutaway.causal.circuit_view import circuit_sections, lead
     from cutaway.causal.discover import discover, evaluate_circuit
     from cutaway.draw.page import page_html
@@ -136,10 +139,10 @@ def circuit(
         scorer=(scorer, "eap-ig"), steps=(steps, 5), size=(size, None), faithfulness=(faithfulness, None),
         metric=(metric, None), select=(select, "greedy"), by=(by, "absolute"),
         ablation=(ablation, None), grouped=(grouped, False), n=(n, 48), random=(random, 20),
-        resamples=(resamples, 100), quick=(quick, False), force=(force, False), seed=(seed, 0), dtype=(dtype, None),
-        device=(device, None),
+        resamples=(resamples, 100), quick=(quick, False), force=(force, False), seed=(seed, 0),
+        module=(module, None), dtype=(dtype, None), device=(device, None),
     )  # fmt: skip
-    lm = cutaway.load(model, dtype=dtype, device=device)
+    lm = opened(model, module, dtype=dtype, device=device)
     if known is not None:
         found = evaluate_circuit(
             lm, known, task or [*(searched or ()), *(judged or ())], metric=metric, ablation=ablation, n=n, seed=seed,

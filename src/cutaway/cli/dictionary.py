@@ -38,6 +38,7 @@ def inspect(
     tokens: Count = 2048,
     context: Count = 128,
     site: str | None = None,
+    names: Annotated[str | None, Parameter(name="--map")] = None,
     seed: Seed = 0,
     dtype: str | None = None,
     device: str | None = None,
@@ -66,6 +67,9 @@ def inspect(
         Tokens that the model reads at once.
     site
         Measure at this site, whatever the files say.
+    names
+        Which tensor is what, where no settings and no known names say it: W_enc=encoder.weight,b_enc=encoder.bias,...
+        (also b_dec, W_dec, threshold, r_mag, b_mag, W_skip, k=32, subtract_b_dec=false).
     seed
         Of the rows of text and of the random directions it is compared with.
     dtype
@@ -77,19 +81,20 @@ def inspect(
     html
         Write a page.
     """
+    from cutaway.dictionaries.formats.by_tensors import parse_map
     from cutaway.dictionaries.formats.files import read
     from cutaway.dictionaries.formats.inspection import check_fit, facts
 
     if corpus is None and document_separator is not None:
         raise CutawayError("--document-separator is of the text that --corpus names: give that too")
 
-    reading = read(path)
+    reading = read(path, None if names is None else parse_map(names))
     found = facts(reading)
     command = command_line(
         "dictionary", "inspect", path,
         model=(model, None), corpus=(corpus, None), document_separator=(document_separator, None),
-        tokens=(tokens, 2048), context=(context, 128), site=(site, None), seed=(seed, 0), dtype=(dtype, None),
-        device=(device, None),
+        tokens=(tokens, 2048), context=(context, 128), site=(site, None), map=(names, None), seed=(seed, 0),
+        dtype=(dtype, None), device=(device, None),
     )  # fmt: skip
     fit: Fit | None = None
     text = ""
@@ -120,6 +125,7 @@ def convert(
         "gemma-scope-2",        "circuit-tracer",
     ] = "cutaway",
     site: str | None = None,
+    names: Annotated[str | None, Parameter(name="--map")] = None,
     overwrite: Flag = False,
     json: Flag = False,
 ) -> None:  # fmt: skip
@@ -135,17 +141,20 @@ def convert(
         What to write. “cutaway” takes every dictionary and is SAELens' layout.
     site
         Say that it belongs to this site, whatever the files say.
+    names
+        Which tensor is what, where no settings and no known names say it; as for “inspect”.
     overwrite
         Replace the dictionary that is in the folder.
     json
         Print what was written as JSON on stdout, and nothing else.
     """
+    from cutaway.dictionaries.formats.by_tensors import parse_map
     from cutaway.dictionaries.formats.files import at_site, load_all, save_all
 
     source, target = Path(path).resolve(), out.resolve()
     if source.exists() and (source == target or target in source.parents):
         raise CutawayError(f"{out} holds {path}, which is read: name another folder to write")
-    dictionaries = list(load_all(path).values())
+    dictionaries = list(load_all(path, None if names is None else parse_map(names)).values())
     if site is not None:
         dictionaries = [at_site(dictionary, site) for dictionary in dictionaries]
     folder = save_all(dictionaries, out, format, overwrite=overwrite)

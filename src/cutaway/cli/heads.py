@@ -9,7 +9,7 @@ from cyclopts import Parameter, validators
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.results import interval_text
-from cutaway.cli.options import Count, Flag, Page, Seed, Separator
+from cutaway.cli.options import Count, Flag, ModuleFile, Page, Seed, Separator, model_and_prompt, opened
 from cutaway.cli.output import command_line, deliver
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ Kind = Literal[
 
 
 def heads(
-    model: str,
+    model: str | None = None,
     prompt: str | None = None,
     /,
     *,
@@ -52,6 +52,7 @@ def heads(
     sequences: Count = 8,
     length: Count | None = None,
     seed: Seed = 0,
+    module: ModuleFile = None,
     dtype: str | None = None,
     device: str | None = None,
     json: Flag = False,
@@ -89,6 +90,9 @@ def heads(
         Random tokens in one copy; 50, or what fits, if not given.
     seed
         Of the random sequences and the order of a corpus.
+    module
+        Instead of the model, a model of your own: FILE.py:function, which returns a module, (module, description) or
+        (module, description, tokenizer).
     dtype
         float32, bfloat16 or float16; float32 on a CPU and the checkpoint's own on a GPU if not given.
     device
@@ -98,13 +102,13 @@ def heads(
     html
         Write a page: the table, a map of the heads for each kind and each ablation, and the prompt's attention.
     """
-    import cutaway
     from cutaway.artifacts.files import plain
     from cutaway.observe.attention_view import attention_view
     from cutaway.observe.circuits import Composition, composition
     from cutaway.observe.head_kinds import ON_TEXT
     from cutaway.observe.head_table import head_table
 
+    model, prompt = model_and_prompt(model, prompt, module)
     if "retrieval" in kind and needle is None:
         raise CutawayError("The retrieval score needs --needle, a piece of the prompt to look for.")
     if needle is not None and prompt is None:
@@ -112,7 +116,7 @@ def heads(
     if document_separator is not None and on is None:
         raise CutawayError("--document-separator is of the text that --on names: give that too")
     files = [item for item in on or () if _is_file(item)]
-    lm = cutaway.load(model, dtype=dtype, device=device)
+    lm = opened(model, module, dtype=dtype, device=device)
     text = None if on is None else _text_rows(lm, on, files, rows, context, seed, document_separator)
     view = None if prompt is None or html is None else attention_view(lm, prompt)  # refuses too much before the work
     ablations = {"mean": ("mean",), "zero": ("zero",), "both": ("mean", "zero"), "none": ()}
@@ -120,7 +124,7 @@ def heads(
         "heads", model, prompt, kind=(list(dict.fromkeys(kind)), []), top=(top, 5), ablate=(ablate, "both"),
         needle=(needle, None), on=(on, None), rows=(rows, 32), context=(context, 128),
         document_separator=(document_separator, None), sequences=(sequences, 8), length=(length, None), seed=(seed, 0),
-        dtype=(dtype, None), device=(device, None),
+        module=(module, None), dtype=(dtype, None), device=(device, None),
     )  # fmt: skip
     table = head_table(
         lm,

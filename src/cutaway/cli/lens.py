@@ -4,14 +4,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.cli.options import Count, Flag, Page, Seed, Separator
+from cutaway.cli.options import Count, Flag, ModuleFile, Page, Seed, Separator, model_and_prompt, opened
 from cutaway.cli.output import command_line, deliver
 
 WORLD_CHARACTERS = 6_000_000
 
 
 def lens(
-    model: str,
+    model: str | None = None,
     prompt: str | None = None,
     /,
     *,
@@ -31,6 +31,7 @@ def lens(
     held_out: Count = 64,
     seed: Seed = 0,
     overwrite: Flag = False,
+    module: ModuleFile = None,
     dtype: str | None = None,
     device: str | None = None,
     json: Flag = False,
@@ -80,6 +81,9 @@ def lens(
         Of the order of the text and of what is held out.
     overwrite
         Begin again in a folder that holds another training.
+    module
+        Instead of the model, a model of your own: FILE.py:function, which returns a module, (module, description) or
+        (module, description, tokenizer).
     dtype
         float32, bfloat16 or float16; float32 on a CPU and the checkpoint's own on a GPU if not given.
     device
@@ -89,6 +93,7 @@ def lens(
     html
         Write a page with the drawings to this file.
     """
+    model, prompt = model_and_prompt(model, prompt, module)
     if train is None and document_separator is not None:
         raise CutawayError("--document-separator is of the text that --train reads: give that too")
     if prompt is None and train is None:
@@ -100,20 +105,19 @@ def lens(
     if mid and (tuned is not None or train is not None):
         raise CutawayError("a tuned lens has no translators between attention and MLP: leave --mid out")
 
-    import cutaway
     from cutaway.draw.page import page_html
     from cutaway.model.naming import single_token
     from cutaway.observe.lens_view import evaluation_section, lens_sections
     from cutaway.observe.logit_lens import logit_lens
     from cutaway.observe.tuned_lens_files import load_tuned_lens
 
-    lm = cutaway.load(model, dtype=dtype, device=device)
+    lm = opened(model, module, dtype=dtype, device=device)
     command = command_line(
         "lens", model, prompt, target=(target, None), position=(position, None), top=(top, 5), mid=(mid, False),
         tuned=(tuned, None), train=(train, None), document_separator=(document_separator, None), out=(out, None),
         steps=(steps, 250), tokens_per_step=(tokens_per_step, 4096), context=(context, 128),
         optimizer=(optimizer, "sgd"), learning_rate=(learning_rate, None), held_out=(held_out, 64), seed=(seed, 0),
-        dtype=(dtype, None), device=(device, None),
+        module=(module, None), dtype=(dtype, None), device=(device, None),
     )  # fmt: skip
     evaluation = translators = None
     data: dict[str, Any] = {"model": lm.name, "command": command}

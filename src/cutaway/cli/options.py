@@ -3,12 +3,15 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter, validators
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.files import refuse_device
+
+if TYPE_CHECKING:
+    from cutaway.model.language_model import LanguageModel
 
 Flag = Annotated[bool, Parameter(negative="", show_default=False)]
 """A switch that is off unless given; there is no --no-... form."""
@@ -63,6 +66,37 @@ ExistingPath = Annotated[Path, Parameter(validator=validators.Path(exists=True))
 """A file or folder that must be there."""
 
 ExistingFolder = Annotated[Path, Parameter(validator=validators.Path(exists=True, file_okay=False))]
+
+
+ModuleFile = Annotated[str | None, Parameter(name="--module")]
+"""A model of the user's own: FILE.py:function."""
+
+
+def opened(
+    model: str | None, module: str | None, *, dtype: str | None = None, device: str | None = None
+) -> "LanguageModel":
+    """The model of a command: loaded by its name, or made by the function that --module names."""
+    if (model is None) == (module is None):
+        if module is None:
+            raise CutawayError("name a model: “atlas”, a folder, a hub id, or a function of yours with --module")
+        raise CutawayError(f"--module {module} stands in the place of the model: leave {model!r} out")
+    if module is not None:
+        from cutaway.model.own_file import load_module
+
+        return load_module(module, dtype=dtype, device=device)
+    import cutaway
+
+    assert model is not None
+    return cutaway.load(model, dtype=dtype, device=device)
+
+
+def model_and_prompt(model: str | None, prompt: str | None, module: str | None) -> tuple[str | None, str | None]:
+    """With --module the first word of the command line is the prompt, not the model."""
+    if module is None or model is None:
+        return model, prompt
+    if prompt is not None:
+        raise CutawayError(f"--module {module} stands in the place of the model: leave {model!r} out")
+    return None, model
 
 
 def keep_apart(outputs: Mapping[str, Path | None], inputs: Mapping[str, Path | str | None]) -> None:

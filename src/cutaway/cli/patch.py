@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any, Literal
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.cli.options import Count, ExistingPath, Flag, Page, Seed
+from cutaway.cli.options import Count, ExistingPath, Flag, ModuleFile, Page, Seed, opened
 from cutaway.cli.output import command_line, deliver
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def patch(
-    model: str,
+    model: str | None = None,
     /,
     *,
     task: str | None = None,
@@ -37,6 +37,7 @@ def patch(
     self_repair: Count | None = None,
     force: Flag = False,
     seed: Seed = 0,
+    module: ModuleFile = None,
     dtype: str | None = None,
     device: str | None = None,
     json: Flag = False,
@@ -95,6 +96,9 @@ def patch(
         Go on where the model cannot do the task; nothing has a p-value then.
     seed
         Of the task's pairs, the controls and the noise.
+    module
+        Instead of the model, a model of your own: FILE.py:function, which returns a module, (module, description) or
+        (module, description, tokenizer).
     dtype
         float32, bfloat16 or float16; float32 on a CPU and the checkpoint's own on a GPU if not given.
     device
@@ -115,7 +119,6 @@ def patch(
     if role and tokens:
         raise CutawayError("--role and --tokens both choose the columns: give one of them")
 
-    import cutaway
     from cutaway.causal.ablations import Ablation
     from cutaway.causal.competence import competence
     from cutaway.causal.metrics import named_metric
@@ -127,7 +130,7 @@ def patch(
 
     named_metric(metric)
     choice = Ablation(ablation, std=std, seed=seed)  # type: ignore[arg-type]
-    lm = cutaway.load(model, dtype=dtype, device=device)
+    lm = opened(model, module, dtype=dtype, device=device)
     aligned, criterion, about = _pairs(lm, task, pairs, n, seed, tokens)
     refused = aligned.refused
     ability = competence(lm, aligned, criterion=criterion)
@@ -156,7 +159,7 @@ def patch(
         neuron=(neuron, None), direction=(direction, "denoise"), ablation=(ablation, "resample"), std=(std, 3.0),
         metric=(metric, "logit_difference"), n=(n, 32), top=(top, 10), only_right=(only_right, False),
         self_repair=(self_repair, None), force=(force, False), seed=(seed, 0),
-        dtype=(dtype, None), device=(device, None),
+        module=(module, None), dtype=(dtype, None), device=(device, None),
     )  # fmt: skip
     strongest = grid.top(top, command=command)
     best = [grid.best(command=command)]

@@ -1,22 +1,23 @@
 """`cutaway sites`: which tensors of a model can be read and edited, and under which names."""
 
-from cutaway.cli.options import Flag
+from cutaway.cli.options import Flag, ModuleFile, opened
 from cutaway.cli.output import print_json, print_table
 
 
-def sites(model: str, /, *, json: Flag = False) -> None:
+def sites(model: str | None = None, /, *, module: ModuleFile = None, json: Flag = False) -> None:
     """Print the names, dimensions and meanings of a model's sites; an absent one says why.
 
     Parameters
     ----------
     model
         “atlas”, a Hugging Face folder, or a hub id.
+    module
+        Instead of the model, a model of your own: FILE.py:function, which returns a module, (module, description) or
+        (module, description, tokenizer).
     json
         Print every site of every layer as JSON on stdout, and nothing else.
     """
-    import cutaway
-
-    table = cutaway.load(model).sites()
+    table = opened(model, module).sites()
     if json:
         print_json(
             [

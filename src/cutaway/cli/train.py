@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter, validators
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.cli.options import Count, Flag, Seed, Separator
+from cutaway.cli.options import Count, Flag, ModuleFile, Seed, Separator
 from cutaway.cli.output import command_line, deliver, print_json, print_table
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ def train(
     low_precision: Flag = False,
     store: Path | None = None,
     other: str | None = None,
+    module: ModuleFile = None,
     recipe: Path | None = None,
     context: Count | None = None,
     passes: Count | None = None,
@@ -109,6 +110,9 @@ def train(
         A folder that “cutaway harvest” wrote, instead of a model and a corpus.
     other
         A second model with the same tokenizer, for crosscoders between models.
+    module
+        Instead of the model, a model of your own: FILE.py:function, which returns a module, (module, description) or
+        (module, description, tokenizer).
     recipe
         A TOML file with any of these settings; what the command line says wins.
     context
@@ -152,9 +156,15 @@ def train(
         options["learning_rate"] = lr
     if low_precision:
         options["low_precision"] = True
-    asked = (Recipe() if recipe is None else Recipe.read(recipe)).changed(
+    given = Recipe() if recipe is None else Recipe.read(recipe)
+    if given.module is not None and module is None and store is None and model is None:
+        raise CutawayError(
+            f"{recipe} takes its model from a program, {given.module}: name it with --module too if it may run"
+        )
+    asked = given.changed(
         model=model,
         other=other,
+        module=module,
         store=None if store is None else str(store),
         corpus=corpus,
         site=site,

@@ -18,6 +18,7 @@ from torch import Tensor
 from cutaway.artifacts.errors import CutawayError
 from cutaway.data.documents import add_document, documents_of
 from cutaway.data.separators import Marks
+from cutaway.model.tokens import ids_in
 
 _DOCUMENTS_AT_ONCE = 256
 
@@ -90,8 +91,6 @@ def token_rows(
         raise CutawayError(f"a context of {context} tokens is too short: it takes at least 2")
     if context > lm.context_length:
         raise CutawayError(f"a context of {context} tokens is longer than the {lm.context_length} of {lm.name}")
-    if lm.tokenizer is None:
-        raise CutawayError(f"{lm.name} has no tokenizer: text cannot be made into tokens")
     body = context if lm.bos_id is None else context - 1
     rows: list[Tensor] = []
     seen: set[bytes] = set()
@@ -153,5 +152,11 @@ def _token_stream(lm: Tokenizing, documents: Sequence[str], seed: int) -> Iterat
         texts = [documents[place] for place in order[start : start + _DOCUMENTS_AT_ONCE]]
         for text in texts:
             marks.see(text)
-        encoded = lm.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-        yield [token for ids in encoded["input_ids"] for token in (*ids, *join)]
+        yield [token for ids in token_ids(lm, texts) for token in (*ids, *join)]
+
+
+def token_ids(lm: Tokenizing, texts: list[str]) -> list[list[int]]:
+    """Texts as a model's tokenizer reads them; of a model without one they are ids, such as "#3 #5 #1"."""
+    if lm.tokenizer is None:
+        return [ids_in(text) for text in texts]
+    return lm.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]

@@ -42,7 +42,7 @@ class Harvesting(Tokenizing, Protocol):
     @property
     def pad_id(self) -> int | None: ...
     @property
-    def d_vocab(self) -> int: ...
+    def d_vocab_in(self) -> int: ...
     @property
     def dtype(self) -> torch.dtype: ...
     @property
@@ -210,7 +210,7 @@ def _plan(
     shapes = {name: (_product(shape),) if heads == "flatten" else shape for name, shape in dims.items()}
     width = sum(map(_product, shapes.values())) * DTYPES[stored].itemsize
     size = shard_tokens or max(1024, _SHARD_BYTES // width)
-    pad = next((i for i in (lm.pad_id, lm.bos_id) if i is not None and i < lm.d_vocab), 0)
+    pad = next((i for i in (lm.pad_id, lm.bos_id) if i is not None and i < lm.d_vocab_in), 0)
     given = _given(corpus)
     if given is None:
         documents = documents_of(corpus, field=field, split=split, document_separator=document_separator)
@@ -222,8 +222,8 @@ def _plan(
     else:
         ids, mask = given
         refuse_separator(document_separator)
-        if bool((ids < 0).any()) or bool((ids >= lm.d_vocab).any()):
-            raise CutawayError(f"Token ids must be between 0 and {lm.d_vocab - 1}, the vocabulary of {lm.name}.")
+        if bool((ids < 0).any()) or bool((ids >= lm.d_vocab_in).any()):
+            raise CutawayError(f"Token ids must be between 0 and {lm.d_vocab_in - 1}, the vocabulary of {lm.name}.")
         source, fingerprint, total = "rows of token ids", rows_hash(ids), None
 
         def read(reading: Reading) -> Iterator[RowBatch]:

@@ -306,9 +306,11 @@ def _continued(
                 continue
             ends = (int(pair.answer), int(pair.wrong))
             several = [int(ending) for ending in (*pair.answers, *pair.wrongs)]
-            strange = [i for i in (*clean, *corrupt, *ends, *several) if not 0 <= i < lm.d_vocab]
+            for ids, size in (((*clean, *corrupt), lm.d_vocab_in), ((*ends, *several), lm.d_vocab)):
+                if strange := [i for i in ids if not 0 <= i < size]:
+                    break
             if strange:
-                yield f"the prompt cannot be read: {lm.name} has no token {strange[0]} (its vocabulary: {lm.d_vocab})"
+                yield f"the prompt cannot be read: {lm.name} has no token {strange[0]} (its vocabulary: {size})"
                 continue
             yield [clean, *([*clean, end] for end in ends)], [corrupt, *([*corrupt, end] for end in ends)]
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.data.corpus import Tokenizing
+from cutaway.data.corpus import Tokenizing, token_ids
 from cutaway.data.documents import Documents, add_document
 from cutaway.data.separators import Marks
 from cutaway.model.tokens import Tokens
@@ -89,14 +89,13 @@ def given_rows(ids: Tensor, mask: Tensor | None = None) -> Iterator[Row]:
 def text_rows(lm: Tokenizing, documents: Documents, context: int, packing: Packing, reading: Reading) -> Iterator[Row]:
     """The rows of a stream of texts; `reading` counts and hashes the documents as they are taken.
 
-    Raises `CutawayError` for a context that the model does not have and a model without a tokenizer.
+    Raises `CutawayError` for a context that the model does not have, and for text where a model without a tokenizer
+    takes ids.
     """
     if context < 2:
         raise CutawayError(f"a context of {context} tokens is too short: it takes at least 2")
     if context > lm.context_length:
         raise CutawayError(f"a context of {context} tokens is longer than the {lm.context_length} of {lm.name}")
-    if lm.tokenizer is None:
-        raise CutawayError(f"{lm.name} has no tokenizer: text cannot be made into tokens")
     if packing not in ("packed", "document"):
         raise CutawayError(f"packing is '{packing}'; it is 'packed' or 'document'")
     encoded = _encoded(lm, documents, reading)
@@ -110,8 +109,7 @@ def _encoded(lm: Tokenizing, documents: Documents, reading: Reading) -> Iterator
     """The token ids of each document. Some are tokenised at once, which is faster, but counted one by one."""
     source = iter(documents)
     while texts := list(islice(source, _DOCUMENTS_AT_ONCE)):
-        encoded = lm.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-        for text, ids in zip(texts, encoded["input_ids"], strict=True):
+        for text, ids in zip(texts, token_ids(lm, texts), strict=True):
             reading.add(text)
             yield np.asarray(ids, dtype=np.int64)
 

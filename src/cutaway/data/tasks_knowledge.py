@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 
 def ordinary_tokens(lm: LanguageModel) -> list[int]:
-    """Ids that are no special token, in order."""
+    """Ids that are no special token, and that the model both reads and answers with, in order."""
     special = {i for i in (lm.bos_id, lm.pad_id) if i is not None}
     if lm.tokenizer is not None:
         special |= set(lm.tokenizer.all_special_ids)
         special |= {i for i, token in lm.tokenizer.added_tokens_decoder.items() if token.special}
-    return [i for i in range(lm.d_vocab) if i not in special]
+    return [i for i in range(min(lm.d_vocab_in, lm.d_vocab)) if i not in special]
 
 
 def repeated_tokens(rng: random.Random, lm: LanguageModel, split: Split) -> Iterator[PromptPair]:

@@ -33,6 +33,7 @@ from cutaway.dictionaries.recipe import Recipe, expand, written_out
 from cutaway.dictionaries.sources import LiveRows, StoreSource, Tensors, find_ports
 from cutaway.dictionaries.terms import EndToEnd
 from cutaway.model.language_model import LanguageModel
+from cutaway.model.own_file import load_module
 
 _WRITES = ("recipe.toml", "manifest.json", "logs", "checkpoints", "tensorboard", "wandb", "judged.*")
 
@@ -88,9 +89,11 @@ class Training:
 def prepare(recipe: Recipe, what: Any = None, corpus: Any = None) -> Training:
     """Load what a recipe names (or take what is given instead), read the corpus, and make the jobs."""
     if what is None:
+        if sum(one is not None for one in (recipe.store, recipe.model, recipe.module)) > 1:
+            raise CutawayError("activations come from a model, a module or a store: give one of them")
         what = recipe.store if recipe.store is not None else recipe.model
-        if recipe.store is not None and recipe.model is not None:
-            raise CutawayError("activations come from a model or from a store: give one of them")
+        if recipe.module is not None:
+            what = (load_module(recipe.module), *([] if recipe.other is None else _load(recipe.other, None)))
         if what is None:
             raise CutawayError("nothing says what to train on: give a model and a corpus, or a store")
     if isinstance(what, (str, Path)) and (Path(what) / MANIFEST).is_file():
@@ -189,7 +192,7 @@ def _live(recipe: Recipe, models: tuple[LanguageModel, ...], corpus: Any) -> Tra
             seed=seed,
             low_precision=all(job.config.low_precision for job in jobs.values()),
         )
-    names = {"model": recipe.model or models[0].name}
+    names = {} if recipe.module is not None else {"model": recipe.model or models[0].name}
     if isinstance(given, (str, Path)):
         names["corpus"] = str(given)
     if models[1:]:

@@ -22,6 +22,7 @@ from cutaway.dictionaries.latents import DENSE
 from cutaway.dictionaries.ports import Bench, Models, PortValues, batches, bench, harvest_ports
 from cutaway.dictionaries.selectors import ReLU
 from cutaway.model.run import Run
+from cutaway.model.tokens import next_tokens
 
 RANDOM = "random directions, same size and L0"
 AFFINE = "affine map, least squares on these tokens"
@@ -312,7 +313,9 @@ class _Splicing:
     def __init__(self, where: Bench, rows: Tensor, keep: Tensor, runs: Sequence[Run]) -> None:
         self.where, self.rows, self.keep, self.runs = where, rows, keep, runs
         # a token that is fed at a position that counts is what the site can change the prediction of
-        self.weight = keep[:, :-1].double()
+        real, answers = torch.ones_like(rows, dtype=torch.bool), min(lm.d_vocab for lm in where.models)
+        self.following, answered = next_tokens(rows, real, answers)
+        self.weight = (keep[:, :-1] & answered).double()
         self.reference = [_log_probabilities(run) for run in runs]
         self.clean = np.stack([self._cross_entropy(one) for one in self.reference])
 
@@ -346,7 +349,7 @@ class _Splicing:
 
     def _cross_entropy(self, log_probabilities: Tensor) -> np.ndarray:
         """Summed over the targets of each row, in nats: [rows]."""
-        targets = self.rows[:, 1:, None].to(log_probabilities.device)
+        targets = self.following[..., None].to(log_probabilities.device)
         losses = -log_probabilities.gather(-1, targets)[..., 0].double().cpu()
         return (losses * self.weight).sum(1).numpy()
 

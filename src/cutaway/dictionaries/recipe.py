@@ -64,8 +64,8 @@ class Recipe(Plain):
     """All that decides what is trained.
 
     Where activations come from: `model` (and `other`, a second one for crosscoders) on `corpus`, as `harvest` reads it,
-    or a `store`. Of a corpus no more is read than `tokens` / `passes`; `held_out` rows of it are kept for judging.
-    `data_seed` shuffles.
+    or a `store`. Instead of a model's name, `module` is FILE.py:function, which makes one. Of a corpus no more is read
+    than `tokens` / `passes`; `held_out` rows of it are kept for judging. `data_seed` shuffles.
 
     The grid: every `preset` × `d_sae` × what sets its sparsity (`k`, or `sparsity` or `l0`) × `seed`, on its kind of
     ports: each `site`, each `site` with the `to` beside it (transcoders), each `crosscoder` (sites with commas
@@ -74,6 +74,7 @@ class Recipe(Plain):
     """
 
     model: str | None = None
+    module: str | None = None
     other: str | None = None
     store: str | None = None
     corpus: str | None = None

@@ -239,8 +239,8 @@ def _check_rows(models: Sequence[LanguageModel], rows: Tensor) -> None:
         raise CutawayError(f"rows of token ids are integers [n, p]; got {list(rows.shape)} of {rows.dtype}")
     first = models[0]
     for lm in models:
-        if int(rows.max()) >= lm.d_vocab or int(rows.min()) < 0:
-            raise CutawayError(f"token ids must be between 0 and {lm.d_vocab - 1}, the vocabulary of {lm.name}")
+        if int(rows.max()) >= lm.d_vocab_in or int(rows.min()) < 0:
+            raise CutawayError(f"token ids must be between 0 and {lm.d_vocab_in - 1}, the vocabulary of {lm.name}")
         if rows.shape[1] > lm.context_length:
             raise CutawayError(f"rows of {rows.shape[1]} tokens are longer than the {lm.context_length} of {lm.name}")
         one, other = first.tokenizer, lm.tokenizer

@@ -89,7 +89,7 @@ class CorpusProperties:
             values = torch.as_tensor(row, dtype=torch.long)
             ids[i, : len(values)] = values
         kept = (ids.flatten() >= 0).nonzero()[:, 0] if kept is None else kept
-        strings = lm.token_strings(range(lm.d_vocab))
+        strings = lm.token_strings(range(lm.d_vocab_in))
         words = [text.strip().lower() or repr(text)[1:-1] for text in strings]
         names = sorted(set(words))
         number = {word: i for i, word in enumerate(names)}

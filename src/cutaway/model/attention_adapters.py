@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,16 @@ from cutaway.model.current import active
 
 Shown = Callable[..., Any]
 """(watch, module, the module's own arguments...) -> what the module's own method returns."""
+
+
+class Observed(Protocol):
+    """Which attribute of which module a run shadows to observe its attention, and with what."""
+
+    @property
+    def module(self) -> nn.Module: ...
+    @property
+    def attribute(self) -> str: ...
+    def make(self) -> Callable[..., Any]: ...
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from cutaway.model.current import active, current
 from cutaway.model.edits import NothingEdited, Receipt
 from cutaway.model.shadow import shadowed
 from cutaway.model.sites import layer_of
-from cutaway.model.taps import install
+from cutaway.model.taps import input_name, install
 
 if TYPE_CHECKING:
     from cutaway.model.language_model import LanguageModel
@@ -142,7 +142,7 @@ class Execution:
                 watched.update(range(self.first_layer, len(layers)))
             for index in watched:
                 assert index is not None  # these sites are inside layers
-                for module, attribute, make in switches(layers[index].core):
+                for module, attribute, make in switches(layers[index]):
                     if id(module) not in self.attention_layers:
                         self.attention_layers[id(module)] = index
                         stack.enter_context(shadowed(module, attribute, make))
@@ -306,8 +306,8 @@ def in_form(value: Tensor, form: Form) -> Any:
 def passing(form: Form) -> Replacement:
     """A decoder layer that returns its input."""
 
-    def forward(hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Any:
-        return in_form(hidden_states, form)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return in_form(args[0] if args else kwargs[input_name(kwargs)], form)
 
     return forward
 

@@ -8,15 +8,15 @@ hold (`TESTED`) has to pass the self-test when it is attached.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from cutaway.artifacts.errors import CutawayError
+from cutaway.model.layouts import by_groups, by_heads, codegen, in_turn, latent_values
 from cutaway.model.norms import Norm, probe_norm
+from cutaway.model.own import OwnModel, described_family
 from cutaway.model.parts import Experts, Family, Layer, Projection, weight_matrix, width_in, width_out
 from cutaway.model.wrapped import innermost
 
@@ -171,60 +171,6 @@ def _need(model: nn.Module, owner: nn.Module, what: str, *names: str) -> nn.Modu
     return found
 
 
-# Fused projections: how queries, keys and values lie in one output
-
-
-def _by_heads(y: Tensor, part: str, n: int) -> dict[str, Tensor]:
-    return {part: y.unflatten(-1, (n, -1))}
-
-
-def _from_heads(parts: dict[str, Tensor], _: Tensor, part: str) -> Tensor:
-    return parts[part].flatten(-2)
-
-
-def _split_in_turn(y: Tensor, n_heads: int, n_kv: int) -> dict[str, Tensor]:
-    q, k, v = y.unflatten(-1, (n_heads + 2 * n_kv, -1)).split((n_heads, n_kv, n_kv), -2)
-    return {"q": q, "k": k, "v": v}
-
-
-def _join_in_turn(parts: dict[str, Tensor], _: Tensor) -> Tensor:
-    return torch.cat([parts["q"], parts["k"], parts["v"]], dim=-2).flatten(-2)
-
-
-def _split_groups(y: Tensor, n_heads: int, n_kv: int) -> dict[str, Tensor]:
-    groups = y.unflatten(-1, (n_kv, n_heads // n_kv + 2, -1))
-    return {"q": groups[..., :-2, :].flatten(-3, -2), "k": groups[..., -2, :], "v": groups[..., -1, :]}
-
-
-def _join_groups(parts: dict[str, Tensor], _: Tensor) -> Tensor:
-    q = parts["q"].unflatten(-2, (parts["k"].shape[-2], -1))
-    return torch.cat([q, parts["k"].unsqueeze(-2), parts["v"].unsqueeze(-2)], dim=-2).flatten(-3)
-
-
-_CODEGEN_CORES = 4  # its projection was laid out for four accelerators: each holds q, v and k of its heads
-
-
-def _split_codegen(y: Tensor, n_heads: int) -> dict[str, Tensor]:
-    cores = y.unflatten(-1, (_CODEGEN_CORES, 3, n_heads // _CODEGEN_CORES, -1))
-    return {part: cores[..., i, :, :].flatten(-3, -2) for i, part in enumerate("qvk")}
-
-
-def _join_codegen(parts: dict[str, Tensor], _: Tensor) -> Tensor:
-    cores = [parts[part].unflatten(-2, (_CODEGEN_CORES, -1)) for part in "qvk"]
-    return torch.stack(cores, dim=-3).flatten(-4)
-
-
-def _split_latent(y: Tensor, n_heads: int, width: int) -> dict[str, Tensor]:
-    """Values out of what a latent state is expanded to: [b p n], or [b 1 p n] as a cache keeps it."""
-    y = y.squeeze(1) if y.ndim == 4 else y
-    return {"v": y.unflatten(-1, (n_heads, -1))[..., -width:]}
-
-
-def _join_latent(parts: dict[str, Tensor], y: Tensor, n_heads: int, width: int) -> Tensor:
-    rows = y.squeeze(1) if y.ndim == 4 else y
-    return torch.cat([rows.unflatten(-1, (n_heads, -1))[..., :-width], parts["v"]], -1).flatten(-2).view(y.shape)
-
-
 @dataclass(frozen=True)
 class _Numbers:
     """What the parts of a layer need to know of the whole model."""
@@ -242,22 +188,13 @@ class _Numbers:
 def _projections(attention: nn.Module, about: _Numbers) -> tuple[Projection, ...]:
     heads = {"q": about.n_heads, "k": about.n_kv, "v": about.n_kv}
 
-    def one(module: nn.Module, part: str, direct: bool = True) -> Projection:
-        return Projection(
-            module, (part,), partial(_by_heads, part=part, n=heads[part]), partial(_from_heads, part=part), direct
-        )
-
     separate = {part: _child(attention, f"{part}_proj") for part in "qkv"}
     if all(separate.values()):
-        return tuple(one(module, part) for part, module in separate.items() if module is not None)
+        return tuple(by_heads(module, part, heads[part]) for part, module in separate.items() if module is not None)
     if (latent := _child(attention, "kv_b_proj")) is not None:
         direct = separate["q"] is not None
         query = separate["q"] or _need(about.model, attention, "query projection", "q_b_proj")
-        layout = {"n_heads": about.n_heads, "width": about.d_value}
-        value = Projection(
-            latent, ("v",), partial(_split_latent, **layout), partial(_join_latent, **layout), direct=False
-        )
-        return (one(query, "q", direct), value)
+        return (by_heads(query, "q", heads["q"], direct), latent_values(latent, about.n_heads, about.d_value))
     fused = _need(
         about.model,
         attention,
@@ -267,12 +204,11 @@ def _projections(attention: nn.Module, about: _Numbers) -> tuple[Projection, ...
         "qkv_proj",
         "Wqkv",
     )
-    layout = {"n_heads": about.n_heads, "n_kv": about.n_kv}
     if about.config.model_type == "codegen":
-        return (Projection(fused, tuple("qkv"), partial(_split_codegen, n_heads=about.n_heads), _join_codegen),)
+        return (codegen(fused, about.n_heads),)
     if about.traits.grouped is not None and about.traits.grouped(about.config):
-        return (Projection(fused, tuple("qkv"), partial(_split_groups, **layout), _join_groups),)
-    return (Projection(fused, tuple("qkv"), partial(_split_in_turn, **layout), _join_in_turn),)
+        return (by_groups(fused, about.n_heads, about.n_kv),)
+    return (in_turn(fused, about.n_heads, about.n_kv),)
 
 
 def _norms(module: nn.Module, about: _Numbers) -> dict[str, Norm | None]:
@@ -385,6 +321,8 @@ def _decoder(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
 
 def find_family(model: PreTrainedModel) -> Family:
     """Find the parts of a causal language model. Raises CutawayError with the reason if it does not fit."""
+    if isinstance(model, OwnModel):
+        return described_family(model)
     unembed = model.get_output_embeddings() if callable(getattr(model, "get_output_embeddings", None)) else None
     if not isinstance(unembed, nn.Module):
         raise _refuse(model, "it has no unembedding (load it with AutoModelForCausalLM)")
@@ -446,6 +384,7 @@ def find_family(model: PreTrainedModel) -> Family:
         d_model=d,
         d_mlp=widths[0] if widths else int(getattr(config, "moe_intermediate_size", 0) or config.intermediate_size),
         d_vocab=width_out(unembed),
+        d_vocab_in=width_out(unembed),
         context_length=int(getattr(config, "max_position_embeddings", 0) or getattr(config, "max_seq_len", 0) or 2**31),
     )
 

@@ -6,7 +6,7 @@ import inspect
 import math
 import numbers
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +25,7 @@ from cutaway.model.addressing import resolve
 from cutaway.model.current import active
 from cutaway.model.decoding import Draw, Ends, GenerationStep, LogProbabilities, Recorder, Steps, cut
 from cutaway.model.edits import Edit, Receipt
+from cutaway.model.own import OwnModel
 from cutaway.model.run import CAPTURE_LIMIT, Generation, check_capture_size
 from cutaway.model.tokens import Tokens, pad_rows
 
@@ -132,6 +133,12 @@ def generate(
         raise CutawayError(
             "Noise depends on a row's own tokens, and beams trade them as they go; leave out num_beams, or the noise."
         )
+    if isinstance(lm.hf, OwnModel):  # which keeps no keys and values
+        settings = replace(settings, use_cache=False)
+        if lm.d_vocab > lm.d_vocab_in:
+            raise CutawayError(
+                f"{lm.name} answers with {lm.d_vocab} ids and reads {lm.d_vocab_in}, so it cannot read its answers."
+            )
     if settings.stops and lm.tokenizer is None:
         raise CutawayError("stop= names texts, and this model has no tokenizer; attach one to use text.")
     captured, cached = settings.capture is not None, settings.use_cache

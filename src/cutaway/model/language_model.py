@@ -27,6 +27,7 @@ from cutaway.model.current import active
 from cutaway.model.edits import Edit, edits_for
 from cutaway.model.execution import Execution, Form, form_of, one_dtype
 from cutaway.model.families import TESTED, find_family, weight_matrix
+from cutaway.model.own import PAGE, Description, OwnModel
 from cutaway.model.parts import Layer
 from cutaway.model.ropes import find_ropes
 from cutaway.model.run import CAPTURE_LIMIT, Generation, Gradients, Run, check_capture_size
@@ -36,7 +37,7 @@ from cutaway.model.streaming import GenerationStream
 from cutaway.model.sweep import Cell
 from cutaway.model.sweep import Metric as SweepMetric
 from cutaway.model.sweep_results import Sweep
-from cutaway.model.tokens import Tokens, brief, pad_rows, plain_ids, printable, token_string
+from cutaway.model.tokens import Tokens, brief, ids_in, pad_rows, plain_ids, printable, token_string
 from cutaway.model.wrapped import device_of, unwrap
 
 Inputs = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor | Tokens | Mapping[str, Any]
@@ -70,7 +71,7 @@ class LanguageModel:
         self._sampled = 0  # the state in which it was taken
         self.family = find_family(hf)
         for layer in self.family.layers:
-            check_dispatch(hf, layer.core)
+            check_dispatch(hf, layer)
         self.ropes = find_ropes(hf)
         self._causal: bool | None = None
         self.n_layers = len(self.family.layers)
@@ -80,6 +81,7 @@ class LanguageModel:
         self.d_head = self.family.d_head
         self.d_mlp = self.family.d_mlp
         self.d_vocab = self.family.d_vocab
+        self.d_vocab_in = self.family.d_vocab_in
         self.context_length = self.family.context_length
         self.n_parameters = sum(p.numel() for p in hf.parameters())
         self._sites = self._site_table()
@@ -88,6 +90,11 @@ class LanguageModel:
         self._sizes: dict[tuple[Any, ...], int] = {}
         if self.family.model_type not in TESTED:
             verify(self)
+
+    @property
+    def architecture(self) -> str:
+        """The name of the model's class."""
+        return self.hf.title if isinstance(self.hf, OwnModel) else type(self.hf).__name__
 
     @property
     def dtype(self) -> torch.dtype:
@@ -199,14 +206,14 @@ class LanguageModel:
             rows = [self._with_bos(row, bos, text) for row in given]
             if not rows or any(not row for row in rows):
                 raise CutawayError("There is an empty prompt; every prompt needs at least one token.")
-            if any(not 0 <= i < self.d_vocab for row in rows for i in row):
+            if any(not 0 <= i < self.d_vocab_in for row in rows for i in row):
                 raise self._no_such_id()
             if not text:
                 self._warn_of_padding(rows)
             ids, mask = pad_rows(rows, self._padding())
             tokens = Tokens(ids.to(self.device), mask.to(self.device), lambda: self.spelled(rows))
         low, high = (tokens.ids[tokens.mask] if tokens.padded else tokens.ids).aminmax()
-        if int(low) < 0 or int(high) >= self.d_vocab:
+        if int(low) < 0 or int(high) >= self.d_vocab_in:
             raise self._no_such_id()
         if tokens.longest > self.context_length:
             raise CutawayError(
@@ -281,7 +288,7 @@ class LanguageModel:
         return tuple(tuple(token_string(self.tokenizer, i) for i in row) for row in rows)
 
     def _no_such_id(self) -> CutawayError:
-        return CutawayError(f"Token ids must be between 0 and {self.d_vocab - 1}, the vocabulary of {self.name}.")
+        return CutawayError(f"Token ids must be between 0 and {self.d_vocab_in - 1}, the vocabulary of {self.name}.")
 
     def token_strings(self, ids: Iterable[int] | Tensor) -> list[str]:
         """One printable string a token, spaces kept. Raises CutawayError for what are no ids of the vocabulary."""
@@ -290,11 +297,13 @@ class LanguageModel:
             raise CutawayError(f"Tokens are named by a list of ids; got ids of the shape {list(values.shape)}.")
         return [printable(token_string(self.tokenizer, i)) for i in values.tolist()]
 
-    def _ids(self, ids: Any) -> Tensor:
-        """Ids of the vocabulary as a tensor on the CPU, of the shape that they are given in."""
+    def _ids(self, ids: Any, *, answers: bool = False) -> Tensor:
+        """Ids that the model reads, or those it answers with, as a tensor on the CPU in the shape that they came in."""
         found = plain_ids(ids)
-        if found.numel() and not 0 <= int(found.min()) <= int(found.max()) < self.d_vocab:
-            raise self._no_such_id()
+        size = self.d_vocab if answers else max(self.d_vocab, self.d_vocab_in)
+        if found.numel() and not 0 <= int(found.min()) <= int(found.max()) < size:
+            said = f"those that {self.name} answers with" if answers else f"the vocabulary of {self.name}"
+            raise CutawayError(f"Token ids must be between 0 and {size - 1}, {said}.")
         return found
 
     def _rows(self, inputs: Any) -> list[list[int]]:
@@ -303,9 +312,7 @@ class LanguageModel:
             given = [_plain(item) for item in given]
             if given and all(isinstance(item, str) for item in given):
                 if self.tokenizer is None:
-                    raise CutawayError(
-                        "This model has no tokenizer, so it takes token ids, not text; attach one to use text."
-                    )
+                    return [ids_in(text) for text in given]
                 return [self._encode(text) for text in given]
             if given and all(type(item) is int for item in given):
                 return [given]
@@ -356,7 +363,7 @@ class LanguageModel:
         return f"the ids begin with {n} of {start}, so leave one out"
 
     def _padding(self) -> int:
-        return next((i for i in (self.pad_id, self.bos_id) if i is not None and i < self.d_vocab), 0)
+        return next((i for i in (self.pad_id, self.bos_id) if i is not None and i < self.d_vocab_in), 0)
 
     # Running
 
@@ -653,15 +660,14 @@ class LanguageModel:
                 f"A stream of {self.name} is [..., {self.d_model}]; got a tensor of shape {list(residual.shape)}."
             )
         with torch.no_grad(), one_dtype(self):
-            module = self.family.ln_final.module
-            return self.family.finish(self.family.unembed(module(residual.to(device=self.device, dtype=self.dtype))))
+            return self.family.read_out(residual.to(device=self.device, dtype=self.dtype))
 
     def output_directions(self, ids: Sequence[int] | Tensor) -> Tensor:
         """Rows of the unembedding, [n, d]: the direction in ln_final's output that raises each token's logit.
 
         A factor that the model puts on its logits is in them; a softcap is not.
         """
-        chosen = self._ids(ids)
+        chosen = self._ids(ids, answers=True)
         return weight_matrix(self.family.unembed).detach().T[chosen.to(self.device)] * self.family.logit_scale
 
     def _layer(self, layer: int) -> Layer:
@@ -721,9 +727,12 @@ class LanguageModel:
         size = f"{self.n_parameters / 1e6:.1f} M" if self.n_parameters < 1e9 else f"{self.n_parameters / 1e9:.2f} B"
         heads = f"{self.n_heads} heads" + (f" ({self.n_kv_heads} kv)" if self.n_kv_heads != self.n_heads else "")
         dtype = str(self.dtype).removeprefix("torch.")
+        vocabulary = (
+            str(self.d_vocab) if self.d_vocab == self.d_vocab_in else f"{self.d_vocab_in} in, {self.d_vocab} out"
+        )
         return (
-            f"LanguageModel {self.name}: {type(self.hf).__name__}, {size} parameters, {self.n_layers} layers x d "
-            f"{self.d_model} x {heads}, vocabulary {self.d_vocab}, {dtype} on {self.device}"
+            f"LanguageModel {self.name}: {self.architecture}, {size} parameters, {self.n_layers} layers x d "
+            f"{self.d_model} x {heads}, vocabulary {vocabulary}, {dtype} on {self.device}"
             f"{', attention not causal' if self._causal is False or says_bidirectional(self.hf) else ''}"
         )
 
@@ -776,21 +785,36 @@ def load(
 
 
 def attach(
-    hf_model: PreTrainedModel | nn.Module, tokenizer: PreTrainedTokenizerBase | None = None, *, name: str | None = None
+    hf_model: PreTrainedModel | nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    description: Description | Mapping[str, Any] | None = None,
+    name: str | None = None,
 ) -> LanguageModel:
     """Look into a model that is already in memory. Nothing is changed, copied or looked up anywhere.
 
     It may be placed on several devices or offloaded by accelerate, quantised, or have adapters (of PEFT, as a PEFT
-    model or in the model itself). Raises CutawayError, with the reason, if its family is not supported, the tokenizer
-    does not fit, or what stands around the model would be lost.
+    model or in the model itself). A module that is not one of transformers takes a `description` of its parts, which
+    the self-test checks (`Description`, or a dict of its fields; docs/your-own-model.md); `lm.hf` is then a wrapper,
+    with the module as `lm.hf.module`. Raises CutawayError, with the reason, if the family is not supported, the
+    description or the tokenizer does not fit, or what stands around the model would be lost.
     """
     hf_model = unwrap(hf_model)
+    if description is not None:
+        if isinstance(hf_model, PreTrainedModel):
+            raise CutawayError(
+                f"{type(hf_model).__name__} is a model of transformers, whose parts are found; leave description= out."
+            )
+        if not isinstance(hf_model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise CutawayError(f"attach takes a torch.nn.Module, not a {type(hf_model).__name__} ({PAGE}).")
+        hf_model = OwnModel(hf_model, Description.of(description))
     if not isinstance(hf_model, PreTrainedModel):
         raise CutawayError(
-            f"attach takes a PreTrainedModel of transformers, not a {type(hf_model).__name__}; cutaway.load opens a "
-            "model by its name."
+            f"attach takes a PreTrainedModel of transformers, or a module with description=, not a "
+            f"{type(hf_model).__name__}; cutaway.load opens a model by its name ({PAGE})."
         )
-    chosen = name or getattr(hf_model.config, "name_or_path", "") or type(hf_model).__name__
+    kind = hf_model.title if isinstance(hf_model, OwnModel) else type(hf_model).__name__
+    chosen = name or getattr(hf_model.config, "name_or_path", "") or kind
     loading.check_kind(hf_model.config, chosen)
     loading.check_tokenizer(tokenizer, hf_model, chosen)
     return LanguageModel(hf_model, tokenizer, chosen, lambda: loading.identity_of_parameters(hf_model, chosen))

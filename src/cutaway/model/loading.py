@@ -35,9 +35,8 @@ _ADAPTER = "adapter_config.json"
 DeviceMap = str | dict[str, Any]
 
 
-def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> str | torch.dtype:
-    if dtype is None:
-        return torch.float32 if device.type == "cpu" else "auto"
+def dtype_named(dtype: str | torch.dtype) -> torch.dtype:
+    """A dtype of real numbers by its name, long or short. Raises CutawayError for any other."""
     if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
         return dtype
     short = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64", "half": "float16"}
@@ -47,7 +46,8 @@ def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> str | torch
     return found
 
 
-def _device(device: str | torch.device | None) -> torch.device:
+def device_named(device: str | torch.device | None) -> torch.device:
+    """A device by its name, or without one a GPU if there is any. Raises CutawayError for one that is not there."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return usable_device(device)
@@ -85,7 +85,7 @@ def load_parts(
         raise CutawayError("device and device_map both say where the model goes; give one of them.")
     if device_map is not None and importlib.util.find_spec("accelerate") is None:
         raise CutawayError("device_map takes the library accelerate, which is not installed: pip install accelerate")
-    place = _device(device)
+    place = device_named(device)
     if not isinstance(model, (str, os.PathLike)):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise CutawayError(f"A model is named by text or a path; got {model!r} (give cutaway.attach an object).")
     name = str(model)
@@ -114,7 +114,14 @@ def load_parts(
     source = str(folder) if local else name
     placed = {} if device_map is None else {"device_map": device_map, "offload_folder": offload_folder}
     with _quiet():
-        hf, tokenizer = _read(source, name, local, _dtype(dtype, place), revision, placed)
+        hf, tokenizer = _read(
+            source,
+            name,
+            local,
+            dtype_named(dtype) if dtype is not None else torch.float32 if place.type == "cpu" else "auto",
+            revision,
+            placed,
+        )
     if device_map is None and getattr(hf, "hf_quantizer", None) is None:  # what is quantised stays where it was made
         hf = hf.to(place)  # type: ignore[arg-type]
     hf.eval()

@@ -36,7 +36,7 @@ def single_token(lm: LanguageModel, text: str | int, what: str = "answer", after
         return named
     tokenizer = lm.tokenizer
     if tokenizer is None:
-        raise CutawayError(f"{lm.name} has no tokenizer: give the {what} as a token id.")
+        raise CutawayError(f"{lm.name} has no tokenizer: give the {what} as a token id, such as '#3'.")
     if not named:
         raise CutawayError(f"The {what} is empty; give a text that is one token, with its leading space if it has one.")
     if not named.isascii() and any("\ud800" <= character <= "\udfff" for character in named):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from cutaway.model.attention_adapters import Observed
 from cutaway.model.norms import Norm
 from cutaway.model.wrapped import linear_map, no_matrix
 
@@ -63,6 +64,7 @@ class Layer:
     mlp_writer: nn.Module
     attn_multiplier: float
     mlp_multiplier: float
+    observed: Observed | None = None  # how attention is observed in a module that is not one of transformers
 
     @property
     def mlp_fused(self) -> bool:
@@ -79,14 +81,15 @@ class Family:
     """A model's parts and numbers.
 
     `d_head` is the width of queries and keys, `d_value` that of values and z; they differ with latent attention.
-    `logit_scale` multiplies what the unembedding returns.
+    `logit_scale` multiplies what the unembedding returns. `d_vocab` counts logits, `d_vocab_in` the ids that are read.
+    `positions_added`: something that depends on the position alone is added to the token embeddings, by no module.
     """
 
     model_type: str
     embed: nn.Module
     pos_embed: nn.Module | None
     layers: tuple[Layer, ...]
-    ln_final: Norm
+    ln_final: Norm | None
     unembed: nn.Module
     parallel: bool
     latent: bool
@@ -102,7 +105,14 @@ class Family:
     d_model: int
     d_mlp: int
     d_vocab: int
+    d_vocab_in: int
     context_length: int
+    positions_added: bool = False
+
+    @property
+    def has_positions(self) -> bool:
+        """Whether there is a site `pos_embed`."""
+        return self.pos_embed is not None or self.positions_added
 
     @property
     def qk_norm(self) -> bool:
@@ -122,6 +132,10 @@ class Family:
             "1": 1,
         }
 
+    def read_out(self, stream: Tensor) -> Tensor:
+        """Logits [..., V] of a stream [..., d] behind the last layer, in the model's dtype."""
+        return self.finish(self.unembed(stream if self.ln_final is None else self.ln_final.module(stream)))
+
     def finish(self, unembedded: Tensor) -> Tensor:
         """Logits from what the unembedding returned: scaled, then capped."""
         logits = unembedded * self.logit_scale if self.logit_scale != 1.0 else unembedded
@@ -131,8 +145,10 @@ class Family:
     def absent(self, template: str, layer: int = 0) -> str | None:
         """Why a layer of this family has no such site, or None if it has."""
         here, part = self.layers[layer], template.removeprefix("blocks.{l}.")
-        if template == "pos_embed" and self.pos_embed is None:
+        if template == "pos_embed" and not self.has_positions:
             return "positions enter attention (rotary or ALiBi), not the stream"
+        if template.startswith("ln_final.") and self.ln_final is None:
+            return "no norm before the unembedding: it reads the stream directly"
         if template == "logits_precap" and self.final_softcap is None:
             return "no final softcap: it would be the same tensor as logits"
         if part == "attn.result" and (reason := no_matrix(here.output)) is not None:

@@ -20,6 +20,8 @@ from cutaway.artifacts.errors import CutawayError
 from cutaway.model.addressing import resolve
 from cutaway.model.execution import Execution
 from cutaway.model.norms import probe_norm
+from cutaway.model.own import PAGE, OwnModel
+from cutaway.model.own_attention import OwnAttention
 from cutaway.model.selftest_edits import (
     At,
     Case,
@@ -249,12 +251,16 @@ def _attention(lm: LanguageModel, at: At, layer: int, equal: Equal) -> None:
     equal("attn.pattern attn.v = attn.z", torch.einsum("bhqk,bkhe->bqhe", pattern, values), at("attn.z"))
     raw = torch.einsum("bqhe,bkhe->bhqk", wide_of(at("attn.rot_q")), wide_of(keys))
     seen = scores > -torch.inf
+    own = parts.observed if isinstance(parts.observed, OwnAttention) else None
     scaling, cap = (getattr(parts.core, name, None) for name in ("scaling", "attn_logit_softcapping"))
+    scaling = scaling if own is None else own.scale
     if not family.alibi:
         fitted = float((raw[seen] * wide_of(scores[seen])).sum() / raw[seen].square().sum())
         if not isinstance(scaling, float):  # then at least one factor for all cells
             scaling = fitted
-        elif abs(fitted - 1.0) < abs(fitted - scaling):  # some scale the queries before attention gets them
+        elif own is None and abs(fitted - 1.0) < abs(
+            fitted - scaling
+        ):  # some scale the queries before attention gets them
             scaling = 1.0
         raw = raw * scaling
         raw = raw if cap is None else torch.tanh(raw / cap) * cap
@@ -308,24 +314,28 @@ def _queries_or_keys(lm: LanguageModel, layer: int, name: str, value: Tensor) ->
 def _ends(lm: LanguageModel, run: Run, checks: _Checks) -> None:
     """Identities before the first layer and after the last."""
     start, final = run["blocks.0.resid_pre"], run[f"blocks.{lm.n_layers - 1}.resid_post"]
-    if lm.family.pos_embed is None:
+    if not lm.family.has_positions:
         checks.equal("embed = the first resid_pre", None, run["embed"], start)
     else:
         checks.equal("embed + pos_embed = the first resid_pre", None, run["embed"] + run["pos_embed"], start)
-    norm, normalized = lm.family.ln_final, run["ln_final.normalized"]
-    wide = centred(norm, final.to(normalized.dtype))
-    checks.equal(
-        "ln_final.normalized * ln_final.scale = the last resid_post", None, normalized * run["ln_final.scale"], wide
-    )
-    unembedded = lm.family.unembed(norm.gain(normalized, lm.dtype))
+    norm = lm.family.ln_final
+    if norm is None:
+        unembedded, what = lm.family.unembed(final), "the last resid_post"
+    else:
+        normalized, what = run["ln_final.normalized"], "gain(ln_final.normalized)"
+        wide = centred(norm, final.to(normalized.dtype))
+        checks.equal(
+            "ln_final.normalized * ln_final.scale = the last resid_post", None, normalized * run["ln_final.scale"], wide
+        )
+        unembedded = lm.family.unembed(norm.gain(normalized, lm.dtype))
     if lm.family.final_softcap is not None:
         precap = unembedded * lm.family.logit_scale
-        checks.equal("gain(ln_final.normalized) W_U = logits_precap", None, precap, run["logits_precap"])
+        checks.equal(f"{what} W_U = logits_precap", None, precap, run["logits_precap"])
         unembedded = run["logits_precap"] / lm.family.logit_scale
         checks.equal("softcap(logits_precap) = logits", None, lm.family.finish(unembedded), run["logits"])
     else:
         logits = lm.family.finish(unembedded)
-        checks.equal("gain(ln_final.normalized) W_U = logits", None, logits, run["logits"])
+        checks.equal(f"{what} W_U = logits", None, logits, run["logits"])
     assert run.logits is not None
     checks.equal("logits as captured = logits as returned", None, run["logits"], run.logits)
     checks.equal("unembed(last resid_post) = logits", None, lm.unembed(final), run.logits)
@@ -347,28 +357,40 @@ def verify(lm: LanguageModel) -> None:
     """
     try:
         test = run_selftest(lm)
-    except CutawayError:
-        raise
+    except CutawayError as error:
+        if not isinstance(lm.hf, OwnModel):
+            raise
+        raise _not_supported(lm, str(error).removesuffix(".")) from error
     except Exception as error:  # what a model of unknown build raises when its parts are not where they are looked for
-        raise CutawayError(
-            f"{type(lm.hf).__name__} is not supported: its parts do not fit together ({type(error).__name__}: {error})."
-        ) from error
+        raise _not_supported(lm, f"its parts do not fit together ({type(error).__name__}: {error})") from error
     failed = test.failures()
     if failed:
         where = "" if failed[0].layer is None else f" at layer {failed[0].layer}"
-        raise CutawayError(
-            f"{type(lm.hf).__name__} is not supported: it fails {len(failed)} of {len(test.rows)} checks, the first"
-            f"{where}: {failed[0].check} (residual {failed[0].residual:.2g}, allowed {failed[0].tolerance:.2g})."
+        raise _not_supported(
+            lm,
+            f"it fails {len(failed)} of {len(test.rows)} checks, the first{where}: {failed[0].check} (residual "
+            f"{failed[0].residual:.2g}, allowed {failed[0].tolerance:.2g})",
         )
+
+
+def _not_supported(lm: LanguageModel, reason: str) -> CutawayError:
+    if isinstance(lm.hf, OwnModel):
+        return CutawayError(f"{lm.architecture} is not as described: {reason} ({PAGE}).")
+    return CutawayError(f"{lm.architecture} is not supported: {reason}.")
 
 
 def _selftest(lm: LanguageModel) -> SelfTest:
     generator = torch.Generator().manual_seed(0)
-    row = torch.randint(0, lm.d_vocab, (1, min(_LENGTH, lm.context_length)), generator=generator)
+    row = torch.randint(0, lm.d_vocab_in, (1, min(_LENGTH, lm.context_length)), generator=generator)
     tokens = lm.tokens(Tokens(row, torch.ones_like(row, dtype=torch.bool), lm.spelled(row.tolist())))
     checks = _Checks(lm)
     base = lm.run(tokens, capture=lm.sites().present(), limit_bytes=2**62)
     _ends(lm, base, checks)
+    if isinstance(lm.hf, OwnModel):  # what its attention is observed by is ours, not the module's author's
+        unseen = lm.run(tokens)
+        assert base.logits is not None
+        assert unseen.logits is not None
+        checks.equal("logits of a run that captures = of one that does not", None, base.logits, unseen.logits)
     for layer in range(lm.n_layers):
         _identities(lm, base, layer, checks)
     _edits(lm, tokens, base, checks, generator)
@@ -433,6 +455,7 @@ class _Batch:
 def _edits(lm: LanguageModel, tokens: Tokens, base: Run, checks: _Checks, generator: torch.Generator) -> None:
     """One forward of a batch of rows: the first without an edit, each other with one."""
     batches: list[_Batch] = []
+    ends = ["logits"] if lm.family.ln_final is None else ["ln_final.scale", "ln_final.normalized"]
     end = 1
     for layer in range(lm.n_layers):
         size = max(float(base[f"blocks.{layer}.{part}"].float().std()) for part in ("resid_pre", "resid_post"))
@@ -440,11 +463,11 @@ def _edits(lm: LanguageModel, tokens: Tokens, base: Run, checks: _Checks, genera
         cases = layer_cases(lm, layer, delta.to(lm.device, lm.dtype), layer % lm.n_heads, tokens.ids.shape[1], base)
         observed = [site.name for site in lm.sites() if site.layer == layer and site.absent is None]
         after = layer + 1 < lm.n_layers
-        observed += [f"blocks.{layer + 1}.resid_pre"] if after else ["ln_final.scale", "ln_final.normalized"]
+        observed += [f"blocks.{layer + 1}.resid_pre"] if after else ends
         batches.append(_Batch(layer, end, cases, observed))
         end += len(cases)
     delta = torch.randn(max(lm.d_model, lm.d_vocab), generator=generator).to(lm.device, lm.dtype)
-    observed = ["embed", "blocks.0.resid_pre", "ln_final.scale", "ln_final.normalized", "logits"]
+    observed = ["embed", "blocks.0.resid_pre", *ends, *(["logits"] if lm.family.ln_final is not None else [])]
     observed += [name for name in ("pos_embed", "logits_precap") if lm.family.absent(name) is None]
     batches.append(_Batch(None, end, end_cases(lm, delta), observed))
     end += len(batches[-1].cases)
@@ -492,4 +515,4 @@ def _edits(lm: LanguageModel, tokens: Tokens, base: Run, checks: _Checks, genera
 
 
 def _full(name: str, layer: int | None) -> str:
-    return name if layer is None or name.startswith(("blocks.", "ln_final.")) else f"blocks.{layer}.{name}"
+    return name if layer is None or name.startswith(("blocks.", "ln_final.", "logits")) else f"blocks.{layer}.{name}"

@@ -124,6 +124,10 @@ def _stream_cases(lm: LanguageModel, layer: int, move: Tensor) -> Iterator[Case]
 
         def last(new: At, old: At) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
             x = old("resid_post") + move
+            if family.ln_final is None:
+                wanted = family.read_out(x)[:, -1:]
+                yield "δ at resid_post: logits follow", new("logits"), wanted, wanted
+                return
             wide, scale = family.ln_final.divide(x)
             yield "δ at resid_post: ln_final reads it", new("ln_final.normalized"), wide / scale, wide / scale
 
@@ -357,7 +361,7 @@ def end_cases(lm: LanguageModel, delta: Tensor) -> list[Case]:
     """Edits of the sites before the first layer and after the last. delta holds at least d and V entries."""
     family, move, bump = lm.family, delta[: lm.d_model], delta[: lm.d_vocab]
     cases = [_shift("embed", "embed", move, lambda at: at("blocks.0.resid_pre"), "the first resid_pre")]
-    if family.pos_embed is not None:
+    if family.has_positions:
         cases.append(_shift("pos_embed", "pos_embed", move, lambda at: at("blocks.0.resid_pre"), "the first resid_pre"))
 
     def halved(new: At, old: At) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
@@ -365,6 +369,7 @@ def end_cases(lm: LanguageModel, delta: Tensor) -> list[Case]:
         yield "ln_final.scale doubled halves ln_final.normalized", new("ln_final.normalized"), wanted, wanted
 
     def answered(new: At, old: At) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
+        assert family.ln_final is not None
         logits = family.finish(family.unembed(family.ln_final.gain(2 * old("ln_final.normalized"), lm.dtype)))[:, -1:]
         yield "ln_final.normalized doubled: logits follow", new("logits"), logits, logits
 
@@ -372,7 +377,8 @@ def end_cases(lm: LanguageModel, delta: Tensor) -> list[Case]:
         wanted = family.finish((old("logits_precap") + bump) / family.logit_scale)
         yield "δ at logits_precap: logits follow", new("logits"), wanted, wanted
 
-    cases += [(make.scale("ln_final.scale", 2.0), halved), (make.scale("ln_final.normalized", 2.0), answered)]
+    if family.ln_final is not None:
+        cases += [(make.scale("ln_final.scale", 2.0), halved), (make.scale("ln_final.normalized", 2.0), answered)]
     cases.append(_shift("logits", "logits", bump, lambda at: at("logits"), "logits"))
     if family.final_softcap is not None:
         cases.append((make.add("logits_precap", bump), capped))

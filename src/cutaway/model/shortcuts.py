@@ -22,6 +22,7 @@ from transformers.cache_utils import DynamicLayer
 from cutaway.model.current import active
 from cutaway.model.execution import Execution, Form, Replacement, Stop, form_of, in_form, passing
 from cutaway.model.sites import layer_of, template_of
+from cutaway.model.taps import input_name
 from cutaway.model.tokens import Tokens
 
 if TYPE_CHECKING:
@@ -204,10 +205,11 @@ def first_argument(module: nn.Module, change: Callable[[Tensor], Tensor | None],
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if active() is not mine:
             return None
-        new = change(args[0] if args else kwargs["hidden_states"])
+        name = "" if args else input_name(kwargs)
+        new = change(args[0] if args else kwargs[name])
         if new is None:
             return None
-        return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
+        return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, name: new})
 
     return module.register_forward_pre_hook(hook, with_kwargs=True)
 

@@ -29,6 +29,11 @@ OnOutput = Callable[[Tensor], Tensor]
 Inside = Callable[[OnOutput], AbstractContextManager[Any]]
 
 
+def input_name(kwargs: dict[str, Any]) -> str:
+    """What a module that is given no positional argument calls its input."""
+    return "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
+
+
 class Installer:
     def __init__(self, execution: Execution) -> None:
         self.ex = execution
@@ -58,9 +63,10 @@ class Installer:
             if args:
                 new = change(args[0])
                 return None if new is args[0] else ((new, *args[1:]), kwargs)
-            old = kwargs["hidden_states"]
+            name = input_name(kwargs)
+            old = kwargs[name]
             new = change(old)
-            return None if new is old else (args, {**kwargs, "hidden_states": new})
+            return None if new is old else (args, {**kwargs, name: new})
 
         self.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
@@ -285,15 +291,41 @@ class Installer:
                     return ex.touch("pos_embed", x.expand(ex.mask.shape[0], -1, -1) if len(x) == 1 else x)
 
                 self.after(family.pos_embed, on_positions)
+        elif family.positions_added:
+            if ex.wants("embed"):
+                self.after(family.embed, self.at("embed"))
+            if ex.wants("pos_embed"):
+                self.added_positions()
         elif ex.wants("embed"):
             self.before(family.layers[0].module, self.at("embed"))
         if ex.resumed is not None:
             start = ex.resumed.requires_grad_() if ex.gradients else ex.resumed
             self.before(family.layers[ex.first_layer].module, lambda _: start)
 
+    def added_positions(self) -> None:
+        """What is added to the embeddings by no module: the first layer's input, less what the embedding returned."""
+        ex, family = self.ex, self.ex.lm.family
+        embedded: list[Tensor] = []
+
+        def keep(x: Tensor) -> Tensor:
+            embedded[:] = [x]
+            return x
+
+        def on_sum(x: Tensor) -> Tensor:
+            words = embedded.pop()
+            positions = x - words
+            if ex.gradients:
+                positions = positions.detach().requires_grad_()
+            new = ex.touch("pos_embed", positions)
+            return words + new if ex.live("pos_embed") else x
+
+        self.after(family.embed, keep)
+        self.before(family.layers[0].module, on_sum)
+
     def finish(self) -> None:
         ex, family = self.ex, self.ex.lm.family
-        self.norm(family.ln_final, "ln_final")
+        if family.ln_final is not None:
+            self.norm(family.ln_final, "ln_final")
         if ex.last_only:
             first = ex.mask.int().argmax(1)
             last = first + ex.mask.sum(1) - 1

@@ -199,6 +199,27 @@ def named_token(text: str) -> int | str:
     return text[1:] if text.startswith("\\") and _ID.fullmatch(text[1:]) else text
 
 
+def next_tokens(ids: Tensor, mask: Tensor, n_answers: int) -> tuple[Tensor, Tensor]:
+    """The token behind each but the last of ids [b, p], and whether it counts: both [b, p - 1].
+
+    Those count that follow a real token, are one, and are among the `n_answers` ids that a model answers with; another
+    has id 0 here.
+    """
+    counts = mask[:, 1:] & mask[:, :-1] & (ids[:, 1:] < n_answers)
+    return ids[:, 1:].where(counts, 0), counts
+
+
+def ids_in(text: str) -> list[int]:
+    """The ids that a text such as "#3 #5 #1" names, one behind the other, for a model without a tokenizer."""
+    parts = text.split()
+    if strange := [part for part in parts if not _ID.fullmatch(part)]:
+        raise CutawayError(
+            f"{strange[0][:40]!r} is no token id, and this model has no tokenizer, so it takes token ids such as "
+            "'#3 #5 #1', not text; attach a tokenizer to use text."
+        )
+    return [int(part[1:]) for part in parts]
+
+
 def _said_so(text: str, whole: str) -> str:
     """The way out for a text that was taken as an id."""
     return f" (the text itself is written '\\{text}')" if isinstance(named_token(text), int) and text in whole else ""
@@ -250,7 +271,7 @@ def token_string(tokenizer: PreTrainedTokenizerBase | None, index: int) -> str:
     it.
     """
     if tokenizer is None:
-        return f"⟨{index}⟩"
+        return f"#{index}"
     token = tokenizer.convert_ids_to_tokens(index)
     if token is None:
         return f"⟨{index}⟩"

@@ -111,7 +111,10 @@ def split_difference(
 
     wide = torch.float32 if lm.device.type == "mps" else torch.float64
     final = family.ln_final
-    scale = here(run["ln_final.scale"]) if final_scale is None else final_scale
+    if final_scale is not None:
+        scale = final_scale
+    else:
+        scale = here(run["ln_final.scale"]) if final is not None else torch.ones(len(tokens), 1)
     g = _pull_back(final, scale, directions.to(run.logits.device, wide))  # [b, K + 1, d]
 
     def whole(name: str, kind: str, layer: int | None = None) -> list[Group]:
@@ -128,10 +131,11 @@ def split_difference(
             groups += _mlp_parts(lm, run, layer, g, here)
         else:
             groups += whole(inside + "mlp.out", "MLP", layer)
-    if final.bias is not None or bool(biases.any()):
+    final_bias = None if final is None else final.bias
+    if final_bias is not None or bool(biases.any()):
         constants = biases
-        if final.bias is not None:
-            constants = constants + directions @ final.bias.detach().cpu().double()
+        if final_bias is not None:
+            constants = constants + directions @ final_bias.detach().cpu().double()
         groups.append(Group("final biases", None, constants[..., None]))
     groups = [Group(x.kind, x.layer, x.values.detach().cpu().double(), x.labels) for x in groups]
     return groups, differences(before, answers, wrongs), differences(after, answers, wrongs), notes
@@ -240,12 +244,14 @@ def _through(
     return _pull_back(norm, here(run[scale]), g), constant
 
 
-def _pull_back(norm: Norm, scale: Tensor, directions: Tensor) -> Tensor:
-    """v with x·v = y·u for each direction u, where y is the norm of x without its bias, its scale frozen.
+def _pull_back(norm: Norm | None, scale: Tensor, directions: Tensor) -> Tensor:
+    """v with x·v = y·u for each direction u, where y is the norm of x without its bias, its scale frozen (x, if none).
 
     `scale` is [b, 1], `directions` [b, K, d] (or with b = 1), the result [b, K, d].
     """
     v = directions
+    if norm is None:
+        return v
     if norm.weight is not None:
         weight = norm.weight.detach().to(v)
         v = v * (weight + norm.offset)
@@ -322,7 +328,7 @@ def dla_sum_errors(lm: LanguageModel) -> dict[str, float]:
     measurement.
     """
     generator = torch.Generator().manual_seed(0)
-    rows = [torch.randint(lm.d_vocab, (n,), generator=generator).tolist() for n in (6, 4)]
+    rows = [torch.randint(lm.d_vocab_in, (n,), generator=generator).tolist() for n in (6, 4)]
     tokens = lm.tokens(rows)
     answers, wrong = torch.randint(lm.d_vocab, (2, 2), generator=generator).tolist()
     wrongs: list[Wrong] = [[w] for w in wrong]

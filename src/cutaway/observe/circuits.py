@@ -448,7 +448,7 @@ def circuit_tokens(
     if isinstance(tokens, str):
         given = lm.tokens(tokens, bos=False if lm.bos_id is not None else None).row_ids(0)
     else:
-        given = list(range(lm.d_vocab)) if tokens is None else lm.tokens([tokens]).row_ids(0)
+        given = list(range(lm.d_vocab_in)) if tokens is None else lm.tokens([tokens]).row_ids(0)
     right = circuit.right.double()
     written = _after(lm.family.ln_final, right) if norms and part == "ov" else right
 
@@ -458,8 +458,9 @@ def circuit_tokens(
     def column(ids: Sequence[int]) -> Tensor:
         return written @ (read(ids) if part == "qk" else lm.output_directions(list(ids)).double()).T
 
-    starts = range(0, lm.d_vocab, chunk)
-    columns = torch.cat([column(range(i, min(i + chunk, lm.d_vocab))) for i in starts], dim=-1)  # [h, V]
+    size = lm.d_vocab_in if part == "qk" else lm.d_vocab
+    starts = range(0, size, chunk)
+    columns = torch.cat([column(range(i, min(i + chunk, size))) for i in starts], dim=-1)  # [h, V]
     columns -= columns.mean(-1, keepdim=True)  # what all targets share moves no softmax
     best: list[tuple[float, int, int]] = []
     for start in range(0, len(given), chunk):

@@ -21,7 +21,7 @@ from cutaway.artifacts.statistics import bootstrap_interval, false_discovery, pa
 from cutaway.model.edits import Edit, mean, zero
 from cutaway.model.language_model import Inputs, LanguageModel
 from cutaway.model.run import Run
-from cutaway.model.tokens import Tokens
+from cutaway.model.tokens import Tokens, next_tokens
 from cutaway.observe.head_kinds import attention_layers, ratio_interval
 from cutaway.observe.heads import Ablation, Head, name, second_half_loss
 
@@ -35,8 +35,8 @@ def text_loss(run: Run) -> Tensor:
     assert run.logits is not None
     ids, mask = run.tokens.ids.to(run.logits.device), run.tokens.mask.to(run.logits.device)
     log_p = run.logits[:, :-1].float().log_softmax(-1)
-    loss = -log_p.gather(-1, ids[:, 1:, None])[..., 0]
-    counted = mask[:, 1:] & mask[:, :-1]
+    following, counted = next_tokens(ids, mask, log_p.shape[-1])
+    loss = -log_p.gather(-1, following[..., None])[..., 0]
     return ((loss * counted).sum(-1) / counted.sum(-1).clamp(min=1)).cpu()
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from cutaway.artifacts.errors import CutawayError
 from cutaway.model.language_model import LanguageModel
 from cutaway.model.naming import continued, single_token
-from cutaway.model.tokens import Tokens, named_token
+from cutaway.model.tokens import Tokens, named_token, next_tokens
 
 _CHUNK_BYTES = 1 << 24
 """Size of one fp32 table of [tokens, vocabulary]; about ten exist at a time."""
@@ -278,7 +278,8 @@ def _target_ids(lm: LanguageModel, tokens: Tokens, targets: Sequence[str | int] 
     ids, mask = tokens.ids.cpu(), tokens.mask.cpu()
     if targets is None:
         following = torch.full_like(ids, -1)
-        following[:, :-1] = torch.where(mask[:, :-1] & mask[:, 1:], ids[:, 1:], -1)
+        behind, counts = next_tokens(ids, mask, lm.d_vocab)
+        following[:, :-1] = behind.where(counts, -1)
         return following
     given = [targets] if isinstance(targets, str | int) else list(targets)
     if len(given) != len(ids):

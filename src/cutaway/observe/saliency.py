@@ -159,11 +159,11 @@ def baseline_vector(lm: LanguageModel, baseline: Baseline) -> Tensor:
     if baseline == "mean":
         total = torch.zeros(lm.d_model, dtype=torch.float64, device=lm.device)
         width = min(lm.context_length, 256)
-        for start in range(0, lm.d_vocab, width):
-            row = list(range(start, min(start + width, lm.d_vocab)))
+        for start in range(0, lm.d_vocab_in, width):
+            row = list(range(start, min(start + width, lm.d_vocab_in)))
             ids = Tokens.whole(torch.tensor([row]), ((),))
             total += lm.run(ids, capture="embed", logits=None)["embed"][0].double().sum(0).to(total.device)
-        return (total / lm.d_vocab).to(lm.dtype)
+        return (total / lm.d_vocab_in).to(lm.dtype)
     raise CutawayError(f"There is no baseline embedding {baseline!r}; use zero, pad or mean.")
 
 

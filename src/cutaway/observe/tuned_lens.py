@@ -175,8 +175,7 @@ def lens_kl(log_q: Tensor, final: Tensor) -> Tensor:
 
 def lens_logits(lm: LanguageModel, stream: Tensor) -> Tensor:
     """What `lm.unembed` gives for a stream [..., d], as a function that can be differentiated."""
-    family = lm.family
-    return family.finish(family.unembed(family.ln_final.module(stream.to(lm.dtype))))
+    return lm.family.read_out(stream.to(lm.dtype))
 
 
 def lens_streams(lm: LanguageModel, rows: Tensor) -> Iterator[tuple[Tensor, list[Tensor], Tensor]]:

@@ -12,23 +12,37 @@ import torch
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.model.language_model import LanguageModel, attach
+from cutaway.model.own import OwnModel
 
 
 def untrained(lm: LanguageModel, seed: int = 0) -> LanguageModel:
     """A model of the same class and configuration as `lm`, initialised as its family initialises, from `seed`.
 
-    Raises CutawayError when the class cannot be built from its configuration (quantised weights, adapters).
+    A model of the user's own is initialised by its modules' `reset_parameters`. Raises CutawayError when the class
+    cannot be built from its configuration (quantised weights, adapters), or where nothing initialises a weight.
     """
-    config = copy.deepcopy(lm.hf.config)
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            fresh = type(lm.hf)(config)
+            fresh = _reset(lm.hf) if isinstance(lm.hf, OwnModel) else type(lm.hf)(copy.deepcopy(lm.hf.config))
         fresh.to(device=lm.device, dtype=lm.dtype)  # pyright: ignore[reportCallIssue]
         fresh.eval()
     except Exception as error:  # whatever the class's own constructor raises
         raise CutawayError(f"{lm.name} cannot be built anew from its configuration: {error}") from error
     return attach(fresh, lm.tokenizer, name=f"{lm.name}, untrained ({seed})")
+
+
+def _reset(model: OwnModel) -> OwnModel:
+    fresh = copy.deepcopy(model)
+    left = {name for name, _ in fresh.module.named_parameters()}
+    for prefix, module in fresh.module.named_modules():
+        reset = getattr(module, "reset_parameters", None)
+        if callable(reset):
+            reset()
+            left -= {f"{prefix}.{name}".lstrip(".") for name, _ in module.named_parameters()}
+    if left:
+        raise CutawayError(f"nothing says how {min(left)} begins; give its module a reset_parameters()")
+    return fresh
 
 
 def cascade(lm: LanguageModel, seed: int = 0, steps: int = 4) -> Iterator[tuple[str, LanguageModel]]:

@@ -7,7 +7,7 @@ from typing import Any
 from cutaway.artifacts.statistics import bootstrap_interval
 from cutaway.model.edits import Edit
 from cutaway.model.language_model import LanguageModel
-from cutaway.model.tokens import Tokens
+from cutaway.model.tokens import Tokens, next_tokens
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ def prices(
         assert plain is not None
         p = plain.float().log_softmax(-1)
         mask = part.mask.to(p)
-        both = part.mask[:, 1:] & part.mask[:, :-1]
-        following = part.ids[:, 1:, None]
+        following, both = next_tokens(part.ids, part.mask, lm.d_vocab)
+        following = following[..., None]
         before -= p[:, :-1].gather(-1, following)[..., 0][both].sum().item()
         count += int(both.sum())
         for i, edits in enumerate(choices):

@@ -28,7 +28,7 @@ def card(tour: Tour, test: ModelSelfTest) -> page.Card:
         ("key-value heads", lm.n_kv_heads),
         ("neurons a layer", lm.d_mlp),
         ("vocabulary", lm.d_vocab),
-        ("architecture", re.sub("(ForCausalLM|LMHeadModel)$", "", type(lm.hf).__name__)),
+        ("architecture", re.sub("(ForCausalLM|LMHeadModel)$", "", lm.architecture)),
         ("number format", str(lm.dtype).removeprefix("torch.")),
     ]
     where = "shipped with cutaway" if tour.of_atlas else str(tour.model)

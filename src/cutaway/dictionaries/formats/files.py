@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
@@ -13,6 +13,7 @@ from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.files import atomic_folder, clear_leftovers
 from cutaway.dictionaries.dictionary import Dictionary, Port
 from cutaway.dictionaries.formats import (
+    by_tensors,
     circuit_tracer,
     crosscoders,
     dictionary_learning,
@@ -80,9 +81,11 @@ _SAVED = (
 )  # fmt: skip
 
 
-def read(where: str | Path) -> Reading:
+def read(where: str | Path, names: Mapping[str, str] | None = None) -> Reading:
     """A dictionary and how its files were read: see `load`, which keeps the dictionary alone."""
     path = _found(where)
+    if names is not None:
+        return by_tensors.read(path, names)
     for known in _READ:
         if known.fits(path):
             return known.read(path)
@@ -92,15 +95,22 @@ def read(where: str | Path) -> Reading:
         else []
     )
     if below:
-        names = ", ".join(child.name for child in below[:8])
-        raise CutawayError(f"{path} is no dictionary, but holds {len(below)}: name one of {names}")
-    raise CutawayError(f"{path} is no dictionary that is read here: looked for {'; '.join(k.looks_for for k in _READ)}")
+        listed = ", ".join(child.name for child in below[:8])
+        raise CutawayError(f"{path} is no dictionary, but holds {len(below)}: name one of {listed}")
+    if by_tensors.recognised(path):
+        return by_tensors.read(path)
+    way = (
+        "" if by_tensors.weights_file(path) is None else "; --map W_enc=NAME,W_dec=NAME,... says which tensor is which"
+    )
+    looked = "; ".join(known.looks_for for known in _READ)
+    raise CutawayError(f"{path} is no dictionary that is read here: looked for {looked}{way}")
 
 
 def load(
     where: str | Path,
     *,
     site: str | None = None,
+    names: Mapping[str, str] | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> Dictionary:
@@ -109,11 +119,12 @@ def load(
     "atlas/blocks.3.resid_post" is one that ships with the package.
 
     What can be folded into the weights is folded, so it takes the model's activations as they are. `site` says where it
-    belongs if the files do not, or do wrongly. Files are not trusted: pickled objects are refused. Raises
+    belongs if the files do not, or do wrongly. Files without settings are recognised by their tensors; `names` says
+    which tensor is what ({"W_enc": "encoder.weight"}). Files are not trusted: pickled objects are refused. Raises
     `CutawayError` for what is no dictionary, spoiled, or of a kind that is not read, and for a set of several, which
     `load_all` reads.
     """
-    dictionary = read(where).dictionary
+    dictionary = read(where, names).dictionary
     if site is not None:
         dictionary = at_site(dictionary, site)
     if dtype is None and hub.is_shipped(where):
@@ -123,17 +134,19 @@ def load(
     return dictionary if device is None and dtype is None else dictionary.to(device, dtype)
 
 
-def load_all(where: str | Path) -> dict[str, Dictionary]:
+def load_all(where: str | Path, names: Mapping[str, str] | None = None) -> dict[str, Dictionary]:
     """Every dictionary of a circuit-tracer set by its name ("layer_0"), or of a folder of folders by theirs.
 
     A single dictionary comes alone, under the name of its folder. Raises `CutawayError` as `load` does.
     """
-    return {name: reading.dictionary for name, reading in read_all(where).items()}
+    return {name: reading.dictionary for name, reading in read_all(where, names).items()}
 
 
-def read_all(where: str | Path) -> dict[str, Reading]:
+def read_all(where: str | Path, names: Mapping[str, str] | None = None) -> dict[str, Reading]:
     """`load_all`, and how the files were read."""
     path = _found(where)
+    if names is not None:
+        return {path.stem if path.is_file() else path.name: by_tensors.read(path, names)}
     known = next((known for known in _READ if known.fits(path)), None)
     if known is not None and known.name != "circuit-tracer":
         return {path.stem if path.is_file() else path.name: known.read(path)}

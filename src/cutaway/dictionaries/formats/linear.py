@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.dictionaries.dictionary import ReLU, TopK
-from cutaway.dictionaries.formats import folds
+from cutaway.dictionaries.formats import by_tensors, folds
 from cutaway.dictionaries.formats.hooks import site_name
 from cutaway.dictionaries.formats.reading import (
     ExpectedL0,
@@ -40,6 +40,7 @@ _OPENAI_SITES = {
     "resid_delta_mlp": "mlp.out",
     "resid_post_mlp": "resid_post",
 }
+_QWEN = re.compile(r"SAE-Res-(.+)-W\d+K-L0_(\d+)")  # in the path; it has the k
 _FINAL = Path("checkpoints", "final.safetensors")
 
 
@@ -63,14 +64,11 @@ def read_archive(path: Path) -> Reading:
         return _openai(source)
     layer = re.search(r"(?:layer|[-_.]l|/l)[._-]?(\d+)", str(path.absolute()), re.IGNORECASE)
     site = f"blocks.{layer[1]}.resid_post" if layer else ""
-    if "W_enc" in source and "W_dec" in source and "threshold" not in source:
+    if "W_enc" in source and "W_dec" in source and "threshold" not in source and _QWEN.search(str(path.absolute())):
         return _qwen(source, site)
     prefix = "_linear" if "encoder_linear.weight" in source else ""
     if f"encoder{prefix}.weight" not in source or f"decoder{prefix}.bias" not in source:
-        raise CutawayError(
-            f"{path} is in none of the formats that are read from torch archives: it holds "
-            f"{', '.join(sorted(source.tensors)[:8])}"
-        )
+        return by_tensors.read(path)
     weights = _linear(source, f"encoder{prefix}", f"decoder{prefix}")
     source.rest()
     dictionary = assemble(source, weights, ReLU(), subtract_b_dec=False, **_ports(weights, site, None))
@@ -138,12 +136,8 @@ def _qwen(source: Source, site: str) -> Reading:
         "W_dec": source.take("W_dec", "W_dec [F, d_out]", dims=2, transposed=True),
         "b_dec": source.take("b_dec", "b_dec [d_out]"),
     }
-    named = re.search(r"SAE-Res-(.+)-W\d+K-L0_(\d+)", str(path.absolute()))
-    if named is None:
-        raise CutawayError(
-            f"{path} looks like Qwen-Scope, whose k stands in the name of its repository (...-L0_50), which no folder "
-            "of this path has: name a folder so"
-        )
+    named = _QWEN.search(str(path.absolute()))
+    assert named is not None
     source.rest()
     model = f"Qwen/{named[1].split('/')[-1]}"
     dictionary = assemble(source, weights, TopK(int(named[2])), subtract_b_dec=False, **_ports(weights, site, model))

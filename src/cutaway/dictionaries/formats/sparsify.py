@@ -35,8 +35,8 @@ CFG, WEIGHTS = "cfg.json", "sae.safetensors"
 
 
 def fits(path: Path) -> bool:
-    """Whether the folder looks like sparsify's."""
-    return (path / WEIGHTS).is_file()
+    """Whether the folder looks like sparsify's. Without its settings nothing says k."""
+    return (path / WEIGHTS).is_file() and (path / CFG).is_file()
 
 
 def read(path: Path) -> Reading:
