@@ -309,7 +309,8 @@ def test_better_needs_held_out_items_and_causal_checks():
         "a is worse on held-out items, but loses on bridge: state readable at the last position, "
         "bridge: carried over from an abbreviation prompt, refusal: clamp"
     )
-    right, wrong = evaluation().sets["two_hop/capital/held_out"], evaluation().sets["binding"]
+    right = evaluation().sets["two_hop/capital/held_out"]
+    wrong = replace(right, effect=replace(right.effect, value=right.effect.value - 0.2))
     candidate = replace(evaluation(1.0), sets={**evaluation(1.0).sets, "x": wrong})
     other = replace(evaluation(), sets={**evaluation().sets, "x": right})
     assert compare(candidate, other).better  # one set may fall
