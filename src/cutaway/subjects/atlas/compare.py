@@ -16,7 +16,7 @@ from cutaway.subjects.atlas.evaluate import Evaluation
 class Comparison:
     """Candidate minus other: mean difference over sets of items, and each headline and causal check of both.
 
-    `held_out` is over held-out, new-wording and outside sets, `all_sets` over all; the intervals are bootstraps over
+    `held_out` is over held-out, new-wording and outside sets, `all_sets` over all; the intervals are over
     sets. `rows` are the held-out ones, `headlines` and `causal` (candidate, other). New weights are `better` when both
     intervals lie above zero, no headline falls by more than `HEADLINE_LOSS` and no causal check by more than
     `CAUSAL_LOSS`.
