@@ -35,8 +35,8 @@ def is_causal(lm: LanguageModel) -> bool:
     same = length // 2
     if same == 0:
         return True
-    ids = torch.randint(0, lm.d_vocab, (1, length), generator=torch.Generator().manual_seed(0)).repeat(2, 1)
-    ids[1, same:] = (ids[1, same:] + 1) % lm.d_vocab
+    ids = torch.randint(0, lm.d_vocab_in, (1, length), generator=torch.Generator().manual_seed(0)).repeat(2, 1)
+    ids[1, same:] = (ids[1, same:] + 1) % lm.d_vocab_in
     tokens = Tokens.whole(ids.to(lm.device), ())
     with ExitStack() as stack:
         for module in lm.hf.modules():
