@@ -137,7 +137,7 @@ def test_a_tuned_lens_of_other_layers_than_it_says_is_refused_at_once(tmp_path: 
         tmp_path / "params.pt",
     )
     began = time.monotonic()
-    with pytest.raises(CutawayError, match=r"does not fit its config\.json: it holds 4 tensors"):
+    with pytest.raises(CutawayError, match=r"does not fit its config\.json.*(too few for|is missing)"):
         load_tuned_lens(tmp_path)
     assert time.monotonic() - began < 5
 

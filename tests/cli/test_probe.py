@@ -125,7 +125,7 @@ ROWS = "text,label\n" + "".join(f"word {i},{'a' if i % 2 else 'b'}\n" for i in r
         ("d.jsonl", '{"text": "A dog", "label": NaN}\n', [], "line 1 has no label"),
         ("d.csv", "text,label\nA dog, a cat,1\n", [], "line 2 has more cells than the 2 columns"),
         ("d.csv", "text,text,label\nA dog,A cat,1\n", [], "the column text twice"),
-        ("d.jsonl", '{"text": ' + "[" * 100_000, [], "line 1 is JSON nested too deeply"),
+        ("d.jsonl", '{"text": ' + "[" * 100_000, [], "line 1 is not usable: its JSON is nested too deeply"),
         ("d.jsonl", '["A dog", 1]\n', [], "line 1 is no object"),
         ("d.txt", "A dog\t1\n", [], "neither .csv, .tsv nor .jsonl"),
     ],

@@ -169,7 +169,7 @@ def test_print_recipe_and_dry_run_leave_nothing(
         (["--set", "decoder_norm=long"], "decoder_norm"),
         (["--high-norm", "0.5"], "multiple of the median"),
         (["--context", "65"], "longer than the 64"),
-        (["--recipe", "/none.toml"], "cannot be read"),
+        (["--recipe", "/none.toml"], "/none.toml does not exist"),
     ],
 )
 def test_bad_input(

@@ -89,7 +89,7 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(CutawayError, match="is a folder"):
         read_pairs(tmp_path)
     (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(CutawayError, match="not text"):
+    with pytest.raises(CutawayError, match="is not UTF-8 text"):
         read_pairs(tmp_path / "binary.json")
     (tmp_path / "deep.json").write_text("[" * 200_000)
     with pytest.raises(CutawayError, match="nested too deeply"):

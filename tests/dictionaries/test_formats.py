@@ -610,7 +610,7 @@ def test_a_folder_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: py
 
     with monkeypatch.context() as patched:
         patched.setattr("cutaway.dictionaries.formats.saelens.write_safetensors", full)
-        with pytest.raises(OSError, match="No space"):
+        with pytest.raises(CutawayError, match="the disk is full"):
             save(other, folder, overwrite=True)
     assert torch.equal(load(folder).W_enc, dictionary.W_enc)
     assert [file.name for file in tmp_path.iterdir()] == ["dictionary"]

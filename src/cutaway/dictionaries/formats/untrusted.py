@@ -4,7 +4,6 @@ Nothing is executed (no pickled objects), no more memory is taken than the file 
 wrong with a file is one sentence that names it.
 """
 
-import json
 import math
 import pickle
 import zipfile
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.files import parse_json
 
 _TEXT_BYTES = 16 << 20  # of a configuration
 _EXPANSION = 64  # weights do not compress by so much; an archive that claims more is made to fill the memory
@@ -66,12 +66,22 @@ def read_settings(path: Path) -> dict[str, Any]:
             except yaml.YAMLError as error:
                 raise CutawayError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
         else:
-            settings = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise CutawayError(f"{path} is not JSON: {error}") from error
+            settings = parse_json(data, str(path))
+    except (ValueError, RecursionError) as error:  # of YAML's dates and nesting
+        raise CutawayError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
         raise CutawayError(f"{path} is not an object of settings")
+    if not _within_floats(settings):
+        raise CutawayError(f"{path} is not usable: it holds a number of too many digits")
     return settings
+
+
+def _within_floats(value: Any, levels: int = 100) -> bool:
+    """Whether no whole number is too large for a float, and nothing is nested in more levels."""
+    if isinstance(value, (dict, list)):
+        inside = [*value.keys(), *value.values()] if isinstance(value, dict) else value
+        return levels > 0 and all(_within_floats(item, levels - 1) for item in inside)
+    return not isinstance(value, int) or abs(value) < 2**64
 
 
 def _safetensors(path: Path) -> dict[str, Tensor]:
