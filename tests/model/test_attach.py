@@ -156,6 +156,8 @@ def test_generation_is_the_loop_written_out() -> None:
         assert list(found.new_ids[0]) == wanted[4:]
         again = lm.run([wanted], capture="blocks.0.resid_post")["blocks.0.resid_post"]
         torch.testing.assert_close(found["blocks.0.resid_post"], again)
+        with pytest.raises(CutawayError, match="takes no attention_mask, so it cannot read left-padded rows together"):
+            lm.generate([[1, 2, 3], [4, 5]], max_new_tokens=2)
 
 
 # The instruments ----------------------------------------------------------------------------------------------------
@@ -213,9 +215,10 @@ def test_an_untrained_twin_begins_as_its_modules_do() -> None:
     lm = attach(module, description=description)
     before = {name: value.clone() for name, value in module.state_dict().items()}
     twin = untrained(lm, seed=3)
-    assert torch.equal(twin.hf.module.ln_f.weight, torch.ones(16))
-    assert not torch.equal(twin.hf.module.head.weight, module.head.weight)
-    assert float(twin.hf.module.head.weight.detach().abs().max()) <= 0.25  # torch's own bound, 1/√16
+    fresh = {name.removeprefix("module."): value for name, value in twin.hf.state_dict().items()}
+    assert torch.equal(fresh["ln_f.weight"], torch.ones(16))
+    assert not torch.equal(fresh["head.weight"], before["head.weight"])
+    assert float(fresh["head.weight"].abs().max()) <= 0.25  # torch's own bound, 1/√16
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
     module, description = made("bare")
     with pytest.raises(CutawayError, match="nothing says how pos begins"):
@@ -322,6 +325,14 @@ def test_other_things_that_are_refused() -> None:
 
     with pytest.raises(CutawayError, match="does not call the module that blocks='h' names"):
         attach(Called(), description=GPT)
+
+
+def test_a_context_that_is_too_long_to_be_tried_shows_when_it_is_used() -> None:
+    torch.manual_seed(0)
+    lm = attach(Gpt(context=70).eval(), description=replace(GPT, context=100))
+    assert lm.run([[1] * 70]).logits is not None
+    with pytest.raises(CutawayError, match=r"not as described: on ids \[1, 90\] its forward raises IndexError"):
+        lm.run([[1] * 90])
 
 
 def test_absent_norms_say_so_by_name() -> None:

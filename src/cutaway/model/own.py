@@ -120,6 +120,9 @@ def _wrong(reason: str) -> CutawayError:
     return CutawayError(f"This description cannot be used: {reason} ({PAGE}).")
 
 
+_TRIED = 64  # tokens of the first forward, which is compared with the description
+
+
 class OwnConfig(PretrainedConfig):
     """What transformers asks of a model's configuration."""
 
@@ -186,7 +189,12 @@ class OwnModel(PreTrainedModel, GenerationMixin):
                     f"length ({PAGE})."
                 )
         options = {name: value for name, value in given.items() if name in self.takes and value is not None}
-        logits = self.module(input_ids, **options)
+        try:
+            logits = self.module(input_ids, **options)
+        except (IndexError, RuntimeError) as error:
+            if input_ids.shape[1] <= _TRIED or isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise _raised(self, input_ids, error) from error
         logits = getattr(logits, "logits", logits)
         logits = logits[0] if isinstance(logits, tuple) else logits
         return CausalLMOutput(logits=logits)
@@ -204,6 +212,11 @@ class OwnModel(PreTrainedModel, GenerationMixin):
 def _refuse(model: nn.Module, reason: str) -> CutawayError:
     title = model.title if isinstance(model, OwnModel) else type(model).__name__
     return CutawayError(f"{title} is not as described: {reason} ({PAGE}).")
+
+
+def _raised(model: OwnModel, ids: Tensor, error: Exception) -> CutawayError:
+    text = " ".join(str(error).split())[:150]
+    return _refuse(model, f"on ids {list(ids.shape)} its forward raises {type(error).__name__}: {text}")
 
 
 def _named(owner: nn.Module, name: str, field: str) -> nn.Module:
@@ -355,7 +368,7 @@ def _try(model: OwnModel, embed: nn.Module, first: nn.Module, inputs: int, outpu
 
     Returns whether something that depends on the position alone is added to the embeddings.
     """
-    n = min(model.description.context, 64)
+    n = min(model.description.context, _TRIED)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, inputs, (3, n), generator=generator)
@@ -411,10 +424,7 @@ def _observe(model: OwnModel, embed: nn.Module, first: nn.Module, ids: Tensor) -
     except CutawayError:
         raise
     except Exception as error:  # the user's own program may raise anything
-        raise _refuse(
-            model,
-            f"on ids {list(ids.shape)} its forward raises {type(error).__name__}: {' '.join(str(error).split())[:150]}",
-        ) from error
+        raise _raised(model, ids, error) from error
     finally:
         for handle in handles:
             handle.remove()
