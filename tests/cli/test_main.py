@@ -230,7 +230,14 @@ def test_tour_says_where_its_page_is(
     assert main(["tour"]) == 0
     assert toured.pop() == (
         ("atlas",),
-        {"out": Path("runs/tour-atlas"), "corpus": None, "document_separator": None, "seed": 0, "overwrite": False, "only": None},
+        {
+            "out": Path("runs/tour-atlas"),
+            "corpus": None,
+            "document_separator": None,
+            "seed": 0,
+            "overwrite": False,
+            "only": None,
+        },
     )
     assert str(tmp_path / "runs" / "tour-atlas" / "index.html") in capsys.readouterr().out
 
@@ -238,7 +245,14 @@ def test_tour_says_where_its_page_is(
     assert main(["tour", "org/name", "--out", "there", "--corpus", "text.txt", "--seed", "3", "--overwrite"]) == 0
     assert toured.pop() == (
         ("org/name",),
-        {"out": Path("there"), "corpus": Path("text.txt"), "document_separator": None, "seed": 3, "overwrite": True, "only": None},
+        {
+            "out": Path("there"),
+            "corpus": Path("text.txt"),
+            "document_separator": None,
+            "seed": 3,
+            "overwrite": True,
+            "only": None,
+        },
     )
 
 
