@@ -164,8 +164,8 @@ class OwnModel(PreTrainedModel, GenerationMixin):
         return inside is not None and inside.training
 
     @training.setter
-    def training(self, mode: bool) -> None:  # `train` and `eval` set it in the module too
-        pass
+    def training(self, mode: bool) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        pass  # `train` and `eval` set it in the module too
 
     def get_input_embeddings(self) -> nn.Module:
         return _named(self.module, self.description.embed, "embed")
