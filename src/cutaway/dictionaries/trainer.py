@@ -393,6 +393,8 @@ class Trainer:
         for name, parameter in trainer.parameters.tensors().items():
             keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"adam.{name}.{key}" in tensors]
             if keys:
+                if len(keys) != 3:
+                    raise ValueError(f"not all is there that was kept of {name}")
                 state = {key: tensors[f"adam.{name}.{key}"] for key in keys}
                 if any(state[key].shape != parameter.shape for key in keys if key != "step"):
                     raise ValueError(f"what is kept of {name} has another shape")
