@@ -120,6 +120,7 @@ def run(
             current.append(written.view(stream[0].shape) * layer.mlp_multiplier)
 
         handles.append(layer.mlp_writer.register_forward_hook(on_mlp_out))
+    assert lm.family.ln_final is not None
     before(lm.family.ln_final.module, lambda x: seen(x, graph.n_destinations - 1, graph.n_sources))
     try:
         logits = lm.hf(

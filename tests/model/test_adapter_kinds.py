@@ -258,6 +258,7 @@ def test_a_norm_in_an_adapter_is_the_one_in_force(kind: str) -> None:
     else:
         model = with_adapter("LORA", ON | {"modules_to_save": ["norm"]})
     lm = attach(model)
+    assert lm.family.ln_final is not None
     gain = lm.family.ln_final.weight
     assert gain is not None
     own = tiny_model("llama").model.norm.weight  # type: ignore[union-attr]

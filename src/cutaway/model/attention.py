@@ -22,8 +22,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.model import attention_adapters as adapters
+from cutaway.model.attention_adapters import Observed
 from cutaway.model.attention_kernels import Eager, Watch, find_kernel
-from cutaway.model.parts import Layer
 
 NAME = "cutaway"
 
@@ -155,19 +155,20 @@ class _Ungrouped:
         return getattr(self._module, name)
 
 
-def check_dispatch(model: PreTrainedModel, layer: Layer) -> None:
+def check_dispatch(model: PreTrainedModel, attention: nn.Module, observed: Observed | None = None) -> None:
     """Refuse an attention module whose scores and pattern would not be those that it computes, with the reason."""
     try:
-        if layer.observed is None and adapters.find(layer.core) is None:
-            find_kernel(layer.core, _eager(layer.core))
+        if observed is None and adapters.find(attention) is None:
+            find_kernel(attention, _eager(attention))
     except CutawayError as error:
         raise CutawayError(f"{type(model).__name__} is not supported: {error}") from error
 
 
-def switches(layer: Layer) -> Iterator[tuple[nn.Module, str, Callable[[], Any]]]:
+def switches(
+    attention: nn.Module, observed: Observed | None = None
+) -> Iterator[tuple[nn.Module, str, Callable[[], Any]]]:
     """What to shadow on which module so that a layer's attention is observed: attributes and makers of their values."""
-    attention = layer.core
-    adapter = layer.observed or adapters.find(attention)
+    adapter = observed or adapters.find(attention)
     if adapter is None:
         yield attention, "config", lambda: private_config(attention)
     else:

@@ -142,7 +142,7 @@ class Execution:
                 watched.update(range(self.first_layer, len(layers)))
             for index in watched:
                 assert index is not None  # these sites are inside layers
-                for module, attribute, make in switches(layers[index]):
+                for module, attribute, make in switches(layers[index].core, layers[index].observed):
                     if id(module) not in self.attention_layers:
                         self.attention_layers[id(module)] = index
                         stack.enter_context(shadowed(module, attribute, make))

@@ -71,7 +71,7 @@ class LanguageModel:
         self._sampled = 0  # the state in which it was taken
         self.family = find_family(hf)
         for layer in self.family.layers:
-            check_dispatch(hf, layer)
+            check_dispatch(hf, layer.core, layer.observed)
         self.ropes = find_ropes(hf)
         self._causal: bool | None = None
         self.n_layers = len(self.family.layers)
