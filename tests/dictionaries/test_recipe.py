@@ -134,7 +134,7 @@ def test_what_does_not_fit_is_refused(values: dict[str, Any], words: str) -> Non
 
 def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "recipe.toml"
-    with pytest.raises(CutawayError, match="cannot be read"):
+    with pytest.raises(CutawayError, match="does not exist"):
         Recipe.read(path)
     path.write_text("site = ")
     with pytest.raises(CutawayError, match="is not TOML"):

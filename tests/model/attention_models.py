@@ -175,7 +175,7 @@ def look(
     """A forward with these sites of attention captured or edited: `values`, `out`, `execution`."""
     modules = attentions(model)
     resolved = [resolve(i, edit, site(model, edit.site), tokens) for i, edit in enumerate(edits)]
-    execution = Execution(None, capture, resolved, tokens.mask, gradients=gradients)  # type: ignore[arg-type]
+    execution = Execution(SimpleNamespace(ropes=None), capture, resolved, tokens.mask, gradients=gradients)  # type: ignore[arg-type]
     layers = sorted({int(name.split(".")[1]) for name in [*capture, *(edit.site for edit in edits)]})
     for layer in layers:
         check_dispatch(model, modules[layer])

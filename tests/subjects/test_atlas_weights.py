@@ -11,7 +11,7 @@ from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.files import read_json
 from cutaway.artifacts.manifest import file_hash
 from cutaway.model import named
-from cutaway.model.named import named_folder
+from cutaway.model.named import OTHERS, named_folder
 from cutaway.subjects.atlas.shipped import altered_files, atlas_folder, read_manifest, weights_folder, write_pair
 
 WORDS = st.sampled_from(
@@ -107,7 +107,11 @@ def test_a_pair_of_weights_is_written_whole_or_not_at_all(tmp_path):
 def test_earlier_weights_load_by_name_and_are_missed_in_one_sentence(tmp_path, monkeypatch):
     assert named_folder("atlas") == atlas_folder()
     assert named_folder("gpt2") is None
-    assert altered_files(weights_folder("atlas-1")) == []
+    for name in OTHERS:
+        assert altered_files(weights_folder(name)) == []
+    # the second goes on from the first, which is the one that ships
+    began = read_manifest(weights_folder("atlas-2"))["start"]["weights_sha256"]
+    assert began == file_hash(weights_folder("atlas-1") / "model.safetensors")
     monkeypatch.setattr(named, "files", lambda _: tmp_path / "site-packages" / "cutaway")
     with pytest.raises(CutawayError, match="atlas-1 are not in the package: name models/atlas-1 in a checkout"):
         weights_folder("atlas-1")

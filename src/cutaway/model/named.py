@@ -1,4 +1,4 @@
-"""Models that have a name of their own: atlas, which the package holds, and the weights it had before."""
+"""Models that have a name of their own: atlas, which the package holds, and other weights of it."""
 
 from importlib.resources import files
 from pathlib import Path
@@ -6,19 +6,20 @@ from pathlib import Path
 from cutaway.artifacts.errors import CutawayError
 
 SHIPPED = "atlas"
-EARLIER = ("atlas-1",)
-"""Earlier weights of atlas, kept for comparison in the repository (`models/`), not in the package."""
+OTHERS = ("atlas-1", "atlas-2")
+"""Other weights of atlas, kept for comparison in the repository (`models/`), not in the package: those that ship, under
+the name that stays theirs, and a training that goes on from them (docs/atlas-2.md)."""
 
 
 def named_folder(name: str) -> Path | None:
     """The folder of a model that has a name of its own; None for any other name.
 
-    Raises `CutawayError` for earlier weights where the package stands without its repository.
+    Raises `CutawayError` for other weights where the package stands without its repository.
     """
     package = Path(str(files("cutaway")))
     if name == SHIPPED:
         return package / "subjects" / "atlas" / "weights"
-    if name not in EARLIER or Path(name).is_dir():
+    if name not in OTHERS or Path(name).is_dir():
         return None
     folder = package.parents[1] / "models" / name
     if not (folder / "model.safetensors").is_file():
