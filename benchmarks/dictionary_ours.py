@@ -36,7 +36,7 @@ def trainer(request: Request, first: Tensor) -> Trainer:
         selector=TopKRule(request.k),
         terms=(Reconstruction(), AuxK(_AUX, form="sum")),
         learning_rate=request.learning_rate,
-        encoder_scale=request.options.get("encoder_scale", "fit"),
+        encoder_scale=request.options.get("encoder_scale", 1.0),
         warmup=0,
         decay=float(request.options.get("decay", 0.0)),
         seed=request.seed,

@@ -14,7 +14,7 @@ from cutaway.dictionaries.rules import BatchTopKRule, JumpReLURule, ReLURule, To
 from cutaway.dictionaries.terms import Lp, Reconstruction
 from cutaway.dictionaries.trainer import Trainer
 
-CONFIG = TrainConfig(d_sae=96, tokens=4096, batch=64, selector=TopKRule(8), normalise="none")
+CONFIG = TrainConfig(d_sae=96, tokens=4096, batch=64, selector=TopKRule(8), normalise="none", encoder_scale="fit")
 
 
 def activations(n: int = 300, d: int = 24) -> Tensor:

@@ -126,8 +126,7 @@ def test_decoder_rows_stay_unit_vectors_and_the_scale_is_folded() -> None:
 @pytest.mark.parametrize("coefficient", [0.0, 1 / 32])
 def test_dead_latents_are_counted_in_tokens_and_revived_by_the_auxiliary_term(coefficient: float) -> None:
     _, x = planted(d=24, n_features=40, n_tokens=4_096, active=3, seed=3)
-    terms = (Reconstruction(), AuxK(coefficient, form="sum"))
-    config = replace(SMALL, tokens=600 * 64, dead_after=1_000, terms=terms, encoder_scale=1.0)
+    config = replace(SMALL, tokens=600 * 64, dead_after=1_000, terms=(Reconstruction(), AuxK(coefficient, form="sum")))
     trainer = Trainer(config, x[:64])
     ten = set(range(10))
     trainer.parameters.encoder_bias[:10] = -2.5  # never among the top k, though sometimes above zero

@@ -43,7 +43,8 @@ class TrainConfig(Plain):
     `d_sae` latents, `selector` and the loss `terms`; `skip` adds W_skip. `tokens` counts every token each time it is
     used. `normalise` sets the units of training (`scaling.py`), `input_norm` what is done to each token; both from the
     first `sample` tokens, as are `b_dec` and the encoder's bias (`active`, `centre_encoder`; see `initial.py`).
-    `encoder_scale`: length of the first encoder rows over that of the decoder's; "fit": what reconstructs best.
+    `encoder_scale`: length of the first encoder rows over that of the decoder's; "fit": what reconstructs best,
+    which is ahead in short trainings and, with more dead latents, level in long ones (docs/dictionaries.md).
     `learning_rate` (None: 2e-4/√(F/2¹⁴)) rises over `warmup` steps and falls linearly to 0 over the last `decay` share.
     `decoder_norm` "unit": rows keep length 1, the gradient's part along them is taken away first. `clip`: greatest norm
     of the gradient. `dead_after`: a latent silent for so many tokens is dead. `calibrate`: tokens that set BatchTopK's
@@ -59,7 +60,7 @@ class TrainConfig(Plain):
     input_norm: Literal["layer_norm", "unit"] | None = None
     initial: Initial = "tied"
     initial_norm: float = 1.0
-    encoder_scale: float | Literal["fit"] = "fit"
+    encoder_scale: float | Literal["fit"] = 1.0
     b_dec: Start = "geometric_median"
     subtract_b_dec: bool = True
     active: int | None = None

@@ -138,7 +138,6 @@ def preset(
         "seed": seed,
         "sample": max(0, min(_SAMPLE, n_tokens)),
         "dead_after": max(1, min(10_000_000, n_tokens // 16)),
-        "encoder_scale": 1.0,  # as published, where a preset does not say otherwise
     }
     return TrainConfig.from_json({**base, **chosen.values(run), **overrides})
 
