@@ -431,7 +431,9 @@ def _beside(lm: LanguageModel, tokens: Tokens, site: str) -> tuple[Tensor, Tenso
     """
     n = tokens.ids.shape[1]
     end = lm.context_length if lm.ropes is None else lm.ropes.end(n, lm.context_length)
-    width = n if lm.causal else min(n + _LENGTH // 2, end)  # a mask may mean a kernel that rounds otherwise
+    # a mask may mean a kernel that rounds otherwise, and a module of the user's may take none
+    padded = not lm.causal and "attention_mask" in getattr(lm.hf, "takes", ("attention_mask",))
+    width = min(n + _LENGTH // 2, end) if padded else n
     ids = tokens.ids[0, torch.arange(width, device=tokens.ids.device) % n].repeat(2, 1)
     mask = torch.ones_like(ids, dtype=torch.bool)
     mask[0, n:] = False
