@@ -133,7 +133,7 @@ def test_a_tuned_lens_of_other_layers_than_it_says_is_refused_at_once(tmp_path: 
     config = {"base_model_name_or_path": "a", "d_model": 4, "num_hidden_layers": layers, "bias": True}
     write_json(tmp_path / "config.json", config)
     torch.save(
-        {f"{i}.{n}": torch.zeros(4, 4)[: 4 if n == "weight" else 1] for i in range(2) for n in ("weight", "bias")},
+        {f"{i}.{n}": torch.zeros(shape) for i in range(2) for n, shape in (("weight", (4, 4)), ("bias", 4))},
         tmp_path / "params.pt",
     )
     began = time.monotonic()

@@ -83,10 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a sign is no reason to stop
     try:
-        os.getcwd()
-    except OSError:
-        return _fail("the working directory is gone; change into one that is there")
-    try:
+        if _no_working_directory():
+            return _fail("the working directory is gone; change into one that is there")
         code = app(arguments, exit_on_error=False, print_error=False)
         if sys.stdout is not None:  # it is None when the caller has closed it
             sys.stdout.flush()
@@ -114,6 +112,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         if restore is not None:
             signal.signal(signal.SIGINT, restore)
+
+
+def _no_working_directory() -> bool:
+    try:
+        os.getcwd()
+    except OSError:
+        return True
+    return False
 
 
 def _shortened(path: object) -> str:
