@@ -396,6 +396,7 @@ def test_the_page_says_what_other_weights_were(tmp_path):
     compared = compare(evaluation(1.0), evaluation())
     text = page.comparison_markdown(compared, atlas_folder(), tmp_path)
     assert ("These weights meet it." in text) == compared.better
+    assert all(line == line.rstrip() for line in text.splitlines())
     assert "These weights meet it." in page.comparison_markdown(
         compare(evaluation(1.0), evaluation()), tmp_path, tmp_path
     )

@@ -344,7 +344,7 @@ def comparison_markdown(compared: Comparison, folder: Path, other: Path) -> str:
         f"Over {len(compared.rows)} held-out and new-wording sets the share right of this page's weights is higher by "
         f"{compared.held_out:+.2f} {written(compared.interval, 2, signed=True)} (over sets), over all "
         f"{compared.n_sets} sets by {compared.all_sets:+.2f} {written(compared.all_interval, 2, signed=True)}. "
-        f"{_fallen(compared)}{_smaller(_manifest(folder), _manifest(other))}",
+        f"{_fallen(compared)}{_smaller(_manifest(folder), _manifest(other))}".rstrip(),
     ]
     return "\n\n".join(parts) + "\n"
 
