@@ -142,7 +142,7 @@ def test_a_task_that_the_model_cannot_do_is_refused(tmp_path: Path, capsys: pyte
     assert main(words) == 2
     out, err = capsys.readouterr()
     assert "cannot do 12 pairs of cities.json: it is right on 0 of 12" in err
-    assert "force it if you must" in err
+    assert "force it (--force) if you must" in err
     assert err.strip().count("\n") == 0
     assert out == ""
 

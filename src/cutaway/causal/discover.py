@@ -147,7 +147,7 @@ def check_able(
     able = competence(lm, pairs, criterion=criterion)
     unable(
         able, lm.name, name, force=force,
-        so="A circuit for what a model does not do means nothing; force it if you must.",
+        so="A circuit for what a model does not do means nothing; force it (--force) if you must.",
     )  # fmt: skip
     return able
 

@@ -206,8 +206,8 @@ def _measured(
     about = evaluation or f"{len(aligned)} prompt pairs"
     cannot = unable(
         ability or competence(lm, aligned), lm.name, about, force=force,
-        so="What moves an answer that a model does not give means nothing; force it if you must, or take only the "
-        "pairs that it answers rightly.",
+        so="What moves an answer that a model does not give means nothing; force it (--force) if you must, or take "
+        "only the pairs that it answers rightly (--only-right).",
     )  # fmt: skip
     where = None if at is None else " and ".join(at)
     if over == "positions":
