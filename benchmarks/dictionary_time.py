@@ -5,7 +5,8 @@
 
 Speed alone says little: after as many steps trainers stand at different losses. Each method trains 256 → 4,096 latents,
 TopK 32, batches of 1,024 of the same stored activations, with the learning rate, warm-up, decay, optimiser and start
-that it has when nothing is said (our candidates are chosen in bfloat16). For every peer the table has its loss at the
+that it has when nothing is said (ours without warm-up, its candidates chosen in bfloat16; a peer's warm-up of 1,000
+steps is half of a training where that is shorter). For every peer the table has its loss at the
 end, how long it took, and how long ours took to get there; ours is also trained from encoder rows of the length that
 reconstructs best. The clock stands still while the loss is measured. Curves go to
 runs/bench/dictionary_time.json, where trainings that are there are not done again.

@@ -81,8 +81,7 @@ def ratio_intervals(
     """Intervals of ratios of sums over n examples, Σ above / Σ below: [..., n] each -> float64 [2, ...].
 
     Made as those of means are, with the standard error of a ratio (each example's `above` less the ratio times its
-    `below`). NaN below two examples, and where Σ below is 0 or a
-    value is not finite.
+    `below`). NaN below two examples, and where Σ below is 0 or a value is not finite.
     """
     import numpy as np
 

@@ -191,7 +191,7 @@ def line_of(dictionary: "Dictionary") -> tuple[str, str]:
 def _rows_of(name: str) -> list[dict[str, Any]] | None:
     if name in ("letters", "states"):
         return None
-    from cutaway.cli.probe import read_rows
+    from cutaway.data.labelled_rows import read_rows
 
     if not Path(name).exists():
         raise CutawayError(f"--probe {name}: there is no such file; labels are letters, states, or in a file")
