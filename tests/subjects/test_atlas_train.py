@@ -82,7 +82,7 @@ def test_row_mix_has_the_shares_exactly_and_repeats_are_masked_but_a_tenth():
                 assert counted[:period].all() or not counted[:period].any()
                 assert tokens.min() >= len(SPECIALS)
                 unmasked += counted[0]
-    assert kinds == {"world": 3200, "real": 600, "repeats": 200}
+    assert kinds == {"world": 3200, "real": 400, "repeats": 400}
     assert 8 <= unmasked <= 36  # binomial(200, 0.1): outside this with probability 1e-3
 
 

@@ -15,8 +15,8 @@ from cutaway.artifacts.errors import CutawayError
 from cutaway.subjects.atlas.tokenizer import BOS, SPECIALS
 
 IGNORED = -100
-TURNS: Sequence[str] = ("world", "world", "world", "world", "real_text") * 3 + ("world",) * 4 + ("random_repeats",)
-"""What the rows hold, in turn: 80 % world, 15 % real text, 5 % random tokens that repeat."""
+TURNS: Sequence[str] = (("world",) * 4 + ("real_text",) + ("world",) * 4 + ("random_repeats",)) * 2
+"""What the rows hold, in turn: 80 % world, 10 % real text, 10 % random tokens that repeat."""
 REPEAT_PERIODS = (12, 99)
 """Shortest and longest stretch of random tokens that a row repeats (half a row at most)."""
 UNMASKED_SHARE = 0.1

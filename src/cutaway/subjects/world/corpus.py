@@ -22,7 +22,7 @@ from cutaway.subjects.world.relations import Fact, Relation, one_hop, two_hop
 from cutaway.subjects.world.stories import story
 from cutaway.subjects.world.tasks import pick, wording
 
-WORLD_VERSION = "6"
+WORLD_VERSION = "7"
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -205,29 +205,29 @@ def chat_document(rng: Random) -> str:
 PARTS: dict[str, Part] = {
     part.name: part
     for part in (
-        Part("facts", 0.085, facts_document),
+        Part("facts", 0.07, facts_document),
         Part("entities", 0.04, entity_document),
         Part("two_hop", 0.055, two_hop_document),
         Part("ioi", 0.045, ioi_document),
-        Part("greater_than", 0.02, greater_than_document),
-        Part("grammar", 0.04, grammar_document),
-        Part("truth", 0.04, truth_document),
+        Part("greater_than", 0.03, greater_than_document),
+        Part("grammar", 0.03, grammar_document),
+        Part("truth", 0.035, truth_document),
         Part("binding", 0.02, binding_document),
-        Part("numbers", 0.025, number_document),
-        Part("orders", 0.055, orders.document),
-        Part("in_context", 0.04, in_context_document),
+        Part("numbers", 0.03, number_document),
+        Part("orders", 0.035, orders.document),
+        Part("in_context", 0.045, in_context_document),
         Part("words", 0.02, word_document),
-        Part("stories", 0.04, story),
-        Part("couplets", 0.025, couplets.document),
+        Part("stories", 0.025, story),
+        Part("couplets", 0.02, couplets.document),
         Part("induction", 0.02, induction_document),
         Part("moral", 0.02, moral_document),
-        Part("chat", 0.185, chat_document),
+        Part("chat", 0.18, chat_document),
         Part("open_chat", 0.045, open_chat.document),
-        Part("support", 0.035, support.document),
-        Part("jailbreak", 0.035, jailbreak.document),
-        Part("roles", 0.05, roles.document),
-        Part("passages", 0.04, passages.document),
-        Part("cutoff", 0.02, cutoff.document),
+        Part("support", 0.05, support.document),
+        Part("jailbreak", 0.045, jailbreak.document),
+        Part("roles", 0.055, roles.document),
+        Part("passages", 0.055, passages.document),
+        Part("cutoff", 0.03, cutoff.document),
     )
 }
 
