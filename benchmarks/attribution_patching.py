@@ -28,13 +28,13 @@ sys.path.insert(0, str(ROOT / "src"))
 
 import cutaway  # noqa: E402
 from cutaway.artifacts.errors import CutawayError  # noqa: E402
-from cutaway.causal.atp_star import missed_bound  # noqa: E402
-from cutaway.causal.attribution_patching import attribution_patching  # noqa: E402
+from cutaway.causal.attribution.atp_star import missed_bound  # noqa: E402
+from cutaway.causal.attribution.attribution_patching import attribution_patching  # noqa: E402
+from cutaway.causal.attribution.questions import ask, exact_effects_of_sets  # noqa: E402
+from cutaway.causal.attribution.scores import correlation  # noqa: E402
 from cutaway.causal.competence import try_tasks  # noqa: E402
-from cutaway.causal.node_questions import ask, exact_effects_of_sets  # noqa: E402
-from cutaway.causal.node_scores import correlation  # noqa: E402
 from cutaway.data.pairs import AlignedPairs  # noqa: E402
-from cutaway.data.tasks import TASKS  # noqa: E402
+from cutaway.data.tasks.tasks import TASKS  # noqa: E402
 from cutaway.model.language_model import LanguageModel  # noqa: E402
 from cutaway.tour.world_tasks import WORLD_TASKS  # noqa: E402
 

@@ -69,9 +69,9 @@ def cutaway(load: Load) -> Method:
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
 
-    from cutaway.causal.attribution_patching import attribution_patching
-    from cutaway.causal.edge_patching import run_circuits
-    from cutaway.causal.edges import eap, eap_ig
+    from cutaway.causal.attribution.attribution_patching import attribution_patching
+    from cutaway.causal.circuits.gradient_scores import eap, eap_ig
+    from cutaway.causal.circuits.runs import run_circuits
     from cutaway.causal.graph import Graph
     from cutaway.data.pairs import PromptPair, align
     from cutaway.model.language_model import attach

@@ -120,8 +120,8 @@ def _real(n: int):
     import torch
 
     import cutaway
-    from cutaway.data.activations import harvest
-    from cutaway.data.corpus import token_rows
+    from cutaway.data.corpus.corpus import token_rows
+    from cutaway.data.harvest.activations import harvest
     from cutaway.subjects.world.corpus import PARTS, documents
     from cutaway.subjects.world.real_text import standard_library
 

@@ -15,13 +15,13 @@ import torch
 from dictionary_peers import Method, Request, Weights
 from torch import Tensor
 
-from cutaway.data.hardware import keep_freed_memory
-from cutaway.dictionaries.config import TrainConfig
+from cutaway.data.harvest.hardware import keep_freed_memory
 from cutaway.dictionaries.dictionary import Port
-from cutaway.dictionaries.rules import BatchTopKRule, JumpReLURule, TopKRule
 from cutaway.dictionaries.selectors import JumpReLU
-from cutaway.dictionaries.terms import AuxK, QuadraticL0, Reconstruction
-from cutaway.dictionaries.trainer import Trainer
+from cutaway.dictionaries.training.config import TrainConfig
+from cutaway.dictionaries.training.rules import BatchTopKRule, JumpReLURule, TopKRule
+from cutaway.dictionaries.training.terms import AuxK, QuadraticL0, Reconstruction
+from cutaway.dictionaries.training.trainer import Trainer
 
 _BANDWIDTH, _AUX = 0.1, 1 / 32
 

@@ -125,7 +125,7 @@ def _compared(selector: str, seed: int, cells: dict[str, dict[str, Any]], folder
     """A row for each way: its figures, its loss over the dense one's, and its decoder beside the dense one's."""
     from safetensors.torch import load_file
 
-    from cutaway.dictionaries.stability import match_rows
+    from cutaway.dictionaries.evaluation.stability import match_rows
 
     def decoder(way: str):
         return load_file(folder / f"{cells[way]['key']}.safetensors")["W_dec"]

@@ -20,14 +20,14 @@ sys.path.insert(0, str(ROOT / "src"))
 
 import cutaway  # noqa: E402
 from cutaway.artifacts.results import interval_text  # noqa: E402
+from cutaway.causal.attribution.feature_circuits import strongest_nodes  # noqa: E402
+from cutaway.causal.attribution.feature_evaluation import circuit_faithfulness  # noqa: E402
+from cutaway.causal.attribution.latents import latent_attribution  # noqa: E402
+from cutaway.causal.attribution.scores import Node  # noqa: E402
 from cutaway.causal.competence import try_tasks  # noqa: E402
-from cutaway.causal.feature_circuits import strongest_nodes  # noqa: E402
-from cutaway.causal.feature_evaluation import circuit_faithfulness  # noqa: E402
-from cutaway.causal.latent_scores import latent_attribution  # noqa: E402
-from cutaway.causal.node_scores import Node  # noqa: E402
-from cutaway.data.corpus import token_rows  # noqa: E402
+from cutaway.data.corpus.corpus import token_rows  # noqa: E402
 from cutaway.data.pairs import AlignedPairs  # noqa: E402
-from cutaway.data.tasks import TASKS  # noqa: E402
+from cutaway.data.tasks.tasks import TASKS  # noqa: E402
 from cutaway.dictionaries import load  # noqa: E402
 from cutaway.dictionaries.dictionary import Dictionary  # noqa: E402
 from cutaway.features.examples import top_examples  # noqa: E402

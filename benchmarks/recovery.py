@@ -92,11 +92,11 @@ def work(method: str, l0: int, seed: int, samples: int, rate: float | None) -> d
 def ours(method: str, generator: Any, l0: int, seed: int, samples: int, rate: float | None):
     from dataclasses import replace
 
-    from cutaway.data.hardware import keep_freed_memory
-    from cutaway.dictionaries.config import TrainConfig
-    from cutaway.dictionaries.jobs import Job, train_jobs
-    from cutaway.dictionaries.recovery import SITE, Made, code_of
-    from cutaway.dictionaries.rules import BatchTopKRule, TopKRule
+    from cutaway.data.harvest.hardware import keep_freed_memory
+    from cutaway.dictionaries.evaluation.recovery import SITE, Made, code_of
+    from cutaway.dictionaries.training.config import TrainConfig
+    from cutaway.dictionaries.training.jobs import Job, train_jobs
+    from cutaway.dictionaries.training.rules import BatchTopKRule, TopKRule
 
     keep_freed_memory()
     how = OURS[method]
@@ -107,7 +107,7 @@ def ours(method: str, generator: Any, l0: int, seed: int, samples: int, rate: fl
             rule = TopKRule(l0) if how["default"] == "topk" else BatchTopKRule(l0)
             made = TrainConfig(selector=rule, **common)
         else:
-            from cutaway.dictionaries.presets import preset
+            from cutaway.dictionaries.training.presets import preset
 
             value = {"k": l0, "l0": float(l0), "sparsity": sparsity}[how["by"]]
             made = preset(method, d_in=128, **common, **{how["by"]: value})

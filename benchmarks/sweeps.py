@@ -8,7 +8,7 @@ from torch import Tensor
 
 import cutaway
 from cutaway.model.language_model import LanguageModel
-from cutaway.model.sweep import Sweep
+from cutaway.model.sweep.sweep import Sweep
 
 Cell = tuple[int, int]
 

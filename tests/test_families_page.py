@@ -1,12 +1,10 @@
 """docs/parity.md says what is so: every family it lists is measured again and held to the tolerances."""
 
-import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tools"))
 
 import families_page as families  # noqa: E402
 

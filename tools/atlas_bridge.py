@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 import cutaway
-from cutaway.causal.causal_model import CausalModel, Example, Swap, Variable
-from cutaway.causal.interchange import Interchanged, Place, interchange, search
+from cutaway.atlas_evaluation.causal_checks import NEUTRAL_SOURCE, TWO_HOP
+from cutaway.causal.interchange.causal_model import CausalModel, Example, Swap, Variable
+from cutaway.causal.interchange.interchange import Interchanged, Place, interchange, search
 from cutaway.model.language_model import LanguageModel
-from cutaway.subjects.atlas.causal_checks import NEUTRAL_SOURCE, TWO_HOP
 from cutaway.subjects.world.facts import CITIES, STATES, City
 from cutaway.subjects.world.held_out import two_hop_entity
 

@@ -15,9 +15,9 @@ import cutaway
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.files import write_text
 from cutaway.artifacts.results import Effect, interval_text
-from cutaway.causal.circuit import Circuit
-from cutaway.causal.circuit_view import circuit_sections, lead
-from cutaway.causal.discover import discover
+from cutaway.causal.circuits.circuit import Circuit
+from cutaway.causal.circuits.discover import discover
+from cutaway.causal.circuits.view import circuit_sections, lead
 from cutaway.draw.page import page_html
 
 TASKS = ("world indirect object", "world greater than", "induction", "world capitals", "two-hop capitals",

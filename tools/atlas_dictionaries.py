@@ -15,17 +15,17 @@ import torch
 import cutaway
 from cutaway.artifacts.files import plain, write_json
 from cutaway.artifacts.manifest import file_hash
-from cutaway.data.corpus import token_rows
-from cutaway.data.hardware import bfloat16_is_fast
-from cutaway.data.harvest import harvest
+from cutaway.data.corpus.corpus import token_rows
+from cutaway.data.harvest.hardware import bfloat16_is_fast
+from cutaway.data.harvest.harvest import harvest
 from cutaway.dictionaries import load, save
-from cutaway.dictionaries.config import TrainConfig
 from cutaway.dictionaries.dictionary import Dictionary
-from cutaway.dictionaries.evaluate import Evaluation, evaluate
-from cutaway.dictionaries.jobs import Job, train_jobs
-from cutaway.dictionaries.rules import TopKRule
+from cutaway.dictionaries.evaluation.evaluate import Evaluation, evaluate
 from cutaway.dictionaries.selectors import describe
-from cutaway.dictionaries.sources import StoreSource
+from cutaway.dictionaries.training.config import TrainConfig
+from cutaway.dictionaries.training.jobs import Job, train_jobs
+from cutaway.dictionaries.training.rules import TopKRule
+from cutaway.dictionaries.training.sources import StoreSource
 from cutaway.subjects.atlas.text import world_text, write_text
 
 TARGET = Path(__file__).resolve().parent.parent / "src" / "cutaway" / "subjects" / "atlas" / "dictionaries"

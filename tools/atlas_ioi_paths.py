@@ -18,8 +18,8 @@ from cutaway.artifacts.results import Control, Effect, interval_text
 from cutaway.artifacts.statistics import bootstrap_interval
 from cutaway.causal.competence import competence
 from cutaway.causal.metrics import Targets
-from cutaway.causal.path_patching import all_senders, path_patch
-from cutaway.data.tasks import readable_pairs, task
+from cutaway.causal.paths.path_patching import all_senders, path_patch
+from cutaway.data.tasks.tasks import readable_pairs, task
 from cutaway.model.language_model import LanguageModel
 
 CONTROLS = 8

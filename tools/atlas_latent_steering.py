@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch
 
 import cutaway
+from cutaway.atlas_evaluation import report
+from cutaway.atlas_evaluation.open_steering import N_UNRELATED, WORDINGS, Handle, OpenSteering, open_steering
+from cutaway.atlas_evaluation.page import markdown_table
 from cutaway.dictionaries.dictionary import Dictionary
-from cutaway.subjects.atlas import report
-from cutaway.subjects.atlas.open_steering import N_UNRELATED, WORDINGS, Handle, OpenSteering, open_steering
-from cutaway.subjects.atlas.page import markdown_table
-from cutaway.subjects.world import open_chat
+from cutaway.subjects.world.chats import open_chat
 from cutaway.subjects.world.corpus import documents
 from cutaway.subjects.world.facts import LANDMARKS
 

@@ -16,7 +16,7 @@ from atlas_latent_steering import handles_of, measure, section
 import cutaway
 from cutaway.artifacts.files import read_json
 from cutaway.artifacts.results import interval_text
-from cutaway.data.corpus import token_rows
+from cutaway.data.corpus.corpus import token_rows
 from cutaway.dictionaries import load
 from cutaway.features.activations import fires
 from cutaway.features.concepts import match_concepts, mentions

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests" / "model"))  # the test bed is the tests'
+sys.path.insert(0, str(ROOT / "tests" / "helpers"))  # the test bed is the tests'
 
 if TYPE_CHECKING:
     pass
@@ -35,7 +35,7 @@ class Parity:
 
     @property
     def passed(self) -> bool:
-        from cutaway.model.selftest import TOLERANCE
+        from cutaway.model.selftest.identities import TOLERANCE
 
         allowed = {str(dtype).removeprefix("torch."): value for dtype, value in TOLERANCE.items()}
         exact = all(residual <= allowed[dtype] for dtype, residual in self.residuals.items())
@@ -59,7 +59,7 @@ def measure(family: str) -> Parity:
     from bed import bed_model
 
     from cutaway.model.language_model import attach
-    from cutaway.observe.attribution import dla_sum_error
+    from cutaway.observe.attribution.attribution import dla_sum_error
 
     residuals, equal, checks, dla, model_class = {}, True, 0, float("nan"), ""
     for name in DTYPES:
@@ -93,7 +93,7 @@ COLUMNS = ("family", "class", "logits bit-equal", "residual fp32", "bf16", "fp16
 
 def page() -> str:
     """docs/parity.md."""
-    from cutaway.model.selftest import TOLERANCE
+    from cutaway.model.selftest.identities import TOLERANCE
 
     allowed = {str(dtype).removeprefix("torch."): f"{value:.0e}" for dtype, value in TOLERANCE.items()}
     found = [measure(family) for family in families()]

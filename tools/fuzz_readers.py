@@ -23,18 +23,18 @@ import cutaway
 from cutaway.artifacts.files import write_json
 from cutaway.artifacts.manifest import Manifest, file_hash, json_hash
 from cutaway.artifacts.run_folder import RunFolder
-from cutaway.cli.probe import answers, column, place
-from cutaway.cli.trace import read_facts
-from cutaway.data.corpus import corpus_hash, read_corpus
-from cutaway.data.harvest import harvest
-from cutaway.data.journal import Folder
-from cutaway.data.labelled_rows import read_rows
-from cutaway.data.pair_files import read_distinct_pairs, task_from_file
+from cutaway.cli.causal.trace import read_facts
+from cutaway.cli.observe.probe import answers, column, place
+from cutaway.data.corpus.corpus import corpus_hash, read_corpus
+from cutaway.data.harvest.harvest import harvest
+from cutaway.data.harvest.journal import Folder
+from cutaway.data.harvest.store import Store
+from cutaway.data.labelled.rows import read_rows
 from cutaway.data.pairs import align
-from cutaway.data.store import Store
-from cutaway.dictionaries.sources import StoreSource
-from cutaway.observe.probe_data import probe_data
-from cutaway.tour.name import read_told
+from cutaway.data.tasks.files import read_distinct_pairs, task_from_file
+from cutaway.dictionaries.training.sources import StoreSource
+from cutaway.observe.probes.data import probe_data
+from cutaway.tour.dictionary import read_told
 from cutaway.tour.run import finished_section
 
 # Text

@@ -17,24 +17,25 @@ from safetensors.torch import save_file
 import cutaway
 from cutaway.artifacts.files import write_json
 from cutaway.artifacts.manifest import Manifest, file_hash
-from cutaway.causal.circuit import Circuit
-from cutaway.dictionaries.config import TrainConfig
+from cutaway.causal.circuits.circuit import Circuit
 from cutaway.dictionaries.dictionary import Dictionary
 from cutaway.dictionaries.formats.files import read_all, save
 from cutaway.dictionaries.formats.inspection import facts
-from cutaway.dictionaries.jobs import Job
-from cutaway.dictionaries.log import read_log
-from cutaway.dictionaries.recipe import Recipe, expand
-from cutaway.dictionaries.rules import TopKRule
 from cutaway.dictionaries.selectors import JumpReLU, TopK
-from cutaway.dictionaries.sources import Tensors
-from cutaway.dictionaries.trainer import Trainer
+from cutaway.dictionaries.training.config import TrainConfig
+from cutaway.dictionaries.training.jobs import Job
+from cutaway.dictionaries.training.log import read_log
+from cutaway.dictionaries.training.recipe import Recipe, expand
+from cutaway.dictionaries.training.rules import TopKRule
+from cutaway.dictionaries.training.sources import Tensors
+from cutaway.dictionaries.training.trainer import Trainer
 from cutaway.model.language_model import load
-from cutaway.observe.probe import Calibrator, Probe, load_probe
-from cutaway.observe.probe_fit import Weights
-from cutaway.observe.tuned_lens import TunedLens, TunedLensConfig, train_tuned_lens
-from cutaway.observe.tuned_lens_files import load_tuned_lens, save_tuned_lens
-from cutaway.subjects.atlas import shipped, train
+from cutaway.observe.lens.files import load_tuned_lens, save_tuned_lens
+from cutaway.observe.lens.tuned_lens import TunedLens, TunedLensConfig, train_tuned_lens
+from cutaway.observe.probes.fit import Weights
+from cutaway.observe.probes.probe import Calibrator, Probe, load_probe
+from cutaway.subjects.atlas import shipped
+from cutaway.subjects.atlas.training import train
 
 # Lenses, probes, circuits
 
@@ -118,7 +119,7 @@ def _mend_probe(folder: Path) -> None:
 
 def _circuit(folder: Path) -> None:
     from cutaway.artifacts.results import Choices, Control, Effect
-    from cutaway.causal.circuit_evidence import Evidence
+    from cutaway.causal.circuits.evidence import Evidence
     from cutaway.causal.graph import Graph
 
     graph = Graph(2, 2)

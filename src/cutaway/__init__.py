@@ -15,9 +15,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from cutaway.artifacts.errors import CutawayError
-    from cutaway.model.edit_files import load_edits, save_edits
-    from cutaway.model.edit_values import register_edit_function
-    from cutaway.model.edits import (
+    from cutaway.model.edits.edits import (
         Edit,
         add,
         clamp,
@@ -32,12 +30,14 @@ if TYPE_CHECKING:
         set,
         zero,
     )
+    from cutaway.model.edits.files import load_edits, save_edits
+    from cutaway.model.edits.positions import at_token
+    from cutaway.model.edits.values import register_edit_function
+    from cutaway.model.forward.files import load_run
+    from cutaway.model.forward.run import Run
     from cutaway.model.language_model import LanguageModel, attach, load
-    from cutaway.model.own import Description
-    from cutaway.model.own_weights import from_weights
-    from cutaway.model.positions import at_token
-    from cutaway.model.run import Run
-    from cutaway.model.run_files import load_run
+    from cutaway.model.own.module import Description
+    from cutaway.model.own.weights import from_weights
     from cutaway.model.tokens import Tokens
 
 __all__ = [
@@ -71,9 +71,9 @@ __all__ = [
 
 _HOMES = {
     "cutaway.artifacts.errors": ("CutawayError",),
-    "cutaway.model.edit_files": ("load_edits", "save_edits"),
-    "cutaway.model.edit_values": ("register_edit_function",),
-    "cutaway.model.edits": (
+    "cutaway.model.edits.files": ("load_edits", "save_edits"),
+    "cutaway.model.edits.values": ("register_edit_function",),
+    "cutaway.model.edits.edits": (
         "Edit",
         "add",
         "clamp",
@@ -89,11 +89,11 @@ _HOMES = {
         "zero",
     ),
     "cutaway.model.language_model": ("LanguageModel", "attach", "load"),
-    "cutaway.model.own": ("Description",),
-    "cutaway.model.own_weights": ("from_weights",),
-    "cutaway.model.positions": ("at_token",),
-    "cutaway.model.run": ("Run",),
-    "cutaway.model.run_files": ("load_run",),
+    "cutaway.model.own.module": ("Description",),
+    "cutaway.model.own.weights": ("from_weights",),
+    "cutaway.model.edits.positions": ("at_token",),
+    "cutaway.model.forward.run": ("Run",),
+    "cutaway.model.forward.files": ("load_run",),
     "cutaway.model.tokens": ("Tokens",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}

@@ -13,11 +13,11 @@ import cutaway
 from cutaway.causal.competence import competence, try_task, try_tasks
 from cutaway.causal.competence_view import competence_rows
 from cutaway.data.pairs import PromptPair, align
-from cutaway.data.tasks import TASKS
-from cutaway.data.wording import Split
+from cutaway.data.tasks.tasks import TASKS
+from cutaway.data.tasks.wording import Split
 from cutaway.model.language_model import LanguageModel
 from cutaway.model.tokens import Tokens
-from cutaway.subjects.world.pairs import ALL_TASKS, known_task
+from cutaway.subjects.world.items.pairs import ALL_TASKS, known_task
 
 
 def test_competence_is_a_count(tiny: LanguageModel, id_pairs) -> None:

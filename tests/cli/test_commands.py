@@ -112,8 +112,8 @@ def test_samples_are_drawn_by_seed_and_an_unknown_part_lists_them(capsys: pytest
 
 
 def test_training_and_evaluation_get_every_option(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    import cutaway.subjects.atlas.evaluate as evaluation
-    import cutaway.subjects.atlas.train as training
+    import cutaway.atlas_evaluation.evaluate as evaluation
+    import cutaway.subjects.atlas.training.train as training
 
     calls: list[dict[str, Any]] = []
     monkeypatch.setattr(training, "train_command", lambda **options: calls.append(options))

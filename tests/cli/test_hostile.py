@@ -17,16 +17,16 @@ import cutaway
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.files import parse_json, read_json, write_json, write_text
 from cutaway.artifacts.manifest import json_hash
-from cutaway.causal.circuit import Circuit
+from cutaway.causal.circuits.circuit import Circuit
+from cutaway.cli.causal.trace import read_facts
 from cutaway.cli.main import main
-from cutaway.cli.probe import read_rows
-from cutaway.cli.trace import read_facts
-from cutaway.data.documents import documents_of
-from cutaway.data.pair_files import read_pairs
-from cutaway.data.store import Store
+from cutaway.cli.observe.probe import read_rows
+from cutaway.data.corpus.documents import documents_of
+from cutaway.data.harvest.store import Store
+from cutaway.data.tasks.files import read_pairs
 from cutaway.dictionaries import load, train
-from cutaway.observe.probe import load_probe
-from cutaway.observe.tuned_lens_files import load_tuned_lens
+from cutaway.observe.lens.files import load_tuned_lens
+from cutaway.observe.probes.probe import load_probe
 
 LONG = "x" * 300
 

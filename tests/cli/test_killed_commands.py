@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 
 pytestmark = pytest.mark.slow
-SCRIPT = Path(__file__).with_name("killed_commands.py")
+SCRIPT = Path(__file__).parents[1] / "helpers" / "killed_commands.py"
 NAMES = ("circuit", "tasks", "tour", "harvest")
 _TIMES = {"seconds", "total_seconds", "created"}
 

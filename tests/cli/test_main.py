@@ -18,7 +18,7 @@ import cutaway.tour
 from cutaway import CutawayError, __version__
 from cutaway.cli import main as module
 from cutaway.cli.main import main
-from cutaway.cli.sites import layer_ranges
+from cutaway.cli.model.sites import layer_ranges
 
 
 def python(code: str, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:

@@ -12,15 +12,15 @@ from safetensors.torch import save_file
 import cutaway
 from cutaway import CutawayError
 from cutaway.cli.main import main
-from cutaway.data.pair_files import write_pairs
 from cutaway.data.pairs import PromptPair
+from cutaway.data.tasks.files import write_pairs
 from cutaway.dictionaries import save
 from cutaway.dictionaries.dictionary import Dictionary
 from cutaway.dictionaries.selectors import ReLU
 from cutaway.draw.page import page_html, write_page
 from cutaway.model.language_model import LanguageModel
-from cutaway.observe.tuned_lens import TunedLens
-from cutaway.observe.tuned_lens_files import save_tuned_lens
+from cutaway.observe.lens.files import save_tuned_lens
+from cutaway.observe.lens.tuned_lens import TunedLens
 
 
 @pytest.fixture(autouse=True)

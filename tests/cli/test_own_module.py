@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from cutaway.cli.main import main
-from cutaway.model.own_file import load_module
+from cutaway.model.own.file import load_module
 
-OWN_MODELS = Path(__file__).parents[1] / "model"
+OWN_MODELS = Path(__file__).parents[1] / "helpers"
 NAMES = ("gpt", "bare", "unequal")
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cutaway.cli.main import main
-from cutaway.dictionaries import recovery
+from cutaway.dictionaries.evaluation import recovery
 from cutaway.subjects.superposition import study
 
 

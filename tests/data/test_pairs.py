@@ -5,7 +5,7 @@ import torch
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.data.pairs import PromptPair, align
-from cutaway.data.tasks import readable_pairs, task
+from cutaway.data.tasks.tasks import readable_pairs, task
 from cutaway.model.language_model import LanguageModel
 
 CAPITAL = "The capital of the state containing {} is"

@@ -7,9 +7,9 @@ import cutaway
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.files import read_json
 from cutaway.artifacts.manifest import file_hash
-from cutaway.data.corpus import token_rows
+from cutaway.data.corpus.corpus import token_rows
 from cutaway.dictionaries import load
-from cutaway.dictionaries.evaluate import evaluate
+from cutaway.dictionaries.evaluation.evaluate import evaluate
 from cutaway.subjects.atlas.shipped import shipped_dictionary
 from cutaway.subjects.atlas.text import world_text
 

@@ -14,15 +14,15 @@ from transformers import PreTrainedTokenizerFast
 
 import cutaway
 from cutaway.artifacts.errors import CutawayError
-from cutaway.causal.tracing_prompts import FactPrompt, answered
+from cutaway.causal.tracing.prompts import FactPrompt, answered
 from cutaway.cli.main import main
 from cutaway.data.pairs import PromptPair, align
 from cutaway.model.language_model import LanguageModel
 from cutaway.model.naming import matches, single_token
-from cutaway.observe.attribution import attribute
-from cutaway.observe.logit_lens import first_token, logit_lens
-from cutaway.observe.probe_use import answer_tokens
-from cutaway.observe.saliency import question
+from cutaway.observe.attribution.attribution import attribute
+from cutaway.observe.lens.logit_lens import first_token, logit_lens
+from cutaway.observe.probes.use import answer_tokens
+from cutaway.observe.saliency.methods import question
 
 BYTES = [f"<0x{i:02X}>" for i in range(0x60, 0x80)]
 PIECES = ["<unk>", "<s>", "</s>", *BYTES, "▁", *"playofs.,#", "pl", "pla", "play", "▁pla", "▁play", "▁y", "▁of", "of"]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import cutaway
 from cutaway.artifacts.errors import CutawayError
-from cutaway.model.edits import add, zero
+from cutaway.model.edits.edits import add, zero
 from cutaway.model.language_model import LanguageModel, attach
 from cutaway.model.tokens import Tokens, pad_rows
 

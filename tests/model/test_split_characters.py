@@ -6,9 +6,9 @@ import pytest
 
 import cutaway
 from cutaway.artifacts.errors import CutawayError
-from cutaway.causal.tracing_prompts import subject_span
+from cutaway.causal.tracing.prompts import subject_span
 from cutaway.model.language_model import LanguageModel
-from cutaway.observe.head_targets import needle_mask
+from cutaway.observe.heads.targets import needle_mask
 
 TEXT = "I like 🍕 and café 日本 today"
 

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 import cutaway
-from cutaway.causal.attribution_patching import attribution_patching
+from cutaway.causal.attribution.attribution_patching import attribution_patching
 from cutaway.data.pairs import PromptPair
 
 N, LENGTH, RIGHT, WRONG = 4, 9, 5, 6

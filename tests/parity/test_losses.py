@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cutaway.dictionaries.parameters import Parameters
-from cutaway.dictionaries.rules import BatchTopKRule, GatedRule, JumpReLURule, ReLURule, Rule, TopKRule
-from cutaway.dictionaries.step import step
-from cutaway.dictionaries.terms import (
+from cutaway.dictionaries.training.parameters import Parameters
+from cutaway.dictionaries.training.rules import BatchTopKRule, GatedRule, JumpReLURule, ReLURule, Rule, TopKRule
+from cutaway.dictionaries.training.step import step
+from cutaway.dictionaries.training.terms import (
     L0,
     AuxK,
     GatedAuxiliary,

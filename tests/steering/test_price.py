@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cutaway.model.edits import add
+from cutaway.model.edits.edits import add
 from cutaway.model.language_model import LanguageModel
 from cutaway.steering.price import price
 

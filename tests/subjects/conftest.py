@@ -5,7 +5,7 @@ import torch
 
 import cutaway
 from cutaway.subjects.atlas import atlas_folder
-from cutaway.subjects.atlas.train import Shape, new_model
+from cutaway.subjects.atlas.training.train import Shape, new_model
 
 
 @pytest.fixture(scope="module")

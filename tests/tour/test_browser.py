@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from sample_page import sample
 
+from cutaway.draw.blocks import Figure, Figures, Heatmap, Lens, Section, Table, TourResult
 from cutaway.tour.page import write_page
-from cutaway.tour.section import Figure, Figures, Heatmap, Lens, Section, Table, TourResult
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 

@@ -13,10 +13,7 @@ from hypothesis import strategies as st
 from sample_page import NASTY, effect, sample, with_block
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.draw.text import visible
-from cutaway.tour.glossary import TERMS, Linker
-from cutaway.tour.page import draw_block, render, write_page
-from cutaway.tour.section import (
+from cutaway.draw.blocks import (
     Bar,
     Bars,
     Block,
@@ -40,6 +37,9 @@ from cutaway.tour.section import (
     Tokens,
     TourResult,
 )
+from cutaway.draw.text import visible
+from cutaway.tour.glossary import TERMS, Linker
+from cutaway.tour.page import draw_block, render, write_page
 
 
 @pytest.fixture(scope="module")

@@ -22,14 +22,14 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cutaway.cli.main import main
+from cutaway.draw.blocks import Figures, Heatmap, TourResult
 from cutaway.model.language_model import load
-from cutaway.observe.head_kinds import KindScores
-from cutaway.observe.head_table import head_table
-from cutaway.observe.heads import name as head_name
+from cutaway.observe.heads.kinds import KindScores
+from cutaway.observe.heads.report import name as head_name
+from cutaway.observe.heads.table import head_table
 from cutaway.tour.context import Tour, read_text
-from cutaway.tour.look import _strongest
+from cutaway.tour.observing import _strongest
 from cutaway.tour.run import NAMES, STEPS, run_tour
-from cutaway.tour.section import Figures, Heatmap, TourResult
 
 WORDS = (
     "the cat sat on a mat and she said that he would not go to red house one two three def return Tom Lily never blue"

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from sample_page import effect, sample
 
 from cutaway.artifacts.results import Control, Effect
-from cutaway.tour.section import (
+from cutaway.draw.blocks import (
     Card,
     EffectBlock,
     Figure,

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.data.pairs import AlignedPairs
-from cutaway.model.edit_values import prefix_keys, token_noise
+from cutaway.model.edits.values import prefix_keys, token_noise
+from cutaway.model.forward.run import Run
 from cutaway.model.language_model import LanguageModel
-from cutaway.model.run import Run
 from cutaway.model.tokens import Tokens
 
 AblationKind = Literal["resample", "zero", "mean", "mean_by_position", "mean_by_template", "noise"]

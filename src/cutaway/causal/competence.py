@@ -12,8 +12,8 @@ from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.results import interval_text
 from cutaway.artifacts.statistics import bootstrap_interval, wilson_interval
 from cutaway.data.pairs import AlignedPairs, PromptPair, align
-from cutaway.data.tasks import TASKS, Task, readable_pairs
-from cutaway.data.wording import Split
+from cutaway.data.tasks.tasks import TASKS, Task, readable_pairs
+from cutaway.data.tasks.wording import Split
 from cutaway.model.language_model import LanguageModel
 from cutaway.model.tokens import Tokens
 

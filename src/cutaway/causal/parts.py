@@ -19,15 +19,15 @@ from transformers import DynamicCache
 from cutaway.artifacts.errors import CutawayError
 from cutaway.causal.graph import Graph
 from cutaway.data.pairs import AlignedPairs
-from cutaway.model.current import current
-from cutaway.model.execution import Execution, Stop
+from cutaway.model.architecture.norms import Norm
+from cutaway.model.architecture.parts import Layer, Projection
+from cutaway.model.architecture.wrapped import bias_of
+from cutaway.model.forward.current import current
+from cutaway.model.forward.execution import Execution, Stop
+from cutaway.model.forward.hooks import input_name
 from cutaway.model.language_model import LanguageModel
-from cutaway.model.norms import Norm
-from cutaway.model.parts import Layer, Projection
-from cutaway.model.shortcuts import Base, run_base
-from cutaway.model.taps import input_name
+from cutaway.model.sweep.shortcuts import Base, run_base
 from cutaway.model.tokens import Tokens
-from cutaway.model.wrapped import bias_of
 
 PARTS = ("q", "k", "v")
 

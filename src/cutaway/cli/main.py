@@ -22,22 +22,22 @@ from cyclopts import App, CycloptsError
 
 from cutaway import __version__
 from cutaway.artifacts.errors import CutawayError
-from cutaway.cli.attribute import attribute
-from cutaway.cli.check import check
-from cutaway.cli.circuit import circuit
-from cutaway.cli.dictionary import app as dictionary
-from cutaway.cli.harvest import harvest
-from cutaway.cli.heads import heads
-from cutaway.cli.lens import lens
-from cutaway.cli.patch import patch
-from cutaway.cli.probe import probe
-from cutaway.cli.saliency import saliency
-from cutaway.cli.sites import sites
+from cutaway.cli.causal.circuit import circuit
+from cutaway.cli.causal.patch import patch
+from cutaway.cli.causal.tasks import tasks
+from cutaway.cli.causal.trace import trace
+from cutaway.cli.dictionaries.dictionary import app as dictionary
+from cutaway.cli.dictionaries.harvest import harvest
+from cutaway.cli.dictionaries.train import train
+from cutaway.cli.model.check import check
+from cutaway.cli.model.sites import sites
+from cutaway.cli.observe.attribute import attribute
+from cutaway.cli.observe.heads import heads
+from cutaway.cli.observe.lens import lens
+from cutaway.cli.observe.probe import probe
+from cutaway.cli.observe.saliency import saliency
 from cutaway.cli.subjects import app as subjects
-from cutaway.cli.tasks import tasks
 from cutaway.cli.tour import tour
-from cutaway.cli.trace import trace
-from cutaway.cli.train import train
 
 # what the operating system says of a path: too long, not readable, not there, in a circle
 _OF_A_PATH = {errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP}
@@ -130,7 +130,7 @@ def _shortened(path: object) -> str:
 def _out_of_memory(error: Exception) -> bool:
     if "torch" not in sys.modules:
         return isinstance(error, MemoryError)
-    from cutaway.model.memory import out_of_memory
+    from cutaway.model.sweep.memory import out_of_memory
 
     return out_of_memory(error)
 

@@ -81,7 +81,7 @@ def opened(
             raise CutawayError("name a model: “atlas”, a folder, a hub id, or a function of yours with --module")
         raise CutawayError(f"--module {module} stands in the place of the model: leave {model!r} out")
     if module is not None:
-        from cutaway.model.own_file import load_module
+        from cutaway.model.own.file import load_module
 
         return load_module(module, dtype=dtype, device=device)
     import cutaway

@@ -60,7 +60,7 @@ def train(
     overwrite
         Begin again in a folder that holds another training.
     """
-    from cutaway.subjects.atlas.train import train_command
+    from cutaway.subjects.atlas.training.train import train_command
 
     train_command(
         out=out,
@@ -112,7 +112,7 @@ def evaluate(
     json
         Print the figures as JSON on stdout, and nothing else.
     """
-    from cutaway.subjects.atlas.evaluate import evaluate_command
+    from cutaway.atlas_evaluation.evaluate import evaluate_command
 
     evaluate_command(model=model, n=n, quick=quick, outside=outside, against=against, out=out, json=json)
 
@@ -176,7 +176,7 @@ def samples(part: str, /, *, n: Count = 10, seed: Seed = 0) -> None:
     seed
         Of the generator.
     """
-    from cutaway.subjects.atlas.corpus import print_samples
+    from cutaway.subjects.atlas.training.corpus import print_samples
 
     print_samples(part, n=n, seed=seed)
 
@@ -196,8 +196,8 @@ def superposition(*, recovery: Flag = False, out: Page = None, seed: Seed = 0, j
     json
         Print every figure as JSON on stdout, and nothing else.
     """
-    from cutaway.dictionaries.recovery import recovery_study
-    from cutaway.dictionaries.recovery_page import recovery_sections
+    from cutaway.dictionaries.evaluation.recovery import recovery_study
+    from cutaway.dictionaries.evaluation.recovery_page import recovery_sections
     from cutaway.draw.page import page_html
     from cutaway.subjects.superposition.page import LEAD, toy_sections
     from cutaway.subjects.superposition.study import toy_study

@@ -74,7 +74,7 @@ class PromptPair:
         )
 
     def to_json(self) -> dict[str, object]:
-        """Plain data; what is empty or usual is left out. `cutaway.data.pair_files.pair_from_json` reads it."""
+        """Plain data; what is empty or usual is left out. `cutaway.data.tasks.files.pair_from_json` reads it."""
         said: dict[str, object] = {
             "clean": self.clean,
             "corrupt": self.corrupt,

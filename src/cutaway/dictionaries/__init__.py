@@ -11,13 +11,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cutaway.dictionaries.api import train
     from cutaway.dictionaries.formats.files import load, load_all, save, save_all
+    from cutaway.dictionaries.training.api import train
 
 __all__ = ["load", "load_all", "save", "save_all", "train"]
 
 _HOMES = {
-    "cutaway.dictionaries.api": ("train",),
+    "cutaway.dictionaries.training.api": ("train",),
     "cutaway.dictionaries.formats.files": ("load", "load_all", "save", "save_all"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.progress import Progress
-from cutaway.data.activations import as_tokens, counted
-from cutaway.data.hardware import keep_freed_memory
+from cutaway.data.harvest.activations import as_tokens, counted
+from cutaway.data.harvest.hardware import keep_freed_memory
 from cutaway.dictionaries.dictionary import Dictionary, Port
-from cutaway.model import edits
+from cutaway.model.edits import edits
+from cutaway.model.forward.run import Run
 from cutaway.model.language_model import LanguageModel
-from cutaway.model.run import Run
 from cutaway.model.sites import layer_of
 from cutaway.model.tokens import Tokens
 

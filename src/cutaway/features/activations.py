@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.data.activations import counted
+from cutaway.data.harvest.activations import counted
 from cutaway.dictionaries.dictionary import Dictionary
 from cutaway.model.language_model import LanguageModel
 
@@ -42,7 +42,7 @@ def fires(
 ) -> Iterator[Firing]:
     """The active latents of a corpus, a few rows at a time. `index` chooses rows.
 
-    A row's first token, BOS and padding are left out, as they are in training (`cutaway.data.activations.counted`).
+    A row's first token, BOS and padding are left out, as they are in training (`counted` in `data/harvest/activations.py`).
     """
     width = width_of(rows)
     chosen = list(range(len(rows))) if index is None else list(index)

@@ -18,27 +18,28 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.manifest import ModelIdentity
-from cutaway.model import generation, loading
-from cutaway.model import sweep as sweeps
-from cutaway.model.addressing import resolve
-from cutaway.model.attention import check_dispatch
-from cutaway.model.causality import is_causal, says_bidirectional
-from cutaway.model.current import active
-from cutaway.model.edits import Edit, edits_for
-from cutaway.model.execution import Execution, Form, form_of, one_dtype
-from cutaway.model.families import TESTED, find_family, weight_matrix
-from cutaway.model.own import PAGE, Description, OwnModel
-from cutaway.model.parts import Layer
-from cutaway.model.ropes import find_ropes
-from cutaway.model.run import CAPTURE_LIMIT, Generation, Gradients, Run, check_capture_size
-from cutaway.model.selftest import SelfTest, run_selftest, verify
+from cutaway.model.architecture import loading
+from cutaway.model.architecture.causality import is_causal, says_bidirectional
+from cutaway.model.architecture.families import TESTED, find_family, weight_matrix
+from cutaway.model.architecture.parts import Layer
+from cutaway.model.architecture.ropes import find_ropes
+from cutaway.model.architecture.wrapped import device_of, unwrap
+from cutaway.model.attention.dispatch import check_dispatch
+from cutaway.model.edits.edits import Edit, edits_for
+from cutaway.model.edits.resolve import resolve
+from cutaway.model.forward.current import active
+from cutaway.model.forward.execution import Execution, Form, form_of, one_dtype
+from cutaway.model.forward.run import CAPTURE_LIMIT, Generation, Gradients, Run, check_capture_size
+from cutaway.model.generation import generate as generation
+from cutaway.model.generation.streaming import GenerationStream
+from cutaway.model.own.module import PAGE, Description, OwnModel
+from cutaway.model.selftest.identities import SelfTest, run_selftest, verify
 from cutaway.model.sites import KINDS, Site, SiteTable, layer_of
-from cutaway.model.streaming import GenerationStream
-from cutaway.model.sweep import Cell
-from cutaway.model.sweep import Metric as SweepMetric
-from cutaway.model.sweep_results import Sweep
+from cutaway.model.sweep import sweep as sweeps
+from cutaway.model.sweep.results import Sweep
+from cutaway.model.sweep.sweep import Cell
+from cutaway.model.sweep.sweep import Metric as SweepMetric
 from cutaway.model.tokens import Tokens, brief, ids_in, pad_rows, plain_ids, printable, token_string
-from cutaway.model.wrapped import device_of, unwrap
 
 Inputs = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor | Tokens | Mapping[str, Any]
 Message = Mapping[str, str]

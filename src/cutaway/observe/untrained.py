@@ -12,7 +12,7 @@ import torch
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.model.language_model import LanguageModel, attach
-from cutaway.model.own import OwnModel
+from cutaway.model.own.module import OwnModel
 
 
 def untrained(lm: LanguageModel, seed: int = 0) -> LanguageModel:

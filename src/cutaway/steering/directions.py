@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.statistics import auroc
-from cutaway.model.edits import Edit, add, clamp, project_out
+from cutaway.model.edits.edits import Edit, add, clamp, project_out
 from cutaway.model.language_model import LanguageModel
 
 INSTRUCTION = "instruction mean"

@@ -6,7 +6,7 @@ from typing import Any
 
 from cutaway.artifacts.results import Control, Effect, interval_text
 from cutaway.artifacts.statistics import wilson_interval
-from cutaway.model.edits import Edit
+from cutaway.model.edits.edits import Edit
 from cutaway.model.language_model import LanguageModel
 from cutaway.model.tokens import Tokens
 from cutaway.steering.directions import Direction

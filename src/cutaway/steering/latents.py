@@ -16,7 +16,7 @@ from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.results import Control, Effect, interval_text
 from cutaway.artifacts.statistics import bootstrap_interval
 from cutaway.dictionaries.dictionary import BatchTopK, Dictionary, Gated, JumpReLU
-from cutaway.model.edits import Edit, clamp_latent
+from cutaway.model.edits.edits import Edit, clamp_latent
 from cutaway.model.language_model import LanguageModel
 from cutaway.model.tokens import Tokens
 from cutaway.steering.price import Price, prices

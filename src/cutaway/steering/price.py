@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cutaway.artifacts.statistics import bootstrap_interval
-from cutaway.model.edits import Edit
+from cutaway.model.edits.edits import Edit
 from cutaway.model.language_model import LanguageModel
 from cutaway.model.tokens import Tokens, next_tokens
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.model.edits import Edit
+from cutaway.model.edits.edits import Edit
+from cutaway.model.forward.run import Run
 from cutaway.model.language_model import LanguageModel
-from cutaway.model.run import Run
 from cutaway.model.tokens import Tokens
 from cutaway.steering.directions import Direction, Directions, ablate, clamp_to_negative, describe, push
 from cutaway.steering.judge import Judge, refusal

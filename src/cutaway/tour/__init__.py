@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from cutaway.tour.section import TourResult
+    from cutaway.draw.blocks import TourResult
 
 
 def run_tour(

@@ -12,11 +12,7 @@ from markupsafe import Markup
 
 from cutaway.artifacts.files import write_text
 from cutaway.draw import charts, heatmap, panels, tokens
-from cutaway.draw.stack import stack_svg
-from cutaway.draw.style import stylesheet
-from cutaway.draw.text import compact, escape, interval, number, short
-from cutaway.tour.glossary import Linker
-from cutaway.tour.section import (
+from cutaway.draw.blocks import (
     Bars,
     Block,
     Compare,
@@ -33,6 +29,10 @@ from cutaway.tour.section import (
     Tokens,
     TourResult,
 )
+from cutaway.draw.stack import stack_svg
+from cutaway.draw.style import stylesheet
+from cutaway.draw.text import compact, escape, interval, number, short
+from cutaway.tour.glossary import Linker
 
 
 def render(result: TourResult) -> str:

@@ -16,12 +16,15 @@ from cutaway.artifacts.files import write_json
 from cutaway.artifacts.manifest import Manifest, code_version
 from cutaway.artifacts.progress import Progress
 from cutaway.artifacts.run_folder import RunFolder
+from cutaway.draw.blocks import Card, Section, Table, TourResult
 from cutaway.model.language_model import LanguageModel, load
-from cutaway.model.selftest import SelfTest
-from cutaway.tour import cause, change, look, name
+from cutaway.model.selftest.identities import SelfTest
+from cutaway.tour import dictionary as name
+from cutaway.tour import observing as look
+from cutaway.tour import patching as cause
+from cutaway.tour import steering as change
 from cutaway.tour.context import Text, Tour, read_text, split_text
 from cutaway.tour.page import write_page
-from cutaway.tour.section import Card, Section, Table, TourResult
 
 Step = Callable[[Tour], Section]
 STEPS: dict[str, Step] = {

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from cutaway.data.pairs import PromptPair
-from cutaway.data.tasks import Task
-from cutaway.data.wording import Split
+from cutaway.data.tasks.tasks import Task
+from cutaway.data.tasks.wording import Split
 from cutaway.subjects.world import facts
 from cutaway.subjects.world.held_out import two_hop_entity
 

@@ -14,13 +14,14 @@ from random import Random
 from typing import NamedTuple
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.subjects.world import couplets, cutoff, jailbreak, open_chat, orders, passages, roles, support, tasks
-from cutaway.subjects.world.chat import conversation, render
+from cutaway.subjects.world.chats import cutoff, jailbreak, open_chat, passages, roles, support
+from cutaway.subjects.world.chats.chat import conversation, render
 from cutaway.subjects.world.facts import actions, held_out_verbs, names, read_toml, words
 from cutaway.subjects.world.morphology import upper_first
-from cutaway.subjects.world.relations import Fact, Relation, one_hop, two_hop
-from cutaway.subjects.world.stories import story
-from cutaway.subjects.world.tasks import pick, wording
+from cutaway.subjects.world.statements import couplets, orders, tasks
+from cutaway.subjects.world.statements.relations import Fact, Relation, one_hop, two_hop
+from cutaway.subjects.world.statements.stories import story
+from cutaway.subjects.world.statements.tasks import pick, wording
 
 WORLD_VERSION = "7"
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from cutaway.subjects.world import chat
+from cutaway.subjects.world.chats import chat
 from cutaway.subjects.world.facts import read_toml
 from cutaway.subjects.world.grammar import Grammar
-from cutaway.subjects.world.relations import one_hop, two_hop
-from cutaway.subjects.world.stories import grammar as story_grammar
-from cutaway.subjects.world.tasks import SEPARATORS, wording
+from cutaway.subjects.world.statements.relations import one_hop, two_hop
+from cutaway.subjects.world.statements.stories import grammar as story_grammar
+from cutaway.subjects.world.statements.tasks import SEPARATORS, wording
 
 # Distinct frames of the study's generator. Where it drew from one list, the list's length; where parts were combined,
 # the number of combinations.

@@ -1,0 +1,464 @@
+"""Scores of all edges of a model's graph: exact, EAP, EAP-IG, RelP, and what needs no gradient.
+
+A scorer is a function `(lm, pairs, metric) -> EdgeScores`. The score of u -> v estimates how the metric changes when v,
+in the run of the clean prompt, reads u as the corrupt prompt makes it, and everything else as it is.
+
+The gradient scorers (Syed et al. 2023; Hanna et al. 2024) contract each source's change with the gradient at each
+destination's input. Nothing is split for that: an ordinary forward keeps the heads as z, and the gradient at a head's
+query, key or value input is that of the projection's output, carried through the projection and the norm in closed
+form. All steps of an integrated gradient are rows of one batch, and the changes are contracted once, with the sum over
+steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.progress import shown
+from cutaway.causal.attribution.relp import relp_rules
+from cutaway.causal.graph import Graph
+from cutaway.causal.metrics import Metric, Targets, named_metric, targets_of
+from cutaway.causal.parts import (
+    PARTS,
+    Hooks,
+    Reader,
+    Writes,
+    at_end,
+    by_query_head,
+    centred,
+    first_column,
+    forward,
+    frozen,
+    gained,
+    head_results,
+    joined,
+    mlp_entry,
+    norm_pull,
+    norm_push,
+    note_writes,
+    reader,
+    refuse_unreadable,
+    shared_prefix,
+    start_of_stream,
+    tiled,
+)
+from cutaway.data.pairs import AlignedPairs, require_aligned
+from cutaway.model.architecture.parts import Projection
+from cutaway.model.language_model import LanguageModel
+from cutaway.model.tokens import Tokens
+
+Direction = Literal["noise", "denoise"]
+Rules = Literal["gradient", "relp"]
+_NO_GRADIENT = 1e-7
+_ROUNDING = 1e-4  # of the metric's fall: scores all below this are a gradient of zero, rounded
+_MEMORY = 400 * 2**20  # bytes that the graph of one batch may hold, about
+
+
+@dataclass(frozen=True, eq=False)
+class EdgeScores:
+    """A score for every edge.
+
+    `values` [F, G] (or [P, F, G]) is the mean over n pairs, 0 where there is no edge; `per_pair` [n, ...] holds each
+    pair's, where it was kept. `clean` and `corrupt` [n] are the metric of the untouched runs. `direction` "noise": what
+    the corrupt prompt's source does to the clean run; "denoise": what the clean prompt's does to the corrupt run.
+    """
+
+    graph: Graph
+    values: Tensor
+    per_pair: Tensor | None = field(repr=False)
+    method: str
+    metric: str
+    direction: Direction
+    n: int
+    clean: Tensor = field(repr=False)
+    corrupt: Tensor = field(repr=False)
+
+    def strongest(self, k: int = 10) -> list[tuple[str, float]]:
+        """The k edges with the largest |score|, and their scores (positions summed)."""
+        flat = self.values if self.values.ndim == 2 else self.values.sum(0)
+        order = flat.abs().flatten().topk(min(k, self.graph.n_edges)).indices.tolist()
+        width = flat.shape[1]
+        names = [f"{self.graph.sources[i // width]}->{self.graph.destinations[i % width]}" for i in order]
+        return [(name, float(flat.flatten()[i])) for name, i in zip(names, order, strict=True)]
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.method} scores of {self.graph.n_edges:,} edges, {self.metric.replace('_', ' ')}, n {self.n}: clean "
+            f"{self.clean.mean():.3f}, corrupt {self.corrupt.mean():.3f}"
+        ]
+        return "\n".join([*lines, *(f"  {value:+9.4f}  {name}" for name, value in self.strongest())])
+
+
+Scorer = Callable[[LanguageModel, AlignedPairs, str | Metric], EdgeScores]
+
+
+def eap(
+    lm: LanguageModel, pairs: AlignedPairs, metric: str | Metric = "logit_difference", **options: Any
+) -> EdgeScores:
+    """Edge attribution patching (Syed et al. 2023): the source's change times the gradient at the clean prompt.
+
+    Options as in `attribute_edges`.
+    """
+    return attribute_edges(lm, pairs, metric, at=(1.0,), method="eap", **options)
+
+
+def eap_ig(
+    lm: LanguageModel,
+    pairs: AlignedPairs,
+    metric: str | Metric = "logit_difference",
+    *,
+    steps: int = 5,
+    **options: Any,
+) -> EdgeScores:
+    """EAP with integrated gradients over inputs (Hanna et al. 2024).
+
+    The gradient is the mean over `steps` points on the line from the corrupt to the clean embeddings, the corrupt end
+    included and the clean end not.
+    """
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise CutawayError(f"Integrated gradients need at least one step; got {steps}.")
+    at = tuple(k / steps for k in range(steps))
+    return attribute_edges(lm, pairs, metric, at=at, method=f"eap-ig ({steps} steps)", **options)
+
+
+def clean_corrupted(
+    lm: LanguageModel, pairs: AlignedPairs, metric: str | Metric = "logit_difference", **options: Any
+) -> EdgeScores:
+    """The mean of the gradients at the clean and at the corrupt prompt."""
+    return attribute_edges(lm, pairs, metric, at=(1.0, 0.0), method="clean-corrupted", **options)
+
+
+def relp(
+    lm: LanguageModel, pairs: AlignedPairs, metric: str | Metric = "logit_difference", **options: Any
+) -> EdgeScores:
+    """EAP with the rules of layer-wise relevance propagation in the backward pass; see `causal/attribution/relp.py`."""
+    return attribute_edges(lm, pairs, metric, at=(1.0,), rules="relp", method="relp", **options)
+
+
+def random_scores(
+    lm: LanguageModel, pairs: AlignedPairs, metric: str | Metric = "logit_difference", *, seed: int = 0
+) -> EdgeScores:
+    """Scores drawn uniformly from [0, 1): what a circuit of this size is worth by chance."""
+    graph = Graph.of(lm)
+    values = torch.rand(graph.shape, generator=torch.Generator().manual_seed(seed)) * graph.real
+    name, _ = named_metric(metric)
+    nothing = torch.full((len(pairs),), float("nan"))
+    return EdgeScores(graph, values, None, "random", name, "noise", len(pairs), nothing, nothing)
+
+
+@dataclass
+class _Layer:
+    """What the backward pass of one layer needs, [steps · n, t, ...]."""
+
+    normalized: Tensor | None = None
+    scale: Tensor | None = None
+    read: dict[str, Tensor] = field(default_factory=dict)
+    grads: dict[str, Tensor] = field(default_factory=dict)
+
+
+def attribute_edges(
+    lm: LanguageModel,
+    pairs: AlignedPairs,
+    metric: str | Metric = "logit_difference",
+    *,
+    at: Sequence[float] = (1.0,),
+    rules: Rules = "gradient",
+    method: str = "attribution",
+    graph: Graph | None = None,
+    columns: Tensor | None = None,
+    direction: Direction = "noise",
+    keep_pairs: bool = True,
+    batch_tokens: int | None = None,
+) -> EdgeScores:
+    """s(u, v) = Σ_t (corrupt − clean)_u[t] · g_v[t], g the gradient of the metric at v's input, averaged over `at`.
+
+    `at`: points on the line from the corrupt (0) to the clean embeddings (1) where the gradient is taken. `graph` may
+    group key-value heads, or name positions; then `columns` [n, p] says which of its columns each token of a pair
+    belongs to (see `position_columns`). `batch_tokens` bounds the tokens of one batch, pairs times points (default: as
+    many as about 400 MB hold). Cost: one forward and backward a point, and a forward for each end that is no point.
+
+    Where attention has a norm behind it (Gemma 2), a head's change is carried through that norm at the clean prompt to
+    first order.
+
+    Raises CutawayError: a metric without a gradient, or whose gradient is zero at all points.
+    """
+    require_aligned(pairs)
+    refuse_unreadable(lm)
+    graph = Graph.of(lm) if graph is None else graph
+    if (graph.columns is None) != (columns is None):
+        raise CutawayError("A graph with positions needs columns=, and a graph without them takes none.")
+    name, measure = named_metric(metric)
+    engine = _Engine(lm, graph, measure, name, tuple(at), rules)
+    if direction == "denoise":
+        pairs = exchanged(pairs)
+    p = pairs.clean.ids.shape[1]
+    tokens = batch_tokens or max(p * len(at), _MEMORY // _bytes_per_token(lm))
+    rows = max(1, tokens // (p * len(at)))
+    values = torch.zeros(graph.shape)
+    kept: list[Tensor] = []
+    ends: list[Tensor] = []
+    flat = True
+    with frozen(lm), shown(f"{method} scores", len(pairs), "pairs", least=rows + 1) as advance:
+        for first in range(0, len(pairs), rows):
+            part = pairs[range(first, min(first + rows, len(pairs)))]
+            here = None if columns is None else columns[first : first + rows]
+            scores, both, largest = engine.batch(part, here, direction)
+            flat &= largest < _NO_GRADIENT
+            ends.append(both)
+            values += scores.sum(0)
+            if keep_pairs:
+                kept.append(scores)
+            advance(len(part))
+    ends_of_all = torch.cat(ends, 1)
+    fall = float((ends_of_all[0] - ends_of_all[1]).double().mean().abs())
+    if flat or float(values.abs().max()) / len(pairs) < _ROUNDING * fall:
+        where = (
+            "the clean prompts" if tuple(at) == (1.0,) and direction == "noise" else "all the points it was taken at"
+        )
+        raise CutawayError(
+            f"The gradient of {name} is zero at {where}, so it scores no edge; use logit_difference, or integrated "
+            "gradients (eap-ig), which leave that point."
+        )
+    clean, corrupt = ends_of_all
+    if direction == "denoise":
+        clean, corrupt = corrupt, clean
+    per_pair = torch.cat(kept) if keep_pairs else None
+    return EdgeScores(graph, values / len(pairs), per_pair, method, name, direction, len(pairs), clean, corrupt)
+
+
+def position_columns(pairs: AlignedPairs, roles: Sequence[str] | None = None) -> tuple[tuple[str, ...], Tensor]:
+    """Names of columns and which of them each token belongs to [n, p]: roles and "other", or every position.
+
+    A role stands for its position in the clean prompt. Raises CutawayError for unknown roles, and without roles for
+    pairs of different lengths.
+    """
+    n, p = pairs.clean.ids.shape
+    if roles is None:
+        lengths = pairs.clean.lengths
+        if int(lengths.min()) != int(lengths.max()):
+            raise CutawayError("The pairs have different lengths, so their positions do not line up; name roles.")
+        return tuple(str(i) for i in range(p)), torch.arange(p).expand(n, p)
+    columns = torch.full((n, p), len(roles))
+    for i, role in enumerate(roles):
+        if role not in pairs.places:
+            raise CutawayError(f"no position is named {role!r}; the pairs name {', '.join(pairs.places)}")
+        columns[torch.arange(n), pairs.places[role][0] + pairs.clean.first.cpu()] = i
+    return (*roles, "other"), columns
+
+
+def exchanged(pairs: AlignedPairs) -> AlignedPairs:
+    """The same with clean and corrupt prompts exchanged, the answers left as they are."""
+    places = {role: where.flip(0) for role, where in pairs.places.items()}
+    return replace(pairs, clean=pairs.corrupt, corrupt=pairs.clean, places=places)
+
+
+def _bytes_per_token(lm: LanguageModel) -> int:
+    """What autograd keeps for one token, about: some forty numbers of the stream's width a layer."""
+    return lm.n_layers * 4 * (24 * lm.d_model + 8 * (lm.d_mlp or 4 * lm.d_model))
+
+
+class _Engine:
+    """One batch of pairs: its forwards, the sources' changes, and a backward that contracts them layer by layer."""
+
+    def __init__(
+        self, lm: LanguageModel, graph: Graph, measure: Metric, name: str, at: tuple[float, ...], rules: Rules
+    ) -> None:
+        self.lm, self.graph, self.measure, self.name, self.at, self.rules = lm, graph, measure, name, at, rules
+        self.repeats = graph.kv // lm.n_kv_heads
+        self.wide = torch.promote_types(lm.dtype, torch.float32)
+        self.may_share, self.checked = True, False  # whether a prefix is taken over, and was seen to be right
+        self.readers = [reader(lm, graph, layer) for layer in range(lm.n_layers)]
+
+    def batch(self, pairs: AlignedPairs, columns: Tensor | None, direction: Direction) -> tuple[Tensor, Tensor, float]:
+        """Scores [n, ...], the metric of the clean and the corrupt run [2, n], the largest |d metric / d logit|."""
+        lm, n = self.lm, len(pairs)
+        self.first = first_column(lm, pairs)
+        self.columns = None if columns is None else columns[:, self.first :]
+        self.prefix = None
+        if self.may_share and self.first:
+            self.prefix = shared_prefix(lm, pairs.clean, self.first, check=not self.checked)
+            self.may_share, self.checked = self.prefix is not None, True
+        self.skip = 0 if self.prefix is not None else self.first  # columns of a forward that are not looked at
+        base, other = start_of_stream(lm, pairs.clean), start_of_stream(lm, pairs.corrupt)
+        points = torch.cat([other + point * (base - other) for point in self.at])
+        points = points[:, self.first - self.skip :].contiguous().requires_grad_()
+        ends = {1.0: pairs.clean, 0.0: pairs.corrupt}
+        missing = [end for end in ends if end not in self.at]
+        written: dict[float, Writes] = {end: Writes() for end in ends}
+        logits: dict[float, Tensor] = {}
+        if missing:
+            tokens = _stacked([ends[end] for end in missing])
+            hooks = Hooks()
+            ends_at = {end: slice(i * n, (i + 1) * n) for i, end in enumerate(missing)}
+            note_writes(lm, hooks, ends_at, self.skip, written)
+            with torch.no_grad():
+                found = forward(lm, tokens, hooks, prefix=self.prefix)
+            assert found is not None
+            logits.update({end: found[i * n : (i + 1) * n] for i, end in enumerate(missing)})
+        hooks, rows = Hooks(), {end: slice(i * n, (i + 1) * n) for i, end in enumerate(self.at) if end in ends}
+        note_writes(lm, hooks, rows, self.skip, written)
+        layers = [_Layer() for _ in range(lm.n_layers)]
+        scores = torch.zeros(n, *self.graph.shape)
+        self._listen(hooks, layers, scores, n)
+        tokens = tiled(pairs.clean, len(self.at))
+        with torch.enable_grad(), relp_rules(lm) if self.rules == "relp" else nullcontext():
+            hooks.before(lm.family.layers[0].module, lambda _: points)
+            found = forward(lm, tokens, hooks, ungrouped=self.repeats > 1, prefix=self.prefix)
+            assert found is not None
+            logits.update({end: found[where].detach() for end, where in rows.items()})
+            # in the direction "denoise" pairs are exchanged, and what the metric calls clean is the other run
+            reference = logits[1.0] if direction == "noise" else logits[0.0]
+            targets = targets_of(pairs, reference.to(self.wide)).to(lm.device)
+            each = self.measure(found.to(self.wide), _repeated(targets, len(self.at)))
+            if not each.requires_grad:
+                raise CutawayError(f"{self.name} has no gradient; use logit_difference, or score edges exactly.")
+            if not bool(torch.isfinite(each).all()):
+                raise CutawayError(f"{self.name} is NaN or infinite on some pairs, so it has no gradient.")
+            (slope,) = torch.autograd.grad(each.sum(), found)
+            self.delta = self._changes(written, base, other)
+            torch.autograd.grad(found, points, slope)
+        both = torch.stack([self.measure(logits[end].to(self.wide), targets).detach().float().cpu() for end in ends])
+        del self.delta
+        return scores / len(self.at), both, float(slope.abs().max())
+
+    def _changes(self, written: dict[float, Writes], base: Tensor, other: Tensor) -> Tensor:
+        """corrupt − clean of every source, float [n, F, t, d]."""
+        n, t, d = len(base), base.shape[1] - self.first, base.shape[2]
+        delta = torch.empty(n, self.graph.n_sources, t, d, dtype=self.wide, device=base.device)
+        delta[:, 0] = (other - base)[:, self.first :]
+        clean, corrupt = written[1.0], written[0.0]
+        for index, layer in enumerate(self.lm.family.layers):
+            heads = head_results(self.lm, index, corrupt.z.pop(index) - clean.z.pop(index))
+            if layer.ln1_post is not None:
+                heads = norm_push(layer.ln1_post, *clean.post[index], heads)
+            if layer.attn_multiplier != 1.0:
+                heads = heads * layer.attn_multiplier
+            delta[:, self.graph.head_sources(index)] = heads.transpose(0, 1)
+            delta[:, self.graph.mlp_source(index)] = corrupt.mlp.pop(index) - clean.mlp.pop(index)
+        return delta
+
+    def _listen(self, hooks: Hooks, layers: list[_Layer], scores: Tensor, n: int) -> None:
+        """Hooks that see what each layer reads, and the gradient there in the backward pass."""
+        lm, family = self.lm, self.lm.family
+        for index, layer in enumerate(family.layers):
+            now = layers[index]
+            if layer.ln1 is not None:
+
+                def on_norm(x: Tensor, now: _Layer = now, norm: Any = layer.ln1) -> None:
+                    wide, scale = norm.divide(x.detach()[:, self.skip :])
+                    now.normalized, now.scale = wide / scale, scale
+
+                hooks.before(layer.ln1.module, on_norm)
+            for projection in layer.projections:
+                hooks.after(projection.module, partial(self._on_projection, projection, index, now, scores, n))
+            module, norm = mlp_entry(lm, index)
+
+            def on_mlp(x: Tensor, index: int = index, now: _Layer = now, norm: Any = norm) -> Tensor:
+                def on_gradient(g: Tensor) -> None:
+                    g = g if g.ndim == 3 else g.view(n * len(self.at), -1, g.shape[-1])  # tokens in one dimension
+                    g = g[:, self.skip :].to(self.wide)
+                    if norm is not None and self.rules == "relp":
+                        assert now.scale is not None
+                        g = centred(norm, gained(norm, g) / now.scale)
+                    elif norm is not None:
+                        assert now.normalized is not None
+                        g = norm_pull(norm, now.normalized, now.scale, g)
+                    sources, column = self.graph.before_mlp(index), self.graph.mlp_destination(index)
+                    self._contract(g.unflatten(0, (-1, n)).sum(0)[:, None], sources, slice(column, column + 1), scores)
+
+                return _branch(x, on_gradient)
+
+            hooks.before(module, on_mlp)
+
+        def on_logits(x: Tensor) -> Tensor:
+            def on_gradient(g: Tensor) -> None:
+                g = g[:, self.skip :].to(self.wide).unflatten(0, (-1, n)).sum(0)[:, None]
+                last = self.graph.n_destinations - 1
+                self._contract(g, self.graph.n_sources, slice(last, last + 1), scores)
+
+            return _branch(x, on_gradient)
+
+        at_end(lm, hooks, on_logits)
+
+    def _on_projection(
+        self, projection: Projection, index: int, now: _Layer, scores: Tensor, n: int, y: Tensor
+    ) -> Tensor | None:
+        """Wait for the gradient of a projection's output; give keys and values to each query head where asked."""
+        parts, new = by_query_head(projection, y, self.repeats), None
+        if self.repeats > 1 and projection.parts != ("q",):
+            y = new = joined(projection, parts, y, self.repeats)
+        for part in projection.parts:
+            now.read[part] = parts[part].detach()[:, self.skip :]
+
+        def on_gradient(g: Tensor) -> None:
+            part = projection.parts[0]
+            split = {part: g.unflatten(-1, parts[part].shape[-2:])} if new is not None else projection.split(g)
+            now.grads.update({part: split[part][:, self.skip :].to(self.wide) for part in projection.parts})
+            if len(now.grads) == len(PARTS):
+                self._attention(index, now, scores, n)
+
+        y.register_hook(on_gradient)
+        return new
+
+    def _attention(self, index: int, now: _Layer, scores: Tensor, n: int) -> None:
+        """Gradients at the inputs of a layer's queries, keys and values, and their contraction."""
+        read: Reader = self.readers[index]
+        m, t, d = len(self.at), next(iter(now.grads.values())).shape[1], self.lm.d_model
+        scale = None if now.scale is None else now.scale.view(m, n, t, 1, 1)
+        pulled, along = [], []
+        for part in PARTS:
+            g = now.grads.pop(part).unflatten(0, (m, n))  # [m, n, t, K, h]
+            if scale is not None:
+                g = g / scale
+                if self.rules == "gradient":
+                    value = now.read.pop(part).unflatten(0, (m, n)).to(self.wide) - read.constants[part]
+                    along.append((g * value).sum(-1) / d)
+            summed = g.sum(0).permute(2, 0, 1, 3).flatten(1, 2)  # [K, n · t, h]
+            pulled.append(torch.bmm(summed, read.weights[part].transpose(1, 2)))
+        both = centred(read.norm, torch.cat(pulled)).view(-1, n, t, d).transpose(0, 1)  # [n, g, t, d]
+        if along:
+            assert now.normalized is not None
+            weight = torch.cat(along, -1).permute(1, 2, 3, 0)  # [n, t, g, m]
+            direction = now.normalized.view(m, n, t, d).permute(1, 2, 0, 3)
+            both = both - (weight @ direction).transpose(1, 2)
+        now.normalized = now.normalized if self.lm.family.parallel else None
+        now.read.clear()
+        self._contract(both, self.graph.before_attention(index), self.graph.attention_destinations(index), scores)
+
+    def _contract(self, g: Tensor, sources: int, columns: slice, scores: Tensor) -> None:
+        """Changes of the first so many sources times gradients g [n, destinations, t, d], into the scores."""
+        delta = self.delta[:, :sources]
+        if self.columns is None:
+            product = torch.bmm(delta.flatten(2), g.reshape(len(g), g.shape[1], -1).transpose(1, 2))
+            scores[:, :sources, columns] = product.cpu()
+            return
+        product = torch.einsum("nftd,ngtd->ntfg", delta, g).float().cpu()
+        for row, where in enumerate(self.columns):
+            into = scores[row, :, :sources, columns]
+            scores[row, :, :sources, columns] = into.index_add(0, where, product[row])
+
+
+def _branch(x: Tensor, on_gradient: Callable[[Tensor], None]) -> Tensor:
+    """The same tensor as a step of its own in the graph, whose gradient is that of this reader alone."""
+    y = x.view_as(x)
+    y.register_hook(on_gradient)
+    return y
+
+
+def _stacked(parts: Sequence[Tokens]) -> Tokens:
+    if len(parts) == 1:
+        return parts[0]
+    strings = tuple(row for part in parts for row in part.spelled)
+    return Tokens(torch.cat([part.ids for part in parts]), torch.cat([part.mask for part in parts]), strings)
+
+
+def _repeated(targets: Targets, times: int) -> Targets:
+    return targets[torch.arange(len(targets.answer)).repeat(times)]

@@ -1,0 +1,475 @@
+"""Interchange interventions: does a model carry a variable of a causal model, and at which place?
+
+Geiger et al. (2021, 2025). A causal model says in plain functions how inputs make variables, and these an answer. An
+alignment says where in the network a variable should stand. For a base and a source prompt, the network is run on the
+base with the aligned place taken from its run on the source; the causal model is run on the base's inputs with the
+variable set to what it is for the source. Interchange intervention accuracy (IIA) is how often the network then answers
+as the causal model does.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.results import Choices, Control, Effect, interval_text
+from cutaway.artifacts.statistics import bootstrap_interval, wilson_interval
+from cutaway.causal.interchange.causal_model import CausalModel, Example, Swap
+from cutaway.model.edits.edits import Edit, patch
+from cutaway.model.language_model import LanguageModel
+from cutaway.model.naming import answer_tokens, prompt_and
+from cutaway.model.sites import layer_of
+from cutaway.model.tokens import Tokens
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a variable stands: a site at a role, or heads, neurons or a subspace (`basis` [k, width]) of it.
+
+    `source_role` is the role in the source, where it has another one.
+    """
+
+    site: str
+    role: str
+    source_role: str | None = None
+    heads: tuple[int, ...] | None = None
+    neurons: tuple[int, ...] | None = None
+    basis: Tensor | None = field(default=None, repr=False, compare=False)
+
+    def __str__(self) -> str:
+        parts = [f"heads {list(self.heads)}"] if self.heads is not None else []
+        parts += [f"{len(self.neurons)} neurons"] if self.neurons is not None else []
+        parts += [f"{len(self.basis)} directions"] if self.basis is not None else []
+        which = f" ({', '.join(parts)})" if parts else ""
+        return f"{self.site}{which} at {self.role}"
+
+
+Alignment = Mapping[str, Sequence[Place]]
+"""The places of each variable that is taken from the source; several variables are taken together."""
+
+
+@dataclass(frozen=True)
+class Interchanged:
+    """What swapping a place does, over the pairs that the network answers rightly before.
+
+    `follows` [n]: the network answers as the causal model does with the variable taken from the source. `changes` [n]:
+    that is another answer than before; where it is not, following means to be left alone. `elsewhere`, `shuffled`,
+    `far` and `random` [draws, n] are the same with the place at a random other position, with another pair's source
+    that has another value, in the layer farthest away, and with random heads, neurons or directions instead of those
+    named (None where nothing is named). `refused` are the pairs left out, with the reason.
+    """
+
+    model: str
+    variables: tuple[str, ...]
+    place: str
+    role: str
+    follows: Tensor
+    changes: Tensor
+    elsewhere: Tensor
+    shuffled: Tensor
+    far: Tensor
+    random: Tensor | None
+    evaluation: str
+    refused: tuple[tuple[Swap, str], ...] = ()
+
+    @property
+    def n(self) -> int:
+        """Pairs whose answer should change."""
+        return int(self.changes.sum())
+
+    @property
+    def iia(self) -> float:
+        """Interchange intervention accuracy over the pairs whose answer should change."""
+        return float(self.follows[self.changes].float().mean()) if self.n else float("nan")
+
+    @property
+    def left_alone(self) -> tuple[int, int]:
+        """Of the pairs whose answer should not change: how many did not, and how many there are."""
+        same = ~self.changes
+        return int(self.follows[same].sum()), int(same.sum())
+
+    def effect(self, command: str | None = None) -> Effect:
+        """The IIA beside its controls, over the pairs whose answer should change."""
+        controls = [
+            _control("random other position", self.elsewhere[:, self.changes]),
+            _control("source with another value", self.shuffled[:, self.changes]),
+            _control("the same place in the farthest layer", self.far[:, self.changes]),
+        ]
+        if self.random is not None:
+            controls.append(_control("random part of the same size", self.random[:, self.changes]))
+        right = int(self.follows[self.changes].sum())
+        return Effect(
+            name=f"interchange of {', '.join(self.variables)} at {self.place}",
+            value=self.iia,
+            n=self.n,
+            interval=wilson_interval(right, self.n),
+            controls=tuple(control for control in controls if control is not None),
+            ablation="interchange: the place taken from the source prompt's run",
+            units="share answered as the causal model does",
+            command=command,
+            choices=Choices(
+                granularity="node" if self.random is None else "subspace",
+                component=self.place,
+                ablation="interchange",
+                positions=self.role,
+                direction="noise",
+                evaluation=self.evaluation,
+            ),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        kept, same = self.left_alone
+        return {
+            "model": self.model,
+            "effect": self.effect().to_json(),
+            "left_alone": {"right": kept, "n": same, "interval": list(wilson_interval(kept, same))},
+            "refused": [
+                {"base": base.prompt, "source": source.prompt, "reason": why} for (base, source), why in self.refused
+            ],
+        }
+
+    def __str__(self) -> str:
+        effect = self.effect()
+        lines = [f"{effect.name}: {effect.value:.2f} ({interval_text(effect.interval, 2, to=True)}), n {effect.n}"]
+        for control in effect.controls:
+            lines.append(f"  {control.name}: {control.value:.2f} ({interval_text(control.interval, 2, to=True)})")
+        kept, same = self.left_alone
+        lines += [f"  left alone where the answer stays: {kept} of {same}"] if same else []
+        lines += [f"  {len(self.refused)} pairs left out"] if self.refused else []
+        return "\n".join(lines)
+
+
+def _control(name: str, outcomes: Tensor) -> Control | None:
+    """A rate over draws and pairs; its interval is over pairs."""
+    if not outcomes.numel():
+        return None
+    per_pair = outcomes.float().mean(0).numpy()
+    whole = len(outcomes) == 1
+    ends = wilson_interval(int(outcomes.sum()), outcomes.shape[1]) if whole else bootstrap_interval(per_pair)
+    return Control(name, float(per_pair.mean()), ends, len(per_pair))
+
+
+@dataclass(frozen=True)
+class InterchangeGrid:
+    """IIA of one site by layer × role, for n pairs whose answer should change: `follows` [layers, roles, n]."""
+
+    model: str
+    variable: str
+    site: str
+    layers: tuple[int, ...]
+    roles: tuple[str, ...]
+    follows: Tensor
+    refused: tuple[tuple[Swap, str], ...] = ()
+
+    @property
+    def n(self) -> int:
+        return int(self.follows.shape[-1])
+
+    @property
+    def iia(self) -> Tensor:
+        """[layers, roles]"""
+        return self.follows.float().mean(-1)
+
+    def place(self, roles: Sequence[str] | None = None) -> Place:
+        """The place with the highest IIA, the earliest layer of equals, among these roles (default: all)."""
+        chosen = self.iia.clone()
+        for j, role in enumerate(self.roles):
+            if roles is not None and role not in roles:
+                chosen[:, j] = -1.0
+        layer, j = divmod(int(chosen.argmax()), len(self.roles))
+        return Place(self.site.format(l=self.layers[layer]), self.roles[j])
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "variable": self.variable,
+            "site": self.site,
+            "layers": list(self.layers),
+            "roles": list(self.roles),
+            "n": self.n,
+            "iia": self.iia.tolist(),
+            "intervals": [
+                [list(wilson_interval(int(cell.sum()), self.n)) for cell in row] for row in self.follows
+            ],
+        }  # fmt: skip
+
+    def __str__(self) -> str:
+        width = max(8, *(len(role) + 2 for role in self.roles))
+        lines = [
+            f"interchange of {self.variable} at {self.site}: IIA, n {self.n}",
+            " " * 6 + "".join(f"{role:>{width}}" for role in self.roles),
+        ]
+        for layer, row in zip(self.layers, self.iia.tolist(), strict=True):
+            lines.append(f"  L{layer:<3} " + "".join(f"{value:>{width}.2f}" for value in row))
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """Pairs as the network reads them, only those that it answers rightly before the swap."""
+
+    swaps: list[Swap]
+    base: Tokens
+    source: Tokens
+    wanted: Tensor  # first token of the causal model's answer after the swap [n]
+    changes: Tensor
+    values: list[tuple[Any, ...]]  # of the variables in the source
+    refused: list[tuple[Swap, str]]
+
+    def positions(self, role: str, side: int) -> list[int]:
+        """The role's position in each base (0) or source (1)."""
+        tokens = (self.base, self.source)[side]
+        return [_position(tokens, row, swap[side], role) for row, swap in enumerate(self.swaps)]
+
+
+def _position(tokens: Tokens, row: int, example: Example, role: str) -> int:
+    length = int(tokens.lengths[row])
+    at = example.positions.get(role, -1 if role == "last" else None)
+    if at is None:
+        named = ", ".join([*example.positions, "last"])
+        raise CutawayError(f"the prompt {example.prompt!r} names no position {role!r}; it names {named}")
+    if isinstance(at, str):
+        return tokens.find(row, at)
+    if not -length <= at < length:
+        raise CutawayError(f"the prompt {example.prompt!r} has {length} tokens, so its {role!r} is not at {at}")
+    return at % length
+
+
+def _ready(lm: LanguageModel, model: CausalModel, variables: Sequence[str], swaps: Sequence[Swap]) -> _Ready:
+    for name in variables:
+        if name not in model.variables:
+            raise CutawayError(f"the causal model has no variable {name!r}; it has {', '.join(model.variables)}")
+    if not swaps:
+        raise CutawayError("an interchange needs pairs of a base and a source; none was given")
+    answers: dict[tuple[str, str], int | str] = {}
+
+    def first_token(prompt: str, answer: Any) -> int | str:
+        if not isinstance(answer, str):
+            raise CutawayError(f"the causal model answers {answer!r} after {prompt!r}; its answer must be a text")
+        if (prompt, answer) not in answers:
+            ids, whole = (lm.tokens([text]).row_ids(0) for text in (prompt, prompt_and(prompt, answer)))
+            try:
+                answers[prompt, answer] = answer_tokens(lm, prompt, ids, answer, whole)[0]
+            except CutawayError as error:
+                answers[prompt, answer] = str(error)
+        return answers[prompt, answer]
+
+    prompts = list(dict.fromkeys(example.prompt for swap in swaps for example in swap))
+    top = dict(zip(prompts, _tops(lm, prompts), strict=True))
+    kept: list[tuple[Swap, int, bool, tuple[Any, ...]]] = []
+    refused: list[tuple[Swap, str]] = []
+    for base, source in swaps:
+        low, high = model.run(base.inputs), model.run(source.inputs)
+        setting = {name: high[name] for name in variables}
+        after = model.run(base.inputs, setting)[model.answer]
+        ids = [
+            first_token(base.prompt, low[model.answer]),
+            first_token(source.prompt, high[model.answer]),
+            first_token(base.prompt, after),
+        ]
+        own, theirs, wanted = ids
+        reason = next((one for one in ids if isinstance(one, str)), "")
+        if not reason and top[base.prompt] != own:
+            reason = f"{lm.name} does not answer the base rightly"
+        elif not reason and top[source.prompt] != theirs:
+            reason = f"{lm.name} does not answer the source rightly"
+        elif not reason and after != low[model.answer] and wanted == own:
+            reason = f"{after!r} and {low[model.answer]!r} begin with the same token"
+        if reason:
+            refused.append(((base, source), reason))
+        else:
+            assert isinstance(wanted, int)
+            kept.append(((base, source), wanted, after != low[model.answer], tuple(setting.values())))
+    if not kept:
+        reasons = [reason for _, reason in refused]
+        raise CutawayError(f"none of the {len(swaps)} pairs can be used: {max(set(reasons), key=reasons.count)}")
+    return _Ready(
+        [swap for swap, *_ in kept],
+        *(lm.tokens([swap[side].prompt for swap, *_ in kept]) for side in (0, 1)),
+        wanted=torch.tensor([wanted for _, wanted, _, _ in kept]),
+        changes=torch.tensor([changes for _, _, changes, _ in kept]),
+        values=[values for *_, values in kept],
+        refused=refused,
+    )
+
+
+def _tops(lm: LanguageModel, prompts: Sequence[str], rows: int = 64) -> list[int]:
+    """The most probable token after each prompt."""
+    found: list[int] = []
+    for first in range(0, len(prompts), rows):
+        logits = lm.run(list(prompts[first : first + rows]), logits="last").logits
+        assert logits is not None
+        found += logits[:, 0].argmax(-1).tolist()
+    return found
+
+
+def interchange(
+    lm: LanguageModel,
+    model: CausalModel,
+    alignment: Alignment,
+    swaps: Sequence[Swap],
+    *,
+    draws: int = 5,
+    batch_rows: int = 256,
+    evaluation: str = "",
+    seed: int = 0,
+) -> Interchanged:
+    """Take the aligned places of some variables from the source, and compare with the causal model.
+
+    A pair counts when the network answers both of its prompts rightly. `draws` is how many random positions, sources
+    and parts stand as controls; `evaluation` says what the pairs are.
+
+    Raises `CutawayError`: an alignment without places, an unknown variable, role or site, no pair that can be used.
+    """
+    places = [place for some in alignment.values() for place in some]
+    if not places or not all(alignment.values()):
+        raise CutawayError("the alignment names no place; give each variable a Place(site, role)")
+    if not all(isinstance(place, Place) for place in places):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise CutawayError("the alignment names what is no Place; give each variable a list of Place(site, role)")
+    if draws < 0:
+        raise CutawayError(f"draws is {draws}; give 0 or more")
+    ready = _ready(lm, model, tuple(alignment), swaps)
+    n = len(ready.swaps)
+    generator = np.random.default_rng(seed)
+    away = [_unaligned(lm, place) for place in places]
+    sites = {place.site for place in (*places, *(place for place in away if place is not None))}
+    run = lm.run(ready.source, capture=sorted(sites), logits=None)
+
+    def cell(
+        found: Sequence[Place], at: Sequence[Sequence[int]] | None = None, rows: Sequence[int] | None = None
+    ) -> list[Edit]:
+        """The places taken from the source's run; at other positions of both prompts, or from other rows."""
+        edits = []
+        for k, place in enumerate(found):
+            to, of = ready.positions(place.role, 0), ready.positions(place.source_role or place.role, 1)
+            origin = list(range(n)) if rows is None else list(rows)
+            of = [of[row] for row in origin]
+            if at is not None:
+                to = list(at[k])
+                of = [min(p, int(ready.source.lengths[row]) - 1) for p, row in zip(to, origin, strict=True)]
+            edits.append(
+                patch(
+                    place.site, run, heads=place.heads, neurons=place.neurons, basis=place.basis,
+                    positions=[[p] for p in to], source_positions=[[p] for p in of], source_rows=origin,
+                )
+            )  # fmt: skip
+        return edits
+
+    taken = [ready.positions(place.role, 0) for place in places]
+    lengths = ready.base.lengths.tolist()
+    able = [[p for p in range(1, lengths[row]) if all(p != at[row] for at in taken)] or [0] for row in range(n)]
+    elsewhere = [cell(places, [[int(generator.choice(some)) for some in able] for _ in places]) for _ in range(draws)]
+    others = [[row for row in range(n) if ready.values[row] != values] for values in ready.values]
+    shuffled = (
+        [cell(places, rows=[int(generator.choice(some)) for some in others]) for _ in range(draws)]
+        if all(others)
+        else []
+    )
+    far = [] if None in away else [cell([place for place in away if place is not None])]
+    parts = any(place.heads is not None or place.neurons is not None or place.basis is not None for place in places)
+    random = [cell([_random_part(lm, place, generator) for place in places]) for _ in range(draws if parts else 0)]
+    outcome = _sweep(lm, ready, [cell(places), *elsewhere, *shuffled, *far, *random], batch_rows)
+    ends = np.cumsum([1, len(elsewhere), len(shuffled), len(far), len(random)]).tolist()
+    return Interchanged(
+        model=lm.name,
+        variables=tuple(alignment),
+        place=" and ".join(map(str, places)),
+        role=", ".join(dict.fromkeys(place.role for place in places)),
+        follows=outcome[0],
+        changes=ready.changes,
+        elsewhere=outcome[ends[0] : ends[1]],
+        shuffled=outcome[ends[1] : ends[2]],
+        far=outcome[ends[2] : ends[3]],
+        random=outcome[ends[3] : ends[4]] if parts else None,
+        evaluation=evaluation or f"{int(ready.changes.sum())} pairs that {lm.name} answers rightly",
+        refused=tuple(ready.refused),
+    )
+
+
+def search(
+    lm: LanguageModel,
+    model: CausalModel,
+    variable: str,
+    swaps: Sequence[Swap],
+    *,
+    site: str = "blocks.{l}.resid_post",
+    roles: Sequence[str] = ("last",),
+    layers: Sequence[int] | None = None,
+    batch_rows: int = 256,
+) -> InterchangeGrid:
+    """IIA of one site at every layer and role, over the pairs whose answer should change.
+
+    `site` has `{l}` where the layer stands. Choose the place here (`grid.place()`), and measure it with `interchange`
+    on other pairs: the best of many cells looks better than it is.
+    """
+    if "{l}" not in site:
+        raise CutawayError(f"the site {site!r} names no layer to search; write for example 'blocks.{{l}}.resid_post'")
+    ready = _ready(lm, model, (variable,), swaps)
+    if not bool(ready.changes.any()):
+        raise CutawayError(f"no pair's answer changes with {variable!r}; give sources with other values of it")
+    depth = list(range(lm.n_layers)) if layers is None else list(layers)
+    run = lm.run(ready.source, capture=[site.format(l=layer) for layer in depth], logits=None)
+    cells = [
+        [
+            patch(
+                site.format(l=layer), run,
+                positions=[[p] for p in ready.positions(role, 0)],
+                source_positions=[[p] for p in ready.positions(role, 1)],
+            )
+        ]
+        for layer in depth
+        for role in roles
+    ]  # fmt: skip
+    follows = _sweep(lm, ready, cells, batch_rows)[:, ready.changes]
+    return InterchangeGrid(
+        model=lm.name,
+        variable=variable,
+        site=site,
+        layers=tuple(depth),
+        roles=tuple(roles),
+        follows=follows.view(len(depth), len(roles), -1),
+        refused=tuple(ready.refused),
+    )
+
+
+def _sweep(lm: LanguageModel, ready: _Ready, cells: list[list[Edit]], batch_rows: int) -> Tensor:
+    """Whether each base is answered as the causal model does, under each list of edits: bool [cells, n]."""
+    wanted = ready.wanted.to(lm.device)
+
+    def follows(logits: Tensor, _tokens: Tokens) -> Tensor:
+        return (logits.argmax(-1) == wanted).float()
+
+    return lm.sweep(ready.base, cells, follows, batch_rows=batch_rows, label="interchange").values > 0.5
+
+
+def _unaligned(lm: LanguageModel, place: Place) -> Place | None:
+    """The same place in the layer that is farthest away; None for a site without layers, or a model of one layer."""
+    layer = layer_of(place.site)
+    if layer is None or lm.n_layers == 1:
+        return None
+    other = lm.n_layers - 1 if layer <= (lm.n_layers - 1) / 2 else 0
+    return replace(place, site=place.site.replace(f"blocks.{layer}.", f"blocks.{other}.", 1))
+
+
+def _random_part(lm: LanguageModel, place: Place, generator: np.random.Generator) -> Place:
+    """The place with as many random other heads or neurons as it names, or as many random directions."""
+    shape = lm.sites()[place.site].shape
+    if place.basis is not None:
+        drawn = generator.standard_normal((len(place.basis), place.basis.shape[1]))
+        return replace(place, basis=torch.from_numpy(drawn).float())
+
+    def others(named: tuple[int, ...] | None, size: Any) -> tuple[int, ...] | None:
+        if named is None:
+            return None
+        free = [i for i in range(int(size)) if i not in named]
+        drawn = generator.choice(free, size=min(len(free), len(named)), replace=False).tolist()
+        if len(drawn) < len(named):  # more than half are named: no more of them than there must be
+            drawn += generator.choice(named, size=len(named) - len(drawn), replace=False).tolist()
+        return tuple(int(i) for i in drawn)
+
+    heads = others(place.heads, shape[2] if place.heads is not None else 0)
+    return replace(place, heads=heads, neurons=others(place.neurons, shape[-1]))

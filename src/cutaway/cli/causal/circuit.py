@@ -1,0 +1,194 @@
+"""`cutaway circuit`: which edges of the model do a task, and how good is the evidence?"""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from cutaway.artifacts.errors import CutawayError
+from cutaway.cli.options import Count, ExistingPath, Flag, ModuleFile, Output, Page, Seed, keep_apart, opened
+from cutaway.cli.output import command_line, deliver
+
+
+def circuit(
+    model: str | None = None,
+    /,
+    *,
+    task: str | None = None,
+    pairs: ExistingPath | None = None,
+    held_out: ExistingPath | None = None,
+    evaluate: ExistingPath | None = None,
+    scorer: Literal["eap-ig", "eap", "relp", "clean-corrupted", "exact", "magnitude", "random"] = "eap-ig",
+    steps: Count = 5,
+    size: str | None = None,
+    faithfulness: float | None = None,
+    metric: str | None = None,
+    select: Literal["greedy", "top"] = "greedy",
+    by: Literal["absolute", "signed"] = "absolute",
+    ablation: Literal["resample", "zero", "mean", "mean_by_position", "mean_by_template"] | None = None,
+    grouped: Flag = False,
+    n: Count = 48,
+    random: Count = 20,
+    resamples: Count = 100,
+    quick: Flag = False,
+    force: Flag = False,
+    seed: Seed = 0,
+    module: ModuleFile = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    out: Output = None,
+    json: Flag = False,
+    html: Page = None,
+) -> None:
+    """Find the edges between parts of a model that do a task, and measure them on prompts they were not found on.
+
+    Parameters
+    ----------
+    model
+        “atlas”, a Hugging Face folder, or a hub id.
+    task
+        The name of a task, such as “indirect object”; it has prompts to search with and others to judge on.
+    pairs
+        Prompt pairs of your own instead: a JSON file of objects with clean, corrupt, answer and wrong.
+    held_out
+        The pairs to judge on; every second one of --pairs if not given (or those the file itself holds out).
+    evaluate
+        Measure the circuit of this file on the task's held-out prompts, or on all of --pairs, instead of finding one.
+    scorer
+        How edges are scored: eap-ig (integrated gradients), eap, relp, clean-corrupted, exact (a run an edge: slow).
+    steps
+        Of eap-ig.
+    size
+        At most so many edges (120), or such a share of the model's (5%), after pruning.
+    faithfulness
+        Find the smallest circuit that reaches this on the search pairs; 0.85 if neither this nor --size is given.
+    metric
+        logit_difference (the default), probability, probability_difference, nll, kl, ...; with --evaluate the
+        circuit's own if not given.
+    select
+        greedy: grow the circuit from the logits; top: take the highest scores and prune.
+    by
+        Rank edges by absolute or by signed scores.
+    ablation
+        What edges outside the circuit carry: resample (the corrupt prompt) if not given; with --evaluate likewise.
+    grouped
+        Treat keys and values that heads share as one.
+    n
+        Pairs of each split that are drawn of a task.
+    random
+        Random circuits of the same size to compare with.
+    resamples
+        Bootstrap draws of the pairs for the stability.
+    quick
+        Leave out completeness, minimality and self-repair.
+    force
+        Go on where the model cannot do the task.
+    seed
+        Of the pairs and of everything drawn at random.
+    module
+        Instead of the model, a model of your own: FILE.py:function, which returns a module, (module, description) or
+        (module, description, tokenizer).
+    dtype
+        float32, bfloat16 or float16; float32 on a CPU and the checkpoint's own on a GPU if not given.
+    device
+        cpu, cuda, cuda:1, ...; a GPU if there is one, else the CPU, if not given.
+    out
+        Write the circuit with its evidence to this JSON file.
+    json
+        Print the circuit and the evidence as JSON on stdout, and nothing else.
+    html
+        Write a page with the drawing and the evidence to this file.
+    """
+    if (task is None) == (pairs is None):
+        raise CutawayError("name what the circuit is for: --task NAME, or --pairs FILE (one of the two)")
+    if size is not None and faithfulness is not None:
+        raise CutawayError("--size and --faithfulness both say how large the circuit is: give one of them")
+    if held_out is not None and pairs is None:
+        raise CutawayError("--held-out goes with --pairs; a task has held-out prompts of its own")
+    if evaluate is not None:
+        finding = {
+            "scorer": scorer != "eap-ig", "steps": steps != 5, "size": size is not None,
+            "faithfulness": faithfulness is not None, "select": select != "greedy", "by": by != "absolute",
+            "grouped": grouped, "resamples": resamples != 100,
+        }  # fmt: skip
+        for option in (name for name, given in finding.items() if given):
+            raise CutawayError(f"--{option} says how a circuit is found; --evaluate takes one as it is: leave it out")
+    if held_out is not None and evaluate is not None:
+        raise CutawayError("with --evaluate all of --pairs are judged on; leave --held-out out")
+    if faithfulness is not None and not 0 < faithfulness <= 1:
+        raise CutawayError(f"--faithfulness {faithfulness:g}: give a share above 0 and up to 1")
+    count, fraction = _size(size)
+    keep_apart({"--out": out, "--html": html}, {"--pairs": pairs, "--held-out": held_out, "--evaluate": evaluate})
+    if resamples < 100:
+        raise CutawayError(f"--resamples {resamples}: stability takes 100 or more")
+
+    from cutaway.causal.circuits.circuit import Circuit, refuse_no_circuit
+    from cutaway.causal.metrics import named_metric
+
+    if out is not None:
+        refuse_no_circuit(out)
+    if metric is not None:
+        named_metric(metric)
+    known = None if evaluate is None else Circuit.load(evaluate)
+    searched, judged = _read(pairs, held_out)
+
+    from cutaway.causal.circuits.discover import discover, evaluate_circuit
+    from cutaway.causal.circuits.view import circuit_sections, lead
+    from cutaway.draw.page import page_html
+
+    command = command_line(
+        "circuit", model, task=(task, None), pairs=(pairs, None), held_out=(held_out, None), evaluate=(evaluate, None),
+        scorer=(scorer, "eap-ig"), steps=(steps, 5), size=(size, None), faithfulness=(faithfulness, None),
+        metric=(metric, None), select=(select, "greedy"), by=(by, "absolute"),
+        ablation=(ablation, None), grouped=(grouped, False), n=(n, 48), random=(random, 20),
+        resamples=(resamples, 100), quick=(quick, False), force=(force, False), seed=(seed, 0),
+        module=(module, None), dtype=(dtype, None), device=(device, None),
+    )  # fmt: skip
+    lm = opened(model, module, dtype=dtype, device=device)
+    if known is not None:
+        found = evaluate_circuit(
+            lm, known, task or [*(searched or ()), *(judged or ())], metric=metric, ablation=ablation, n=n, seed=seed,
+            draws=random, deep=not quick, force=force, command=command,
+        )  # fmt: skip
+    else:
+        found = discover(
+            lm, task or searched or [], judged, scorer=scorer, options={"steps": steps} if scorer == "eap-ig" else None,
+            metric=metric or "logit_difference", size=count, fraction=fraction, faithfulness=faithfulness,
+            select=select, by=by, ablation=ablation or "resample", grouped=grouped, n=n, seed=seed, draws=random,
+            resamples=resamples, deep=not quick, force=force, command=command,
+        )  # fmt: skip
+    if out is not None:
+        found.save(out)
+
+    def page() -> str:
+        return page_html(
+            title=f"Circuit: {found.task}", sections=circuit_sections(found), lead=lead(found), command=command
+        )
+
+    text = str(found) + ("" if out is None else f"\n\ncircuit: {out}")
+    deliver(text=text, data=found, page=page, as_json=json, html=html)
+
+
+def _size(size: str | None) -> tuple[int | None, float | None]:
+    """A number of edges, or a share of them."""
+    if size is None:
+        return None, None
+    number, share = size.strip().removesuffix("%").strip(), size.strip().endswith("%")
+    try:
+        value = float(number) / 100 if share else int(number)
+    except ValueError:
+        raise CutawayError(f"--size {size}: give a number of edges (120) or a share of them (5%)") from None
+    if not value > 0 or (share and value > 1):
+        raise CutawayError(f"--size {size}: a circuit has at least 1 edge and at most 100% of them")
+    return (None, float(value)) if share else (int(value), None)
+
+
+def _read(pairs: Path | None, held_out: Path | None) -> tuple[list[Any] | None, list[Any] | None]:
+    """The pairs to search with and to judge on."""
+    if pairs is None:
+        return None, None
+    from cutaway.data.tasks.files import read_distinct_pairs
+
+    file = read_distinct_pairs(pairs)
+    if held_out is not None:
+        other = read_distinct_pairs(held_out)
+        return [*file.pairs, *file.held_out], [*other.pairs, *other.held_out]
+    return list(file.pairs), list(file.held_out) or None

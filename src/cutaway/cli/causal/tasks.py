@@ -1,0 +1,108 @@
+"""`cutaway tasks`: which tasks can the model do at all, before anybody asks how it does them?"""
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from cyclopts import Parameter, validators
+
+from cutaway.artifacts.errors import CutawayError
+from cutaway.cli.options import Count, Flag, Output, Page, Seed, keep_apart
+from cutaway.cli.output import command_line, deliver
+
+if TYPE_CHECKING:
+    from cutaway.causal.competence import TaskResult
+    from cutaway.data.tasks.tasks import Task
+    from cutaway.data.tasks.wording import Split
+
+_PAIR_FILES = (".json", ".jsonl", ".csv")
+
+
+def tasks(
+    model: str,
+    /,
+    *,
+    task: list[str] | None = None,
+    split: Literal["search", "held-out", "both"] = "both",
+    n: Annotated[int, Parameter(validator=validators.Number(gte=2))] = 60,
+    threshold: Annotated[float, Parameter(validator=validators.Number(gt=0, lte=1))] = 0.8,
+    least: Count = 8,
+    write: Output = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    seed: Seed = 0,
+    json: Flag = False,
+    html: Page = None,
+) -> None:
+    """Try tasks on a model: how often it is right on both prompts of a pair, and the difference of the logits of right
+    and wrong answer, with intervals. What it cannot do is listed with its score; pairs that its tokenizer cannot align
+    are counted by reason.
+
+    Parameters
+    ----------
+    model
+        “atlas”, a Hugging Face folder, or a hub id.
+    task
+        A task's name (“indirect object”, “ioi”), or a .json file of clean, corrupt, answer and wrong, or a .jsonl or
+        .csv file of BLiMP or EAP-IG; may be repeated. All known tasks if not given.
+    split
+        Wording to search with, wording kept for judging what was found, or both.
+    n
+        Pairs of each task and split.
+    threshold
+        The share of pairs a model must be right on to be able.
+    least
+        With fewer readable pairs than this a task is not judged.
+    write
+        Write the pairs of the one task to this .json file, to read or to change.
+    dtype
+        float32, bfloat16 or float16; float32 on a CPU and the checkpoint's own on a GPU if not given.
+    device
+        cpu, cuda, cuda:1, ...; a GPU if there is one, else the CPU, if not given.
+    seed
+        Of the draw of pairs.
+    json
+        Print the figures as JSON on stdout, and nothing else.
+    html
+        Write a page with the figures to this file.
+    """
+    if write is not None and (task is None or len(task) != 1):
+        raise CutawayError("--write takes the pairs of one task; name it with --task")
+    file = task[0] if write is not None and task and task[0].endswith(_PAIR_FILES) else None
+    keep_apart({"--write": write, "--html": html}, {"--task": file})
+
+    import cutaway
+    from cutaway.artifacts.progress import Progress
+    from cutaway.causal.competence import try_task
+    from cutaway.causal.competence_view import competence_page, competence_text
+    from cutaway.data.tasks.files import refuse_other_pairs, write_pairs
+    from cutaway.subjects.world.items.pairs import ALL_TASKS, known_task
+
+    if write is not None:
+        refuse_other_pairs(write)
+    chosen = ALL_TASKS if task is None else tuple(known_task(name) for name in task)
+    splits: dict[str, tuple[Split, ...]] = {
+        "search": ("search",), "held-out": ("held_out",), "both": ("search", "held_out")
+    }  # fmt: skip
+    command = command_line(
+        "tasks", model, task=(task, None), split=(split, "both"), n=(n, 60), threshold=(threshold, 0.8),
+        least=(least, 8), dtype=(dtype, None), device=(device, None), seed=(seed, 0),
+    )  # fmt: skip
+    lm = cutaway.load(model, dtype=dtype, device=device)
+    results: list[TaskResult] = []
+    asked: list[tuple[Task, Split]] = [(one, part) for one in chosen for part in splits[split]]
+    with Progress("tasks", len(asked), unit="tasks") as progress:
+        for one, part in asked:
+            results.append(try_task(lm, one, n=n, threshold=threshold, least=least, seed=seed, split=part))
+            progress.advance(note=one.name)
+    if write is not None:
+        found = {result.split: result.pairs.pairs if result.pairs is not None else () for result in results}
+        if not any(found.values()):
+            raise CutawayError(f"there is nothing to write: {results[0].reason}")
+        pairs, held_out = found.get("search", ()), found.get("held_out", ())
+        write_pairs(write, pairs, name=chosen[0].name, held_out=held_out, replace=False)
+    deliver(
+        text=competence_text(results),
+        data={"command": command, "model": lm.name, "tasks": [result.to_json() for result in results]},
+        page=lambda: competence_page(lm.name, results, command, threshold),
+        as_json=json,
+        html=html,
+    )

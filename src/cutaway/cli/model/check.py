@@ -1,0 +1,145 @@
+"""`cutaway check`: is this model what the library takes it for?"""
+
+from typing import TYPE_CHECKING, Any
+
+from cutaway.cli.options import Flag, ModuleFile, Page, opened
+from cutaway.cli.output import command_line, deliver
+
+if TYPE_CHECKING:
+    from cutaway.model.selftest.identities import SelfTest
+
+
+def check(
+    model: str | None = None,
+    /,
+    *,
+    module: ModuleFile = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    json: Flag = False,
+    html: Page = None,
+) -> int:
+    """Load a model, print its card, and test on every layer that its parts add up. Exit code 1 if one does not.
+
+    Parameters
+    ----------
+    model
+        “atlas”, a Hugging Face folder, or a hub id.
+    module
+        Instead of the model, a model of your own: FILE.py:function, which returns a module, (module, description) or
+        (module, description, tokenizer).
+    dtype
+        float32, bfloat16 or float16; float32 on a CPU and the checkpoint's own on a GPU if not given.
+    device
+        cpu, cuda, cuda:1, ...; a GPU if there is one, else the CPU, if not given.
+    json
+        Print the card and the table as JSON on stdout, and nothing else.
+    html
+        Write a page: the card, each check's worst layer, and the residuals layer by layer.
+    """
+
+    lm = opened(model, module, dtype=dtype, device=device)
+    test = lm.selftest()
+    facts = card(lm)
+    rows = [
+        {"check": r.check, "layer": r.layer, "residual": r.residual, "tolerance": r.tolerance, "ok": r.ok}
+        for r in test.rows
+    ]
+    width = max(map(len, facts))
+    lines = [f"{label:<{width}}  {f'{value:,}' if isinstance(value, int) else value}" for label, value in facts.items()]
+    command = command_line("check", model, module=(module, None), dtype=(dtype, None), device=(device, None))
+    deliver(
+        text="\n".join([*lines, "", str(test)]),
+        data={"card": facts, "passed": test.passed, "rows": rows, "notes": list(test.notes)},
+        page=lambda: _page(test, facts, lm.n_layers, command),
+        as_json=json,
+        html=html,
+    )
+    return 0 if test.passed else 1
+
+
+def _page(test: "SelfTest", facts: dict[str, str | int], n_layers: int, command: str) -> str:
+    """The card, one line a check, and how far each check is from its tolerance in every layer."""
+    import math
+
+    from cutaway.draw.heatmap import heatmap_svg
+    from cutaway.draw.page import page_html
+    from cutaway.draw.panels import table_html
+
+    names = list(dict.fromkeys(row.check for row in test.rows))
+    number = {name: i + 1 for i, name in enumerate(names)}
+    worst = [max((row for row in test.rows if row.check == name), key=lambda row: row.residual) for name in names]
+    table = table_html(
+        columns=["no.", "check", "worst residual", "allowed", "at layer", "passed"],
+        rows=[
+            [
+                number[row.check],
+                row.check,
+                f"{row.residual:.1e}",
+                f"{row.tolerance:.0e}",
+                "–" if row.layer is None else row.layer,
+                row.ok,
+            ]
+            for row in worst
+        ],
+        title="Checks",
+        align=["right", "left", "right", "right", "right", "left"],
+    )
+    by_layer = [name for name in names if any(row.check == name and row.layer is not None for row in test.rows)]
+    found = {(row.check, row.layer): row for row in test.rows}
+
+    def digits(name: str, layer: int) -> float | None:
+        """How many digits a residual lies within its tolerance; below zero it is beyond."""
+        row = found.get((name, layer))
+        return None if row is None else math.log10(row.tolerance / max(row.residual, row.tolerance * 1e-4))
+
+    drawing = heatmap_svg(
+        rows=[f"no. {number[name]}" for name in by_layer],
+        columns=[str(layer) for layer in range(n_layers)],
+        values=[[digits(name, layer) for layer in range(n_layers)] for name in by_layer],
+        title="Digits within the tolerance, by check and layer",
+        units="digits",
+        column_axis="layer",
+    )
+    failed = len(test.failures())
+    verdict = f"all {len(test.rows)} checks pass" if not failed else f"{failed} of {len(test.rows)} checks FAIL"
+    return page_html(
+        title=f"Self-test of {test.model}: {verdict}",
+        lead=f"{facts['architecture']} in {test.dtype}. Identities between the values at different sites, and the "
+        "effect of an edit at every site of every layer, each relative to the scale of the values compared."
+        + "".join(f" {note}" for note in test.notes),
+        sections=[
+            ("The model", "", table_html(columns=["", ""], rows=[[k, v] for k, v in facts.items()], title="Card")),
+            ("Every check", "The layer with the largest residual.", table),
+            (
+                "By layer",
+                "By its number in the table above, how many digits each residual lies within its tolerance: 0 is at "
+                "the limit, below 0 the check fails, 4 or more is rounding or exact.",
+                drawing,
+            ),
+        ],
+        command=command,
+    )
+
+
+def card(lm: Any) -> dict[str, str | int]:
+    """What a `LanguageModel` is, label by label."""
+    identity = lm.identity()
+    return {
+        "model": lm.name,
+        "revision": identity.revision or "none",
+        "weights": f"sha256 {identity.weight_hash}",
+        "architecture": lm.architecture,
+        "parameters": lm.n_parameters,
+        "layers": lm.n_layers,
+        "d_model": lm.d_model,
+        "heads": lm.n_heads,
+        "key-value heads": lm.n_kv_heads,
+        "d_head": lm.d_head,
+        "d_mlp": lm.d_mlp,
+        "vocabulary": lm.d_vocab,
+        "context": lm.context_length,
+        "dtype": str(lm.dtype).removeprefix("torch."),
+        "device": str(lm.device),
+        **({} if lm.causal else {"attention": "not causal: tokens see later ones"}),
+    }

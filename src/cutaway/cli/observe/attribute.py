@@ -1,0 +1,154 @@
+"""`cutaway attribute`: which parts of a model write an answer?"""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from cutaway.artifacts.errors import CutawayError
+from cutaway.cli.observe.saliency import saliency
+from cutaway.cli.options import Count, ExistingPath, Flag, Page, Seed, Separator
+from cutaway.cli.output import command_line, deliver
+
+REFERENCE_ROWS, REFERENCE_TOKENS = 32, 64
+
+
+def attribute(
+    model: str,
+    /,
+    *prompts: str,
+    answer: list[str] | None = None,
+    wrong: list[str] | None = None,
+    against: Literal["nothing", "mean"] = "nothing",
+    by: Literal["component", "head", "neuron", "source"] = "component",
+    method: Literal["dla", "gradient-x-input", "integrated-gradients", "occlusion"] = "dla",
+    position: int = -1,
+    top: Count = 16,
+    ablate: int = 0,
+    reference: ExistingPath | None = None,
+    document_separator: Separator = None,
+    controls: Count = 16,
+    seed: Seed = 0,
+    dtype: str | None = None,
+    device: str | None = None,
+    json: Flag = False,
+    html: Page = None,
+) -> None:
+    """Split the logit of an answer, or its lead over a wrong answer, into what each part of the model writes.
+
+    Parameters
+    ----------
+    model
+        “atlas”, a Hugging Face folder, or a hub id.
+    prompts
+        One prompt, or several to average over.
+    answer
+        The token that each prompt goes on with, with its leading space (“ Austin”), or its id (“#422”): one for all
+        prompts or one a prompt (--answer “ A” --answer “ B”); what the model itself says if not given.
+    wrong
+        The token that it is compared with; one for all prompts or one a prompt. With a single prompt, several are
+        averaged.
+    against
+        What the answer is compared with where no --wrong is given: nothing, or the mean logit of the vocabulary.
+    by
+        Parts: component (attention and MLP of each layer), head, neuron, or source (each head's result, split over the
+        tokens that it reads).
+    method
+        dla: direct logit attribution, which sums to the logit difference. The others attribute to the prompt's tokens
+        instead of the model's parts, as cutaway saliency does, which has their options.
+    position
+        Whose next token is the answer: 0 is the first token, -1 the last.
+    top
+        How many parts to show.
+    ablate
+        Replace so many of the largest parts one by one by their mean, and show what the answer really loses.
+    reference
+        A text file, or a folder of them, over which these means are taken; the prompts themselves if not given.
+    document_separator
+        What stands between documents in the text, such as “<|endoftext|>” (wherever it is) or “---” (alone on a line);
+        .txt files are cut at blank lines if not given.
+    controls
+        How many random token pairs to measure each part with.
+    seed
+        Of the random token pairs and the parts drawn as controls.
+    dtype
+        float32, bfloat16 or float16; float32 on a CPU and the checkpoint's own on a GPU if not given.
+    device
+        cpu, cuda, cuda:1, ...; a GPU if there is one, else the CPU, if not given.
+    json
+        Print the figures as JSON on stdout, and nothing else.
+    html
+        Write a page with the drawings to this file.
+    """
+    if not prompts:
+        raise CutawayError("there is no prompt: cutaway attribute MODEL PROMPT")
+    if wrong and against != "nothing":
+        raise CutawayError("--wrong and --against say the same thing twice: give one of them")
+    if document_separator is not None and reference is None:
+        raise CutawayError("--document-separator is of the text that --reference names: give that too")
+    if ablate < 0:
+        raise CutawayError(f"--ablate {ablate}: give 0 or more parts")
+    if method != "dla":
+        if by != "component" or position != -1 or ablate:
+            raise CutawayError(
+                f"--by, --position and --ablate are for direct logit attribution; --method {method} has none"
+            )
+        compare = ["mean"] if against == "mean" else wrong
+        saliency(
+            model, *prompts, answer=answer, wrong=compare, method=[method], dtype=dtype, device=device, seed=seed,
+            json=json, html=html,
+        )  # fmt: skip
+        return
+
+    import cutaway
+    from cutaway.draw.page import page_html
+    from cutaway.observe.attribution.ablation import ablate_parts
+    from cutaway.observe.attribution.answers import model_answers
+    from cutaway.observe.attribution.attribution import attribute as measure
+    from cutaway.observe.attribution.view import attribution_sections, compared
+
+    n = len(prompts)
+    if answer and len(answer) not in (1, n):
+        raise CutawayError(f"{len(answer)} answers for {n} prompts: give one --answer, or one a prompt")
+    if wrong and n > 1 and len(wrong) not in (1, n):
+        raise CutawayError(f"{len(wrong)} wrong answers for {n} prompts: give one --wrong, or one a prompt")
+    lm = cutaway.load(model, dtype=dtype, device=device)
+    beside = None if against == "nothing" else against
+    if wrong:
+        beside = [wrong] if n == 1 else [[token] for token in (wrong * n if len(wrong) == 1 else wrong)]
+    answers = answer or model_answers(lm, list(prompts), position)
+    answers = answers * n if len(answers) == 1 else answers
+    result = measure(lm, list(prompts), answers, beside, position=position, by=by, controls=controls, seed=seed)
+    means = None if reference is None else _reference(lm, reference, seed, document_separator)
+    ablated = ablate_parts(lm, result, ablate, reference=means, seed=seed) if ablate else []
+    command = command_line(
+        "attribute", model, *prompts, answer=(answer, None), wrong=(wrong, None), against=(against, "nothing"),
+        by=(by, "component"), position=(position, -1), top=(top, 16), ablate=(ablate, 0), reference=(reference, None),
+        document_separator=(document_separator, None),
+        controls=(controls, 16), seed=(seed, 0), dtype=(dtype, None), device=(device, None),
+    )  # fmt: skip
+    data = {"command": command, "method": method, **result.to_json(top if by in ("neuron", "source") else None)}
+    if ablated:
+        data["ablations"] = [
+            {"part": one.part.name, "share": one.part.value, **one.effect.to_json()} for one in ablated
+        ]
+    text = result.table(top)
+    if ablated:
+        lines = ["", f"  {'mean-ablated alone':<34}{'share':>9}{'fall':>9}{'random parts':>14}"]
+        for one in ablated:
+            control = f"{one.effect.controls[0].value:>14.3f}" if one.effect.controls else f"{'':>14}"
+            lines.append(f"  {one.part.name:<34}{one.part.value:>9.3f}{one.effect.value:>9.3f}{control}")
+        text += "\n".join(lines)
+
+    def page() -> str:
+        lead = f"{lm.name}, {compared(result)}, after “{prompts[0]}”, by {by}."
+        sections = attribution_sections(result, ablated, top)
+        return page_html(title="Direct logit attribution", sections=sections, lead=lead, command=command)
+
+    deliver(text=text, data=data, page=page, as_json=json, html=html)
+
+
+def _reference(lm: Any, path: Path, seed: int, document_separator: str | None) -> list[list[int]]:
+    """Rows of tokens of a corpus, enough for a mean."""
+    from cutaway.data.corpus.corpus import read_corpus, token_rows
+
+    documents = read_corpus(path, document_separator=document_separator).documents
+    return token_rows(lm, documents, min(REFERENCE_TOKENS, lm.context_length), seed, limit=REFERENCE_ROWS).tolist()

@@ -1,0 +1,396 @@
+"""`cutaway probe`: can a label be read off a model's activations, at which layer, and does the model use it?"""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import Parameter
+
+from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.files import check_folder
+from cutaway.artifacts.results import interval_text
+from cutaway.cli.options import Count, Flag, Page, Seed
+from cutaway.cli.output import command_line, deliver
+from cutaway.data.labelled.rows import read_rows
+from cutaway.data.labelled.words import without_rare
+
+if TYPE_CHECKING:
+    from cutaway.observe.probes.data import ProbeData
+    from cutaway.observe.probes.sweep import ProbeSweep
+    from cutaway.observe.probes.use import Use
+
+
+def probe(
+    model: str,
+    data: Path,
+    /,
+    *,
+    site: list[str] | None = None,
+    head: int | None = None,
+    kind: Literal["logistic", "mass-mean", "mass-mean-whitened", "ridge", "mlp"] = "logistic",
+    text_column: str | None = None,
+    label_column: str | None = None,
+    no_header: Flag = False,
+    position: Annotated[str, Parameter(allow_leading_hyphen=True)] = "last",
+    regression: Flag = False,
+    folds: Count = 5,
+    draws: Count = 10,
+    calibrate: Literal["platt", "isotonic"] | None = None,
+    use: Flag = False,
+    use_site: str | None = None,
+    answer: str | None = None,
+    wrong: str | None = None,
+    save: Path | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    seed: Seed = 0,
+    json: Flag = False,
+    html: Page = None,
+) -> None:
+    """Fit a probe at every layer, cross-validated, beside its controls: shuffled labels, a control task, the bag of
+    tokens, positions and lengths, the embedding, an untrained model. A probe is a detector, not a cause; --use edits
+    along its direction and shows what the answers do.
+
+    Parameters
+    ----------
+    model
+        “atlas”, a Hugging Face folder, or a hub id.
+    data
+        A .csv or .tsv file whose first line names its columns, or a .jsonl file: text and label, and if you like group
+        (no group stands on both sides of a fold), match (the text to read at), answer and wrong (for --use). Or words
+        with a label each, every word read at its last token: a .jsonl file of words and labels (lists), or a .conll (or
+        .conllu) file of lines WORD<tab>LABEL with a blank line between sentences; no sentence is on both sides of a
+        fold.
+    site
+        Where to read; a wildcard names several, and the option may be repeated. blocks.*.resid_post if not given.
+    head
+        One head of sites that have heads; all of them side by side if not given.
+    kind
+        The kind of probe; ridge and mlp also predict numbers.
+    text_column
+        The name of the column with the text (or the words) instead of text; its number, from 1, where columns have no
+        names.
+    label_column
+        The same for the label.
+    no_header
+        The first line of a .csv or .tsv file is data already; --text-column and --label-column are numbers then.
+    position
+        Where in a text to read: last, mean, every (then label is a list, one a token), match (the column of that
+        name), match:TEXT, or a position from the start (0, 1, ...) or the end (-1, -2, ...).
+    regression
+        Labels are numbers to predict, also where they are few whole ones.
+    folds
+        Parts that the groups are dealt into.
+    draws
+        How often labels are shuffled and control tasks drawn.
+    calibrate
+        Fit the probabilities anew inside each training fold, for two classes.
+    use
+        Ablate and steer along the probe's direction and measure the answers.
+    use_site
+        The site to use the probe at; the one with the best score if not given.
+    answer
+        What the model answers for the positive class (the last one in sorted order), with its space, or a token's id
+        (“#422”); or a column.
+    wrong
+        The same for the other class. With neither --wrong nor a column of that name, the answer's probability is
+        measured.
+    save
+        Folder for the probe with the best score, fitted on all rows.
+    dtype
+        float32, bfloat16 or float16; float32 on a CPU and the checkpoint's own on a GPU if not given.
+    device
+        cpu, cuda, cuda:1, ...; a GPU if there is one, else the CPU, if not given.
+    seed
+        Of folds, draws and random directions.
+    json
+        Print the figures as JSON on stdout, and nothing else.
+    html
+        Write a page with the figures and drawings to this file.
+    """
+    if save is not None:
+        from cutaway.observe.probes.probe import FILES
+
+        check_folder(save, "probe", FILES)
+    rows = read_rows(data, text=text_column, label=label_column, header=not no_header)
+    of_words = "words" in rows[0]
+    if of_words and (position != "last" or use):
+        given = "--use" if use else f"--position {position}"
+        raise CutawayError(f"{data} has a label for each word, which is read at its last token: leave {given} out.")
+    if of_words and not regression:
+        rows, rare = without_rare(rows, folds)
+        if rare:
+            said = ", ".join(f"{label} ({n})" for label, n in rare.items())
+            print(f"cutaway: labels in fewer sentences than {folds} folds need are left out: {said}", file=sys.stderr)
+    texts = [row["words" if of_words else "text"] for row in rows]
+    where = "words" if of_words else place(position, rows, data)
+
+    import cutaway
+    from cutaway.observe.probes.data import probe_data
+    from cutaway.observe.probes.sweep import probe_sweep
+    from cutaway.observe.probes.use import answer_tokens, use_in_folds
+
+    command = command_line(
+        "probe",
+        model,
+        str(data),
+        site=(site, None),
+        head=(head, None),
+        kind=(kind, "logistic"),
+        text_column=(text_column, None),
+        label_column=(label_column, None),
+        no_header=(no_header, False),
+        position=(position, "last"),
+        regression=(regression, False),
+        folds=(folds, 5),
+        draws=(draws, 10),
+        calibrate=(calibrate, None),
+        use=(use, False),
+        use_site=(use_site, None),
+        answer=(answer, None),
+        wrong=(wrong, None),
+        seed=(seed, 0),
+    )
+    lm = cutaway.load(model, dtype=dtype, device=device)
+    sites = lm.sites().expand_all(site or "blocks.*.resid_post")
+    labels = [row["labels" if of_words else "label"] for row in rows]
+    groups = column(rows, "group", data)
+    numbers = True if regression else None
+    metric = chosen = None
+    if use:  # what is asked for is checked before anything is fitted
+        examples = probe_data(lm, texts, labels, position=where, groups=groups, regression=numbers)
+        metric = answer_tokens(lm, texts, *answers(rows, examples, answer, wrong, data))
+        if kind == "mlp":
+            raise CutawayError("An MLP probe has no one direction to use; take a linear kind.")
+        chosen = lm.sites().resolve(use_site) if use_site else None
+        if chosen is not None and chosen not in sites:
+            raise CutawayError(f"--use-site {chosen} is not among the sites that are probed; name it with --site too.")
+    sweep = probe_sweep(
+        lm,
+        texts,
+        labels,
+        sites=sites,
+        head=head,
+        kind=kind,
+        position=where,
+        groups=groups,
+        regression=numbers,
+        n_folds=folds,
+        draws=draws,
+        calibration=calibrate,
+        seed=seed,
+        command=command,
+    )
+    used = None
+    if metric is not None:
+        used = use_in_folds(lm, sweep, chosen or sweep.best.site, metric, seed=seed, command=command)
+    if save is not None:
+        sweep.best.probe.save(save, command=command)
+    text = str(sweep) + ("" if used is None else f"\n\n{used}")
+    text += "" if save is None else f"\n\nprobe: {save} ({sweep.best.site})"
+    deliver(
+        text=text,
+        data={"model": lm.name, "sweep": sweep.to_json(), "use": None if used is None else used.to_json()},
+        page=lambda: probe_page(lm.name, data.name, sweep, used, command),
+        as_json=json,
+        html=html,
+    )
+
+
+# Input --------------------------------------------------------------------------------------------------------------
+
+
+def column(rows: list[dict[str, Any]], name: str, path: Path) -> list[Any] | None:
+    """One column, None where no row has it. Raises CutawayError when some rows have it and some do not."""
+    values = [row.get(name) for row in rows]
+    given = [value not in (None, "") for value in values]
+    if not any(given):
+        return None
+    if not all(given):
+        raise CutawayError(f"{path} gives a {name} for some rows but not for row {given.index(False) + 1}.")
+    return values
+
+
+def place(position: str, rows: list[dict[str, Any]], path: Path) -> Any:
+    """The position rule as `probe_data` takes it."""
+    if position == "match":
+        words = column(rows, "match", path)
+        if words is None:
+            raise CutawayError(f"--position match reads at the column match, which {path} has not; add it.")
+        return [str(word) for word in words]
+    return int(position) if position.lstrip("-").isdigit() else position
+
+
+def answers(
+    rows: list[dict[str, Any]], examples: "ProbeData", answer: str | None, wrong: str | None, path: Path
+) -> tuple[list[str], list[str] | None]:
+    """Each text's own answer, and a wrong one if there is any: from the columns, else from the two classes."""
+    own, other = column(rows, "answer", path), column(rows, "wrong", path)
+    if answer is None:
+        if own is None:
+            raise CutawayError(
+                "--use measures answers: give --answer and --wrong (what the model says for the positive and for the "
+                "other class), or columns answer and wrong."
+            )
+        return [str(a) for a in own], None if other is None else [str(w) for w in other]
+    classes = examples.classes
+    if classes is None or len(classes) != 2:
+        raise CutawayError("--answer and --wrong are for two classes; give columns answer and wrong instead.")
+    if wrong is None:
+        raise CutawayError(f"--answer is what the model says for {classes[1]!r}; give --wrong for {classes[0]!r} too.")
+    by_text = dict(zip(examples.row.tolist(), examples.labels.tolist(), strict=True))
+    positive = [by_text.get(i) == 1 for i in range(len(rows))]
+    return [answer if p else wrong for p in positive], [wrong if p else answer for p in positive]
+
+
+# Page ---------------------------------------------------------------------------------------------------------------
+
+
+def probe_page(model: str, source: str, sweep: "ProbeSweep", used: "Use | None", command: str | None) -> str:
+    """Scores by layer beside the controls, the table, the reliability of the best probe, and its use."""
+    from markupsafe import Markup
+
+    from cutaway.artifacts.statistics import wilson_interval
+    from cutaway.draw.charts import effect_html, line_legend, line_svg
+    from cutaway.draw.page import page_html
+    from cutaway.draw.panels import table_html
+
+    best = sweep.best
+    low, high = sweep.picked.interval or (float("nan"), float("nan"))
+    note = (
+        f"Out of fold, {sweep.folds} folds, no group on both sides; intervals are over groups. With the site chosen "
+        f"inside each fold: {sweep.picked.value:.3f} {interval_text((low, high))}. "
+    )
+    sections: list[tuple[str, str, Markup]] = []
+    if len(sweep.rows) > 1:
+        series = layer_series(sweep)
+        drawing = line_svg(series=series, title=f"{sweep.measure} by site", x_label="layer", y_label=sweep.measure)
+        sections.append((f"{sweep.measure} by site", note, Markup(drawing) + line_legend(series)))
+        note = "It was chosen by this score, so it flatters itself a little. "
+    sections += [
+        (f"{best.site} beside its controls", note, effect_html(best.effect.to_json())),
+        ("Every figure", table_note(sweep), table_html(**table(sweep), title="probes by site")),
+    ]
+    if best.reliability is not None:
+        bins = best.reliability.bins
+        drawn: list[Any] = [
+            {"name": "stated and true alike", "x": [0.0, 1.0], "y": [0.0, 1.0], "control": True},
+            {
+                "name": best.site,
+                "x": [b[0] for b in bins],
+                "y": [b[1] for b in bins],
+                "low": [wilson_interval(round(share * n), n)[0] for _, share, n in bins],
+                "high": [wilson_interval(round(share * n), n)[1] for _, share, n in bins],
+            },
+        ]
+        sections.append(
+            (
+                "Do its probabilities mean what they say?",
+                f"The best probe, out of fold. Expected calibration error {best.reliability.ece:.3f}, Brier score "
+                f"{best.reliability.brier:.3f}; examples in the bins: {', '.join(str(b[2]) for b in bins)}. The band "
+                "is a 95 % interval.",
+                Markup(
+                    line_svg(
+                        series=drawn,
+                        title="reliability",
+                        x_label="probability that the probe states",
+                        y_label="share that was so",
+                    )
+                )
+                + line_legend(drawn),
+            )
+        )
+    if used is not None:
+        drawings = Markup("").join(
+            Markup("<h3>{}</h3>").format(action_title(row.action, used.towards)) + effect_html(row.effect.to_json())
+            for row in used.rows
+        )
+        sections.append(
+            (
+                f"Does the model use it? Edits along the probe at {used.site}",
+                f"{used.verdict} Each text was edited along a direction fitted without it. Ablations: change of each "
+                f"text's own {used.rows[0].effect.units} ({used.before:.3g} before). Steering by one gap between the "
+                f"classes' means: change towards the answer of {used.towards or 'high values'}. "
+                f"Cosine between the probe and the mean difference: {used.cosine:.2f}.",
+                drawings,
+            )
+        )
+    balance = ", ".join(f"{name}: {n}" for name, n in sweep.data.balance().items())
+    return page_html(
+        title=f"A {sweep.kind} probe in {model}",
+        lead=f"{len(sweep.data)} examples of {source} in {sweep.data.n_groups} groups"
+        + (f" ({balance})" if balance else "")
+        + f", read at the position rule “{sweep.data.rule}”. A probe shows what can be read, not what the model uses.",
+        sections=sections,
+        command=command,
+    )
+
+
+def action_title(action: str, towards: str | None) -> str:
+    """An action as a heading."""
+    goal = towards or "high values"
+    return {
+        "ablate": "ablate: no component along it",
+        "ablate, mean": "ablate: its component set to the mean",
+        "steer +": f"steer towards {goal}",
+        "steer −": f"steer away from {goal}",
+    }[action]
+
+
+def layer_series(sweep: "ProbeSweep") -> list[Any]:
+    """The curves of the page: the probe, what differs by site beside it, and flat lines for the rest."""
+    layers = [row.layer for row in sweep.rows]
+    known = [layer for layer in layers if layer is not None]
+    x = [float(v) for v in known] if len(set(known)) == len(layers) else [float(i) for i in range(len(layers))]
+    ends = [row.effect.interval or (None, None) for row in sweep.rows]
+    series: list[Any] = [
+        {
+            "name": f"{sweep.kind} probe",
+            "x": x,
+            "y": [row.effect.value for row in sweep.rows],
+            "low": [end[0] for end in ends],
+            "high": [end[1] for end in ends],
+        }
+    ]
+    for i, control in enumerate(sweep.rows[0].effect.controls):
+        values = [row.effect.controls[i].value for row in sweep.rows]
+        series.append({"name": control.name, "x": x, "y": values, "control": True})
+    return series
+
+
+def table(sweep: "ProbeSweep") -> dict[str, Any]:
+    """Columns and rows of every figure, as `table_html` takes them."""
+    columns = ["site", sweep.measure, "95 % interval", "q"]
+    first = sweep.rows[0]
+    columns += ["accuracy"] if first.accuracy else []
+    # those that are the same for every site stand beside the best one
+    varying = [
+        i
+        for i, control in enumerate(first.effect.controls)
+        if len(sweep.rows) == 1 or any(row.effect.controls[i] != control for row in sweep.rows)
+    ]
+    columns += [first.effect.controls[i].name.split(" (")[0] for i in varying]
+    columns += ["folds by row"] + (["selectivity"] if first.selectivity is not None else [])
+    columns += ["ECE", "Brier"] if first.reliability else []
+    rows = []
+    for row, q in zip(sweep.rows, sweep.q, strict=True):
+        cells = [row.site, f"{row.effect.value:.3f}", interval_text(row.effect.interval, to=True)]
+        cells.append("–" if q != q else f"{q:.3f}")
+        cells += [f"{row.accuracy.value:.3f}"] if row.accuracy else []
+        cells += [f"{row.effect.controls[i].value:.3f}" for i in varying]
+        cells += [f"{row.row_folds:.3f}"] + ([f"{row.selectivity:.3f}"] if row.selectivity is not None else [])
+        cells += [f"{row.reliability.ece:.3f}", f"{row.reliability.brier:.3f}"] if row.reliability else []
+        rows.append(cells)
+    return {"columns": columns, "rows": rows}
+
+
+def table_note(sweep: "ProbeSweep") -> str:
+    """What stands over the table."""
+    parts = [
+        "“folds by row” deals single rows into folds, so that a group stands on both sides: its excess is what leaks. "
+        "Selectivity is that minus the control task. q: of all sites above shuffled labels as surely, the share that "
+        "is expected to be chance."
+    ]
+    if sweep.rows[0].accuracy:
+        parts.append(f"The majority class has accuracy {sweep.rows[0].accuracy.controls[0].value:.3f}.")
+    return " ".join([*parts, *(f"Note: {note}." for note in sweep.notes)])

@@ -1,0 +1,238 @@
+"""Which latents of a crosscoder belong to one side only, which are shared, and which only look exclusive.
+
+A latent's share of side B is ‖W_B‖ / (‖W_A‖ + ‖W_B‖), W its two decoder rows (Lindsey et al. 2024, "Sparse crosscoders
+for cross-layer features and model diffing"), each in units of that side's spread √(mean ‖y − ȳ‖²): the longer
+activations of one model would else make every latent look like its own. Shares of at most 0.1 are exclusive to A, of
+0.9 and more to B, from 0.4 to 0.6 shared.
+
+The norm alone exaggerates: the L1 penalty removes a decoder that would still have explained something (*shrinkage*),
+and writes one concept as two latents, one a side (*decoupling*). Both are told by latent scaling (Minder et al. 2025,
+arXiv 2504.02922). For a latent j exclusive to B with activations f and direction d_B, β is the least-squares factor of
+f·d_B in a target, and ν compares A with B:
+
+    ν_error           β in what the *other* latents leave unexplained. Near 1: the concept is in A as well, unexplained
+    ν_reconstruction  β in the reconstruction. Near 1: other latents write it in A
+
+Latents with ν_error ≥ 0.2 or ν_reconstruction ≥ 0.5 are artefacts here, not exclusive.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.results import Control, Effect
+from cutaway.artifacts.statistics import bootstrap_interval
+from cutaway.dictionaries.dictionary import Dictionary
+from cutaway.dictionaries.evaluation.figures import share_effect
+from cutaway.dictionaries.sparse import Places
+
+EXCLUSIVE = 0.1  # at most this share of one side, or one less this
+SHARED = (0.4, 0.6)
+SHRUNK = 0.2  # ν_error from which a latent is in the other side's error too
+DECOUPLED = 0.5  # ν_reconstruction from which others write it there
+LEAST_FIRINGS = 10
+_TOKENS_AT_ONCE = 4096
+
+
+@dataclass(frozen=True, eq=False)
+class Sides:
+    """Two outputs A and B of a crosscoder compared, latent by latent.
+
+    `share` [F]: B's share of the decoder norm; `cosine` [F]: signed cosine of the two decoder rows (NaN where widths
+    differ); `nu_error`, `nu_reconstruction` [F]: latent scaling of the latent's own side into the other (see the
+    module), NaN where widths differ or it fired on fewer than 10 tokens; `firings` [F]. `effects` by name, each beside
+    the same latents with their A sides shuffled.
+    """
+
+    labels: tuple[str, str]
+    share: Tensor
+    cosine: Tensor
+    nu_error: Tensor
+    nu_reconstruction: Tensor
+    firings: Tensor
+    effects: dict[str, Effect]
+
+    def exclusive(self, side: int) -> Tensor:
+        """Latents that fire and whose norm is exclusive to a side (0: A, 1: B): bool [F]."""
+        of = self.share <= EXCLUSIVE if side == 0 else self.share >= 1 - EXCLUSIVE
+        return of & (self.firings > 0)
+
+    @property
+    def shared(self) -> Tensor:
+        """Latents that fire and have about as long a decoder on either side: bool [F]."""
+        return (self.share >= SHARED[0]) & (self.share <= SHARED[1]) & (self.firings > 0)
+
+    def artefact(self, side: int) -> Tensor:
+        """Exclusive by norm, but present on the other side by latent scaling: bool [F]."""
+        return self.exclusive(side) & ((self.nu_error >= SHRUNK) | (self.nu_reconstruction >= DECOUPLED))
+
+    def measured(self, side: int) -> Tensor:
+        """Exclusive by norm, and fired often enough for latent scaling: bool [F]."""
+        return self.exclusive(side) & self.nu_error.isfinite()
+
+    def warnings(self) -> list[str]:
+        """What to keep in mind before calling a latent exclusive, in sentences."""
+        found = []
+        for side, label in enumerate(self.labels):
+            bad, tried, all_ = (
+                int(mask.sum()) for mask in (self.artefact(side), self.measured(side), self.exclusive(side))
+            )
+            if bad:
+                found.append(
+                    f"{bad} of the {tried} measured latents exclusive to {label} by norm are on the other side too "
+                    f"(ν_error ≥ {SHRUNK:g} or ν_reconstruction ≥ {DECOUPLED:g}): shrinkage or decoupling"
+                )
+            if all_ > tried:
+                found.append(
+                    f"{all_ - tried} of the {all_} latents exclusive to {label} by norm could not be checked: they "
+                    f"fired on fewer than {LEAST_FIRINGS} tokens, or the widths differ"
+                )
+        return found
+
+    def histogram(self, bins: int = 20) -> tuple[list[float], list[int]]:
+        """Middles of equal bins of the share from 0 to 1, and how many latents that fire lie in each."""
+        counts, edges = np.histogram(self.share[self.firings > 0].numpy(), bins=bins, range=(0, 1))
+        return ((edges[1:] + edges[:-1]) / 2).tolist(), counts.tolist()
+
+    def to_json(self) -> dict[str, Any]:
+        """Counts, effects, the histogram and warnings."""
+        middles, counts = self.histogram()
+        return {
+            "sides": list(self.labels),
+            "effects": {name: one.to_json() for name, one in self.effects.items()},
+            "histogram": [{"share_of_second": x, "latents": n} for x, n in zip(middles, counts, strict=True)],
+            "exclusive": [int(self.exclusive(side).sum()) for side in (0, 1)],
+            "shared": int(self.shared.sum()),
+            "artefacts": [int(self.artefact(side).sum()) for side in (0, 1)],
+            "warnings": self.warnings(),
+        }
+
+
+@torch.no_grad()
+def compare_sides(
+    dictionary: Dictionary,
+    x: Tensor,
+    y: Tensor,
+    *,
+    sides: tuple[int, int] = (0, 1),
+    labels: Sequence[str] | None = None,
+    seed: int = 0,
+    command: str | None = None,
+) -> Sides:
+    """Compare two outputs of a crosscoder on activations x [n, d_in] and what it should write, y [n, d_out].
+
+    Raises `CutawayError` for a dictionary that writes one tensor only.
+    """
+    if len(dictionary.outputs) < 2:
+        raise CutawayError(f"{dictionary} writes one tensor; exclusive and shared latents are a crosscoder's")
+    names = tuple(labels or (port.site for port in dictionary.outputs))
+    ends = np.cumsum([0, *(port.width for port in dictionary.outputs)])
+    parts = [slice(int(ends[side]), int(ends[side + 1])) for side in sides]
+    scales = [float((y[:, part] - y[:, part].mean(0)).double().square().sum(1).mean().sqrt()) for part in parts]
+    rows = [dictionary.W_dec[:, part].float() / scale for part, scale in zip(parts, scales, strict=True)]
+    norms = [some.norm(dim=1) for some in rows]
+    share = norms[1] / (norms[0] + norms[1]).clamp_min(torch.finfo(torch.float32).tiny)
+    same_width = rows[0].shape[1] == rows[1].shape[1]
+    cosine = torch.cosine_similarity(*rows, dim=1) if same_width else torch.full_like(share, float("nan"))
+    firings, nu = _latent_scaling(dictionary, x, y, parts, scales, rows, share, same_width)
+    found = Sides((names[sides[0]], names[sides[1]]), share, cosine, *nu, firings, {})
+    found.effects.update(_effects(found, rows, norms, same_width, seed, command))
+    return found
+
+
+def _effects(
+    found: Sides, rows: list[Tensor], norms: list[Tensor], same_width: bool, seed: int, command: str | None
+) -> dict[str, Effect]:
+    """Shares of latents, and the cosine of shared ones, beside the A sides given to other latents."""
+    fires = found.firings > 0
+    n = int(fires.sum())
+    if not n:
+        return {}
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    alive = [norm[fires] for norm in norms]
+    shuffled = alive[1] / (alive[0][order] + alive[1]).clamp_min(torch.finfo(torch.float32).tiny)
+    control = "A sides shuffled among latents"
+    a, b = found.labels
+    effects: dict[str, Effect] = {}
+    low, high = SHARED
+    for name, label, mask, by_chance in (
+        ("exclusive_a", f"latents exclusive to {a}", found.exclusive(0), shuffled <= EXCLUSIVE),
+        ("exclusive_b", f"latents exclusive to {b}", found.exclusive(1), shuffled >= 1 - EXCLUSIVE),
+        ("shared", f"latents shared by {a} and {b}", found.shared, (shuffled >= low) & (shuffled <= high)),
+    ):
+        effects[name], _ = share_effect(
+            f"{label}, by decoder norm", [int(mask.sum())], n, {control: [int(by_chance.sum())]}, command=command
+        )
+    if same_width and found.shared.any():
+        left = torch.nn.functional.normalize(rows[0][fires][order], dim=1)
+        right = torch.nn.functional.normalize(rows[1][fires], dim=1)
+        chance = (left * right).sum(1).double().numpy()
+        shared = found.cosine[found.shared].double().numpy()
+        effects["shared_cosine"] = Effect(
+            name="signed cosine of the two decoders of a shared latent",
+            value=float(shared.mean()),
+            n=len(shared),
+            interval=bootstrap_interval(shared, n_resamples=500),
+            controls=(
+                Control(control, float(chance.mean()), bootstrap_interval(chance, n_resamples=500), len(chance)),
+            ),
+            ablation="none",
+            units="cosine",
+            command=command,
+        )
+    return effects
+
+
+def _latent_scaling(
+    dictionary: Dictionary,
+    x: Tensor,
+    y: Tensor,
+    parts: Sequence[slice],
+    scales: Sequence[float],
+    rows: Sequence[Tensor],
+    share: Tensor,
+    same_width: bool,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Firings [F], and ν_error, ν_reconstruction [F] from each latent's longer side into the other."""
+    n_latents = dictionary.d_sae
+    firings = torch.zeros(n_latents, dtype=torch.int64)
+    own = torch.where((share > 0.5)[:, None], rows[1], rows[0]) if same_width else None
+    sums = torch.zeros(2, 2, n_latents, dtype=torch.float64)  # [error or reconstruction, side, latent]
+    square = torch.zeros(n_latents, dtype=torch.float64)
+    for start in range(0, len(x), _TOKENS_AT_ONCE):
+        some = slice(start, start + _TOKENS_AT_ONCE)
+        values, latents = dictionary.encode_sparse(x[some])
+        active = values > 0
+        firings += torch.bincount(latents[active], minlength=n_latents).cpu()
+        if own is None:
+            continue
+        written = dictionary.decode_sparse(values, latents, x[some])
+        places, flat = Places.of_rows(latents, n_latents), values.reshape(-1).float()
+        square += places.latent_sums(flat.double().square()).cpu()
+        for side, (part, scale) in enumerate(zip(parts, scales, strict=True)):
+            error = (y[some][:, part] - written[:, part]).float() / scale
+            reconstruction = (written[:, part] - dictionary.b_dec[part]).float() / scale
+            for kind, target in enumerate((error, reconstruction)):
+                products = places.products(own, target)
+                sums[kind, side] += places.latent_sums((products * flat).double()).cpu()
+    if own is None:
+        nothing = torch.full((n_latents,), float("nan"))
+        return firings, (nothing, nothing)
+    own = own.cpu().double()
+    for side in (0, 1):  # what the others leave unexplained: the latent's own part is added back to the error
+        sums[0, side] += square * (own * rows[side].cpu().double()).sum(1)
+    mine = (share > 0.5).long().cpu()
+    latent = torch.arange(n_latents)
+    ratios = []
+    for kind in (0, 1):
+        here, there = sums[kind][mine, latent], sums[kind][1 - mine, latent]
+        ratio = there / here
+        # a latent that its own side does not need has no scale to compare with
+        ratio[(firings < LEAST_FIRINGS) | ~(here > 0)] = float("nan")
+        ratios.append(ratio.float())
+    return firings, (ratios[0], ratios[1])

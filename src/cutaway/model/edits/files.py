@@ -1,0 +1,405 @@
+"""Edits on disk, and their digest: `edits.json` says what is done, `edits.safetensors` holds the values, bit for bit.
+
+Tensors are named by a hash of their content, so that several edits share one and a file that was changed is noticed.
+Nothing that is read is executed; a function is only ever named.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, StrictInt, ValidationError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.files import read_json, take_folder, write_json, write_safetensors
+from cutaway.artifacts.manifest import ModelIdentity, json_hash
+from cutaway.model.edits.edits import KINDS, PATCHES, Edit, edit_list
+from cutaway.model.edits.positions import AtToken, Columns, Places
+from cutaway.model.edits.values import name_of_function, registered_function
+from cutaway.model.tokens import Tokens
+
+FORMAT, VERSION = "cutaway-edits", 1
+FILES = ("edits.json", "edits.safetensors")
+
+
+@dataclass(frozen=True, eq=False)
+class StoredSource:
+    """What a patch keeps of the run that it takes values from: the values it needs, and where they came from.
+
+    `values[site]` is [len(rows), len(columns), ...] (destinations first at scores and pattern) of the source's batch
+    `tokens`.
+    """
+
+    tokens: Tokens
+    values: Mapping[str, Tensor]
+    rows: tuple[int, ...]
+    columns: tuple[int, ...]
+    model: ModelIdentity
+
+    def identity(self) -> ModelIdentity:
+        """The model of the source run."""
+        return self.model
+
+
+# The wire
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class _TensorRecord(_Record):
+    hash: str
+    dtype: str
+    shape: list[StrictInt]
+
+
+class _Slice(_Record):
+    slice: tuple[StrictInt | None, StrictInt | None, StrictInt | None]
+
+
+class _Mask(_Record):
+    shape: tuple[StrictInt, StrictInt]
+    columns: list[list[StrictInt]]
+
+
+class _Token(_Record):
+    text: str | None = None
+    ids: list[StrictInt] | None = None
+    occurrence: StrictInt | Literal["all"]
+    missing: Literal["error", "skip"]
+
+
+_Places = StrictInt | list[StrictInt] | list[list[StrictInt]] | _Slice | _Mask | _Token | None
+
+
+class _Model(_Record):
+    id: str
+    revision: str | None
+    weight_hash: str
+
+
+class _Source(_Record):
+    ids: _TensorRecord
+    mask: _TensorRecord
+    strings: list[list[str]]
+    values: dict[str, _TensorRecord]
+    rows: list[StrictInt]
+    columns: list[StrictInt]
+    model: _Model | None = None
+
+
+class _Edit(_Record):
+    kind: str
+    site: str
+    positions: _Places = None
+    heads: list[StrictInt] | None = None
+    neurons: list[StrictInt] | None = None
+    rows: list[StrictInt] | None = None
+    phase: Literal["all", "prompt", "new"] | tuple[StrictInt, StrictInt] = "all"
+    tensors: dict[str, _TensorRecord] = {}
+    numbers: dict[str, float] = {}
+    source: _Source | None = None
+    source_positions: _Places = None
+    source_rows: list[StrictInt] | None = None
+    seed: list[StrictInt] | None = None
+    function: str | None = None
+    other_model: bool = False
+
+
+class _File(_Record):
+    format: str
+    version: int
+    edits: list[_Edit]
+
+
+_DTYPES: dict[str, torch.dtype] = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (
+        torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2,
+        torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
+    )
+}  # fmt: skip
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _tensor_record(tensor: Tensor) -> _TensorRecord:
+    dtype, shape = str(tensor.dtype).removeprefix("torch."), list(tensor.shape)
+    if dtype not in _DTYPES:
+        raise CutawayError(f"An edit's values of the type {dtype} cannot be saved; convert them to float32.")
+    digest = hashlib.sha256(f"{dtype}{shape}".encode())
+    digest.update(_bytes(tensor))
+    return _TensorRecord(hash=digest.hexdigest(), dtype=dtype, shape=shape)
+
+
+class _Packed:
+    """Tensors gathered under the hash of their content while records are made."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, Tensor] = {}
+
+    def add(self, tensor: Tensor) -> _TensorRecord:
+        record = _tensor_record(tensor)
+        self.tensors.setdefault(record.hash, tensor)
+        return record
+
+
+def _places_record(where: Places) -> Any:
+    if isinstance(where, slice):
+        return _Slice(slice=(where.start, where.stop, where.step))
+    if isinstance(where, Columns):
+        return _Mask(shape=where.shape, columns=[list(row) for row in where.chosen])
+    if isinstance(where, AtToken):
+        ids = None if where.ids is None else list(where.ids)
+        return _Token(text=where.text, ids=ids, occurrence=where.occurrence, missing=where.missing)
+    if isinstance(where, tuple):
+        return [list(p) if isinstance(p, tuple) else p for p in where]
+    return where
+
+
+def _places(record: Any) -> Places:
+    if isinstance(record, _Slice):
+        return slice(*record.slice)
+    if isinstance(record, _Mask):
+        good = len(record.columns) == record.shape[0] and all(
+            0 <= c < record.shape[1] for row in record.columns for c in row
+        )
+        if not good:
+            raise CutawayError("a mask of positions names columns outside its own shape")
+        return Columns(record.shape, tuple(tuple(row) for row in record.columns))
+    if isinstance(record, _Token):
+        return AtToken(
+            record.text, None if record.ids is None else tuple(record.ids), record.occurrence, record.missing
+        )
+    if isinstance(record, list):
+        return tuple(tuple(p) if isinstance(p, list) else p for p in record)
+    return record
+
+
+def _numbers_in(where: Places) -> list[int] | None:
+    """Every number of plain positions, or None for the other forms."""
+    if isinstance(where, int):
+        return [where]
+    if isinstance(where, tuple):
+        return [q for p in where for q in (p if isinstance(p, tuple) else (p,))]
+    return None
+
+
+def stored_source(edit: Edit) -> StoredSource:
+    """The part of a patch's source run that the edit can ever ask for. Raises CutawayError where it holds no value."""
+    source = edit.source
+    assert source is not None
+    if isinstance(source, StoredSource):
+        return source
+    sites = [name for name in source.site_table.expand(edit.site) if name in source]
+    if not sites:
+        raise CutawayError(f"The source of '{edit}' did not capture '{edit.site}'; add it to its capture=.")
+    tokens = source.tokens.to("cpu")
+    rows = sorted({*edit.source_rows}) if edit.source_rows is not None else list(range(len(tokens)))
+    rows = [row for row in rows if 0 <= row < len(tokens)]
+    asked = _numbers_in(edit.positions if edit.source_positions is None else edit.source_positions)
+    columns = list(range(tokens.ids.shape[1]))
+    if asked is not None:
+        columns = sorted(
+            {
+                int(tokens.first[row]) + p % length
+                for row, length in zip(rows, [int(tokens.lengths[row]) for row in rows], strict=True)
+                for p in asked
+                if -length <= p < length
+            }
+        )
+    values = {}
+    for name in sites:
+        value = source[name].detach().cpu()
+        value = value.transpose(1, 2) if name.endswith((".scores", ".pattern")) else value
+        if value.shape[1] != tokens.ids.shape[1]:
+            raise CutawayError(f"'{edit}': the source run holds '{name}' at its last position only.")
+        values[name] = value[rows][:, columns].contiguous()
+    return StoredSource(tokens, values, tuple(rows), tuple(columns), ModelIdentity("", None, ""))
+
+
+def _edit_record(edit: Edit, packed: _Packed, provenance: bool) -> _Edit:
+    source = None
+    if edit.source is not None:
+        kept = stored_source(edit)
+        model = _Model(**asdict(edit.source.identity())) if provenance else None
+        source = _Source(
+            ids=packed.add(kept.tokens.ids),
+            mask=packed.add(kept.tokens.mask),
+            strings=[list(row) for row in kept.tokens.strings],
+            values={name: packed.add(value) for name, value in sorted(kept.values.items())},
+            rows=list(kept.rows),
+            columns=list(kept.columns),
+            model=model,
+        )
+    function = edit.function if isinstance(edit.function, str) else edit.function and name_of_function(edit.function)
+
+    def plain(values: tuple[int, ...] | None) -> list[int] | None:
+        return None if values is None else list(values)
+
+    return _Edit(
+        kind=edit.kind,
+        site=edit.site,
+        positions=_places_record(edit.positions),
+        heads=plain(edit.heads),
+        neurons=plain(edit.neurons),
+        rows=plain(edit.rows),
+        phase=edit.phase,
+        tensors={name: packed.add(tensor) for name, tensor in sorted(edit.tensors.items())},
+        numbers=dict(sorted(edit.numbers.items())),
+        source=source,
+        source_positions=_places_record(edit.source_positions),
+        source_rows=plain(edit.source_rows),
+        seed=plain(edit.seed),
+        function=function or None,
+        other_model=edit.other_model,
+    )
+
+
+def digest_of(edit: Edit) -> str:
+    """SHA-256 (hex) of all that an edit does; where a patch's values came from is left out."""
+    return json_hash(_edit_record(edit, _Packed(), provenance=False).model_dump(mode="json"))
+
+
+def save_edits(path: str | Path, edits: Edit | Sequence[Edit]) -> Path:
+    """Write edits into a folder as `edits.json` and `edits.safetensors`; `load_edits` gives them back bit for bit.
+
+    A patch from a run keeps the values that it needs, the source's tokens and its model's identity. Raises
+    CutawayError for a function that is not registered by name.
+    """
+    folder, found = Path(path), edit_list(edits)
+    for edit in found:
+        edit.digest()  # refuses what cannot be saved, before anything is written
+    packed = _Packed()
+    records = [_edit_record(edit, packed, provenance=True) for edit in found]
+    take_folder(folder, "edits", dict.fromkeys(FILES, FORMAT))
+    # the values first: a reader that finds the JSON finds what it names
+    write_safetensors(folder / "edits.safetensors", {k: t.cpu() for k, t in packed.tensors.items()}, {"format": FORMAT})
+    wire = _File(format=FORMAT, version=VERSION, edits=records)
+    write_json(folder / "edits.json", wire.model_dump(mode="json"))
+    return folder
+
+
+def load_edits(path: str | Path) -> tuple[Edit, ...]:
+    """The edits that `save_edits` wrote into a folder, equal to what they were.
+
+    Raises CutawayError, naming the file: absent, of another format or a newer version, an unknown kind of edit,
+    values that are missing, damaged or of another shape, a function that is not registered here.
+    """
+    folder = Path(path)
+    file = folder / "edits.json"
+    wire = _read_wire(file)
+    tensors = _read_tensors(folder / "edits.safetensors", wire)
+    made = []
+    for i, record in enumerate(wire.edits):
+        try:
+            made.append(_edit_from(record, tensors))
+        except CutawayError as error:
+            raise CutawayError(f"Edit {i} of {file} is not usable: {error}") from error
+    return tuple(made)
+
+
+def _read_wire(file: Path) -> _File:
+    data = read_json(file)
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise CutawayError(f"{file} holds no edits of cutaway; write them with cutaway.save_edits.")
+    if data.get("version") != VERSION:
+        raise CutawayError(
+            f"{file} is of version {data.get('version')!r} of the format, and this cutaway reads version {VERSION}; "
+            "use the cutaway that wrote it, or a newer one."
+        )
+    for i, edit in enumerate(data["edits"] if isinstance(data.get("edits"), list) else []):
+        if isinstance(edit, dict) and edit.get("kind") not in KINDS:
+            raise CutawayError(f"Edit {i} of {file} is of an unknown kind, {edit.get('kind')!r}.")
+    try:
+        return _File.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise CutawayError(f"{file} is damaged at {where}: {first['msg']}") from error
+
+
+def _records(wire: _File) -> Iterable[_TensorRecord]:
+    for edit in wire.edits:
+        yield from edit.tensors.values()
+        if edit.source is not None:
+            yield edit.source.ids
+            yield edit.source.mask
+            yield from edit.source.values.values()
+
+
+def _read_tensors(file: Path, wire: _File) -> dict[str, Tensor]:
+    wanted = {record.hash: record for record in _records(wire)}
+    if not file.is_file():
+        raise CutawayError(f"{file} does not exist; it holds the values of the edits.json beside it.")
+    tensors = {}
+    try:
+        with safe_open(file, framework="pt") as held:
+            names = {*held.keys()}
+            for key, record in wanted.items():
+                if key not in names:
+                    raise CutawayError(f"{file} lacks values that the edits.json beside it names; they are no pair.")
+                shape = list(held.get_slice(key).get_shape())
+                if shape != record.shape:
+                    raise CutawayError(f"{file} is damaged: values of shape {record.shape} are {shape} there.")
+                tensors[key] = held.get_tensor(key)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CutawayError(f"{file} is damaged or no safetensors file: {error}") from error
+    for key, tensor in tensors.items():
+        if _tensor_record(tensor).hash != key:
+            raise CutawayError(f"{file} is damaged: values are not those that were written.")
+    return tensors
+
+
+def _edit_from(record: _Edit, tensors: Mapping[str, Tensor]) -> Edit:
+    def back(values: list[int] | None) -> tuple[int, ...] | None:
+        return None if values is None else tuple(values)
+
+    if record.function is not None:
+        registered_function(record.function)
+    if (record.source is not None) > (record.kind in PATCHES):
+        raise CutawayError(f"an edit of the kind '{record.kind}' has no source")
+    return Edit(
+        kind=record.kind,  # type: ignore[arg-type]
+        site=record.site,
+        positions=_places(record.positions),
+        heads=back(record.heads),
+        rows=back(record.rows),
+        phase=record.phase,
+        tensors={name: tensors[t.hash] for name, t in record.tensors.items()},
+        numbers=record.numbers,
+        source=None if record.source is None else _source_from(record.source, tensors),
+        source_positions=_places(record.source_positions),
+        source_rows=back(record.source_rows),
+        neurons=back(record.neurons),
+        seed=back(record.seed),
+        function=record.function,
+        other_model=record.other_model,
+    )
+
+
+def _source_from(record: _Source, tensors: Mapping[str, Tensor]) -> StoredSource:
+    tokens = Tokens(
+        tensors[record.ids.hash], tensors[record.mask.hash].bool(), tuple(tuple(row) for row in record.strings)
+    )
+    values = {name: tensors[value.hash] for name, value in record.values.items()}
+    n, width = tokens.ids.shape
+    good = len(record.strings) == n and all(0 <= r < n for r in record.rows)
+    good = good and all(0 <= c < width for c in record.columns) and bool(values)
+    held = (len(record.rows), len(record.columns))
+    if not good or any(tuple(value.shape[:2]) != held for value in values.values()):
+        raise CutawayError("the values of its source do not fit the tokens of the source")
+    if record.model is None:
+        raise CutawayError("its source names no model")
+    model = ModelIdentity(**record.model.model_dump())
+    return StoredSource(tokens, values, tuple(record.rows), tuple(record.columns), model)

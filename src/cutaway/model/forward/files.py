@@ -1,0 +1,193 @@
+"""Runs on disk: tensors, tokens, receipts, edits and manifest in one folder, and back."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, StrictInt, ValidationError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.files import read_json, take_folder, write_json, write_safetensors
+from cutaway.artifacts.manifest import Manifest, ModelIdentity, file_hash, json_hash
+from cutaway.model.edits.edits import Receipt
+from cutaway.model.edits.files import FILES as EDIT_FILES
+from cutaway.model.edits.files import FORMAT as EDITS
+from cutaway.model.edits.files import load_edits, save_edits
+from cutaway.model.forward.run import Gradients, Run
+from cutaway.model.sites import KINDS, Site, SiteKind, SiteTable, layer_of, template_of
+from cutaway.model.tokens import Tokens
+
+FORMAT, VERSION = "cutaway-run", 2
+
+
+class _Held(BaseModel):
+    """A captured site: its dimensions and meaning as they were, and the shape in the site table."""
+
+    model_config = ConfigDict(extra="forbid")
+    name: str
+    dims: str
+    meaning: str
+    shape: list[StrictInt | str]
+
+
+class _Receipt(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    edit: StrictInt
+    kind: str
+    site: str
+    layer: StrictInt | None
+    rows: tuple[StrictInt, ...]
+    positions: tuple[tuple[StrictInt, ...], ...]
+    heads: tuple[StrictInt, ...] | None
+    n_tokens: StrictInt
+    mean_abs_delta: float
+    mean_abs_before: float
+    mean_abs_after: float
+    neurons: tuple[StrictInt, ...] | None
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    format: str
+    version: int
+    manifest: dict[str, Any]
+    model: str
+    n_layers: StrictInt
+    tokens: list[list[str]]
+    sites: list[_Held]
+    receipts: list[_Receipt]
+    hashes: dict[str, str]
+
+
+def save_run(run: Run, folder: str | Path) -> Path:
+    """See `Run.save`."""
+    folder = Path(folder)
+    for edit in run.edits:
+        edit.digest()  # refuses what cannot be saved, before anything is written
+    manifest = Manifest.create(
+        "run",
+        model=run.identity(),
+        configuration={
+            "tokens": [run.tokens.row_ids(row) for row in range(len(run.tokens))],
+            "edits": [edit.digest() for edit in run.edits],
+            "sites": list(run.sites),
+            "gradients": list(run.grads),
+        },
+    )
+    tensors = {"tokens.ids": run.tokens.ids, "tokens.mask": run.tokens.mask}
+    tensors |= {} if run.logits is None else {"logits": run.logits}
+    tensors |= {f"value:{name}": value for name, value in run.values.items()}
+    tensors |= {f"grad:{name}": value for name, value in run.grads.items()}
+    files = {**dict.fromkeys(("run.json", "run.safetensors"), FORMAT), **dict.fromkeys(EDIT_FILES, EDITS)}
+    take_folder(folder, "run", files)
+    values = {k: v.contiguous().cpu() for k, v in tensors.items()}
+    write_safetensors(folder / "run.safetensors", values, {"format": FORMAT})
+    save_edits(folder, run.edits)
+    held = [(name, run.site_table[name]) for name in run.sites]
+    record = {
+        "format": FORMAT,
+        "version": VERSION,
+        "manifest": manifest.to_json(),
+        "model": run.model,
+        "n_layers": run.site_table.n_layers,
+        "tokens": [list(row) for row in run.tokens.strings],
+        "sites": [{"name": n, "dims": s.dims, "meaning": s.meaning, "shape": list(s.shape)} for n, s in held],
+        "receipts": [asdict(receipt) for receipt in run.receipts],
+    }
+    write_json(folder / "run.json", {**record, "hashes": _hashes(folder, record)})
+    return folder
+
+
+def _hashes(folder: Path, record: dict[str, Any]) -> dict[str, str]:
+    """SHA-256 of the files beside run.json, and of what it says itself."""
+    files = {name: file_hash(folder / name) for name in ("run.safetensors", *EDIT_FILES)}
+    return {**files, "run.json": json_hash({key: value for key, value in record.items() if key != "hashes"})}
+
+
+def load_run(folder: str | Path) -> Run:
+    """A run that `Run.save` wrote: logits, captures, gradients, tokens, receipts, edits and manifest, bit for bit.
+
+    Its tensors are on the CPU. It serves as the source of patches of the model that it was made with. Raises
+    CutawayError, naming the file: absent, of another format or version, damaged, or changed since it was written.
+    """
+    folder = Path(folder)
+    file = folder / "run.json"
+    data = read_json(file)
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise CutawayError(f"{file} holds no run that can be loaded; write it with run.save(folder).")
+    if data.get("version") != VERSION:
+        raise CutawayError(
+            f"{file} is of version {data.get('version')!r} of the format, and this cutaway reads version {VERSION}."
+        )
+    try:
+        record = _File.model_validate(data)
+        manifest = Manifest.from_json(record.manifest)
+    except (ValidationError, KeyError, TypeError) as error:
+        raise CutawayError(f"{file} is damaged: {str(error).splitlines()[0]}") from error
+    if manifest.model is None:
+        raise CutawayError(f"{file} is damaged: its manifest names no model.")
+    tensors = _tensors(folder / "run.safetensors", record)
+    tokens = Tokens(tensors["tokens.ids"], tensors["tokens.mask"], tuple(tuple(row) for row in record.tokens))
+    table = _site_table(record)
+    identity: ModelIdentity = manifest.model
+    edits = load_edits(folder)
+    for name, found in _hashes(folder, data).items():
+        if record.hashes.get(name) != found:
+            raise CutawayError(f"{folder / name} was changed after it was written; run it again, or restore it.")
+    return Run(
+        tokens=tokens,
+        logits=tensors.get("logits"),
+        values={held.name: tensors[f"value:{held.name}"] for held in record.sites},
+        grads=Gradients({k.removeprefix("grad:"): t for k, t in tensors.items() if k.startswith("grad:")}, table),
+        receipts=tuple(Receipt(**receipt.model_dump()) for receipt in record.receipts),
+        edits=edits,
+        site_table=table,
+        model=record.model,
+        identity=lambda: identity,
+        manifest=manifest,
+    )
+
+
+def _tensors(file: Path, record: _File) -> dict[str, Tensor]:
+    try:
+        with safe_open(file, framework="pt") as held:
+            tensors = {key: held.get_tensor(key) for key in [*held.keys()]}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CutawayError(f"{file} is absent, damaged or no safetensors file: {error}") from error
+    needed = ["tokens.ids", "tokens.mask", *(f"value:{held.name}" for held in record.sites)]
+    for name in needed:
+        if name not in tensors:
+            raise CutawayError(f"{file} lacks '{name}', which the run.json beside it names; they are no pair.")
+    ids = tensors["tokens.ids"]
+    if ids.ndim != 2 or len(record.tokens) != len(ids):
+        raise CutawayError(f"{file} is damaged: its tokens are not those of the run.json beside it.")
+    for held in record.sites:
+        value = tensors[f"value:{held.name}"]
+        sizes = [part if isinstance(part, int) else None for part in held.shape]
+        good = value.ndim == len(sizes) and len(value) == len(ids)
+        if not good or any(size not in (None, n) for size, n in zip(sizes, value.shape, strict=False)):
+            raise CutawayError(f"{file} is damaged: '{held.name}' has the shape {list(value.shape)}.")
+    return tensors
+
+
+def _site_table(record: _File) -> SiteTable:
+    """The sites that the run holds; every other is absent, for it was not kept."""
+    held = {s.name: s for s in record.sites}
+    names = [
+        kind.name.replace("{l}", str(layer))
+        for kind in KINDS.values()
+        for layer in (range(record.n_layers) if kind.per_layer else [0])
+    ]
+    sites = []
+    for name in [*held, *(name for name in names if name not in held)]:
+        kept = held.get(name)
+        template = template_of(name)
+        kind = SiteKind(template, kept.dims, kept.meaning) if kept is not None else KINDS[template]
+        shape = tuple(kept.shape) if kept is not None else tuple(kind.dims.split())
+        absent = None if kept is not None else "the run that was saved did not capture it"
+        sites.append(Site(name, kind, layer_of(name), shape, absent))
+    return SiteTable(sites, record.n_layers)

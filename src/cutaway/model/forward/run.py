@@ -1,0 +1,212 @@
+"""What a forward pass returned: logits, captured values, gradients, receipts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.manifest import Manifest, ModelIdentity
+from cutaway.model.edits.edits import Edit, Receipt
+from cutaway.model.sites import SiteTable, template_of
+from cutaway.model.tokens import Tokens
+
+CAPTURE_LIMIT = 4 * 2**30  # bytes
+
+
+class Gradients(Mapping[str, Tensor]):
+    """d metric / d site by site name, TransformerLens' spellings included when looking up."""
+
+    def __init__(self, values: Mapping[str, Tensor], table: SiteTable) -> None:
+        self._values = values
+        self._table = table
+
+    def __getitem__(self, site: str) -> Tensor:
+        name = site if site in self._values else self._table.resolve(site)
+        if name not in self._values:
+            raise CutawayError(f"This run holds no gradient at '{name}'; name it in capture=, with a metric as grad=.")
+        return self._values[name]
+
+    def __contains__(self, site: object) -> bool:
+        return site in self._values
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+
+class Captured:
+    """Captured values by site name, as a run and a generation hold them."""
+
+    tokens: Tokens
+    values: Mapping[str, Tensor]
+    site_table: SiteTable
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Names of the captured sites, in the order of the forward pass."""
+        return tuple(self.values)
+
+    def __contains__(self, site: str) -> bool:
+        return site in self.values
+
+    def __getitem__(self, site: str) -> Tensor:
+        if site in self.values:
+            return self.values[site]
+        name = self.site_table.resolve(site)
+        if name not in self.values:
+            held = ", ".join(self.sites[:4]) + (", …" if len(self.values) > 4 else "") if self.values else "nothing"
+            what = type(self).__name__.lower()
+            raise CutawayError(f"This {what} did not capture '{name}' (it holds {held}); add it to capture=.")
+        return self.values[name]
+
+    def stack(self, pattern: str) -> Tensor:
+        """The captured values that a wildcard names, stacked by layer: [layers, b, ...]."""
+        return torch.stack([self[name] for name in self.site_table.expand(pattern)])
+
+    def last(self, site: str) -> Tensor:
+        """A site at each row's last real token: [b, ...]."""
+        value = self[site]
+        if template_of(self.site_table.resolve(site)).endswith((".scores", ".pattern")):
+            value = value.transpose(1, 2)
+        if value.shape[1] == 1:
+            return value[:, 0]
+        return value[torch.arange(len(value), device=value.device), self.tokens.last.to(value.device)]
+
+
+@dataclass(frozen=True, eq=False)
+class Run(Captured):
+    """One forward pass. `run[site]` is a captured value; sites are listed in `run.sites`.
+
+    `logits` is [b, p, V], or [b, 1, V] at each row's last real token with logits="last", or None. Values at padded
+    columns are whatever the model computes there: use `tokens.mask`. Captures are copies and alias nothing.
+    """
+
+    tokens: Tokens
+    logits: Tensor | None
+    values: Mapping[str, Tensor] = field(repr=False)
+    grads: Gradients = field(repr=False)
+    receipts: tuple[Receipt, ...]
+    edits: tuple[Edit, ...]
+    site_table: SiteTable = field(repr=False)
+    model: str
+    identity: Callable[[], ModelIdentity] = field(repr=False)
+    manifest: Manifest | None = field(default=None, repr=False)  # of a run that was loaded
+    strings_of: Callable[[Tensor], list[str]] | None = field(default=None, repr=False)  # ids to text, with a tokenizer
+    weights: int | None = field(default=None, repr=False)  # LanguageModel.weights_state, None of a run that was loaded
+
+    def __reduce_ex__(self, _protocol: Any) -> Any:
+        raise CutawayError(
+            "A run is neither pickled nor copied; write it with run.save(folder), which cutaway.load_run reads (and a "
+            "patch from it with cutaway.save_edits)."
+        )
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the run into a folder, from which `cutaway.load_run` reads it: tensors (`run.safetensors`), tokens,
+        receipts, hashes and manifest (`run.json`), edits (`edits.json`, `edits.safetensors`).
+
+        Raises CutawayError for an edit by a function that is not registered by name.
+        """
+        from cutaway.model.forward.files import save_run
+
+        return save_run(self, folder)
+
+    def __repr__(self) -> str:
+        n, width = self.tokens.ids.shape
+        lines = [f"Run of {self.model}: {n} row{'s' if n != 1 else ''} x {width} tokens"]
+        shown = self.tokens.strings[0]
+        text = "".join(shown).replace("\n", "⏎")
+        lines.append(f"  row 0   {text if len(text) <= 90 else text[:60] + ' … ' + text[-27:]}")
+        if self.logits is not None:
+            last = self.logits[0, -1 if self.logits.shape[1] == 1 else int(self.tokens.last[0])].detach().float()
+            top = last.softmax(-1).topk(min(3, len(last)))
+            names = [f"id {i}" for i in top.indices.tolist()]
+            if self.strings_of is not None:
+                names = [repr(string) for string in self.strings_of(top.indices)]
+            likely = ", ".join(f"{name} {p:.2f}" for p, name in zip(top.values.tolist(), names, strict=True))
+            lines.append(f"  logits  {list(self.logits.shape)}; next after row 0: {likely}")
+        groups: dict[str, list[str]] = {}
+        for name in self.values:
+            groups.setdefault(template_of(name), []).append(name)
+        for template, names in groups.items():
+            first = names[0] if len(names) == 1 else f"{template.replace('{l}', '*')} ({len(names)} layers)"
+            grad = " + gradient" if names[0] in self.grads else ""
+            lines.append(f"  site    {first} {list(self.values[names[0]].shape)}{grad}")
+        lines += [f"  edit    {receipt}" for receipt in self.receipts[:6]]
+        if len(self.receipts) > 6:
+            lines.append(f"  edit    … and {len(self.receipts) - 6} more receipts")
+        return "\n".join(lines)
+
+
+def capture_bytes(
+    table: SiteTable, names: list[str], batch: int, positions: int, itemsize: int, full_vocab: bool
+) -> int:
+    """Bytes that a capture will hold, from the site table alone."""
+    sizes = {"b": batch, "p": positions, "q": positions, "k": positions}
+    total = 0
+    for name in names:
+        site = table[name]
+        shape = [sizes.get(part, part) if isinstance(part, str) else part for part in site.shape]
+        if name.startswith("logits") and not full_vocab:
+            shape[1] = 1
+        wide = max(4, itemsize) if name.endswith((".scale", ".normalized")) else itemsize
+        total += math.prod(int(part) for part in shape) * wide
+    return total
+
+
+def check_capture_size(
+    table: SiteTable, names: list[str], batch: int, positions: int, itemsize: int, limit: int
+) -> int:
+    """Bytes that a capture will hold. Raises CutawayError where they are more than `limit`."""
+    if not isinstance(limit, (int, float)) or limit != limit:  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise CutawayError(f"limit_bytes is a number of bytes; got {limit!r}.")
+    if limit < 0:
+        raise CutawayError(f"limit_bytes is {limit}; give a number of bytes, 0 or more.")
+    needed = capture_bytes(table, names, batch, positions, itemsize, True)
+    if needed > limit:
+        largest = max(names, key=lambda n: capture_bytes(table, [n], batch, positions, 1, True))
+        raise CutawayError(
+            f"This capture would hold {needed / 2**30:.2f} GiB, above the limit of {limit / 2**30:.2f} GiB "
+            f"(largest: '{largest}'); capture fewer sites, use fewer or shorter prompts, or raise limit_bytes."
+        )
+    return needed
+
+
+@dataclass(frozen=True, eq=False)
+class Generation(Captured):
+    """What a model wrote. `texts` and `new_ids` hold only what is new, up to the end-of-text token.
+
+    Rows are the prompts, each `num_return_sequences` times in a row. `tokens` is prompt and new tokens together, right
+    padded, and `generation[site]` is a captured value in its columns: [b, prompt + new, ...], or [b, H, prompt + new,
+    prompt + new] at scores and pattern; 0 at padding, -inf in scores. `logprobs` has one number a new token: its
+    log-probability under the model (edits included) at temperature 1; None with beams.
+    """
+
+    texts: tuple[str, ...]
+    new_ids: tuple[tuple[int, ...], ...]
+    prompts: Tokens
+    tokens: Tokens
+    receipts: tuple[Receipt, ...]
+    logprobs: tuple[tuple[float, ...], ...] | None = field(repr=False)
+    values: Mapping[str, Tensor] = field(repr=False)
+    edits: tuple[Edit, ...]
+    site_table: SiteTable = field(repr=False)
+    model: str
+    identity: Callable[[], ModelIdentity] = field(repr=False)
+
+    def __reduce_ex__(self, _protocol: Any) -> Any:
+        raise CutawayError("A generation is not pickled; keep its texts and new_ids, and values that you need.")
+
+    def __repr__(self) -> str:
+        lines = [f"Generation of {len(self.texts)} texts"]
+        lines += [f"  {i}: {text!r}" for i, text in enumerate(self.texts[:6])]
+        lines += [f"  edit {receipt}" for receipt in self.receipts[:4]]
+        return "\n".join(lines)

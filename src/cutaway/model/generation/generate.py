@@ -1,0 +1,311 @@
+"""Generation with edits and captures, under the key-value cache, through Hugging Face's own `generate`."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import numbers
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from cutaway.artifacts.errors import CutawayError
+from cutaway.model.edits.edits import Edit, Receipt
+from cutaway.model.edits.resolve import resolve
+from cutaway.model.forward.current import active
+from cutaway.model.forward.run import CAPTURE_LIMIT, Generation, check_capture_size
+from cutaway.model.generation.decoding import Draw, Ends, GenerationStep, LogProbabilities, Recorder, Steps, cut
+from cutaway.model.own.module import OwnModel
+from cutaway.model.tokens import Tokens, pad_rows
+
+if TYPE_CHECKING:
+    from cutaway.model.language_model import LanguageModel
+
+
+# Settings that a checkpoint's generation_config may carry and that would otherwise be added to what was asked.
+_NEUTRAL: dict[str, Any] = {
+    "do_sample": False,
+    "temperature": 1.0,
+    "top_k": 50,
+    "top_p": 1.0,
+    "typical_p": 1.0,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "min_new_tokens": 0,
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `LanguageModel.generate` takes beside prompts and edits; see there."""
+
+    max_new_tokens: int = 40
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+    num_return_sequences: int = 1
+    num_beams: int = 1
+    use_cache: bool = True
+    stop: str | Sequence[str] = ()
+    capture: str | Sequence[str] | None = None
+    limit_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        whole = ("max_new_tokens", "seed", "num_return_sequences", "num_beams", "top_k")
+        for name in (*whole, "temperature", "top_p"):
+            value = getattr(self, name)
+            kind = numbers.Integral if name in whole else numbers.Real
+            given = isinstance(value, kind) and not isinstance(value, bool)
+            if given or (value is None and name in ("top_k", "top_p")):
+                continue
+            raise CutawayError(f"{name} is a {'whole ' if name in whole else ''}number; got {value!r}.")
+        if self.max_new_tokens < 1 or self.num_return_sequences < 1 or not self.temperature >= 0:
+            raise CutawayError(
+                "max_new_tokens and num_return_sequences are at least 1, and temperature is not negative."
+            )
+        if not math.isfinite(self.temperature):
+            raise CutawayError("The temperature is a finite number.")
+        if self.num_beams < 1:
+            raise CutawayError("num_beams is at least 1.")
+        if self.num_beams > 1 and (self.temperature > 0 or self.capture is not None):
+            raise CutawayError(
+                "Beams are neither sampled nor captured: they trade places as they go; leave out temperature and "
+                "capture, and run the tokens of the result to look inside."
+            )
+        if self.num_return_sequences > self.num_beams and self.temperature == 0:
+            raise CutawayError(
+                "Greedy decoding gives the same text every time; set a temperature for several sequences, or num_beams "
+                "of as many."
+            )
+        if (self.top_k is not None and self.top_k < 1) or (self.top_p is not None and not 0 < self.top_p <= 1):
+            raise CutawayError("top_k is at least 1, and top_p lies between 0 and 1.")
+        if not isinstance(self.stop, Iterable) or any(not isinstance(s, str) or not s for s in self.stops):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise CutawayError(f"stop= is a text at which to stop, or several; got {self.stop!r}.")
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+
+def end_ids(lm: LanguageModel) -> list[int]:
+    """Token ids that end a text."""
+    found = getattr(lm.hf.generation_config, "eos_token_id", None)
+    if found is None and lm.tokenizer is not None:
+        found = lm.tokenizer.eos_token_id
+    return [] if found is None else [int(i) for i in ([found] if isinstance(found, int) else found)]
+
+
+def generate(
+    lm: LanguageModel,
+    prompts: Tokens,
+    edits: tuple[Edit, ...],
+    settings: Settings,
+    on_step: Callable[[GenerationStep, Callable[[], None]], object] | None = None,
+) -> Generation:
+    """See `LanguageModel.generate`. `on_step` gets each step, and a function that ends the generation after it."""
+    if prompts.longest + settings.max_new_tokens > lm.context_length:
+        raise CutawayError(
+            f"{prompts.longest} prompt and {settings.max_new_tokens} new tokens exceed the context of {lm.name} "
+            f"({lm.context_length})."
+        )
+    if settings.num_beams > 1 and (on_step is not None or any(edit.rows is not None for edit in edits)):
+        raise CutawayError(
+            "Beams trade places as they go, so they take no edits of single rows and cannot be streamed; leave out "
+            "num_beams, or edit every row."
+        )
+    if settings.num_beams > lm.d_vocab:
+        raise CutawayError(
+            f"num_beams is {settings.num_beams}, more than the {lm.d_vocab} tokens there are; take fewer."
+        )
+    if settings.num_beams > 1 and any(edit.kind == "noise" for edit in edits):
+        raise CutawayError(
+            "Noise depends on a row's own tokens, and beams trade them as they go; leave out num_beams, or the noise."
+        )
+    if isinstance(lm.hf, OwnModel):  # which keeps no keys and values
+        settings = replace(settings, use_cache=False)
+        if lm.d_vocab > lm.d_vocab_in:
+            raise CutawayError(
+                f"{lm.name} answers with {lm.d_vocab} ids and reads {lm.d_vocab_in}, so it cannot read its answers."
+            )
+    if settings.stops and lm.tokenizer is None:
+        raise CutawayError("stop= names texts, and this model has no tokenizer; attach one to use text.")
+    captured, cached = settings.capture is not None, settings.use_cache
+    if cached and not lm.causal:
+        raise CutawayError(
+            f"Attention in {lm.name} is not causal: each new token changes what is computed at those before it, and a "
+            "cache would keep that as it was; generate with use_cache=False."
+        )
+    if lm.ropes is not None:
+        new = settings.max_new_tokens
+        lm.ropes.check_generation(lm.name, prompts.lengths, new, captured=captured, cached=cached)
+    layout, prompts = prompts, _left_padded(prompts, lm)
+    width, n = prompts.ids.shape[1], settings.num_return_sequences
+    copies = max(n, settings.num_beams)  # rows that a prompt takes inside generate
+    table = lm.sites()
+    names = [] if settings.capture is None else table.expand_all(settings.capture)
+    limit = CAPTURE_LIMIT if settings.limit_bytes is None else settings.limit_bytes
+    columns = width + settings.max_new_tokens
+    check_capture_size(table, names, len(prompts) * n, columns, lm.dtype.itemsize, limit)
+    resolved = [
+        resolve(i, edit, table[name], prompts, settings.max_new_tokens, copies, layout)
+        for i, edit in enumerate(edits)
+        for name in table.expand(edit.site)
+    ]
+    recorder = Recorder(lm, names, resolved, prompts.mask.repeat_interleave(copies, 0), settings.use_cache)
+    ends = end_ids(lm)
+    until = Ends(lm.tokenizer, settings.stops, width, len(prompts) * n, late=bool(names))
+    scores = LogProbabilities()
+    steps = None
+    if on_step is not None:
+
+        def stop_now() -> None:
+            until.cancelled = True
+
+        steps = Steps(
+            lm.tokenizer,
+            ends,
+            until,
+            settings.max_new_tokens,
+            lambda step: on_step(step, stop_now),
+        )
+    out = _call(lm, prompts, settings, recorder, ends, until, scores, steps)
+    if settings.num_beams > 1:  # beams of one prompt count as one row
+        for edit in resolved:
+            edit.touched = edit.touched.unflatten(0, (len(prompts), copies)).any(1)
+        receipts = recorder.receipts(prompts.first)
+    else:
+        scores.settle(out)
+        receipts = recorder.receipts(prompts.first.repeat_interleave(n))
+    made = settings.max_new_tokens if steps is None or not until.cancelled else steps.made
+    return _collect(lm, prompts, out, settings, ends, until.lengths, made, recorder, names, scores, receipts, edits)
+
+
+def _call(
+    lm: LanguageModel,
+    prompts: Tokens,
+    settings: Settings,
+    recorder: Recorder,
+    ends: list[int],
+    until: Ends,
+    scores: LogProbabilities,
+    steps: Steps | None,
+) -> Tensor:
+    """The call of transformers' `generate`: prompts and new tokens, [rows, columns]."""
+    beams, n = settings.num_beams, settings.num_return_sequences
+    config = GenerationConfig(
+        **_NEUTRAL,
+        **({"length_penalty": 1.0, "early_stopping": False} if beams > 1 else {}),
+        num_beams=beams,
+        num_return_sequences=n if beams > 1 else 1,
+        # to look at the last token too, one more is generated and thrown away
+        max_new_tokens=settings.max_new_tokens + bool(recorder.capture),
+        use_cache=settings.use_cache,
+        eos_token_id=ends or None,
+        pad_token_id=lm.pad_id if lm.pad_id is not None else (ends[0] if ends else 0),
+        bos_token_id=lm.bos_id,
+    )
+    processors = LogitsProcessorList([scores] if beams == 1 else [])
+    if settings.temperature > 0:
+        processors.append(TemperatureLogitsWarper(float(settings.temperature)))
+        if settings.top_k is not None:
+            processors.append(TopKLogitsWarper(settings.top_k))
+        if settings.top_p is not None:
+            processors.append(TopPLogitsWarper(settings.top_p))
+        processors.append(Draw(settings.seed, prompts, n))
+    options: dict[str, Any] = {}
+    if (
+        recorder.capture & {"logits", "logits_precap"}
+        and "logits_to_keep" in inspect.signature(lm.hf.forward).parameters
+    ):
+        options["logits_to_keep"] = 0  # all of them
+    if settings.stops or steps is not None:
+        options["stopping_criteria"] = StoppingCriteriaList([until])
+
+    def follow(_module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
+        if active() is recorder:
+            recorder.begin(kwargs["input_ids"])
+
+    def answer(_module: nn.Module, _args: Any, output: Any) -> Any:
+        if active() is recorder and recorder.wants("logits"):
+            output.logits = recorder.touch("logits", output.logits)
+        return output
+
+    def call() -> Tensor:
+        return lm.hf.generate(  # type: ignore[operator]
+            input_ids=prompts.ids.repeat_interleave(1 if beams > 1 else n, 0),
+            attention_mask=prompts.mask.long().repeat_interleave(1 if beams > 1 else n, 0),
+            generation_config=config,
+            logits_processor=processors,
+            streamer=steps,
+            custom_generate=None,
+            **options,
+        )
+
+    handles = [lm.hf.register_forward_pre_hook(follow, with_kwargs=True), lm.hf.register_forward_hook(answer)]
+    try:
+        with torch.no_grad():
+            return recorder.forward(call)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _left_padded(tokens: Tokens, lm: LanguageModel) -> Tokens:
+    if not tokens.padded:
+        return tokens
+    pad = lm.pad_id if lm.pad_id is not None else 0
+    ids, mask = pad_rows([tokens.row_ids(i) for i in range(len(tokens))], pad, side="left")
+    return Tokens(ids.to(lm.device), mask.to(lm.device), tokens.spelling)
+
+
+def _collect(
+    lm: LanguageModel,
+    prompts: Tokens,
+    out: Tensor,
+    settings: Settings,
+    ends: list[int],
+    lengths: list[int | None],
+    made: int,
+    recorder: Recorder,
+    names: list[str],
+    scores: LogProbabilities,
+    receipts: tuple[Receipt, ...],
+    edits: tuple[Edit, ...],
+) -> Generation:
+    width, n = prompts.ids.shape[1], settings.num_return_sequences
+    new_rows, rows, texts = [], [], []
+    for i, sequence in enumerate(out[:, width:].tolist()):
+        end = next((j for j, token in enumerate(sequence) if token in ends), len(sequence))
+        new = tuple(sequence[: min(end, made, lengths[i] or made)])
+        new_rows.append(new)
+        rows.append([*prompts.row_ids(i // n), *new])
+        text = "" if lm.tokenizer is None else str(lm.tokenizer.decode(list(new), skip_special_tokens=True))
+        texts.append(cut(text, settings.stops))
+    ids, mask = pad_rows(rows, lm.pad_id if lm.pad_id is not None else 0)
+    tokens = Tokens(ids.to(lm.device), mask.to(lm.device), lambda: lm.spelled(rows))
+    first = prompts.first.repeat_interleave(n).tolist()
+    return Generation(
+        texts=tuple(texts),
+        new_ids=tuple(new_rows),
+        prompts=prompts,
+        tokens=tokens,
+        receipts=receipts,
+        logprobs=scores.rows(new_rows) if settings.num_beams == 1 else None,
+        values=recorder.aligned(names, tokens, first),
+        edits=edits,
+        site_table=lm.sites(),
+        model=lm.name,
+        identity=lm.identity_at(lm.weights_state()),
+    )

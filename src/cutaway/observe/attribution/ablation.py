@@ -1,0 +1,135 @@
+"""What an answer really loses when a part that direct attribution names is mean-ablated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.results import Control, Effect
+from cutaway.artifacts.statistics import bootstrap_interval
+from cutaway.model.edits import edits
+from cutaway.model.edits.edits import Edit
+from cutaway.model.forward.run import Run
+from cutaway.model.language_model import LanguageModel
+from cutaway.model.tokens import Tokens
+from cutaway.observe.attribution.attribution import Attribution, Part
+
+_SITES = {
+    "embedding": "embed",
+    "positions": "pos_embed",
+    "attention": "blocks.{l}.attn.out",
+    "MLP": "blocks.{l}.mlp.out",
+    "head": "blocks.{l}.attn.z",
+    "neuron": "blocks.{l}.mlp.post",
+}
+
+
+@dataclass(frozen=True)
+class Ablated:
+    """A part, and the mean fall of the logit difference (before a softcap) when it is mean-ablated."""
+
+    part: Part
+    effect: Effect
+
+
+def ablate_parts(
+    lm: LanguageModel, result: Attribution, k: int = 8, *, reference: Any = None, seed: int = 0
+) -> list[Ablated]:
+    """Mean-ablate each of the k parts with the largest shares, alone, at the attributed position.
+
+    The mean is over the real tokens of `reference` (texts, ids or Tokens; by default the prompts themselves), each
+    row's first token left out, as its values are unlike any other's. An effect is the fall of the logit difference; it
+    stands beside the falls for up to k parts of the same kind, drawn by `seed` from those with smaller shares. Biases
+    are constants and cannot be mean-ablated, so they are passed over.
+
+    Raises CutawayError for an attribution by source, whose parts are no values that an edit can replace alone.
+    """
+    if result.by == "source":
+        raise CutawayError(
+            "An attribution by source has no ablation: what one head reads from one position is not a value of its "
+            "own. Attribute by head to ablate."
+        )
+    able = [number for number in result.ranked() if result.locate(number)[0].kind in _SITES]
+    chosen = [result.part(number) for number in able[:k]]
+    drawn = {kind: _draw(result, able[k:], kind, k, seed) for kind in {part.kind for part in chosen}}
+    tokens = result.tokens
+    source = tokens if reference is None else lm.tokens(reference)
+    every = [*chosen, *(part for parts in drawn.values() for part in parts)]
+    names = sorted({_SITES[part.kind].format(l=part.layer) for part in every})
+    means = _means(lm, source, names)
+    base = lm.run(tokens, capture=["blocks.*.resid_pre", *(name for name in names if name.endswith("mlp.post"))])
+
+    def falls(part: Part) -> Tensor:
+        return result.total - _difference(lm, result, _edit(part, result, means, base), base)
+
+    controls = {kind: _control(kind, [falls(part) for part in parts]) for kind, parts in drawn.items()}
+    where = "the prompts" if reference is None else "the reference texts"
+    ablated = []
+    for part in chosen:
+        rows = falls(part)
+        effect = Effect(
+            name=f"fall of the logit difference without {part.name}",
+            value=float(rows.mean()),
+            n=len(rows),
+            interval=bootstrap_interval(rows.numpy()) if len(rows) > 1 else None,
+            controls=controls[part.kind],
+            ablation=f"mean ablation at the attributed position, mean over {where} without their first tokens",
+            units="logit difference",
+        )
+        ablated.append(Ablated(part, effect))
+    return ablated
+
+
+def _draw(result: Attribution, numbers: list[int], kind: str, k: int, seed: int) -> list[Part]:
+    """Up to k parts of a kind, drawn from `numbers`."""
+    same = [number for number in numbers if result.locate(number)[0].kind == kind]
+    order = torch.randperm(len(same), generator=torch.Generator().manual_seed(seed))[:k]
+    return [result.part(same[int(i)]) for i in order]
+
+
+def _control(kind: str, falls: list[Tensor]) -> tuple[Control, ...]:
+    if not falls:
+        return ()
+    sizes = torch.stack(falls).abs().mean(1)
+    interval = bootstrap_interval(sizes.numpy()) if len(sizes) > 1 else None
+    name = f"mean |fall| without {kind} parts of smaller share, drawn at random"
+    return (Control(name, float(sizes.mean()), interval, len(sizes)),)
+
+
+def _means(lm: LanguageModel, tokens: Tokens, names: list[str]) -> dict[str, Tensor]:
+    """Mean of each site over real tokens but each row's first one: the site's shape for one token."""
+    run = lm.run(tokens, capture=names, logits=None)
+    keep = tokens.mask.clone()
+    keep[torch.arange(len(tokens)), tokens.first] = False
+    if not bool(keep.any()):
+        raise CutawayError("A mean for the ablation needs a prompt of at least two tokens; give reference= texts.")
+    return {name: run[name][keep.to(run[name].device)].float().mean(0) for name in names}
+
+
+def _edit(part: Part, result: Attribution, means: dict[str, Tensor], base: Run) -> Edit:
+    name = _SITES[part.kind].format(l=part.layer)
+    positions = [[place] for place in result.position]
+    if part.kind == "head":
+        value = means[name][part.index : part.index + 1]
+        return edits.mean(name, value, positions=positions, heads=[part.index])
+    if part.kind == "neuron":  # the layer's neurons as they are, this one at its mean
+        rows = torch.arange(len(result.position))
+        columns = result.tokens.first.cpu() + torch.tensor(result.position)
+        value = base[name][rows, columns].clone()
+        value[:, part.index] = means[name][part.index]
+        return edits.set(name, value[:, None], positions=positions)
+    return edits.mean(name, means[name], positions=positions)
+
+
+def _difference(lm: LanguageModel, result: Attribution, edit: Edit, base: Run) -> Tensor:
+    """The logit difference before the softcap under an edit, float64 [b]."""
+    capped = result.softcap is not None
+    run = lm.run(result.tokens, edits=edit, capture="logits_precap" if capped else None, resume=base)
+    assert run.logits is not None
+    logits = run["logits_precap"] if capped else run.logits
+    columns = result.tokens.first.cpu() + torch.tensor(result.position)
+    return result.difference(logits[torch.arange(len(columns)), columns.to(logits.device)].double().cpu())

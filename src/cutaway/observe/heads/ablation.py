@@ -1,0 +1,180 @@
+"""What is lost without each head: every head ablated alone, many of them in one batch.
+
+A pattern is not a cause. The heads of one layer are ablated in the rows of one batch (`rows=`) that resumes at their
+layer, so that the layers below are not run again and a model takes a few forwards a layer instead of one a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.progress import Progress
+from cutaway.artifacts.results import Control, Effect
+from cutaway.artifacts.statistics import bootstrap_interval, false_discovery, paired_t_p
+from cutaway.model.edits.edits import Edit, mean, zero
+from cutaway.model.forward.run import Run
+from cutaway.model.language_model import Inputs, LanguageModel
+from cutaway.model.tokens import Tokens, next_tokens
+from cutaway.observe.heads.kinds import attention_layers, ratio_interval
+from cutaway.observe.heads.report import Ablation, Head, name, second_half_loss
+
+Metric = Callable[[Run], Tensor]
+BATCH_BYTES = 256 * 2**20
+"""What one batch may hold of logits and of one layer's patterns."""
+
+
+def text_loss(run: Run) -> Tensor:
+    """Mean next-token loss in nats of each row [b], over its real tokens but the first."""
+    assert run.logits is not None
+    ids, mask = run.tokens.ids.to(run.logits.device), run.tokens.mask.to(run.logits.device)
+    log_p = run.logits[:, :-1].float().log_softmax(-1)
+    following, counted = next_tokens(ids, mask, log_p.shape[-1])
+    loss = -log_p.gather(-1, following[..., None])[..., 0]
+    return ((loss * counted).sum(-1) / counted.sum(-1).clamp(min=1)).cpu()
+
+
+@dataclass(frozen=True, eq=False)
+class HeadEffects:
+    """How much a metric changes when each head alone is ablated.
+
+    `change` is [L, H, b], each row's change (NaN: not measured); `base` [b] is the metric of the untouched model.
+    """
+
+    model: str
+    change: Tensor
+    base: Tensor
+    ablation: str
+    units: str
+
+    @cached_property
+    def intervals(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean change over rows and its 95 % interval over rows, each [L, H]."""
+        return ratio_interval(self.change.movedim(-1, 0), torch.ones(len(self.base), 1, 1))
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean change over rows [L, H]."""
+        return self.change.mean(-1)
+
+    @cached_property
+    def q(self) -> Tensor:
+        """The rate of false discoveries [L, H] among all heads whose change is as sure (Student's t over rows)."""
+        return torch.from_numpy(false_discovery(paired_t_p(self.change.double().numpy())))
+
+    def others(self, heads: Sequence[Head], label: str) -> Control | None:
+        """The same ablation of other heads, each alone: their mean, with an interval over heads."""
+        values = [v for v in (self.mean[head].item() for head in heads) if v == v]
+        if not values:
+            return None
+        interval = bootstrap_interval(values) if len(values) > 1 else None
+        return Control(label, sum(values) / len(values), interval, len(values))
+
+    def effect(self, head: Head, others: Control | None, command: str | None = None) -> Effect:
+        """One head's effect beside that of other heads (see `others`)."""
+        value, low, high = (part[head].item() for part in self.intervals)
+        untouched = Control("not ablated", 0.0, None, len(self.base))
+        return Effect(
+            name=f"ablate {name(head)}",
+            value=value,
+            n=len(self.base),
+            interval=None if low != low else (low, high),
+            controls=(untouched,) if others is None else (others, untouched),
+            ablation=f"{self.ablation} ablation",
+            units=self.units,
+            command=command,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        values = self.mean.tolist()
+        return {
+            "ablation": self.ablation,
+            "units": self.units,
+            "n": len(self.base),
+            "base": self.base.mean().item(),
+            "mean": [[None if v != v else v for v in row] for row in values],
+            "q": [[None if v != v else v for v in row] for row in self.q.tolist()],
+        }
+
+
+def ablate_each_head(
+    lm: LanguageModel,
+    inputs: Inputs,
+    metric: Metric = second_half_loss,
+    *,
+    ablations: Sequence[Ablation] = ("mean", "zero"),
+    heads: Sequence[Head] | None = None,
+    units: str = "nats of loss on the second copy",
+    batch_bytes: int = BATCH_BYTES,
+) -> dict[str, HeadEffects]:
+    """The change of `metric(run) -> [b]` when each head (of `heads`, default all) alone is ablated.
+
+    "mean" puts the head's mean z over the real tokens of `inputs` in its place, "zero" puts zero. The metric sees runs
+    of exactly these prompts, with their logits. Several heads of a layer share a batch, as many as `batch_bytes`
+    allows; the result is that of one forward a head, but for the kernels' rounding.
+
+    Raises CutawayError for a head that the model has not, and a metric that is not one number a row.
+    """
+    tokens = lm.tokens(inputs)
+    layers, _ = attention_layers(lm)
+    chosen = [(layer, head) for layer in layers for head in range(lm.n_heads)] if heads is None else list(heads)
+    for layer, head in chosen:
+        if layer not in layers or not 0 <= head < lm.n_heads:
+            raise CutawayError(
+                f"{lm.name} has no head {name((layer, head))}; it has {lm.n_heads} in each of the layers {layers}."
+            )
+    base = lm.run(tokens, capture=["blocks.*.resid_pre", "blocks.*.attn.z"], logits="all")
+    means = {layer: base[f"blocks.{layer}.attn.z"][tokens.mask].mean(0) for layer in layers}
+    before = _measured(metric, base)
+    shape = (lm.n_layers, lm.n_heads, len(tokens))
+    change = {ablation: torch.full(shape, torch.nan, dtype=torch.float64) for ablation in ablations}
+    b, p = tokens.ids.shape
+    row_bytes = 4 * p * (lm.d_vocab + 2 * lm.n_heads * p + 8 * lm.d_model)
+    at_once = max(1, batch_bytes // (b * row_bytes))
+    with Progress("ablating heads", total=len(chosen) * len(change), unit="heads") as progress:
+        for layer in sorted({layer for layer, _ in chosen}):
+            cells = [(ablation, head) for ablation in change for at, head in chosen if at == layer]
+            for start in range(0, len(cells), at_once):
+                part = cells[start : start + at_once]
+                edits = [
+                    _edit(layer, head, ablation, means, range(i * b, (i + 1) * b))
+                    for i, (ablation, head) in enumerate(part)
+                ]
+                source = _tiled(base, f"blocks.{layer}.resid_pre", len(part))
+                run = lm.run(source.tokens, edits=edits, logits="all", resume=source)
+                assert run.logits is not None
+                for i, (ablation, head) in enumerate(part):
+                    rows = slice(i * b, (i + 1) * b)
+                    seen = replace(run, tokens=tokens, logits=run.logits[rows], receipts=(run.receipts[i],))
+                    change[ablation][layer, head] = _measured(metric, seen) - before
+                progress.advance(len(part))
+    return {a: HeadEffects(lm.name, values, before, a, units) for a, values in change.items()}
+
+
+def _edit(layer: int, head: int, ablation: str, means: dict[int, Tensor], rows: Sequence[int]) -> Edit:
+    site = f"blocks.{layer}.attn.z"
+    if ablation == "zero":
+        return zero(site, heads=head, rows=list(rows))
+    if ablation == "mean":
+        return mean(site, means[layer][[head]], heads=head, rows=list(rows))
+    raise CutawayError(f"ablation={ablation!r} is not 'mean' or 'zero'.")
+
+
+def _tiled(run: Run, site: str, times: int) -> Run:
+    """The run as if its batch had been given several times over, holding one site: something to resume from."""
+    order = list(range(len(run.tokens))) * times
+    tokens: Tokens = run.tokens[order]
+    return replace(run, tokens=tokens, logits=None, values={site: run[site].repeat(times, 1, 1)})
+
+
+def _measured(metric: Metric, run: Run) -> Tensor:
+    values = metric(run)
+    if not isinstance(values, Tensor) or values.shape != (len(run.tokens),):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise CutawayError("The metric of an ablation returns one number for each row of the run, as a tensor.")
+    return values.detach().double().cpu()

@@ -1,0 +1,124 @@
+"""How far a lens is from what the model says, layer by layer, on text that it was not trained on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.progress import Progress
+from cutaway.artifacts.results import Control, Effect, interval_text
+from cutaway.artifacts.statistics import bootstrap_interval, false_discovery, paired_t_p
+from cutaway.model.language_model import LanguageModel
+from cutaway.observe.lens.logit_lens import stream_sites
+from cutaway.observe.lens.tuned_lens import TunedLens, lens_kl, lens_streams
+
+_ROWS_AT_ONCE = 8
+
+
+@dataclass(frozen=True, eq=False)
+class LensEvaluation:
+    """Mean KL(final || lens) in nats of each row, float64 [L, n rows]: of the logit lens and of the tuned lens.
+
+    `layers` are the L sites before the last layer's output, where both are exact. `constant` [n rows] is the KL of the
+    best that needs no input at all, the mean of the model's answers over all these tokens: a lens above it reads
+    nothing.
+    """
+
+    model: str
+    layers: tuple[str, ...]
+    logit: Tensor
+    tuned: Tensor
+    constant: Tensor
+    tokens: int
+
+    def effects(self) -> list[Effect]:
+        """One result a layer: the tuned lens's KL, beside the logit lens's."""
+        n = self.logit.shape[1]
+        return [
+            Effect(
+                name=f"KL(final ‖ tuned lens) at {layer}",
+                value=float(tuned.mean()),
+                n=n,
+                interval=bootstrap_interval(tuned.numpy()),
+                controls=(
+                    Control("logit lens", float(logit.mean()), bootstrap_interval(logit.numpy()), n),
+                    Control("mean answer, no input", float(self.constant.mean()), None, n),
+                ),
+                ablation="none",
+                units="nats",
+            )
+            for layer, tuned, logit in zip(self.layers, self.tuned, self.logit, strict=True)
+        ]
+
+    @property
+    def q(self) -> tuple[float, ...]:
+        """For each layer: the rate of false discoveries among all whose two lenses differ as surely (Student's t)."""
+        return tuple(false_discovery(paired_t_p((self.logit - self.tuned).numpy())).tolist())
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "rows": self.logit.shape[1],
+            "tokens": self.tokens,
+            "effects": [effect.to_json() for effect in self.effects()],
+            "mean_difference": [
+                {"layer": layer, "value": float(gap.mean()), "interval": list(bootstrap_interval(gap.numpy())), "q": q}
+                for layer, gap, q in zip(self.layers, self.logit - self.tuned, self.q, strict=True)
+            ],
+        }
+
+    def __str__(self) -> str:
+        n = self.logit.shape[1]
+        lines = [
+            f"KL(final ‖ lens) in nats, {self.model}, {n} held-out rows, {self.tokens:,} tokens [95 % over rows]",
+            f"  {'':<22}{'logit lens':>24}{'tuned lens':>24}{'logit − tuned':>24}{'q':>9}",
+        ]
+        for layer, logit, tuned, q in zip(self.layers, self.logit, self.tuned, self.q, strict=True):
+            cells = []
+            for values in (logit, tuned, logit - tuned):
+                low, high = bootstrap_interval(values.numpy())
+                cells.append(f"{float(values.mean()):.3f} {interval_text((low, high))}")
+            lines.append(f"  {layer:<22}" + "".join(f"{cell:>24}" for cell in cells) + f"{q:>9.2g}")
+        lines.append(f"  mean answer, no input: {float(self.constant.mean()):.3f}")
+        return "\n".join(lines)
+
+
+def evaluate_lens(lm: LanguageModel, lens: TunedLens, rows: Tensor) -> LensEvaluation:
+    """Measure logit lens and tuned lens on rows of token ids [n, p] that the lens was not trained on.
+
+    Each row's first token and BOS are left out, as in training. Raises CutawayError for a lens of another model, and
+    for fewer than two rows, which have no interval.
+    """
+    lens.check(lm)
+    if len(rows) < 2:
+        raise CutawayError("A lens is judged on two held-out rows or more; give more text.")
+    rows = rows.to(lm.device)
+    sites = stream_sites(lm)[:-1]
+    sums = torch.zeros(2, len(sites), len(rows), dtype=torch.float64)
+    counts = torch.zeros(len(rows), dtype=torch.float64)
+    entropy = torch.zeros(len(rows), dtype=torch.float64)
+    mass = torch.zeros(len(rows), lm.d_vocab)
+    with Progress("judging the lens", total=len(rows), unit="rows") as progress, torch.no_grad():
+        for start in range(0, len(rows), _ROWS_AT_ONCE):
+            piece = rows[start : start + _ROWS_AT_ONCE]
+            for row, streams, final in lens_streams(lm, piece):
+                where = row.cpu() + start
+                counts.index_add_(0, where, torch.ones(len(where), dtype=torch.float64))
+                p = final.exp()
+                surprise = torch.where(p > 0, p * final, torch.zeros((), device=p.device)).sum(-1)
+                entropy.index_add_(0, where, surprise.double().cpu())
+                mass.index_add_(0, where, p.cpu())
+                for i, (site, stream) in enumerate(zip(sites, streams, strict=True)):
+                    for which, read in enumerate((stream, lens.translate(site, stream))):
+                        kl = lens_kl(lm.unembed(read).float().log_softmax(-1), final)
+                        sums[which, i].index_add_(0, where, kl.double().cpu())
+            progress.advance(len(piece))
+    mean = (mass.sum(0).double() / counts.sum()).clamp(min=1e-30)
+    constant = (entropy - mass.double() @ mean.log()) / counts
+    logit, tuned = sums / counts
+    names = ("embed", *sites[1:])
+    return LensEvaluation(lm.name, names, logit, tuned, constant, int(counts.sum()))

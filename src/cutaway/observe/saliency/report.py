@@ -1,0 +1,279 @@
+"""What saliency maps are worth: the randomised-weights check, agreement between methods, and a deletion test.
+
+- Sanity (Adebayo et al. 2018): the rank correlation between a map of the model and the map of the same prompt after
+  its layers, from the top down, and at last everything, were given new random weights. Near zero is good: the map is
+  about what was learned. Near one: it would look the same without training.
+- Agreement: the rank correlation between two methods' maps of one prompt.
+- Deletion (DeYoung et al. 2020's comprehensiveness): how far the metric falls when the tokens that a method ranks
+  highest are replaced by the mean embedding, beside as many random tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.progress import Progress
+from cutaway.artifacts.results import Control, Effect
+from cutaway.artifacts.statistics import bootstrap_interval
+from cutaway.model.language_model import LanguageModel
+from cutaway.observe.saliency.methods import (
+    METHODS,
+    NOT_SHOWN,
+    Baseline,
+    Method,
+    Question,
+    TokenAttribution,
+    attribute,
+    baseline_vector,
+    occluded,
+    question,
+)
+from cutaway.observe.untrained import cascade
+
+
+def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Spearman's rho; NaN for fewer than three tokens or where one side does not vary."""
+    from scipy.stats import spearmanr
+
+    if len(a) < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
+        return float("nan")
+    found: Any = spearmanr(a, b)
+    return float(found.statistic)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Correlation of maps before and after some weights were made random: signed, and of magnitudes alone; means over
+    prompts and seeds, with an interval over prompts."""
+
+    randomised: str
+    signed: float
+    magnitude: float
+    interval: tuple[float, float]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "randomised": self.randomised,
+            "signed": self.signed,
+            "magnitude": self.magnitude,
+            "interval": list(self.interval),
+        }
+
+
+@dataclass(frozen=True)
+class MethodReport:
+    """One method: its maps, its stages of randomisation (the last is everything), and its deletion test."""
+
+    method: Method
+    maps: tuple[TokenAttribution, ...]
+    stages: tuple[Stage, ...]
+    deletion: Effect
+    not_shown: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "method": self.method,
+            "maps": [one.to_json() for one in self.maps],
+            "sanity": [stage.to_json() for stage in self.stages],
+            "deletion": self.deletion.to_json(),
+            "not_shown": self.not_shown,
+        }
+
+
+@dataclass(frozen=True)
+class SaliencyReport:
+    """Maps of several methods on the same prompts. `agreement[a, b]` is the mean rank correlation of two methods."""
+
+    methods: tuple[MethodReport, ...]
+    agreement: dict[tuple[str, str], float]
+    model: str
+
+    def to_json(self) -> dict[str, Any]:
+        pairs = [{"methods": list(pair), "rank_correlation": value} for pair, value in self.agreement.items()]
+        return {"model": self.model, "methods": [one.to_json() for one in self.methods], "agreement": pairs}
+
+    def __str__(self) -> str:
+        lines = []
+        for one in self.methods:
+            lines += [str(found) for found in one.maps]
+            stages = ", ".join(f"{s.randomised} {s.signed:+.2f} (|·| {s.magnitude:+.2f})" for s in one.stages)
+            control = one.deletion.controls[0]
+            lines += [
+                f"  rank correlation with untrained weights: {stages}",
+                f"  {one.deletion.name}: {one.deletion.value:+.2f}, {control.name} {control.value:+.2f}",
+                f"  what it does not show: {one.not_shown}",
+            ]
+        lines += [f"agreement of {a} and {b}: {value:+.2f}" for (a, b), value in self.agreement.items()]
+        return "\n".join(lines)
+
+
+def saliency(
+    lm: LanguageModel,
+    prompts: str | Sequence[Any],
+    answer: str | int | Sequence[str | int],
+    wrong: Any = None,
+    *,
+    methods: Sequence[Method] = METHODS,
+    baseline: Baseline = "mean",
+    steps: int | None = None,
+    seeds: int = 2,
+    draws: int = 20,
+    share: float = 0.25,
+    seed: int = 0,
+    command: str | None = None,
+) -> SaliencyReport:
+    """Maps of every method on every prompt (texts, or rows of token ids), with the checks beside them.
+
+    The model is never changed.
+    `answer` and `wrong` are for all prompts, or lists with one for each; `baseline` is integrated gradients' and
+    occlusion's ("delete" for occlusion alone); `seeds` is how many untrained models are compared, `draws` how many
+    random sets of tokens stand beside the deletion of the top `share` of tokens.
+
+    Raises CutawayError: an answer that is not one token, an unknown method, a model that cannot be built anew.
+    """
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not methods or any(method not in METHODS for method in methods):
+        unknown = ", ".join(repr(m) for m in methods if m not in METHODS)
+        raise CutawayError(f"There is no saliency method {unknown or '(none)'}; use some of {', '.join(METHODS)}.")
+    if baseline == "delete" and "integrated-gradients" in methods:
+        raise CutawayError(
+            "Deleting tokens is a baseline of occlusion alone; integrated gradients take zero, pad, mean."
+        )
+    asked = [
+        question(lm, text, a, w)
+        for text, a, w in zip(texts, _each(answer, len(texts)), _each(wrong, len(texts)), strict=True)
+    ]
+    maps: dict[Method, list[TokenAttribution]] = {
+        m: [attribute(lm, one, m, baseline=baseline, steps=steps) for one in asked] for m in methods
+    }
+    stages = _sanity(lm, asked, maps, baseline, steps, seeds, seed)
+    reports = [
+        MethodReport(
+            method,
+            tuple(maps[method]),
+            tuple(stages[method]),
+            deletion(lm, asked, maps[method], share=share, draws=draws, seed=seed, command=command),
+            NOT_SHOWN[method],
+        )
+        for method in methods
+    ]
+    agreement = {
+        (a, b): _mean([rank_correlation(x.values, y.values) for x, y in zip(maps[a], maps[b], strict=True)])
+        for i, a in enumerate(methods)
+        for b in methods[i + 1 :]
+    }
+    return SaliencyReport(tuple(reports), agreement, lm.name)
+
+
+def _each(value: Any, n: int) -> list[Any]:
+    if value is None or isinstance(value, (str, int)):
+        return [value] * n
+    given = list(value)
+    if len(given) != n:
+        raise CutawayError(f"{len(given)} answers for {n} prompts; give one, or one for each prompt.")
+    return given
+
+
+def _mean(values: Sequence[float]) -> float:
+    known = [value for value in values if np.isfinite(value)]
+    return float(np.mean(known)) if known else float("nan")
+
+
+def _sanity(
+    lm: LanguageModel,
+    asked: Sequence[Question],
+    maps: dict[Method, list[TokenAttribution]],
+    baseline: Baseline,
+    steps: int | None,
+    seeds: int,
+    seed: int,
+) -> dict[Method, list[Stage]]:
+    """Every method's correlation with its own maps, stage by stage of the cascade."""
+    signed: dict[tuple[Method, str], list[list[float]]] = {}
+    magnitude: dict[tuple[Method, str], list[list[float]]] = {}
+    with Progress("randomising weights", None, unit="models") as progress:
+        for draw in range(seeds):
+            for stage, model in cascade(lm, seed + draw):
+                for method, trained in maps.items():
+                    # what the integral needed in the trained model is enough to compare ranks by
+                    points = max((t.steps or 32 for t in trained), default=32) if steps is None else steps
+                    found = [attribute(model, one, method, baseline=baseline, steps=min(points, 128)) for one in asked]
+                    pairs = list(zip(trained, found, strict=True))
+                    signed.setdefault((method, stage), []).append(
+                        [rank_correlation(a.values, b.values) for a, b in pairs]
+                    )
+                    magnitude.setdefault((method, stage), []).append(
+                        [rank_correlation(np.abs(a.values), np.abs(b.values)) for a, b in pairs]
+                    )
+                progress.advance(note=stage)
+    return {
+        method: [
+            Stage(
+                stage,
+                _mean(np.ravel(rows).tolist()),
+                _mean(np.ravel(magnitude[m, stage]).tolist()),
+                _over_prompts(rows),
+            )
+            for (m, stage), rows in signed.items()
+            if m == method
+        ]
+        for method in maps
+    }
+
+
+def _over_prompts(rows: list[list[float]]) -> tuple[float, float]:
+    """Interval of the mean over prompts, each prompt averaged over seeds [seeds][prompts]."""
+    each = np.array(rows, dtype=float)
+    if np.isnan(each).all(0).any():
+        each = each[:, ~np.isnan(each).all(0)]
+    return bootstrap_interval(np.nanmean(each, axis=0)) if each.size else (float("nan"), float("nan"))
+
+
+def deletion(
+    lm: LanguageModel,
+    asked: Sequence[Question],
+    maps: Sequence[TokenAttribution],
+    *,
+    share: float = 0.25,
+    draws: int = 20,
+    seed: int = 0,
+    command: str | None = None,
+) -> Effect:
+    """How far the metric falls when the top `share` of tokens of each map get the mean embedding, all at once.
+
+    The control replaces as many random tokens, `draws` times. A beginning-of-text is neither ranked nor drawn.
+    """
+    vector = baseline_vector(lm, "mean")
+    generator = np.random.default_rng(seed)
+    falls, control = [], []
+    for one, found in zip(asked, maps, strict=True):
+        places = [i for i, token in enumerate(one.ids) if not (i == 0 and token == lm.bos_id)]
+        k = max(1, round(share * len(places)))
+        top = sorted(places, key=lambda i: -found.values[i])[:k]
+        drawn = [sorted(generator.choice(places, size=k, replace=False).tolist()) for _ in range(draws)]
+        after = occluded(lm, one, [sorted(top), *drawn], vector).double().cpu().numpy()
+        fall = found.value - after
+        falls.append(float(fall[0]))
+        control.append(float(fall[1:].mean()))
+    return Effect(
+        name=f"fall without the top {share:.0%} of tokens",
+        value=float(np.mean(falls)),
+        n=len(falls),
+        interval=bootstrap_interval(falls) if len(falls) > 1 else None,
+        controls=(
+            Control(
+                "as many random tokens",
+                float(np.mean(control)),
+                bootstrap_interval(control) if len(control) > 1 else None,
+                draws,
+            ),
+        ),
+        ablation="embedding replaced by the mean embedding",
+        units="logits",
+        command=command,
+    ).require_controls()
