@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cutaway.artifacts.errors import CutawayError
-from cutaway.artifacts.results import Control, Effect, MissingControls
+from cutaway.artifacts.errors import CutawayError, MissingControls
+from cutaway.artifacts.results import Control, Effect
 
 numbers = st.floats(allow_nan=False)  # NaN is unequal to itself; see the test below
 intervals = st.none() | st.tuples(numbers, numbers)

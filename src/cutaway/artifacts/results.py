@@ -6,10 +6,11 @@ ablation that was used. A page or a report calls `require_controls` and so refus
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.command import current_command
+from cutaway.artifacts.errors import MissingControls
 
 Interval = tuple[float, float]
 
@@ -34,10 +35,6 @@ def interval_text(interval: Interval | None, decimals: int = 3, *, signed: bool 
 
 
 _MOST_DECIMALS = 9
-
-
-class MissingControls(CutawayError):
-    """An effect was to be shown without anything to compare it with."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +98,8 @@ class Effect:
 
     `value` is in `units` (such as "nats", "logit difference", "probability"), the mean over `n` examples, with its 95 %
     `interval`; `ablation` names what was done to the model ("mean ablation", "patch from the corrupt run", "none");
-    `command` is the command line that measures it again; `choices` are there where the effect is causal.
+    `command` is the command line that measures it again (the one that is running, else
+    None); `choices` are there where the effect is causal.
     """
 
     name: str
@@ -111,7 +109,7 @@ class Effect:
     controls: tuple[Control, ...]
     ablation: str
     units: str
-    command: str | None = None
+    command: str | None = field(default_factory=current_command)
     choices: Choices | None = None
 
     def require_controls(self) -> "Effect":

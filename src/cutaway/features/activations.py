@@ -42,7 +42,7 @@ def fires(
 ) -> Iterator[Firing]:
     """The active latents of a corpus, a few rows at a time. `index` chooses rows.
 
-    A row's first token, BOS and padding are left out, as they are in training (`counted` in `data/harvest/activations.py`).
+    A row's first token, BOS and padding are left out, as they are in training (`counted` of the harvest).
     """
     width = width_of(rows)
     chosen = list(range(len(rows))) if index is None else list(index)

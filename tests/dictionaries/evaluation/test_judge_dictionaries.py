@@ -9,8 +9,8 @@ from scipy import stats
 from tiny_llama import tiny_llama
 from torch import Tensor
 
-from cutaway.artifacts.errors import CutawayError
-from cutaway.artifacts.results import Effect, MissingControls
+from cutaway.artifacts.errors import CutawayError, MissingControls
+from cutaway.artifacts.results import Effect
 from cutaway.data.harvest.activations import harvest
 from cutaway.dictionaries.dictionary import Dictionary, Port, ReLU, TopK
 from cutaway.dictionaries.evaluation.evaluate import evaluate

@@ -1,0 +1,138 @@
+"""What every result can do: print itself in a few lines, be JSON, a table, a drawing, and a file of any of these."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from markupsafe import Markup
+
+from cutaway.artifacts.command import current_command
+from cutaway.artifacts.errors import BadFile, MissingExtra
+from cutaway.artifacts.files import atomic_path, write_text
+from cutaway.draw.page import page_html, write_page
+from cutaway.draw.style import stylesheet
+
+if TYPE_CHECKING:
+    import pandas
+    import pyarrow
+
+SUFFIXES = (".json", ".html", ".svg", ".csv", ".parquet")
+
+
+class Result(ABC):
+    """The base of every result. A subclass says what it holds; printing, tables and files follow.
+
+    A subclass is a dataclass with `repr=False`, so that `__repr__` is this one.
+    """
+
+    title: ClassVar[str] = ""
+    """What the result is, in a heading: "Logit lens"."""
+
+    @abstractmethod
+    def summary(self) -> str:
+        """A few lines of plain text: what was measured, on what, and the figures that matter (at most 12 lines)."""
+
+    @abstractmethod
+    def to_json(self) -> Any:
+        """The whole result as plain data, such as `json.dumps` takes."""
+
+    @abstractmethod
+    def rows(self) -> Sequence[Mapping[str, Any]]:
+        """One flat mapping per figure, all with the same keys: what a table of the result holds."""
+
+    @abstractmethod
+    def drawing(self) -> Markup:
+        """The drawing that the command makes of it: HTML with SVG inside, without a page around it."""
+
+    def __repr__(self) -> str:
+        return self.summary()
+
+    def _repr_html_(self) -> str:
+        # a frame of its own: a notebook's styles and these do not meet
+        page = f"<!doctype html><style>{stylesheet()}</style>{self.drawing()}"
+        return (
+            f'<iframe srcdoc="{escape(page)}" sandbox="allow-scripts" style="width:100%;border:0" height="480"'
+            f' title="{escape(self.title)}"></iframe>'
+        )
+
+    def to_frame(self) -> pandas.DataFrame:
+        """`rows()` as a pandas DataFrame. Raises `MissingExtra` where pandas is not installed."""
+        try:
+            import pandas
+        except ImportError as error:
+            raise MissingExtra("to_frame() needs pandas: pip install 'cutaway[pandas]'") from error
+        return pandas.DataFrame([dict(row) for row in self.rows()])
+
+    def save(self, path: str | Path) -> Path:
+        """Write the result as what the path's suffix names, and return the path.
+
+        .json is `to_json()`, .csv and .parquet are `rows()`, .svg is the drawing's (first) picture, .html a page that
+        needs no network. Raises `BadFile` for another suffix, or where a page would replace a file that is none.
+        """
+        path = Path(path)
+        suffix = path.suffix.lower()
+        if suffix == ".json":
+            _refuse_other(path, b"{", b"[")
+            write_text(path, json.dumps(self.to_json(), indent=2, ensure_ascii=False) + "\n")
+        elif suffix == ".html":
+            page = page_html(
+                title=self.title, sections=[("", "", self.drawing())], lead=self.summary(), command=current_command()
+            )
+            write_page(path, page)
+        elif suffix == ".svg":
+            _refuse_other(path, b"<svg")
+            write_text(path, svg_of(self.drawing(), self.title))
+        elif suffix in (".csv", ".parquet"):
+            _write_table(path, _table(self.rows()))
+        else:
+            raise BadFile(f"{path.name}: a result is saved as one of {', '.join(SUFFIXES)}")
+        return path
+
+
+def svg_of(drawing: str, title: str) -> str:
+    """The first SVG element of a drawing as a file of its own, with the stylesheet inside. `BadFile` if it has none."""
+    drawing = str(drawing)  # plain text: Markup would escape what is added
+    start = drawing.find("<svg")
+    end = drawing.find("</svg>", start)
+    if start < 0 or end < 0:
+        raise BadFile(f"the drawing of “{title}” is no SVG: save it as .html")
+    picture = drawing[start : end + len("</svg>")]
+    head, rest = picture.split(">", 1)
+    if "xmlns=" not in head:
+        head += ' xmlns="http://www.w3.org/2000/svg"'
+    return f"{head}><style>{stylesheet()}</style>{rest}\n"
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> pyarrow.Table:
+    import pyarrow
+
+    return pyarrow.Table.from_pylist([dict(row) for row in rows])
+
+
+def _write_table(path: Path, table: pyarrow.Table) -> None:
+    _refuse_other(path, b"PAR1" if path.suffix.lower() == ".parquet" else f'"{table.column_names[0]}"'.encode())
+    with atomic_path(path) as temporary:
+        if path.suffix.lower() == ".csv":
+            from pyarrow import csv
+
+            csv.write_csv(table, temporary)
+        else:
+            from pyarrow import parquet
+
+            parquet.write_table(table, temporary)
+
+
+def _refuse_other(path: Path, *beginnings: bytes) -> None:
+    """Raise `BadFile` where `path` is a file that begins otherwise: it may be somebody's input."""
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        head = file.read(64).lstrip()
+    if head and not head.startswith(beginnings):
+        kind = path.suffix[1:].upper()
+        raise BadFile(f"{path} exists and is no {kind} file of a result; name another file, or move it")
