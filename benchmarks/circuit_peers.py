@@ -72,13 +72,13 @@ def cutaway(load: Load) -> Method:
     from cutaway.causal.attribution.attribution_patching import attribution_patching
     from cutaway.causal.circuits.gradient_scores import eap, eap_ig
     from cutaway.causal.circuits.runs import run_circuits
-    from cutaway.causal.graph import Graph
+    from cutaway.causal.edge_graph import EdgeGraph
     from cutaway.data.pairs import PromptPair, align
     from cutaway.model.language_model import attach
 
     lm = attach(AutoModelForCausalLM.from_pretrained(load.folder).eval(), name="random")
     touch(lm.hf)
-    graph = Graph.of(lm)
+    graph = EdgeGraph.of(lm)
     data = load_file(load.data)
     rows = zip(*(data[name].tolist() for name in COLUMNS), strict=True)
     pairs = align(lm, [PromptPair(tuple(a), tuple(b), answer, wrong) for a, b, answer, wrong in rows], strict=True)

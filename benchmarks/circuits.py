@@ -41,7 +41,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from cutaway.artifacts.files import write_json, write_text
-from cutaway.causal.graph import Graph
+from cutaway.causal.edge_graph import EdgeGraph
 
 SIZES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """Edges kept, as parts of all: those of MIB."""
@@ -214,7 +214,7 @@ def places(found: Sequence[str], wanted: Sequence[str]) -> list[int]:
     return [index[name] for name in wanted]
 
 
-def in_order(scores: Tensor, worker: Worker, graph: Graph) -> Tensor:
+def in_order(scores: Tensor, worker: Worker, graph: EdgeGraph) -> Tensor:
     """A method's matrix with rows and columns in the graph's order, by name."""
     return scores[places(worker.sources, graph.sources)][:, places(worker.destinations, graph.destinations)]
 
@@ -276,7 +276,7 @@ def scores_row(bench: Bench, setting: Setting, task: str) -> Row:
     """Edge scores by gradient at one point or along the path of embeddings, both methods, every real edge."""
     titles = {"eap": "EAP", "eap_ig": f"EAP-IG-inputs, m = {setting.steps}"}
     row = Row(task, f"{titles[task]}; {setting}")
-    graph = Graph(setting.n_layers, setting.n_heads)
+    graph = EdgeGraph(setting.n_layers, setting.n_heads)
     options = {"steps": setting.steps} if task == "eap_ig" else {}
     with bench.worker("eap_ig", setting) as theirs:  # not the one that is measured, which is fresh
         its = fastest_batch(theirs, task, options, setting.n)
@@ -299,7 +299,7 @@ def scores_row(bench: Bench, setting: Setting, task: str) -> Row:
 def circuits_row(bench: Bench, setting: Setting) -> Row:
     """Ten circuits of growing size, corrupt activations outside."""
     row = Row("circuits", f"ten circuits, {SIZES[0]:.1%} to {SIZES[-1]:.0%} of the edges; {setting}")
-    graph = Graph(setting.n_layers, setting.n_heads)
+    graph = EdgeGraph(setting.n_layers, setting.n_heads)
     with bench.worker("cutaway", setting) as worker:
         scores = worker.first("eap_ig", {"steps": setting.steps})[0]["scores"]
     masks = torch.stack([graph.prune(graph.top(scores, max(1, round(size * graph.n_edges)))) for size in SIZES])
@@ -333,7 +333,7 @@ def circuits_row(bench: Bench, setting: Setting) -> Row:
 def transformerlens_row(bench: Bench, setting: Setting, task: str) -> Row:
     """TransformerLens' own attribution patching (denoising, m = 1); it takes pairs one by one, so few of them."""
     row = Row(f"transformerlens-{task}", f"attribution patching of {task}, denoising; {setting}")
-    graph = Graph(setting.n_layers, setting.n_heads)
+    graph = EdgeGraph(setting.n_layers, setting.n_heads)
     with bench.worker("cutaway", setting) as ours, bench.worker("transformerlens", setting) as theirs:
         mine, mine_peak = ours.first(task)
         its, its_peak = theirs.first(task)

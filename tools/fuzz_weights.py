@@ -120,9 +120,9 @@ def _mend_probe(folder: Path) -> None:
 def _circuit(folder: Path) -> None:
     from cutaway.artifacts.results import Choices, Control, Effect
     from cutaway.causal.circuits.evidence import Evidence
-    from cutaway.causal.graph import Graph
+    from cutaway.causal.edge_graph import EdgeGraph
 
-    graph = Graph(2, 2)
+    graph = EdgeGraph(2, 2)
     scores = torch.randn(graph.shape, generator=torch.Generator().manual_seed(0))
     mask = (scores > 1.0) & graph.real
     choices = Choices("edge", "every edge", "resample", "all", "complement", "10 pairs")

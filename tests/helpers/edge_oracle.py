@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cutaway.causal.graph import Graph
+from cutaway.causal.edge_graph import EdgeGraph
 from cutaway.model.language_model import LanguageModel
 from cutaway.model.tokens import Tokens
 
 
 def run(
-    lm: LanguageModel, graph: Graph, tokens: Tokens, alpha: Tensor | None, other: list[Tensor] | None
+    lm: LanguageModel, graph: EdgeGraph, tokens: Tokens, alpha: Tensor | None, other: list[Tensor] | None
 ) -> tuple[Tensor, list[Tensor]]:
     """Logits at the last position [b, V] and what every source wrote, [b, p, d] each. alpha [F, G] or [p, F, G]."""
     current: list[Tensor] = []

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cutaway.causal.graph import Graph
+from cutaway.causal.edge_graph import EdgeGraph
 
 
 @dataclass(frozen=True)
@@ -22,13 +22,13 @@ class Toy:
     The embedding is one number a pair: `clean` [n], `corrupt` [n].
     """
 
-    graph: Graph
+    graph: EdgeGraph
     weights: Tensor
     clean: Tensor
     corrupt: Tensor
 
     @classmethod
-    def random(cls, graph: Graph, n: int = 12, seed: int = 0) -> "Toy":
+    def random(cls, graph: EdgeGraph, n: int = 12, seed: int = 0) -> "Toy":
         generator = torch.Generator().manual_seed(seed)
         weights = torch.randn(graph.shape, generator=generator, dtype=torch.float64) * 0.5
         clean = 1 + torch.rand(n, generator=generator, dtype=torch.float64)

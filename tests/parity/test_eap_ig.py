@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from cutaway.causal.graph import Graph
+from cutaway.causal.edge_graph import EdgeGraph
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 N, STEPS = 6, 5
@@ -63,7 +63,7 @@ class Methods:
     def __init__(self, circuits: Any, names: tuple[str, str], case: tuple[Path, Path], checkout: Path | None) -> None:
         model, pairs = case
         load = circuits.Load(str(model), str(pairs), 1, str(checkout or ""))
-        self.circuits, self.graph = circuits, Graph(LAYERS, HEADS)
+        self.circuits, self.graph = circuits, EdgeGraph(LAYERS, HEADS)
         self.workers = {name: circuits.Worker(name, load) for name in names}
 
     def values(self, name: str, task: str, **options: Any) -> dict[str, Tensor]:

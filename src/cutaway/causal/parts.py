@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.causal.graph import Graph
+from cutaway.causal.edge_graph import EdgeGraph
 from cutaway.data.pairs import AlignedPairs
 from cutaway.model.architecture.norms import Norm
 from cutaway.model.architecture.parts import Layer, Projection
@@ -72,7 +72,7 @@ class Reader:
         return product + self.constants[part][heads][:, None]
 
 
-def reader(lm: LanguageModel, graph: Graph, layer: int) -> Reader:
+def reader(lm: LanguageModel, graph: EdgeGraph, layer: int) -> Reader:
     """The reader of one layer, in fp32 or wider."""
     parts, norm = lm.family.layers[layer], lm.family.layers[layer].ln1
     dtype = torch.promote_types(lm.dtype, torch.float32)
@@ -83,7 +83,7 @@ def reader(lm: LanguageModel, graph: Graph, layer: int) -> Reader:
     with torch.no_grad():
         for part in PARTS:
             projection = parts.projection(part)
-            assert projection is not None  # Graph.of has looked
+            assert projection is not None  # EdgeGraph.of has looked
             w = by_part[part](layer).to(dtype)  # [H or KV, d, h]
             w = gained(norm, w.transpose(-1, -2)).transpose(-1, -2)
             at = torch.zeros(1, 1, lm.d_model, dtype=lm.dtype, device=lm.device) if bias is None else bias[None, None]
@@ -147,7 +147,7 @@ def by_query_head(projection: Projection, y: Tensor, repeats: int) -> dict[str, 
 def joined(projection: Projection, parts: dict[str, Tensor], y: Tensor, repeats: int) -> Tensor:
     """What stands in the place of a projection's output y; with repeated keys it is wider than y."""
     if repeats > 1 and projection.parts != ("q",):
-        (part,) = projection.parts  # Graph.of has looked: keys and values have a module each
+        (part,) = projection.parts  # EdgeGraph.of has looked: keys and values have a module each
         return parts[part].flatten(-2)
     return projection.join(parts, y)
 

@@ -15,13 +15,13 @@ from cutaway.artifacts.results import Choices
 from cutaway.causal.circuits.baselines import sized_circuit
 from cutaway.causal.circuits.circuit import Circuit
 from cutaway.causal.circuits.evidence import gather_evidence
-from cutaway.causal.graph import Graph
+from cutaway.causal.edge_graph import EdgeGraph
 from cutaway.model.language_model import LanguageModel
 
 CHOICES = Choices("edge", "every edge", "resample", "all", "complement", "10 pairs of a toy")
 
 
-def circuit_of(graph: Graph, mask: torch.Tensor, scores: torch.Tensor, **more: Any) -> Circuit:
+def circuit_of(graph: EdgeGraph, mask: torch.Tensor, scores: torch.Tensor, **more: Any) -> Circuit:
     model = ModelIdentity("toy", None, "0" * 64)
     manifest = Manifest.create("circuit", model=model, configuration={"scorer": "by hand"}, seed=0, command="cutaway")
     return Circuit(graph, mask, scores * mask, "toy", "logit difference", CHOICES, manifest, {"scorer": "x"}, **more)
@@ -29,7 +29,7 @@ def circuit_of(graph: Graph, mask: torch.Tensor, scores: torch.Tensor, **more: A
 
 @pytest.fixture(scope="module")
 def circuit() -> Circuit:
-    toy = Toy.random(Graph(2, 2), 10)
+    toy = Toy.random(EdgeGraph(2, 2), 10)
     scores = toy.weights.float()
     mask, asked = sized_circuit(toy.graph, scores, 15)
     per_pair = scores + 0.1 * torch.randn(10, *toy.graph.shape, generator=torch.Generator().manual_seed(0))
@@ -75,7 +75,7 @@ def test_the_file_is_read_back(circuit: Circuit, tmp_path: Path) -> None:
 
 
 def test_a_circuit_with_positions_is_read_back(tmp_path: Path) -> None:
-    graph = Graph(2, 2, columns=("subject", "other"))
+    graph = EdgeGraph(2, 2, columns=("subject", "other"))
     scores = torch.randn(graph.shape, generator=torch.Generator().manual_seed(0))
     mask, _ = sized_circuit(graph, scores, 20)
     found = circuit_of(graph, mask, scores)
@@ -166,11 +166,11 @@ def test_another_model_is_refused(circuit: Circuit, tiny: LanguageModel) -> None
     other = Circuit(circuit.graph, circuit.mask, circuit.scores, "t", "m", CHOICES, manifest)
     with pytest.raises(CutawayError, match="graph has 2 layers of 2 heads"):
         other.check_model(tiny)
-    graph = Graph.of(tiny)
+    graph = EdgeGraph.of(tiny)
     Circuit(graph, graph.full(), torch.zeros(graph.shape), "t", "m", CHOICES, manifest).check_model(tiny)
 
 
 def test_an_empty_circuit_has_no_evidence() -> None:
-    toy = Toy.random(Graph(2, 2), 10)
+    toy = Toy.random(EdgeGraph(2, 2), 10)
     with pytest.raises(CutawayError, match="The circuit is empty"):
         gather_evidence(toy, toy.graph, toy.graph.empty(), pairs="", choices=CHOICES)

@@ -15,12 +15,12 @@ from cutaway.causal.circuits.baselines import (
     sized_circuit,
     without_nodes,
 )
-from cutaway.causal.graph import Graph
+from cutaway.causal.edge_graph import EdgeGraph
 
-GRAPHS = (Graph(2, 2), Graph(3, 4), Graph(3, 4, parallel=True), Graph(2, 4, n_kv_heads=2))
+GRAPHS = (EdgeGraph(2, 2), EdgeGraph(3, 4), EdgeGraph(3, 4, parallel=True), EdgeGraph(2, 4, n_kv_heads=2))
 
 
-def on_a_path(graph: Graph, mask: Tensor) -> bool:
+def on_a_path(graph: EdgeGraph, mask: Tensor) -> bool:
     """Whether every edge lies on a path from the embedding to the logits: by following paths, one edge at a time."""
     edges = [(f, g) for f, g in mask.nonzero().tolist()]
     owner: dict[int, list[int]] = {
@@ -54,7 +54,7 @@ def test_random_circuits_have_their_size_and_hang_together(which: int, seed: int
 
 
 def test_random_circuits_differ_and_cover_the_graph() -> None:
-    graph = Graph(3, 4)
+    graph = EdgeGraph(3, 4)
     masks = random_circuits(graph, 40, 200, seed=0)
     often = masks.double().mean(0)[graph.real]
     assert float(often.min()) > 0  # every edge has its chance
@@ -62,7 +62,7 @@ def test_random_circuits_differ_and_cover_the_graph() -> None:
 
 
 def test_only_edges_between_nodes_of_a_circuit_join_it() -> None:
-    graph = Graph(2, 2)
+    graph = EdgeGraph(2, 2)
     assert graph.edges_of(joinable(graph, graph.empty())) == [("embed", "logits")]
     mask = graph.mask_of(["embed->L0H1.q", "L0H1->logits"])
     ends = {("embed", f"L0H1.{part}") for part in "qkv"} | {("embed", "logits"), ("L0H1", "logits")}
@@ -70,7 +70,7 @@ def test_only_edges_between_nodes_of_a_circuit_join_it() -> None:
 
 
 def test_random_circuits_with_positions() -> None:
-    graph = Graph(2, 2, columns=("a", "b"))
+    graph = EdgeGraph(2, 2, columns=("a", "b"))
     for n in (1, 2, 3, 9, graph.n_edges):
         for mask in random_circuits(graph, n, 5, seed=n):
             assert int(mask.sum()) == n
@@ -79,7 +79,7 @@ def test_random_circuits_with_positions() -> None:
 
 @pytest.mark.parametrize("select", ["greedy", "top"])
 @pytest.mark.parametrize("graph", GRAPHS)
-def test_sized_circuits_are_the_nearest_from_below_and_above(graph: Graph, select: str) -> None:
+def test_sized_circuits_are_the_nearest_from_below_and_above(graph: EdgeGraph, select: str) -> None:
     scores = torch.randn(graph.shape, generator=torch.Generator().manual_seed(3))
     sizes = {
         asked: int(select_edges(graph, scores, asked, select).sum())  # type: ignore[arg-type]
@@ -95,7 +95,7 @@ def test_sized_circuits_are_the_nearest_from_below_and_above(graph: Graph, selec
 
 
 def test_sizes_out_of_range_are_refused() -> None:
-    graph = Graph(2, 2)
+    graph = EdgeGraph(2, 2)
     for n in (0, -3, graph.n_edges + 1):
         with pytest.raises(CutawayError, match=f"1 to {graph.n_edges} edges"):
             sized_circuit(graph, torch.ones(graph.shape), n)
@@ -106,7 +106,7 @@ def test_sizes_out_of_range_are_refused() -> None:
 
 
 def test_taking_out_nodes_takes_out_what_they_write() -> None:
-    graph = Graph(2, 2)
+    graph = EdgeGraph(2, 2)
     mask = graph.mask_of(["embed->L0H1.q", "L0H1->L1H0.k", "L0H1->logits", "L1H0->logits"])
     names = [graph.sources[i] for i in nodes_of(graph, mask).nonzero().flatten()]
     assert names == ["embed", "L0H1", "L1H0"]

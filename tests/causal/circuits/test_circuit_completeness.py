@@ -9,14 +9,14 @@ from toy_graph import Toy
 from cutaway.artifacts.results import Choices
 from cutaway.causal.circuits.baselines import select_edges, without_nodes
 from cutaway.causal.circuits.completeness import completeness, greedy_subset, inner_nodes, minimality, self_repair
-from cutaway.causal.graph import Graph
+from cutaway.causal.edge_graph import EdgeGraph
 
 CHOICES = Choices("edge", "every edge", "resample", "all", "complement", "10 pairs of a toy")
 
 
 @pytest.fixture(scope="module")
 def toy() -> Toy:
-    return Toy.random(Graph(2, 2), 10, seed=3)
+    return Toy.random(EdgeGraph(2, 2), 10, seed=3)
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_minimality_takes_out_one_part_at_a_time(toy: Toy, mask: torch.Tensor) -
 
 
 def test_an_edge_of_no_weight_is_idle() -> None:
-    toy = Toy.random(Graph(2, 2), 10, seed=3)
+    toy = Toy.random(EdgeGraph(2, 2), 10, seed=3)
     f, g = toy.graph.edge("L0H0->logits")
     toy.weights[f, g] = 0
     edges, _, _ = minimality(toy, toy.graph, toy.graph.full(), choices=CHOICES, most=999)
@@ -104,7 +104,7 @@ def test_an_edge_of_no_weight_is_idle() -> None:
 
 def planted() -> Toy:
     """Two heads write the same to one MLP that saturates, so that one stands in for the other; a third writes too."""
-    graph = Graph(2, 4)
+    graph = EdgeGraph(2, 4)
     weights = torch.zeros(graph.shape, dtype=torch.float64)
     for name in ("embed->L0H0.q", "embed->L0H1.q", "embed->L0H2.q", "embed->L0H3.q"):
         weights[graph.edge(name)] = 2.0

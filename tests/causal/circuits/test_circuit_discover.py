@@ -22,7 +22,7 @@ from cutaway.causal.circuits.gradient_scores import EdgeScores, eap_ig, exchange
 from cutaway.causal.circuits.runs import run_circuits
 from cutaway.causal.circuits.scorers import exact
 from cutaway.causal.circuits.view import circuit_sections, lead
-from cutaway.causal.graph import Graph
+from cutaway.causal.edge_graph import EdgeGraph
 from cutaway.data.pairs import AlignedPairs, PromptPair, align
 from cutaway.model.language_model import LanguageModel, load
 
@@ -78,7 +78,7 @@ def test_an_edge_that_helps_has_a_score_above_zero(
 ) -> None:
     """Cut from the clean run, or put into the corrupt run, each edge moves the metric as its score says."""
     aligned = align(tiny, pairs[:6])
-    graph = Graph.of(tiny)
+    graph = EdgeGraph.of(tiny)
     scores = exact(tiny, aligned, metric, direction=direction)
     helps, per_pair = helpfulness(scores)
     places = graph.real.nonzero()[::9]
@@ -107,7 +107,7 @@ def test_a_faithfulness_to_reach(tiny: LanguageModel, pairs: list[PromptPair]) -
 
 def test_a_scorer_of_ones_own(tiny: LanguageModel, pairs: list[PromptPair]) -> None:
     def mine(lm: LanguageModel, aligned: AlignedPairs, metric: Any) -> EdgeScores:
-        graph, n = Graph.of(lm), len(aligned)
+        graph, n = EdgeGraph.of(lm), len(aligned)
         values = graph.real.float()
         values[0] = 2.0  # everything from the embedding first
         ends = torch.ones(n), torch.zeros(n)
@@ -168,7 +168,7 @@ def test_a_page_shows_everything(found: Circuit) -> None:
 def test_circuits_of_a_large_model_are_run_some_at_a_time(
     tiny: LanguageModel, pairs: list[PromptPair], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    aligned, graph = align(tiny, pairs[:8]), Graph.of(tiny)
+    aligned, graph = align(tiny, pairs[:8]), EdgeGraph.of(tiny)
     masks = torch.stack([graph.prune(torch.rand(graph.shape) < 0.6) for _ in range(19)])
     run = circuit_runner(tiny, aligned, "logit_difference", graph, "resample")
     whole = run(masks)
@@ -179,7 +179,7 @@ def test_circuits_of_a_large_model_are_run_some_at_a_time(
 
 
 def test_bad_input_is_told(tiny: LanguageModel, pairs: list[PromptPair]) -> None:
-    n = Graph.of(tiny).n_edges
+    n = EdgeGraph.of(tiny).n_edges
     for message, options in {
         "give one of them": {"size": 5, "fraction": 0.1},
         f"has {n} edges, so a circuit has 1 to that many; not {n + 1}": {"size": n + 1},
@@ -269,10 +269,10 @@ def test_what_cannot_be_searched_or_judged_is_refused(tiny: LanguageModel, pairs
             discover(tiny, pairs, size=9, force=True, **options)
     with pytest.raises(CutawayError, match="The scorer gave a Tensor; it must give EdgeScores"):
         discover(tiny, pairs, size=9, force=True, scorer=lambda *_: torch.zeros(3))  # type: ignore[arg-type,return-value]
-    other = Graph(tiny.n_layers + 1, tiny.n_heads, False, None, None)
+    other = EdgeGraph(tiny.n_layers + 1, tiny.n_heads, False, None, None)
     with pytest.raises(CutawayError, match="the graph of another model"):
         run_circuits(tiny, align(tiny, pairs), other.empty()[None], graph=other)
-    for asked in (lambda: eap_ig(tiny, pairs), lambda: run_circuits(tiny, pairs, Graph.of(tiny).empty()[None])):  # type: ignore[arg-type]
+    for asked in (lambda: eap_ig(tiny, pairs), lambda: run_circuits(tiny, pairs, EdgeGraph.of(tiny).empty()[None])):  # type: ignore[arg-type]
         with pytest.raises(CutawayError, match=r"the pairs are a list; give aligned ones: align\(lm, pairs\)"):
             asked()
     with pytest.raises(CutawayError, match=r"at least one step; got 1\.5"):

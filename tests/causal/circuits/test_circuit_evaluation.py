@@ -22,14 +22,14 @@ from cutaway.causal.circuits.faithfulness import (
     size_curve,
     smallest_faithful,
 )
-from cutaway.causal.graph import Graph
+from cutaway.causal.edge_graph import EdgeGraph
 
 CHOICES = Choices("edge", "every edge", "resample", "all", "complement", "12 pairs of a toy")
 
 
 @pytest.fixture(scope="module")
 def toy() -> Toy:
-    return Toy.random(Graph(2, 2), 12)
+    return Toy.random(EdgeGraph(2, 2), 12)
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +172,7 @@ def test_the_smallest_faithful_circuit(toy: Toy, scores: torch.Tensor, target: f
 
 
 def test_finer_grids_find_the_first_size_where_f_only_rises(scores: torch.Tensor) -> None:
-    graph = Graph(2, 2)
+    graph = EdgeGraph(2, 2)
     sizes: list[int] = []
 
     def run(masks: torch.Tensor) -> ToyRuns:

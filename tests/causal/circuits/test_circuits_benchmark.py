@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cutaway.causal.graph import Graph
+from cutaway.causal.edge_graph import EdgeGraph
 
 BENCHMARKS = Path(__file__).resolve().parents[3] / "benchmarks"
 
@@ -37,7 +37,7 @@ def test_pairs_differ_in_a_few_places_and_two_answers(modules, tmp_path: Path) -
 def test_rows_and_columns_are_found_by_name(modules) -> None:
     """A peer that orders its nodes otherwise gives the same matrix; one with other nodes is refused."""
     circuits, peers, _ = modules
-    graph = Graph(2, 3)
+    graph = EdgeGraph(2, 3)
     theirs = ["input", *(f"a{layer}.h{head}" for layer in (1, 0) for head in (2, 0, 1)), "m1", "m0"]
     parts = [f"a{layer}.h{head}<{part}>" for part in "vqk" for layer in (0, 1) for head in range(3)]
     columns = [peers.peer_name(name) for name in ["logits", "m0", "m1", *parts]]
@@ -49,7 +49,7 @@ def test_rows_and_columns_are_found_by_name(modules) -> None:
     )
     assert torch.equal(circuits.in_order(shuffled, worker, graph), ours)
     with pytest.raises(RuntimeError, match="the graphs differ"):
-        circuits.in_order(shuffled, worker, Graph(2, 2))
+        circuits.in_order(shuffled, worker, EdgeGraph(2, 2))
 
 
 def test_a_wrong_number_is_a_missed_target(modules) -> None:

@@ -21,7 +21,7 @@ from cutaway.causal.circuits.gradient_scores import (
 )
 from cutaway.causal.circuits.runs import run_circuits
 from cutaway.causal.circuits.scorers import exact, magnitude
-from cutaway.causal.graph import Graph
+from cutaway.causal.edge_graph import EdgeGraph
 from cutaway.causal.metrics import Targets
 from cutaway.causal.parts import first_column, start_of_stream
 from cutaway.data.pairs import AlignedPairs, PromptPair, align
@@ -30,12 +30,12 @@ from cutaway.model.language_model import LanguageModel
 CLOSE = 2e-6  # of the largest; results are kept in fp32
 
 
-def graph_of(lm: LanguageModel) -> Graph:
+def graph_of(lm: LanguageModel) -> EdgeGraph:
     """Grouped where heads share keys: the oracle knows no other. Elsewhere both are the same."""
-    return Graph.of(lm, grouped=True)
+    return EdgeGraph.of(lm, grouped=True)
 
 
-def ablated(lm: LanguageModel, graph: Graph, pairs: AlignedPairs) -> list[Tensor]:
+def ablated(lm: LanguageModel, graph: EdgeGraph, pairs: AlignedPairs) -> list[Tensor]:
     with torch.no_grad():
         return edge_oracle.run(lm, graph, pairs.corrupt, None, None)[1]
 
@@ -56,7 +56,7 @@ def starting_at(lm: LanguageModel, start: Tensor | None) -> Iterator[None]:
             handle.remove()
 
 
-def by_gradient(lm: LanguageModel, graph: Graph, pairs: AlignedPairs, start: Tensor | None = None) -> Tensor:
+def by_gradient(lm: LanguageModel, graph: EdgeGraph, pairs: AlignedPairs, start: Tensor | None = None) -> Tensor:
     """d metric / d alpha at 0 of every pair [n, F, G], for the clean prompts or another start of the stream.
 
     The change of a source stays corrupt − clean, wherever the gradient is taken.
@@ -162,8 +162,8 @@ def test_shared_keys_are_split_as_in_the_model_that_repeats_them(family: str) ->
     lm = double(family)
     big = repeated_heads(lm)
     assert lm.n_kv_heads < lm.n_heads
-    pairs, graph = pairs_for(lm), Graph.of(lm)
-    assert graph == Graph.of(big)
+    pairs, graph = pairs_for(lm), EdgeGraph.of(lm)
+    assert graph == EdgeGraph.of(big)
     for scorer in (eap, eap_ig, relp, exact, magnitude):
         assert_close(scorer(lm, pairs).values, scorer(big, pairs).values)
     masks = torch.stack([(torch.rand(graph.shape, generator=torch.Generator().manual_seed(2)) < 0.4) & graph.real])
@@ -175,7 +175,7 @@ def test_shared_keys_are_split_as_in_the_model_that_repeats_them(family: str) ->
 
 def test_a_group_is_the_sum_of_its_heads() -> None:
     lm = double("llama")
-    pairs, split, grouped = pairs_for(lm), Graph.of(lm), Graph.of(lm, grouped=True)
+    pairs, split, grouped = pairs_for(lm), EdgeGraph.of(lm), EdgeGraph.of(lm, grouped=True)
     one, two = eap(lm, pairs, graph=split).values, eap(lm, pairs, graph=grouped).values
     for layer in range(lm.n_layers):
         first, other = split.attention_destinations(layer).start, grouped.attention_destinations(layer).start
@@ -219,7 +219,7 @@ def test_positions_are_told_apart() -> None:
     lm = double("gpt2")
     pairs = pairs_for(lm, (7, 7, 7))
     names, columns = position_columns(pairs)
-    plain, graph = Graph.of(lm), Graph.of(lm, columns=names)
+    plain, graph = EdgeGraph.of(lm), EdgeGraph.of(lm, columns=names)
     assert graph.n_edges == 7 * plain.n_edges
     found = eap(lm, pairs, graph=graph, columns=columns)
     assert_close(found.values.sum(0), eap(lm, pairs, graph=plain).values)
@@ -314,13 +314,13 @@ def test_metrics_without_a_gradient_are_refused() -> None:
     with pytest.raises(CutawayError, match="at least one step"):
         eap_ig(lm, pairs, steps=0)
     with pytest.raises(CutawayError, match="columns="):
-        attribute_edges(lm, pairs, graph=Graph.of(lm, columns=("a",)))
+        attribute_edges(lm, pairs, graph=EdgeGraph.of(lm, columns=("a",)))
     assert all(parameter.requires_grad for parameter in lm.hf.parameters())
 
 
 def test_bad_circuits_are_refused() -> None:
     lm = double("llama")
-    pairs, graph = pairs_for(lm, (7, 6)), Graph.of(lm)
+    pairs, graph = pairs_for(lm, (7, 6)), EdgeGraph.of(lm)
     with pytest.raises(CutawayError, match="shape"):
         run_circuits(lm, pairs, graph.full())
     wrong = graph.empty()
@@ -380,7 +380,7 @@ def test_every_known_family_or_the_reason(family: str) -> None:
         lm = double(family)
     if lm.family.latent:
         with pytest.raises(CutawayError, match="latent attention"):
-            Graph.of(lm)
+            EdgeGraph.of(lm)
         return
     graph, pairs = graph_of(lm), pairs_for(lm)
     found = eap(lm, pairs, graph=graph).per_pair

@@ -10,7 +10,7 @@ from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.results import Choices
 from cutaway.causal.circuits.baselines import nodes_of, select_edges
 from cutaway.causal.circuits.stability import jaccard, overlap, resampled_circuits, stability
-from cutaway.causal.graph import Graph
+from cutaway.causal.edge_graph import EdgeGraph
 
 CHOICES = Choices("edge", "heads", "none", "all", "complement", "search pairs")
 
@@ -30,7 +30,7 @@ def test_jaccard_is_that_of_sets() -> None:
 
 @pytest.mark.parametrize("select", ["greedy", "top"])
 def test_resampled_circuits_by_a_loop(select: str) -> None:
-    graph = Graph(2, 2)
+    graph = EdgeGraph(2, 2)
     per_pair = torch.randn(9, *graph.shape, generator=torch.Generator().manual_seed(1)).masked_fill(~graph.real, 0)
     masks = resampled_circuits(graph, per_pair, 12, select=select, resamples=5, seed=4)  # type: ignore[arg-type]
     drawn = np.random.default_rng(4).multinomial(9, np.full(9, 1 / 9), size=5)
@@ -42,7 +42,7 @@ def test_resampled_circuits_by_a_loop(select: str) -> None:
 
 
 def test_overlap_by_sets_of_edges_and_nodes() -> None:
-    graph = Graph(2, 2)
+    graph = EdgeGraph(2, 2)
     whole = graph.mask_of(["embed->L0H1.q", "L0H1->logits", "embed->L1.mlp", "L1.mlp->logits"])
     first = graph.mask_of(["embed->L0H1.q", "L0H1->logits"])
     second = graph.mask_of(["embed->L0H1.k", "L0H1->logits", "embed->logits"])
@@ -55,7 +55,7 @@ def test_overlap_by_sets_of_edges_and_nodes() -> None:
 
 
 def test_one_kind_of_pair_is_perfectly_stable_and_noise_is_not() -> None:
-    graph = Graph(3, 4)
+    graph = EdgeGraph(3, 4)
     generator = torch.Generator().manual_seed(2)
     same = torch.randn(graph.shape, generator=generator).masked_fill(~graph.real, 0).expand(12, *graph.shape)
     noise = torch.randn(12, *graph.shape, generator=generator).masked_fill(~graph.real, 0)
@@ -73,7 +73,7 @@ def test_one_kind_of_pair_is_perfectly_stable_and_noise_is_not() -> None:
 
 
 def test_too_few_pairs_or_resamples_are_refused() -> None:
-    graph = Graph(2, 2)
+    graph = EdgeGraph(2, 2)
     few = torch.ones(7, *graph.shape)
     with pytest.raises(CutawayError, match="7 pairs are too few"):
         stability(graph, graph.full(), few, 9, choices=CHOICES)

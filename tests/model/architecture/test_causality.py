@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 import cutaway
 from cutaway.artifacts.errors import CutawayError
 from cutaway.causal.circuits.runs import run_circuits
-from cutaway.causal.graph import Graph
+from cutaway.causal.edge_graph import EdgeGraph
 from cutaway.causal.parts import first_column, shared_prefix
 from cutaway.data.pairs import PromptPair, align
 from cutaway.model.language_model import LanguageModel, attach
@@ -123,7 +123,7 @@ def test_circuits_share_no_prefix(lm: LanguageModel) -> None:
     pairs = align(lm, [PromptPair((4, 5, 6, 7, 8), (4, 5, 6, 17, 8), 8, 9)])
     assert first_column(lm, pairs) == 0
     assert shared_prefix(lm, pairs.clean, 3, check=False) is None
-    graph = Graph.of(lm)
+    graph = EdgeGraph.of(lm)
     # nothing in the circuit: the whole corrupt run, and all of it: the clean one
     masks = torch.stack([torch.zeros(graph.shape), graph.real]).bool()
     some = graph.real.clone()

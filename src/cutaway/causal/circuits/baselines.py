@@ -12,14 +12,16 @@ import torch
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.causal.graph import Graph
+from cutaway.causal.edge_graph import EdgeGraph
 
 Select = Literal["greedy", "top"]
 By = Literal["absolute", "signed"]
 _TRIES = 200
 
 
-def select_edges(graph: Graph, scores: Tensor, asked: int, select: Select = "greedy", by: By = "absolute") -> Tensor:
+def select_edges(
+    graph: EdgeGraph, scores: Tensor, asked: int, select: Select = "greedy", by: By = "absolute"
+) -> Tensor:
     """The pruned circuit of `asked` edges: grown from the logits ("greedy"), or the highest ones ("top")."""
     if select not in ("greedy", "top"):
         raise CutawayError(f"Edges are selected by 'greedy' or 'top', not by {select!r}.")
@@ -28,7 +30,7 @@ def select_edges(graph: Graph, scores: Tensor, asked: int, select: Select = "gre
 
 
 def sized_circuit(
-    graph: Graph,
+    graph: EdgeGraph,
     scores: Tensor,
     n: int,
     *,
@@ -59,7 +61,7 @@ def sized_circuit(
     return (best[few], few) if down else (best[many], many)
 
 
-def random_circuits(graph: Graph, n: int, count: int = 20, *, seed: int = 0) -> Tensor:
+def random_circuits(graph: EdgeGraph, n: int, count: int = 20, *, seed: int = 0) -> Tensor:
     """`count` random circuits of exactly n edges, all of them on paths from the embedding to the logits.
 
     Edges get random scores, n of them are grown from the logits and pruned as a real circuit's are, and what pruning
@@ -81,7 +83,7 @@ def random_circuits(graph: Graph, n: int, count: int = 20, *, seed: int = 0) -> 
     return torch.stack(circuits)
 
 
-def _filled(graph: Graph, mask: Tensor, n: int, generator: torch.Generator) -> Tensor | None:
+def _filled(graph: EdgeGraph, mask: Tensor, n: int, generator: torch.Generator) -> Tensor | None:
     """The pruned mask with random edges added up to n, or None where its nodes have no more."""
     mask = mask.clone()
     while (lacking := n - int(mask.sum())) > 0:
@@ -96,7 +98,7 @@ def _filled(graph: Graph, mask: Tensor, n: int, generator: torch.Generator) -> T
     return mask
 
 
-def joinable(graph: Graph, mask: Tensor) -> Tensor:
+def joinable(graph: EdgeGraph, mask: Tensor) -> Tensor:
     """The edges between nodes that a pruned mask holds (the embedding and the logits are always held)."""
     here = nodes_of(graph, mask)
     reads = (here.float() @ graph.owns.float()) > 0
@@ -105,7 +107,7 @@ def joinable(graph: Graph, mask: Tensor) -> Tensor:
     return (graph.real & here[:, None] & reads).expand(graph.shape)
 
 
-def _bridge(graph: Graph, mask: Tensor, generator: torch.Generator) -> None:
+def _bridge(graph: EdgeGraph, mask: Tensor, generator: torch.Generator) -> None:
     """Add embed -> a random new node -> logits."""
     flat = mask if graph.columns is None else mask[int(torch.randint(len(mask), (1,), generator=generator))]
     new = (~nodes_of(graph, mask)).nonzero().flatten()
@@ -118,13 +120,13 @@ def _bridge(graph: Graph, mask: Tensor, generator: torch.Generator) -> None:
     flat[node, -1] = True
 
 
-def nodes_of(graph: Graph, mask: Tensor) -> Tensor:
+def nodes_of(graph: EdgeGraph, mask: Tensor) -> Tensor:
     """Which sources write to an edge of the mask: bool [..., F] for masks [..., F, G] (at any position)."""
     at_all = mask if graph.columns is None else mask.any(-3)
     return at_all.any(-1)
 
 
-def without_nodes(graph: Graph, mask: Tensor, nodes: Tensor) -> Tensor:
+def without_nodes(graph: EdgeGraph, mask: Tensor, nodes: Tensor) -> Tensor:
     """The mask without what these sources write (bool [..., F]): everything reads the ablation of them."""
     kept = ~nodes[..., :, None]
     return mask & (kept if graph.columns is None else kept.unsqueeze(-3))

@@ -23,7 +23,7 @@ from cutaway.artifacts.manifest import Manifest
 from cutaway.artifacts.results import Choices, interval_text
 from cutaway.causal.circuits.baselines import nodes_of
 from cutaway.causal.circuits.evidence import Evidence
-from cutaway.causal.graph import Graph
+from cutaway.causal.edge_graph import EdgeGraph
 
 if TYPE_CHECKING:
     from cutaway.model.language_model import LanguageModel
@@ -47,7 +47,7 @@ class Circuit:
     how it was found (scorer, selection, size, pairs) in plain values.
     """
 
-    graph: Graph
+    graph: EdgeGraph
     mask: Tensor
     scores: Tensor
     task: str
@@ -204,7 +204,7 @@ def _ends(interval: tuple[float, float] | None) -> str:
     return "" if interval is None else f" {interval_text(interval, 2)}"
 
 
-def _graph_from(data: Any) -> Graph:
+def _graph_from(data: Any) -> EdgeGraph:
     if not isinstance(data, dict) or any(key not in data for key in _GRAPH):
         raise CutawayError(f"its graph is damaged; it needs {', '.join(_GRAPH)}.")
     layers, heads, parallel, kv, columns = (data[key] for key in _GRAPH)
@@ -219,7 +219,7 @@ def _graph_from(data: Any) -> Graph:
         )
     if layers * layers * heads * heads > _LARGEST:
         raise CutawayError(f"its graph is damaged: no model has {layers} layers of {heads} heads.")
-    graph = Graph(layers, heads, parallel, kv, None if columns is None else tuple(columns))
+    graph = EdgeGraph(layers, heads, parallel, kv, None if columns is None else tuple(columns))
     if data.get("n_edges", graph.n_edges) != graph.n_edges:
         raise CutawayError(f"its graph says it has {data['n_edges']} edges, but such a graph has {graph.n_edges}.")
     return graph
@@ -231,7 +231,7 @@ def _is_number(value: Any) -> bool:
     return whole and abs(value) <= torch.finfo(torch.float32).max
 
 
-def _edges_from(graph: Graph, data: Any) -> tuple[Tensor, Tensor]:
+def _edges_from(graph: EdgeGraph, data: Any) -> tuple[Tensor, Tensor]:
     if not isinstance(data, list):
         raise CutawayError("its edges are not a list.")
     if not data:

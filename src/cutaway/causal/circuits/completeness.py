@@ -17,7 +17,7 @@ from torch import Tensor
 from cutaway.artifacts.results import Choices, Control, Effect
 from cutaway.causal.circuits.baselines import nodes_of, random_circuits, without_nodes
 from cutaway.causal.circuits.faithfulness import UNITS, Measured, Run, measure, middle
-from cutaway.causal.graph import Graph
+from cutaway.causal.edge_graph import EdgeGraph
 
 IDLE = 0.01  # of the whole: Wang et al.'s bar for a part that matters
 
@@ -62,7 +62,7 @@ class Removal:
         return cls(**data)
 
 
-def inner_nodes(graph: Graph, mask: Tensor) -> list[int]:
+def inner_nodes(graph: EdgeGraph, mask: Tensor) -> list[int]:
     """The sources of a circuit without the embedding."""
     return [node for node in nodes_of(graph, mask).nonzero().flatten().tolist() if node]
 
@@ -77,7 +77,7 @@ def subsets(nodes: list[int], count: int, generator: torch.Generator) -> list[tu
     return drawn
 
 
-def _out(graph: Graph, masks: Tensor, chosen: list[tuple[int, ...]]) -> Tensor:
+def _out(graph: EdgeGraph, masks: Tensor, chosen: list[tuple[int, ...]]) -> Tensor:
     """Every mask [M, ...] without each of the K node sets: [K * M, ...], sets outermost."""
     out = torch.zeros(len(chosen), 1, graph.n_sources, dtype=torch.bool)
     for row, nodes in enumerate(chosen):
@@ -86,7 +86,7 @@ def _out(graph: Graph, masks: Tensor, chosen: list[tuple[int, ...]]) -> Tensor:
 
 
 def greedy_subset(
-    run: Run, graph: Graph, mask: Tensor, *, steps: int = 4, width: int = 10, seed: int = 0
+    run: Run, graph: EdgeGraph, mask: Tensor, *, steps: int = 4, width: int = 10, seed: int = 0
 ) -> tuple[int, ...]:
     """Nodes K of the circuit that make |f(C∖K) - f(M∖K)| large: always the node that adds most, while one does.
 
@@ -110,7 +110,7 @@ def greedy_subset(
 
 def completeness(
     run: Run,
-    graph: Graph,
+    graph: EdgeGraph,
     mask: Tensor,
     *,
     choices: Choices,
@@ -173,7 +173,7 @@ def completeness(
 
 def minimality(
     run: Run,
-    graph: Graph,
+    graph: EdgeGraph,
     mask: Tensor,
     *,
     choices: Choices,
@@ -219,7 +219,7 @@ def minimality(
 
 def self_repair(
     run: Run,
-    graph: Graph,
+    graph: EdgeGraph,
     mask: Tensor,
     *,
     choices: Choices,
@@ -296,7 +296,7 @@ def _without_edges(mask: Tensor, edges: Tensor) -> Tensor:
     return masks.view(len(edges), *mask.shape)
 
 
-def _edge_name(graph: Graph, place: int) -> str:
+def _edge_name(graph: EdgeGraph, place: int) -> str:
     f, g = divmod(place % (graph.n_sources * graph.n_destinations), graph.n_destinations)
     name = f"{graph.sources[f]}->{graph.destinations[g]}"
     if graph.columns is None:

@@ -23,7 +23,7 @@ from cutaway.causal.circuits.runs import CircuitRuns, run_circuits
 from cutaway.causal.circuits.scorers import magnitude, named_scorer
 from cutaway.causal.circuits.stability import LEAST_PAIRS
 from cutaway.causal.competence import Competence, Criterion, competence, unable
-from cutaway.causal.graph import Graph
+from cutaway.causal.edge_graph import EdgeGraph
 from cutaway.causal.metrics import Metric, named_metric
 from cutaway.data.pairs import AlignedPairs, PromptPair, align
 from cutaway.data.tasks.tasks import Task, readable_pairs
@@ -115,7 +115,9 @@ def helpfulness(scores: EdgeScores) -> tuple[Tensor, Tensor | None]:
     return sign * scores.values, None if scores.per_pair is None else sign * scores.per_pair
 
 
-def circuit_runner(lm: LanguageModel, pairs: AlignedPairs, metric: str | Metric, graph: Graph, ablation: str) -> Run:
+def circuit_runner(
+    lm: LanguageModel, pairs: AlignedPairs, metric: str | Metric, graph: EdgeGraph, ablation: str
+) -> Run:
     """`run_circuits` on these pairs; very many circuits of a large model are run some at a time."""
 
     def run(masks: Tensor) -> CircuitRuns:
@@ -196,7 +198,7 @@ def discover(
         if given < 1:
             raise CutawayError(f"{what} is {given}; give 1 or more.")
     name, _ = named_metric(metric)
-    graph = Graph.of(lm, grouped=grouped)
+    graph = EdgeGraph.of(lm, grouped=grouped)
     score, named = _scorer(scorer, {**(options or {}), **({"graph": graph} if grouped else {})})
     if size is not None and not 0 < size <= graph.n_edges:
         raise CutawayError(f"{lm.name} has {graph.n_edges:,} edges, so a circuit has 1 to that many; not {size:,}.")
@@ -301,7 +303,7 @@ def evaluate_circuit(
     return replace(circuit, metric=name, choices=choices, evidence=evidence)
 
 
-def _magnitude(lm: LanguageModel, pairs: AlignedPairs, metric: str | Metric, graph: Graph) -> Tensor:
+def _magnitude(lm: LanguageModel, pairs: AlignedPairs, metric: str | Metric, graph: EdgeGraph) -> Tensor:
     return magnitude(lm, pairs, metric, graph=graph).values.abs()
 
 

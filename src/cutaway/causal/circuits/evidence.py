@@ -24,7 +24,7 @@ from cutaway.causal.circuits.faithfulness import (
     size_curve,
 )
 from cutaway.causal.circuits.stability import stability
-from cutaway.causal.graph import Graph
+from cutaway.causal.edge_graph import EdgeGraph
 
 FAITHFULNESS = "faithfulness"
 
@@ -103,7 +103,7 @@ class Evidence:
 
 def gather_evidence(
     run: Run,
-    graph: Graph,
+    graph: EdgeGraph,
     mask: Tensor,
     *,
     pairs: str,

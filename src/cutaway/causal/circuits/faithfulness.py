@@ -20,7 +20,7 @@ from cutaway.artifacts.results import Choices, Control, Effect, Interval
 from cutaway.artifacts.statistics import bootstrap_interval, bootstrap_weights, ratio_intervals, resampled_intervals
 from cutaway.causal.circuits.baselines import By, Select, random_circuits, select_edges, sized_circuit
 from cutaway.causal.circuits.stability import LEAST_PAIRS
-from cutaway.causal.graph import Graph
+from cutaway.causal.edge_graph import EdgeGraph
 from cutaway.causal.metrics import recovery
 
 FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -152,7 +152,7 @@ class Rivals:
 
 
 def rivals_of(
-    graph: Graph, mask: Tensor, magnitude: Tensor | None, *, select: Select, draws: int = 20, seed: int = 0
+    graph: EdgeGraph, mask: Tensor, magnitude: Tensor | None, *, select: Select, draws: int = 20, seed: int = 0
 ) -> Rivals:
     """Random connected circuits with exactly as many edges, and the strongest edges (rounded up after pruning)."""
     n = int(mask.sum())
@@ -246,7 +246,7 @@ class SizePlan:
 
 
 def plan_sizes(
-    graph: Graph,
+    graph: EdgeGraph,
     scores: Tensor,
     magnitude: Tensor | None,
     *,
@@ -341,7 +341,7 @@ def _series(name: str, measured: Measured, edges: Tensor, block: slice, *, contr
 
 def smallest_faithful(
     run: Run,
-    graph: Graph,
+    graph: EdgeGraph,
     scores: Tensor,
     target: float,
     *,

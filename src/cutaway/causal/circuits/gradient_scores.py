@@ -24,7 +24,7 @@ from torch import Tensor
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.progress import shown
 from cutaway.causal.attribution.relp import relp_rules
-from cutaway.causal.graph import Graph
+from cutaway.causal.edge_graph import EdgeGraph
 from cutaway.causal.metrics import Metric, Targets, named_metric, targets_of
 from cutaway.causal.parts import (
     PARTS,
@@ -71,7 +71,7 @@ class EdgeScores:
     the corrupt prompt's source does to the clean run; "denoise": what the clean prompt's does to the corrupt run.
     """
 
-    graph: Graph
+    graph: EdgeGraph
     values: Tensor
     per_pair: Tensor | None = field(repr=False)
     method: str
@@ -147,7 +147,7 @@ def random_scores(
     lm: LanguageModel, pairs: AlignedPairs, metric: str | Metric = "logit_difference", *, seed: int = 0
 ) -> EdgeScores:
     """Scores drawn uniformly from [0, 1): what a circuit of this size is worth by chance."""
-    graph = Graph.of(lm)
+    graph = EdgeGraph.of(lm)
     values = torch.rand(graph.shape, generator=torch.Generator().manual_seed(seed)) * graph.real
     name, _ = named_metric(metric)
     nothing = torch.full((len(pairs),), float("nan"))
@@ -172,7 +172,7 @@ def attribute_edges(
     at: Sequence[float] = (1.0,),
     rules: Rules = "gradient",
     method: str = "attribution",
-    graph: Graph | None = None,
+    graph: EdgeGraph | None = None,
     columns: Tensor | None = None,
     direction: Direction = "noise",
     keep_pairs: bool = True,
@@ -192,7 +192,7 @@ def attribute_edges(
     """
     require_aligned(pairs)
     refuse_unreadable(lm)
-    graph = Graph.of(lm) if graph is None else graph
+    graph = EdgeGraph.of(lm) if graph is None else graph
     if (graph.columns is None) != (columns is None):
         raise CutawayError("A graph with positions needs columns=, and a graph without them takes none.")
     name, measure = named_metric(metric)
@@ -269,7 +269,7 @@ class _Engine:
     """One batch of pairs: its forwards, the sources' changes, and a backward that contracts them layer by layer."""
 
     def __init__(
-        self, lm: LanguageModel, graph: Graph, measure: Metric, name: str, at: tuple[float, ...], rules: Rules
+        self, lm: LanguageModel, graph: EdgeGraph, measure: Metric, name: str, at: tuple[float, ...], rules: Rules
     ) -> None:
         self.lm, self.graph, self.measure, self.name, self.at, self.rules = lm, graph, measure, name, at, rules
         self.repeats = graph.kv // lm.n_kv_heads

@@ -16,7 +16,7 @@ from torch import Tensor
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.progress import shown
 from cutaway.causal.ablations import Ablation, ablation_of, replacement_run
-from cutaway.causal.graph import Graph
+from cutaway.causal.edge_graph import EdgeGraph
 from cutaway.causal.metrics import Metric, named_metric, targets_of
 from cutaway.causal.parts import (
     PARTS,
@@ -78,7 +78,7 @@ def run_circuits(
     masks: Tensor,
     metric: str | Metric = "logit_difference",
     *,
-    graph: Graph | None = None,
+    graph: EdgeGraph | None = None,
     ablation: Ablation | str = "resample",
     reference: Tokens | None = None,
     columns: Tensor | None = None,
@@ -90,16 +90,16 @@ def run_circuits(
     `masks` bool [C, F, G] (or [C, P, F, G] with `columns` [n, p], see `edges.position_columns`): the edges that stay.
     All others carry the `ablation` (`ablations.Ablation`, or its kind): the pair's corrupt prompt, zero, a mean over
     `reference` or over both prompts of all pairs, ...; positions and biases are no sources and stay. Masks are run as
-    they are: prune them first (`Graph.prune`) where dangling edges are not meant.
+    they are: prune them first (`EdgeGraph.prune`) where dangling edges are not meant.
 
     Raises CutawayError for masks of another shape or with edges that are none, and what `replacement_run` raises.
     """
     require_aligned(pairs)
     refuse_unreadable(lm)
-    graph = Graph.of(lm) if graph is None else graph
+    graph = EdgeGraph.of(lm) if graph is None else graph
     whole = (graph.n_layers, graph.n_heads, graph.parallel)
     if whole != (lm.n_layers, lm.n_heads, lm.family.parallel) or graph.kv not in (lm.n_heads, lm.n_kv_heads):
-        raise CutawayError(f"This is the graph of another model than {lm.name}; take Graph.of(lm).")
+        raise CutawayError(f"This is the graph of another model than {lm.name}; take EdgeGraph.of(lm).")
     if masks.ndim != len(graph.shape) + 1:
         raise CutawayError(f"Masks of this graph have the shape [circuits, {', '.join(map(str, graph.shape))}].")
     if (graph.columns is None) != (columns is None):
@@ -186,7 +186,7 @@ class _Tile:
     def __init__(
         self,
         lm: LanguageModel,
-        graph: Graph,
+        graph: EdgeGraph,
         readers: Sequence[Reader],
         pairs: AlignedPairs,
         masks: Tensor,

@@ -25,7 +25,7 @@ from cutaway.causal.circuits.gradient_scores import (
     random_scores,
     relp,
 )
-from cutaway.causal.graph import Graph
+from cutaway.causal.edge_graph import EdgeGraph
 from cutaway.causal.metrics import Metric, Targets, named_metric, targets_of
 from cutaway.causal.parts import (
     PARTS,
@@ -49,14 +49,14 @@ from cutaway.model.architecture.parts import Projection
 from cutaway.model.language_model import LanguageModel
 
 
-def _streams(lm: LanguageModel, graph: Graph) -> list[str]:
+def _streams(lm: LanguageModel, graph: EdgeGraph) -> list[str]:
     """The sites of the streams that attention and the MLPs of each layer read, and the last."""
     mid = "resid_pre" if graph.parallel else "resid_mid"
     names = [f"blocks.{layer}.{part}" for layer in range(lm.n_layers) for part in ("resid_pre", mid)]
     return [*dict.fromkeys(names), f"blocks.{lm.n_layers - 1}.resid_post"]
 
 
-def source_changes(lm: LanguageModel, graph: Graph, pairs: AlignedPairs, first: int) -> Tensor:
+def source_changes(lm: LanguageModel, graph: EdgeGraph, pairs: AlignedPairs, first: int) -> Tensor:
     """other − base of what every source adds to the stream, [n, F, t, d], from column `first` on.
 
     A head in front of a norm adds what attention would add less without its change: exact for it alone.
@@ -84,7 +84,7 @@ def exact(
     pairs: AlignedPairs,
     metric: str | Metric = "logit_difference",
     *,
-    graph: Graph | None = None,
+    graph: EdgeGraph | None = None,
     direction: Direction = "noise",
     edges: Tensor | None = None,
     keep_pairs: bool = True,
@@ -95,7 +95,7 @@ def exact(
     `edges` bool [F, G] bounds which are measured; the others get 0. Positions are not told apart.
     """
     refuse_unreadable(lm)
-    graph = Graph.of(lm) if graph is None else graph
+    graph = EdgeGraph.of(lm) if graph is None else graph
     if graph.columns is not None:
         raise CutawayError("Exact scores do not tell positions apart; take a graph without columns.")
     wanted = graph.real if edges is None else graph.real & edges.bool()
@@ -127,7 +127,7 @@ class _Exact:
     def __init__(
         self,
         lm: LanguageModel,
-        graph: Graph,
+        graph: EdgeGraph,
         readers: list[Reader],
         pairs: AlignedPairs,
         measure: Metric,
@@ -227,7 +227,7 @@ def magnitude(
     pairs: AlignedPairs,
     metric: str | Metric = "logit_difference",
     *,
-    graph: Graph | None = None,
+    graph: EdgeGraph | None = None,
     batch_rows: int = 8,
 ) -> EdgeScores:
     """How strongly each edge changes what its destination reads, relative to what it reads: no gradient, no answer.
@@ -236,7 +236,7 @@ def magnitude(
     order, in the mean over positions and pairs.
     """
     refuse_unreadable(lm)
-    graph = Graph.of(lm) if graph is None else graph
+    graph = EdgeGraph.of(lm) if graph is None else graph
     if graph.columns is not None:
         raise CutawayError("Magnitudes do not tell positions apart; take a graph without columns.")
     name, measure = named_metric(metric)
@@ -261,7 +261,7 @@ def _ends(lm: LanguageModel, pairs: AlignedPairs, measure: Metric) -> Tensor:
     return torch.stack([measure(x[:, 0], targets).float().cpu() for x in (clean, corrupt)])
 
 
-def _magnitudes(lm: LanguageModel, graph: Graph, readers: list[Reader], pairs: AlignedPairs) -> Tensor:
+def _magnitudes(lm: LanguageModel, graph: EdgeGraph, readers: list[Reader], pairs: AlignedPairs) -> Tensor:
     first = first_column(lm, pairs)
     run = lm.run(pairs.clean, capture=_streams(lm, graph), logits=None)
     delta = source_changes(lm, graph, pairs, first)

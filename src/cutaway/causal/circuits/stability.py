@@ -16,7 +16,7 @@ from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.results import Choices, Control, Effect
 from cutaway.artifacts.statistics import bootstrap_weights
 from cutaway.causal.circuits.baselines import By, Select, nodes_of, random_circuits, select_edges
-from cutaway.causal.graph import Graph
+from cutaway.causal.edge_graph import EdgeGraph
 
 LEAST_PAIRS = 8
 LEAST_RESAMPLES = 100
@@ -45,7 +45,7 @@ def jaccard(a: Tensor, b: Tensor) -> Tensor:
 
 
 def resampled_circuits(
-    graph: Graph,
+    graph: EdgeGraph,
     per_pair: Tensor,
     asked: int,
     *,
@@ -64,7 +64,7 @@ def resampled_circuits(
     return torch.stack([select_edges(graph, row.view(graph.shape), asked, select, by) for row in means])
 
 
-def overlap(graph: Graph, circuits: Tensor, mask: Tensor) -> tuple[Overlap, Overlap]:
+def overlap(graph: EdgeGraph, circuits: Tensor, mask: Tensor) -> tuple[Overlap, Overlap]:
     """Overlap of circuits [R, ...] by their edges, and by their nodes."""
     edges, edge = circuits.flatten(1), mask.flatten()[None]
     nodes, node = nodes_of(graph, circuits), nodes_of(graph, mask)[None]
@@ -75,7 +75,7 @@ def overlap(graph: Graph, circuits: Tensor, mask: Tensor) -> tuple[Overlap, Over
 
 
 def stability(
-    graph: Graph,
+    graph: EdgeGraph,
     mask: Tensor,
     per_pair: Tensor,
     asked: int,

@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.causal.graph import Graph
+from cutaway.causal.edge_graph import EdgeGraph
 from cutaway.data.pairs import AlignedPairs
 
 Name = str | Sequence[str]
@@ -70,7 +70,7 @@ def end_name(nodes: Sequence[Node]) -> str:
     return " + ".join(node.name for node in nodes)
 
 
-def parse(graph: Graph, given: Name, pairs: AlignedPairs, *, sender: bool) -> tuple[Node, ...]:
+def parse(graph: EdgeGraph, given: Name, pairs: AlignedPairs, *, sender: bool) -> tuple[Node, ...]:
     """One end of a path from its name or names. Raises `CutawayError` for what the model or the pairs do not have."""
     if not isinstance(given, Sequence):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise CutawayError(f"{given!r} is no node; name one, such as 'L3H7', or a list of names.")
@@ -85,7 +85,7 @@ def parse(graph: Graph, given: Name, pairs: AlignedPairs, *, sender: bool) -> tu
     return tuple(nodes)
 
 
-def _node(graph: Graph, name: str, pairs: AlignedPairs, sender: bool) -> Node:
+def _node(graph: EdgeGraph, name: str, pairs: AlignedPairs, sender: bool) -> Node:
     plain, _, role = name.partition("@")
     if role and role not in pairs.places and not re.fullmatch(r"-?\d+", role):
         raise CutawayError(
@@ -105,7 +105,7 @@ def _node(graph: Graph, name: str, pairs: AlignedPairs, sender: bool) -> Node:
     return _named(name, plain, index, role or None, graph)
 
 
-def _named(name: str, plain: str, index: int, role: str | None, graph: Graph) -> Node:
+def _named(name: str, plain: str, index: int, role: str | None, graph: EdgeGraph) -> Node:
     match = _NODE.match(plain)
     if match is None:  # the two that have no layer
         return Node(name, index, plain, 0 if plain == "embed" else graph.n_layers, -1, role)
@@ -113,12 +113,12 @@ def _named(name: str, plain: str, index: int, role: str | None, graph: Graph) ->
     return Node(name, index, part or "head", int(layer), -1 if head is None else int(head), role)
 
 
-def earlier(graph: Graph, senders: Sequence[Node], receivers: Sequence[Node]) -> bool:
+def earlier(graph: EdgeGraph, senders: Sequence[Node], receivers: Sequence[Node]) -> bool:
     """Whether every sender can write to what every receiver reads."""
     return all(bool(graph.real[s.index, r.index]) for s in senders for r in receivers)
 
 
-def sources(graph: Graph, role: str | None = None) -> list[Node]:
+def sources(graph: EdgeGraph, role: str | None = None) -> list[Node]:
     """Every source, at all positions or at one role."""
     names = [plain if role is None else f"{plain}@{role}" for plain in graph.sources]
     return [
@@ -133,7 +133,7 @@ def signature(nodes: Nodes) -> tuple[str, ...]:
 
 
 def random_others(
-    graph: Graph, sending: Sequence[Nodes], receiving: Sequence[Nodes], real: Tensor, draws: int, seed: int
+    graph: EdgeGraph, sending: Sequence[Nodes], receiving: Sequence[Nodes], real: Tensor, draws: int, seed: int
 ) -> tuple[list[Nodes], dict[tuple[tuple[str, ...], int], list[int]]]:
     """The senders, then the random ones that are not among them; and which of all are drawn for each signature and
     receiver.
@@ -165,7 +165,7 @@ def random_others(
     return chosen, drawn
 
 
-def _pool(graph: Graph, like: Node, receiver: Nodes) -> list[Node]:
+def _pool(graph: EdgeGraph, like: Node, receiver: Nodes) -> list[Node]:
     """What may stand for a sender's node before a receiver: nodes of its kind, or any where it is the only one."""
     before = [node for node in sources(graph, like.role) if earlier(graph, (node,), receiver)]
     return alike if len(alike := [node for node in before if node.kind == like.kind]) > 1 else before

@@ -27,7 +27,7 @@ from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.progress import Progress
 from cutaway.artifacts.results import Choices, Control, Effect
 from cutaway.artifacts.statistics import bootstrap_interval, false_discovery, mean_intervals, sign_flip_p_of_each
-from cutaway.causal.graph import Graph
+from cutaway.causal.edge_graph import EdgeGraph
 from cutaway.causal.metrics import Metric, Targets, logit_difference, named_metric, recovery, targets_of
 from cutaway.causal.paths.nodes import Name, Node, Nodes, earlier, end_name, parse, random_others, signature
 from cutaway.data.pairs import AlignedPairs, PromptPair, align
@@ -227,7 +227,7 @@ class PathGrid:
 
 def all_senders(lm: LanguageModel, *, heads: bool = True, mlps: bool = True, embed: bool = True) -> list[str]:
     """Names of all senders of a model, in the order in which they write."""
-    names = Graph.of(lm, grouped=True).sources
+    names = EdgeGraph.of(lm, grouped=True).sources
     return [
         name
         for name in names
@@ -267,7 +267,7 @@ def path_patch(
     for given, what in ((senders, "senders"), (receivers, "receivers")):
         if isinstance(given, str):
             raise CutawayError(f"{what} is the text {given!r}; give a list of names, such as [{given!r}].")
-    graph = Graph.of(lm, grouped=True)
+    graph = EdgeGraph.of(lm, grouped=True)
     aligned = pairs if isinstance(pairs, AlignedPairs) else align(lm, pairs)
     name, measure = named_metric(metric)
     sending = [parse(graph, one, aligned, sender=True) for one in senders]
@@ -318,7 +318,7 @@ def path_patch(
     )
 
 
-def _paths(graph: Graph, sending: Sequence[Nodes], receiving: Sequence[Nodes]) -> Tensor:
+def _paths(graph: EdgeGraph, sending: Sequence[Nodes], receiving: Sequence[Nodes]) -> Tensor:
     """Which of the pairs are paths, bool [senders, receivers]; each sender and each receiver must have one."""
     if not sending or not receiving:
         raise CutawayError("Path patching needs a sender and a receiver; one of the lists is empty.")

@@ -1,4 +1,4 @@
-"""The one graph of a model's parts: sources that write to the stream × destinations that read from it.
+"""The edge graph of a model's parts: sources that write to the stream × destinations that read from it.
 
 A source is the embedding, one head's result or an MLP's output; a destination is the query, key or value input of a
 head, an MLP's input or the logits. An edge is what one destination reads of one source, directly through the stream.
@@ -27,7 +27,7 @@ Edge = tuple[str, str]
 
 
 @dataclass(frozen=True)
-class Graph:
+class EdgeGraph:
     """Sources × destinations of a model with this many layers and heads.
 
     `parallel`: attention and MLP of a layer read the same stream, so no head feeds its own layer's MLP.
@@ -44,7 +44,7 @@ class Graph:
     columns: tuple[str, ...] | None = None
 
     @classmethod
-    def of(cls, lm: LanguageModel, *, grouped: bool = False, columns: Sequence[str] | None = None) -> Graph:
+    def of(cls, lm: LanguageModel, *, grouped: bool = False, columns: Sequence[str] | None = None) -> EdgeGraph:
         """The graph of a model. With `grouped`, the keys (values) that a group of heads shares are one destination.
 
         Raises CutawayError where attention's queries, keys and values are not read from the stream one by one.
@@ -60,8 +60,8 @@ class Graph:
         kv = lm.n_kv_heads if grouped else lm.n_heads
         if kv == lm.n_heads != lm.n_kv_heads and (reason := _cannot_ungroup(lm)):
             raise CutawayError(
-                f"{lm.name} shares keys and values between heads and {reason}; take Graph.of(lm, grouped=True), where "
-                "each shared key (value) head is one destination."
+                f"{lm.name} shares keys and values between heads and {reason}; take EdgeGraph.of(lm, grouped=True), "
+                "where each shared key (value) head is one destination."
             )
         return cls(lm.n_layers, lm.n_heads, lm.family.parallel, kv, None if columns is None else tuple(columns))
 

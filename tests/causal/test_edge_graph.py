@@ -7,7 +7,7 @@ import torch
 from edge_models import double
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.causal.graph import Graph
+from cutaway.causal.edge_graph import EdgeGraph
 
 
 @pytest.mark.parametrize(
@@ -27,14 +27,14 @@ from cutaway.causal.graph import Graph
     ],
 )
 def test_edges_are_those_of_the_field(layers: int, heads: int, parallel: bool, edges: int) -> None:
-    graph = Graph(layers, heads, parallel)
+    graph = EdgeGraph(layers, heads, parallel)
     assert graph.n_edges == edges
     assert len(graph.sources) == graph.n_sources == graph.real.shape[0]
     assert len(graph.destinations) == graph.n_destinations == graph.real.shape[1]
 
 
 def test_names_lead_back() -> None:
-    graph = Graph(2, 3, n_kv_heads=1)
+    graph = EdgeGraph(2, 3, n_kv_heads=1)
     assert graph.sources == ("embed", "L0H0", "L0H1", "L0H2", "L0.mlp", "L1H0", "L1H1", "L1H2", "L1.mlp")
     assert graph.destinations[:6] == ("L0H0.q", "L0H1.q", "L0H2.q", "L0K0.k", "L0K0.v", "L0.mlp")
     for f, g in graph.real.nonzero().tolist():
@@ -49,7 +49,7 @@ def test_names_lead_back() -> None:
         graph.edge("L1H0 L0.mlp")
 
 
-def _pruned(graph: Graph, edges: set[tuple[int, int]]) -> set[tuple[int, int]]:
+def _pruned(graph: EdgeGraph, edges: set[tuple[int, int]]) -> set[tuple[int, int]]:
     """Edges on a way from the embedding to the logits, found by walking."""
     owner = {g: set(graph.owns[:, g].nonzero().flatten().tolist()) for g in range(graph.n_destinations)}
     while True:
@@ -64,7 +64,7 @@ def _pruned(graph: Graph, edges: set[tuple[int, int]]) -> set[tuple[int, int]]:
 
 @pytest.mark.parametrize("kv", [2, 1])
 def test_pruning_by_walking(kv: int) -> None:
-    graph = Graph(3, 2, n_kv_heads=kv)
+    graph = EdgeGraph(3, 2, n_kv_heads=kv)
     generator = torch.Generator().manual_seed(0)
     masks = torch.stack(
         [(torch.rand(graph.shape, generator=generator) < q) & graph.real for q in torch.rand(40).tolist()]
@@ -78,7 +78,7 @@ def test_pruning_by_walking(kv: int) -> None:
 
 @pytest.mark.parametrize("by", ["absolute", "signed"])
 def test_greedy_and_top_by_brute_force(by: str) -> None:
-    graph = Graph(2, 2)
+    graph = EdgeGraph(2, 2)
     generator = torch.Generator().manual_seed(1)
     for n in (1, 3, 10, 40, graph.n_edges):
         scores = torch.randn(graph.shape, generator=generator)
@@ -104,7 +104,7 @@ def test_greedy_and_top_by_brute_force(by: str) -> None:
 
 
 def test_positions_share_the_nodes() -> None:
-    graph = Graph(1, 1, columns=("a", "b"))
+    graph = EdgeGraph(1, 1, columns=("a", "b"))
     mask = graph.empty()
     mask[0, 0, graph.destination("L0H0.k")] = True  # the key at one position
     mask[1, graph.source("L0H0"), -1] = True  # serves the head's result at another
@@ -116,7 +116,7 @@ def test_positions_share_the_nodes() -> None:
 
 
 def test_bad_scores_and_sizes() -> None:
-    graph = Graph(1, 2)
+    graph = EdgeGraph(1, 2)
     scores = torch.zeros(graph.shape)
     for n in (0, graph.n_edges + 1):
         with pytest.raises(CutawayError, match=f"1 to {graph.n_edges} edges"):
@@ -131,7 +131,7 @@ def test_bad_scores_and_sizes() -> None:
 
 def test_models_without_separate_inputs_are_refused() -> None:
     with pytest.raises(CutawayError, match="latent attention"):
-        Graph.of(double("deepseek_v3"))
+        EdgeGraph.of(double("deepseek_v3"))
     with pytest.raises(CutawayError, match="grouped=True"):
-        Graph.of(double("falcon"))
-    assert Graph.of(double("falcon"), grouped=True).kv == double("falcon").n_kv_heads
+        EdgeGraph.of(double("falcon"))
+    assert EdgeGraph.of(double("falcon"), grouped=True).kv == double("falcon").n_kv_heads
