@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT / "src"))
 import cutaway  # noqa: E402
 from cutaway.artifacts.errors import CutawayError  # noqa: E402
 from cutaway.causal.attribution.atp_star import missed_bound  # noqa: E402
-from cutaway.causal.attribution.attribution_patching import attribution_patching  # noqa: E402
+from cutaway.causal.attribution.attribution_patching import GradientOptions, attribution_patching  # noqa: E402
 from cutaway.causal.attribution.questions import ask, exact_effects_of_sets  # noqa: E402
 from cutaway.causal.attribution.scores import correlation  # noqa: E402
 from cutaway.causal.competence import try_tasks  # noqa: E402
@@ -51,12 +51,12 @@ NODES = {
 LEAST = 8  # nodes, below which a correlation says nothing
 METHODS: dict[str, dict[str, Any]] = {
     "AtP": {"method": "atp"},
-    "AtP*, no GradDrop": {"method": "atp*", "grad_drop": False},
+    "AtP*, no GradDrop": {"method": "atp*", "options": GradientOptions(grad_drop=False)},
     "AtP*": {"method": "atp*"},
     "RelP": {"method": "relp"},
     "RelP, pattern held": {"method": "relp", "attention": "detach"},
-    "IG inputs": {"method": "ig-inputs", "steps": 10},
-    "IG": {"method": "ig", "steps": 10},
+    "IG inputs": {"method": "ig-inputs", "options": GradientOptions(10)},
+    "IG": {"method": "ig", "options": GradientOptions(10)},
 }
 
 

@@ -69,7 +69,7 @@ def cutaway(load: Load) -> Method:
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
 
-    from cutaway.causal.attribution.attribution_patching import attribution_patching
+    from cutaway.causal.attribution.attribution_patching import GradientOptions, attribution_patching
     from cutaway.causal.circuits.gradient_scores import eap, eap_ig
     from cutaway.causal.circuits.runs import run_circuits
     from cutaway.causal.edge_graph import EdgeGraph
@@ -100,7 +100,8 @@ def cutaway(load: Load) -> Method:
         sites += [f"blocks.{layer}.attn.z", f"blocks.{layer}.mlp.out"]
 
     def nodes(options: dict[str, Any]) -> Any:
-        return attribution_patching(lm, pairs, sites, direction="denoise", check=0, batch_rows=options.get("batch", 64))
+        asked = GradientOptions(batch_rows=options.get("batch", 64))
+        return attribution_patching(lm, pairs, sites, direction="denoise", check=0, options=asked)
 
     def read_nodes(made: Any) -> dict[str, Any]:
         return {"scores": torch.cat([made.blocks[site].mean(-1)[0] for site in sites])}

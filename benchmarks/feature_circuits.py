@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT / "src"))
 import cutaway  # noqa: E402
 from cutaway.artifacts.results import interval_text  # noqa: E402
 from cutaway.causal.attribution.feature_circuits import strongest_nodes  # noqa: E402
-from cutaway.causal.attribution.feature_evaluation import circuit_faithfulness  # noqa: E402
+from cutaway.causal.attribution.feature_evaluation import feature_faithfulness  # noqa: E402
 from cutaway.causal.attribution.latents import latent_attribution  # noqa: E402
 from cutaway.causal.attribution.scores import Node  # noqa: E402
 from cutaway.causal.competence import try_tasks  # noqa: E402
@@ -92,22 +92,22 @@ def main() -> None:
         pairs = one_length(tried.pairs)
         ours, held = pairs[range(0, len(pairs), 2)], pairs[range(1, len(pairs), 2)]
         scores = latent_attribution(lm, ours, shipped, positions="each")
-        top = strongest_nodes(scores, most=arguments.top)
+        top = strongest_nodes(scores, max_nodes=arguments.top)
         labels = labels_of(lm, {d.site: d for d in shipped}, [one.node for one in top.nodes])
         print(f"\n{tried.task.name}: {scores.agreement}; {len(ours)} pairs, {len(held)} held out\n")
         print("| node | score | label |\n|---|---|---|")
-        for one in strongest_nodes(scores, most=arguments.top, labels=labels).nodes:
+        for one in top.with_labels(labels).nodes:
             ends = interval_text(one.interval, 2, signed=True)
             print(f"| {one.node} | {one.score:+.2f} {ends} | {one.label or '–'} |")
-        ranked = strongest_nodes(scores, most=arguments.known, labels=known_entities()).nodes
+        ranked = strongest_nodes(scores, max_nodes=arguments.known).with_labels(known_entities()).nodes
         for rank, one in enumerate(ranked, 1):
             if one.label:
                 print(f"\nnumber {rank} of {len(scores)}: {one.node}, {one.score:+.2f}: {one.label}")
         print("\n| nodes | errors kept | random | errors at their mean | random |\n|---|---|---|---|---|")
         for size in arguments.sizes:
-            circuit, cells = strongest_nodes(scores, most=size), []
+            circuit, cells = strongest_nodes(scores, max_nodes=size), []
             for errors in ("keep", "remove"):
-                found = circuit_faithfulness(
+                found = feature_faithfulness(
                     lm, held, circuit, shipped, errors=errors, reference=ours, draws=arguments.draws
                 )
                 low, high = found.interval or (0.0, 0.0)

@@ -12,11 +12,13 @@ import sys
 from pathlib import Path
 
 import cutaway
+from cutaway.artifacts.command import recording
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.files import write_text
 from cutaway.artifacts.results import Effect, interval_text
 from cutaway.causal.circuits.circuit import Circuit
-from cutaway.causal.circuits.discover import discover
+from cutaway.causal.circuits.discovery import Search, discover
+from cutaway.causal.circuits.evidence import Evaluation
 from cutaway.causal.circuits.view import circuit_sections, lead
 from cutaway.draw.page import page_html
 
@@ -62,10 +64,12 @@ def _find(task: str, path: Path, given: argparse.Namespace) -> Circuit:
         "--scorer", given.scorer, "--metric", given.metric, "--n", str(given.n),
     ]  # fmt: skip
     command = " ".join([*words, *([] if given.deep else ["--quick"])])
-    circuit = discover(
-        cutaway.load(given.model), task, scorer=given.scorer, metric=given.metric, faithfulness=given.faithfulness,
-        most=given.most, n=given.n, deep=given.deep, force=given.force, command=command,
-    )  # fmt: skip
+    with recording(command):
+        circuit = discover(
+            cutaway.load(given.model), task, faithfulness=given.faithfulness,
+            search=Search(given.scorer, metric=given.metric, max_share=given.most),
+            evaluation=Evaluation(deep=given.deep), n=given.n, force=given.force,
+        )  # fmt: skip
     circuit.save(path)
     page = page_html(
         title=f"Circuit: {circuit.task}", sections=circuit_sections(circuit), lead=lead(circuit), command=command

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.causal.attribution.atp_star import Columns, missed_bound
-from cutaway.causal.attribution.attribution_patching import attribution_patching
+from cutaway.causal.attribution.attribution_patching import GradientOptions, attribution_patching
 from cutaway.causal.attribution.scores import Node
 from cutaway.causal.metrics import logit_difference, targets_of
 from cutaway.data.pairs import PromptPair, align
@@ -21,6 +21,8 @@ from cutaway.model.edits import edits
 from cutaway.model.language_model import LanguageModel, attach
 
 Pairs = Callable[..., list[PromptPair]]
+
+PLAIN = GradientOptions(grad_drop=False)
 
 
 @settings(max_examples=60)
@@ -104,7 +106,7 @@ def test_queries_and_keys_are_followed_through_the_softmax(
 ) -> None:
     lm, pairs = models(name), id_pairs(2, 7)
     sites = [f"blocks.*.attn.{part}" for part in ("q", "k", "rot_q", "rot_k")]
-    scores = attribution_patching(lm, pairs, sites, method="atp*", grad_drop=False, positions=positions, check=0)
+    scores = attribution_patching(lm, pairs, sites, method="atp*", options=PLAIN, positions=positions, check=0)
     heads = {"q": lm.n_heads, "rot_q": lm.n_heads, "k": lm.n_kv_heads, "rot_k": lm.n_kv_heads}
     seen = 0
     for site in scores.blocks:
@@ -125,7 +127,9 @@ def test_every_family(name: str, id_pairs: Pairs) -> None:
     lm, pairs = attach(bed_model(name), name=name), id_pairs(2, 7)
     sites = ["blocks.*.attn.rot_q", "blocks.*.attn.rot_k", "blocks.*.attn.z", "blocks.*.mlp.out"]
     for drop in (False, True):
-        scores = attribution_patching(lm, pairs, sites, method="atp*", grad_drop=drop, positions="each", check=0)
+        scores = attribution_patching(
+            lm, pairs, sites, method="atp*", options=GradientOptions(grad_drop=drop), positions="each", check=0
+        )
         for site in scores.blocks:
             alive = [node for node in scores.nodes if node.site == site and scores.scores[scores.number(node)].any()]
             assert alive, site
@@ -211,7 +215,7 @@ def test_what_cannot_be_asked(models: Callable[[str], LanguageModel], id_pairs: 
     shallow = attach(bed_model("gpt2", num_hidden_layers=1))
     with pytest.raises(CutawayError, match=r"GradDrop leaves out one layer at a time.*grad_drop=False"):
         attribution_patching(shallow, pairs, method="atp*")
-    attribution_patching(shallow, pairs, method="atp*", grad_drop=False, check=0)
+    attribution_patching(shallow, pairs, method="atp*", options=PLAIN, check=0)
 
 
 def test_the_bound_holds_and_finds_a_node_that_was_left_out(id_pairs: Pairs) -> None:

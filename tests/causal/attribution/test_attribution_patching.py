@@ -2,16 +2,19 @@
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from attribution_models import bent_llama, linear_llama
+from result_checks import check_result
 from scipy import stats
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.causal.attribution.attribution_patching import METHODS, attribution_patching
+from cutaway.causal.attribution.atp_star import missed_bound
+from cutaway.causal.attribution.attribution_patching import METHODS, GradientOptions, attribution_patching
 from cutaway.causal.attribution.scores import Agreement, Node, NodeScores, correlation
 from cutaway.causal.metrics import logit_difference, targets_of
 from cutaway.data.pairs import PromptPair, align
@@ -102,7 +105,7 @@ def test_in_a_linear_model_every_score_is_exact(linear: LanguageModel, id_pairs:
     sites = ["embed", "blocks.*.resid_mid", "blocks.*.attn.out", "blocks.*.attn.v", "blocks.*.attn.z"]
     pairs = id_pairs(4, 6)
     scores = attribution_patching(
-        linear, pairs, sites, method=method, positions="each", check=25, steps=2, grad_drop=False
+        linear, pairs, sites, method=method, positions="each", check=25, options=GradientOptions(2, grad_drop=False)
     )
     assert scores.agreement is not None
     torch.testing.assert_close(scores.agreement.estimated, scores.agreement.exact, rtol=1e-3, atol=1e-4)
@@ -137,7 +140,13 @@ def test_integrated_gradients_of_single_nodes_tend_to_exact_patching(
     errors = []
     for steps in (2, 60):
         scores = attribution_patching(
-            llama, pairs, sites, method="ig", path="node", steps=steps, positions=positions, check=20, batch_rows=400
+            llama,
+            pairs,
+            sites,
+            method="ig",
+            positions=positions,
+            check=20,
+            options=GradientOptions(steps, "node", batch_rows=400),
         )
         assert scores.agreement is not None
         errors.append((scores.agreement.estimated - scores.agreement.exact).abs().max().item())
@@ -148,7 +157,9 @@ def test_integrated_gradients_of_a_whole_site_are_complete(llama: LanguageModel,
     """What all heads of a site are given adds up to patching the site; of the stream, to the other run."""
     pairs = id_pairs(3, None)
     sites = ["blocks.0.attn.z", "blocks.1.resid_pre"]
-    scores = attribution_patching(llama, pairs, sites, method="ig", steps=80, check=0, batch_rows=240)
+    scores = attribution_patching(
+        llama, pairs, sites, method="ig", check=0, options=GradientOptions(80, batch_rows=240)
+    )
     base = measured(llama, pairs, "noise")
     heads = scores.blocks["blocks.0.attn.z"].sum((0, 1))
     whole = patched(llama, pairs, scores, Node("blocks.0.attn.z")) - base
@@ -165,8 +176,8 @@ def test_integrated_gradients_along_inputs_sum_to_the_whole_difference(
     pairs, errors = id_pairs(3, 6), []
     for steps in (4, 300):
         scores = attribution_patching(
-            llama, pairs, "embed", method="ig-inputs", steps=steps, positions="each", direction=direction, check=0,
-            batch_rows=900,
+            llama, pairs, "embed", method="ig-inputs", positions="each", direction=direction, check=0,
+            options=GradientOptions(steps, batch_rows=900),
         )  # fmt: skip
         errors.append((scores.scores.sum(0) - (scores.source - scores.base)).abs().max().item())
     assert errors[1] < 0.01 < errors[0]
@@ -177,7 +188,13 @@ def test_the_batch_does_not_matter(llama: LanguageModel, id_pairs: Pairs, method
     pairs = id_pairs(5, None)
     one, many = (
         attribution_patching(
-            llama, pairs, ALL, method=method, positions=["changed", "last"], steps=3, check=0, batch_rows=b
+            llama,
+            pairs,
+            ALL,
+            method=method,
+            positions=["changed", "last"],
+            check=0,
+            options=GradientOptions(3, batch_rows=b),
         )
         for b in (1, 64)
     )
@@ -245,8 +262,8 @@ def test_kl_is_refused_where_it_is_flat_and_taken_elsewhere(llama: LanguageModel
         ({"positions": "each"}, "6 to 9 tokens long"),
         ({"method": "eap"}, "there is no method 'eap'; there are atp"),
         ({"direction": "both"}, "the direction 'both' is not"),
-        ({"steps": 0, "method": "ig"}, "steps is 0"),
-        ({"path": "line"}, "path='line' is not"),
+        ({"options": GradientOptions(0), "method": "ig"}, "steps is 0"),
+        ({"options": GradientOptions(path="line")}, "path='line' is not"),
         ({"check": -1}, "check is -1"),
     ],
 )
@@ -281,3 +298,16 @@ def test_correlations() -> None:
     assert agreement.spearman == pytest.approx(1.0)
     assert correlation(a[:2], b[:2]) != correlation(a[:2], b[:2])  # NaN
     assert correlation(a, torch.ones(4)) != correlation(a, torch.ones(4))
+
+
+def test_scores_are_results(llama: LanguageModel, id_pairs: Pairs, tmp_path: Path) -> None:
+    pairs = id_pairs(4, 6)
+    scores = attribution_patching(llama, pairs, ["blocks.*.attn.z", "blocks.*.mlp.post"], check=10)
+    check_result(scores, tmp_path)
+    assert len(scores.rows()) == len(scores)
+    assert scores.rows()[0]["site"] == "blocks.0.attn.z"
+    assert scores.agreement is not None
+    check_result(scores.agreement, tmp_path)
+    sizes = attribution_patching(llama, pairs, "blocks.*.attn.z", method="atp*", check=0)
+    check_result(sizes, tmp_path)
+    check_result(missed_bound(llama, pairs, scores, verified=4, subsets=40), tmp_path)

@@ -3,24 +3,27 @@
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from attribution_models import bent_llama
+from result_checks import check_result
 from torch import Tensor
 
-from cutaway.artifacts.errors import CutawayError
-from cutaway.causal.attribution.attribution_patching import attribution_patching
+from cutaway.artifacts.errors import CutawayError, NotSupported
+from cutaway.causal.attribution.attribution_patching import GradientOptions, attribution_patching
 from cutaway.causal.attribution.feature_circuits import (
     METRIC,
     FeatureCircuit,
     FeatureNode,
+    Thresholds,
     edge_scores,
     feature_circuit,
     strongest_nodes,
 )
-from cutaway.causal.attribution.feature_evaluation import circuit_faithfulness
+from cutaway.causal.attribution.feature_evaluation import feature_faithfulness
 from cutaway.causal.attribution.latents import features_of, latent_attribution
 from cutaway.causal.attribution.questions import ask
 from cutaway.causal.attribution.scores import Node
@@ -65,16 +68,17 @@ def test_latents_and_error_add_up_to_their_site(
     llama: LanguageModel, dictionaries: list[Dictionary], id_pairs: Pairs, method: Any, positions: Any, direction: Any
 ) -> None:
     pairs = id_pairs(4, 6 if positions == "each" else None)
-    options: Any = {"method": method, "positions": positions, "direction": direction, "steps": 4, "check": 0}
-    latents = latent_attribution(llama, pairs, dictionaries, **options)
-    sites = attribution_patching(llama, pairs, SITES, **options)
+    options: Any = {"method": method, "positions": positions, "direction": direction, "check": 0}
+    four = GradientOptions(4)
+    latents = latent_attribution(llama, pairs, dictionaries, **options, options=four)
+    sites = attribution_patching(llama, pairs, SITES, **options, options=four)
     for site in SITES:
         assert latents.blocks[site].shape[1] == F + 1
         torch.testing.assert_close(latents.blocks[site].sum(1), sites.blocks[site].sum(1), rtol=1e-5, atol=1e-6)
         assert latents.blocks[site].abs().sum(1).gt(1.001 * sites.blocks[site].sum(1).abs()).any()
     assert latents.nodes[F] == Node(SITES[0], error=True, at=latents.columns[0])
     assert str(latents.nodes[F]).startswith("blocks.0.resid_post error")
-    few = latent_attribution(llama, pairs, dictionaries, **options, batch_rows=4)
+    few = latent_attribution(llama, pairs, dictionaries, **options, options=GradientOptions(4, batch_rows=4))
     torch.testing.assert_close(few.scores, latents.scores, rtol=1e-4, atol=1e-6)
 
 
@@ -194,24 +198,24 @@ def test_faithfulness_of_everything_is_1_and_of_nothing_0(
 ) -> None:
     pairs = id_pairs(5, 5) if positions == "each" else id_pairs(5, None)
     scores = latent_attribution(llama, pairs, dictionaries, method="atp", positions=positions, check=0)
-    everything = circuit_faithfulness(llama, pairs, circuit_of(scores, list(scores.nodes)), dictionaries, draws=0)
+    everything = feature_faithfulness(llama, pairs, circuit_of(scores, list(scores.nodes)), dictionaries, draws=0)
     assert everything.value == pytest.approx(1.0, abs=1e-4)
     assert everything.controls[0].value == pytest.approx(0.0, abs=1e-6)
-    nothing = circuit_faithfulness(llama, pairs, circuit_of(scores, []), dictionaries, draws=2)
+    nothing = feature_faithfulness(llama, pairs, circuit_of(scores, []), dictionaries, draws=2)
     assert nothing.value == pytest.approx(0.0, abs=1e-6)
     assert [control.name for control in nothing.controls] == ["random circuits of as many latents", "the complement"]
     assert nothing.controls[1].value == pytest.approx(1.0, abs=1e-4)
     latents = [node for node in scores.nodes if not node.error]
-    kept = circuit_faithfulness(llama, pairs, circuit_of(scores, latents), dictionaries, errors="keep", draws=0)
+    kept = feature_faithfulness(llama, pairs, circuit_of(scores, latents), dictionaries, errors="keep", draws=0)
     assert kept.value == pytest.approx(1.0, abs=1e-4)
-    removed = circuit_faithfulness(llama, pairs, circuit_of(scores, list(scores.nodes)), dictionaries, errors="remove")
+    removed = feature_faithfulness(llama, pairs, circuit_of(scores, list(scores.nodes)), dictionaries, errors="remove")
     assert abs(removed.value - 1) > 0.01
     assert removed.choices is not None
     assert removed.choices.direction == "complement"
-    again = circuit_faithfulness(
+    again = feature_faithfulness(
         llama, pairs, circuit_of(scores, latents[:9]), dictionaries, draws=3, batch_rows=2, seed=1
     )
-    whole = circuit_faithfulness(llama, pairs, circuit_of(scores, latents[:9]), dictionaries, draws=3, seed=1)
+    whole = feature_faithfulness(llama, pairs, circuit_of(scores, latents[:9]), dictionaries, draws=3, seed=1)
     assert again.value == pytest.approx(whole.value, rel=1e-4)
 
 
@@ -220,7 +224,7 @@ def test_mean_ablation_by_hand(llama: LanguageModel, dictionaries: list[Dictiona
     pairs, one = align(llama, id_pairs(3, 5)), dictionaries[:1]
     scores = latent_attribution(llama, pairs, one, method="atp", positions="each", check=0)
     chosen = [Node(SITES[0], latent=3, at=scores.columns[2]), Node(SITES[0], error=True, at=scores.columns[4])]
-    found = circuit_faithfulness(llama, pairs, circuit_of(scores, chosen), one, draws=0)
+    found = feature_faithfulness(llama, pairs, circuit_of(scores, chosen), one, draws=0)
     own, site = features_of(llama, one)[SITES[0]], SITES[0]
     x = torch.cat([llama.run(t, capture=site)[site] for t in (pairs.clean, pairs.corrupt)])
     f, e = own.split(x)
@@ -249,13 +253,12 @@ def test_mean_ablation_by_hand(llama: LanguageModel, dictionaries: list[Dictiona
     assert found.value == pytest.approx(float((some - empty) / (full - empty)), rel=1e-3, abs=1e-4)
 
 
-def test_the_graph(llama: LanguageModel, dictionaries: list[Dictionary], id_pairs: Pairs) -> None:
+def test_the_graph(llama: LanguageModel, dictionaries: list[Dictionary], id_pairs: Pairs, tmp_path: Path) -> None:
     pairs = id_pairs(4, 6)
     labels = {(SITES[3], i): f"latent {i}" for i in range(F)}
     graph = feature_circuit(
-        llama, pairs, dictionaries, method="atp", node_threshold=0.02, edge_threshold=0.005, most_nodes=20,
-        labels=labels, check=12,
-    )  # fmt: skip
+        llama, pairs, dictionaries, method="atp", thresholds=Thresholds(0.02, 0.005, 20), check=12
+    ).with_labels(labels)
     assert len(graph.nodes) == 20
     assert graph.left_out > 0
     assert [abs(one.score) for one in graph.nodes] == sorted((abs(one.score) for one in graph.nodes), reverse=True)
@@ -270,11 +273,13 @@ def test_the_graph(llama: LanguageModel, dictionaries: list[Dictionary], id_pair
             assert ends[0] < ends[1]
     assert all(one.label == labels.get((one.node.site, one.node.latent or 0)) for one in graph.nodes if one.node.latent)
     assert "correlation with exact patching" in str(graph)
-    bare = strongest_nodes(graph.scores, most=5)
+    check_result(graph, tmp_path)
+    assert len(graph.rows()) >= len(graph.edges)
+    bare = strongest_nodes(graph.scores, max_nodes=5)
     assert [one.node for one in bare.nodes] == [one.node for one in graph.nodes[:5]] == graph.scores.top(5)
     assert json.loads(json.dumps(bare.to_json(), allow_nan=False))["edge_threshold"] is None
     with pytest.raises(CutawayError, match="no node has a mean score above 1000; the largest is"):
-        feature_circuit(llama, pairs, dictionaries, node_threshold=1000.0, check=0)
+        feature_circuit(llama, pairs, dictionaries, thresholds=Thresholds(1000.0), check=0)
 
 
 def test_what_is_refused(llama: LanguageModel, dictionaries: list[Dictionary], id_pairs: Pairs) -> None:
@@ -292,16 +297,18 @@ def test_what_is_refused(llama: LanguageModel, dictionaries: list[Dictionary], i
     for given, sentence in cases:
         with pytest.raises(CutawayError, match=sentence):
             latent_attribution(llama, pairs, given)
+    with pytest.raises(NotSupported, match="path='node' is not for them"):
+        latent_attribution(llama, pairs, dictionaries, options=GradientOptions(path="node"))
     with pytest.raises(CutawayError, match="kl is zero at the clean prompts"):
         latent_attribution(llama, pairs, dictionaries, method="atp", metric="kl", check=0)
     roles = latent_attribution(llama, pairs, dictionaries, method="atp", positions=["last"], check=0)
     with pytest.raises(CutawayError, match="names roles and says nothing of the other tokens"):
-        circuit_faithfulness(llama, pairs, circuit_of(roles, []), dictionaries)
+        feature_faithfulness(llama, pairs, circuit_of(roles, []), dictionaries)
     each = latent_attribution(llama, pairs, dictionaries, method="atp", positions="each", check=0)
     with pytest.raises(CutawayError, match="prompts of 6 tokens, these have 8"):
-        circuit_faithfulness(llama, id_pairs(3, 7), circuit_of(each, []), dictionaries)
+        feature_faithfulness(llama, id_pairs(3, 7), circuit_of(each, []), dictionaries)
     with pytest.raises(CutawayError, match="the circuit is of"):
-        circuit_faithfulness(llama, pairs, circuit_of(each, []), dictionaries[:2])
+        feature_faithfulness(llama, pairs, circuit_of(each, []), dictionaries[:2])
 
 
 def test_shipped_dictionaries_of_atlas(atlas: LanguageModel) -> None:
@@ -314,7 +321,14 @@ def test_shipped_dictionaries_of_atlas(atlas: LanguageModel) -> None:
         if a != b
     ]
     shipped = [load(f"atlas/blocks.{layer}.resid_post") for layer in (1, 3, 5)]
-    graph = feature_circuit(atlas, pairs, shipped, positions=["city", "last"], steps=5, most_nodes=12)
+    graph = feature_circuit(
+        atlas,
+        pairs,
+        shipped,
+        positions=["city", "last"],
+        thresholds=Thresholds(max_nodes=12),
+        options=GradientOptions(5),
+    )
     assert graph.agreement is not None
     assert graph.agreement.pearson > 0.8
     assert sum(not one.node.error for one in graph.nodes) >= 8

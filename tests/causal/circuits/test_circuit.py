@@ -9,12 +9,13 @@ import pytest
 import torch
 from toy_graph import Toy
 
+from cutaway.artifacts.command import recording
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.manifest import Manifest, ModelIdentity
 from cutaway.artifacts.results import Choices
 from cutaway.causal.circuits.baselines import sized_circuit
 from cutaway.causal.circuits.circuit import Circuit
-from cutaway.causal.circuits.evidence import gather_evidence
+from cutaway.causal.circuits.evidence import Evaluation, Ranking, gather_evidence
 from cutaway.causal.edge_graph import EdgeGraph
 from cutaway.model.language_model import LanguageModel
 
@@ -33,10 +34,11 @@ def circuit() -> Circuit:
     scores = toy.weights.float()
     mask, asked = sized_circuit(toy.graph, scores, 15)
     per_pair = scores + 0.1 * torch.randn(10, *toy.graph.shape, generator=torch.Generator().manual_seed(0))
-    evidence = gather_evidence(
-        toy, toy.graph, mask, pairs="10 pairs of a toy", choices=CHOICES, scores=scores, per_pair=per_pair, asked=asked,
-        magnitude=scores.abs(), search=0.9, draws=20, curve_draws=2, command="cutaway circuit toy",
-    )  # fmt: skip
+    with recording("cutaway circuit toy"):
+        evidence = gather_evidence(
+            toy, toy.graph, mask, choices=CHOICES, ranking=Ranking(scores=scores, per_pair=per_pair, asked=asked),
+            magnitude=scores.abs(), search=0.9, evaluation=Evaluation(curve_draws=2),
+        )  # fmt: skip
     return circuit_of(toy.graph, mask, scores, evidence=evidence)
 
 
@@ -173,4 +175,4 @@ def test_another_model_is_refused(circuit: Circuit, tiny: LanguageModel) -> None
 def test_an_empty_circuit_has_no_evidence() -> None:
     toy = Toy.random(EdgeGraph(2, 2), 10)
     with pytest.raises(CutawayError, match="The circuit is empty"):
-        gather_evidence(toy, toy.graph, toy.graph.empty(), pairs="", choices=CHOICES)
+        gather_evidence(toy, toy.graph, toy.graph.empty(), choices=CHOICES)

@@ -54,7 +54,8 @@ def test_the_greedy_subset_takes_the_best_node_at_each_step(toy: Toy, mask: torc
 
 def test_completeness_is_the_gap_between_circuit_and_model(toy: Toy, mask: torch.Tensor) -> None:
     graph = toy.graph
-    rows, (complement, random, greedy) = completeness(toy, graph, mask, choices=CHOICES, count=4, draws=2)
+    found = completeness(toy, graph, mask, choices=CHOICES, count=4, draws=2)
+    rows, (complement, random, greedy) = found.knockouts, found.effects
     assert complement.value == pytest.approx(toy.f(graph.full() & ~mask), abs=1e-9)
     assert [row.how for row in rows] == ["random"] * 4 + ["greedy"]
     for row in rows:
@@ -71,14 +72,15 @@ def test_completeness_is_the_gap_between_circuit_and_model(toy: Toy, mask: torch
 
 
 def test_the_whole_model_is_complete(toy: Toy) -> None:
-    rows, effects = completeness(toy, toy.graph, toy.graph.full(), choices=CHOICES, count=3, draws=1)
-    assert all(row.gap < 1e-12 for row in rows)
-    assert effects[0].value == pytest.approx(0, abs=1e-12)  # the complement is empty
+    found = completeness(toy, toy.graph, toy.graph.full(), choices=CHOICES, count=3, draws=1)
+    assert all(row.gap < 1e-12 for row in found.knockouts)
+    assert found.effects[0].value == pytest.approx(0, abs=1e-12)  # the complement is empty
 
 
 def test_minimality_takes_out_one_part_at_a_time(toy: Toy, mask: torch.Tensor) -> None:
     graph = toy.graph
-    edges, nodes, (idle,) = minimality(toy, graph, mask, choices=CHOICES, most=999)
+    found = minimality(toy, graph, mask, choices=CHOICES, max_edges=999)
+    edges, nodes, (idle,) = found.edges, found.nodes, found.effects
     assert {row.part for row in edges} == {f"{a}->{b}" for a, b in graph.edges_of(mask)}
     for row in edges:
         left = mask.clone()
@@ -89,16 +91,16 @@ def test_minimality_takes_out_one_part_at_a_time(toy: Toy, mask: torch.Tensor) -
         left = without_nodes(graph, mask, torch.arange(graph.n_sources) == graph.source(row.part))
         assert row.fall == pytest.approx(toy.f(mask) - toy.f(left), abs=1e-9)
     assert idle.value == pytest.approx(sum(abs(row.fall) < 0.01 for row in edges) / len(edges))
-    sampled, _, (effect,) = minimality(toy, graph, mask, choices=CHOICES, most=5)
-    assert len(sampled) == 5
-    assert f"5 of {int(mask.sum())} tried" in effect.name
+    sampled = minimality(toy, graph, mask, choices=CHOICES, max_edges=5)
+    assert len(sampled.edges) == 5
+    assert f"5 of {int(mask.sum())} tried" in sampled.effects[0].name
 
 
 def test_an_edge_of_no_weight_is_idle() -> None:
     toy = Toy.random(EdgeGraph(2, 2), 10, seed=3)
     f, g = toy.graph.edge("L0H0->logits")
     toy.weights[f, g] = 0
-    edges, _, _ = minimality(toy, toy.graph, toy.graph.full(), choices=CHOICES, most=999)
+    edges = minimality(toy, toy.graph, toy.graph.full(), choices=CHOICES, max_edges=999).edges
     assert {row.part: row.fall for row in edges}["L0H0->logits"] == pytest.approx(0, abs=1e-12)
 
 
@@ -122,7 +124,9 @@ def test_a_backup_head_is_found_by_self_repair() -> None:
     # without L0H2 and the MLP, so that the pair is what is tried
     mask = graph.mask_of(["embed->L0H0.q", "embed->L0H1.q", "embed->L0H3.q"])
     mask |= graph.mask_of(["L0H0->L0.mlp", "L0H1->L0.mlp", "L0H3->logits"])
-    name, rows, (effect,) = self_repair(toy, graph, mask, choices=CHOICES)
+    found = self_repair(toy, graph, mask, choices=CHOICES)
+    assert found is not None
+    name, rows, (effect,) = found.repaired, found.repair, found.effects
     whole = graph.full()
     assert name == "L0H0"
     assert [row.part for row in rows] == ["L0H1"]

@@ -6,19 +6,20 @@ import pytest
 import torch
 from toy_graph import Toy, ToyRuns
 
+from cutaway.artifacts.command import recording
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.results import Choices
 from cutaway.artifacts.statistics import ratio_intervals
 from cutaway.causal.circuits.baselines import select_edges
 from cutaway.causal.circuits.faithfulness import (
     FRACTIONS,
+    baseline_circuits,
     cmd,
     cpr,
-    faithfulness_effects,
+    faithfulness,
     measure,
     middle,
     plan_sizes,
-    rivals_of,
     size_curve,
     smallest_faithful,
 )
@@ -107,23 +108,25 @@ def test_nothing_to_measure_is_refused() -> None:
         measure(ToyRuns(torch.ones(1, 9), torch.ones(9), torch.ones(9)))
 
 
-def test_effects_stand_beside_their_rivals(toy: Toy, scores: torch.Tensor) -> None:
+def test_effects_stand_beside_their_baselines(toy: Toy, scores: torch.Tensor) -> None:
     graph = toy.graph
     mask = select_edges(graph, scores, 16)
     magnitude = torch.rand(graph.shape, generator=torch.Generator().manual_seed(5))
-    rivals = rivals_of(graph, mask, magnitude, select="greedy", draws=20, seed=1)
-    assert rivals.magnitude is not None
-    assert int(rivals.magnitude.sum()) >= int(mask.sum())
-    assert {int(one.sum()) for one in rivals.random} == {int(mask.sum())}
-    measured = measure(toy(torch.cat([mask[None], rivals.masks])))
-    whole, pairs = faithfulness_effects(measured, rivals, choices=CHOICES, search=0.9, command="cutaway circuit")
+    baselines = baseline_circuits(graph, mask, magnitude, select="greedy", draws=20, seed=1)
+    assert baselines.magnitude is not None
+    assert int(baselines.magnitude.sum()) >= int(mask.sum())
+    assert {int(one.sum()) for one in baselines.random} == {int(mask.sum())}
+    measured = measure(toy(torch.cat([mask[None], baselines.masks])))
+    with recording("cutaway circuit"):
+        found = faithfulness(measured, baselines, choices=CHOICES, search=0.9)
+    whole, pairs = found.effects
     assert whole.value == pytest.approx(toy.f(mask), abs=1e-9)
     random, strong, search = whole.controls
-    by_hand = [toy.f(one) for one in rivals.random]
+    by_hand = [toy.f(one) for one in baselines.random]
     assert random.value == pytest.approx(sum(by_hand) / 20, abs=1e-9)
     assert random.interval is not None
     assert random.interval[1] > sorted(by_hand)[-2]  # a spread of circuits, not the interval of their mean
-    assert strong.value == pytest.approx(toy.f(rivals.magnitude), abs=1e-9)
+    assert strong.value == pytest.approx(toy.f(baselines.magnitude), abs=1e-9)
     assert search.value == 0.9
     assert whole.choices == pairs.choices == CHOICES
     assert whole.command == "cutaway circuit"
@@ -137,8 +140,9 @@ def test_size_curve(toy: Toy, scores: torch.Tensor) -> None:
     magnitude = torch.rand(graph.shape, generator=torch.Generator().manual_seed(5))
     plan = plan_sizes(graph, scores, magnitude, fractions=fractions, draws=2)
     assert len(plan.masks) == (4 + 2) * 4
-    series, (cpr_effect, cmd_effect) = size_curve(plan, measure(toy(plan.masks)), choices=CHOICES)
-    ours, strong, random = series
+    curve = size_curve(plan, measure(toy(plan.masks)), choices=CHOICES)
+    cpr_effect, cmd_effect = curve.effects
+    ours, strong, random = curve.series
     sizes = [max(1, int(fraction * graph.n_edges)) for fraction in fractions]
     chosen = [select_edges(graph, scores, size) for size in sizes]
     assert ours.edges == tuple(float(mask.sum()) for mask in chosen)
@@ -159,13 +163,13 @@ def test_size_curve(toy: Toy, scores: torch.Tensor) -> None:
 def test_the_smallest_faithful_circuit(toy: Toy, scores: torch.Tensor, target: float) -> None:
     graph = toy.graph
     # with as many steps as there are sizes the grid is every size: brute force says which is the first
-    mask, asked, f = smallest_faithful(toy, graph, scores, target, most=graph.n_edges, steps=200)
+    mask, asked, f = smallest_faithful(toy, graph, scores, target, max_edges=graph.n_edges, steps=200)
     by_size = [toy.f(select_edges(graph, scores, size)) for size in range(1, graph.n_edges + 1)]
     first = next(size for size, value in enumerate(by_size, 1) if value >= target)
     assert asked == first
     assert f == pytest.approx(by_size[first - 1], abs=1e-9)
     assert torch.equal(mask, select_edges(graph, scores, first))
-    coarse, rough, value = smallest_faithful(toy, graph, scores, target, most=graph.n_edges, steps=5)
+    coarse, rough, value = smallest_faithful(toy, graph, scores, target, max_edges=graph.n_edges, steps=5)
     assert value >= target
     assert rough >= first
     assert int(coarse.sum()) <= rough
@@ -181,7 +185,7 @@ def test_finer_grids_find_the_first_size_where_f_only_rises(scores: torch.Tensor
         return ToyRuns(share[:, None].expand(-1, 8), torch.ones(8), torch.zeros(8))
 
     for target in (0.21, 0.5, 0.9):
-        mask, _, f = smallest_faithful(run, graph, scores, target, most=graph.n_edges, steps=5, rounds=9)
+        mask, _, f = smallest_faithful(run, graph, scores, target, max_edges=graph.n_edges, steps=5, rounds=9)
         able = {int(select_edges(graph, scores, asked).sum()) for asked in range(1, graph.n_edges + 1)}
         assert int(mask.sum()) == min(size for size in able if size >= target * graph.n_edges)
         assert f == pytest.approx(int(mask.sum()) / graph.n_edges)
@@ -190,7 +194,7 @@ def test_finer_grids_find_the_first_size_where_f_only_rises(scores: torch.Tensor
 
 def test_a_faithfulness_out_of_reach_is_refused(toy: Toy, scores: torch.Tensor) -> None:
     with pytest.raises(CutawayError, match=r"No circuit of up to 2 edges reaches a faithfulness of 0\.99"):
-        smallest_faithful(toy, toy.graph, -scores, 0.99, by="signed", most=2)
+        smallest_faithful(toy, toy.graph, -scores, 0.99, by="signed", max_edges=2)
     for target in (0.0, 1.5):
         with pytest.raises(CutawayError, match="above 0 and up to 1"):
             smallest_faithful(toy, toy.graph, scores, target)

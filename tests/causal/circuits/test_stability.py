@@ -60,10 +60,10 @@ def test_one_kind_of_pair_is_perfectly_stable_and_noise_is_not() -> None:
     same = torch.randn(graph.shape, generator=generator).masked_fill(~graph.real, 0).expand(12, *graph.shape)
     noise = torch.randn(12, *graph.shape, generator=generator).masked_fill(~graph.real, 0)
     mask = select_edges(graph, same[0], 30)
-    alike = stability(graph, mask, same, 30, choices=CHOICES)
+    alike = stability(graph, mask, same, 30, choices=CHOICES).effects
     assert [effect.value for effect in alike] == pytest.approx([1.0] * 4)
     assert all(effect.controls[0].value < 0.9 for effect in alike)
-    unlike = stability(graph, select_edges(graph, noise.mean(0), 30), noise, 30, choices=CHOICES)
+    unlike = stability(graph, select_edges(graph, noise.mean(0), 30), noise, 30, choices=CHOICES).effects
     assert unlike[0].value < 0.6
     assert unlike[0].value < unlike[1].value  # two resamples differ more than each from the whole
     for effect in (*alike, *unlike):

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import cutaway
 from cutaway.artifacts.errors import CutawayError
-from cutaway.causal.circuits.discover import discover
+from cutaway.causal.circuits.discovery import Search, discover
+from cutaway.causal.circuits.evidence import Evaluation
 from cutaway.causal.patching.patch import patch_grid
 from cutaway.data.harvest.harvest import harvest
 from cutaway.data.pairs import PromptPair
@@ -196,8 +197,8 @@ def test_lens_heads_patch_circuit_train(own: tuple[nn.Module, LanguageModel], tm
     torch.testing.assert_close(grid.values[0, 2][kept], wanted, rtol=1e-3, atol=1e-3)
     patch_grid(lm, pairs, over="heads")
 
-    circuit = discover(lm, pairs[:8], pairs[8:], fraction=0.6, draws=5, force=True)
-    whole = discover(lm, pairs[:8], pairs[8:], fraction=1.0, draws=5, force=True, deep=False)
+    circuit = discover(lm, pairs[:8], pairs[8:], size=0.6, evaluation=Evaluation(5), force=True)
+    whole = discover(lm, pairs[:8], pairs[8:], size=1.0, evaluation=Evaluation(5, deep=False), force=True)
     assert circuit.mask.sum() < whole.mask.sum()
     assert circuit.evidence is not None
 
@@ -397,5 +398,6 @@ def test_keys_that_heads_share() -> None:
     assert lm.run([[1, 2, 3]], capture="blocks.0.attn.rot_k")["blocks.0.attn.rot_k"].shape == (1, 3, 2, 4)
     pairs = answered_pairs(lm)
     with pytest.raises(CutawayError, match="grouped=True"):
-        discover(lm, pairs[:8], pairs[8:], fraction=0.5, draws=5, force=True, deep=False)
-    discover(lm, pairs[:8], pairs[8:], fraction=0.5, draws=5, force=True, deep=False, grouped=True)
+        discover(lm, pairs[:8], pairs[8:], size=0.5, evaluation=Evaluation(5, deep=False), force=True)
+    quick = Evaluation(5, deep=False)
+    discover(lm, pairs[:8], pairs[8:], size=0.5, search=Search(grouped=True), evaluation=quick, force=True)

@@ -28,14 +28,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from markupsafe import Markup
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.progress import shown
-from cutaway.causal.attribution.questions import Found, Question, ask, exact_effects_of_sets, slope
+from cutaway.causal.attribution.questions import Found, Positions, Question, ask, exact_effects_of_sets, slope
 from cutaway.causal.attribution.scores import Node, NodeScores
 from cutaway.causal.metrics import Metric, logit_difference
 from cutaway.data.pairs import AlignedPairs, PromptPair, align
+from cutaway.draw.charts import Bar
+from cutaway.draw.intervals import intervals_svg
+from cutaway.draw.result import Result
 from cutaway.model.edits import edits
 from cutaway.model.forward.execution import Execution
 from cutaway.model.forward.run import Run
@@ -243,27 +247,40 @@ def _pattern_changes(
 # What may have been missed
 
 
-@dataclass(frozen=True)
-class MissedBound:
-    """How large the effect of a node that was not verified may be.
-
-    `value` bounds |effect| of all `nodes` nodes at once with confidence `level`; `estimate` is the largest estimate
-    among them, of `node`. Random halves of these nodes were patched together, `subsets` times.
-    """
+@dataclass(frozen=True, repr=False)
+class MissedBound(Result):
+    """How large the effect of a node that was not verified may be."""
 
     value: float
+    """No |effect| is above this, of all `nodes` nodes at once with confidence `level`."""
     estimate: float
+    """The largest estimate among them."""
     node: Node
+    """Whose estimate that is."""
     nodes: int
+    """Nodes that were not verified."""
     verified: int
     subsets: int
+    """How many random halves of these nodes were patched together."""
     level: float
     units: str
+
+    title = "What may have been missed"
 
     def to_json(self) -> dict[str, Any]:
         return {**self.__dict__, "node": str(self.node)}
 
-    def __str__(self) -> str:
+    def rows(self) -> list[dict[str, Any]]:
+        return [self.to_json()]
+
+    def drawing(self) -> Markup:
+        bars: list[Bar] = [
+            {"label": f"largest estimate: {self.node}", "value": self.estimate},
+            {"label": f"no effect is larger ({self.level:.0%} confidence)", "value": self.value, "control": True},
+        ]
+        return intervals_svg(groups=[bars], title=self.title, units=self.units)
+
+    def summary(self) -> str:
         return (
             f"no node of the {self.nodes} unverified has an effect above {self.value:.3f} ({self.units}; "
             f"{self.level:.0%} confidence, {self.subsets} random halves patched, {self.verified} nodes verified); the "
@@ -277,21 +294,34 @@ def missed_bound(
     scores: NodeScores,
     *,
     verified: Sequence[Node] | int = 20,
-    positions: Any = "all",
+    positions: Positions = "all",
     metric: str | Metric = logit_difference,
     subsets: int = 200,
     level: float = 0.95,
     seed: int = 0,
 ) -> MissedBound:
-    """Bound the effects of the nodes of `scores` outside `verified` (or its so many strongest), by random subsets.
+    """Bound the effects of all nodes but the verified ones, by patching random halves of them exactly.
 
-    Each subset holds every unverified node with probability ½ and is patched as a whole, exactly. The mean of the
-    subsets with a node minus that of those without it estimates the node's effect, averaged over what else is patched;
-    Welch's t gives its interval (the diagnostics of Kramár et al. 2024), here at a level at which all of them hold
-    together (Bonferroni). That a node's effect amid others is its effect alone is an assumption. `positions` and
-    `metric` are those that the scores were asked with.
+    Each subset holds every unverified node with probability ½ and is patched as a whole. The mean of the subsets with a
+    node minus that of those without it estimates the node's effect, averaged over what else is patched; Welch's t gives
+    its interval, here at a level at which all of them hold together (Bonferroni). That a node's effect amid others is
+    its effect alone is an assumption.
 
-    Raises CutawayError when no node is left, or below 20 subsets.
+    Args:
+        lm: The model.
+        pairs: The pairs to patch.
+        scores: The nodes, and the direction of patching.
+        verified: Nodes whose effects are known, or how many of the strongest are.
+        positions: As the scores were asked with.
+        metric: As the scores were asked with.
+        subsets: Random halves, 20 or more.
+        level: Confidence.
+        seed: Of the halves.
+
+    Raises:
+        CutawayError: No node is left, or there are too few subsets.
+
+    Source: the diagnostics of Kramár et al. 2024; https://arxiv.org/abs/2403.00745.
     """
     from scipy.stats import t as student
 

@@ -50,6 +50,25 @@ METHODS: tuple[Method, ...] = ("atp", "atp*", "relp", "ig", "ig-inputs")
 NODES = ("blocks.*.attn.z", "blocks.*.mlp.out")
 
 
+@dataclass(frozen=True)
+class GradientOptions:
+    """How a method of attribution patching takes its gradient; each option is of one method, the last two of all."""
+
+    steps: int = 10
+    """Of "ig" and "ig-inputs": points on the way (midpoint rule)."""
+    path: Literal["site", "node"] = "site"
+    """Of "ig": "site" moves all nodes of a site along together, its steps in one batch (Marks et al. 2024); "node"
+    moves each alone: then scores tend to exact patching as steps grow, at more than its cost."""
+    attention: Attention = "gradient"
+    """Of "relp": the attention pattern is differentiated as it is ("gradient") or held ("detach"); see `relp_rules`."""
+    grad_drop: bool = True
+    """Of "atp*": whether the backward is repeated without each layer, which finds effects that cancel."""
+    batch_rows: int = 64
+    """At most so many rows in one backward."""
+    seed: int = 0
+    """Of the draw of nodes that are patched exactly."""
+
+
 def attribution_patching(
     lm: LanguageModel,
     pairs: Sequence[PromptPair] | AlignedPairs,
@@ -59,49 +78,60 @@ def attribution_patching(
     direction: Direction = "noise",
     metric: str | Metric = logit_difference,
     positions: Positions = "all",
-    steps: int = 10,
-    path: Literal["site", "node"] = "site",
-    attention: Attention = "gradient",
-    grad_drop: bool = True,
     check: int = 40,
-    batch_rows: int = 64,
-    seed: int = 0,
+    options: GradientOptions = GradientOptions(),
 ) -> NodeScores:
     """Score every node of `sites` for every pair.
 
-    Sites with heads give a node a head (key-value heads at attn.k and attn.v), `mlp.post` and `mlp.pre` one a neuron,
-    all others one. `positions`: "all" patches a node at every token at once, "each" makes it a node at each token
-    position (of pairs of one length), and roles (`["city", "last"]`) one at each of these.
+    Args:
+        lm: The model.
+        pairs: n prompt pairs; those that do not align are refused.
+        sites: Where nodes are, wildcards allowed. Sites with heads give a node per head (key-value heads at attn.k and
+            attn.v), `mlp.post` and `mlp.pre` one per neuron, all others one.
+        method: "atp" (the gradient at the base run), "atp*", "relp", "ig" or "ig-inputs".
+        direction: "noise" patches the clean run from the corrupt one, "denoise" the corrupt run from the clean one.
+        metric: What is asked of the logits; it must have a gradient.
+        positions: "all" patches a node at every token at once, "each" makes it a node at each token position (of pairs
+            of one length), and roles (`["city", "last"]`) one at each of these.
+        check: Nodes that are drawn and patched exactly, to compare with; 0: none.
+        options: How the gradient is taken.
 
-    `steps` is of integrated gradients (midpoint rule); with "ig", `path="site"` moves all nodes of a site along
-    together, its steps in one batch (Marks et al. 2024), and `path="node"` moves each alone: then scores tend to exact
-    patching as steps grow, at more than its cost. `attention` is of RelP (see `relp_rules`), `grad_drop` of AtP*.
-    `check` nodes are drawn with `seed` and patched exactly (`NodeScores.agreement`). `batch_rows` bounds the rows of a
-    backward.
+    Returns:
+        Scores in units of the metric, [columns, units, n] by site, and their agreement with exact patching.
 
-    Raises CutawayError: sites without nodes (patterns, scales), positions that do not line up, a metric without a
-    gradient, or whose gradient is zero where it is taken; RelP and AtP* where a model has what they do not define.
+    Raises:
+        CutawayError: Sites without nodes (patterns, scales), positions that do not line up, a metric without a
+            gradient, or whose gradient is zero where it is taken; RelP and AtP* where a model has what they do not
+            define.
+
+    Source: Nanda 2023; Syed et al. 2023, https://arxiv.org/abs/2310.10348; Kramár et al. 2024,
+    https://arxiv.org/abs/2403.00745.
+
+    Example:
+        >>> scores = attribution_patching(lm, pairs, "blocks.*.attn.z", method="relp")
+        >>> scores.top(3)
     """
+    steps, path, attention, batch_rows = options.steps, options.path, options.attention, options.batch_rows
     if method not in METHODS:
         raise CutawayError(f"there is no method {method!r}; there are {', '.join(METHODS)}")
     if path not in ("site", "node"):
         raise CutawayError(f"path={path!r} is not 'site' or 'node'")
-    for name, number, least in (("steps", steps, 1), ("check", check, 0), ("batch_rows", batch_rows, 1)):
-        if type(number) is not int or number < least:
-            raise CutawayError(f"{name} is {number!r}; give a whole number, {least} or more")
+    for name, number, minimum in (("steps", steps, 1), ("check", check, 0), ("batch_rows", batch_rows, 1)):
+        if type(number) is not int or number < minimum:
+            raise CutawayError(f"{name} is {number!r}; give a whole number, {minimum} or more")
     aligned = pairs if isinstance(pairs, AlignedPairs) else align(lm, pairs)
     question = ask(lm, aligned, sites, direction, metric, positions)
     label: str = method
     with frozen(lm):
         if method == "atp*":
-            found = atp_star(question, grad_drop=grad_drop, batch_rows=batch_rows)
-            label += "" if grad_drop else " without GradDrop"
+            found = atp_star(question, grad_drop=options.grad_drop, batch_rows=batch_rows)
+            label += "" if options.grad_drop else " without GradDrop"
         elif method == "ig" and path == "node":
             found = _node_by_node(question, steps, batch_rows)
             label += f" by node ({steps} steps)"
         else:
             found = Found()
-            for at in slopes(question, method, found, steps=steps, attention=attention, batch_rows=batch_rows):
+            for at in slopes(question, method, found, options):
                 scores = at.part.contract(at.site, at.base, at.source, at.grad)
                 found.add(at.part, at.site, scores, at.base, at.source)
             label += f" ({steps} steps)" if method in ("ig", "ig-inputs") else ""
@@ -109,7 +139,7 @@ def attribution_patching(
     scores = result_of(question, label, found)
     if not check:
         return scores
-    return replace(scores, agreement=check_exactly(question, scores, found, check, seed=seed))
+    return replace(scores, agreement=check_exactly(question, scores, found, check, seed=options.seed))
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,21 +157,18 @@ def slopes(
     question: Question,
     method: Method,
     found: Found,
-    *,
-    steps: int = 10,
-    attention: Attention = "gradient",
-    batch_rows: int = 64,
+    options: GradientOptions,
 ) -> Iterator[At]:
     """The gradient that a method ("atp", "relp", "ig" by site, "ig-inputs") takes at every site of a question.
 
     The metric of both runs, and how steep it is, go to `found`.
     """
     if method == "ig":
-        yield from _along_activations(question, steps, batch_rows, found)
+        yield from _along_activations(question, options.steps, options.batch_rows, found)
     elif method == "ig-inputs":
-        yield from _along_inputs(question, steps, batch_rows, found)
+        yield from _along_inputs(question, options.steps, options.batch_rows, found)
     else:
-        yield from _at_the_base(question, method == "relp", attention, batch_rows, found)
+        yield from _at_the_base(question, method == "relp", options.attention, options.batch_rows, found)
 
 
 def _at_the_base(question: Question, relp: bool, attention: Attention, batch_rows: int, found: Found) -> Iterator[At]:
@@ -234,14 +261,14 @@ def _along_activations(question: Question, steps: int, batch_rows: int, found: F
 def _node_by_node(question: Question, steps: int, batch_rows: int) -> Found:
     """Integrated gradients where each node moves alone."""
     names, found = question.sites, Found()
-    most = max(1, batch_rows // steps)
-    parts = list(question.parts(most))
+    rows = max(1, batch_rows // steps)
+    parts = list(question.parts(rows))
     with shown("integrated gradients", len(parts), "parts") as advance:
         for part in parts:
             base, given, targets = _both(part, names, found)
             for site in names:
                 start, end = base[site], given[site]
-                scores = _one_by_one(part, site, start, end, steps, targets, found, max(1, most // len(part)))
+                scores = _one_by_one(part, site, start, end, steps, targets, found, max(1, rows // len(part)))
                 found.add(part, site, scores, start, end)
             advance()
     return found

@@ -1,6 +1,6 @@
 """Sparse feature circuits (Marks et al. 2024): latents and errors that carry an answer, and what each gives the next.
 
-Nodes are those of `latent_scores.py` whose mean |score| passes a threshold. The edge u -> v is how much of v's score u
+Nodes are those of `latents.py` whose mean |score| passes a threshold. The edge u -> v is how much of v's score u
 is behind, along paths that meet no other dictionary:
 
     E(u, v) = (u(source) − u(base)) · ∂v/∂u · ∂m/∂v,
@@ -15,23 +15,28 @@ Over all nodes v of later sites, and m, the edges of u add up to its AtP score.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from markupsafe import Markup
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.progress import shown
 from cutaway.artifacts.results import Choices, Interval, interval_text
+from cutaway.causal.attribution.attribution_patching import GradientOptions
 from cutaway.causal.attribution.latents import Features, LatentMethod, features_of, latent_attribution
 from cutaway.causal.attribution.questions import Positions, Question, ask
-from cutaway.causal.attribution.relp import Attention
 from cutaway.causal.attribution.scores import Agreement, Direction, Node, NodeScores
 from cutaway.causal.metrics import Metric, Targets, logit_difference
 from cutaway.causal.parts import frozen
 from cutaway.data.pairs import AlignedPairs, PromptPair, align
 from cutaway.dictionaries.dictionary import Dictionary
+from cutaway.draw.charts import Bar
+from cutaway.draw.intervals import intervals_svg
+from cutaway.draw.panels import table_html
+from cutaway.draw.result import Result
 from cutaway.model.edits import edits
 from cutaway.model.edits.resolve import resolve
 from cutaway.model.forward.execution import Execution
@@ -42,16 +47,17 @@ METRIC = -1  # where an edge ends that goes to the metric itself
 
 @dataclass(frozen=True)
 class FeatureNode:
-    """A latent or an error: its mean score over the pairs, the 95 % interval of that, and what is known of it.
-
-    `q` is the rate of false discoveries among all nodes with a score as sure (`NodeScores.q`).
-    """
+    """A latent or an error of a feature circuit."""
 
     node: Node
     score: float
+    """Mean over the pairs, in units of the metric."""
     interval: Interval
+    """95 % of that, bootstrap over pairs."""
     label: str | None = None
+    """The latent in words."""
     q: float = float("nan")
+    """The rate of false discoveries among all nodes with a score as sure (`NodeScores.q`)."""
 
 
 @dataclass(frozen=True)
@@ -63,16 +69,32 @@ class FeatureEdge:
     weight: float
 
 
-@dataclass(frozen=True, eq=False)
-class FeatureCircuit:
+@dataclass(frozen=True)
+class Thresholds:
+    """Which nodes and edges a feature circuit keeps."""
+
+    nodes: float = 0.1
+    """Nodes with a mean |score| above this, in units of the metric."""
+    edges: float = 0.01
+    """Edges with a mean |weight| above this, in units of the metric."""
+    max_nodes: int | None = 100
+    """At most so many nodes, the strongest; None: all."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class FeatureCircuit(Result):
     """Nodes and edges above their thresholds, strongest first, and all the scores that they are taken from."""
 
     nodes: tuple[FeatureNode, ...]
     edges: tuple[FeatureEdge, ...]
-    scores: NodeScores = field(repr=False)
+    scores: NodeScores
+    """The scores of all latents and errors."""
     node_threshold: float
     edge_threshold: float
     left_out: int
+    """Nodes above the threshold beyond the largest number that is kept."""
+
+    title = "Feature circuit"
 
     @property
     def agreement(self) -> Agreement | None:
@@ -114,7 +136,45 @@ class FeatureCircuit:
             ],
         }
 
-    def __str__(self) -> str:
+    def with_labels(self, labels: Mapping[tuple[str, int], str]) -> FeatureCircuit:
+        """The same circuit with words for its latents, by (site, latent)."""
+        named = [
+            one if one.node.latent is None else replace(one, label=labels.get((one.node.site, one.node.latent)))
+            for one in self.nodes
+        ]
+        return replace(self, nodes=tuple(named))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """An edge per row, from a node to another or to the metric; a node without edges is a row of its own."""
+        rows = [self._row(edge.upstream, self._end(edge), edge.weight) for edge in self.edges]
+        joined = {edge.upstream for edge in self.edges} | {edge.downstream for edge in self.edges}
+        return rows + [self._row(i, None, None) for i in range(len(self.nodes)) if i not in joined]
+
+    def _row(self, number: int, to: str | None, weight: float | None) -> dict[str, Any]:
+        one = self.nodes[number]
+        return {
+            "from": str(one.node), "label": one.label, "score": one.score, "low": one.interval[0],
+            "high": one.interval[1], "q": one.q, "to": to, "weight": weight,
+        }  # fmt: skip
+
+    def _end(self, edge: FeatureEdge) -> str:
+        return "the metric" if edge.downstream == METRIC else str(self.nodes[edge.downstream].node)
+
+    def drawing(self) -> Markup:
+        """The strongest nodes with their 95 % intervals, and the strongest edges as a table."""
+        bars: list[Bar] = [
+            {
+                "label": f"{one.node}{f' “{one.label}”' if one.label else ''}", "value": one.score,
+                "low": one.interval[0], "high": one.interval[1],
+            }
+            for one in self.nodes[:24]
+        ]  # fmt: skip
+        units = self.scores.metric.replace("_", " ")
+        drawn = intervals_svg(groups=[bars], title=f"{self.title} of {self.scores.model}", units=units)
+        cells = [[str(self.nodes[e.upstream].node), self._end(e), e.weight] for e in self.edges[:40]]
+        return drawn + table_html(columns=["from", "to", "weight"], rows=cells, title="Edges")
+
+    def summary(self) -> str:
         s = self.scores
         lines = [
             f"feature circuit of {s.model}, {s.method}, {s.direction}, {s.metric.replace('_', ' ')}, n {s.n}: "
@@ -123,15 +183,14 @@ class FeatureCircuit:
             + (f" ({self.left_out} weaker nodes left out)" if self.left_out else "")
         ]
         lines.append(f"  {self.agreement or 'not compared with exact patching (check=0)'}")
-        for one in self.nodes[:12]:
+        for one in self.nodes[:6]:
             said = f"  “{one.label}”" if one.label else ""
             q = "–" if one.q != one.q else f"{one.q:.2g}"
             lines.append(f"  {one.score:+8.3f}  {interval_text(one.interval, signed=True)}  q {q}  {one.node}{said}")
-        if len(self.nodes) > 12:
-            lines.append(f"  … and {len(self.nodes) - 12} more nodes")
-        for edge in self.edges[:8]:
-            end = "the metric" if edge.downstream == METRIC else str(self.nodes[edge.downstream].node)
-            lines.append(f"  {edge.weight:+8.3f}  {self.nodes[edge.upstream].node} → {end}")
+        if len(self.nodes) > 6:
+            lines.append(f"  … and {len(self.nodes) - 6} more nodes")
+        for edge in self.edges[:3]:
+            lines.append(f"  {edge.weight:+8.3f}  {self.nodes[edge.upstream].node} → {self._end(edge)}")
         return "\n".join(lines)
 
 
@@ -144,48 +203,53 @@ def feature_circuit(
     direction: Direction = "noise",
     metric: str | Metric = logit_difference,
     positions: Positions = "all",
-    steps: int = 10,
-    attention: Attention = "gradient",
-    node_threshold: float = 0.1,
-    edge_threshold: float = 0.01,
-    most_nodes: int = 100,
-    labels: Mapping[tuple[str, int], str] | None = None,
+    thresholds: Thresholds = Thresholds(),
     check: int = 40,
-    batch_rows: int = 64,
-    seed: int = 0,
+    options: GradientOptions = GradientOptions(),  # noqa: B008, frozen
 ) -> FeatureCircuit:
-    """Score all latents and errors, keep those with a mean |score| above `node_threshold` (in units of the metric; at
-    most the `most_nodes` strongest), and score the edges between them.
+    """Score all latents and errors, keep the strong ones, and score the edges between them.
 
-    `labels` maps (site, latent) to words. Edges are at the base run, with gradients as they are, whatever method scored
-    the nodes. One backward a kept node. Raises CutawayError as `latent_attribution`, and where no node passes.
+    Edges are at the base run, with gradients as they are, whatever method scored the nodes. One backward per kept node.
+    `FeatureCircuit.with_labels` gives latents their words.
+
+    Args:
+        lm: The model.
+        pairs: n prompt pairs.
+        dictionaries: Autoencoders of sites that hold the model's width, one per site.
+        method: How nodes are scored; see `latent_attribution`.
+        direction: "noise" patches the clean run from the corrupt one, "denoise" the corrupt run from the clean one.
+        metric: What is asked of the logits; it must have a gradient.
+        positions: "all" tokens at once, "each" position, or roles.
+        thresholds: Which nodes and edges are kept.
+        check: Nodes that are drawn and patched exactly, to compare with; 0: none.
+        options: How the gradient is taken.
+
+    Raises:
+        CutawayError: As `latent_attribution`, and where no node passes its threshold.
+
+    Source: Marks et al. 2024; https://arxiv.org/abs/2403.19647.
     """
     aligned = pairs if isinstance(pairs, AlignedPairs) else align(lm, pairs)
     scores = latent_attribution(
-        lm, aligned, dictionaries, method=method, direction=direction, metric=metric, positions=positions, steps=steps,
-        attention=attention, check=check, batch_rows=batch_rows, seed=seed,
+        lm, aligned, dictionaries, method=method, direction=direction, metric=metric, positions=positions, check=check,
+        options=options,
     )  # fmt: skip
-    bare = strongest_nodes(scores, node_threshold, most_nodes, labels)
+    bare = strongest_nodes(scores, thresholds.nodes, thresholds.max_nodes)
     chosen = [one.node for one in bare.nodes]
     features = features_of(lm, dictionaries)
     question = ask(lm, aligned, list(features), direction, metric, positions)
     question = replace(question, units=dict.fromkeys(features, "latent"))
-    weights = edge_scores(question, features, chosen, batch_rows=batch_rows).mean(-1)
+    weights = edge_scores(question, features, chosen, batch_rows=options.batch_rows).mean(-1)
     found = [
         FeatureEdge(u, v if v < len(chosen) else METRIC, float(weights[u, v]))
-        for u, v in (weights.abs() > edge_threshold).nonzero().tolist()
+        for u, v in (weights.abs() > thresholds.edges).nonzero().tolist()
     ]
     edges = tuple(sorted(found, key=lambda edge: -abs(edge.weight)))
-    return replace(bare, edges=edges, edge_threshold=edge_threshold)
+    return replace(bare, edges=edges, edge_threshold=thresholds.edges)
 
 
-def strongest_nodes(
-    scores: NodeScores,
-    threshold: float = 0.0,
-    most: int | None = None,
-    labels: Mapping[tuple[str, int], str] | None = None,
-) -> FeatureCircuit:
-    """The nodes with a mean |score| above a threshold, at most so many, as a circuit without edges.
+def strongest_nodes(scores: NodeScores, threshold: float = 0.0, max_nodes: int | None = None) -> FeatureCircuit:
+    """The nodes with a mean |score| above a threshold, at most `max_nodes`, as a circuit without edges.
 
     Raises CutawayError where no node passes.
     """
@@ -195,18 +259,11 @@ def strongest_nodes(
         raise CutawayError(
             f"no node has a mean score above {threshold:g}; the largest is {float(mean.abs().max()):.3g}"
         )
-    chosen = strong[:most]
+    chosen = strong[:max_nodes]
     nodes = [scores.nodes[i] for i in chosen]
-    named = labels or {}
     return FeatureCircuit(
         nodes=tuple(
-            FeatureNode(
-                node,
-                float(mean[i]),
-                (low, high),
-                None if node.latent is None else named.get((node.site, node.latent)),
-                float(scores.q[i]),
-            )
+            FeatureNode(node, float(mean[i]), (low, high), q=float(scores.q[i]))
             for node, i, (low, high) in zip(nodes, chosen, scores.interval(nodes).tolist(), strict=True)
         ),
         edges=(),

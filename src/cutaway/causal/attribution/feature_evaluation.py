@@ -31,7 +31,7 @@ Errors = Literal["circuit", "keep", "remove"]
 Kept = Mapping[str, Tensor]  # by site, bool [columns, F + 1]
 
 
-def circuit_faithfulness(
+def feature_faithfulness(
     lm: LanguageModel,
     pairs: Sequence[PromptPair] | AlignedPairs,
     circuit: FeatureCircuit,
@@ -43,18 +43,34 @@ def circuit_faithfulness(
     draws: int = 10,
     batch_rows: int = 64,
     seed: int = 0,
-    command: str | None = None,
 ) -> Effect:
-    """Faithfulness of a circuit on the clean prompts of `pairs` (give others than those it was found on).
+    """Faithfulness of a feature circuit on clean prompts; give others than those it was found on.
 
-    Means of latents and errors are over both prompts of `reference` (default: `pairs`): over all tokens, or position by
-    position where the circuit was found so (`positions="each"`; then these pairs must be as long). `errors`: "circuit"
-    keeps those of its error nodes and sets the others to their mean, "keep" keeps all, also where nothing else is kept,
-    "remove" none. The controls are `draws` circuits of as many latents at each site and position, drawn among those
-    whose score is not 0, with the same errors; and the complement, in which the circuit alone is set to its mean.
+    The controls are circuits of as many latents at each site and position, drawn among those whose score is not 0,
+    with the same errors; and the complement, in which the circuit alone is set to its mean.
 
-    Raises CutawayError: a circuit of roles, prompts of another length, a model that the metric does not tell from one
-    without latents.
+    Args:
+        lm: The model.
+        pairs: n prompt pairs.
+        circuit: The circuit; every latent outside it is set to its mean.
+        dictionaries: Those that it was found with.
+        errors: "circuit" keeps the errors among its nodes and sets the others to their mean, "keep" keeps all, also
+            where nothing else is kept, "remove" none.
+        reference: The pairs over whose prompts means of latents and errors are taken; None: `pairs`. Means are over all
+            tokens, or position by position where the circuit was found so (then these pairs must be as long).
+        metric: What is asked of the logits.
+        draws: Random circuits to compare with.
+        batch_rows: At most so many pairs in one forward.
+        seed: Of the random circuits.
+
+    Returns:
+        The share of the metric that is left, 1 the whole model's, with 95 % intervals over pairs.
+
+    Raises:
+        CutawayError: A circuit of roles, prompts of another length, a model that the metric does not tell from one
+            without latents.
+
+    Source: Marks et al. 2024; https://arxiv.org/abs/2403.19647.
     """
     if errors not in ("circuit", "keep", "remove"):
         raise CutawayError(f"errors={errors!r} is not 'circuit', 'keep' or 'remove'")
@@ -117,7 +133,6 @@ def circuit_faithfulness(
         controls=tuple(controls),
         ablation=f"mean of every latent outside the circuit; errors: {errors}",
         units=f"share of the {question.metric_name.replace('_', ' ')}",
-        command=command,
         choices=Choices(
             granularity="latent",
             component=", ".join(features),

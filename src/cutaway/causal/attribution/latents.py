@@ -19,10 +19,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cutaway.artifacts.errors import CutawayError
-from cutaway.causal.attribution.attribution_patching import slopes
+from cutaway.artifacts.errors import CutawayError, NotSupported
+from cutaway.causal.attribution.attribution_patching import GradientOptions, slopes
 from cutaway.causal.attribution.questions import Found, Positions, Question, ask, check_exactly, result_of
-from cutaway.causal.attribution.relp import Attention
 from cutaway.causal.attribution.scores import Direction, NodeScores
 from cutaway.causal.metrics import Metric, logit_difference
 from cutaway.causal.parts import frozen
@@ -117,39 +116,55 @@ def latent_attribution(
     direction: Direction = "noise",
     metric: str | Metric = logit_difference,
     positions: Positions = "all",
-    steps: int = 10,
-    attention: Attention = "gradient",
     check: int = 40,
-    batch_rows: int = 64,
-    seed: int = 0,
+    options: GradientOptions = GradientOptions(),  # noqa: B008, frozen
 ) -> NodeScores:
-    """Score every latent of every dictionary, and every error, for every pair; options as in `attribution_patching`.
+    """Score every latent of every dictionary, and every error, for every pair.
 
     Exact patching of a latent moves x by (f_i(source) − f_i(base)) d_i and leaves everything else of the site as it is.
 
-    Raises CutawayError as `attribution_patching` and `features_of`.
+    Args:
+        lm: The model.
+        pairs: n prompt pairs.
+        dictionaries: Autoencoders of sites that hold the model's width, one per site.
+        method: "ig" (moving all latents and the error along together), "atp" or "relp".
+        direction: "noise" patches the clean run from the corrupt one, "denoise" the corrupt run from the clean one.
+        metric: What is asked of the logits; it must have a gradient.
+        positions: "all" tokens at once, "each" position, or roles; as in `attribution_patching`.
+        check: Nodes that are drawn and patched exactly, to compare with; 0: none.
+        options: How the gradient is taken; `path` is "site" here.
+
+    Returns:
+        Scores in units of the metric, by site [columns, latents + 1, n]: behind the latents stands the error.
+
+    Raises:
+        CutawayError: As `attribution_patching` and `features_of`.
+
+    Source: Marks et al. 2024; https://arxiv.org/abs/2403.19647.
     """
     if method not in ("atp", "relp", "ig"):
         raise CutawayError(f"there is no method {method!r} for latents; there are atp, relp and ig")
-    if type(steps) is not int or steps < 1:
-        raise CutawayError(f"steps is {steps!r}; give a whole number, 1 or more")
+    if options.path != "site":
+        raise NotSupported("latents of a site are moved along together (path='site'); path='node' is not for them")
+    if type(options.steps) is not int or options.steps < 1:
+        raise CutawayError(f"steps is {options.steps!r}; give a whole number, 1 or more")
     features = features_of(lm, dictionaries)
     aligned = pairs if isinstance(pairs, AlignedPairs) else align(lm, pairs)
     question = ask(lm, aligned, list(features), direction, metric, positions)
     question = replace(question, units=dict.fromkeys(features, "latent"))
     found = Found()
     with frozen(lm), torch.no_grad():
-        for at in slopes(question, method, found, steps=steps, attention=attention, batch_rows=batch_rows):
+        for at in slopes(question, method, found, options):
             scores, moved = _by_column(at.part, features[at.site], at.base, at.source, at.grad)
             found.scores.setdefault(at.site, []).append(scores.float().cpu())
             before = found.moved.get(at.site)
             found.moved[at.site] = moved.cpu() if before is None else before | moved.cpu()
-    label = f"{method} of latents{f' ({steps} steps)' if method == 'ig' else ''}"
+    label = f"{method} of latents{f' ({options.steps} steps)' if method == 'ig' else ''}"
     result = result_of(question, label, found)
     if not check:
         return result
     agreement = check_exactly(
-        question, result, found, check, seed=seed, exact=lambda nodes: exact_latents(question, features, nodes)
+        question, result, found, check, seed=options.seed, exact=lambda nodes: exact_latents(question, features, nodes)
     )
     return replace(result, agreement=agreement)
 

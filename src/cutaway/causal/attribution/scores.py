@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
 import torch
+from markupsafe import Markup
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.results import Choices, Control, Effect, interval_text
 from cutaway.artifacts.statistics import bootstrap_interval, false_discovery, mean_intervals, paired_t_p
+from cutaway.draw.charts import Bar
+from cutaway.draw.intervals import intervals_svg
+from cutaway.draw.result import Result
 
 Direction = Literal["denoise", "noise"]
 Unit = Literal["site", "head", "neuron", "latent"]
+_SHOWN = 12
+_AT_ONCE = 1000
 
 
 @dataclass(frozen=True)
@@ -40,33 +46,39 @@ class Node:
         return words if self.at is None else f"{words} at {self.at!r}"
 
 
-@dataclass(frozen=True)
-class Agreement:
-    """How scores agree with exact patching of `n` of the `candidates` nodes, drawn at random among those that the two
-    prompts give different values (the others are 0 in both).
+@dataclass(frozen=True, eq=False, repr=False)
+class Agreement(Result):
+    """How scores agree with exact patching of a random sample of nodes.
 
-    `estimated` and `exact` [n] are means over the pairs: of the change of the metric ("signed"), or of its magnitude,
-    where a method gives only that. `pearson` and `spearman` are NaN below 3 nodes or where one of them is constant.
+    They are drawn among those that the two prompts give different values (the others are 0 in both).
     """
 
-    nodes: tuple[Node, ...] = field(repr=False)
-    estimated: Tensor = field(repr=False)
-    exact: Tensor = field(repr=False)
+    nodes: tuple[Node, ...]
+    """The n nodes that were patched exactly."""
+    estimated: Tensor
+    """Their scores [n], means over the pairs, in units of the metric."""
+    exact: Tensor
+    """What patching them does to the metric [n], means over the pairs."""
     candidates: int
+    """How many nodes they were drawn from."""
     of: Literal["signed", "magnitude"]
+    """Whether the change of the metric is compared, or its magnitude, where a method gives only that."""
+
+    title = "Scores beside exact patching"
 
     @property
     def n(self) -> int:
+        """Nodes that were patched exactly."""
         return len(self.nodes)
 
     @cached_property
     def pearson(self) -> float:
-        """Linear correlation."""
+        """Linear correlation; NaN below 3 nodes or where one side is constant."""
         return correlation(self.estimated, self.exact)
 
     @cached_property
     def spearman(self) -> float:
-        """Rank correlation."""
+        """Rank correlation; NaN as for `pearson`."""
         from scipy.stats import rankdata
 
         ranks = [torch.from_numpy(rankdata(x.double().numpy())) for x in (self.estimated, self.exact)]
@@ -84,7 +96,23 @@ class Agreement:
             "exact": self.exact.tolist(),
         }
 
-    def __str__(self) -> str:
+    def rows(self) -> list[dict[str, Any]]:
+        """A node per row."""
+        values = zip(self.nodes, self.estimated.tolist(), self.exact.tolist(), strict=True)
+        return [{"node": str(node), "estimated": estimate, "exact": exact} for node, estimate, exact in values]
+
+    def drawing(self) -> Markup:
+        """The nodes with the largest exact effects: what was estimated, above what patching does."""
+        groups: list[list[Bar]] = [
+            [
+                {"label": f"{row['node']}, estimated", "value": row["estimated"]},
+                {"label": "patched exactly", "value": row["exact"], "control": True},
+            ]
+            for row in sorted(self.rows(), key=lambda row: -abs(row["exact"]))[:_SHOWN]
+        ]
+        return intervals_svg(groups=[[bar for group in groups for bar in group]], title=self.title)
+
+    def summary(self) -> str:
         what = "" if self.of == "signed" else " of magnitudes"
         return (
             f"correlation{what} with exact patching: Pearson {self.pearson:.3f}, Spearman {self.spearman:.3f} "
@@ -105,30 +133,36 @@ def _number(value: float) -> float | None:
     return None if value != value else value
 
 
-@dataclass(frozen=True, eq=False)
-class NodeScores:
-    """Scores of nodes for n pairs: estimates of how the metric changes when the other prompt's value is put in.
-
-    `blocks` holds for each site [columns, units, n]: units are its heads (key-value heads at keys and values), its
-    neurons, its latents and behind them its error, or 1; `columns` are token positions or roles, or the single None for
-    every token at once. A score has the sign of the change, but of `magnitude` only the size is known (AtP* with
-    GradDrop). `base` and `source` [n] are the metric of the run that is patched and of the run that it is patched from;
-    noising patches the clean run. `agreement` says how the scores compare with exact patching of some nodes.
-    """
+@dataclass(frozen=True, eq=False, repr=False)
+class NodeScores(Result):
+    """Scores of nodes for n pairs: estimates of how the metric changes when the other prompt's value is put in."""
 
     model: str
     method: str
     direction: Direction
+    """"noise" patches the clean run from the corrupt one, "denoise" the corrupt run from the clean one."""
     metric: str
-    blocks: Mapping[str, Tensor] = field(repr=False)
+    blocks: Mapping[str, Tensor]
+    """Scores by site, float32 [columns, units, n], in units of the metric: units are the site's heads (key-value heads
+    at keys and values), its neurons, its latents and behind them its error, or 1."""
     units: Mapping[str, Unit]
+    """What the units of each site are."""
     columns: tuple[str | None, ...]
-    base: Tensor = field(repr=False)
-    source: Tensor = field(repr=False)
+    """Token positions or roles, or the single None for every token at once."""
+    base: Tensor
+    """The metric of the run that is patched [n]."""
+    source: Tensor
+    """The metric of the run that it is patched from [n]."""
     choices: Choices
+    """The six choices that the scores depend on."""
     agreement: Agreement | None = None
+    """How the scores compare with exact patching of some nodes."""
     magnitude: bool = False
+    """Whether only the size of a change is known, not its sign (AtP* with GradDrop)."""
     notes: tuple[str, ...] = ()
+    """What a reader must know of them."""
+
+    title = "Scores of nodes"
 
     @property
     def n(self) -> int:
@@ -198,7 +232,7 @@ class NodeScores:
         """The rate of false discoveries among all nodes with a p as small [nodes]."""
         return torch.from_numpy(false_discovery(self.p.numpy()))
 
-    def effect(self, node: Node, *, command: str | None = None) -> Effect:
+    def effect(self, node: Node) -> Effect:
         """One node's score as an effect, beside the other nodes of its site and, where it was sampled, exact patching.
 
         The control is the mean of all other nodes' mean scores at the same site (in the other layers too, where the
@@ -227,7 +261,6 @@ class NodeScores:
             controls=tuple(controls),
             ablation=f"patch from the {'corrupt' if self.direction == 'noise' else 'clean'} run, to first order",
             units=f"{'size of the ' if self.magnitude else ''}change of the {self.metric.replace('_', ' ')}",
-            command=command,
             choices=self.choices,
         )
 
@@ -265,7 +298,29 @@ class NodeScores:
             ],
         }
 
-    def __str__(self) -> str:
+    def rows(self) -> list[dict[str, Any]]:
+        """A node per row, in the order of `nodes`; intervals are 95 % over pairs."""
+        ends: list[list[float]] = []
+        for first in range(0, len(self), _AT_ONCE):  # a draw of every node at once would fill the memory
+            ends += self.interval(self.nodes[first : first + _AT_ONCE]).tolist()
+        figures = zip(self.nodes, self.mean.tolist(), ends, self.p.tolist(), self.q.tolist(), strict=True)
+        return [
+            {**vars(node), "score": score, "low": low, "high": high, "p": p, "q": q}
+            for node, score, (low, high), p, q in figures
+        ]
+
+    def drawing(self) -> Markup:
+        """The nodes with the largest |mean score|, with 95 % intervals over pairs; then the agreement."""
+        top = self.top(_SHOWN)
+        bars: list[Bar] = [
+            {"label": str(node), "value": self.mean[self.number(node)].item(), "low": low, "high": high}
+            for node, (low, high) in zip(top, self.interval(top).tolist(), strict=True)
+        ]
+        title = f"{self.method} of {len(self)} nodes"
+        drawn = intervals_svg(groups=[bars], title=title, units=self.metric.replace("_", " "))
+        return drawn if self.agreement is None or not self.agreement.n else drawn + self.agreement.drawing()
+
+    def summary(self) -> str:
         ways = ("clean", "corrupt") if self.direction == "noise" else ("corrupt", "clean")
         lines = [
             f"{self.method}, {self.direction}, {self.metric.replace('_', ' ')}: {ways[0]} {self.base.mean():.2f}, "
@@ -273,7 +328,7 @@ class NodeScores:
         ]
         lines.append(f"  {self.agreement or 'not compared with exact patching (check=0)'}")
         lines += [f"  {note}" for note in self.notes]
-        top = self.top()
+        top = self.top(12 - len(lines))
         for node, (low, high) in zip(top, self.interval(top).tolist(), strict=True):
             ends = interval_text((low, high), 4, signed=True)
             q = self.q[self.number(node)].item()

@@ -15,15 +15,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from markupsafe import Markup
 from torch import Tensor
 
-from cutaway.artifacts.errors import CutawayError
-from cutaway.artifacts.files import read_json, refuse_replacing, write_json
+from cutaway.artifacts.errors import BadFile, CutawayError
+from cutaway.artifacts.files import read_json, refuse_replacing
 from cutaway.artifacts.manifest import Manifest
-from cutaway.artifacts.results import Choices, interval_text
+from cutaway.artifacts.results import Choices
 from cutaway.causal.circuits.baselines import nodes_of
 from cutaway.causal.circuits.evidence import Evidence
 from cutaway.causal.edge_graph import EdgeGraph
+from cutaway.causal.effects import effect_line
+from cutaway.draw.result import Result
 
 if TYPE_CHECKING:
     from cutaway.model.language_model import LanguageModel
@@ -38,27 +41,40 @@ def refuse_no_circuit(path: Path) -> None:
     refuse_replacing(path, "circuit", f'"format": "{FORMAT}"')
 
 
-@dataclass(frozen=True, eq=False)
-class Circuit:
-    """Some edges of a graph.
+@dataclass(frozen=True, eq=False, repr=False)
+class Circuit(Result):
+    """Some edges of a graph, how they were found, and what was measured of them.
 
-    `mask` bool and `scores` float32 have the graph's shape; a score is by how much the metric moves away from the
-    ablated model's when the edge stays: above 0 the edge helps. Only the circuit's own edges have one. `method` says
-    how it was found (scorer, selection, size, pairs) in plain values.
+    Example:
+        >>> circuit = Circuit.load("ioi.json")
+        >>> circuit.edges[0], circuit.evidence.faithfulness.value
     """
 
     graph: EdgeGraph
+    """All edges of the model."""
     mask: Tensor
+    """Which of them are in the circuit, bool [F, G] (or [P, F, G] where the graph tells positions apart)."""
     scores: Tensor
+    """Signed importance, float32 of the same shape, in units of the metric: by how much the metric moves away from the
+    ablated model's when the edge stays. Above 0 the edge helps; 0 outside the circuit."""
     task: str
+    """The task's name, or "own pairs"."""
     metric: str
+    """What was asked of the logits."""
     choices: Choices
+    """The six choices that the effects depend on."""
     manifest: Manifest
+    """Model with the hash of its weights, hash of the pairs, settings, version, command."""
     method: Mapping[str, Any] = field(default_factory=dict)
+    """How it was found (scorer, selection, size, pairs) in plain values."""
     evidence: Evidence | None = None
+    """What was measured of it on held-out pairs."""
+
+    title = "Circuit"
 
     @property
     def n_edges(self) -> int:
+        """Edges of the circuit."""
         return int(self.mask.sum())
 
     @property
@@ -102,6 +118,7 @@ class Circuit:
             )
 
     def to_json(self) -> dict[str, Any]:
+        """The circuit's file; `from_json` reads it."""
         edges = []
         columns = self.graph.columns
         places = self.mask.nonzero().tolist()
@@ -125,88 +142,107 @@ class Circuit:
             "evidence": None if self.evidence is None else self.evidence.to_json(),
         }
 
-    def save(self, path: Path | str) -> None:
-        """Write the file, whole or not at all; `CutawayError` where a file is there that is no circuit."""
-        refuse_no_circuit(Path(path))
-        write_json(Path(path), self)
+    def save(self, path: Path | str) -> Path:
+        """Write the circuit as what the path's suffix names: .json is the file that `load` reads.
+
+        The file is whole or not there. Raises `BadFile` for another suffix, or where a file is there that is none of
+        its kind.
+        """
+        if (path := Path(path)).suffix.lower() == ".json":
+            refuse_no_circuit(path)
+        return super().save(path)
 
     @classmethod
     def load(cls, path: Path | str) -> Circuit:
-        """The circuit of a file; CutawayError, in one sentence, for a file that is none or has a defect."""
+        """The circuit of a file; BadFile, in one sentence, for a file that is none or has a defect."""
         data = read_json(Path(path))
         try:
             return cls.from_json(data)
         except CutawayError as error:
-            raise CutawayError(f"{path}: {error}") from error
+            raise BadFile(f"{path}: {error}") from error
 
     @classmethod
     def from_json(cls, data: Any) -> Circuit:
         """The circuit that `to_json` wrote, everything checked."""
         if not isinstance(data, dict) or data.get("format") != FORMAT:
-            raise CutawayError(f'it is not a circuit; one begins with "format": "{FORMAT}".')
+            raise BadFile(f'it is not a circuit; one begins with "format": "{FORMAT}".')
         if data.get("schema") != SCHEMA:
-            raise CutawayError(
+            raise BadFile(
                 f"it has the schema {data.get('schema')!r}, this version reads {SCHEMA}: take a newer cutaway."
             )
         needed = ("manifest", "graph", "task", "metric", "choices", "edges")
         missing = [key for key in needed if key not in data]
         if missing:
-            raise CutawayError(f"it has no {missing[0]!r}; a circuit needs {', '.join(needed)}.")
+            raise BadFile(f"it has no {missing[0]!r}; a circuit needs {', '.join(needed)}.")
         graph = _graph_from(data["graph"])
         mask, scores = _edges_from(graph, data["edges"])
         try:
             manifest = Manifest.from_json(data["manifest"])
             choices = Choices.from_json(data["choices"])
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise CutawayError("its manifest or its choices are damaged; write it again.") from error
+            raise BadFile("its manifest or its choices are damaged; write it again.") from error
         if not isinstance(data["task"], str) or not isinstance(data["metric"], str):
-            raise CutawayError("its task and its metric must be names.")
+            raise BadFile("its task and its metric must be names.")
         try:
             evidence = None if data.get("evidence") is None else Evidence.from_json(data["evidence"])
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise CutawayError(
+            raise BadFile(
                 f"its evidence is damaged ({type(error).__name__}: {error}); evaluate the circuit again."
             ) from error
         method = {} if data.get("method") is None else data["method"]
         if not isinstance(method, dict):
-            raise CutawayError("its method is not an object; leave it out, or write the file again.")
+            raise BadFile("its method is not an object; leave it out, or write the file again.")
         if not isinstance(data.get("nodes", []), list):
-            raise CutawayError("its nodes are not a list; leave them out, or write the file again.")
+            raise BadFile("its nodes are not a list; leave them out, or write the file again.")
         circuit = cls(graph, mask, scores, data["task"], data["metric"], choices, manifest, method, evidence)
         if "nodes" in data and data["nodes"] != circuit.nodes:
             stray = next((str(node) for node in data["nodes"] if node not in circuit.nodes), None)
-            raise CutawayError(
+            raise BadFile(
                 f"its nodes are not those of its edges ({f'{stray} has no edge' if stray else 'some are not listed'}); "
                 "leave the nodes out, or write the file again."
             )
         return circuit
 
+    def rows(self) -> list[dict[str, Any]]:
+        """An edge per row, the largest |score| first."""
+        return [{"from": source, "to": destination, "score": score} for source, destination, score in self.edges]
+
+    def drawing(self) -> Markup:
+        from cutaway.causal.circuits.view import circuit_drawing
+
+        return circuit_drawing(self)
+
+    def summary(self) -> str:
+        lines = [self._head()]
+        if self.evidence is not None:
+            found = self.evidence.effects[:1]
+            lines += [f"on {self.evidence.pairs}:", *map(effect_line, found)]
+        left = "" if self.n_edges <= 8 else f", of {self.n_edges:,}"
+        lines += [f"strongest edges{left} (above 0: the answer loses it when the edge is cut)"]
+        return "\n".join(lines + self._strongest(8))
+
     def __str__(self) -> str:
-        lines = [
+        lines = [self._head()]
+        if self.evidence is not None:
+            lines += ["", f"on {self.evidence.pairs}:", *map(effect_line, self.evidence.effects)]
+        lines += ["", "strongest edges (above 0: the answer loses it when the edge is cut)"]
+        return "\n".join(lines + self._strongest(12))
+
+    def _head(self) -> str:
+        return (
             f"{self.task} in {self.manifest.model.id if self.manifest.model else 'a model'}: {self.n_edges:,} of "
             f"{self.graph.n_edges:,} edges ({100 * self.share:.2g} %), {len(self.nodes)} nodes; "
             f"{self.metric.replace('_', ' ')}, "
             f"{self.choices.ablation} ablation"
-        ]
-        if self.evidence is not None:
-            lines += ["", f"on {self.evidence.pairs}:", *map(_line, self.evidence.effects)]
-        lines += ["", "strongest edges (above 0: the answer loses it when the edge is cut)"]
-        lines += [f"  {score:+9.4f}  {source} -> {destination}" for source, destination, score in self.edges[:12]]
-        return "\n".join(lines)
+        )
 
-
-def _line(effect: Any) -> str:
-    controls = "; ".join(f"{c.name} {c.value:.2f}{_ends(c.interval)}" for c in effect.controls)
-    return f"  {effect.name}: {effect.value:.3f}{_ends(effect.interval)}   beside {controls}"
-
-
-def _ends(interval: tuple[float, float] | None) -> str:
-    return "" if interval is None else f" {interval_text(interval, 2)}"
+    def _strongest(self, k: int) -> list[str]:
+        return [f"  {score:+9.4f}  {source} -> {destination}" for source, destination, score in self.edges[:k]]
 
 
 def _graph_from(data: Any) -> EdgeGraph:
     if not isinstance(data, dict) or any(key not in data for key in _GRAPH):
-        raise CutawayError(f"its graph is damaged; it needs {', '.join(_GRAPH)}.")
+        raise BadFile(f"its graph is damaged; it needs {', '.join(_GRAPH)}.")
     layers, heads, parallel, kv, columns = (data[key] for key in _GRAPH)
     whole = [layers, heads, *([] if kv is None else [kv])]
     fits = all(isinstance(one, int) and not isinstance(one, bool) and one > 0 for one in whole)
@@ -214,14 +250,14 @@ def _graph_from(data: Any) -> EdgeGraph:
     if columns is not None:
         fits = fits and isinstance(columns, list) and columns != [] and all(isinstance(name, str) for name in columns)
     if not fits:
-        raise CutawayError(
+        raise BadFile(
             "its graph is damaged: layers and heads are whole numbers, parallel is true or false, columns are names."
         )
     if layers * layers * heads * heads > _LARGEST:
-        raise CutawayError(f"its graph is damaged: no model has {layers} layers of {heads} heads.")
+        raise BadFile(f"its graph is damaged: no model has {layers} layers of {heads} heads.")
     graph = EdgeGraph(layers, heads, parallel, kv, None if columns is None else tuple(columns))
     if data.get("n_edges", graph.n_edges) != graph.n_edges:
-        raise CutawayError(f"its graph says it has {data['n_edges']} edges, but such a graph has {graph.n_edges}.")
+        raise BadFile(f"its graph says it has {data['n_edges']} edges, but such a graph has {graph.n_edges}.")
     return graph
 
 
@@ -233,27 +269,27 @@ def _is_number(value: Any) -> bool:
 
 def _edges_from(graph: EdgeGraph, data: Any) -> tuple[Tensor, Tensor]:
     if not isinstance(data, list):
-        raise CutawayError("its edges are not a list.")
+        raise BadFile("its edges are not a list.")
     if not data:
-        raise CutawayError("the circuit is empty: it has no edges.")
+        raise BadFile("the circuit is empty: it has no edges.")
     mask, scores = graph.empty(), torch.zeros(graph.shape)
     for number, edge in enumerate(data, 1):
         try:
             ends, score = (edge["from"], edge["to"]), edge.get("score", 0.0)
             at = edge.get("at")
         except (AttributeError, KeyError, TypeError):
-            raise CutawayError(f'edge {number} has not the form {{"from": ..., "to": ..., "score": ...}}.') from None
+            raise BadFile(f'edge {number} has not the form {{"from": ..., "to": ..., "score": ...}}.') from None
         if not (isinstance(ends[0], str) and isinstance(ends[1], str)):
-            raise CutawayError(f"edge {number} does not name its two ends by texts.")
+            raise BadFile(f"edge {number} does not name its two ends by texts.")
         place: tuple[int, ...] = graph.edge(ends)
         if graph.columns is not None:
             if at not in graph.columns:
-                raise CutawayError(f"edge {number} is at {at!r}; the positions are {', '.join(graph.columns)}.")
+                raise BadFile(f"edge {number} is at {at!r}; the positions are {', '.join(graph.columns)}.")
             place = (graph.columns.index(at), *place)
         if not _is_number(score):
-            told = repr(score)[:40]
-            raise CutawayError(f"edge {number} ({ends[0]}->{ends[1]}) has the score {told}, which is no number.")
+            written = repr(score)[:40]
+            raise BadFile(f"edge {number} ({ends[0]}->{ends[1]}) has the score {written}, which is no number.")
         if bool(mask[place]):
-            raise CutawayError(f"edge {number} ({ends[0]}->{ends[1]}) is there twice.")
+            raise BadFile(f"edge {number} ({ends[0]}->{ends[1]}) is there twice.")
         mask[place], scores[place] = True, float(score)
     return mask, scores

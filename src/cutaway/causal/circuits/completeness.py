@@ -8,17 +8,23 @@ model's fall, m(N) - m(∅), as faithfulness is.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from markupsafe import Markup
 from torch import Tensor
 
 from cutaway.artifacts.results import Choices, Control, Effect
 from cutaway.causal.circuits.baselines import nodes_of, random_circuits, without_nodes
-from cutaway.causal.circuits.faithfulness import UNITS, Measured, Run, measure, middle
+from cutaway.causal.circuits.faithfulness import UNITS, MeasuredCircuits, RunCircuits, measure, middle
 from cutaway.causal.edge_graph import EdgeGraph
+from cutaway.causal.effects import Effects, folded
+from cutaway.draw.charts import Bar, bars_html
+from cutaway.draw.panels import table_html
 
+_SHOWN = 16
 IDLE = 0.01  # of the whole: Wang et al.'s bar for a part that matters
 
 
@@ -62,6 +68,93 @@ class Removal:
         return cls(**data)
 
 
+@dataclass(frozen=True, repr=False)
+class Completeness(Effects):
+    """f of all that is outside a circuit, and how differently circuit and model take the loss of the same nodes."""
+
+    knockouts: tuple[Knockout, ...]
+    """Every set of nodes that was taken out."""
+
+    title = "Is anything missing?"
+
+    def to_json(self) -> dict[str, Any]:
+        return {**super().to_json(), "knockouts": [one.to_json() for one in self.knockouts]}
+
+    def rows(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "nodes": ", ".join(one.nodes), "chosen": one.how, "circuit": one.circuit, "model": one.model,
+                "gap": one.gap, "gap of a random circuit": abs(one.random - one.model),
+            }
+            for one in self.knockouts
+        ]  # fmt: skip
+
+    def drawing(self) -> Markup:
+        columns = ["chosen", "nodes taken out", "circuit", "model", "gap", "control: random circuit's gap"]
+        cells = [
+            [one.how, ", ".join(one.nodes), one.circuit, one.model, one.gap, abs(one.random - one.model)]
+            for one in self.knockouts
+        ]
+        table = table_html(columns=columns, rows=cells, title="Knock-outs")
+        return super().drawing() + folded("Every set of nodes", table)
+
+
+@dataclass(frozen=True, repr=False)
+class Minimality(Effects):
+    """What f loses without each edge, and without each node, of a circuit; and the share of edges that is idle."""
+
+    edges: tuple[Removal, ...]
+    nodes: tuple[Removal, ...]
+
+    title = "Is anything idle?"
+
+    def to_json(self) -> dict[str, Any]:
+        parts = {"edges": self.edges, "nodes": self.nodes}
+        return {**super().to_json(), **{key: [one.to_json() for one in rows] for key, rows in parts.items()}}
+
+    def rows(self) -> list[dict[str, Any]]:
+        parts = {"edge": self.edges, "node": self.nodes}
+        return [{"kind": kind, **one.to_json()} for kind, rows in parts.items() for one in rows]
+
+    def drawing(self) -> Markup:
+        over = Markup('<div class="cw-over">{}</div>')
+        return (
+            super().drawing()
+            + over.format(f"without one node (the {_SHOWN} largest)") + _bars(self.nodes)
+            + over.format(f"without one edge (the {_SHOWN} largest of those tried)") + _bars(self.edges)
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, repr=False)
+class CircuitSelfRepair(Effects):
+    """How much more the model needs its other nodes once the most needed one is gone."""
+
+    repaired: str
+    """The node that is knocked out first."""
+    repair: tuple[Removal, ...]
+    """The growth of what every other node costs, the largest first."""
+
+    title = "Does the model repair itself?"
+
+    def to_json(self) -> dict[str, Any]:
+        return {**super().to_json(), "repaired": self.repaired, "repair": [one.to_json() for one in self.repair]}
+
+    def rows(self) -> list[dict[str, Any]]:
+        return [{"knocked out": self.repaired, **one.to_json()} for one in self.repair]
+
+    def drawing(self) -> Markup:
+        return super().drawing() + _bars(self.repair)
+
+
+def _bars(rows: Sequence[Removal]) -> Markup:
+    """The largest falls as bars."""
+    items: list[Bar] = [
+        {"label": one.part, "value": one.fall, "low": one.low, "high": one.high}
+        for one in sorted(rows, key=lambda row: -abs(row.fall))[:_SHOWN]
+    ]
+    return bars_html(items=items, units="of the whole model's fall")
+
+
 def inner_nodes(graph: EdgeGraph, mask: Tensor) -> list[int]:
     """The sources of a circuit without the embedding."""
     return [node for node in nodes_of(graph, mask).nonzero().flatten().tolist() if node]
@@ -86,7 +179,7 @@ def _out(graph: EdgeGraph, masks: Tensor, chosen: list[tuple[int, ...]]) -> Tens
 
 
 def greedy_subset(
-    run: Run, graph: EdgeGraph, mask: Tensor, *, steps: int = 4, width: int = 10, seed: int = 0
+    run: RunCircuits, graph: EdgeGraph, mask: Tensor, *, steps: int = 4, width: int = 10, seed: int = 0
 ) -> tuple[int, ...]:
     """Nodes K of the circuit that make |f(C∖K) - f(M∖K)| large: always the node that adds most, while one does.
 
@@ -109,7 +202,7 @@ def greedy_subset(
 
 
 def completeness(
-    run: Run,
+    run: RunCircuits,
     graph: EdgeGraph,
     mask: Tensor,
     *,
@@ -119,8 +212,7 @@ def completeness(
     width: int = 10,
     draws: int = 5,
     seed: int = 0,
-    command: str | None = None,
-) -> tuple[list[Knockout], list[Effect]]:
+) -> Completeness:
     """f of all that is outside the circuit, and how differently circuit and model take the loss of the same nodes.
 
     Random and greedily chosen sets of nodes are taken out. The controls are the same of random circuits of its size.
@@ -147,7 +239,7 @@ def completeness(
         Effect(
             "faithfulness of the complement", float(measured.ratio[0]), measured.n, measured.interval(0),
             (Control("complements of random circuits", float(others.ratio.mean()), middle(others.resampled), draws),),
-            choices.ablation, UNITS, command, choices,
+            choices.ablation, UNITS, choices=choices,
         )
     ]  # fmt: skip
     drawn = measured.resampled[:, 1 + draws :].unflatten(1, (-1, 3)) if sets else None
@@ -165,29 +257,28 @@ def completeness(
                 f"incompleteness, {how} nodes taken out", gap, measured.n,
                 measured.interval_over(gap, gaps),
                 (Control("a random circuit of the same size", control, ends, measured.n),),
-                choices.ablation, UNITS, command, choices,
+                choices.ablation, UNITS, choices=choices,
             )
         )  # fmt: skip
-    return found, effects
+    return Completeness(tuple(effects), tuple(found))
 
 
 def minimality(
-    run: Run,
+    run: RunCircuits,
     graph: EdgeGraph,
     mask: Tensor,
     *,
     choices: Choices,
-    most: int = 48,
+    max_edges: int = 48,
     seed: int = 0,
-    command: str | None = None,
-) -> tuple[list[Removal], list[Removal], list[Effect]]:
+) -> Minimality:
     """What f loses without each edge, and without each node, of the circuit; and the share that is idle (below 1 %).
 
-    Of more than `most` edges a random sample is tried. The control is the same of a random circuit of the same size.
+    Of more than `max_edges` edges a random sample is tried. The control is the same of a random circuit of its size.
     """
     generator = torch.Generator().manual_seed(seed)
     random = random_circuits(graph, int(mask.sum()), 1, seed=seed + 1)[0]
-    edges, others = (_sample(one, most, generator) for one in (mask, random))
+    edges, others = (_sample(one, max_edges, generator) for one in (mask, random))
     nodes = inner_nodes(graph, mask)
     masks = torch.cat(
         [
@@ -212,36 +303,34 @@ def minimality(
     effect = Effect(
         f"idle edges ({len(edges)} of {int(mask.sum())} tried)", idle, measured.n, middle(resampled[0]),
         (Control("a random circuit of the same size", control, middle(resampled[1]), len(others)),),
-        choices.ablation, "share of edges without which f moves by less than 0.01", command, choices,
+        choices.ablation, "share of edges without which f moves by less than 0.01", choices=choices,
     )  # fmt: skip
-    return by_edge, by_node, [effect]
+    return Minimality((effect,), tuple(by_edge), tuple(by_node))
 
 
 def self_repair(
-    run: Run,
+    run: RunCircuits,
     graph: EdgeGraph,
     mask: Tensor,
     *,
     choices: Choices,
-    most: int = 16,
+    max_nodes: int = 16,
     seed: int = 0,
-    command: str | None = None,
-) -> tuple[str, list[Removal], list[Effect]]:
+) -> CircuitSelfRepair | None:
     """How much more the model needs its other nodes once the most needed one is gone (McGrath et al. 2023).
 
     Heads of the circuit (all its nodes, where it has fewer than three) are knocked out of the whole model one by one,
     and again without the one that costs most. The growth of what a node costs is what it makes up for. The control
-    knocks out the node that costs least instead. Returns the name of the first knock-out, the growth of every other
-    node tried, and the mean growth as an effect.
+    knocks out the node that costs least instead. None where fewer than three nodes can be tried.
     """
     nodes = inner_nodes(graph, mask)
     heads = [node for node in nodes if "H" in graph.sources[node]]
     nodes = heads if len(heads) >= 3 else nodes
     generator = torch.Generator().manual_seed(seed)
-    if len(nodes) > most:
-        nodes = sorted(nodes[i] for i in torch.randperm(len(nodes), generator=generator)[:most].tolist())
+    if len(nodes) > max_nodes:
+        nodes = sorted(nodes[i] for i in torch.randperm(len(nodes), generator=generator)[:max_nodes].tolist())
     if len(nodes) < 3:
-        return "", [], []
+        return None
     whole = graph.full()[None]
     alone = measure(run(torch.cat([whole, _out(graph, whole, [(node,) for node in nodes])])))
     cost = alone.ratio[0] - alone.ratio[1:]
@@ -277,16 +366,16 @@ def self_repair(
                 float(idle_mean.mean()), alone.interval_over(float(idle_mean.mean()), idle_drawn.mean(1)), alone.n,
             ),
         ),
-        choices.ablation, f"mean growth of what each of {m} other nodes costs", command, choices,
+        choices.ablation, f"mean growth of what each of {m} other nodes costs", choices=choices,
     )  # fmt: skip
-    return name, sorted(rows, key=lambda row: -row.fall), [effect]
+    return CircuitSelfRepair((effect,), name, tuple(sorted(rows, key=lambda row: -row.fall)))
 
 
-def _sample(mask: Tensor, most: int, generator: torch.Generator) -> Tensor:
+def _sample(mask: Tensor, size: int, generator: torch.Generator) -> Tensor:
     edges = mask.flatten().nonzero().flatten()
-    if len(edges) <= most:
+    if len(edges) <= size:
         return edges
-    return edges[torch.randperm(len(edges), generator=generator)[:most]].sort().values
+    return edges[torch.randperm(len(edges), generator=generator)[:size]].sort().values
 
 
 def _without_edges(mask: Tensor, edges: Tensor) -> Tensor:
@@ -304,7 +393,7 @@ def _edge_name(graph: EdgeGraph, place: int) -> str:
     return f"{name} at {graph.columns[place // (graph.n_sources * graph.n_destinations)]}"
 
 
-def _falls(measured: Measured, base: int, block: slice, names: list[str]) -> list[Removal]:
+def _falls(measured: MeasuredCircuits, base: int, block: slice, names: list[str]) -> list[Removal]:
     falls = (measured.ratio[base] - measured.ratio[block]).tolist()
     # the fall is f itself, of the difference of the two metrics
     lost = measured.values[base] - measured.values[block] + measured.corrupt

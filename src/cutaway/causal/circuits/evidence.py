@@ -2,71 +2,154 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from markupsafe import Markup
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.results import Choices, Effect
 from cutaway.causal.circuits.baselines import By, Select
-from cutaway.causal.circuits.completeness import Knockout, Removal, completeness, minimality, self_repair
+from cutaway.causal.circuits.completeness import (
+    CircuitSelfRepair,
+    Completeness,
+    Knockout,
+    Minimality,
+    Removal,
+    completeness,
+    minimality,
+    self_repair,
+)
 from cutaway.causal.circuits.faithfulness import (
     FRACTIONS,
-    Run,
+    RunCircuits,
+    SizeCurve,
     SizeSeries,
-    faithfulness_effects,
+    baseline_circuits,
+    faithfulness,
     measure,
     plan_sizes,
-    rivals_of,
     size_curve,
 )
-from cutaway.causal.circuits.stability import stability
+from cutaway.causal.circuits.stability import Stability, stability
 from cutaway.causal.edge_graph import EdgeGraph
-
-FAITHFULNESS = "faithfulness"
+from cutaway.causal.effects import Effects, effect_line
 
 
 @dataclass(frozen=True)
-class Evidence:
-    """What was measured of a circuit on n `pairs` (in words): effects beside controls, and the tables behind them.
+class Evaluation:
+    """How much is measured about a circuit."""
 
-    The first effect is the faithfulness. `curve` has f by size over `fractions`; `edges` and `nodes` what f loses
-    without each; `knockouts` the sets of nodes taken out of circuit and model alike; `repair` how much more each node
-    is needed once `repaired` is gone.
+    draws: int = 20
+    """Random circuits of the same size that it is compared with."""
+    resamples: int = 100
+    """Bootstrap draws of the pairs for the stability, 100 or more."""
+    deep: bool = True
+    """Whether completeness, minimality and self-repair are measured, too."""
+    curve_draws: int = 3
+    """Random circuits of each size of the size curve."""
+    max_edges: int = 24
+    """Edges that are taken out one by one for the minimality; of more a random sample is."""
+    fractions: tuple[float, ...] = FRACTIONS
+    """Shares of the graph's edges at which the size curve is measured."""
+
+
+@dataclass(frozen=True, eq=False)
+class Ranking:
+    """How the edges of a circuit were chosen: what the size curve and the stability need to choose others likewise."""
+
+    select: Select = "greedy"
+    """Grown from the logits ("greedy"), or the highest ones ("top")."""
+    by: By = "absolute"
+    """Whether edges are ranked by "absolute" or by "signed" scores."""
+    scores: Tensor | None = None
+    """Signed importance of every edge, the graph's shape; None: no size curve."""
+    per_pair: Tensor | None = None
+    """The same of each of m search pairs [m, ...]; None: no stability."""
+    asked: int | None = None
+    """Edges that were asked for before pruning; None: no stability."""
+
+
+@dataclass(frozen=True, repr=False)
+class Evidence(Effects):
+    """What was measured of a circuit on n pairs: effects beside controls, and the tables behind them.
+
+    The first effect is the faithfulness. `size_curve`, `stability`, `completeness`, `minimality` and `self_repair` are
+    its parts, None where they were not measured.
     """
 
-    pairs: str
-    effects: tuple[Effect, ...]
+    pairs: str = ""
+    """The pairs, in words."""
     fractions: tuple[float, ...] = ()
+    """Shares of the graph's edges [K] at which `curve` has f."""
     curve: tuple[SizeSeries, ...] = ()
+    """f by size: of the circuit's edges, of the strongest edges, of random circuits."""
     knockouts: tuple[Knockout, ...] = ()
+    """Sets of nodes that were taken out of circuit and model alike."""
     edges: tuple[Removal, ...] = ()
+    """What f loses without each edge (of those tried)."""
     nodes: tuple[Removal, ...] = ()
+    """What f loses without each node."""
     repaired: str = ""
+    """The most needed node, which is knocked out first."""
     repair: tuple[Removal, ...] = ()
+    """How much more each other node is needed once that one is gone."""
 
-    def effect(self, name: str) -> Effect:
-        """The effect whose name begins so."""
-        for effect in self.effects:
-            if effect.name.startswith(name):
-                return effect
-        raise CutawayError(
-            f"nothing called {name!r} was measured of this circuit; there are "
-            f"{', '.join(effect.name for effect in self.effects)}"
-        )
+    title = "Evidence for a circuit"
 
     @property
     def faithfulness(self) -> Effect:
+        """f as the ratio of means, beside random circuits and the strongest edges."""
         return self.effects[0]
+
+    @property
+    def size_curve(self) -> SizeCurve | None:
+        """Faithfulness by size, with CPR and CMD."""
+        return SizeCurve(self._named("CPR", "CMD"), self.fractions, self.curve) if self.curve else None
+
+    @property
+    def stability(self) -> Stability | None:
+        """Overlap of the circuits that resampled pairs give."""
+        found = self._named("overlap")
+        return Stability(found) if found else None
+
+    @property
+    def completeness(self) -> Completeness | None:
+        """Whether anything is missing."""
+        found = self._named("faithfulness of the complement", "incompleteness")
+        return Completeness(found, self.knockouts) if found else None
+
+    @property
+    def minimality(self) -> Minimality | None:
+        """Whether anything is idle."""
+        return Minimality(self._named("idle"), self.edges, self.nodes) if self.edges else None
+
+    @property
+    def self_repair(self) -> CircuitSelfRepair | None:
+        """How the model makes up for the most needed node."""
+        return CircuitSelfRepair(self._named("self-repair"), self.repaired, self.repair) if self.repaired else None
+
+    def _named(self, *names: str) -> tuple[Effect, ...]:
+        return tuple(effect for effect in self.effects if effect.name.startswith(names))
 
     def above_controls(self) -> bool:
         """Whether the faithfulness lies above the upper interval of random circuits and of the strongest edges."""
-        rivals = [c for c in self.faithfulness.controls if c.name.startswith(("random", "strongest"))]
-        uppers = [c.value if c.interval is None else c.interval[1] for c in rivals]
+        baselines = [c for c in self.faithfulness.controls if c.name.startswith(("random", "strongest"))]
+        uppers = [c.value if c.interval is None else c.interval[1] for c in baselines]
         return bool(uppers) and all(self.faithfulness.value > upper for upper in uppers)
+
+    def summary(self) -> str:
+        left_out = ("faithfulness, mean over pairs", "overlap of resampled circuits with the circuit")
+        shown = [e for e in self.effects if not e.name.startswith(left_out) and not e.name.endswith("another, nodes")]
+        return "\n".join([f"{self.title}, on {self.pairs}:", *map(effect_line, shown[:11])])
+
+    def drawing(self) -> Markup:
+        from cutaway.causal.circuits.view import evidence_sections, sections_html
+
+        return sections_html(evidence_sections(self))
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -89,82 +172,77 @@ class Evidence:
             return tuple(Removal.from_json(one) for one in data[key])
 
         return cls(
-            data["pairs"],
             tuple(Effect.from_json(one) for one in data["effects"]),
-            tuple(map(float, data["fractions"])),
-            tuple(SizeSeries.from_json(one) for one in data["curve"]),
-            tuple(Knockout.from_json(one) for one in data["knockouts"]),
-            removals("edges"),
-            removals("nodes"),
-            data["repaired"],
-            removals("repair"),
+            pairs=data["pairs"],
+            fractions=tuple(map(float, data["fractions"])),
+            curve=tuple(SizeSeries.from_json(one) for one in data["curve"]),
+            knockouts=tuple(Knockout.from_json(one) for one in data["knockouts"]),
+            edges=removals("edges"),
+            nodes=removals("nodes"),
+            repaired=data["repaired"],
+            repair=removals("repair"),
         )
 
 
 def gather_evidence(
-    run: Run,
+    run: RunCircuits,
     graph: EdgeGraph,
     mask: Tensor,
     *,
-    pairs: str,
     choices: Choices,
-    scores: Tensor | None = None,
-    per_pair: Tensor | None = None,
+    ranking: Ranking = Ranking(),
     magnitude: Tensor | None = None,
-    asked: int | None = None,
-    select: Select = "greedy",
-    by: By = "absolute",
     search: float | None = None,
-    fractions: Sequence[float] = FRACTIONS,
-    draws: int = 20,
-    curve_draws: int = 3,
-    resamples: int = 100,
-    most_edges: int = 24,
-    deep: bool = True,
+    evaluation: Evaluation = Evaluation(),
     seed: int = 0,
-    command: str | None = None,
 ) -> Evidence:
-    """Measure a circuit on the pairs that `run` runs: faithfulness beside rivals, sizes, completeness, and so on.
+    """Measure a circuit on the pairs that `run` runs: faithfulness beside baselines, sizes, completeness, and so on.
 
-    `scores` [...] of every edge give the size curve, `per_pair` [m, ...] and `asked` (edges before pruning) the
-    stability; without them these are left out. `magnitude` [...] ranks the strongest edges. `deep` adds completeness,
-    minimality and self-repair. The circuit, its rivals and all sizes are one pass.
+    The circuit, its baselines and all sizes are one pass.
+
+    Args:
+        run: From masks to the metric of the pairs (`discovery.circuit_runner`).
+        graph: The graph whose edges the circuit has.
+        mask: The circuit, bool, of the graph's shape.
+        choices: The six choices; `evaluation` are the pairs, in words.
+        ranking: How the circuit was chosen. Without its scores there is no size curve and no stability.
+        magnitude: How strongly every edge acts, the graph's shape; None: no strongest edges to compare with.
+        search: f on the pairs by which the circuit was found, to stand beside.
+        evaluation: How much is measured.
+        seed: Of everything that is drawn at random.
+
+    Raises:
+        CutawayError: An empty circuit, fewer than 8 pairs, or a metric that ablation does not change.
     """
     if not bool(mask.any()):
         raise CutawayError("The circuit is empty: nothing leads from the embedding to the logits.")
-    rivals = rivals_of(graph, mask, magnitude, select=select, draws=draws, seed=seed)
-    masks = torch.cat([mask[None], rivals.masks])
-    plan = None
+    select, by, scores = ranking.select, ranking.by, ranking.scores
+    baselines = baseline_circuits(graph, mask, magnitude, select=select, draws=evaluation.draws, seed=seed)
+    masks, plan = torch.cat([mask[None], baselines.masks]), None
     if scores is not None:
         plan = plan_sizes(
-            graph, scores, magnitude, select=select, by=by, fractions=fractions, draws=curve_draws, seed=seed
-        )
+            graph, scores, magnitude, select=select, by=by, fractions=evaluation.fractions,
+            draws=evaluation.curve_draws, seed=seed,
+        )  # fmt: skip
         masks = torch.cat([masks, plan.masks])
     measured = measure(run(masks))
-    effects = faithfulness_effects(measured, rivals, choices=choices, search=search, command=command)
-    curve: tuple[SizeSeries, ...] = ()
+    effects = [*faithfulness(measured, baselines, choices=choices, search=search).effects]
+    tables: dict[str, Any] = {}
     if plan is not None:
-        start = len(masks) - len(plan.masks)
-        curve, areas = size_curve(plan, measured[slice(start, len(masks))], choices=choices, command=command)
-        effects += areas
-    if per_pair is not None and asked is not None:
+        sizes = size_curve(plan, measured[slice(len(masks) - len(plan.masks), len(masks))], choices=choices)
+        effects += sizes.effects
+        tables.update(fractions=sizes.fractions, curve=sizes.series)
+    if ranking.per_pair is not None and ranking.asked is not None:
         effects += stability(
-            graph, mask, per_pair, asked, choices=choices, select=select, by=by, resamples=resamples, draws=draws,
-            seed=seed, command=command,
-        )  # fmt: skip
-    if not deep:
-        return Evidence(pairs, tuple(effects), tuple(fractions) if curve else (), curve)
-    knockouts, complete = completeness(run, graph, mask, choices=choices, seed=seed, command=command)
-    edges, nodes, minimal = minimality(run, graph, mask, choices=choices, most=most_edges, seed=seed, command=command)
-    repaired, repair, growth = self_repair(run, graph, mask, choices=choices, seed=seed, command=command)
-    return Evidence(
-        pairs,
-        (*effects, *complete, *minimal, *growth),
-        tuple(fractions) if curve else (),
-        curve,
-        tuple(knockouts),
-        tuple(edges),
-        tuple(nodes),
-        repaired,
-        tuple(repair),
-    )
+            graph, mask, ranking.per_pair, ranking.asked, choices=choices, select=select, by=by,
+            resamples=evaluation.resamples, draws=evaluation.draws, seed=seed,
+        ).effects  # fmt: skip
+    if evaluation.deep:
+        complete = completeness(run, graph, mask, choices=choices, seed=seed)
+        minimal = minimality(run, graph, mask, choices=choices, max_edges=evaluation.max_edges, seed=seed)
+        growth = self_repair(run, graph, mask, choices=choices, seed=seed)
+        effects += [*complete.effects, *minimal.effects, *(growth.effects if growth else ())]
+        tables.update(knockouts=complete.knockouts, edges=minimal.edges, nodes=minimal.nodes)
+        if growth is not None:
+            tables.update(repaired=growth.repaired, repair=growth.repair)
+    return Evidence(tuple(effects), pairs=choices.evaluation, **tables)

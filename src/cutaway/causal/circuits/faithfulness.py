@@ -13,15 +13,20 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from markupsafe import Markup
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.results import Choices, Control, Effect, Interval
 from cutaway.artifacts.statistics import bootstrap_interval, bootstrap_weights, ratio_intervals, resampled_intervals
 from cutaway.causal.circuits.baselines import By, Select, random_circuits, select_edges, sized_circuit
-from cutaway.causal.circuits.stability import LEAST_PAIRS
+from cutaway.causal.circuits.stability import MIN_PAIRS
 from cutaway.causal.edge_graph import EdgeGraph
+from cutaway.causal.effects import Effects, folded
 from cutaway.causal.metrics import recovery
+from cutaway.draw.charts import Series, line_legend, line_svg
+from cutaway.draw.panels import table_html
+from cutaway.draw.text import interval
 
 FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 UNITS = "share of the metric's fall"
@@ -39,12 +44,12 @@ class Runs(Protocol):
     def corrupt(self) -> Tensor: ...
 
 
-Run = Callable[[Tensor], Runs]
+RunCircuits = Callable[[Tensor], Runs]
 """From masks [C, ...] to what they give: `run_circuits` with everything else settled."""
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredCircuits:
     """C circuits on n pairs, in float64: `values` [C, n], `clean` and `corrupt` [n], and f on R bootstrap draws of the
     pairs, `resampled` [R, C], where the pairs have `weights` [R, n]. The draws are the same for all circuits, so that
     these can be compared draw by draw.
@@ -84,19 +89,21 @@ class Measured:
         low, high = resampled_intervals(value, drawn.numpy(), self.weights.numpy())
         return float(low), float(high)
 
-    def __getitem__(self, circuits: slice) -> Measured:
-        return Measured(self.values[circuits], self.clean, self.corrupt, self.resampled[:, circuits], self.weights)
+    def __getitem__(self, circuits: slice) -> MeasuredCircuits:
+        return MeasuredCircuits(
+            self.values[circuits], self.clean, self.corrupt, self.resampled[:, circuits], self.weights
+        )
 
 
-def measure(runs: Runs, *, resamples: int = _RESAMPLES, seed: int = 0) -> Measured:
+def measure(runs: Runs, *, resamples: int = _RESAMPLES, seed: int = 0) -> MeasuredCircuits:
     """f of each circuit with bootstrap draws of the pairs.
 
     Raises CutawayError for fewer than 8 pairs, or where the metric is the same with every edge ablated.
     """
     values, clean, corrupt = (t.double().cpu() for t in (runs.values, runs.clean, runs.corrupt))
     n = len(clean)
-    if n < LEAST_PAIRS:
-        raise CutawayError(f"{n} pairs are too few for an interval; give {LEAST_PAIRS} or more.")
+    if n < MIN_PAIRS:
+        raise CutawayError(f"{n} pairs are too few for an interval; give {MIN_PAIRS} or more.")
     fall = float((clean - corrupt).mean())
     if abs(fall) < 1e-6 * max(1.0, float(clean.abs().max())):
         raise CutawayError(
@@ -105,7 +112,7 @@ def measure(runs: Runs, *, resamples: int = _RESAMPLES, seed: int = 0) -> Measur
         )
     weights = torch.from_numpy(bootstrap_weights(n, resamples, seed))
     resampled = _ratio(weights @ values.T, (weights @ clean)[:, None], (weights @ corrupt)[:, None])
-    return Measured(values, clean, corrupt, resampled, weights)
+    return MeasuredCircuits(values, clean, corrupt, resampled, weights)
 
 
 def _ratio(m: Tensor, whole: Tensor, ablated: Tensor) -> Tensor:
@@ -139,8 +146,15 @@ def cmd(fractions: Sequence[float], f: Tensor) -> Tensor:
 # one circuit beside others of its size
 
 
+@dataclass(frozen=True, repr=False)
+class Faithfulness(Effects):
+    """f of a circuit on held-out pairs, as ratio of means and as mean of ratios, beside random and strong circuits."""
+
+    title = "Faithfulness of a circuit"
+
+
 @dataclass(frozen=True)
-class Rivals:
+class BaselineCircuits:
     """What a circuit is compared with: random circuits [R, ...] and one ranked by magnitude, with at least its size."""
 
     random: Tensor
@@ -151,29 +165,28 @@ class Rivals:
         return self.random if self.magnitude is None else torch.cat([self.random, self.magnitude[None]])
 
 
-def rivals_of(
+def baseline_circuits(
     graph: EdgeGraph, mask: Tensor, magnitude: Tensor | None, *, select: Select, draws: int = 20, seed: int = 0
-) -> Rivals:
+) -> BaselineCircuits:
     """Random connected circuits with exactly as many edges, and the strongest edges (rounded up after pruning)."""
     n = int(mask.sum())
     strong = None if magnitude is None else sized_circuit(graph, magnitude, n, select=select, rounding="up")[0]
-    return Rivals(random_circuits(graph, n, draws, seed=seed), strong)
+    return BaselineCircuits(random_circuits(graph, n, draws, seed=seed), strong)
 
 
-def faithfulness_effects(
-    measured: Measured,
-    rivals: Rivals,
+def faithfulness(
+    measured: MeasuredCircuits,
+    baselines: BaselineCircuits,
     *,
     choices: Choices,
     search: float | None = None,
-    command: str | None = None,
-) -> list[Effect]:
-    """f of the first circuit as ratio of means and as mean of ratios; the rivals follow it in `measured`.
+) -> Faithfulness:
+    """f of the first circuit as ratio of means and as mean of ratios; the baselines follow it in `measured`.
 
     The interval of the random circuits is the spread of single circuits over draws of circuits and of pairs, so what
     lies above it is above 97.5 % of random circuits. `search` is f on the pairs by which the circuit was found.
     """
-    draws = len(rivals.random)
+    draws = len(baselines.random)
     random = measured[slice(1, 1 + draws)]
     controls = [
         Control("random circuits of the same size", float(random.ratio.mean()), middle(random.resampled), draws)
@@ -182,8 +195,8 @@ def faithfulness_effects(
     singles = [random.mean_of_ratios(i)[0] for i in range(draws)]
     means = torch.stack([one.mean() for one in singles])
     beside = [Control("random circuits of the same size", float(means.mean()), middle(means), draws)]
-    if rivals.magnitude is not None:
-        at, edges = 1 + draws, int(rivals.magnitude.sum())
+    if baselines.magnitude is not None:
+        at, edges = 1 + draws, int(baselines.magnitude.sum())
         name = f"strongest edges ({edges:,})"
         controls.append(Control(name, float(measured.ratio[at]), measured.interval(at), measured.n))
         strong = measured.mean_of_ratios(at)[0]
@@ -192,21 +205,22 @@ def faithfulness_effects(
         controls.append(Control("the pairs it was found on", search))
     ablation = choices.ablation
     left = f", {dropped} pairs left out" if dropped else ""
-    return [
+    effects = (
         Effect(
             "faithfulness", float(measured.ratio[0]), measured.n, measured.interval(0), tuple(controls), ablation,
-            UNITS, command, choices,
+            UNITS, choices=choices,
         ),
         Effect(
             f"faithfulness, mean over pairs{left}", float(each.mean()), len(each), _interval_of_mean(each),
-            tuple(beside), ablation, UNITS, command, choices,
+            tuple(beside), ablation, UNITS, choices=choices,
         ),
-    ]  # fmt: skip
+    )  # fmt: skip
+    return Faithfulness(effects)
 
 
 def _interval_of_mean(values: Tensor) -> Interval | None:
     n = len(values)
-    if n < LEAST_PAIRS:
+    if n < MIN_PAIRS:
         return None
     return bootstrap_interval(values.numpy())
 
@@ -233,6 +247,51 @@ class SizeSeries:
     def from_json(cls, data: dict[str, Any]) -> SizeSeries:
         numbers = (tuple(map(float, data[key])) for key in ("edges", "value", "low", "high"))
         return cls(data["name"], *numbers, control=data["control"])
+
+
+@dataclass(frozen=True, repr=False)
+class SizeCurve(Effects):
+    """f of circuits of every size, and the areas CPR and CMD, beside the strongest edges and random circuits."""
+
+    fractions: tuple[float, ...]
+    """Shares of the graph's edges that were asked for [K]."""
+    series: tuple[SizeSeries, ...]
+    """One curve of K sizes each: the circuit's edges, the strongest edges, random circuits."""
+
+    title = "Faithfulness by size"
+
+    def to_json(self) -> dict[str, Any]:
+        return {**super().to_json(), "fractions": list(self.fractions), "curve": [s.to_json() for s in self.series]}
+
+    def rows(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "circuits": one.name, "control": one.control, "fraction": fraction, "edges": one.edges[i],
+                "value": one.value[i], "low": one.low[i], "high": one.high[i],
+            }
+            for one in self.series
+            for i, fraction in enumerate(self.fractions)
+        ]  # fmt: skip
+
+    def drawing(self) -> Markup:
+        series: list[Series] = [
+            {
+                "name": one.name, "x": [max(1.0, edges) for edges in one.edges], "y": one.value, "low": one.low,
+                "high": one.high, "control": one.control,
+            }
+            for one in self.series
+        ]  # fmt: skip
+        chart = line_svg(
+            series=series, title=self.title, x_label="edges after pruning", y_label="faithfulness", log_x=True
+        )
+        cells = [
+            [f"{100 * fraction:g} %"]
+            + [f"{interval(one.value[i], one.low[i], one.high[i])} ({int(one.edges[i]):,})" for one in self.series]
+            for i, fraction in enumerate(self.fractions)
+        ]
+        columns = ["of the edges", *(f"{one.name} (edges)" for one in self.series)]
+        table = folded("The same as a table", table_html(columns=columns, rows=cells, title="By size"))
+        return chart + line_legend(series) + table + super().drawing()
 
 
 @dataclass(frozen=True)
@@ -273,9 +332,7 @@ def plan_sizes(
     return SizePlan(tuple(fractions), torch.stack(masks), magnitude is not None, draws)
 
 
-def size_curve(
-    plan: SizePlan, measured: Measured, *, choices: Choices, command: str | None = None
-) -> tuple[tuple[SizeSeries, ...], list[Effect]]:
+def size_curve(plan: SizePlan, measured: MeasuredCircuits, *, choices: Choices) -> SizeCurve:
     """The curves of a plan's circuits, and CPR and CMD beside those of magnitudes and of random circuits."""
     k = len(plan.fractions)
     edges = plan.masks.flatten(1).sum(1).double()
@@ -317,14 +374,13 @@ def size_curve(
                 tuple(controls),
                 choices.ablation,
                 what,
-                command,
-                choices,
+                choices=choices,
             )
         )
-    return tuple(series), effects
+    return SizeCurve(tuple(effects), plan.fractions, tuple(series))
 
 
-def _series(name: str, measured: Measured, edges: Tensor, block: slice, *, control: bool = False) -> SizeSeries:
+def _series(name: str, measured: MeasuredCircuits, edges: Tensor, block: slice, *, control: bool = False) -> SizeSeries:
     ends = [measured.interval(i) for i in range(block.start, block.stop)]
     return SizeSeries(
         name,
@@ -340,14 +396,14 @@ def _series(name: str, measured: Measured, edges: Tensor, block: slice, *, contr
 
 
 def smallest_faithful(
-    run: Run,
+    run: RunCircuits,
     graph: EdgeGraph,
     scores: Tensor,
     target: float,
     *,
     select: Select = "greedy",
     by: By = "absolute",
-    most: int | None = None,
+    max_edges: int | None = None,
     steps: int = 12,
     rounds: int = 3,
 ) -> tuple[Tensor, int, float]:
@@ -355,12 +411,12 @@ def smallest_faithful(
 
     Sizes are tried on a grid with equal factors, then on finer ones below the first that reaches the target, each grid
     in one pass. Larger circuits can be less faithful; what counts is the first size tried that reaches it. Raises
-    CutawayError where no size up to `most` edges (default: half the graph's) does.
+    CutawayError where no size up to `max_edges` edges (default: half the graph's) does.
     """
     if not 0 < target <= 1:
         raise CutawayError(f"A faithfulness to reach lies above 0 and up to 1; got {target}.")
-    most = max(2, graph.n_edges // 2) if most is None else most
-    low, high = 1, most
+    max_edges = max(2, graph.n_edges // 2) if max_edges is None else max_edges
+    low, high = 1, max_edges
     best: tuple[Tensor, int, float] | None = None
     highest = -float("inf")
     for _ in range(rounds):
@@ -380,7 +436,7 @@ def smallest_faithful(
             break
     if best is None:
         raise CutawayError(
-            f"No circuit of up to {most:,} edges reaches a faithfulness of {target:g} (the best has {highest:.2f}): "
-            "ask for less, allow more edges, or take another scorer."
+            f"No circuit of up to {max_edges:,} edges reaches a faithfulness of {target:g} (the best has "
+            f"{highest:.2f}): ask for less, allow more edges, or take another scorer."
         )
     return best

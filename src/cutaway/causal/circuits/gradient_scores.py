@@ -24,6 +24,8 @@ from torch import Tensor
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.progress import shown
 from cutaway.causal.attribution.relp import relp_rules
+from cutaway.causal.attribution.scores import Direction
+from cutaway.causal.circuits.edge_scores import EdgeScores
 from cutaway.causal.edge_graph import EdgeGraph
 from cutaway.causal.metrics import Metric, Targets, named_metric, targets_of
 from cutaway.causal.parts import (
@@ -55,59 +57,43 @@ from cutaway.model.architecture.parts import Projection
 from cutaway.model.language_model import LanguageModel
 from cutaway.model.tokens import Tokens
 
-Direction = Literal["noise", "denoise"]
 Rules = Literal["gradient", "relp"]
 _NO_GRADIENT = 1e-7
 _ROUNDING = 1e-4  # of the metric's fall: scores all below this are a gradient of zero, rounded
 _MEMORY = 400 * 2**20  # bytes that the graph of one batch may hold, about
 
 
-@dataclass(frozen=True, eq=False)
-class EdgeScores:
-    """A score for every edge.
+@dataclass(frozen=True)
+class GradientAt:
+    """Where the gradient of edge scores is taken, and by which rules."""
 
-    `values` [F, G] (or [P, F, G]) is the mean over n pairs, 0 where there is no edge; `per_pair` [n, ...] holds each
-    pair's, where it was kept. `clean` and `corrupt` [n] are the metric of the untouched runs. `direction` "noise": what
-    the corrupt prompt's source does to the clean run; "denoise": what the clean prompt's does to the corrupt run.
-    """
-
-    graph: EdgeGraph
-    values: Tensor
-    per_pair: Tensor | None = field(repr=False)
-    method: str
-    metric: str
-    direction: Direction
-    n: int
-    clean: Tensor = field(repr=False)
-    corrupt: Tensor = field(repr=False)
-
-    def strongest(self, k: int = 10) -> list[tuple[str, float]]:
-        """The k edges with the largest |score|, and their scores (positions summed)."""
-        flat = self.values if self.values.ndim == 2 else self.values.sum(0)
-        order = flat.abs().flatten().topk(min(k, self.graph.n_edges)).indices.tolist()
-        width = flat.shape[1]
-        names = [f"{self.graph.sources[i // width]}->{self.graph.destinations[i % width]}" for i in order]
-        return [(name, float(flat.flatten()[i])) for name, i in zip(names, order, strict=True)]
-
-    def __str__(self) -> str:
-        lines = [
-            f"{self.method} scores of {self.graph.n_edges:,} edges, {self.metric.replace('_', ' ')}, n {self.n}: clean "
-            f"{self.clean.mean():.3f}, corrupt {self.corrupt.mean():.3f}"
-        ]
-        return "\n".join([*lines, *(f"  {value:+9.4f}  {name}" for name, value in self.strongest())])
-
-
-Scorer = Callable[[LanguageModel, AlignedPairs, str | Metric], EdgeScores]
+    name: str = "attribution"
+    """What the method is called in its result."""
+    points: tuple[float, ...] = (1.0,)
+    """On the line from the corrupt (0) to the clean embeddings (1); the gradient is their mean."""
+    rules: Rules = "gradient"
+    """The gradient as it is, or with the rules of layer-wise relevance propagation ("relp")."""
 
 
 def eap(
-    lm: LanguageModel, pairs: AlignedPairs, metric: str | Metric = "logit_difference", **options: Any
+    lm: LanguageModel,
+    pairs: AlignedPairs,
+    metric: str | Metric = "logit_difference",
+    *,
+    graph: EdgeGraph | None = None,
+    columns: Tensor | None = None,
+    direction: Direction = "noise",
+    keep_pairs: bool = True,
+    batch_tokens: int | None = None,
 ) -> EdgeScores:
-    """Edge attribution patching (Syed et al. 2023): the source's change times the gradient at the clean prompt.
+    """Edge attribution patching: the source's change times the gradient at the clean prompt.
 
-    Options as in `attribute_edges`.
+    Parameters and errors are those of `attribute_edges`. Source: Syed et al. 2023; https://arxiv.org/abs/2310.10348.
     """
-    return attribute_edges(lm, pairs, metric, at=(1.0,), method="eap", **options)
+    return attribute_edges(
+        lm, pairs, metric, gradient=GradientAt("eap"), graph=graph, columns=columns, direction=direction,
+        keep_pairs=keep_pairs, batch_tokens=batch_tokens,
+    )  # fmt: skip
 
 
 def eap_ig(
@@ -116,31 +102,67 @@ def eap_ig(
     metric: str | Metric = "logit_difference",
     *,
     steps: int = 5,
-    **options: Any,
+    graph: EdgeGraph | None = None,
+    columns: Tensor | None = None,
+    direction: Direction = "noise",
+    keep_pairs: bool = True,
+    batch_tokens: int | None = None,
 ) -> EdgeScores:
-    """EAP with integrated gradients over inputs (Hanna et al. 2024).
+    """EAP with integrated gradients over inputs.
 
     The gradient is the mean over `steps` points on the line from the corrupt to the clean embeddings, the corrupt end
-    included and the clean end not.
+    included and the clean end not. The other parameters and errors are those of `attribute_edges`. Source: Hanna et
+    al. 2024; https://arxiv.org/abs/2403.17806.
     """
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise CutawayError(f"Integrated gradients need at least one step; got {steps}.")
     at = tuple(k / steps for k in range(steps))
-    return attribute_edges(lm, pairs, metric, at=at, method=f"eap-ig ({steps} steps)", **options)
+    return attribute_edges(
+        lm, pairs, metric, gradient=GradientAt(f"eap-ig ({steps} steps)", at), graph=graph, columns=columns,
+        direction=direction, keep_pairs=keep_pairs, batch_tokens=batch_tokens,
+    )  # fmt: skip
 
 
 def clean_corrupted(
-    lm: LanguageModel, pairs: AlignedPairs, metric: str | Metric = "logit_difference", **options: Any
+    lm: LanguageModel,
+    pairs: AlignedPairs,
+    metric: str | Metric = "logit_difference",
+    *,
+    graph: EdgeGraph | None = None,
+    columns: Tensor | None = None,
+    direction: Direction = "noise",
+    keep_pairs: bool = True,
+    batch_tokens: int | None = None,
 ) -> EdgeScores:
-    """The mean of the gradients at the clean and at the corrupt prompt."""
-    return attribute_edges(lm, pairs, metric, at=(1.0, 0.0), method="clean-corrupted", **options)
+    """The mean of the gradients at the clean and at the corrupt prompt.
+
+    Parameters and errors are those of `attribute_edges`. Source: Hanna et al. 2024; https://arxiv.org/abs/2403.17806.
+    """
+    return attribute_edges(
+        lm, pairs, metric, gradient=GradientAt("clean-corrupted", (1.0, 0.0)), graph=graph, columns=columns,
+        direction=direction, keep_pairs=keep_pairs, batch_tokens=batch_tokens,
+    )  # fmt: skip
 
 
 def relp(
-    lm: LanguageModel, pairs: AlignedPairs, metric: str | Metric = "logit_difference", **options: Any
+    lm: LanguageModel,
+    pairs: AlignedPairs,
+    metric: str | Metric = "logit_difference",
+    *,
+    graph: EdgeGraph | None = None,
+    columns: Tensor | None = None,
+    direction: Direction = "noise",
+    keep_pairs: bool = True,
+    batch_tokens: int | None = None,
 ) -> EdgeScores:
-    """EAP with the rules of layer-wise relevance propagation in the backward pass; see `causal/attribution/relp.py`."""
-    return attribute_edges(lm, pairs, metric, at=(1.0,), rules="relp", method="relp", **options)
+    """EAP with the rules of layer-wise relevance propagation in the backward pass (see `relp_rules`).
+
+    Parameters and errors are those of `attribute_edges`. Source: Jafari et al. 2025.
+    """
+    return attribute_edges(
+        lm, pairs, metric, gradient=GradientAt("relp", rules="relp"), graph=graph, columns=columns, direction=direction,
+        keep_pairs=keep_pairs, batch_tokens=batch_tokens,
+    )  # fmt: skip
 
 
 def random_scores(
@@ -169,34 +191,41 @@ def attribute_edges(
     pairs: AlignedPairs,
     metric: str | Metric = "logit_difference",
     *,
-    at: Sequence[float] = (1.0,),
-    rules: Rules = "gradient",
-    method: str = "attribution",
+    gradient: GradientAt = GradientAt(),
     graph: EdgeGraph | None = None,
     columns: Tensor | None = None,
     direction: Direction = "noise",
     keep_pairs: bool = True,
     batch_tokens: int | None = None,
 ) -> EdgeScores:
-    """s(u, v) = Σ_t (corrupt − clean)_u[t] · g_v[t], g the gradient of the metric at v's input, averaged over `at`.
+    """s(u, v) = Σ_t (corrupt − clean)_u[t] · g_v[t], g the mean gradient of the metric at v's input.
 
-    `at`: points on the line from the corrupt (0) to the clean embeddings (1) where the gradient is taken. `graph` may
-    group key-value heads, or name positions; then `columns` [n, p] says which of its columns each token of a pair
-    belongs to (see `position_columns`). `batch_tokens` bounds the tokens of one batch, pairs times points (default: as
-    many as about 400 MB hold). Cost: one forward and backward a point, and a forward for each end that is no point.
+    Cost: one forward and backward per point, and a forward for each end that is no point. Where attention has a norm
+    behind it (Gemma 2), a head's change is carried through that norm at the clean prompt to first order.
 
-    Where attention has a norm behind it (Gemma 2), a head's change is carried through that norm at the clean prompt to
-    first order.
+    Args:
+        lm: The model.
+        pairs: n aligned pairs.
+        metric: What is asked of the logits; it must have a gradient.
+        gradient: Where the gradient is taken.
+        graph: Whose edges are scored; it may group key-value heads, or name positions. None: `EdgeGraph.of(lm)`.
+        columns: Of a graph with positions: which of its columns each token of a pair belongs to [n, p]
+            (`position_columns`).
+        direction: "noise" puts corrupt sources into the clean run, "denoise" clean ones into the corrupt run.
+        keep_pairs: Whether each pair's scores are kept (n times the size of the mean).
+        batch_tokens: Tokens of one batch, pairs times points; None: as many as about 400 MB hold.
 
-    Raises CutawayError: a metric without a gradient, or whose gradient is zero at all points.
+    Raises:
+        CutawayError: A metric without a gradient, or whose gradient is zero at all points.
     """
+    at, method = gradient.points, gradient.name
     require_aligned(pairs)
     refuse_unreadable(lm)
     graph = EdgeGraph.of(lm) if graph is None else graph
     if (graph.columns is None) != (columns is None):
         raise CutawayError("A graph with positions needs columns=, and a graph without them takes none.")
     name, measure = named_metric(metric)
-    engine = _Engine(lm, graph, measure, name, tuple(at), rules)
+    engine = _Engine(lm, graph, measure, name, at, gradient.rules)
     if direction == "denoise":
         pairs = exchanged(pairs)
     p = pairs.clean.ids.shape[1]
@@ -220,9 +249,7 @@ def attribute_edges(
     ends_of_all = torch.cat(ends, 1)
     fall = float((ends_of_all[0] - ends_of_all[1]).double().mean().abs())
     if flat or float(values.abs().max()) / len(pairs) < _ROUNDING * fall:
-        where = (
-            "the clean prompts" if tuple(at) == (1.0,) and direction == "noise" else "all the points it was taken at"
-        )
+        where = "the clean prompts" if at == (1.0,) and direction == "noise" else "all the points it was taken at"
         raise CutawayError(
             f"The gradient of {name} is zero at {where}, so it scores no edge; use logit_difference, or integrated "
             "gradients (eap-ig), which leave that point."

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from markupsafe import Markup
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.progress import shown
+from cutaway.artifacts.statistics import bootstrap_interval
 from cutaway.causal.ablations import Ablation, ablation_of, replacement_run
 from cutaway.causal.edge_graph import EdgeGraph
 from cutaway.causal.metrics import Metric, named_metric, targets_of
@@ -39,6 +42,10 @@ from cutaway.causal.parts import (
     tiled,
 )
 from cutaway.data.pairs import AlignedPairs, require_aligned
+from cutaway.draw.charts import Bar
+from cutaway.draw.intervals import intervals_svg
+from cutaway.draw.result import Result
+from cutaway.draw.text import interval
 from cutaway.model.architecture.norms import Norm
 from cutaway.model.architecture.parts import Projection
 from cutaway.model.forward.run import Run
@@ -48,15 +55,59 @@ from cutaway.model.tokens import Tokens
 _MEMORY = 500 * 2**20  # bytes that the changes of one tile may hold, about
 
 
-@dataclass(frozen=True, eq=False)
-class CircuitRuns:
-    """The metric of every circuit [C, n], of the untouched model [n] and of the wholly ablated one [n]."""
+@dataclass(frozen=True, eq=False, repr=False)
+class CircuitRuns(Result):
+    """The metric of n pairs under C circuits."""
 
     values: Tensor
+    """Of every circuit, float32 [C, n], in units of the metric."""
     clean: Tensor
+    """Of the untouched model [n]."""
     corrupt: Tensor
+    """Of the model with every edge ablated [n]."""
     metric: str
     ablation: str
+
+    title = "Runs of circuits"
+
+    def _table(self) -> list[Bar]:
+        """Means over pairs with 95 % intervals: of the model, of the ablated one, and of each circuit."""
+        rows = {"the whole model": self.clean, "every edge ablated": self.corrupt}
+        rows |= {f"circuit {i}": values for i, values in enumerate(self.values)}
+        bars: list[Bar] = []
+        for name, values in rows.items():
+            low, high = bootstrap_interval(values.double().numpy())
+            control = not name.startswith("circuit")
+            bars.append({"label": name, "value": float(values.mean()), "low": low, "high": high, "control": control})
+        return bars
+
+    def summary(self) -> str:
+        table = self._table()[:10]
+        left = len(self.values) + 2 - len(table)
+        return "\n".join(
+            [
+                f"{self.title}: {self.metric.replace('_', ' ')}, {self.ablation} ablation, n {len(self.clean)}",
+                *(f"  {b['label']}: {interval(b['value'], b.get('low'), b.get('high'))}" for b in table),
+                *([f"  … and {left} more"] if left else []),
+            ]
+        )  # fmt: skip
+
+    def to_json(self) -> dict[str, Any]:
+        names = ("values", "clean", "corrupt")
+        return {
+            "metric": self.metric, "ablation": self.ablation, **{name: getattr(self, name).tolist() for name in names}
+        }  # fmt: skip
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A circuit and pair per row."""
+        return [
+            {"circuit": i, "pair": j, "value": value, "clean": float(self.clean[j]), "corrupt": float(self.corrupt[j])}
+            for i, values in enumerate(self.values.tolist())
+            for j, value in enumerate(values)
+        ]
+
+    def drawing(self) -> Markup:
+        return intervals_svg(groups=[self._table()], title=self.title, units=self.metric.replace("_", " "))
 
 
 @dataclass
@@ -87,12 +138,29 @@ def run_circuits(
 ) -> CircuitRuns:
     """The metric on the clean prompts when only a circuit's edges carry them.
 
-    `masks` bool [C, F, G] (or [C, P, F, G] with `columns` [n, p], see `edges.position_columns`): the edges that stay.
-    All others carry the `ablation` (`ablations.Ablation`, or its kind): the pair's corrupt prompt, zero, a mean over
-    `reference` or over both prompts of all pairs, ...; positions and biases are no sources and stay. Masks are run as
-    they are: prune them first (`EdgeGraph.prune`) where dangling edges are not meant.
+    Positions and biases are no sources and stay. Masks are run as they are: prune them first (`EdgeGraph.prune`) where
+    dangling edges are not meant.
 
-    Raises CutawayError for masks of another shape or with edges that are none, and what `replacement_run` raises.
+    Args:
+        lm: The model.
+        pairs: n aligned pairs.
+        masks: The edges that stay, bool [C, F, G] (or [C, P, F, G] with `columns`).
+        metric: What is asked of the logits.
+        graph: The graph that the masks are of; None: `EdgeGraph.of(lm)`.
+        ablation: What all other edges carry: "resample" (the pair's corrupt prompt), "zero", a mean over `reference` or
+            over both prompts of all pairs, ... (`Ablation`, or its kind).
+        reference: The prompts that a mean is over.
+        columns: Which of the graph's columns each token belongs to [n, p] (`position_columns`).
+        batch_tokens: Tokens of one batch, circuits times pairs times positions; None: as many as about 500 MB hold.
+        label: What the progress bar says.
+
+    Returns:
+        The metric of every circuit and pair, of the model, and of the wholly ablated model.
+
+    Raises:
+        CutawayError: Masks of another shape or with edges that are none, and what `replacement_run` raises.
+
+    Source: Wang et al. 2023; https://arxiv.org/abs/2211.00593.
     """
     require_aligned(pairs)
     refuse_unreadable(lm)

@@ -14,10 +14,9 @@ from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.progress import Progress
+from cutaway.causal.attribution.scores import Direction
+from cutaway.causal.circuits.edge_scores import EdgeScores, Scorer
 from cutaway.causal.circuits.gradient_scores import (
-    Direction,
-    EdgeScores,
-    Scorer,
     clean_corrupted,
     eap,
     eap_ig,

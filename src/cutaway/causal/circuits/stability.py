@@ -17,9 +17,10 @@ from cutaway.artifacts.results import Choices, Control, Effect
 from cutaway.artifacts.statistics import bootstrap_weights
 from cutaway.causal.circuits.baselines import By, Select, nodes_of, random_circuits, select_edges
 from cutaway.causal.edge_graph import EdgeGraph
+from cutaway.causal.effects import Effects
 
-LEAST_PAIRS = 8
-LEAST_RESAMPLES = 100
+MIN_PAIRS = 8
+MIN_RESAMPLES = 100
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,13 @@ class Overlap:
         """Mean over pairs of different resamples."""
         n = len(self.pairwise)
         return float((self.pairwise.sum() - self.pairwise.trace()) / (n * (n - 1)))
+
+
+@dataclass(frozen=True, repr=False)
+class Stability(Effects):
+    """Overlap of the circuits that resampled pairs give, with one another and with the circuit."""
+
+    title = "Would other pairs give the same circuit?"
 
 
 def jaccard(a: Tensor, b: Tensor) -> Tensor:
@@ -51,7 +59,7 @@ def resampled_circuits(
     *,
     select: Select = "greedy",
     by: By = "absolute",
-    resamples: int = LEAST_RESAMPLES,
+    resamples: int = MIN_RESAMPLES,
     seed: int = 0,
 ) -> Tensor:
     """The circuit that each of `resamples` bootstrap draws of the pairs gives, masks [R, ...].
@@ -83,21 +91,20 @@ def stability(
     choices: Choices,
     select: Select = "greedy",
     by: By = "absolute",
-    resamples: int = LEAST_RESAMPLES,
+    resamples: int = MIN_RESAMPLES,
     draws: int = 20,
     seed: int = 0,
-    command: str | None = None,
-) -> list[Effect]:
+) -> Stability:
     """Mean Jaccard index of resampled circuits, pairwise and with the circuit itself, by edges and by nodes.
 
     The interval is the middle 95 % of resamples (of their pairs, pairwise). The control is the same of random circuits
     with as many edges. Raises CutawayError for fewer than 8 pairs, where resamples are too much alike to tell.
     """
     n = len(per_pair)
-    if n < LEAST_PAIRS:
-        raise CutawayError(f"{n} pairs are too few to tell whether a circuit is stable; give {LEAST_PAIRS} or more.")
-    if resamples < LEAST_RESAMPLES:
-        raise CutawayError(f"Stability takes {LEAST_RESAMPLES} resamples or more; {resamples} were asked for.")
+    if n < MIN_PAIRS:
+        raise CutawayError(f"{n} pairs are too few to tell whether a circuit is stable; give {MIN_PAIRS} or more.")
+    if resamples < MIN_RESAMPLES:
+        raise CutawayError(f"Stability takes {MIN_RESAMPLES} resamples or more; {resamples} were asked for.")
     circuits = resampled_circuits(graph, per_pair, asked, select=select, by=by, resamples=resamples, seed=seed)
     random = random_circuits(graph, int(mask.sum()), draws, seed=seed + 1)
     effects: list[Effect] = []
@@ -119,11 +126,10 @@ def stability(
                     ),
                     ablation="none",
                     units=f"Jaccard index over {resamples} resamples",
-                    command=command,
                     choices=choices,
                 )
             )
-    return effects
+    return Stability(tuple(effects))
 
 
 def _pairs(matrix: Tensor) -> Tensor:

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from markupsafe import Markup
 
-from cutaway.artifacts.results import Effect
 from cutaway.causal.circuits.circuit import Circuit
-from cutaway.causal.circuits.completeness import Removal
 from cutaway.causal.circuits.evidence import Evidence
 from cutaway.causal.competence import ABLE
-from cutaway.draw.charts import Bar, Series, bars_html, effect_html, line_legend, line_svg
+from cutaway.causal.effects import effects_drawing
 from cutaway.draw.circuit import CircuitEdge, circuit_svg
 from cutaway.draw.panels import alarm_html, figures_html, table_html
 from cutaway.draw.text import interval
 
 Section = tuple[str, str, Markup]
-_SHOWN = 16
+"""Heading, text under it, drawing: what `page_html` takes."""
 
 
 def circuit_sections(circuit: Circuit) -> list[Section]:
@@ -28,13 +26,15 @@ def circuit_sections(circuit: Circuit) -> list[Section]:
         sections.append(_verdict(circuit, evidence))
     sections.append(_drawing(circuit))
     if evidence is not None:
-        sections += _sizes(evidence)
-        sections += _several(evidence)
         sections += _parts(evidence)
-        sections += _repair(evidence)
     sections.append(_choices(circuit))
     sections.append(_edges(circuit))
     return sections
+
+
+def circuit_drawing(circuit: Circuit) -> Markup:
+    """All sections as one drawing, the circuit itself first."""
+    return sections_html(sorted(circuit_sections(circuit), key=lambda section: section[0] != "The circuit"))
 
 
 def lead(circuit: Circuit) -> str:
@@ -44,11 +44,6 @@ def lead(circuit: Circuit) -> str:
         f"{model}, {circuit.task}: {circuit.n_edges:,} of {circuit.graph.n_edges:,} edges "
         f"({100 * circuit.share:.2g} %) between {len(circuit.nodes)} parts of the model and the logits."
     )
-
-
-def _effects(effects: Iterable[Effect]) -> Markup:
-    drawn = (effect_html(effect.to_json()) for effect in effects)
-    return Markup("").join(Markup('<div style="margin-bottom: 1rem">{}</div>').format(one) for one in drawn)
 
 
 def _verdict(circuit: Circuit, evidence: Evidence) -> Section:
@@ -70,7 +65,7 @@ def _verdict(circuit: Circuit, evidence: Evidence) -> Section:
         f"How much of the metric's fall (from the whole model to the model with every edge ablated) is kept when only "
         f"the circuit's edges carry the clean prompt: 1 is all of it. Measured on {evidence.pairs}. {above}"
     )
-    drawing = Markup('<div style="margin-bottom: 1.5rem">{}</div>{}').format(tiles, _effects(evidence.effects[:2]))
+    drawing = Markup('<div style="margin-bottom: 1.5rem">{}</div>{}').format(tiles, _faithfulness(evidence))
     able = circuit.method.get("competence")
     if able is not None and able["value"] < ABLE:
         cannot = f"The model cannot do the task: it is right on {able['right']} of {able['n']} pairs of the search. "
@@ -95,106 +90,54 @@ def _drawing(circuit: Circuit) -> Section:
     return ("The circuit", text, drawing)
 
 
-def _sizes(evidence: Evidence) -> list[Section]:
-    if not evidence.curve:
-        return []
-    series: list[Series] = []
-    for one in evidence.curve:
-        series.append(
-            {
-                "name": one.name, "x": [max(1.0, edges) for edges in one.edges], "y": one.value, "low": one.low,
-                "high": one.high, "control": one.control,
-            }
-        )  # fmt: skip
-    chart = line_svg(
-        series=series, title="Faithfulness by size", x_label="edges after pruning", y_label="faithfulness", log_x=True
-    )
-    rows = [
-        [f"{100 * fraction:g} %"]
-        + [f"{interval(one.value[i], one.low[i], one.high[i])} ({int(one.edges[i]):,})" for one in evidence.curve]
-        for i, fraction in enumerate(evidence.fractions)
-    ]
-    table = table_html(
-        columns=["of the edges", *(f"{one.name} (edges)" for one in evidence.curve)], rows=rows, title="By size"
-    )
-    fold = Markup("<details><summary>The same as a table</summary>{}</details>").format(table)
-    areas = _effects(effect for effect in evidence.effects if effect.name in ("CPR", "CMD"))
-    text = (
-        "Bands are 95 % over pairs; for random circuits the spread of single ones. CPR is the area under the curve of "
-        "the edges with the highest signed scores, CMD the area between 1 and that of the largest scores: by "
-        "trapezoids over the ten sizes, linear in the share of edges, without what lies below the first (as the MIB "
-        "benchmark has it)."
-    )
-    return [("Faithfulness by size", text, Markup("{}{}{}{}").format(chart, line_legend(series), fold, areas))]
+def evidence_sections(evidence: Evidence) -> list[Section]:
+    """Faithfulness, f by size, what is missing, stability, what is idle, self-repair."""
+    return [("Faithfulness", f"Measured on {evidence.pairs}.", _faithfulness(evidence)), *_parts(evidence)]
 
 
-def _several(evidence: Evidence) -> list[Section]:
-    sections: list[Section] = []
-    missing = [e for e in evidence.effects if e.name.startswith(("faithfulness of the complement", "incompleteness"))]
-    if missing:
-        rows = [
-            [one.how, ", ".join(one.nodes), one.circuit, one.model, one.gap, abs(one.random - one.model)]
-            for one in evidence.knockouts
-        ]
-        table = table_html(
-            columns=["chosen", "nodes taken out", "circuit", "model", "gap", "control: random circuit's gap"],
-            rows=rows,
-            title="Knock-outs",
-        )
-        fold = Markup("<details><summary>Every set of nodes</summary>{}</details>").format(table)
-        text = (
-            "A complete circuit leaves nothing behind: its complement does nothing, and when the same nodes are taken "
-            "out of circuit and model, both lose the same. Incompleteness is the gap between the two."
-        )
-        sections.append(("Is anything missing?", text, Markup("{}{}").format(_effects(missing), fold)))
-    stable = [effect for effect in evidence.effects if effect.name.startswith("overlap")]
-    if stable:
-        text = (
-            "The pairs were drawn again with replacement and the circuit selected anew each time. A Jaccard index of 1 "
-            "means the same edges (nodes), 0 none in common."
-        )
-        sections.append(("Would other pairs give the same circuit?", text, _effects(stable)))
-    return sections
+def sections_html(sections: Iterable[Section]) -> Markup:
+    """Sections below one another, each under its heading, as one drawing."""
+    one = Markup("<section><h2>{}</h2><p>{}</p>{}</section>")
+    return Markup("").join(one.format(*section) for section in sections)
 
 
-def _bars(rows: Sequence[Removal]) -> Markup:
-    items: list[Bar] = [
-        {"label": one.part, "value": one.fall, "low": one.low, "high": one.high}
-        for one in sorted(rows, key=lambda row: -abs(row.fall))[:_SHOWN]
-    ]
-    return bars_html(items=items, units="of the whole model's fall")
+def _faithfulness(evidence: Evidence) -> Markup:
+    return effects_drawing(evidence.effects[:2], "Faithfulness")
 
 
 def _parts(evidence: Evidence) -> list[Section]:
-    if not evidence.edges:
-        return []
-    idle = [effect for effect in evidence.effects if effect.name.startswith("idle")]
-    text = (
-        "What the circuit loses when one of its nodes, or one of its edges, is taken out, alone. An edge without which "
-        "the faithfulness moves by less than 0.01 is idle."
-    )
-    over = Markup('<div class="cw-over">{}</div>')
-    return [
+    parts = (
+        (evidence.size_curve, _SIZES),
+        (evidence.completeness, _MISSING),
+        (evidence.stability, _STABLE),
+        (evidence.minimality, _IDLE),
         (
-            "Is anything idle?",
-            text,
-            Markup("{}{}{}{}{}").format(
-                _effects(idle), over.format(f"without one node (the {_SHOWN} largest)"), _bars(evidence.nodes),
-                over.format(f"without one edge (the {_SHOWN} largest of those tried)"), _bars(evidence.edges),
-            ),
-        )
-    ]  # fmt: skip
-
-
-def _repair(evidence: Evidence) -> list[Section]:
-    if not evidence.repaired:
-        return []
-    growth = [effect for effect in evidence.effects if effect.name.startswith("self-repair")]
-    text = (
-        f"How much more the whole model loses without a node once {evidence.repaired}, which costs most, is gone. "
-        "Above 0 the node makes up for it."
+            evidence.self_repair,
+            f"How much more the whole model loses without a node once {evidence.repaired}, which costs most, is gone. "
+            "Above 0 the node makes up for it.",
+        ),
     )
-    return [("Does the model repair itself?", text, Markup("{}{}").format(_effects(growth), _bars(evidence.repair)))]
+    return [(part.title, text, part.drawing()) for part, text in parts if part is not None]
+
+
+_SIZES = (
+    "Bands are 95 % over pairs; for random circuits the spread of single ones. CPR is the area under the curve of "
+    "the edges with the highest signed scores, CMD the area between 1 and that of the largest scores: by "
+    "trapezoids over the ten sizes, linear in the share of edges, without what lies below the first (as the MIB "
+    "benchmark has it)."
+)
+_MISSING = (
+    "A complete circuit leaves nothing behind: its complement does nothing, and when the same nodes are taken "
+    "out of circuit and model, both lose the same. Incompleteness is the gap between the two."
+)
+_STABLE = (
+    "The pairs were drawn again with replacement and the circuit selected anew each time. A Jaccard index of 1 "
+    "means the same edges (nodes), 0 none in common."
+)
+_IDLE = (
+    "What the circuit loses when one of its nodes, or one of its edges, is taken out, alone. An edge without which "
+    "the faithfulness moves by less than 0.01 is idle."
+)
 
 
 def _choices(circuit: Circuit) -> Section:

@@ -3,7 +3,9 @@
 from pathlib import Path
 from typing import Any, Literal
 
+from cutaway.artifacts.command import recording
 from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.files import write_json
 from cutaway.cli.options import Count, ExistingPath, Flag, ModuleFile, Output, Page, Seed, keep_apart, opened
 from cutaway.cli.output import command_line, deliver
 
@@ -115,7 +117,7 @@ def circuit(
         raise CutawayError("with --evaluate all of --pairs are judged on; leave --held-out out")
     if faithfulness is not None and not 0 < faithfulness <= 1:
         raise CutawayError(f"--faithfulness {faithfulness:g}: give a share above 0 and up to 1")
-    count, fraction = _size(size)
+    wanted = _size(size)
     keep_apart({"--out": out, "--html": html}, {"--pairs": pairs, "--held-out": held_out, "--evaluate": evaluate})
     if resamples < 100:
         raise CutawayError(f"--resamples {resamples}: stability takes 100 or more")
@@ -130,7 +132,8 @@ def circuit(
     known = None if evaluate is None else Circuit.load(evaluate)
     searched, judged = _read(pairs, held_out)
 
-    from cutaway.causal.circuits.discover import discover, evaluate_circuit
+    from cutaway.causal.circuits.discovery import Search, discover, evaluate_circuit
+    from cutaway.causal.circuits.evidence import Evaluation
     from cutaway.causal.circuits.view import circuit_sections, lead
     from cutaway.draw.page import page_html
 
@@ -143,20 +146,24 @@ def circuit(
         module=(module, None), dtype=(dtype, None), device=(device, None),
     )  # fmt: skip
     lm = opened(model, module, dtype=dtype, device=device)
-    if known is not None:
-        found = evaluate_circuit(
-            lm, known, task or [*(searched or ()), *(judged or ())], metric=metric, ablation=ablation, n=n, seed=seed,
-            draws=random, deep=not quick, force=force, command=command,
-        )  # fmt: skip
-    else:
-        found = discover(
-            lm, task or searched or [], judged, scorer=scorer, options={"steps": steps} if scorer == "eap-ig" else None,
-            metric=metric or "logit_difference", size=count, fraction=fraction, faithfulness=faithfulness,
-            select=select, by=by, ablation=ablation or "resample", grouped=grouped, n=n, seed=seed, draws=random,
-            resamples=resamples, deep=not quick, force=force, command=command,
-        )  # fmt: skip
+    evaluation = Evaluation(draws=random, resamples=resamples, deep=not quick)
+    with recording(command):
+        if known is not None:
+            found = evaluate_circuit(
+                lm, known, task or [*(searched or ()), *(judged or ())], metric=metric, ablation=ablation,
+                evaluation=evaluation, n=n, seed=seed, force=force,
+            )  # fmt: skip
+        else:
+            search = Search(
+                scorer, {"steps": steps} if scorer == "eap-ig" else {}, metric or "logit_difference", select, by,
+                ablation or "resample", grouped,
+            )  # fmt: skip
+            found = discover(
+                lm, task or searched or [], judged, size=wanted, faithfulness=faithfulness, search=search,
+                evaluation=evaluation, n=n, seed=seed, force=force,
+            )  # fmt: skip
     if out is not None:
-        found.save(out)
+        write_json(out, found)
 
     def page() -> str:
         return page_html(
@@ -167,10 +174,10 @@ def circuit(
     deliver(text=text, data=found, page=page, as_json=json, html=html)
 
 
-def _size(size: str | None) -> tuple[int | None, float | None]:
+def _size(size: str | None) -> int | float | None:
     """A number of edges, or a share of them."""
     if size is None:
-        return None, None
+        return None
     number, share = size.strip().removesuffix("%").strip(), size.strip().endswith("%")
     try:
         value = float(number) / 100 if share else int(number)
@@ -178,7 +185,7 @@ def _size(size: str | None) -> tuple[int | None, float | None]:
         raise CutawayError(f"--size {size}: give a number of edges (120) or a share of them (5%)") from None
     if not value > 0 or (share and value > 1):
         raise CutawayError(f"--size {size}: a circuit has at least 1 edge and at most 100% of them")
-    return (None, float(value)) if share else (int(value), None)
+    return value
 
 
 def _read(pairs: Path | None, held_out: Path | None) -> tuple[list[Any] | None, list[Any] | None]:

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.command import current_command
+from cutaway.artifacts.errors import CutawayError, NotSupported
 from cutaway.artifacts.manifest import Manifest, json_hash
 from cutaway.artifacts.results import Choices
 from cutaway.causal.circuits.baselines import By, Select, sized_circuit
 from cutaway.causal.circuits.circuit import Circuit
-from cutaway.causal.circuits.evidence import Evidence, gather_evidence
-from cutaway.causal.circuits.faithfulness import Run, measure, smallest_faithful
-from cutaway.causal.circuits.gradient_scores import EdgeScores, Scorer
+from cutaway.causal.circuits.edge_scores import EdgeScores, Scorer
+from cutaway.causal.circuits.evidence import Evaluation, Ranking, gather_evidence
+from cutaway.causal.circuits.faithfulness import RunCircuits, measure, smallest_faithful
 from cutaway.causal.circuits.runs import CircuitRuns, run_circuits
 from cutaway.causal.circuits.scorers import magnitude, named_scorer
-from cutaway.causal.circuits.stability import LEAST_PAIRS
+from cutaway.causal.circuits.stability import MIN_PAIRS
 from cutaway.causal.competence import Competence, Criterion, competence, unable
 from cutaway.causal.edge_graph import EdgeGraph
 from cutaway.causal.metrics import Metric, named_metric
@@ -35,7 +36,7 @@ _MEMORY = 2**30  # bytes that the streams of one pair's circuits may hold, about
 
 
 @dataclass(frozen=True)
-class Split:
+class SearchPairs:
     """The pairs a circuit is searched on and those it is judged on, in words too."""
 
     name: str
@@ -48,7 +49,7 @@ class Split:
 
 def split_pairs(
     lm: LanguageModel, task: str | Task | Pairs, held_out: Pairs | None = None, *, n: int = 48, seed: int = 0
-) -> Split:
+) -> SearchPairs:
     """Pairs to search with and pairs to judge on, n of each.
 
     A task gives both from its two splits. Own pairs are taken as they are; without `held_out`, every second one is held
@@ -59,20 +60,20 @@ def split_pairs(
     if isinstance(task, Task):
         search = readable_pairs(lm, task, n, seed, "search")
         other = readable_pairs(lm, task, n, seed, "held_out")
-        told = f"pairs of {task.name}, seed {seed}"
-        words = (f"{len(search)} search {told}", f"{len(other)} held-out {told}")
-        split = Split(task.name, search, other, *words, task.criterion)
+        named = f"pairs of {task.name}, seed {seed}"
+        words = (f"{len(search)} search {named}", f"{len(other)} held-out {named}")
+        split = SearchPairs(task.name, search, other, *words, task.criterion)
     else:
         search = _aligned(lm, task)
         if held_out is None:
             given, rows, refused = len(search), range(len(search)), search.refused
             search, other = replace(search[rows[0::2]], refused=refused), search[rows[1::2]]
-            told = f"of the {given} pairs given"
-            words = (f"{len(search)} {told} (every second one)", f"{len(other)} {told} (the others, held out)")
+            named = f"of the {given} pairs given"
+            words = (f"{len(search)} {named} (every second one)", f"{len(other)} {named} (the others, held out)")
         else:
             other = _aligned(lm, held_out)
             words = (f"{len(search)} pairs given for the search", f"{len(other)} held-out pairs given")
-        split = Split("own pairs", search, other, *words)
+        split = SearchPairs("own pairs", search, other, *words)
         seen = {(pair.clean, pair.corrupt) for pair in split.search.pairs}
         again = sum((pair.clean, pair.corrupt) in seen for pair in split.held_out.pairs)
         if again:
@@ -81,10 +82,10 @@ def split_pairs(
                 "search, too, so they would not judge anything; take them out of one."
             )
     for pairs, what in ((split.search, "search with"), (split.held_out, "judge on")):
-        if len(pairs) < LEAST_PAIRS:
+        if len(pairs) < MIN_PAIRS:
             raise CutawayError(
                 f"There {'is 1 pair' if len(pairs) == 1 else f'are {len(pairs)} pairs'} to {what}, too few for an "
-                f"interval or for stability; give {LEAST_PAIRS} of each or more."
+                f"interval or for stability; give {MIN_PAIRS} of each or more."
             )
     return split
 
@@ -103,7 +104,7 @@ def _aligned(lm: LanguageModel, pairs: Pairs) -> AlignedPairs:
     return aligned
 
 
-def helpfulness(scores: EdgeScores) -> tuple[Tensor, Tensor | None]:
+def signed_importance(scores: EdgeScores) -> tuple[Tensor, Tensor | None]:
     """Scores turned so that above 0 means: the metric moves towards the ablated model's when the edge is cut.
 
     Returns them for all pairs together [...] and for each [n, ...].
@@ -117,7 +118,7 @@ def helpfulness(scores: EdgeScores) -> tuple[Tensor, Tensor | None]:
 
 def circuit_runner(
     lm: LanguageModel, pairs: AlignedPairs, metric: str | Metric, graph: EdgeGraph, ablation: str
-) -> Run:
+) -> RunCircuits:
     """`run_circuits` on these pairs; very many circuits of a large model are run some at a time."""
 
     def run(masks: Tensor) -> CircuitRuns:
@@ -154,73 +155,105 @@ def check_able(
     return able
 
 
+@dataclass(frozen=True)
+class Search:
+    """How the edges of a circuit are scored and chosen."""
+
+    scorer: str | Scorer = "eap-ig"
+    """One of `SCORERS`, or a function (lm, pairs, metric) -> `EdgeScores`."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Of the scorer, by name: {"steps": 5}."""
+    metric: str | Metric = "logit_difference"
+    """What is asked of the logits."""
+    select: Select = "greedy"
+    """Grow the circuit from the logits ("greedy"), or take the highest scores and prune ("top")."""
+    by: By = "absolute"
+    """Rank edges by "absolute" or by "signed" scores."""
+    ablation: str = "resample"
+    """What edges outside the circuit carry: "resample" (the corrupt prompt), "zero", "mean", "mean_by_position", ..."""
+    grouped: bool = False
+    """Whether keys and values that heads share are one destination."""
+    max_share: float = 0.5
+    """The largest share of the graph's edges that is tried for a faithfulness to reach."""
+
+
 def discover(
     lm: LanguageModel,
     task: str | Task | Pairs,
     held_out: Pairs | None = None,
     *,
-    scorer: str | Scorer = "eap-ig",
-    options: Mapping[str, Any] | None = None,
-    metric: str | Metric = "logit_difference",
-    size: int | None = None,
-    fraction: float | None = None,
+    size: int | float | None = None,
     faithfulness: float | None = None,
-    most: float = 0.5,
-    select: Select = "greedy",
-    by: By = "absolute",
-    ablation: str = "resample",
-    grouped: bool = False,
+    search: Search = Search(),
+    evaluation: Evaluation = Evaluation(),  # noqa: B008, frozen
     n: int = 48,
     seed: int = 0,
-    draws: int = 20,
-    resamples: int = 100,
-    deep: bool = True,
     force: bool = False,
-    command: str | None = None,
 ) -> Circuit:
     """Find the circuit of a task and measure it on pairs that it was not found on.
 
-    `task` is a task, its name, or prompt pairs (then `held_out` may be given, too). `scorer` is one of `SCORERS` or a
-    function, `options` its own (`{"steps": 5}`). The circuit has at most `size` edges or that `fraction` of the
-    graph's, after pruning, or is the smallest that reaches a `faithfulness` on the search pairs (0.85 where nothing is
-    said) with at most the share `most` of the edges. With `grouped`, keys and values that heads share are one
-    destination. `deep=False` leaves out completeness, minimality and self-repair.
+    Args:
+        lm: The model.
+        task: A task, its name, or prompt pairs of your own.
+        held_out: The pairs to judge on, with pairs of your own; None: every second one of these.
+        size: At most so many edges after pruning (an int), or such a share of the graph's (a float, above 0 and up
+            to 1).
+        faithfulness: Instead of a size: find the smallest circuit that reaches this on the search pairs; 0.85 where
+            neither is given.
+        search: How edges are scored and chosen.
+        evaluation: How much is measured of the circuit.
+        n: Pairs of each split that are drawn of a task.
+        seed: Of the pairs and of everything drawn at random.
+        force: Go on where the model is right on less than 80 % of the search pairs, with a warning on stderr.
 
-    Raises CutawayError: a task that the model cannot do (right on less than 80 % of the pairs, unless `force`), fewer
-    than 8 pairs, a size out of range or out of reach, a metric that gives no scores.
+    Returns:
+        The circuit with its evidence; `save` writes it, `Circuit.load` reads it.
+
+    Raises:
+        CannotDoTask: The model cannot do the task.
+        CutawayError: Fewer than 8 pairs, a size out of range or out of reach, a metric that gives no scores.
+
+    Source: Conmy et al. 2023 (circuits of edges), Hanna et al. 2024 (EAP-IG, faithfulness);
+    https://arxiv.org/abs/2304.14997, https://arxiv.org/abs/2403.17806.
+
+    Example:
+        >>> lm = cutaway.load("atlas")
+        >>> circuit = discover(lm, "world indirect object", size=60, n=8, evaluation=Evaluation(deep=False))
+        >>> circuit.evidence.faithfulness.value
     """
-    asked_for = [one for one in (size, fraction, faithfulness) if one is not None]
-    if len(asked_for) > 1:
-        raise CutawayError("A circuit has a size, a fraction or a faithfulness to reach: give one of them.")
-    if fraction is not None and not 0 < fraction <= 1:
-        raise CutawayError(f"A fraction of the edges lies above 0 and up to 1; got {fraction:g}.")
-    for given, what in ((n, "n, the pairs of each split,"), (draws, "draws, the random circuits,")):
+    if size is not None and faithfulness is not None:
+        raise CutawayError("A circuit has a size or a faithfulness to reach: give one of them.")
+    share = size if isinstance(size, float) else None
+    if share is not None and not 0 < share <= 1:
+        raise CutawayError(f"A size given as a share of the edges lies above 0 and up to 1; got {share:g}.")
+    for given, what in ((n, "n, the pairs of each split,"), (evaluation.draws, "draws, the random circuits,")):
         if given < 1:
             raise CutawayError(f"{what} is {given}; give 1 or more.")
+    metric, select, by, ablation = search.metric, search.select, search.by, search.ablation
     name, _ = named_metric(metric)
-    graph = EdgeGraph.of(lm, grouped=grouped)
-    score, named = _scorer(scorer, {**(options or {}), **({"graph": graph} if grouped else {})})
-    if size is not None and not 0 < size <= graph.n_edges:
+    graph = EdgeGraph.of(lm, grouped=search.grouped)
+    options = {**search.options, **({"graph": graph} if search.grouped else {})}
+    score, named = _scorer(search.scorer, options)
+    if size is not None and share is None and not 0 < size <= graph.n_edges:
         raise CutawayError(f"{lm.name} has {graph.n_edges:,} edges, so a circuit has 1 to that many; not {size:,}.")
     split = split_pairs(lm, task, held_out, n=n, seed=seed)
     able = check_able(lm, split.search, split.name, criterion=split.criterion, force=force)
     scores = score(lm, split.search, metric)
     if not isinstance(scores, EdgeScores):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise CutawayError(
-            f"The scorer gave a {type(scores).__name__}; it must give EdgeScores (cutaway.causal.circuits)."
-        )
-    helps, per_pair = helpfulness(scores)
+        raise CutawayError(f"The scorer gave a {type(scores).__name__}; it must give EdgeScores (cutaway.causal).")
+    helps, per_pair = signed_importance(scores)
     if not bool(helps.any()):
         raise CutawayError(f"Every edge has the score 0 by {scores.method} and {name}; take another metric or scorer.")
     searching = circuit_runner(lm, split.search, metric, graph, ablation)
-    if size is None and fraction is None:
+    if size is None:
         target = 0.85 if faithfulness is None else faithfulness
         wanted = f"the smallest tried with a faithfulness of {target:g} on the search pairs"
         mask, asked, found = smallest_faithful(
-            searching, graph, helps, target, select=select, by=by, most=max(2, round(most * graph.n_edges))
-        )
+            searching, graph, helps, target, select=select, by=by,
+            max_edges=max(2, round(search.max_share * graph.n_edges)),
+        )  # fmt: skip
     else:
-        count = size if size is not None else max(1, int((fraction or 0.0) * graph.n_edges))
+        count = int(size) if share is None else max(1, int(share * graph.n_edges))
         wanted = f"at most {count} edges"
         mask, asked = sized_circuit(graph, helps, count, select=select, by=by)
         if not bool(mask.any()):
@@ -229,15 +262,14 @@ def discover(
                 "logits by these scores; ask for more edges, or select them greedily."
             )
         found = float(measure(searching(mask[None])).ratio[0])
-    strong = _magnitude(lm, split.search, metric, graph)
     choices = _choices(ablation, split.held_out_words)
     evidence = gather_evidence(
-        circuit_runner(lm, split.held_out, metric, graph, ablation), graph, mask, pairs=split.held_out_words,
-        choices=choices, scores=helps, per_pair=per_pair, magnitude=strong, asked=asked, select=select, by=by,
-        search=found, draws=draws, resamples=resamples, deep=deep, seed=seed, command=command,
+        circuit_runner(lm, split.held_out, metric, graph, ablation), graph, mask, choices=choices,
+        ranking=Ranking(select, by, helps, per_pair, asked), magnitude=_magnitude(lm, split.search, metric, graph),
+        search=found, evaluation=evaluation, seed=seed,
     )  # fmt: skip
     settings = {
-        "scorer": named or scores.method, "options": dict(options or {}), "metric": name, "select": select, "by": by,
+        "scorer": named or scores.method, "options": dict(search.options), "metric": name, "select": select, "by": by,
         "ablation": ablation, "wanted": wanted, "n": n, "task": split.name,
     }  # fmt: skip
     method = {
@@ -250,7 +282,7 @@ def discover(
         corpus_hash=json_hash([pair.to_json() for pair in (*split.search.pairs, *split.held_out.pairs)]),
         configuration=settings,
         seed=seed,
-        command=command,
+        command=current_command(),
     )
     return Circuit(graph, mask, helps * mask, split.name, name, choices, manifest, method, evidence)
 
@@ -262,21 +294,33 @@ def evaluate_circuit(
     *,
     metric: str | Metric | None = None,
     ablation: str | None = None,
+    evaluation: Evaluation = Evaluation(),  # noqa: B008, frozen
     n: int = 48,
     seed: int = 0,
-    draws: int = 20,
-    deep: bool = True,
     force: bool = False,
-    command: str | None = None,
 ) -> Circuit:
     """The same circuit with its evidence measured anew: on a task's held-out split, or on all the pairs given.
 
-    Metric and ablation are the circuit's own unless given. What needs the scores of every edge (the size curve,
-    stability) is not measured again. Raises CutawayError for another model, and as `discover` does.
+    What needs the scores of every edge (the size curve, stability) is not measured again.
+
+    Args:
+        lm: The model that the circuit was found in.
+        circuit: The circuit, from `discover` or `Circuit.load`.
+        task: A task, its name, or prompt pairs of your own.
+        metric: What is asked of the logits; None: the circuit's own.
+        ablation: What edges outside the circuit carry; None: the circuit's own.
+        evaluation: How much is measured.
+        n: Pairs that are drawn of a task.
+        seed: Of the pairs and of everything drawn at random.
+        force: Go on where the model cannot do the task, with a warning on stderr.
+
+    Raises:
+        CannotDoTask: The model cannot do the task.
+        CutawayError: Another model, an empty circuit, fewer than 8 pairs.
     """
     circuit.check_model(lm)
     if circuit.graph.columns is not None:
-        raise CutawayError("This circuit tells positions apart; only circuits of all positions are evaluated.")
+        raise NotSupported("This circuit tells positions apart; only circuits of all positions are evaluated.")
     mask = circuit.graph.prune(circuit.mask)
     if not bool(mask.any()):
         raise CutawayError("The circuit is empty: none of its edges lies on a path from the embedding to the logits.")
@@ -290,15 +334,15 @@ def evaluate_circuit(
     else:
         pairs = _aligned(lm, task)
         words, label = f"{len(pairs)} pairs given", "own pairs"
-    if len(pairs) < LEAST_PAIRS:
-        raise CutawayError(f"{len(pairs)} pairs are too few for an interval; give {LEAST_PAIRS} or more.")
+    if len(pairs) < MIN_PAIRS:
+        raise CutawayError(f"{len(pairs)} pairs are too few for an interval; give {MIN_PAIRS} or more.")
     check_able(lm, pairs, label, criterion=criterion, force=force)
     how = ablation or circuit.choices.ablation
     choices = _choices(how, words)
-    evidence: Evidence = gather_evidence(
-        circuit_runner(lm, pairs, metric or name, circuit.graph, how), circuit.graph, mask, pairs=words,
-        choices=choices, magnitude=_magnitude(lm, pairs, metric or name, circuit.graph), draws=draws, deep=deep,
-        select=circuit.method.get("select", "greedy"), seed=seed, command=command,
+    evidence = gather_evidence(
+        circuit_runner(lm, pairs, metric or name, circuit.graph, how), circuit.graph, mask, choices=choices,
+        ranking=Ranking(circuit.method.get("select", "greedy")), evaluation=evaluation, seed=seed,
+        magnitude=_magnitude(lm, pairs, metric or name, circuit.graph),
     )  # fmt: skip
     return replace(circuit, metric=name, choices=choices, evidence=evidence)
 
@@ -307,7 +351,7 @@ def _magnitude(lm: LanguageModel, pairs: AlignedPairs, metric: str | Metric, gra
     return magnitude(lm, pairs, metric, graph=graph).values.abs()
 
 
-def _scorer(scorer: str | Scorer, options: Mapping[str, Any] | None) -> tuple[Scorer, str]:
+def _scorer(scorer: str | Scorer, options: Mapping[str, Any]) -> tuple[Scorer, str]:
     """The scorer with its options, and its name where it has one."""
     function: Callable[..., EdgeScores] = named_scorer(scorer) if isinstance(scorer, str) else scorer
     return (partial(function, **options) if options else function), scorer if isinstance(scorer, str) else ""

@@ -7,18 +7,22 @@ from typing import Any
 import pytest
 import torch
 
+from cutaway.artifacts.command import recording
 from cutaway.artifacts.errors import CutawayError
-from cutaway.causal.circuits import discover as module
+from cutaway.causal.circuits import discovery as module
 from cutaway.causal.circuits.circuit import Circuit
-from cutaway.causal.circuits.discover import (
+from cutaway.causal.circuits.discovery import (
+    Search,
     check_able,
     circuit_runner,
     discover,
     evaluate_circuit,
-    helpfulness,
+    signed_importance,
     split_pairs,
 )
-from cutaway.causal.circuits.gradient_scores import EdgeScores, eap_ig, exchanged
+from cutaway.causal.circuits.edge_scores import EdgeScores
+from cutaway.causal.circuits.evidence import Evaluation
+from cutaway.causal.circuits.gradient_scores import eap_ig, exchanged
 from cutaway.causal.circuits.runs import run_circuits
 from cutaway.causal.circuits.scorers import exact
 from cutaway.causal.circuits.view import circuit_sections, lead
@@ -26,6 +30,7 @@ from cutaway.causal.edge_graph import EdgeGraph
 from cutaway.data.pairs import AlignedPairs, PromptPair, align
 from cutaway.model.language_model import LanguageModel, load
 
+QUICK = Evaluation(3, deep=False)
 MakePairs = Callable[..., list[PromptPair]]
 
 
@@ -36,7 +41,8 @@ def pairs(tiny: LanguageModel, id_pairs: MakePairs) -> list[PromptPair]:
 
 @pytest.fixture(scope="module")
 def found(tiny: LanguageModel, pairs: list[PromptPair]) -> Circuit:
-    return discover(tiny, pairs, size=60, force=True, command="cutaway circuit tiny", draws=20)
+    with recording("cutaway circuit tiny"):
+        return discover(tiny, pairs, size=60, force=True)
 
 
 def by_hand(lm: LanguageModel, circuit: Circuit, pairs: AlignedPairs) -> float:
@@ -80,7 +86,7 @@ def test_an_edge_that_helps_has_a_score_above_zero(
     aligned = align(tiny, pairs[:6])
     graph = EdgeGraph.of(tiny)
     scores = exact(tiny, aligned, metric, direction=direction)
-    helps, per_pair = helpfulness(scores)
+    helps, per_pair = signed_importance(scores)
     places = graph.real.nonzero()[::9]
     masks = graph.full().repeat(len(places), 1, 1)
     masks[torch.arange(len(places)), places[:, 0], places[:, 1]] = False
@@ -95,14 +101,14 @@ def test_an_edge_that_helps_has_a_score_above_zero(
 
 
 def test_a_faithfulness_to_reach(tiny: LanguageModel, pairs: list[PromptPair]) -> None:
-    circuit = discover(tiny, pairs, faithfulness=0.6, force=True, deep=False, draws=3, most=1.0)
+    circuit = discover(tiny, pairs, faithfulness=0.6, force=True, evaluation=QUICK, search=Search(max_share=1.0))
     assert circuit.method["search_faithfulness"] >= 0.6
-    smaller = discover(tiny, pairs, size=max(1, circuit.n_edges // 2), force=True, deep=False, draws=3)
+    smaller = discover(tiny, pairs, size=max(1, circuit.n_edges // 2), force=True, evaluation=QUICK)
     assert smaller.n_edges < circuit.n_edges
     assert circuit.evidence is not None
     assert circuit.evidence.knockouts == ()
     with pytest.raises(CutawayError, match=r"reaches a faithfulness of 0\.999"):
-        discover(tiny, pairs, faithfulness=0.999, most=0.01, force=True)
+        discover(tiny, pairs, faithfulness=0.999, search=Search(max_share=0.01), force=True)
 
 
 def test_a_scorer_of_ones_own(tiny: LanguageModel, pairs: list[PromptPair]) -> None:
@@ -113,7 +119,7 @@ def test_a_scorer_of_ones_own(tiny: LanguageModel, pairs: list[PromptPair]) -> N
         ends = torch.ones(n), torch.zeros(n)
         return EdgeScores(graph, -values * graph.real, None, "mine", "logit_difference", "noise", n, *ends)
 
-    circuit = discover(tiny, pairs, size=8, scorer=mine, force=True, deep=False, draws=3, select="greedy")
+    circuit = discover(tiny, pairs, size=8, search=Search(mine), force=True, evaluation=QUICK)
     assert circuit.method["scorer"] == "mine"
     assert "embed" in circuit.nodes
     assert circuit.evidence is not None
@@ -121,7 +127,7 @@ def test_a_scorer_of_ones_own(tiny: LanguageModel, pairs: list[PromptPair]) -> N
 
 
 def test_shared_keys_and_values_as_one(tiny: LanguageModel, pairs: list[PromptPair]) -> None:
-    circuit = discover(tiny, pairs, fraction=0.2, grouped=True, force=True, deep=False, draws=3)
+    circuit = discover(tiny, pairs, size=0.2, search=Search(grouped=True), force=True, evaluation=QUICK)
     assert circuit.graph.kv == tiny.n_kv_heads < tiny.n_heads
     assert circuit.n_edges <= 0.2 * circuit.graph.n_edges
     assert any("K" in destination for _, destination, _ in circuit.edges)
@@ -134,13 +140,13 @@ def test_a_saved_circuit_is_evaluated_on_other_pairs(
     found.save(tmp_path / "c.json")
     again = Circuit.load(tmp_path / "c.json")
     other = id_pairs(9, 7, 5)
-    judged = evaluate_circuit(tiny, again, other, force=True, draws=3)
+    judged = evaluate_circuit(tiny, again, other, force=True, evaluation=Evaluation(3))
     assert judged.evidence is not None
     assert judged.evidence.faithfulness.value == pytest.approx(by_hand(tiny, found, align(tiny, other)), abs=1e-6)
     assert judged.evidence.pairs == "9 pairs given"
     assert judged.evidence.curve == ()
     assert torch.equal(judged.mask, found.mask)
-    zero = evaluate_circuit(tiny, again, other, force=True, draws=3, ablation="zero", deep=False)
+    zero = evaluate_circuit(tiny, again, other, force=True, ablation="zero", evaluation=QUICK)
     assert zero.choices.ablation == zero.evidence.faithfulness.ablation == "zero"  # type: ignore[union-attr]
     with pytest.raises(CutawayError, match="5 pairs are too few"):
         evaluate_circuit(tiny, again, other[:5], force=True)
@@ -181,14 +187,14 @@ def test_circuits_of_a_large_model_are_run_some_at_a_time(
 def test_bad_input_is_told(tiny: LanguageModel, pairs: list[PromptPair]) -> None:
     n = EdgeGraph.of(tiny).n_edges
     for message, options in {
-        "give one of them": {"size": 5, "fraction": 0.1},
+        "give one of them": {"size": 5, "faithfulness": 0.1},
         f"has {n} edges, so a circuit has 1 to that many; not {n + 1}": {"size": n + 1},
         "not 0": {"size": 0},
-        "lies above 0 and up to 1; got 1.5": {"fraction": 1.5},
-        "no metric is called 'beauty'": {"metric": "beauty"},
-        "no scorer is called 'oracle'": {"scorer": "oracle"},
-        "use logit_difference": {"metric": "kl", "scorer": "eap", "size": 5},
-        "The circuit is empty": {"size": 1, "select": "top"},
+        "lies above 0 and up to 1; got 1.5": {"size": 1.5},
+        "no metric is called 'beauty'": {"search": Search(metric="beauty")},
+        "no scorer is called 'oracle'": {"search": Search("oracle")},
+        "use logit_difference": {"search": Search("eap", metric="kl"), "size": 5},
+        "The circuit is empty": {"size": 1, "search": Search(select="top")},
     }.items():
         with pytest.raises(CutawayError, match=message.replace("(", r"\(")):
             discover(tiny, pairs, force=True, **options)  # type: ignore[arg-type]
@@ -229,12 +235,12 @@ def test_a_task_is_searched_and_judged_on_different_wording(atlas: LanguageModel
 def test_a_gradient_that_is_zero_but_for_rounding_is_refused(atlas: LanguageModel) -> None:
     """KL from the clean run has none there; in a model of some depth rounding leaves about 1e-7 of it."""
     with pytest.raises(CutawayError, match=r"gradient of kl is zero at the clean prompts.*use logit_difference"):
-        discover(atlas, "world ioi", metric="kl", scorer="eap", size=60, n=8)
+        discover(atlas, "world ioi", search=Search("eap", metric="kl"), size=60, n=8)
 
 
 @pytest.mark.slow
 def test_atlas_names_the_indirect_object_by_few_edges(atlas: LanguageModel) -> None:
-    circuit = discover(atlas, "world ioi", size=66, n=10, deep=False, draws=20)
+    circuit = discover(atlas, "world ioi", size=66, n=10, evaluation=Evaluation(deep=False))
     assert circuit.n_edges <= 66
     assert circuit.evidence is not None
     effect = circuit.evidence.faithfulness
@@ -248,7 +254,7 @@ def test_atlas_names_the_indirect_object_by_few_edges(atlas: LanguageModel) -> N
 @pytest.mark.slow
 def test_a_trained_gpt2_agrees_by_few_edges(shared: Path) -> None:
     lm = load(str(shared / "models" / "webtext-gpt2"))
-    circuit = discover(lm, "agreement", size=21, n=16, deep=False, draws=20)
+    circuit = discover(lm, "agreement", size=21, n=16, evaluation=Evaluation(deep=False))
     assert circuit.evidence is not None
     effect = circuit.evidence.faithfulness
     assert effect.value > 0.8
@@ -263,12 +269,12 @@ def test_a_trained_gpt2_agrees_by_few_edges(shared: Path) -> None:
 def test_what_cannot_be_searched_or_judged_is_refused(tiny: LanguageModel, pairs: list[PromptPair]) -> None:
     with pytest.raises(CutawayError, match="2 of the 12 held-out pairs are among the 10 pairs of the search"):
         split_pairs(tiny, pairs[:10], pairs[8:])
-    given: list[dict[str, Any]] = [{"n": 0}, {"draws": -1}]
+    given: list[dict[str, Any]] = [{"n": 0}, {"evaluation": Evaluation(-1)}]
     for options in given:
         with pytest.raises(CutawayError, match="give 1 or more"):
             discover(tiny, pairs, size=9, force=True, **options)
     with pytest.raises(CutawayError, match="The scorer gave a Tensor; it must give EdgeScores"):
-        discover(tiny, pairs, size=9, force=True, scorer=lambda *_: torch.zeros(3))  # type: ignore[arg-type,return-value]
+        discover(tiny, pairs, size=9, force=True, search=Search(lambda *_: torch.zeros(3)))  # type: ignore[arg-type,return-value]
     other = EdgeGraph(tiny.n_layers + 1, tiny.n_heads, False, None, None)
     with pytest.raises(CutawayError, match="the graph of another model"):
         run_circuits(tiny, align(tiny, pairs), other.empty()[None], graph=other)

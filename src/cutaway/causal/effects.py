@@ -1,0 +1,96 @@
+"""Results that are effects beside their controls: how they are printed, tabulated and drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup
+
+from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.results import Control, Effect, interval_text
+from cutaway.draw.charts import Bar
+from cutaway.draw.intervals import intervals_svg
+from cutaway.draw.result import Result
+
+
+@dataclass(frozen=True, repr=False)
+class Effects(Result):
+    """A few figures of one circuit, each beside its controls."""
+
+    effects: tuple[Effect, ...]
+    """The figures: value, n, 95 % interval, controls, the six choices."""
+
+    title = "Effects"
+
+    def effect(self, name: str) -> Effect:
+        """The effect whose name begins so."""
+        return named_effect(self.effects, name)
+
+    def summary(self) -> str:
+        return "\n".join([f"{self.title}: n {self.effects[0].n}" if self.effects else self.title, *self._lines()])
+
+    def _lines(self) -> list[str]:
+        return [effect_line(effect) for effect in self.effects[:10]]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"effects": [effect.to_json() for effect in self.effects]}
+
+    def rows(self) -> list[dict[str, Any]]:
+        return effect_rows(self.effects)
+
+    def drawing(self) -> Markup:
+        return effects_drawing(self.effects, self.title)
+
+
+def named_effect(effects: Sequence[Effect], name: str) -> Effect:
+    """The effect whose name begins so; CutawayError with the names there are."""
+    for effect in effects:
+        if effect.name.startswith(name):
+            return effect
+    raise CutawayError(
+        f"nothing called {name!r} was measured of this circuit; there are {', '.join(e.name for e in effects)}"
+    )
+
+
+def effect_line(effect: Effect) -> str:
+    """An effect and its controls in one line."""
+    controls = "; ".join(f"{c.name} {c.value:.2f}{_ends(c.interval)}" for c in effect.controls)
+    return f"  {effect.name}: {effect.value:.3f}{_ends(effect.interval)}   beside {controls}"
+
+
+def _ends(interval: tuple[float, float] | None) -> str:
+    return "" if interval is None else f" {interval_text(interval, 2)}"
+
+
+def effect_rows(effects: Iterable[Effect]) -> list[dict[str, Any]]:
+    """A row per effect and per control."""
+    return [
+        {
+            "effect": effect.name, "name": one.name, "control": one is not effect, "value": one.value,
+            "low": None if one.interval is None else one.interval[0],
+            "high": None if one.interval is None else one.interval[1],
+            "n": one.n, "units": effect.units, "ablation": effect.ablation,
+        }
+        for effect in effects
+        for one in (effect, *effect.controls)
+    ]  # fmt: skip
+
+
+def effects_drawing(effects: Iterable[Effect], title: str) -> Markup:
+    """All effects in one picture, each above its controls and on a scale of its own."""
+    groups = [[_bar(one) for one in (effect.require_controls(), *effect.controls)] for effect in effects]
+    return intervals_svg(groups=groups, title=title)
+
+
+def _bar(one: Effect | Control) -> Bar:
+    low, high = one.interval or (None, None)
+    name = one.name if one.n is None else f"{one.name}, n {one.n:,}"
+    name += f" ({one.units})" if isinstance(one, Effect) else ""
+    return {"label": name, "value": one.value, "low": low, "high": high, "control": isinstance(one, Control)}
+
+
+def folded(summary: str, content: Markup) -> Markup:
+    """What is seen once its summary is opened."""
+    return Markup("<details><summary>{}</summary>{}</details>").format(summary, content)
