@@ -2,7 +2,7 @@
 
 A source is the embedding, one head's result or an MLP's output; a destination is the query, key or value input of a
 head, an MLP's input or the logits. An edge is what one destination reads of one source, directly through the stream.
-Scores and masks of all edges are matrices [F, G] of sources × destinations, or [P, F, G] where positions are told
+Scores and masks of all edges are matrices [F, G] of sources × destinations, or [P, F, G] where positions are kept
 apart; scorers, selection, evaluation and drawing share them.
 """
 
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.errors import CutawayError, NotSupported
 
 if TYPE_CHECKING:
     from cutaway.model.language_model import LanguageModel
@@ -28,38 +28,49 @@ Edge = tuple[str, str]
 
 @dataclass(frozen=True)
 class EdgeGraph:
-    """Sources × destinations of a model with this many layers and heads.
+    """Sources × destinations of a model.
 
-    `parallel`: attention and MLP of a layer read the same stream, so no head feeds its own layer's MLP.
-    `n_kv_heads`: key and value destinations of a layer; as many as heads, or fewer where grouped heads are one
-    destination. `columns` names positions that are told apart (None: an edge is one at all positions). Sources are
-    called `embed`, `L3H7`, `L3.mlp`; destinations `L3H7.q`, `L3H7.k`, `L3H7.v` (`L3K1.k`, `L3K1.v` where grouped),
-    `L3.mlp`, `logits`; an edge `L2H4->L3H7.q`.
+    Sources are called `embed`, `L3H7`, `L3.mlp`; destinations `L3H7.q`, `L3H7.k`, `L3H7.v` (`L3K1.k`, `L3K1.v` where
+    grouped), `L3.mlp`, `logits`; an edge `L2H4->L3H7.q`. It is a graph of parts of the model; a graph of latents and
+    tokens of one prompt is another (an attribution graph).
+
+    Example:
+        >>> graph = EdgeGraph.of(cutaway.load("atlas"))
+        >>> graph.n_edges, graph.edge("embed->L0H1.q")
     """
 
     n_layers: int
     n_heads: int
     parallel: bool = False
+    """Whether attention and MLP of a layer read the same stream, so that no head feeds its own layer's MLP."""
     n_kv_heads: int | None = None
+    """Key and value destinations of a layer; None: as many as heads. Fewer where grouped heads are one destination."""
     columns: tuple[str, ...] | None = None
+    """Names of positions that are kept apart; None: an edge is one at all positions."""
 
     @classmethod
     def of(cls, lm: LanguageModel, *, grouped: bool = False, columns: Sequence[str] | None = None) -> EdgeGraph:
-        """The graph of a model. With `grouped`, the keys (values) that a group of heads shares are one destination.
+        """The graph of a model.
 
-        Raises CutawayError where attention's queries, keys and values are not read from the stream one by one.
+        Args:
+            lm: The model.
+            grouped: Whether the keys (values) that a group of heads share are one destination.
+            columns: Names of positions that are kept apart.
+
+        Raises:
+            NotSupported: Attention's queries, keys and values are not read from the stream one by one.
         """
         for index, layer in enumerate(lm.family.layers):
             for part in "qkv":
                 projection = layer.projection(part)
                 if projection is None or not projection.direct:
-                    raise CutawayError(
+                    raise NotSupported(
                         f"{lm.name} has no {part} projection that reads the stream in layer {index} (latent "
-                        "attention), so its heads' inputs cannot be told apart; patch whole sites instead."
+                        "attention), so its heads' inputs cannot be kept apart; patch whole sites instead."
                     )
         kv = lm.n_kv_heads if grouped else lm.n_heads
         if kv == lm.n_heads != lm.n_kv_heads and (reason := _cannot_ungroup(lm)):
-            raise CutawayError(
+            raise NotSupported(
                 f"{lm.name} shares keys and values between heads and {reason}; take EdgeGraph.of(lm, grouped=True), "
                 "where each shared key (value) head is one destination."
             )
@@ -72,6 +83,7 @@ class EdgeGraph:
 
     @property
     def n_sources(self) -> int:
+        """F: the embedding, every head, every MLP."""
         return 1 + self.n_layers * (self.n_heads + 1)
 
     @property
@@ -81,6 +93,7 @@ class EdgeGraph:
 
     @property
     def n_destinations(self) -> int:
+        """G: queries, keys and values of every head, every MLP, the logits."""
         return self.n_layers * self.width + 1
 
     @property
@@ -91,6 +104,7 @@ class EdgeGraph:
 
     @cached_property
     def sources(self) -> tuple[str, ...]:
+        """Names of the F sources, in order of depth."""
         names = ["embed"]
         for layer in range(self.n_layers):
             names += [f"L{layer}H{head}" for head in range(self.n_heads)] + [f"L{layer}.mlp"]
@@ -98,6 +112,7 @@ class EdgeGraph:
 
     @cached_property
     def destinations(self) -> tuple[str, ...]:
+        """Names of the G destinations, in order of depth."""
         names: list[str] = []
         letter = "H" if self.kv == self.n_heads else "K"
         for layer in range(self.n_layers):
@@ -112,6 +127,7 @@ class EdgeGraph:
         return slice(first, first + self.n_heads)
 
     def mlp_source(self, layer: int) -> int:
+        """The MLP of a layer among the sources."""
         return self.head_sources(layer).stop
 
     def attention_destinations(self, layer: int) -> slice:
@@ -120,6 +136,7 @@ class EdgeGraph:
         return slice(first, first + self.width - 1)
 
     def mlp_destination(self, layer: int) -> int:
+        """The MLP of a layer among the destinations."""
         return self.attention_destinations(layer).stop
 
     def before_attention(self, layer: int) -> int:
@@ -142,6 +159,7 @@ class EdgeGraph:
 
     @property
     def n_edges(self) -> int:
+        """Edges of the graph; where positions are kept apart, an edge counts once per column."""
         return int(self.real.sum()) * (1 if self.columns is None else len(self.columns))
 
     @cached_property
@@ -163,6 +181,7 @@ class EdgeGraph:
         return self.real.expand(self.shape).clone()
 
     def empty(self) -> Tensor:
+        """The mask of no edge."""
         return torch.zeros(self.shape, dtype=torch.bool)
 
     def check(self, mask: Tensor) -> Tensor:

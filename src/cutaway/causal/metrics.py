@@ -6,12 +6,16 @@ A metric is a function `(logits [b, V], targets) -> [b]`; anything of that form 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.data.pairs import AlignedPairs
+
+PatchDirection = Literal["denoise", "noise"]
+"""What is put where: clean activations into the corrupt run ("denoise"), or taken out of the clean run ("noise")."""
 
 
 @dataclass(frozen=True)

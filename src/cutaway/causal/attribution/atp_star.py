@@ -31,7 +31,7 @@ import torch
 from markupsafe import Markup
 from torch import Tensor
 
-from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.errors import CutawayError, Misaligned, NotSupported
 from cutaway.artifacts.progress import shown
 from cutaway.causal.attribution.questions import Found, Positions, Question, ask, exact_effects_of_sets, slope
 from cutaway.causal.attribution.scores import Node, NodeScores
@@ -54,7 +54,7 @@ def atp_star(question: Question, *, grad_drop: bool = True, batch_rows: int = 64
     """Scores of every node of a question; see `attribution_patching` with method "atp*"."""
     lm = question.lm
     if grad_drop and lm.n_layers < 2:
-        raise CutawayError(f"GradDrop leaves out one layer at a time, and {lm.name} has one; set grad_drop=False")
+        raise NotSupported(f"GradDrop leaves out one layer at a time, and {lm.name} has one; set grad_drop=False")
     inside = [site for site in question.sites if site.endswith((*_QUERIES, *_KEYS))]
     _refuse(question, inside)
     found = Found(magnitude=grad_drop)
@@ -71,7 +71,7 @@ def _refuse(question: Question, inside: Sequence[str]) -> None:
         return
     family = question.lm.family
     if question.into is not None and not torch.equal(question.into, question.taken):  # pyright: ignore[reportArgumentType]
-        raise CutawayError(
+        raise Misaligned(
             "a role stands at different positions of clean and corrupt, where queries and keys are turned by different "
             "angles; score attn.z instead, or use method='atp'"
         )
@@ -80,7 +80,7 @@ def _refuse(question: Question, inside: Sequence[str]) -> None:
         norm = layer.q_norm if site.endswith(".attn.q") else layer.k_norm if site.endswith(".attn.k") else None
         weight = getattr(norm, "weight", None)
         if isinstance(weight, Tensor) and weight.ndim == 1 and weight.numel() > family.d_head:
-            raise CutawayError(
+            raise NotSupported(
                 f"a norm over all heads stands behind '{site}', so that one head moves the others; score "
                 f"'{site.replace('.attn.', '.attn.rot_')}'"
             )

@@ -37,8 +37,8 @@ from cutaway.causal.attribution.questions import (
     slope,
 )
 from cutaway.causal.attribution.relp import Attention, relp_rules
-from cutaway.causal.attribution.scores import Direction, NodeScores
-from cutaway.causal.metrics import Metric, Targets, logit_difference
+from cutaway.causal.attribution.scores import NodeScores
+from cutaway.causal.metrics import Metric, PatchDirection, Targets, logit_difference
 from cutaway.causal.parts import frozen, tiled
 from cutaway.data.pairs import AlignedPairs, PromptPair, align
 from cutaway.model.edits import edits
@@ -75,7 +75,7 @@ def attribution_patching(
     sites: str | Sequence[str] = NODES,
     *,
     method: Method = "atp",
-    direction: Direction = "noise",
+    direction: PatchDirection = "noise",
     metric: str | Metric = logit_difference,
     positions: Positions = "all",
     check: int = 40,

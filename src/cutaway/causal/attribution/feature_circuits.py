@@ -28,8 +28,8 @@ from cutaway.artifacts.results import Choices, Interval, interval_text
 from cutaway.causal.attribution.attribution_patching import GradientOptions
 from cutaway.causal.attribution.latents import Features, LatentMethod, features_of, latent_attribution
 from cutaway.causal.attribution.questions import Positions, Question, ask
-from cutaway.causal.attribution.scores import Agreement, Direction, Node, NodeScores
-from cutaway.causal.metrics import Metric, Targets, logit_difference
+from cutaway.causal.attribution.scores import Agreement, Node, NodeScores
+from cutaway.causal.metrics import Metric, PatchDirection, Targets, logit_difference
 from cutaway.causal.parts import frozen
 from cutaway.data.pairs import AlignedPairs, PromptPair, align
 from cutaway.dictionaries.dictionary import Dictionary
@@ -200,7 +200,7 @@ def feature_circuit(
     dictionaries: Dictionary | Sequence[Dictionary],
     *,
     method: LatentMethod = "ig",
-    direction: Direction = "noise",
+    direction: PatchDirection = "noise",
     metric: str | Metric = logit_difference,
     positions: Positions = "all",
     thresholds: Thresholds = Thresholds(),

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.errors import CutawayError, Misaligned, NotSupported
 from cutaway.artifacts.results import Choices, Control, Effect
 from cutaway.artifacts.statistics import bootstrap_interval, ratio_intervals
 from cutaway.causal.attribution.feature_circuits import FeatureCircuit
@@ -77,7 +77,7 @@ def feature_faithfulness(
     columns = circuit.scores.columns
     each = columns != (None,)
     if each and circuit.choices.positions != "each":
-        raise CutawayError(
+        raise NotSupported(
             "this circuit names roles and says nothing of the other tokens; find one with positions 'all' or 'each'"
         )
     aligned, given = (
@@ -90,7 +90,7 @@ def feature_faithfulness(
         ask(lm, p, list(features), "noise", metric, "each" if each else "all") for p in (aligned, given)
     )
     if not len(question.columns) == len(source.columns) == len(columns):
-        raise CutawayError(
+        raise Misaligned(
             f"the circuit is of prompts of {len(columns)} tokens, these have {len(question.columns)} and those of the "
             f"means {len(source.columns)}"
         )

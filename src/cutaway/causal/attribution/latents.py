@@ -22,8 +22,8 @@ from torch import Tensor
 from cutaway.artifacts.errors import CutawayError, NotSupported
 from cutaway.causal.attribution.attribution_patching import GradientOptions, slopes
 from cutaway.causal.attribution.questions import Found, Positions, Question, ask, check_exactly, result_of
-from cutaway.causal.attribution.scores import Direction, NodeScores
-from cutaway.causal.metrics import Metric, logit_difference
+from cutaway.causal.attribution.scores import NodeScores
+from cutaway.causal.metrics import Metric, PatchDirection, logit_difference
 from cutaway.causal.parts import frozen
 from cutaway.data.pairs import AlignedPairs, PromptPair, align
 from cutaway.dictionaries.dictionary import Dictionary
@@ -85,7 +85,7 @@ def features_of(lm: LanguageModel, dictionaries: Dictionary | Sequence[Dictionar
     for dictionary in given:
         if dictionary.kind != "sae" or dictionary.input_norm is not None:
             why = "scales its input token by token" if dictionary.kind == "sae" else f"is a {dictionary.kind}"
-            raise CutawayError(
+            raise NotSupported(
                 f"{dictionary!r} {why}; latents and error of a site add up to its value only for an autoencoder of it"
             )
         weights = dictionary.model.get("weight_hash")
@@ -96,7 +96,7 @@ def features_of(lm: LanguageModel, dictionaries: Dictionary | Sequence[Dictionar
             )
         site = lm.sites()[lm.sites().resolve(dictionary.site)]
         if site.dims.split() != ["b", "p", "d"] or dictionary.d_in != lm.d_model:
-            raise CutawayError(
+            raise NotSupported(
                 f"{dictionary!r} reads {dictionary.d_in} numbers of '{site.name}'; latents are scored where a site "
                 f"holds the model's width, {lm.d_model}"
             )
@@ -113,7 +113,7 @@ def latent_attribution(
     dictionaries: Dictionary | Sequence[Dictionary],
     *,
     method: LatentMethod = "ig",
-    direction: Direction = "noise",
+    direction: PatchDirection = "noise",
     metric: str | Metric = logit_difference,
     positions: Positions = "all",
     check: int = 40,

@@ -1,6 +1,6 @@
 """What attribution patching is asked: which nodes, of which pairs, judged by what; and exact patching of some of them.
 
-A `Question` holds what all methods share. `node_scores.py` is what they answer with.
+A `Question` holds what all methods share. `scores.py` holds what they answer with.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.errors import CutawayError, Misaligned, NotSupported
 from cutaway.artifacts.results import Choices
-from cutaway.causal.attribution.scores import Agreement, Direction, NodeScores, Unit, node_of
-from cutaway.causal.metrics import Metric, Targets, differentiable, named_metric, targets_of
+from cutaway.causal.attribution.scores import Agreement, NodeScores, Unit, node_of
+from cutaway.causal.metrics import Metric, PatchDirection, Targets, differentiable, named_metric, targets_of
 from cutaway.data.pairs import AlignedPairs
 from cutaway.model.edits import edits
 from cutaway.model.edits.edits import Edit
@@ -38,7 +38,7 @@ class Question:
     lm: LanguageModel
     pairs: AlignedPairs
     units: Mapping[str, Unit]
-    direction: Direction
+    direction: PatchDirection
     metric_name: str
     metric: Metric
     positions: str
@@ -181,7 +181,7 @@ def ask(
     lm: LanguageModel,
     pairs: AlignedPairs,
     sites: str | Sequence[str],
-    direction: Direction,
+    direction: PatchDirection,
     metric: str | Metric,
     positions: Positions,
 ) -> Question:
@@ -190,7 +190,7 @@ def ask(
         raise CutawayError(f"the direction {direction!r} is not 'denoise' or 'noise'")
     name, measure = named_metric(metric)
     if not differentiable(metric):
-        raise CutawayError(f"{name} is a count and has no gradient; use logit_difference, or patch exactly")
+        raise NotSupported(f"{name} is a count and has no gradient; use logit_difference, or patch exactly")
     table = lm.sites()
     units: dict[str, Unit] = {site: unit_of(table[site]) for site in table.expand_all(sites)}
     if not units:
@@ -225,7 +225,7 @@ def unit_of(site: Site) -> Unit:
             return "neuron"
         if dims[2] == "d":
             return "site"
-    raise CutawayError(
+    raise NotSupported(
         f"'{site.name}' has no nodes to score; take embed, resid_pre, resid_mid, resid_post, attn.out, mlp.out, heads "
         "at attn.q, attn.k, attn.v, attn.z or neurons at mlp.post"
     )
@@ -234,7 +234,7 @@ def unit_of(site: Site) -> Unit:
 def _each(pairs: AlignedPairs) -> tuple[tuple[str, ...], Tensor]:
     lengths = pairs.clean.lengths.cpu()
     if int(lengths.min()) != int(lengths.max()):
-        raise CutawayError(
+        raise Misaligned(
             f"the pairs are {int(lengths.min())} to {int(lengths.max())} tokens long, so their positions do not line "
             "up; name positions by role, or give pairs of one template"
         )
@@ -337,6 +337,6 @@ def check_exactly(
 def slope(each: Tensor, logits: Tensor) -> float:
     """The largest |d metric / d logit| of a metric [b] of these logits."""
     if not each.requires_grad:
-        raise CutawayError("the metric has no gradient in the logits; use logit_difference, or patch exactly")
+        raise NotSupported("the metric has no gradient in the logits; use logit_difference, or patch exactly")
     (found,) = torch.autograd.grad(each.sum(), logits, retain_graph=True)
     return float(found.abs().max())

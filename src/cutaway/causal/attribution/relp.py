@@ -24,7 +24,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.errors import CutawayError, NotSupported
 from cutaway.model.architecture.norms import Norm
 from cutaway.model.architecture.parts import Layer, Projection
 from cutaway.model.forward.shadow import shadowed
@@ -50,17 +50,27 @@ def relp_refusal(lm: LanguageModel, *, attention: Attention = "gradient") -> str
 def relp_rules(lm: LanguageModel, *, attention: Attention = "gradient") -> Iterator[None]:
     """Inside the block every forward of this thread (or task) with gradients has RelP's rules in its graph.
 
-    The values of a forward stay bit for bit what they are. `attention="gradient"` differentiates the attention pattern
-    as it is, "detach" holds it fixed (the AH rule). A norm's scale is no place for a gradient here: a run that captures
-    a norm's `scale` or `normalized` with `grad=` undoes the rule there.
+    The values of a forward stay bit for bit what they are. A norm's scale is no place for a gradient here: a run that
+    captures a norm's `scale` or `normalized` with `grad=` undoes the rule there.
 
-    Raises `CutawayError` for mixtures of experts, and with "detach" for latent attention; a norm of queries or keys
-    whose denominator cannot be found raises it in the forward.
+    Args:
+        lm: The model.
+        attention: "gradient" differentiates the attention pattern as it is, "detach" holds it fixed (the AH rule).
+
+    Raises:
+        NotSupported: Mixtures of experts, and with "detach" latent attention; in the forward, a norm of queries or keys
+            whose denominator cannot be found.
+
+    Source: Jafari et al. 2025; Achtibat et al. 2024, https://arxiv.org/abs/2402.05602.
+
+    Example:
+        >>> with relp_rules(lm):
+        ...     run = lm.run(prompt, capture="embed", grad=lambda logits: logits[0, -1, answer])
     """
     if attention not in ("gradient", "detach"):
         raise CutawayError(f"attention={attention!r} is not 'gradient' or 'detach'")
     if (reason := relp_refusal(lm, attention=attention)) is not None:
-        raise CutawayError(f"RelP is not defined for {lm.name}: {reason}; use AtP or integrated gradients")
+        raise NotSupported(f"RelP is not defined for {lm.name}: {reason}; use AtP or integrated gradients")
     mine = object()
     with ExitStack() as stack:
         hooks = _Hooks(mine, stack)
@@ -141,7 +151,7 @@ class _Hooks:
             with _DetachedDenominators() as seen:
                 result = original(*args, **kwargs)
             if not seen.found:
-                raise CutawayError(
+                raise NotSupported(
                     f"RelP found no denominator in {type(module).__name__}, a norm of queries or keys; use AtP or "
                     "integrated gradients"
                 )

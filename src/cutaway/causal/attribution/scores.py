@@ -14,11 +14,11 @@ from torch import Tensor
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.results import Choices, Control, Effect, interval_text
 from cutaway.artifacts.statistics import bootstrap_interval, false_discovery, mean_intervals, paired_t_p
+from cutaway.causal.metrics import PatchDirection
 from cutaway.draw.charts import Bar
 from cutaway.draw.intervals import intervals_svg
 from cutaway.draw.result import Result
 
-Direction = Literal["denoise", "noise"]
 Unit = Literal["site", "head", "neuron", "latent"]
 _SHOWN = 12
 _AT_ONCE = 1000
@@ -26,16 +26,17 @@ _AT_ONCE = 1000
 
 @dataclass(frozen=True)
 class Node:
-    """A part of the model at a place: a whole site, one head or one neuron of it, one latent of its dictionary, or what
-    that dictionary leaves unexplained (`error`); at one column, or at every token.
-    """
+    """A part of the model at a place: a whole site, or one head, neuron or latent of it."""
 
     site: str
     head: int | None = None
     neuron: int | None = None
     latent: int | None = None
+    """Of the site's dictionary."""
     error: bool = False
+    """What that dictionary leaves unexplained."""
     at: str | None = None
+    """A column of the scores: a position or a role; None: every token."""
 
     def __str__(self) -> str:
         words = self.site
@@ -139,7 +140,7 @@ class NodeScores(Result):
 
     model: str
     method: str
-    direction: Direction
+    direction: PatchDirection
     """"noise" patches the clean run from the corrupt one, "denoise" the corrupt run from the clean one."""
     metric: str
     blocks: Mapping[str, Tensor]

@@ -216,6 +216,19 @@ def completeness(
     """f of all that is outside the circuit, and how differently circuit and model take the loss of the same nodes.
 
     Random and greedily chosen sets of nodes are taken out. The controls are the same of random circuits of its size.
+
+    Args:
+        run: From masks to the metric of the pairs.
+        graph: The graph that the circuit is of.
+        mask: The circuit, bool, of the graph's shape.
+        choices: The six choices that the effects depend on.
+        count: Random sets of nodes.
+        steps: Nodes of the greedy set, at most.
+        width: Nodes that are tried in each of its steps.
+        draws: Random circuits to compare with.
+        seed: Of everything that is drawn.
+
+    Source: Wang et al. 2023; https://arxiv.org/abs/2211.00593.
     """
     generator = torch.Generator().manual_seed(seed)
     random = random_circuits(graph, int(mask.sum()), draws, seed=seed + 1)
@@ -275,6 +288,8 @@ def minimality(
     """What f loses without each edge, and without each node, of the circuit; and the share that is idle (below 1 %).
 
     Of more than `max_edges` edges a random sample is tried. The control is the same of a random circuit of its size.
+
+    Args: those of `completeness`; `max_edges` bounds the edges that are taken out one by one.
     """
     generator = torch.Generator().manual_seed(seed)
     random = random_circuits(graph, int(mask.sum()), 1, seed=seed + 1)[0]

@@ -9,9 +9,8 @@ from typing import Any
 from markupsafe import Markup
 from torch import Tensor
 
-from cutaway.causal.attribution.scores import Direction
 from cutaway.causal.edge_graph import EdgeGraph
-from cutaway.causal.metrics import Metric
+from cutaway.causal.metrics import Metric, PatchDirection
 from cutaway.data.pairs import AlignedPairs
 from cutaway.draw.circuit import CircuitEdge, circuit_svg
 from cutaway.draw.result import Result
@@ -30,7 +29,7 @@ class EdgeScores(Result):
     """Each pair's [n, ...], where it was kept."""
     method: str
     metric: str
-    direction: Direction
+    direction: PatchDirection
     """"noise": what the corrupt prompt's source does to the clean run; "denoise": the clean prompt's to the corrupt."""
     n: int
     clean: Tensor

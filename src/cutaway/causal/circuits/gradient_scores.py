@@ -21,13 +21,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.errors import CutawayError, Misaligned, NotSupported
 from cutaway.artifacts.progress import shown
 from cutaway.causal.attribution.relp import relp_rules
-from cutaway.causal.attribution.scores import Direction
 from cutaway.causal.circuits.edge_scores import EdgeScores
 from cutaway.causal.edge_graph import EdgeGraph
-from cutaway.causal.metrics import Metric, Targets, named_metric, targets_of
+from cutaway.causal.metrics import Metric, PatchDirection, Targets, named_metric, targets_of
 from cutaway.causal.parts import (
     PARTS,
     Hooks,
@@ -82,7 +81,7 @@ def eap(
     *,
     graph: EdgeGraph | None = None,
     columns: Tensor | None = None,
-    direction: Direction = "noise",
+    direction: PatchDirection = "noise",
     keep_pairs: bool = True,
     batch_tokens: int | None = None,
 ) -> EdgeScores:
@@ -104,7 +103,7 @@ def eap_ig(
     steps: int = 5,
     graph: EdgeGraph | None = None,
     columns: Tensor | None = None,
-    direction: Direction = "noise",
+    direction: PatchDirection = "noise",
     keep_pairs: bool = True,
     batch_tokens: int | None = None,
 ) -> EdgeScores:
@@ -130,7 +129,7 @@ def clean_corrupted(
     *,
     graph: EdgeGraph | None = None,
     columns: Tensor | None = None,
-    direction: Direction = "noise",
+    direction: PatchDirection = "noise",
     keep_pairs: bool = True,
     batch_tokens: int | None = None,
 ) -> EdgeScores:
@@ -151,7 +150,7 @@ def relp(
     *,
     graph: EdgeGraph | None = None,
     columns: Tensor | None = None,
-    direction: Direction = "noise",
+    direction: PatchDirection = "noise",
     keep_pairs: bool = True,
     batch_tokens: int | None = None,
 ) -> EdgeScores:
@@ -194,7 +193,7 @@ def attribute_edges(
     gradient: GradientAt = GradientAt(),
     graph: EdgeGraph | None = None,
     columns: Tensor | None = None,
-    direction: Direction = "noise",
+    direction: PatchDirection = "noise",
     keep_pairs: bool = True,
     batch_tokens: int | None = None,
 ) -> EdgeScores:
@@ -264,14 +263,19 @@ def attribute_edges(
 def position_columns(pairs: AlignedPairs, roles: Sequence[str] | None = None) -> tuple[tuple[str, ...], Tensor]:
     """Names of columns and which of them each token belongs to [n, p]: roles and "other", or every position.
 
-    A role stands for its position in the clean prompt. Raises CutawayError for unknown roles, and without roles for
-    pairs of different lengths.
+    Args:
+        pairs: n aligned pairs.
+        roles: Each a column that stands for its position in the clean prompt; None: every position is one.
+
+    Raises:
+        Misaligned: Without roles, pairs of different lengths.
+        CutawayError: A role that the pairs do not name.
     """
     n, p = pairs.clean.ids.shape
     if roles is None:
         lengths = pairs.clean.lengths
         if int(lengths.min()) != int(lengths.max()):
-            raise CutawayError("The pairs have different lengths, so their positions do not line up; name roles.")
+            raise Misaligned("The pairs have different lengths, so their positions do not line up; name roles.")
         return tuple(str(i) for i in range(p)), torch.arange(p).expand(n, p)
     columns = torch.full((n, p), len(roles))
     for i, role in enumerate(roles):
@@ -304,7 +308,9 @@ class _Engine:
         self.may_share, self.checked = True, False  # whether a prefix is taken over, and was seen to be right
         self.readers = [reader(lm, graph, layer) for layer in range(lm.n_layers)]
 
-    def batch(self, pairs: AlignedPairs, columns: Tensor | None, direction: Direction) -> tuple[Tensor, Tensor, float]:
+    def batch(
+        self, pairs: AlignedPairs, columns: Tensor | None, direction: PatchDirection
+    ) -> tuple[Tensor, Tensor, float]:
         """Scores [n, ...], the metric of the clean and the corrupt run [2, n], the largest |d metric / d logit|."""
         lm, n = self.lm, len(pairs)
         self.first = first_column(lm, pairs)
@@ -346,7 +352,7 @@ class _Engine:
             targets = targets_of(pairs, reference.to(self.wide)).to(lm.device)
             each = self.measure(found.to(self.wide), _repeated(targets, len(self.at)))
             if not each.requires_grad:
-                raise CutawayError(f"{self.name} has no gradient; use logit_difference, or score edges exactly.")
+                raise NotSupported(f"{self.name} has no gradient; use logit_difference, or score edges exactly.")
             if not bool(torch.isfinite(each).all()):
                 raise CutawayError(f"{self.name} is NaN or infinite on some pairs, so it has no gradient.")
             (slope,) = torch.autograd.grad(each.sum(), found)

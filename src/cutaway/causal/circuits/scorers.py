@@ -1,4 +1,4 @@
-"""The scorers by name: those of `edges.py`, and two that take no gradient.
+"""The scorers by name: those of `gradient_scores.py`, and two that take no gradient.
 
 `exact` runs the model once for every edge; the others estimate what it measures. `magnitude` says how strongly an edge
 changes what its destination reads, whether or not the answer depends on it, and is what a circuit has to beat.
@@ -12,9 +12,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.errors import CutawayError, NotSupported
 from cutaway.artifacts.progress import Progress
-from cutaway.causal.attribution.scores import Direction
 from cutaway.causal.circuits.edge_scores import EdgeScores, Scorer
 from cutaway.causal.circuits.gradient_scores import (
     clean_corrupted,
@@ -25,7 +24,7 @@ from cutaway.causal.circuits.gradient_scores import (
     relp,
 )
 from cutaway.causal.edge_graph import EdgeGraph
-from cutaway.causal.metrics import Metric, Targets, named_metric, targets_of
+from cutaway.causal.metrics import Metric, PatchDirection, Targets, named_metric, targets_of
 from cutaway.causal.parts import (
     PARTS,
     Hooks,
@@ -84,19 +83,30 @@ def exact(
     metric: str | Metric = "logit_difference",
     *,
     graph: EdgeGraph | None = None,
-    direction: Direction = "noise",
+    direction: PatchDirection = "noise",
     edges: Tensor | None = None,
     keep_pairs: bool = True,
     batch_tokens: int = 4096,
 ) -> EdgeScores:
-    """What each edge does to the metric: one forward an edge and pair, from the destination's layer on.
+    """What each edge does to the metric: one forward per edge and pair, from the destination's layer on.
 
-    `edges` bool [F, G] bounds which are measured; the others get 0. Positions are not told apart.
+    Args:
+        lm: The model.
+        pairs: n aligned pairs.
+        metric: What is asked of the logits.
+        graph: Whose edges are measured, without columns; None: `EdgeGraph.of(lm)`.
+        direction: "noise" puts corrupt sources into the clean run, "denoise" clean ones into the corrupt run.
+        edges: Which are measured, bool [F, G]; the others get 0. None: all.
+        keep_pairs: Whether each pair's scores are kept (n times the size of the mean).
+        batch_tokens: Tokens of one batch.
+
+    Raises:
+        NotSupported: A graph with columns.
     """
     refuse_unreadable(lm)
     graph = EdgeGraph.of(lm) if graph is None else graph
     if graph.columns is not None:
-        raise CutawayError("Exact scores do not tell positions apart; take a graph without columns.")
+        raise NotSupported("Exact scores do not keep positions apart; take a graph without columns.")
     wanted = graph.real if edges is None else graph.real & edges.bool()
     name, measure = named_metric(metric)
     given, n = (exchanged(pairs) if direction == "denoise" else pairs), len(pairs)
@@ -130,7 +140,7 @@ class _Exact:
         readers: list[Reader],
         pairs: AlignedPairs,
         measure: Metric,
-        direction: Direction,
+        direction: PatchDirection,
         batch_tokens: int,
     ) -> None:
         self.lm, self.graph, self.readers, self.pairs, self.measure = lm, graph, readers, pairs, measure
@@ -233,11 +243,18 @@ def magnitude(
 
     ‖change of the query (key, value, MLP input, last stream) if only this source changed‖ / ‖its clean value‖, to first
     order, in the mean over positions and pairs.
+
+    Args:
+        lm: The model.
+        pairs: n aligned pairs.
+        metric: Of the two untouched runs; the scores do not depend on it.
+        graph: Whose edges are scored, without columns; None: `EdgeGraph.of(lm)`.
+        batch_rows: At most so many pairs in one forward.
     """
     refuse_unreadable(lm)
     graph = EdgeGraph.of(lm) if graph is None else graph
     if graph.columns is not None:
-        raise CutawayError("Magnitudes do not tell positions apart; take a graph without columns.")
+        raise NotSupported("Magnitudes do not keep positions apart; take a graph without columns.")
     name, measure = named_metric(metric)
     kept: list[Tensor] = []
     ends: list[Tensor] = []

@@ -98,7 +98,24 @@ def stability(
     """Mean Jaccard index of resampled circuits, pairwise and with the circuit itself, by edges and by nodes.
 
     The interval is the middle 95 % of resamples (of their pairs, pairwise). The control is the same of random circuits
-    with as many edges. Raises CutawayError for fewer than 8 pairs, where resamples are too much alike to tell.
+    with as many edges.
+
+    Args:
+        graph: The graph that the circuit is of.
+        mask: The circuit, bool, of the graph's shape.
+        per_pair: Signed importance of every edge for each of n pairs [n, ...].
+        asked: Edges that were asked for before pruning.
+        choices: The six choices that the effects depend on.
+        select: How circuits are selected: "greedy" or "top".
+        by: Ranked by "absolute" or "signed" scores.
+        resamples: Bootstrap draws of the pairs, 100 or more.
+        draws: Random circuits to compare with.
+        seed: Of both.
+
+    Raises:
+        CutawayError: Fewer than 8 pairs, where resamples are too much alike to tell.
+
+    Source: Efron 1979; Shi et al. 2024.
     """
     n = len(per_pair)
     if n < MIN_PAIRS:
