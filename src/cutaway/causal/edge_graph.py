@@ -236,7 +236,13 @@ class EdgeGraph:
     # selection
 
     def top(self, scores: Tensor, n: int, *, by: Literal["absolute", "signed"] = "absolute") -> Tensor:
-        """The mask of the n edges with the highest scores, not pruned."""
+        """The mask of the n edges with the highest scores, not pruned.
+
+        Args:
+            scores: Of every edge, the graph's shape.
+            n: How many edges.
+            by: Whether |score| or the score itself ranks.
+        """
         self._check_size(n)
         ranked = self._ranked(scores, by)
         mask = torch.zeros(ranked.numel(), dtype=torch.bool)
@@ -246,7 +252,7 @@ class EdgeGraph:
     def greedy(self, scores: Tensor, n: int, *, by: Literal["absolute", "signed"] = "absolute") -> Tensor:
         """The mask of n edges grown from the logits: always the best edge into a node that is already in.
 
-        Every edge so chosen leads to the logits. Fewer than n where no edge is left.
+        Every edge so chosen leads to the logits. Fewer than n where no edge is left. Args: those of `top`.
         """
         self._check_size(n)
         ranked = self._ranked(scores, by)

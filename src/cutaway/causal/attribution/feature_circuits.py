@@ -62,11 +62,14 @@ class FeatureNode:
 
 @dataclass(frozen=True)
 class FeatureEdge:
-    """From one node to another by their numbers in `FeatureCircuit.nodes`, or to the metric (`METRIC`)."""
+    """How much of a node's score another node is behind, past all other dictionaries."""
 
     upstream: int
+    """Its number in `FeatureCircuit.nodes`."""
     downstream: int
+    """The other's number, or `METRIC`: what reaches the metric itself."""
     weight: float
+    """Mean over the pairs, in units of the metric."""
 
 
 @dataclass(frozen=True)
@@ -249,9 +252,15 @@ def feature_circuit(
 
 
 def strongest_nodes(scores: NodeScores, threshold: float = 0.0, max_nodes: int | None = None) -> FeatureCircuit:
-    """The nodes with a mean |score| above a threshold, at most `max_nodes`, as a circuit without edges.
+    """The nodes with a mean |score| above a threshold as a circuit without edges.
 
-    Raises CutawayError where no node passes.
+    Args:
+        scores: From `latent_attribution`.
+        threshold: In units of the metric.
+        max_nodes: At most so many, the strongest; None: all.
+
+    Raises:
+        CutawayError: No node passes.
     """
     mean = scores.mean
     strong = [i for i in mean.abs().argsort(descending=True).tolist() if float(mean[i].abs()) > threshold]

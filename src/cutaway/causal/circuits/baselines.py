@@ -65,7 +65,16 @@ def random_circuits(graph: EdgeGraph, n: int, count: int = 20, *, seed: int = 0)
     """`count` random circuits of exactly n edges, all of them on paths from the embedding to the logits.
 
     Edges get random scores, n of them are grown from the logits and pruned as a real circuit's are, and what pruning
-    took is made up for by random edges between the nodes that are left. Returns masks [count, ...].
+    took is made up for by random edges between the nodes that are left.
+
+    Args:
+        graph: Whose edges are drawn.
+        n: Edges of each circuit.
+        count: How many circuits.
+        seed: Of the draw.
+
+    Returns:
+        Masks, bool [count, F, G] (or [count, P, F, G]).
     """
     if not 0 < n <= graph.n_edges:
         raise CutawayError(f"A circuit of this graph has 1 to {graph.n_edges} edges; {n} were asked for.")

@@ -37,23 +37,33 @@ _MEMORY = 2**30  # bytes that the streams of one pair's circuits may hold, about
 
 @dataclass(frozen=True)
 class SearchPairs:
-    """The pairs a circuit is searched on and those it is judged on, in words too."""
+    """The pairs a circuit is searched on and those it is judged on."""
 
     name: str
+    """The task's, or "own pairs"."""
     search: AlignedPairs
     held_out: AlignedPairs
     search_words: str
+    """What the search pairs are, in words."""
     held_out_words: str
     criterion: Criterion = "preferred"
+    """When the model is right on a pair."""
 
 
 def split_pairs(
     lm: LanguageModel, task: str | Task | Pairs, held_out: Pairs | None = None, *, n: int = 48, seed: int = 0
 ) -> SearchPairs:
-    """Pairs to search with and pairs to judge on, n of each.
+    """Pairs to search with and pairs to judge on.
 
-    A task gives both from its two splits. Own pairs are taken as they are; without `held_out`, every second one is held
-    out. Raises CutawayError where fewer than 8 of either align.
+    Args:
+        lm: The model.
+        task: A task (or its name), which has two splits, or pairs of your own, which are taken as they are.
+        held_out: The pairs to judge on, with pairs of your own; None: every second one of these.
+        n: Pairs of each split that are drawn of a task.
+        seed: Of that draw.
+
+    Raises:
+        CutawayError: Fewer than 8 of either align, or held-out pairs are among those of the search.
     """
     if isinstance(task, str):
         task = known_task(task)
@@ -119,7 +129,10 @@ def signed_importance(scores: EdgeScores) -> tuple[Tensor, Tensor | None]:
 def circuit_runner(
     lm: LanguageModel, pairs: AlignedPairs, metric: str | Metric, graph: EdgeGraph, ablation: str
 ) -> RunCircuits:
-    """`run_circuits` on these pairs; very many circuits of a large model are run some at a time."""
+    """A function from masks to `CircuitRuns` on these pairs; very many circuits are run some at a time.
+
+    It is what `completeness` and `minimality` take. Args: those of `run_circuits`.
+    """
 
     def run(masks: Tensor) -> CircuitRuns:
         size = 4 * lm.d_model * graph.n_sources * pairs.clean.ids.shape[1]
