@@ -9,8 +9,13 @@ import pyarrow.parquet
 from cutaway.draw.result import SUFFIXES, Result
 
 
-def check_result(result: Result, folder: Path) -> None:
-    """It prints itself in a few lines, is a table and plain JSON, draws itself, and is saved as each kind of file."""
+def check_result(result: Result, folder: Path) -> Path:
+    """It prints itself in a few lines, is a table and plain JSON, draws itself, and is saved as each kind of file.
+
+    Returns the folder that holds the files, result.json and so on.
+    """
+    folder = folder / f"{type(result).__name__} {len(list(folder.iterdir()))}"
+    folder.mkdir()
     lines = repr(result).splitlines()
     assert 0 < len(lines) <= 12, repr(result)
     assert all(len(line) < 400 for line in lines)
@@ -27,3 +32,4 @@ def check_result(result: Result, folder: Path) -> None:
     assert pyarrow.parquet.read_table(folder / "result.parquet").num_rows == len(rows)
     assert pyarrow.csv.read_csv(folder / "result.csv").column_names == list(rows[0])
     assert (folder / "result.svg").read_text().startswith("<svg ")
+    return folder

@@ -36,9 +36,9 @@ def circuit() -> Circuit:
 
 
 def test_a_circuit(circuit: Circuit, tmp_path: Path) -> None:
-    check_result(circuit, tmp_path)
-    assert Circuit.load(tmp_path / "result.json").to_json() == circuit.to_json()
-    assert 'class="cw-circuit' in (tmp_path / "result.svg").read_text()
+    folder = check_result(circuit, tmp_path)
+    assert Circuit.load(folder / "result.json").to_json() == circuit.to_json()
+    assert 'class="cw-circuit' in (folder / "result.svg").read_text()
     assert "faithfulness" in repr(circuit)
     with pytest.raises(BadFile, match="a result is saved as one of"):
         circuit.save(tmp_path / "circuit.txt")
@@ -48,9 +48,9 @@ def test_a_circuit(circuit: Circuit, tmp_path: Path) -> None:
 def test_each_part_of_the_evidence(circuit: Circuit, tmp_path: Path, part: str) -> None:
     assert circuit.evidence is not None
     result = getattr(circuit.evidence, part)
-    check_result(result, tmp_path)
+    folder = check_result(result, tmp_path)
     assert set(result.effects) <= set(circuit.evidence.effects)
-    assert result.title in (tmp_path / "result.html").read_text()
+    assert result.title in (folder / "result.html").read_text()
 
 
 def test_the_evidence_and_its_parts_hold_the_same(circuit: Circuit, tmp_path: Path) -> None:
