@@ -263,7 +263,7 @@ def test_kl_is_refused_where_it_is_flat_and_taken_elsewhere(llama: LanguageModel
         ({"method": "eap"}, "there is no method 'eap'; there are atp"),
         ({"direction": "both"}, "the direction 'both' is not"),
         ({"options": GradientOptions(0), "method": "ig"}, "steps is 0"),
-        ({"options": GradientOptions(path="line")}, "path='line' is not"),
+        ({"options": GradientOptions(path="line")}, "path='line' is not"),  # pyright: ignore[reportArgumentType]
         ({"check": -1}, "check is -1"),
     ],
 )
