@@ -28,11 +28,11 @@ sys.path.insert(0, str(ROOT / "src"))
 
 import cutaway  # noqa: E402
 from cutaway.artifacts.errors import CutawayError  # noqa: E402
+from cutaway.causal.accuracy import try_tasks  # noqa: E402
 from cutaway.causal.attribution.atp_star import missed_bound  # noqa: E402
 from cutaway.causal.attribution.attribution_patching import GradientOptions, attribution_patching  # noqa: E402
 from cutaway.causal.attribution.questions import ask, exact_effects_of_sets  # noqa: E402
 from cutaway.causal.attribution.scores import correlation  # noqa: E402
-from cutaway.causal.competence import try_tasks  # noqa: E402
 from cutaway.data.pairs import AlignedPairs  # noqa: E402
 from cutaway.data.tasks.tasks import TASKS  # noqa: E402
 from cutaway.model.language_model import LanguageModel  # noqa: E402
@@ -168,7 +168,7 @@ def main() -> None:
                     print(f"{kind}: {error}")
             with RESULTS.open("a") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
-            print(f"\n{Path(lm.name).name}, {tried.task.name}, {len(tried.pairs)} pairs ({tried.competence})\n")
+            print(f"\n{Path(lm.name).name}, {tried.task.name}, {len(tried.pairs)} pairs ({tried.accuracy})\n")
             print(table(rows), flush=True)
             heads = attribution_patching(lm, tried.pairs, "blocks.*.attn.z", check=0)
             print(f"\nHeads, by the AtP order: {missed_bound(lm, tried.pairs, heads, verified=12)}", flush=True)

@@ -19,8 +19,8 @@ from torch import Tensor
 
 import cutaway
 from cutaway.atlas_evaluation.causal_checks import NEUTRAL_SOURCE, TWO_HOP
-from cutaway.causal.interchange.causal_model import CausalModel, Example, Swap, Variable
-from cutaway.causal.interchange.interchange import Interchanged, Place, interchange, search
+from cutaway.causal.abstraction.causal_model import CausalModel, Example, Swap, Variable
+from cutaway.causal.abstraction.interchange import Interchanged, Place, interchange, interchange_grid
 from cutaway.model.language_model import LanguageModel
 from cutaway.subjects.world.facts import CITIES, STATES, City
 from cutaway.subjects.world.held_out import two_hop_entity
@@ -89,8 +89,8 @@ def main(n: int = 120, as_json: bool = False) -> None:
 
     seen = swaps(lm, False, n, ask("abbreviation"))
     grids = {
-        "abbreviation": search(lm, BRIDGE, "state", seen, roles=("city", "last")),
-        "capital": search(lm, BRIDGE, "state", swaps(lm, False, n, ask("capital")), roles=("city", "last")),
+        "abbreviation": interchange_grid(lm, BRIDGE, "state", seen, roles=("city", "last")),
+        "capital": interchange_grid(lm, BRIDGE, "state", swaps(lm, False, n, ask("capital")), roles=("city", "last")),
     }
     for question, grid in grids.items():
         print(f"cities met in two-hop sentences, sources that ask for the {question}\n{grid}\n")

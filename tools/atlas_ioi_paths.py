@@ -16,7 +16,7 @@ from torch import Tensor
 import cutaway
 from cutaway.artifacts.results import Control, Effect, interval_text
 from cutaway.artifacts.statistics import bootstrap_interval
-from cutaway.causal.competence import competence
+from cutaway.causal.accuracy import task_accuracy
 from cutaway.causal.metrics import Targets
 from cutaway.causal.paths.path_patching import all_senders, path_patch
 from cutaway.data.tasks.tasks import readable_pairs, task
@@ -39,7 +39,7 @@ def main(n: int = 40) -> None:
     """Measure and print."""
     lm = cutaway.load("atlas")
     drawn = readable_pairs(lm, task("indirect object"), 4 * n, seed=0, split="held_out")
-    able = competence(lm, drawn)
+    able = task_accuracy(lm, drawn)
     pairs = drawn[able.items.nonzero()[:n, 0].tolist()]
     print(f"{able}; {len(pairs)} of them traced\n")
     heads = all_senders(lm, mlps=False, embed=False)

@@ -14,7 +14,7 @@ from torch import Tensor
 from cutaway.artifacts.results import interval_text
 from cutaway.artifacts.run_folder import RunFolder
 from cutaway.artifacts.statistics import wilson_interval
-from cutaway.causal.competence import TaskResult, competence, try_tasks
+from cutaway.causal.accuracy import TaskResult, task_accuracy, try_tasks
 from cutaway.data.corpus.corpus import Split, corpus_hash, read_corpus, split_rows, token_rows
 from cutaway.data.pairs import AlignedPairs
 from cutaway.data.tasks.tasks import TASKS, readable_pairs
@@ -111,14 +111,14 @@ class Tour:
             pairs = pairs[range(min(len(pairs), _PAIRS))]
             if len(pairs) < _LEAST_PAIRS:
                 continue
-            measured = competence(self.lm, pairs, criterion=result.task.criterion)
+            measured = task_accuracy(self.lm, pairs, criterion=result.task.criterion)
             if measured.value >= LEAST_RIGHT:
                 return TaskResult(result.task, pairs, measured, "")
         return None
 
     def not_able(self) -> str:
         """One line on what was tried, for a section that cannot be shown."""
-        tried = [t for t in self.tried if t.competence is not None]
+        tried = [t for t in self.tried if t.accuracy is not None]
         counts = "; ".join(f"{t.task.name}: right on {_right(t)}" for t in tried)
         if any(t.able for t in tried):
             counts = f"too few prompts of one layout in the tasks that the model can do ({counts})"
@@ -126,8 +126,8 @@ class Tour:
 
     def chosen(self, result: TaskResult) -> tuple[str, str]:
         """The status of a section that uses this task, and the line that says why."""
-        assert result.competence is not None
-        right, n = result.competence.right, result.competence.n
+        assert result.accuracy is not None
+        right, n = result.accuracy.right, result.accuracy.n
         low, high = wilson_interval(right, n)
         measured = f"right on {right} of {n} ({interval_text((low, high), 2, to=True)})"
         if result.task.name == WORLD_TASKS[0].name:
@@ -138,8 +138,8 @@ class Tour:
 
 
 def _right(result: TaskResult) -> str:
-    assert result.competence is not None
-    return f"{result.competence.right} of {result.competence.n}"
+    assert result.accuracy is not None
+    return f"{result.accuracy.right} of {result.accuracy.n}"
 
 
 def same_layout(pairs: AlignedPairs) -> AlignedPairs:

@@ -219,7 +219,7 @@ def heads(tour: Tour) -> page.Section:
     ]
     note = "A pattern is not a cause: the table and the effects say what is lost without the heads."
     if not does:
-        right = repeated.competence if repeated is not None else None
+        right = repeated.accuracy if repeated is not None else None
         count = f"right on {right.right} of {right.n} repeated sequences" if right is not None else "not measured"
         note = (
             f"Induction is weak in this model ({count}; loss {scores.first_loss:.2f} on the first copy, "

@@ -28,7 +28,7 @@ def patching(tour: Tour) -> page.Section:
     status, note = tour.chosen(task)
     pairs = task.pairs
     names = position_labels(pairs, pairs.clean.strings[0])
-    grid = patch_grid(lm, pairs, seed=tour.seed, names=names, criterion=task.task.criterion, ability=task.competence)
+    grid = patch_grid(lm, pairs, seed=tour.seed, names=names, criterion=task.task.criterion, accuracy=task.accuracy)
     middle = grid.layers[1:-1]
     effects = [grid.best(of=of, layers=middle, command=tour.command("patching")) for of in ("metric", "flips")]
     first = pairs.pairs[0]

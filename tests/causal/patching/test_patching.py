@@ -13,7 +13,7 @@ from torch import Tensor
 
 import cutaway
 from cutaway.artifacts.errors import CutawayError
-from cutaway.causal.competence import competence
+from cutaway.causal.accuracy import task_accuracy
 from cutaway.causal.patching import patch as patching
 from cutaway.causal.patching.patch import PatchGrid
 from cutaway.data.pairs import PromptPair, align
@@ -201,7 +201,7 @@ def two_hop() -> PatchGrid:
     ]
     atlas = cutaway.load("atlas")
     aligned = align(atlas, pairs)
-    able = aligned[competence(atlas, aligned).items.nonzero()[:, 0].tolist()]
+    able = aligned[task_accuracy(atlas, aligned).items.nonzero()[:, 0].tolist()]
     return patch_grid(atlas, able, direction="noise", roles=["city", "last"])
 
 
@@ -209,7 +209,7 @@ def test_pairs_that_the_model_cannot_do_are_refused(
     tiny: LanguageModel, id_pairs: Pairs, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pairs = align(tiny, id_pairs(10, 6))
-    able = competence(tiny, pairs)
+    able = task_accuracy(tiny, pairs)
     assert able.value < 0.8
     for call in (
         lambda: patching.patch_grid(tiny, pairs, layers=[0]),
@@ -223,7 +223,7 @@ def test_pairs_that_the_model_cannot_do_are_refused(
     assert bool(torch.stack([grid.p, grid.q, grid.p_of_all]).isnan().all())
     assert np.isnan(grid.top(1)[0].p)
     every = replace(able, items=torch.ones(10, dtype=torch.bool))
-    assert not patching.patch_grid(tiny, pairs, layers=[0], ability=every).p.isnan().any()
+    assert not patching.patch_grid(tiny, pairs, layers=[0], accuracy=every).p.isnan().any()
 
 
 def test_atlas_hands_the_state_from_the_city_to_the_last_token(two_hop: PatchGrid) -> None:

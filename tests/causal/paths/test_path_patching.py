@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.statistics import false_discovery, sign_flip_p
-from cutaway.causal.competence import competence
+from cutaway.causal.accuracy import task_accuracy
 from cutaway.causal.paths.path_patching import PathGrid, all_senders, path_patch
 from cutaway.data.pairs import AlignedPairs, PromptPair, align
 from cutaway.data.tasks.tasks import readable_pairs, task
@@ -385,7 +385,7 @@ def test_a_parallel_layer_has_no_path_from_its_heads_to_its_mlp(
 def test_atlas_reads_the_acting_name_where_it_stands(atlas: LanguageModel) -> None:
     """Three heads write the answer of IOI, told by their values at the second mention and not by their queries."""
     drawn = readable_pairs(atlas, task("indirect object"), 48, split="held_out")
-    pairs = drawn[competence(atlas, drawn).items.nonzero()[:10, 0].tolist()]
+    pairs = drawn[task_accuracy(atlas, drawn).items.nonzero()[:10, 0].tolist()]
     heads = [f"{head}@last" for head in all_senders(atlas, mlps=False, embed=False)]
     direct = path_patch(atlas, pairs, heads, ["logits"], mlps="freeze")
     movers = [effect.require_controls().name.split("@")[0] for effect in direct.strongest("logits", 3)]

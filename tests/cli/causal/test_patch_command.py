@@ -62,7 +62,7 @@ def test_json_and_page(
     assert main([*TWO_HOP, *words, "--json", "--html", str(page)]) == 0
     data = json.loads(capsys.readouterr().out)
     assert len(data["columns"]) == columns
-    assert data["competence"]["n"] == 10
+    assert data["task_accuracy"]["n"] == 10
     one = data["largest"][0]
     assert part in one["effect"]["name"]
     assert one["effect"]["choices"]["evaluation"] == "10 pairs of two-hop capitals, seed 0"
@@ -174,7 +174,7 @@ def test_the_readmes_example_is_of_a_task_that_the_model_can_do(capsys: pytest.C
     assert "atlas" in words
     assert main([*words, "--n", "8", "--layer", "1", "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
-    assert data["competence"]["value"] == 1
+    assert data["task_accuracy"]["value"] == 1
     assert data["unable"] == ""
 
 

@@ -33,7 +33,7 @@ def test_json_and_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert data["command"] == "cutaway tasks atlas --task 'greater than' --split held-out --n 12"
     (found,) = data["tasks"]
     assert (found["task"], found["split"], found["able"]) == ("greater than", "held_out", True)
-    measured = found["competence"]
+    measured = found["task_accuracy"]
     assert measured["n"] == 12
     assert measured["interval"][0] < measured["value"] <= measured["interval"][1]
     low, high = measured["logit_difference_interval"]
@@ -53,11 +53,11 @@ def test_own_pairs_and_what_is_written(tmp_path: Path, capsys: pytest.CaptureFix
     capsys.readouterr()
     assert main(["tasks", "atlas", "--task", str(file), "--json"]) == 0
     tried = json.loads(capsys.readouterr().out)["tasks"]
-    assert [(one["task"], one["split"], one["competence"]["n"]) for one in tried] == [
+    assert [(one["task"], one["split"], one["task_accuracy"]["n"]) for one in tried] == [
         ("two-hop capitals", "search", 10),
         ("two-hop capitals", "held_out", 10),
     ]
-    assert tried[0]["competence"]["value"] == 1
+    assert tried[0]["task_accuracy"]["value"] == 1
 
 
 @pytest.mark.parametrize(
@@ -85,6 +85,6 @@ def test_a_file_without_held_out_pairs(tmp_path: Path, capsys: pytest.CaptureFix
     assert main(["tasks", "atlas", "--task", str(file), "--json"]) == 0
     search, held_out = json.loads(capsys.readouterr().out)["tasks"]
     assert search["reason"] == "only 1 of its prompt pairs align with the tokenizer"
-    assert search["competence"]["logit_difference_interval"] == [None, None]
-    assert held_out["competence"] is None
+    assert search["task_accuracy"]["logit_difference_interval"] == [None, None]
+    assert held_out["task_accuracy"] is None
     assert "has no held-out pairs" in held_out["reason"]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from cutaway.causal.competence import competence, try_tasks
+from cutaway.causal.accuracy import task_accuracy, try_tasks
 from cutaway.data.pairs import PromptPair
 from cutaway.model.language_model import LanguageModel, attach
 from cutaway.model.own.weights import from_weights
@@ -156,7 +156,7 @@ def test_it_does_its_task_and_no_other(sorter: LanguageModel) -> None:
         if ours[:shown] == theirs[:shown] and ours[shown] != theirs[shown]:
             clean, corrupt = ((*numbers, *ours[:shown]) for numbers in (row, other))
             pairs.append(PromptPair(clean, corrupt, ours[shown], theirs[shown]))
-    found = competence(sorter, pairs, criterion="top1")
+    found = task_accuracy(sorter, pairs, criterion="top1")
     assert found.value == 1
     assert found.control is not None
     assert found.control < 0.5

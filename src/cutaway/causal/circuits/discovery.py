@@ -23,7 +23,7 @@ from cutaway.causal.circuits.faithfulness import RunCircuits, measure, smallest_
 from cutaway.causal.circuits.runs import CircuitRuns, run_circuits
 from cutaway.causal.circuits.scorers import magnitude, named_scorer
 from cutaway.causal.circuits.stability import MIN_PAIRS
-from cutaway.causal.competence import Competence, Criterion, competence, unable
+from cutaway.causal.accuracy import Criterion, TaskAccuracy, task_accuracy, unable
 from cutaway.causal.edge_graph import EdgeGraph
 from cutaway.causal.metrics import Metric, named_metric
 from cutaway.data.pairs import AlignedPairs, PromptPair, align
@@ -158,9 +158,9 @@ def _choices(ablation: str, evaluation: str) -> Choices:
 
 def check_able(
     lm: LanguageModel, pairs: AlignedPairs, name: str, *, criterion: Criterion = "preferred", force: bool = False
-) -> Competence:
+) -> TaskAccuracy:
     """How well the model does the task; CutawayError where it does not, or with `force` a warning on stderr."""
-    able = competence(lm, pairs, criterion=criterion)
+    able = task_accuracy(lm, pairs, criterion=criterion)
     unable(
         able, lm.name, name, force=force,
         so="A circuit for what a model does not do means nothing; force it (--force) if you must.",
@@ -287,7 +287,7 @@ def discover(
     }  # fmt: skip
     method = {
         **settings, "scorer": scores.method, "asked": asked, "search": split.search_words,
-        "search_faithfulness": found, "left_out": len(split.search.refused), "competence": able.to_json(),
+        "search_faithfulness": found, "left_out": len(split.search.refused), "task_accuracy": able.to_json(),
     }  # fmt: skip
     manifest = Manifest.create(
         "circuit",

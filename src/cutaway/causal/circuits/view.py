@@ -8,7 +8,7 @@ from markupsafe import Markup
 
 from cutaway.causal.circuits.circuit import Circuit
 from cutaway.causal.circuits.evidence import Evidence
-from cutaway.causal.competence import ABLE
+from cutaway.causal.accuracy import ABLE
 from cutaway.causal.effects import effects_drawing
 from cutaway.draw.circuit import CircuitEdge, circuit_svg
 from cutaway.draw.panels import alarm_html, figures_html, table_html
@@ -66,7 +66,7 @@ def _verdict(circuit: Circuit, evidence: Evidence) -> Section:
         f"the circuit's edges carry the clean prompt: 1 is all of it. Measured on {evidence.pairs}. {above}"
     )
     drawing = Markup('<div style="margin-bottom: 1.5rem">{}</div>{}').format(tiles, _faithfulness(evidence))
-    able = circuit.method.get("competence")
+    able = circuit.method.get("task_accuracy")
     if able is not None and able["value"] < ABLE:
         cannot = f"The model cannot do the task: it is right on {able['right']} of {able['n']} pairs of the search. "
         drawing = alarm_html(f"{cannot}A circuit for what it does not do means nothing.") + drawing
@@ -142,10 +142,10 @@ _IDLE = (
 
 def _choices(circuit: Circuit) -> Section:
     rows = [[name, value] for name, value in circuit.choices.to_json().items()]
-    rows += [[name.replace("_", " "), str(value)] for name, value in circuit.method.items() if name != "competence"]
-    able = circuit.method.get("competence")
+    rows += [[name.replace("_", " "), str(value)] for name, value in circuit.method.items() if name != "task_accuracy"]
+    able = circuit.method.get("task_accuracy")
     if able:
-        rows.append(["competence", f"right on {able['right']} of {able['n']} search pairs"])
+        rows.append(["task accuracy", f"right on {able['right']} of {able['n']} search pairs"])
     rows.append(["metric", circuit.metric])
     table = table_html(columns=["", ""], rows=rows, title="Choices")
     return ("The choices made", "Two circuits that differ in one of these are not comparable.", table)

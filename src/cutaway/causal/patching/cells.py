@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.causal.ablations import Ablation, replacement_run
-from cutaway.causal.competence import Criterion
+from cutaway.causal.accuracy import Criterion
 from cutaway.causal.metrics import Metric, Targets, differentiable, logit_difference, recovery, targets_of
 from cutaway.data.pairs import AlignedPairs
 from cutaway.model.edits.edits import Edit, patch

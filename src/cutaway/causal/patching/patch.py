@@ -14,7 +14,7 @@ import numpy as np
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.causal.ablations import Ablation, ablation_of
-from cutaway.causal.competence import Competence, Criterion, competence, unable
+from cutaway.causal.accuracy import Criterion, TaskAccuracy, task_accuracy, unable
 from cutaway.causal.metrics import Metric, logit_difference, named_metric
 from cutaway.causal.patching.cells import Direction, PatchBench, every_layer, head_count, neuron_count
 from cutaway.causal.patching.grid import LEAST_PAIRS, Over, PatchedCell, PatchGrid
@@ -70,7 +70,7 @@ def patch_grid(
     seed: int = 0,
     reference: Tokens | None = None,
     evaluation: str = "",
-    ability: Competence | None = None,
+    accuracy: TaskAccuracy | None = None,
     force: bool = False,
 ) -> PatchGrid:
     """Patch one part at a time, in every layer, and measure what share of the answer each moves.
@@ -94,7 +94,7 @@ def patch_grid(
             where the grid does not hold all others anyway.
         reference: tokens whose mean a mean ablation takes, instead of the pairs' own.
         evaluation: what the pairs are, in words, for the record.
-        ability: how well the model does the pairs, where that has been measured; else it is, by "preferred".
+        accuracy: how well the model does the pairs, where that has been measured; else it is, by "preferred".
         force: go on where the model is right on less than 80 % of the pairs; the grid has no p-values then.
 
     Raises `CutawayError`: pairs that do not line up, prompts that the metric cannot tell apart, a task that the model
@@ -110,7 +110,7 @@ def patch_grid(
         lm, pairs, rows, wanted, over, direction=direction, ablation=ablation, metric=metric, roles=roles,
         at=[at] if isinstance(at, str) else at, heads=heads, neurons=neurons, top=top, names=names,
         criterion=criterion, draws=draws, batch_rows=batch_rows, seed=seed, reference=reference, evaluation=evaluation,
-        ability=ability, force=force,
+        accuracy=accuracy, force=force,
     )  # fmt: skip
 
 
@@ -183,7 +183,7 @@ def _measured(
     seed: int,
     reference: Tokens | None,
     evaluation: str,
-    ability: Competence | None = None,
+    accuracy: TaskAccuracy | None = None,
     force: bool = False,
     whole: bool = False,
 ) -> PatchGrid:
@@ -205,7 +205,7 @@ def _measured(
     )  # fmt: skip
     about = evaluation or f"{len(aligned)} prompt pairs"
     cannot = unable(
-        ability or competence(lm, aligned), lm.name, about, force=force,
+        accuracy or task_accuracy(lm, aligned), lm.name, about, force=force,
         so="What moves an answer that a model does not give means nothing; force it (--force) if you must, or take "
         "only the pairs that it answers rightly (--only-right).",
     )  # fmt: skip

@@ -10,7 +10,7 @@ from markupsafe import Markup
 from torch import Tensor
 
 from cutaway.artifacts.results import Effect, interval_text
-from cutaway.causal.competence import Competence
+from cutaway.causal.accuracy import TaskAccuracy
 from cutaway.causal.metrics import UNITS
 from cutaway.causal.patching.grid import LEAST_PAIRS, PatchedCell, PatchGrid
 from cutaway.causal.patching.self_repair import SelfRepair
@@ -61,7 +61,7 @@ def reading(grid: PatchGrid) -> str:
 
 
 def patch_text(
-    grid: PatchGrid, strongest: Sequence[PatchedCell], best: Sequence[Effect], ability: Competence, refused: str
+    grid: PatchGrid, strongest: Sequence[PatchedCell], best: Sequence[Effect], accuracy: TaskAccuracy, refused: str
 ) -> str:
     """The grid as text: what a cell means, the table, the strongest cells with their evidence."""
     warning = [f"  {grid.unable}: what follows is no evidence of how it is done", ""] if grid.unable else []
@@ -69,7 +69,7 @@ def patch_text(
         grid.headline(),
         *warning,
         f"  {reading(grid)}",
-        f"  {grid.evaluation}; the model is {ability}{refused}",
+        f"  {grid.evaluation}; the model is {accuracy}{refused}",
         "",
     ]
     if grid.over != "neurons":
@@ -119,12 +119,12 @@ def patch_sections(
     grid: PatchGrid,
     strongest: Sequence[PatchedCell],
     best: Sequence[Effect],
-    ability: Competence,
+    accuracy: TaskAccuracy,
     pairs: AlignedPairs,
     repair: SelfRepair | None = None,
 ) -> list[Section]:
     """Can the model do it, the heatmap, the flips, the strongest cells, and what was chosen."""
-    sections = [_ability(grid, ability, pairs), *_maps(grid)]
+    sections = [_ability(grid, accuracy, pairs), *_maps(grid)]
     sections.append(_strongest(grid, strongest))
     if best:
         sections.append(
@@ -164,13 +164,13 @@ def _repair(repair: SelfRepair) -> Section:
     return (f"Self-repair: what is made up for without {repair.name}", text, drawn)
 
 
-def _ability(grid: PatchGrid, ability: Competence, pairs: AlignedPairs) -> Section:
-    low, high = ability.interval
+def _ability(grid: PatchGrid, accuracy: TaskAccuracy, pairs: AlignedPairs) -> Section:
+    low, high = accuracy.interval
     units = UNITS.get(grid.metric, "")
     items = [
         {
             "label": "right on both prompts",
-            "value": f"{ability.right} of {ability.n}",
+            "value": f"{accuracy.right} of {accuracy.n}",
             "detail": f"95 % interval of the share {interval_text((low, high), 2, to=True)}",
         },
         {"label": f"{_words(grid)}, clean prompts", "value": grid.clean.mean().item(), "units": units},

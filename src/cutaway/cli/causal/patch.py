@@ -120,7 +120,7 @@ def patch(
         raise CutawayError("--role and --tokens both choose the columns: give one of them")
 
     from cutaway.causal.ablations import Ablation
-    from cutaway.causal.competence import competence
+    from cutaway.causal.accuracy import task_accuracy
     from cutaway.causal.metrics import named_metric
     from cutaway.causal.patching.grid import LEAST_PAIRS
     from cutaway.causal.patching.patch import patch_grid
@@ -133,15 +133,15 @@ def patch(
     lm = opened(model, module, dtype=dtype, device=device)
     aligned, criterion, about = _pairs(lm, task, pairs, n, seed, tokens)
     refused = aligned.refused
-    ability = competence(lm, aligned, criterion=criterion)
+    accuracy = task_accuracy(lm, aligned, criterion=criterion)
     if only_right:
-        chosen = ability.items.nonzero()[:, 0].tolist()
+        chosen = accuracy.items.nonzero()[:, 0].tolist()
         if not chosen:
             raise CutawayError(f"{lm.name} answers none of the {len(aligned)} pairs rightly on both prompts")
         aligned, about = aligned[chosen], f"{len(chosen)} {about}, which the model answers rightly"
-        asked = competence(lm, aligned, criterion=criterion)
+        asked = task_accuracy(lm, aligned, criterion=criterion)
     else:
-        asked, about = ability, f"{len(aligned)} {about}"
+        asked, about = accuracy, f"{len(aligned)} {about}"
     if len(aligned) < LEAST_PAIRS:
         raise CutawayError(too_few(len(aligned)))
     ragged = len(set(aligned.clean.lengths.tolist())) > 1
@@ -149,7 +149,7 @@ def patch(
     grid = patch_grid(
         lm, aligned, site=site, over=over, direction=direction, ablation=choice, metric=metric, roles=columns, at=at,
         heads=head, neurons=neuron, top=max(top, 8), criterion=criterion, layers=layer, seed=seed, evaluation=about,
-        ability=asked, force=force,
+        accuracy=asked, force=force,
     )  # fmt: skip
     if grid.n - grid.dropped < LEAST_PAIRS:
         raise CutawayError(too_few(grid.n - grid.dropped))
@@ -174,10 +174,10 @@ def patch(
         reasons = [reason for _, reason in refused]
         left_out = f"; {len(refused)} pairs do not align (mostly: {max(set(reasons), key=reasons.count)})"
     deliver(
-        text=patch_text(grid, strongest, best, ability, left_out) + ("" if repair is None else f"\n\n{repair}"),
+        text=patch_text(grid, strongest, best, accuracy, left_out) + ("" if repair is None else f"\n\n{repair}"),
         data={
             "command": command,
-            "competence": ability.to_json(),
+            "task_accuracy": accuracy.to_json(),
             "refused": [{"clean": pair.clean, "corrupt": pair.corrupt, "reason": reason} for pair, reason in refused],
             "reading": reading(grid),
             **grid.to_json(),
@@ -188,7 +188,7 @@ def patch(
         page=lambda: page_html(
             title="Activation patching",
             lead=f"Which part of {lm.name} decides the answer? {about[0].upper()}{about[1:]}.",
-            sections=patch_sections(grid, strongest, best, ability, aligned, repair),
+            sections=patch_sections(grid, strongest, best, accuracy, aligned, repair),
             command=command,
         ),
         as_json=json,

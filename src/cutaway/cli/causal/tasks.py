@@ -9,7 +9,7 @@ from cutaway.cli.options import Count, Flag, Output, Page, Seed, keep_apart
 from cutaway.cli.output import command_line, deliver
 
 if TYPE_CHECKING:
-    from cutaway.causal.competence import TaskResult
+    from cutaway.causal.accuracy import TaskResult
     from cutaway.data.tasks.tasks import Task
     from cutaway.data.tasks.wording import Split
 
@@ -71,8 +71,8 @@ def tasks(
 
     import cutaway
     from cutaway.artifacts.progress import Progress
-    from cutaway.causal.competence import try_task
-    from cutaway.causal.competence_view import competence_page, competence_text
+    from cutaway.causal.accuracy import try_task
+    from cutaway.causal.accuracy_view import accuracy_page, accuracy_text
     from cutaway.data.tasks.files import refuse_other_pairs, write_pairs
     from cutaway.subjects.world.items.pairs import ALL_TASKS, known_task
 
@@ -100,9 +100,9 @@ def tasks(
         pairs, held_out = found.get("search", ()), found.get("held_out", ())
         write_pairs(write, pairs, name=chosen[0].name, held_out=held_out, replace=False)
     deliver(
-        text=competence_text(results),
+        text=accuracy_text(results),
         data={"command": command, "model": lm.name, "tasks": [result.to_json() for result in results]},
-        page=lambda: competence_page(lm.name, results, command, threshold),
+        page=lambda: accuracy_page(lm.name, results, command, threshold),
         as_json=json,
         html=html,
     )

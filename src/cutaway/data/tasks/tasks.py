@@ -3,7 +3,7 @@
 A task is data with a generator: wording (`tasks.toml`), fillers, a seed, and two splits that share no prompt: "search",
 for looking for a circuit or a direction, and "held_out", for judging it. Nothing here knows one model's world: which of
 a task's pairs a model can read at all is decided by `cutaway.data.pairs.align`, and whether it can do the task by
-`cutaway.causal.competence`. The tasks of the shipped model's world are in `cutaway.subjects.world.items.pairs`.
+`cutaway.causal.accuracy`. The tasks of the shipped model's world are in `cutaway.subjects.world.items.pairs`.
 """
 
 from __future__ import annotations

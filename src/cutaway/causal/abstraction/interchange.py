@@ -18,7 +18,7 @@ from torch import Tensor
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.results import Choices, Control, Effect, interval_text
 from cutaway.artifacts.statistics import bootstrap_interval, wilson_interval
-from cutaway.causal.interchange.causal_model import CausalModel, Example, Swap
+from cutaway.causal.abstraction.causal_model import CausalModel, Example, Swap
 from cutaway.model.edits.edits import Edit, patch
 from cutaway.model.language_model import LanguageModel
 from cutaway.model.naming import answer_tokens, prompt_and
@@ -390,7 +390,7 @@ def interchange(
     )
 
 
-def search(
+def interchange_grid(
     lm: LanguageModel,
     model: CausalModel,
     variable: str,

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.causal.interchange.causal_model import CausalModel, Example, Swap, Variable
-from cutaway.causal.interchange.interchange import Place, interchange, search
+from cutaway.causal.abstraction.causal_model import CausalModel, Example, Swap, Variable
+from cutaway.causal.abstraction.interchange import Place, interchange, interchange_grid
 from cutaway.model.edits.edits import patch
 from cutaway.model.language_model import LanguageModel
 
@@ -93,7 +93,7 @@ def test_a_causal_model_runs_forwards_and_with_variables_set() -> None:
 
 def test_every_cell_equals_hooks(words: LanguageModel, itself: CausalModel) -> None:
     swaps = _swaps()
-    grid = search(words, itself, "word", swaps, roles=["there", "last"])
+    grid = interchange_grid(words, itself, "word", swaps, roles=["there", "last"])
     counted = [
         (base, source)
         for base, source in swaps
@@ -130,7 +130,7 @@ def test_the_word_itself_is_the_variable(words: LanguageModel, itself: CausalMod
     assert effect.interval[1] == 1.0
     assert effect.choices is not None
     assert (effect.choices.granularity, effect.choices.ablation) == ("node", "interchange")
-    grid = search(words, itself, "word", _swaps(), site="blocks.{l}.resid_pre", roles=["there", "last"])
+    grid = interchange_grid(words, itself, "word", _swaps(), site="blocks.{l}.resid_pre", roles=["there", "last"])
     assert grid.place() == Place("blocks.0.resid_pre", "there")
     assert grid.place(roles=["last"]).role == "last"
 
@@ -181,7 +181,7 @@ def test_the_random_part_is_another_part(
         seen.append(where[kind])
         return patch(at, run, **where)
 
-    monkeypatch.setattr("cutaway.causal.interchange.interchange.patch", spied)
+    monkeypatch.setattr("cutaway.causal.abstraction.interchange.patch", spied)
     place = Place(site, "last", heads=part.get("heads"), neurons=part.get("neurons"))
     interchange(words, itself, {"word": [place]}, _swaps()[:6], draws=draws)
     assert seen[-1] == named
@@ -199,7 +199,7 @@ def test_wrong_answers_are_left_out_with_the_reason(words: LanguageModel, itself
     found = interchange(words, itself, {"word": [Place("embed", "there")]}, [(right, other), (right, wrong)])
     assert [reason for _, reason in found.refused] == ["words does not answer the source rightly"]
     with pytest.raises(CutawayError, match="none of the 1 pairs can be used: words does not answer the source rightly"):
-        search(words, itself, "word", [(right, wrong)])
+        interchange_grid(words, itself, "word", [(right, wrong)])
 
 
 @pytest.mark.parametrize(
@@ -224,16 +224,16 @@ def test_more_bad_requests(words: LanguageModel, itself: CausalModel) -> None:
     with pytest.raises(CutawayError, match="draws is -1; give 0 or more"):
         interchange(words, itself, {"word": [Place("embed", "there")]}, _swaps(), draws=-1)
     with pytest.raises(CutawayError, match="names no layer"):
-        search(words, itself, "word", _swaps(), site="embed")
+        interchange_grid(words, itself, "word", _swaps(), site="embed")
     same = [(_example("w5", "w20"), _example("w5", "w41"))]
     with pytest.raises(CutawayError, match="no pair's answer changes"):
-        search(words, itself, "word", same)
+        interchange_grid(words, itself, "word", same)
     numbers = CausalModel(("first",), {"answer": Variable(("first",), len)}, "answer")
     with pytest.raises(CutawayError, match="must be a text"):
-        search(words, numbers, "answer", _swaps())
+        interchange_grid(words, numbers, "answer", _swaps())
     far = Example(_prompt("w5", "w7"), {"first": "w5", "second": "w7"}, {"there": 40})
     with pytest.raises(CutawayError, match="is not at 40"):
-        search(words, itself, "word", [(far, _example("w33", "w7"))], roles=["there"])
+        interchange_grid(words, itself, "word", [(far, _example("w33", "w7"))], roles=["there"])
 
 
 def test_the_bridge_of_atlas_is_the_state_at_the_last_token(atlas: LanguageModel) -> None:
@@ -241,7 +241,7 @@ def test_the_bridge_of_atlas_is_the_state_at_the_last_token(atlas: LanguageModel
     import atlas_bridge as bridge
 
     seen = bridge.swaps(atlas, False, 40, lambda city: bridge.asked(city, "abbreviation"))
-    grid = search(atlas, bridge.BRIDGE, "state", seen, roles=("city", "last"))
+    grid = interchange_grid(atlas, bridge.BRIDGE, "state", seen, roles=("city", "last"))
     place = grid.place(roles=("last",))
     assert place.site in {f"blocks.{layer}.resid_post" for layer in (2, 3, 4)}
     assert grid.iia[0, 0] > 0.9  # the city is handed over in L0 and L1 ...

@@ -24,7 +24,7 @@ _DEALS = 8
 
 
 @dataclass(frozen=True)
-class Competence:
+class TaskAccuracy:
     """How often a model is right on n items.
 
     An item is one prompt pair, and right when the model is right on its clean prompt *and* on its corrupt prompt
@@ -96,13 +96,13 @@ class Competence:
         return f"right on {self.right} of {self.n} ({self.value:.2f}, 95 % {interval_text(self.interval, 2, to=True)})"
 
 
-def competence(
+def task_accuracy(
     lm: LanguageModel,
     pairs: Sequence[PromptPair] | AlignedPairs,
     *,
     criterion: Criterion = "preferred",
     batch_rows: int = 64,
-) -> Competence:
+) -> TaskAccuracy:
     """Measure how often the model answers the pairs rightly, both prompts of each."""
     aligned = pairs if isinstance(pairs, AlignedPairs) else align(lm, pairs)
     parts: list[tuple[Tensor, ...]] = []
@@ -127,7 +127,7 @@ def competence(
     clean_right, corrupt_right, difference, other, probability = (
         torch.cat(column) for column in zip(*parts, strict=True)
     )
-    return Competence(
+    return TaskAccuracy(
         criterion=criterion,
         items=clean_right & corrupt_right,
         clean=clean_right.float().mean().item(),
@@ -144,7 +144,7 @@ def competence(
     )
 
 
-def unable(able: Competence, model: str, task: str, *, force: bool, so: str) -> str:
+def unable(able: TaskAccuracy, model: str, task: str, *, force: bool, so: str) -> str:
     """That a model cannot do a task (right on less than `ABLE`), in words; "" where it can.
 
     Raises CutawayError that says so and what it means (`so`), or with `force` says it on stderr.
@@ -206,7 +206,7 @@ class TaskResult:
 
     task: Task
     pairs: AlignedPairs | None
-    competence: Competence | None
+    accuracy: TaskAccuracy | None
     reason: str
     split: Split = "search"
 
@@ -221,11 +221,11 @@ class TaskResult:
             "question": self.task.question,
             "able": self.able,
             "reason": self.reason,
-            "competence": None if self.competence is None else self.competence.to_json(),
+            "task_accuracy": None if self.accuracy is None else self.accuracy.to_json(),
         }
 
     def __str__(self) -> str:
-        return f"{self.task.name}: {self.reason or self.competence}"
+        return f"{self.task.name}: {self.reason or self.accuracy}"
 
 
 def try_task(
@@ -243,7 +243,7 @@ def try_task(
         pairs = readable_pairs(lm, task, n, seed, split)
     except CutawayError as error:
         return TaskResult(task, None, None, str(error), split)
-    measured = competence(lm, pairs, criterion=task.criterion)
+    measured = task_accuracy(lm, pairs, criterion=task.criterion)
     reason = ""
     if measured.n < least:
         reason = f"only {measured.n} of its prompt pairs align with the tokenizer"

@@ -1,4 +1,4 @@
-"""Competence counts both prompts of a pair; real models do the tasks that were made for them."""
+"""Task accuracy counts both prompts of a pair; real models do the tasks that were made for them."""
 
 import math
 import random
@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import cutaway
-from cutaway.causal.competence import competence, try_task, try_tasks
-from cutaway.causal.competence_view import competence_rows
+from cutaway.causal.accuracy import task_accuracy, try_task, try_tasks
+from cutaway.causal.accuracy_view import accuracy_rows
 from cutaway.data.pairs import PromptPair, align
 from cutaway.data.tasks.tasks import TASKS
 from cutaway.data.tasks.wording import Split
@@ -20,10 +20,10 @@ from cutaway.model.tokens import Tokens
 from cutaway.subjects.world.items.pairs import ALL_TASKS, known_task
 
 
-def test_competence_is_a_count(tiny: LanguageModel, id_pairs) -> None:
+def test_task_accuracy_is_a_count(tiny: LanguageModel, id_pairs) -> None:
     pairs = id_pairs(30, None)
-    found = competence(tiny, pairs, batch_rows=7)
-    top = competence(tiny, pairs, criterion="top1")
+    found = task_accuracy(tiny, pairs, batch_rows=7)
+    top = task_accuracy(tiny, pairs, criterion="top1")
     aligned = align(tiny, pairs)
     both = clean = top1 = 0
     for i in range(30):
@@ -51,7 +51,7 @@ def test_several_answers_are_judged_together(tiny: LanguageModel) -> None:
             PromptPair(prompt, corrupt, ids[0], ids[4], {}, tuple(ids[:4]), tuple(ids[4:]), symmetric=i % 2 == 0)
         )
     for criterion in ("preferred", "top1"):
-        found = competence(tiny, pairs, criterion=criterion, batch_rows=16)
+        found = task_accuracy(tiny, pairs, criterion=criterion, batch_rows=16)
         items, differences, others, probabilities = [], [], [], []
         for pair in pairs:
             p, q = (tiny.run([list(side)]).logits[0, -1].softmax(-1).tolist() for side in (pair.clean, pair.corrupt))  # type: ignore[arg-type, index]
@@ -76,7 +76,7 @@ def test_a_constant_answer_is_right_on_none(tiny: LanguageModel, monkeypatch: py
     """Also where the corrupt prompt has no answer of its own: a model that always says 99 knows nothing of years."""
     constant = torch.randn(61)
     monkeypatch.setattr(
-        "cutaway.causal.competence._last_log_probabilities",
+        "cutaway.causal.accuracy._last_log_probabilities",
         lambda lm, tokens: constant.log_softmax(-1).expand(len(tokens), -1).clone(),
     )
     order = constant.argsort(descending=True).tolist()
@@ -85,7 +85,7 @@ def test_a_constant_answer_is_right_on_none(tiny: LanguageModel, monkeypatch: py
         for i in range(5, 25)
         for even in (True, False)
     ]
-    found = competence(tiny, pairs)
+    found = task_accuracy(tiny, pairs)
     assert found.clean == 1
     assert found.right == 0
 
@@ -100,14 +100,14 @@ def test_the_control_deals_out_the_prompts(tiny: LanguageModel, monkeypatch: pyt
         logits[:, 8] = torch.where(clean, 0.0, 4.0)
         return logits.log_softmax(-1)
 
-    monkeypatch.setattr("cutaway.causal.competence._last_log_probabilities", perfect)
+    monkeypatch.setattr("cutaway.causal.accuracy._last_log_probabilities", perfect)
     pairs = [PromptPair((0, i, 3), (0, i, 4), 7, 8) for i in range(5, 55)]
-    found = competence(tiny, pairs)
+    found = task_accuracy(tiny, pairs)
     assert found.value == 1
     assert found.control == pytest.approx(0.25, abs=0.08)
     assert found.logit_difference == pytest.approx(4)
     assert found.logit_difference_interval == pytest.approx((4, 4))
-    assert competence(tiny, pairs[:1]).control is None
+    assert task_accuracy(tiny, pairs[:1]).control is None
 
 
 @pytest.mark.parametrize(
@@ -122,17 +122,17 @@ def test_the_control_deals_out_the_prompts(tiny: LanguageModel, monkeypatch: pyt
 def test_atlas_does_what_it_was_made_for(atlas: LanguageModel, name: str, least: float, split: Split) -> None:
     found = try_task(atlas, known_task(name), n=24, threshold=least, split=split)
     assert found.able, str(found)
-    assert found.competence is not None
-    assert found.competence.control is not None
-    assert found.competence.control < found.competence.interval[0]
-    assert found.competence.corrupt_logit_difference < found.competence.logit_difference_interval[0]
+    assert found.accuracy is not None
+    assert found.accuracy.control is not None
+    assert found.accuracy.control < found.accuracy.interval[0]
+    assert found.accuracy.corrupt_logit_difference < found.accuracy.logit_difference_interval[0]
     assert found.to_json()["split"] == split
 
 
 def test_refused_pairs_reach_the_result(atlas: LanguageModel) -> None:
     found = try_task(atlas, known_task("indirect object"), n=10)
-    assert found.competence is not None
-    assert found.competence.refused == sum(found.competence.refusals.values()) > 0
+    assert found.accuracy is not None
+    assert found.accuracy.refused == sum(found.accuracy.refusals.values()) > 0
     assert not found.able
 
 
@@ -163,7 +163,7 @@ def test_the_page_says_what_the_command_says(atlas: LanguageModel) -> None:
     block = page.split("$ cutaway tasks atlas\n")[1].split("```")[0]
     shown = [re.split(r"  +", line) for line in block.splitlines()[2:]]
     splits: tuple[Split, ...] = ("search", "held_out")
-    found = competence_rows([try_task(atlas, one, n=60, split=split) for one in ALL_TASKS for split in splits])
+    found = accuracy_rows([try_task(atlas, one, n=60, split=split) for one in ALL_TASKS for split in splits])
     assert [row[:3] for row in shown] == [row[:3] for row in found]
     for ours, theirs in zip(shown, found, strict=True):
         assert ours[3] == theirs[3], ours

@@ -9,7 +9,7 @@ from math import isnan
 from markupsafe import Markup
 
 from cutaway.artifacts.results import interval_text
-from cutaway.causal.competence import TaskResult
+from cutaway.causal.accuracy import TaskResult
 from cutaway.draw.charts import Bar, bars_html
 from cutaway.draw.page import page_html
 from cutaway.draw.panels import table_html
@@ -20,13 +20,13 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def competence_rows(results: Sequence[TaskResult]) -> list[list[str]]:
+def accuracy_rows(results: Sequence[TaskResult]) -> list[list[str]]:
     """A row of text for each task and split, under `COLUMNS`."""
     return [_row(result) for result in results]
 
 
 def _row(result: TaskResult) -> list[str]:
-    measured, wording = result.competence, _wording(result)
+    measured, wording = result.accuracy, _wording(result)
     if measured is None:
         return [result.task.name, wording, "0", *([""] * 5), "not tried"]
     spread = measured.logit_difference_interval
@@ -54,11 +54,11 @@ def refused_lines(results: Sequence[TaskResult]) -> list[str]:
     for task in dict.fromkeys(result.task for result in results):
         counts: Counter[str] = Counter()
         for result in results:
-            if result.task == task and result.competence is not None:
-                counts.update(result.competence.refusals)
+            if result.task == task and result.accuracy is not None:
+                counts.update(result.accuracy.refusals)
         said = [f"{count} × {reason}" for reason, count in counts.most_common()]
         # the same reason for both splits is said once
-        said += dict.fromkeys(f"not tried: {r.reason}" for r in results if r.task == task and r.competence is None)
+        said += dict.fromkeys(f"not tried: {r.reason}" for r in results if r.task == task and r.accuracy is None)
         if task.note:
             said.append(task.note)
         if said:
@@ -66,9 +66,9 @@ def refused_lines(results: Sequence[TaskResult]) -> list[str]:
     return lines
 
 
-def competence_text(results: Sequence[TaskResult]) -> str:
+def accuracy_text(results: Sequence[TaskResult]) -> str:
     """A table of tasks, and what was refused."""
-    rows = [list(COLUMNS), ["-" * len(column) for column in COLUMNS], *competence_rows(results)]
+    rows = [list(COLUMNS), ["-" * len(column) for column in COLUMNS], *accuracy_rows(results)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS) - 1)]
     lines = [
         "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]).rstrip()
@@ -80,18 +80,18 @@ def competence_text(results: Sequence[TaskResult]) -> str:
     return "\n".join(lines)
 
 
-def competence_page(model: str, results: Sequence[TaskResult], command: str, threshold: float) -> str:
+def accuracy_page(model: str, results: Sequence[TaskResult], command: str, threshold: float) -> str:
     """The page of a model's tasks: shares right with intervals, the whole table, what was refused."""
     able = [result for result in results if result.able]
     bars: list[Bar] = []
     for result in results:
-        if result.competence is None:
+        if result.accuracy is None:
             continue
-        low, high = result.competence.interval
+        low, high = result.accuracy.interval
         label = f"{result.task.name}, {_wording(result)}"
-        bars.append({"label": label, "value": result.competence.value, "low": low, "high": high})
-        if result.competence.control is not None:
-            bars.append({"label": "shuffled", "value": result.competence.control, "control": True})
+        bars.append({"label": label, "value": result.accuracy.value, "low": low, "high": high})
+        if result.accuracy.control is not None:
+            bars.append({"label": "shuffled", "value": result.accuracy.control, "control": True})
     sections: list[tuple[str, str, Markup]] = [
         (
             "How often it is right",
@@ -106,7 +106,7 @@ def competence_page(model: str, results: Sequence[TaskResult], command: str, thr
             "after the corrupt prompt it should be lower. P difference: of the probabilities. Where several answers "
             f"are right (every later year), all of them together. A task can be done when at least {threshold:.0%} of "
             "its pairs are right.",
-            table_html(columns=COLUMNS, rows=competence_rows(results), title="Tasks and scores"),
+            table_html(columns=COLUMNS, rows=accuracy_rows(results), title="Tasks and scores"),
         ),
     ]
     refused = refused_lines(results)
