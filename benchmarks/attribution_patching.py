@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT / "src"))
 
 import cutaway  # noqa: E402
 from cutaway.artifacts.errors import CutawayError  # noqa: E402
-from cutaway.causal.accuracy import try_tasks  # noqa: E402
+from cutaway.causal.task_results import try_tasks  # noqa: E402
 from cutaway.causal.attribution.atp_star import missed_bound  # noqa: E402
 from cutaway.causal.attribution.attribution_patching import GradientOptions, attribution_patching  # noqa: E402
 from cutaway.causal.attribution.questions import ask, exact_effects_of_sets  # noqa: E402

@@ -20,7 +20,8 @@ from torch import Tensor
 import cutaway
 from cutaway.atlas_evaluation.causal_checks import NEUTRAL_SOURCE, TWO_HOP
 from cutaway.causal.abstraction.causal_model import CausalModel, Example, Swap, Variable
-from cutaway.causal.abstraction.interchange import Interchanged, Place, interchange, interchange_grid
+from cutaway.causal.abstraction.interchange import interchange, interchange_grid
+from cutaway.causal.abstraction.outcomes import Interchanged, Place
 from cutaway.model.language_model import LanguageModel
 from cutaway.subjects.world.facts import CITIES, STATES, City
 from cutaway.subjects.world.held_out import two_hop_entity

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import cutaway
-from cutaway.causal.accuracy import task_accuracy, try_task, try_tasks
-from cutaway.causal.accuracy_view import accuracy_rows
+from cutaway.causal.accuracy import task_accuracy
+from cutaway.causal.task_results import TaskResults, try_task, try_tasks
 from cutaway.data.pairs import PromptPair, align
 from cutaway.data.tasks.tasks import TASKS
 from cutaway.data.tasks.wording import Split
@@ -163,7 +163,8 @@ def test_the_page_says_what_the_command_says(atlas: LanguageModel) -> None:
     block = page.split("$ cutaway tasks atlas\n")[1].split("```")[0]
     shown = [re.split(r"  +", line) for line in block.splitlines()[2:]]
     splits: tuple[Split, ...] = ("search", "held_out")
-    found = accuracy_rows([try_task(atlas, one, n=60, split=split) for one in ALL_TASKS for split in splits])
+    tried = [try_task(atlas, one, n=60, split=split) for one in ALL_TASKS for split in splits]
+    found = TaskResults("atlas", tuple(tried)).cells()
     assert [row[:3] for row in shown] == [row[:3] for row in found]
     for ours, theirs in zip(shown, found, strict=True):
         assert ours[3] == theirs[3], ours

@@ -15,7 +15,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.errors import CutawayError, Misaligned
 from cutaway.data.pairs import AlignedPairs
 from cutaway.model.edits.values import prefix_keys, token_noise
 from cutaway.model.forward.run import Run
@@ -31,11 +31,14 @@ _ROWS = 64  # prompts captured at once for a mean
 class Ablation:
     """What replaces an activation.
 
-    "resample": the same place of the pair's other prompt (an interchange). "zero". "mean": the mean over all real
-    tokens of the data. "mean_by_position": over the data, token position by token position; its prompts are of one
-    length. "mean_by_template": over the prompts of the pair's own template, position by position. "noise": the
-    activation plus gaussian noise of `std` times the site's own standard deviation, that over all its entries at the
-    prompts' real tokens (Meng et al. 2022 use 3 at the embeddings); it depends on `seed` and on each row's tokens.
+    Attributes:
+        kind: "resample": the same place of the pair's other prompt (an interchange). "zero". "mean": the mean over all
+            real tokens of the data. "mean_by_position": over the data, token position by token position; its prompts
+            are of one length. "mean_by_template": over the prompts of the pair's own template, position by position.
+            "noise": the activation plus gaussian noise.
+        std: Of the noise, in the site's own standard deviations, over all its entries at the prompts' real tokens (Meng
+            et al. 2022 use 3 at the embeddings).
+        seed: Of the noise, which depends on it and on each row's tokens.
     """
 
     kind: AblationKind = "resample"
@@ -68,15 +71,26 @@ def replacement_run(
     into: Literal["clean", "corrupt"] = "clean",
     reference: Tokens | None = None,
 ) -> Run:
-    """What an ablation puts at `sites` of the prompts named by `into`, as a run that holds these values.
+    """What an ablation puts at some sites, as a run that holds these values.
 
-    The result is a source for `cutaway.patch`, and `result[site]` is a tensor in the site's own layout, [n, p, ...].
-    For "resample" it is the run of the other prompts, in *their* tokens (a role may stand elsewhere there); for all
-    other ablations it has the tokens of the prompts that are ablated. Means are over `reference`, or else over both
-    prompts of all pairs. Values at padded columns mean nothing.
+    Args:
+        lm: The model.
+        pairs: Aligned prompt pairs, n of them.
+        sites: Site names.
+        ablation: What stands in an activation's place, or its kind.
+        into: The prompts that are ablated.
+        reference: Tokens whose means are taken; None: both prompts of all pairs.
 
-    Raises `CutawayError`: an unknown site; a mean by position over prompts of several lengths; a mean by template
-    where no pair names one; a mean over all tokens, or noise, at a site whose entries are keys (scores, pattern).
+    Returns:
+        A source for `cutaway.patch`, and `result[site]` is a tensor in the site's own layout, [n, p, ...]. For
+        "resample" it is the run of the other prompts, in *their* tokens (a role may stand elsewhere there); for all
+        other ablations it has the tokens of the prompts that are ablated. Values at padded columns mean nothing.
+
+    Raises:
+        NoSuchSite: An unknown site.
+        Misaligned: A mean by position over prompts of several lengths.
+        CutawayError: A mean by template where no pair names one; a mean over all tokens, or noise, at a site whose
+            entries are keys (scores, pattern).
     """
     ablation = ablation_of(ablation)
     names = [lm.sites().resolve(site) for site in dict.fromkeys(sites)]
@@ -140,7 +154,7 @@ def _means(
     elif ablation.kind == "mean_by_position":
         lengths = {int(length) for tokens in (own, *rows) for length in tokens.lengths}
         if len(lengths) > 1:
-            raise CutawayError(
+            raise Misaligned(
                 f"the prompts are {min(lengths)} to {max(lengths)} tokens long, so a mean by position mixes different "
                 "places; take the mean by template, or the mean"
             )

@@ -1,30 +1,31 @@
 """Can the model do the task at all? Asked before any question about how it does it."""
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
+from markupsafe import Markup
 from torch import Tensor
 
-from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.errors import CannotDoTask
 from cutaway.artifacts.results import interval_text
 from cutaway.artifacts.statistics import bootstrap_interval, wilson_interval
 from cutaway.data.pairs import AlignedPairs, PromptPair, align
-from cutaway.data.tasks.tasks import TASKS, Task, readable_pairs
-from cutaway.data.tasks.wording import Split
+from cutaway.draw.charts import Bar, bars_html
+from cutaway.draw.result import Result
 from cutaway.model.language_model import LanguageModel
 from cutaway.model.tokens import Tokens
 
 Criterion = Literal["preferred", "top1"]
 ABLE = 0.8
-"""The least share of pairs that a model is right on for a question about how it does them to mean anything."""
+"""The smallest share of pairs that a model must be right on for a question about how it does them to mean anything."""
 _DEALS = 8
 
 
-@dataclass(frozen=True)
-class TaskAccuracy:
+@dataclass(frozen=True, repr=False)
+class TaskAccuracy(Result):
     """How often a model is right on n items.
 
     An item is one prompt pair, and right when the model is right on its clean prompt *and* on its corrupt prompt
@@ -32,39 +33,50 @@ class TaskAccuracy:
     above the wrong answer's ("preferred"), or the answer is the most probable token ("top1"). Where a pair has several
     answers, all right ones together stand against all wrong ones. After the corrupt prompt of a pair that is not
     symmetric, which has no answer of its own, right means that the answer is less likely than after the clean one:
-    its logit difference is smaller. `items` [n] says which are right, `clean` and `corrupt` are the two shares.
-
-    `logit_difference` is the mean, after the clean prompt, of the answer's logit minus the wrong answer's (of several
-    answers: the log of their summed probability), `corrupt_logit_difference` the same after the corrupt prompt, where
-    it should be lower; `probability_difference` is that of the probabilities. Intervals are 95 %, bootstrap over pairs.
-    `control` is the share of pairs that would be right if all prompts, clean and corrupt, were dealt out anew (the mean
-    of eight deals; None for a single pair): a quarter, where every pair decides between the same two words.
+    its logit difference is smaller. Intervals of differences are 95 %, bootstrap over pairs.
     """
 
+    title: ClassVar[str] = "Task accuracy"
+
     criterion: Criterion
+    """When an answer is right: "preferred" or "top1"."""
     items: Tensor
+    """Which pairs are right on both prompts, bool [n]."""
     clean: float
+    """The share of clean prompts that are right."""
     corrupt: float
+    """The share of corrupt prompts that are right."""
     logit_difference: float
+    """Mean, after the clean prompt, of the answer's logit minus the wrong answer's (of several answers: the log of
+    their summed probability)."""
     logit_difference_interval: tuple[float, float]
     corrupt_logit_difference: float
+    """The same after the corrupt prompt, where it should be lower."""
     corrupt_logit_difference_interval: tuple[float, float]
     probability_difference: float
+    """The same of the probabilities, after the clean prompt."""
     probability_difference_interval: tuple[float, float]
     refused: int
+    """Pairs that do not align and were left out."""
     refusals: Mapping[str, int]
+    """Why, with the count of each reason."""
     control: float | None = None
+    """The share of pairs that would be right if all prompts, clean and corrupt, were dealt out anew (mean of eight
+    deals; None for a single pair): a quarter, where every pair decides between the same two words."""
 
     @property
     def n(self) -> int:
+        """How many pairs were tried."""
         return len(self.items)
 
     @property
     def right(self) -> int:
+        """How many of them are right on both prompts."""
         return int(self.items.sum())
 
     @property
     def value(self) -> float:
+        """The share that is right on both prompts."""
         return self.right / self.n
 
     @property
@@ -73,6 +85,7 @@ class TaskAccuracy:
         return wilson_interval(self.right, self.n)
 
     def to_json(self) -> dict[str, Any]:
+        """The figures as plain data; which items are right is not among them."""
         return {
             "criterion": self.criterion,
             "right": self.right,
@@ -95,6 +108,42 @@ class TaskAccuracy:
     def __str__(self) -> str:
         return f"right on {self.right} of {self.n} ({self.value:.2f}, 95 % {interval_text(self.interval, 2, to=True)})"
 
+    def summary(self) -> str:
+        """The share that is right beside shuffled prompts, and the differences of right and wrong answer."""
+        shuffled = "" if self.control is None else f"; with shuffled prompts {self.control:.2f}"
+        lines = [f"{self} by {self.criterion!r}{shuffled}"]
+        for name, value, low, high in list(self._figures())[3:6]:
+            lines.append(f"  {name}: {value:.2f} {interval_text((low, high), 2)}")
+        return "\n".join([*lines, *([f"  {self.refused} pairs do not align and are left out"] if self.refused else [])])
+
+    def _figures(self) -> Iterator[tuple[str, float, float, float]]:
+        """Each figure's name, value and ends of its interval."""
+        shares = (("right on both prompts", self.value), ("clean right", self.clean), ("corrupt right", self.corrupt))
+        for name, share in shares:
+            yield name, share, *wilson_interval(round(share * self.n), self.n)
+        yield "logit difference", self.logit_difference, *self.logit_difference_interval
+        yield "logit difference, corrupt", self.corrupt_logit_difference, *self.corrupt_logit_difference_interval
+        yield "probability difference", self.probability_difference, *self.probability_difference_interval
+        if self.control is not None:
+            yield "right with shuffled prompts", self.control, float("nan"), float("nan")
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per figure: its value and interval."""
+        names = ("figure", "value", "low", "high")
+        return [{**dict(zip(names, figure, strict=True)), "n": self.n} for figure in self._figures()]
+
+    def drawing(self) -> Markup:
+        """A bar for the share that is right, and one for shuffled prompts."""
+        return bars_html(items=self.bars("right on both prompts"))
+
+    def bars(self, label: str) -> list[Bar]:
+        """The share that is right as a bar with its interval, and its control."""
+        low, high = self.interval
+        bars: list[Bar] = [{"label": label, "value": self.value, "low": low, "high": high}]
+        if self.control is not None:
+            bars.append({"label": "shuffled", "value": self.control, "control": True})
+        return bars
+
 
 def task_accuracy(
     lm: LanguageModel,
@@ -103,7 +152,26 @@ def task_accuracy(
     criterion: Criterion = "preferred",
     batch_rows: int = 64,
 ) -> TaskAccuracy:
-    """Measure how often the model answers the pairs rightly, both prompts of each."""
+    """Measure how often the model answers the pairs rightly, both prompts of each.
+
+    Args:
+        lm: The model.
+        pairs: Prompt pairs; those that the tokenizer cannot align are left out and counted.
+        criterion: When an answer is right: its logit is above the wrong answer's ("preferred"), or it is the most
+            probable token ("top1").
+        batch_rows: Pairs per forward.
+
+    Returns:
+        The share that is right with its interval, beside that of shuffled prompts, and the mean differences of right
+        and wrong answer.
+
+    Raises:
+        Misaligned: No pair's two prompts match token by token.
+
+    Example:
+        >>> lm = cutaway.load("atlas")
+        >>> task_accuracy(lm, cutaway.data.readable_pairs(lm, cutaway.data.task("agreement"), 20))
+    """
     aligned = pairs if isinstance(pairs, AlignedPairs) else align(lm, pairs)
     parts: list[tuple[Tensor, ...]] = []
     others: list[Tensor] = []
@@ -147,13 +215,13 @@ def task_accuracy(
 def unable(able: TaskAccuracy, model: str, task: str, *, force: bool, so: str) -> str:
     """That a model cannot do a task (right on less than `ABLE`), in words; "" where it can.
 
-    Raises CutawayError that says so and what it means (`so`), or with `force` says it on stderr.
+    Raises `CannotDoTask` that says so and what it means (`so`), or with `force` says it on stderr.
     """
     if able.value >= ABLE:
         return ""
     words = f"{model} cannot do {task}: it is {able}"
     if not force:
-        raise CutawayError(f"{words}. {so}")
+        raise CannotDoTask(f"{words}. {so}")
     print(f"cutaway: {words}", file=sys.stderr)
     return words
 
@@ -198,72 +266,3 @@ def _top_is_among(log_probabilities: Tensor, sets: Sequence[Tensor]) -> Tensor:
     """Whether the most probable token of each row is one of its tokens [b]."""
     tops = log_probabilities.argmax(-1)
     return torch.stack([(ids == top).any() for top, ids in zip(tops, sets, strict=True)])
-
-
-@dataclass(frozen=True)
-class TaskResult:
-    """A task tried on a model: its readable pairs and how often the model is right, or why it could not be tried."""
-
-    task: Task
-    pairs: AlignedPairs | None
-    accuracy: TaskAccuracy | None
-    reason: str
-    split: Split = "search"
-
-    @property
-    def able(self) -> bool:
-        return not self.reason
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "task": self.task.name,
-            "split": self.split,
-            "question": self.task.question,
-            "able": self.able,
-            "reason": self.reason,
-            "task_accuracy": None if self.accuracy is None else self.accuracy.to_json(),
-        }
-
-    def __str__(self) -> str:
-        return f"{self.task.name}: {self.reason or self.accuracy}"
-
-
-def try_task(
-    lm: LanguageModel,
-    task: Task,
-    *,
-    n: int = 40,
-    threshold: float = 0.8,
-    least: int = 8,
-    seed: int = 0,
-    split: Split = "search",
-) -> TaskResult:
-    """Try one task on the model: able if it is right on at least `threshold` of `least` or more items of a split."""
-    try:
-        pairs = readable_pairs(lm, task, n, seed, split)
-    except CutawayError as error:
-        return TaskResult(task, None, None, str(error), split)
-    measured = task_accuracy(lm, pairs, criterion=task.criterion)
-    reason = ""
-    if measured.n < least:
-        reason = f"only {measured.n} of its prompt pairs align with the tokenizer"
-    elif measured.value < threshold:
-        reason = f"right on {measured.right} of {measured.n}"
-    return TaskResult(task, pairs, measured, reason, split)
-
-
-def try_tasks(
-    lm: LanguageModel,
-    tasks: Sequence[Task] = TASKS,
-    *,
-    n: int = 40,
-    threshold: float = 0.8,
-    least: int = 8,
-    seed: int = 0,
-    split: Split = "search",
-) -> list[TaskResult]:
-    """Try every task on the model, as `try_task` does.
-
-    The list keeps the order of `tasks`; a task that is not able has its reason ("right on 3 of 20 ...").
-    """
-    return [try_task(lm, task, n=n, threshold=threshold, least=least, seed=seed, split=split) for task in tasks]

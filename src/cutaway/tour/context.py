@@ -14,7 +14,8 @@ from torch import Tensor
 from cutaway.artifacts.results import interval_text
 from cutaway.artifacts.run_folder import RunFolder
 from cutaway.artifacts.statistics import wilson_interval
-from cutaway.causal.accuracy import TaskResult, task_accuracy, try_tasks
+from cutaway.causal.accuracy import task_accuracy
+from cutaway.causal.task_results import TaskResult, try_tasks
 from cutaway.data.corpus.corpus import Split, corpus_hash, read_corpus, split_rows, token_rows
 from cutaway.data.pairs import AlignedPairs
 from cutaway.data.tasks.tasks import TASKS, readable_pairs
@@ -97,7 +98,7 @@ class Tour:
         return self.rows.held_out[:_JUDGED_ROWS]
 
     @cached_property
-    def tried(self) -> list[TaskResult]:
+    def tried(self) -> Sequence[TaskResult]:
         """Every task tried on the model, in the order in which the tour would like to use them."""
         return try_tasks(self.lm, (*WORLD_TASKS, *TASKS), n=_PAIRS, threshold=LEAST_RIGHT, seed=self.seed)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from cutaway.causal.patching.patch import patch_grid
+from cutaway.artifacts.command import recording
+from cutaway.causal.patching.patch import Parts, PatchOptions, patch_grid
 from cutaway.draw import blocks as page
 from cutaway.tour.context import Tour, position_labels
 
@@ -28,9 +29,11 @@ def patching(tour: Tour) -> page.Section:
     status, note = tour.chosen(task)
     pairs = task.pairs
     names = position_labels(pairs, pairs.clean.strings[0])
-    grid = patch_grid(lm, pairs, seed=tour.seed, names=names, criterion=task.task.criterion, accuracy=task.accuracy)
+    options = PatchOptions(criterion=task.task.criterion, seed=tour.seed, accuracy=task.accuracy)
+    grid = patch_grid(lm, pairs, parts=Parts(names=names), options=options)
     middle = grid.layers[1:-1]
-    effects = [grid.best(of=of, layers=middle, command=tour.command("patching")) for of in ("metric", "flips")]
+    with recording(tour.command("patching")):
+        effects = [grid.best(of=of, layers=middle) for of in ("metric", "flips")]
     first = pairs.pairs[0]
     labels = list(grid.columns)
     moves = [int(row.argmax()) for row in grid.mean]

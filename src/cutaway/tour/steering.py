@@ -11,7 +11,7 @@ from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.files import write_safetensors
 from cutaway.artifacts.results import Control, Effect, interval_text
 from cutaway.artifacts.statistics import bootstrap_interval
-from cutaway.causal.accuracy import TaskResult
+from cutaway.causal.task_results import TaskResult
 from cutaway.draw import blocks as page
 from cutaway.model.edits.edits import Edit
 from cutaway.model.tokens import Tokens

@@ -9,7 +9,8 @@ import torch
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.causal.abstraction.causal_model import CausalModel, Example, Swap, Variable
-from cutaway.causal.abstraction.interchange import Place, interchange, interchange_grid
+from cutaway.causal.abstraction.interchange import interchange, interchange_grid
+from cutaway.causal.abstraction.outcomes import Place
 from cutaway.model.edits.edits import patch
 from cutaway.model.language_model import LanguageModel
 

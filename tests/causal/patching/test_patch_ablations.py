@@ -1,10 +1,10 @@
 """What each ablation puts in place, against loops over real tokens; and what denoising and noising show of a gate."""
 
-from functools import partial
 from typing import Any, Literal
 
 import pytest
 import torch
+from patched import patch_cell, patch_grid
 from planted_gates import PARTS, gate_pairs, planted_gate
 from tiny import tiny_model
 from torch import Tensor
@@ -12,13 +12,8 @@ from torch import Tensor
 import cutaway
 from cutaway.artifacts.errors import CutawayError
 from cutaway.causal.ablations import ABLATIONS, Ablation, replacement_run
-from cutaway.causal.patching import patch as patching
 from cutaway.data.pairs import AlignedPairs, PromptPair, align
 from cutaway.model.language_model import LanguageModel, attach
-
-# small random models do no task
-patch_cell = partial(patching.patch_cell, force=True)
-patch_grid = partial(patching.patch_grid, force=True)
 
 SITE = "blocks.1.attn.z"
 
@@ -119,7 +114,7 @@ def test_resampling_is_the_other_prompts_run_and_zero_is_zero(lm: LanguageModel)
 def test_a_cell_ablated_is_one_run_with_that_value_set(lm: LanguageModel, kind: Any) -> None:
     """Every ablation at one head and one role, against `lm.run` with the value set by hand."""
     pairs = _pairs(lm, (6, 6, 6, 6), ("a", "a", "b", "b"))
-    cell = patch_cell(lm, pairs, SITE, head=2, at="changed", direction="noise", ablation=kind)
+    cell = patch_cell(lm, pairs, SITE, head=2, roles="changed", direction="noise", ablation=kind)
     value = replacement_run(lm, pairs, [SITE], kind)[SITE][:, 2, 2]
     edit = cutaway.set(SITE, value[:, None, None], heads=2, positions=2)
 

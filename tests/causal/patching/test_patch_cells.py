@@ -1,26 +1,21 @@
 """Single cells against forward hooks written by hand, for every part of several families; all patched, none patched."""
 
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from hand_hooks import ByHand
+from patched import patch_cell, patch_grid
 from tiny import tiny_model
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.causal.ablations import Ablation
 from cutaway.causal.metrics import logit_difference, recovery
-from cutaway.causal.patching import patch as patching
-from cutaway.causal.patching.cells import PatchBench, PatchCell, Places
+from cutaway.causal.patching.cells import PatchCell, PatchSetup, Places
 from cutaway.causal.patching.patch import LEAST_PAIRS
 from cutaway.data.pairs import AlignedPairs, PromptPair, align
 from cutaway.model.language_model import LanguageModel, attach
-
-# small random models do no task
-patch_cell = partial(patching.patch_cell, force=True)
-patch_grid = partial(patching.patch_grid, force=True)
 
 FAMILIES = ("gpt2", "llama", "qwen3", "gemma2", "neox")
 PARTS = ("attn.q", "attn.k", "attn.v", "attn.z", "attn.scores", "attn.pattern", "attn.result")
@@ -74,7 +69,7 @@ def test_a_head_at_a_role_is_what_hooks_make_of_it(
     site, grid = f"blocks.1.{part}", part in ("attn.scores", "attn.pattern")
     heads = range(lm.n_kv_heads if part in ("attn.k", "attn.v") else lm.n_heads)
     found = patch_grid(
-        lm, pairs, site=f"blocks.{{l}}.{part}", over="heads", at="changed", direction=direction, layers=[1]
+        lm, pairs, site=f"blocks.{{l}}.{part}", over="heads", roles="changed", direction=direction, layers=[1]
     )
     assert len(found.columns) == len(heads)
     for head in heads:
@@ -83,7 +78,7 @@ def test_a_head_at_a_role_is_what_hooks_make_of_it(
         scale = max(1.0, float(expected.abs().max()))
         torch.testing.assert_close(found.values[0, head], expected, rtol=2e-3, atol=2e-3 * scale)
     last = len(heads) - 1
-    cell = patch_cell(lm, pairs, site, head=last, at="changed", direction=direction)
+    cell = patch_cell(lm, pairs, site, head=last, roles="changed", direction=direction)
     assert cell.effect.value == pytest.approx(found.mean[0, last].item(), abs=1e-5)
     assert cell.cell == PatchCell(site, heads=(last,), at="changed")
 
@@ -100,14 +95,14 @@ def test_whole_sites_and_neurons_are_what_hooks_make_of_them(
     assert everywhere.ratio_of_means == pytest.approx(
         (expected * (clean - corrupt)).mean().item() / (clean - corrupt).mean().item(), abs=3e-3
     )
-    at = patch_cell(lm, pairs, site, at="changed", direction="noise")
+    at = patch_cell(lm, pairs, site, roles="changed", direction="noise")
     expected, _, _ = by_hand(hand, pairs, "noise", site, (slice(None), 4))
     assert at.effect.value == pytest.approx(expected.mean().item(), abs=3e-3)
-    both = patch_cell(lm, pairs, site, at=["early", "changed"])
+    both = patch_cell(lm, pairs, site, roles=["early", "changed"])
     expected, _, _ = by_hand(hand, pairs, "denoise", site, (slice(None), [2, 4]))
     assert both.effect.value == pytest.approx(expected.mean().item(), abs=3e-3)
     neurons = patch_grid(
-        lm, pairs, site=f"blocks.{{l}}.{part}", over="neurons", neurons=[3, 11], at="changed", layers=[1]
+        lm, pairs, site=f"blocks.{{l}}.{part}", over="neurons", neurons=[3, 11], roles="changed", layers=[1]
     )
     spread = patch_grid(lm, pairs, site=f"blocks.{{l}}.{part}", over="neurons", neurons=[3, 11], layers=[1])
     for j, neuron in enumerate((3, 11)):
@@ -126,14 +121,14 @@ def test_everything_restores_the_other_run_and_nothing_leaves_it(
             cell = patch_cell(lm, pairs, f"blocks.{layer}.resid_post", direction=direction)  # type: ignore[arg-type]
             assert cell.effect.value == pytest.approx(1.0, abs=1e-3)
             assert cell.ratio_of_means == pytest.approx(1.0, abs=1e-3)
-    bench = PatchBench(
+    setup = PatchSetup(
         lm, pairs, ["blocks.0.resid_post"], direction="denoise", ablation=Ablation(), metric=logit_difference,
         metric_name="d", criterion="top1",
     )  # fmt: skip
     nowhere = Places(torch.full((3, 1), -1), torch.full((3, 1), -1))
-    metrics, _ = bench.measure([(PatchCell("blocks.0.resid_post"), nowhere)])
-    torch.testing.assert_close(metrics[0], bench.metric_corrupt, rtol=1e-5, atol=1e-5)
-    assert torch.allclose(recovery(metrics, bench.metric_clean, bench.metric_corrupt)[0], torch.zeros(1, 3), atol=1e-4)
+    metrics, _ = setup.measure([(PatchCell("blocks.0.resid_post"), nowhere)])
+    torch.testing.assert_close(metrics[0], setup.metric_corrupt, rtol=1e-5, atol=1e-5)
+    assert torch.allclose(recovery(metrics, setup.metric_clean, setup.metric_corrupt)[0], torch.zeros(1, 3), atol=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +171,7 @@ def test_the_top_neurons_are_those_of_the_first_order_estimate(llama: LanguageMo
     """Activation difference times gradient, written out with hooks."""
     pairs = pairs_of(llama, n=4)
     hand = ByHand("llama", llama.hf)
-    found = patch_grid(llama, pairs, over="neurons", top=5, at="changed")
+    found = patch_grid(llama, pairs, over="neurons", top=5, roles="changed")
     rows = torch.arange(4)
 
     def difference(logits: Tensor) -> Tensor:
@@ -194,7 +189,7 @@ def test_the_top_neurons_are_those_of_the_first_order_estimate(llama: LanguageMo
         assert [cell.neurons for cell in found.cells[layer]] == [(neuron,) for neuron in order]
     assert found.columns == ("#1", "#2", "#3", "#4", "#5")
     site = "blocks.1.mlp.post"
-    bench = PatchBench(
+    setup = PatchSetup(
         llama, pairs, [site], direction="denoise", ablation=Ablation(), metric=logit_difference,
         metric_name="d", criterion="top1",
     )  # fmt: skip
@@ -202,7 +197,7 @@ def test_the_top_neurons_are_those_of_the_first_order_estimate(llama: LanguageMo
     change = change - hand.values(pairs.corrupt.ids, pairs.corrupt.mask, [site])[site]
     gradient = hand.gradients(pairs.corrupt.ids, pairs.corrupt.mask, [site], difference)[site]
     expected = ((change * gradient).sum(1) / (clean - corrupt)[:, None])[usable].mean(0)
-    torch.testing.assert_close(bench.estimated(site, None), expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(setup.estimated(site, None), expected, rtol=1e-3, atol=1e-4)
     for metric in ("rank", "kl"):  # without a gradient, or with a zero one, the logit difference ranks
         other = patch_grid(llama, pairs, over="neurons", top=5, metric=metric, direction="noise", layers=[1])
         assert len(other.columns) == 5
@@ -218,7 +213,7 @@ def test_pairs_of_several_lengths_are_each_as_alone(llama: LanguageModel, direct
     for options in (
         {"over": "heads"},
         {"over": "neurons", "neurons": [1, 5]},
-        {"over": "heads", "at": ["changed", "last"]},
+        {"over": "heads", "roles": ["changed", "last"]},
     ):
         together: Any = patch_grid(llama, pairs, direction=direction, **options)  # type: ignore[arg-type]
         for i, pair in enumerate(pairs):
@@ -246,7 +241,7 @@ def test_where_a_role_stands_in_the_other_prompt_counts_only_if_values_come_from
             return x
 
         patched = difference(hand.logits(pairs.clean.ids, pairs.clean.mask, {site: change}))
-        cell = patch_cell(llama, pairs, site, head=1, at="changed", direction="noise", ablation=ablation)
+        cell = patch_cell(llama, pairs, site, head=1, roles="changed", direction="noise", ablation=ablation)
         expected = ((clean - patched) / (clean - corrupt)).mean().item()
         assert cell.effect.value == pytest.approx(expected, abs=2e-3)
 
@@ -265,7 +260,7 @@ def test_top_neurons_are_estimated_from_where_the_role_stands_in_the_source(
 
     clean, corrupt = (difference(hand.untouched(t.ids, t.mask)) for t in (pairs.clean, pairs.corrupt))
     usable = recovery(clean, clean, corrupt)[1]
-    found = patch_grid(llama, pairs, over="neurons", top=5, at="changed", direction=direction)
+    found = patch_grid(llama, pairs, over="neurons", top=5, roles="changed", direction=direction)
     for layer in range(3):
         site = f"blocks.{layer}.mlp.post"
         given, own = (hand.values(t.ids, t.mask, [site])[site] for t in (source, base))
@@ -293,7 +288,7 @@ def test_the_top_cells_are_the_largest_by_size_and_never_the_output(llama: Langu
 def test_every_effect_records_its_six_choices(llama: LanguageModel) -> None:
     pairs = pairs_of(llama, n=4)
     cell = patch_cell(
-        llama, pairs, "blocks.1.attn.v", head=1, at="changed", direction="noise", ablation="mean_by_position",
+        llama, pairs, "blocks.1.attn.v", head=1, roles="changed", direction="noise", ablation="mean_by_position",
         evaluation="4 random pairs, seed 5",
     )  # fmt: skip
     choices = cell.effect.choices
@@ -326,10 +321,10 @@ def test_every_effect_records_its_six_choices(llama: LanguageModel) -> None:
         ("blocks.7.attn.z", {"head": 0}, "layers are 0 to 2"),
         (
             "blocks.1.attn.z",
-            {"head": 0, "at": "verb"},
+            {"head": 0, "roles": "verb"},
             "no position is named 'verb'; the pairs name changed, early, last",
         ),
-        ("blocks.1.attn.z", {"head": 0, "at": ["changed", "changed"]}, "stand at one token"),
+        ("blocks.1.attn.z", {"head": 0, "roles": ["changed", "changed"]}, "stand at one token"),
         ("blocks.1.attn.z", {"head": 0, "direction": "both"}, "is not 'denoise' or 'noise'"),
         ("blocks.1.attn.z", {"head": 0, "ablation": "zero"}, "take direction 'noise'"),
         ("blocks.1.attn.z", {"head": 0, "ablation": "median"}, "no ablation is called 'median'; there are resample"),

@@ -6,7 +6,7 @@ import pytest
 
 import cutaway
 from cutaway.artifacts.statistics import sign_flip_p
-from cutaway.causal.patching.patch import patch_grid
+from cutaway.causal.patching.patch import Parts, patch_grid
 from cutaway.causal.patching.self_repair import self_repair
 from cutaway.data.tasks.tasks import find_task, readable_pairs
 from cutaway.model.language_model import LanguageModel
@@ -41,13 +41,15 @@ def test_one_head_of_a_web_text_model_carries_number_to_the_verb(shared: Path) -
     """Study: agreement: noising L3H0 at the last token costs 0.32; its values carry it, its pattern nothing (0.01)."""
     lm = cutaway.load(shared / "models" / "webtext-gpt2")
     pairs = readable_pairs(lm, find_task("agreement"), 24)
-    at_last = patch_grid(lm, pairs, over="heads", at="last", direction="noise")
+    at_last = patch_grid(lm, pairs, over="heads", roles="last", direction="noise")
     first = at_last.top(1)[0]
     assert first.cell.part == "blocks.3.attn.z head 0"
     assert first.effect.interval is not None
     assert first.effect.interval[0] > 0.2
     values, pattern = (
-        patch_grid(lm, pairs, over="heads", site=f"blocks.{{l}}.attn.{part}", direction="noise", layers=[3])
+        patch_grid(
+            lm, pairs, over="heads", site=f"blocks.{{l}}.attn.{part}", direction="noise", parts=Parts(layers=[3])
+        )
         for part in ("v", "pattern")
     )
     assert values.mean[0, 0] > 0.2

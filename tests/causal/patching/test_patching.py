@@ -3,24 +3,20 @@
 import re
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from patched import patch_cell, patch_grid
 from torch import Tensor
 
 import cutaway
-from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.errors import CannotDoTask, CutawayError
 from cutaway.causal.accuracy import task_accuracy
-from cutaway.causal.patching import patch as patching
 from cutaway.causal.patching.patch import PatchGrid
 from cutaway.data.pairs import PromptPair, align
 from cutaway.model.language_model import LanguageModel
-
-# small random models do no task
-patch_grid = partial(patching.patch_grid, force=True)
 
 Pairs = Callable[..., list[PromptPair]]
 
@@ -212,10 +208,10 @@ def test_pairs_that_the_model_cannot_do_are_refused(
     able = task_accuracy(tiny, pairs)
     assert able.value < 0.8
     for call in (
-        lambda: patching.patch_grid(tiny, pairs, layers=[0]),
-        lambda: patching.patch_cell(tiny, pairs, "blocks.0.mlp.out"),
+        lambda: patch_grid(tiny, pairs, layers=[0], force=False),
+        lambda: patch_cell(tiny, pairs, "blocks.0.mlp.out", force=False),
     ):
-        with pytest.raises(CutawayError, match=rf"tiny cannot do 10 prompt pairs: it is {re.escape(str(able))}. What"):
+        with pytest.raises(CannotDoTask, match=rf"tiny cannot do 10 prompt pairs: it is {re.escape(str(able))}. What"):
             call()
     grid = patch_grid(tiny, pairs, layers=[0])
     assert f"tiny cannot do 10 prompt pairs: it is {able}" in capsys.readouterr().err
@@ -223,7 +219,7 @@ def test_pairs_that_the_model_cannot_do_are_refused(
     assert bool(torch.stack([grid.p, grid.q, grid.p_of_all]).isnan().all())
     assert np.isnan(grid.top(1)[0].p)
     every = replace(able, items=torch.ones(10, dtype=torch.bool))
-    assert not patching.patch_grid(tiny, pairs, layers=[0], accuracy=every).p.isnan().any()
+    assert not patch_grid(tiny, pairs, layers=[0], accuracy=every, force=False).p.isnan().any()
 
 
 def test_atlas_hands_the_state_from_the_city_to_the_last_token(two_hop: PatchGrid) -> None:

@@ -285,9 +285,9 @@ def test_a_part_of_the_last_layer_has_no_other_path(arch: tuple[str, LanguageMod
     pairs = align(lm, id_pairs(3, 6))
     one, two = (path_patch(lm, pairs, ["L2.mlp"], ["logits"], mlps=mlps) for mlps in ("recompute", "freeze"))
     torch.testing.assert_close(one.values, two.values, rtol=1e-4, atol=1e-5)
-    from cutaway.causal.patching.patch import patch_grid
+    from patched import patch_grid
 
-    node = patch_grid(lm, pairs, site="blocks.{l}.mlp.out", direction="noise", layers=[2], force=True)
+    node = patch_grid(lm, pairs, site="blocks.{l}.mlp.out", direction="noise", layers=[2])
     torch.testing.assert_close(one.values[0, 0], node.values[0, -1], rtol=1e-3, atol=1e-4)
 
 

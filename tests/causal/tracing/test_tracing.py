@@ -14,6 +14,7 @@ from torch import Tensor
 import cutaway
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.statistics import false_discovery, sign_flip_p
+from cutaway.causal.tracing.grid import SITES, window_of
 from cutaway.causal.tracing.prompts import (
     ROLES,
     FactPrompt,
@@ -22,7 +23,7 @@ from cutaway.causal.tracing.prompts import (
     roles_of,
     subject_span,
 )
-from cutaway.causal.tracing.trace import SITES, causal_trace, default_window, window_of
+from cutaway.causal.tracing.trace import causal_trace, default_window
 from cutaway.model.language_model import LanguageModel, attach
 
 DRAWS, SEED, TIMES = 2, 3, 2.0

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from cutaway.causal.accuracy import task_accuracy, try_tasks
+from cutaway.causal.accuracy import task_accuracy
+from cutaway.causal.task_results import try_tasks
 from cutaway.data.pairs import PromptPair
 from cutaway.model.language_model import LanguageModel, attach
 from cutaway.model.own.weights import from_weights

@@ -7,205 +7,22 @@ variable set to what it is for the source. Interchange intervention accuracy (II
 as the causal model does.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cutaway.artifacts.errors import CutawayError
-from cutaway.artifacts.results import Choices, Control, Effect, interval_text
-from cutaway.artifacts.statistics import bootstrap_interval, wilson_interval
+from cutaway.artifacts.errors import CannotDoTask, CutawayError, NoSuchSite
 from cutaway.causal.abstraction.causal_model import CausalModel, Example, Swap
+from cutaway.causal.abstraction.outcomes import Alignment, Interchanged, InterchangeGrid, Place
 from cutaway.model.edits.edits import Edit, patch
 from cutaway.model.language_model import LanguageModel
 from cutaway.model.naming import answer_tokens, prompt_and
 from cutaway.model.sites import layer_of
 from cutaway.model.tokens import Tokens
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a variable stands: a site at a role, or heads, neurons or a subspace (`basis` [k, width]) of it.
-
-    `source_role` is the role in the source, where it has another one.
-    """
-
-    site: str
-    role: str
-    source_role: str | None = None
-    heads: tuple[int, ...] | None = None
-    neurons: tuple[int, ...] | None = None
-    basis: Tensor | None = field(default=None, repr=False, compare=False)
-
-    def __str__(self) -> str:
-        parts = [f"heads {list(self.heads)}"] if self.heads is not None else []
-        parts += [f"{len(self.neurons)} neurons"] if self.neurons is not None else []
-        parts += [f"{len(self.basis)} directions"] if self.basis is not None else []
-        which = f" ({', '.join(parts)})" if parts else ""
-        return f"{self.site}{which} at {self.role}"
-
-
-Alignment = Mapping[str, Sequence[Place]]
-"""The places of each variable that is taken from the source; several variables are taken together."""
-
-
-@dataclass(frozen=True)
-class Interchanged:
-    """What swapping a place does, over the pairs that the network answers rightly before.
-
-    `follows` [n]: the network answers as the causal model does with the variable taken from the source. `changes` [n]:
-    that is another answer than before; where it is not, following means to be left alone. `elsewhere`, `shuffled`,
-    `far` and `random` [draws, n] are the same with the place at a random other position, with another pair's source
-    that has another value, in the layer farthest away, and with random heads, neurons or directions instead of those
-    named (None where nothing is named). `refused` are the pairs left out, with the reason.
-    """
-
-    model: str
-    variables: tuple[str, ...]
-    place: str
-    role: str
-    follows: Tensor
-    changes: Tensor
-    elsewhere: Tensor
-    shuffled: Tensor
-    far: Tensor
-    random: Tensor | None
-    evaluation: str
-    refused: tuple[tuple[Swap, str], ...] = ()
-
-    @property
-    def n(self) -> int:
-        """Pairs whose answer should change."""
-        return int(self.changes.sum())
-
-    @property
-    def iia(self) -> float:
-        """Interchange intervention accuracy over the pairs whose answer should change."""
-        return float(self.follows[self.changes].float().mean()) if self.n else float("nan")
-
-    @property
-    def left_alone(self) -> tuple[int, int]:
-        """Of the pairs whose answer should not change: how many did not, and how many there are."""
-        same = ~self.changes
-        return int(self.follows[same].sum()), int(same.sum())
-
-    def effect(self, command: str | None = None) -> Effect:
-        """The IIA beside its controls, over the pairs whose answer should change."""
-        controls = [
-            _control("random other position", self.elsewhere[:, self.changes]),
-            _control("source with another value", self.shuffled[:, self.changes]),
-            _control("the same place in the farthest layer", self.far[:, self.changes]),
-        ]
-        if self.random is not None:
-            controls.append(_control("random part of the same size", self.random[:, self.changes]))
-        right = int(self.follows[self.changes].sum())
-        return Effect(
-            name=f"interchange of {', '.join(self.variables)} at {self.place}",
-            value=self.iia,
-            n=self.n,
-            interval=wilson_interval(right, self.n),
-            controls=tuple(control for control in controls if control is not None),
-            ablation="interchange: the place taken from the source prompt's run",
-            units="share answered as the causal model does",
-            command=command,
-            choices=Choices(
-                granularity="node" if self.random is None else "subspace",
-                component=self.place,
-                ablation="interchange",
-                positions=self.role,
-                direction="noise",
-                evaluation=self.evaluation,
-            ),
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        kept, same = self.left_alone
-        return {
-            "model": self.model,
-            "effect": self.effect().to_json(),
-            "left_alone": {"right": kept, "n": same, "interval": list(wilson_interval(kept, same))},
-            "refused": [
-                {"base": base.prompt, "source": source.prompt, "reason": why} for (base, source), why in self.refused
-            ],
-        }
-
-    def __str__(self) -> str:
-        effect = self.effect()
-        lines = [f"{effect.name}: {effect.value:.2f} ({interval_text(effect.interval, 2, to=True)}), n {effect.n}"]
-        for control in effect.controls:
-            lines.append(f"  {control.name}: {control.value:.2f} ({interval_text(control.interval, 2, to=True)})")
-        kept, same = self.left_alone
-        lines += [f"  left alone where the answer stays: {kept} of {same}"] if same else []
-        lines += [f"  {len(self.refused)} pairs left out"] if self.refused else []
-        return "\n".join(lines)
-
-
-def _control(name: str, outcomes: Tensor) -> Control | None:
-    """A rate over draws and pairs; its interval is over pairs."""
-    if not outcomes.numel():
-        return None
-    per_pair = outcomes.float().mean(0).numpy()
-    whole = len(outcomes) == 1
-    ends = wilson_interval(int(outcomes.sum()), outcomes.shape[1]) if whole else bootstrap_interval(per_pair)
-    return Control(name, float(per_pair.mean()), ends, len(per_pair))
-
-
-@dataclass(frozen=True)
-class InterchangeGrid:
-    """IIA of one site by layer × role, for n pairs whose answer should change: `follows` [layers, roles, n]."""
-
-    model: str
-    variable: str
-    site: str
-    layers: tuple[int, ...]
-    roles: tuple[str, ...]
-    follows: Tensor
-    refused: tuple[tuple[Swap, str], ...] = ()
-
-    @property
-    def n(self) -> int:
-        return int(self.follows.shape[-1])
-
-    @property
-    def iia(self) -> Tensor:
-        """[layers, roles]"""
-        return self.follows.float().mean(-1)
-
-    def place(self, roles: Sequence[str] | None = None) -> Place:
-        """The place with the highest IIA, the earliest layer of equals, among these roles (default: all)."""
-        chosen = self.iia.clone()
-        for j, role in enumerate(self.roles):
-            if roles is not None and role not in roles:
-                chosen[:, j] = -1.0
-        layer, j = divmod(int(chosen.argmax()), len(self.roles))
-        return Place(self.site.format(l=self.layers[layer]), self.roles[j])
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "model": self.model,
-            "variable": self.variable,
-            "site": self.site,
-            "layers": list(self.layers),
-            "roles": list(self.roles),
-            "n": self.n,
-            "iia": self.iia.tolist(),
-            "intervals": [
-                [list(wilson_interval(int(cell.sum()), self.n)) for cell in row] for row in self.follows
-            ],
-        }  # fmt: skip
-
-    def __str__(self) -> str:
-        width = max(8, *(len(role) + 2 for role in self.roles))
-        lines = [
-            f"interchange of {self.variable} at {self.site}: IIA, n {self.n}",
-            " " * 6 + "".join(f"{role:>{width}}" for role in self.roles),
-        ]
-        for layer, row in zip(self.layers, self.iia.tolist(), strict=True):
-            lines.append(f"  L{layer:<3} " + "".join(f"{value:>{width}.2f}" for value in row))
-        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -286,7 +103,7 @@ def _ready(lm: LanguageModel, model: CausalModel, variables: Sequence[str], swap
             kept.append(((base, source), wanted, after != low[model.answer], tuple(setting.values())))
     if not kept:
         reasons = [reason for _, reason in refused]
-        raise CutawayError(f"none of the {len(swaps)} pairs can be used: {max(set(reasons), key=reasons.count)}")
+        raise CannotDoTask(f"none of the {len(swaps)} pairs can be used: {max(set(reasons), key=reasons.count)}")
     return _Ready(
         [swap for swap, *_ in kept],
         *(lm.tokens([swap[side].prompt for swap, *_ in kept]) for side in (0, 1)),
@@ -320,10 +137,29 @@ def interchange(
 ) -> Interchanged:
     """Take the aligned places of some variables from the source, and compare with the causal model.
 
-    A pair counts when the network answers both of its prompts rightly. `draws` is how many random positions, sources
-    and parts stand as controls; `evaluation` says what the pairs are.
+    Interchange interventions as in Geiger et al. 2021 (https://arxiv.org/abs/2106.02997). A pair counts when the
+    network answers both of its prompts rightly.
 
-    Raises `CutawayError`: an alignment without places, an unknown variable, role or site, no pair that can be used.
+    Args:
+        lm: The model.
+        model: The causal model.
+        alignment: The places of each variable that is taken from the source; several variables are taken together.
+        swaps: Pairs of a base and a source.
+        draws: Random positions, sources and parts that stand as controls.
+        batch_rows: Rows of a forward.
+        evaluation: What the pairs are, in words, for the record.
+        seed: Of the controls.
+
+    Returns:
+        How often the network then answers as the causal model does (interchange intervention accuracy), beside
+        controls.
+
+    Raises:
+        CannotDoTask: No pair that can be used.
+        CutawayError: An alignment without places, an unknown variable, role or site.
+
+    Example:
+        >>> interchange(lm, bridge, {"state": [Place("blocks.3.resid_post", "last")]}, swaps)
     """
     places = [place for some in alignment.values() for place in some]
     if not places or not all(alignment.values()):
@@ -401,13 +237,34 @@ def interchange_grid(
     layers: Sequence[int] | None = None,
     batch_rows: int = 256,
 ) -> InterchangeGrid:
-    """IIA of one site at every layer and role, over the pairs whose answer should change.
+    """Interchange intervention accuracy of one site at every layer and role.
 
-    `site` has `{l}` where the layer stands. Choose the place here (`grid.place()`), and measure it with `interchange`
-    on other pairs: the best of many cells looks better than it is.
+    Choose the place here (`grid.place()`), and measure it with `interchange` on other pairs: the best of many cells
+    looks better than it is.
+
+    Args:
+        lm: The model.
+        model: The causal model.
+        variable: The variable that is taken from the source.
+        swaps: Pairs of a base and a source; those count whose answer should change.
+        site: A site with `{l}` where the layer stands.
+        roles: Positions that the examples name, or "last".
+        layers: Default: all.
+        batch_rows: Rows of a forward.
+
+    Returns:
+        The accuracy by layer × role.
+
+    Raises:
+        CannotDoTask: No pair that can be used.
+        NoSuchSite: A site without `{l}`.
+        CutawayError: An unknown variable or role, or no pair whose answer changes.
+
+    Example:
+        >>> interchange_grid(lm, bridge, "state", swaps, roles=["city", "last"])
     """
     if "{l}" not in site:
-        raise CutawayError(f"the site {site!r} names no layer to search; write for example 'blocks.{{l}}.resid_post'")
+        raise NoSuchSite(f"the site {site!r} names no layer to search; write for example 'blocks.{{l}}.resid_post'")
     ready = _ready(lm, model, (variable,), swaps)
     if not bool(ready.changes.any()):
         raise CutawayError(f"no pair's answer changes with {variable!r}; give sources with other values of it")

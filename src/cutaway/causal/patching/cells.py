@@ -1,6 +1,6 @@
 """Single patches of a set of prompt pairs, measured together in one sweep.
 
-A `PatchCell` names a part (a site, one head, one neuron) and where in the prompts it is patched. `PatchBench` holds
+A `PatchCell` names a part (a site, one head, one neuron) and where in the prompts it is patched. `PatchSetup` holds
 what all cells of one question share: the two runs, the metric of both, what is put in place. Grids, single cells and
 neuron sweeps are layouts of cells (`patching.py`).
 """
@@ -9,15 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.errors import CutawayError, NoSuchSite
 from cutaway.causal.ablations import Ablation, replacement_run
 from cutaway.causal.accuracy import Criterion
-from cutaway.causal.metrics import Metric, Targets, differentiable, logit_difference, recovery, targets_of
+from cutaway.causal.metrics import (
+    Metric,
+    PatchDirection,
+    Targets,
+    differentiable,
+    logit_difference,
+    recovery,
+    targets_of,
+)
 from cutaway.data.pairs import AlignedPairs
 from cutaway.model.edits.edits import Edit, patch
 from cutaway.model.edits.edits import set as set_value
@@ -25,8 +32,6 @@ from cutaway.model.forward.run import Run
 from cutaway.model.language_model import LanguageModel
 from cutaway.model.sites import Site, template_of
 from cutaway.model.tokens import Tokens
-
-Direction = Literal["denoise", "noise"]
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,7 @@ def neuron_count(site: Site) -> int | None:
     return int(width) if isinstance(width, int) and head_count(site) is None else None
 
 
-class PatchBench:
+class PatchSetup:
     """The pairs and runs that cells are measured on.
 
     `metric_clean`, `metric_corrupt` [n] are the metric of the two unpatched runs, `base_logits` [n, V] those of the run
@@ -87,7 +92,7 @@ class PatchBench:
         pairs: AlignedPairs,
         sites: Sequence[str],
         *,
-        direction: Direction,
+        direction: PatchDirection,
         ablation: Ablation,
         metric: Metric,
         metric_name: str,
@@ -232,7 +237,7 @@ def every_layer(lm: LanguageModel, site: str, layers: Sequence[int] | None) -> l
         template = template_of(site)
         known = site in {one.name for one in table} and template != site
         how = f"write {template!r} and name the layer apart" if known else "write for example 'blocks.{l}.resid_post'"
-        raise CutawayError(f"the site {site!r} names no layer to sweep; {how}")
+        raise NoSuchSite(f"the site {site!r} names no layer to sweep; {how}")
     table = lm.sites()
     if layers is None:
         names = table.expand(site.replace("{l}", "*"))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
+from markupsafe import Markup
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
@@ -21,37 +23,70 @@ from cutaway.artifacts.statistics import (
     sign_flip_p_of_many,
     wilson_interval,
 )
-from cutaway.causal.metrics import ratio_of_means
-from cutaway.causal.patching.cells import Direction, PatchCell
+from cutaway.causal.metrics import PatchDirection, ratio_of_means
+from cutaway.causal.patching.cells import PatchCell
+from cutaway.draw.charts import effect_html
+from cutaway.draw.heatmap import heatmap_svg
+from cutaway.draw.result import Result
 
 Over = Literal["positions", "heads", "components", "neurons"]
 Of = Literal["metric", "flips"]
 LEAST_PAIRS = 8
 """Pairs that choosing a cell on one half and measuring it on the other needs; an interval over fewer is a guess."""
+COLUMNS: dict[Over, str] = {
+    "positions": "position",
+    "heads": "head",
+    "components": "part",
+    "neurons": "neurons of the layer, the largest estimates first",
+}
+"""What the columns of a grid are, in words."""
+_NEURON_COLUMNS = 8
 _ROUNDING = 1e-5
 
 
-@dataclass(frozen=True)
-class PatchedCell:
-    """One cell with all that is known about it.
+@dataclass(frozen=True, repr=False)
+class PatchedCell(Result):
+    """One cell with all that is known about it. `p`, `q` and `p_of_all` are NaN where the model cannot do the task."""
 
-    `effect.value` is the mean over pairs of each pair's share; `ratio_of_means` divides the means instead, over all n
-    pairs, and weighs pairs by how far their prompts differ. `p` is the two-sided p of the sign-flip test of the pairs'
-    shares against their controls, for this one cell; `q` is the rate of false discoveries among all cells with a p as
-    small, `p_of_all` the chance that any cell is as far off where there is nothing. All three are NaN where the model
-    cannot do the task.
-    """
+    title: ClassVar[str] = "Patched cell"
 
     layer: int
     column: str
     cell: PatchCell
+    """The part and the place."""
     effect: Effect
+    """The mean over pairs of each pair's share, beside its control."""
     p: float
+    """Two-sided p of the sign-flip test of the pairs' shares against their controls, for this one cell."""
     q: float
+    """The rate of false discoveries among all cells of the grid with a p as small."""
     p_of_all: float
+    """The chance that any cell of the grid is as far off where there is nothing."""
     ratio_of_means: float
+    """The means divided, over all n pairs: weighs pairs by how far their prompts differ."""
+
+    def summary(self) -> str:
+        """The share with interval and control, and the tests."""
+        return str(self)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row."""
+        low, high = self.effect.interval or (None, None)
+        control = self.effect.controls[0].value if self.effect.controls else None
+        return [
+            {
+                "layer": self.layer, "column": self.column, "part": self.cell.part, "at": self.cell.at,
+                "value": self.effect.value, "low": low, "high": high, "control": control, "n": self.effect.n,
+                "p": self.p, "q": self.q, "p_of_all": self.p_of_all, "ratio_of_means": self.ratio_of_means,
+            }
+        ]  # fmt: skip
+
+    def drawing(self) -> Markup:
+        """The effect as a bar beside its control."""
+        return effect_html(self.effect.to_json())
 
     def to_json(self) -> dict[str, Any]:
+        """The cell, its tests and its effect."""
         return {
             "layer": self.layer,
             "column": self.column,
@@ -75,47 +110,64 @@ class PatchedCell:
         )
 
 
-@dataclass(frozen=True, eq=False)
-class PatchGrid:
+@dataclass(frozen=True, eq=False, repr=False)
+class PatchGrid(Result):
     """What patches do, layer × column, for n pairs.
 
-    `values` [layers, columns, n] is the share of the difference between the two runs that one patch moves: denoising,
-    (patched - corrupt) / (clean - corrupt); noising, (clean - patched) / (clean - corrupt). 0 leaves the run as it was,
-    1 turns it into the other. NaN where a pair's denominator is too small to say (`dropped` counts those pairs).
-    `patched` is the metric itself. `flips` [layers, columns, n] is True where the source's answer becomes the most
-    probable token or, by the criterion "preferred", more probable than the other answer. `layers` are those patched,
-    out of the model's `n_layers`; `columns` are positions or roles, heads, components or neurons, as `over` says, and
-    `cells` [layers][columns] what each cell patches. `random_values` are the control of each cell, named by `control`.
-    `unable` says that the model cannot do the task, "" where it can: then nothing has a p.
+    A share is of the difference between the two runs that one patch moves: denoising, (patched - corrupt) / (clean -
+    corrupt); noising, (clean - patched) / (clean - corrupt). 0 leaves the run as it was, 1 turns it into the other.
     """
+
+    title: ClassVar[str] = "Activation patching"
 
     model: str
     n_layers: int
+    """Layers of the model."""
     site: str
     over: Over
-    direction: Direction
+    """What the columns are."""
+    direction: PatchDirection
     ablation: str
     metric: str
     layers: tuple[int, ...]
+    """The layers patched, a row each."""
     columns: tuple[str, ...]
-    cells: tuple[tuple[PatchCell, ...], ...] = field(repr=False)
+    """Names of the columns: positions or roles, heads, components or neurons."""
+    cells: tuple[tuple[PatchCell, ...], ...]
+    """What each cell patches, [layers][columns]."""
     at: str | None
-    patched: Tensor = field(repr=False)
-    values: Tensor = field(repr=False)
-    flips: Tensor = field(repr=False)
-    clean: Tensor = field(repr=False)
-    corrupt: Tensor = field(repr=False)
+    """The role or roles of every cell, where columns are no positions; None at every token."""
+    patched: Tensor
+    """The metric under each patch [layers, columns, n]."""
+    values: Tensor
+    """Shares [layers, columns, n]; NaN where a pair's two prompts hardly differ."""
+    flips: Tensor
+    """Where the source's answer becomes the most probable token (or, by the criterion "preferred", more probable than
+    the other answer), bool [layers, columns, n]."""
+    clean: Tensor
+    """The metric of the clean run [n]."""
+    corrupt: Tensor
+    """The metric of the corrupt run [n]."""
     dropped: int
+    """Pairs whose two prompts hardly differ."""
     tokens: tuple[str, ...]
+    """The first clean prompt's tokens, where the columns are its positions."""
     control: str
-    random_values: Tensor = field(repr=False)
-    random_flips: Tensor = field(repr=False)
-    base_flips: Tensor = field(repr=False)
+    """What the control of each cell is."""
+    random_values: Tensor
+    """The control's shares [layers, columns, n]."""
+    random_flips: Tensor
+    """The control's flips [layers, columns, n]."""
+    base_flips: Tensor
+    """Which pairs are answered as the source is without a patch, bool [n]."""
     evaluation: str
+    """What the pairs are."""
     unable: str = ""
+    """That the model cannot do the task, "" where it can: then nothing has a p."""
 
     @property
     def n(self) -> int:
+        """How many pairs were patched."""
         return int(self.values.shape[-1])
 
     @property
@@ -164,19 +216,18 @@ class PatchGrid:
         column: str,
         *,
         of: Of = "metric",
-        command: str | None = None,
-        rows: Sequence[int] | None = None,
+        pairs: Sequence[int] | None = None,
     ) -> Effect:
         """One cell as an effect beside its control.
 
         `of` says what is moved: the share of the metric's difference, or the share of pairs that are answered as the
         source is ("flips"). The control patches what nothing says should matter: a random other position of the same
         prompt (among those that can carry a difference: from the first token in which clean and corrupt differ on), or
-        a random other head or neuron of the same layer, or the same component of another layer. `rows` are the pairs
-        that it is measured on (default: all).
+        a random other head or neuron of the same layer, or the same component of another layer. `pairs` are those that
+        it is measured on, by number (default: all).
         """
         i, j = self._place(layer, column)
-        pick = torch.arange(self.n) if rows is None else torch.as_tensor(list(rows))
+        pick = torch.arange(self.n) if pairs is None else torch.as_tensor(list(pairs))
         cell = self.cells[i][j]
         name = f"{self.direction} {cell}"
         choices = self.choices(cell)
@@ -198,7 +249,6 @@ class PatchGrid:
                 ),
                 ablation=ablation,
                 units="share of pairs",
-                command=command,
                 choices=choices,
             )
         value, control = self.values[i, j, pick], self.random_values[i, j, pick]
@@ -212,14 +262,13 @@ class PatchGrid:
             controls=(Control(self.control, mean, spread, len(control)),) if len(control) else (),
             ablation=ablation,
             units=f"share of the {self.metric.replace('_', ' ')} between the two runs",
-            command=command,
             choices=choices,
         )
 
-    def evidence(self, layer: int, column: str, *, command: str | None = None) -> PatchedCell:
+    def evidence(self, layer: int, column: str) -> PatchedCell:
         """One cell with its effect, the p of its difference from the control, and the ratio of means."""
         i, j = self._place(layer, column)
-        effect = self.effect(layer, column, command=command)
+        effect = self.effect(layer, column)
         p, q, of_all, ratio = (grid[i, j].item() for grid in (self.p, self.q, self.p_of_all, self.ratio_of_means))
         return PatchedCell(layer, column, self.cells[i][j], effect, p, q, of_all, ratio)
 
@@ -252,28 +301,25 @@ class PatchGrid:
         found = sign_flip_p_of_many(self._differences[..., judged].flatten(0, 1).numpy())
         return torch.from_numpy(found).view(self.values.shape[:2])
 
-    def top(self, k: int = 10, *, command: str | None = None) -> list[PatchedCell]:
+    def top(self, k: int = 10) -> list[PatchedCell]:
         """The k cells with the largest mean by size, largest first (the model's output itself is left out).
 
         The largest of many look larger than they are: `best` measures one on pairs that it was not chosen on.
         """
+        return [self.evidence(self.layers[i], self.columns[j]) for i, j in self._largest(k)]
+
+    def _largest(self, k: int) -> list[tuple[int, int]]:
+        """Row and column of the k largest cells."""
         able = [layer for layer in self.layers if not self.is_output(layer)] or list(self.layers)
         rows = [self.layers.index(layer) for layer in able]
         sizes = self.mean[rows].abs().nan_to_num(-1.0)
         order = sizes.flatten().argsort(descending=True, stable=True)[:k].tolist()
-        chosen = [(rows[at // len(self.columns)], at % len(self.columns)) for at in order]
-        return [self.evidence(self.layers[i], self.columns[j], command=command) for i, j in chosen]
+        return [(rows[at // len(self.columns)], at % len(self.columns)) for at in order]
 
-    def best(
-        self,
-        *,
-        of: Of = "metric",
-        layers: Sequence[int] | None = None,
-        command: str | None = None,
-    ) -> Effect:
+    def best(self, *, of: Of = "metric", layers: Sequence[int] | None = None) -> Effect:
         """The cell with the largest mean of what is asked for, chosen on every second pair, measured on the others.
 
-        Choosing and measuring on the same pairs would report the luckiest of many cells. `layers` are the candidates
+        Choosing and measuring on the same pairs would flatter the largest of many cells. `layers` are the candidates
         (default: all but the stream after the model's last layer, which at the last token hands over the answer
         itself). Needs at least 8 pairs.
         """
@@ -287,9 +333,10 @@ class PatchGrid:
         values = self.values if of == "metric" else self.flips.float()
         chosen = values[rows][..., 0::2].nanmean(-1).nan_to_num(-torch.inf)
         i, j = divmod(int(chosen.argmax()), len(self.columns))
-        return self.effect(self.layers[rows[i]], self.columns[j], of=of, command=command, rows=range(1, self.n, 2))
+        return self.effect(self.layers[rows[i]], self.columns[j], of=of, pairs=range(1, self.n, 2))
 
     def to_json(self) -> dict[str, Any]:
+        """Means, intervals and tests by [layer][column]; the pairs' own values are not among them."""
         low, high = self.interval()
         return {
             "model": self.model,
@@ -321,6 +368,85 @@ class PatchGrid:
             "corrupt": self.corrupt.mean().item(),
         }
 
+    def summary(self) -> str:
+        """What was measured, and the largest cells beside their controls (`print(grid)` has the whole table)."""
+        lines = [
+            self.headline(),
+            *([f"  {self.unable}"] if self.unable else []),
+            f"  largest cells, mean share of the {self.n - self.dropped} pairs [95 %]:",
+        ]
+        for i, j in self._largest(5):
+            effect = self.effect(self.layers[i], self.columns[j])
+            control = f", {self.control} {effect.controls[0].value:.2f}" if effect.controls else ""
+            lines.append(f"  {self.cells[i][j]}: {effect.value:.2f} {interval_text(effect.interval, 2)}{control}")
+        return "\n".join(lines)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per cell."""
+        low, high = self.interval()
+        control = self.random_values.nanmean(-1)
+        tables = {
+            "value": self.mean, "low": low, "high": high, "control": control, "p": self.p, "q": self.q,
+            "p_of_all": self.p_of_all, "ratio_of_means": self.ratio_of_means, "flip_rate": self.flip_rate,
+        }  # fmt: skip
+        return [
+            {
+                "layer": layer,
+                "column": column,
+                "part": self.cells[i][j].part,
+                "at": self.cells[i][j].at,
+                **{name: _finite(table[i, j].item()) for name, table in tables.items()},
+                "n": self.n - self.dropped,
+            }
+            for i, layer in enumerate(self.layers)
+            for j, column in enumerate(self.columns)
+        ]
+
+    def drawing(self) -> Markup:
+        """The heatmap of shares, and of flips where a patch flips answers."""
+        return Markup("").join([self.share_map(), *([self.flip_map()] if self.flips_more else [])])
+
+    @property
+    def flips_more(self) -> bool:
+        """Whether some patch flips more answers than are flipped without one."""
+        return float(self.flip_rate.max()) > float(self.base_flips.float().mean())
+
+    def share_map(self) -> Markup:
+        """A heatmap of mean shares, layer × column, the largest outlined."""
+        values, cell_text = self._shown(self.mean), None
+        if self.over == "neurons":
+            cell_text = [
+                [minus_text(f"{self._neurons(i, j)} {value or 0.0:.3f}") for j, value in enumerate(row)]
+                for i, row in enumerate(values)
+            ]
+        known = [
+            (abs(value), i, j)
+            for i, row in enumerate(values)
+            if not self.is_output(self.layers[i])
+            for j, value in enumerate(row)
+            if value is not None
+        ]
+        title = "share of the difference that a patch moves"
+        return self._map(
+            values, title, "share", diverging=True, cell_text=cell_text, marks=[max(known)[1:]] if known else []
+        )
+
+    def flip_map(self) -> Markup:
+        """A heatmap of the share of pairs whose answer flips, layer × column."""
+        return self._map(self._shown(self.flip_rate), "share of pairs whose answer flips", "share of pairs")
+
+    def _shown(self, values: Tensor) -> list[list[float | None]]:
+        return _plain(values[:, :_NEURON_COLUMNS] if self.over == "neurons" else values)
+
+    def _map(self, values: list[list[float | None]], title: str, units: str, **how: Any) -> Markup:
+        return heatmap_svg(
+            rows=[f"L{layer}" for layer in self.layers], columns=list(self.columns[: len(values[0])]), values=values,
+            title=title, units=units, row_axis="layer", column_axis=COLUMNS[self.over], **how,
+        )  # fmt: skip
+
+    def _neurons(self, i: int, j: int) -> str:
+        return ",".join(f"N{neuron}" for neuron in self.cells[i][j].neurons or ())
+
     def headline(self) -> str:
         """What was measured, in one line."""
         where = "" if self.over == "positions" else f" at {'every token' if self.at is None else self.at}"
@@ -344,6 +470,11 @@ class PatchGrid:
         for layer, row in zip(self.layers, self.mean.tolist(), strict=True):
             lines.append(f"  L{layer:<3} " + "".join(f"{value:>{width}.2f}" for value in row))
         return "\n".join(lines)
+
+
+def minus_text(text: str) -> str:
+    """Typographic minus signs, and none before a zero."""
+    return re.sub(r"-(0\.0+)(?!\d)", r"\1", text).replace("-", "−")
 
 
 def _finite(value: float) -> float | None:

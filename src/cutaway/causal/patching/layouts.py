@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.errors import CutawayError, Misaligned
 from cutaway.causal.patching.cells import (
-    PatchBench,
     PatchCell,
+    PatchSetup,
     Places,
     every_layer,
     head_count,
@@ -82,7 +82,7 @@ def _of_roles(pairs: AlignedPairs, roles: Sequence[str]) -> tuple[Tensor, Tensor
 
 
 def over_positions(
-    bench: PatchBench,
+    setup: PatchSetup,
     rows: Rows,
     roles: Sequence[str] | None,
     heads: Sequence[int] | None,
@@ -91,15 +91,15 @@ def over_positions(
     seed: int,
     together: bool,
 ) -> Layout:
-    pairs = bench.pairs
+    pairs = setup.pairs
     names, in_clean, in_corrupt = _columns(pairs, roles)
-    to, of = (in_clean, in_corrupt) if bench.noise else (in_corrupt, in_clean)
+    to, of = (in_clean, in_corrupt) if setup.noise else (in_corrupt, in_clean)
     part = {
         "heads": None if heads is None else tuple(heads),
         "neurons": None if neurons is None else tuple(neurons),
     }
     if together:
-        places: list[Places | None] = [places_at(pairs, roles, bench.noise)]
+        places: list[Places | None] = [places_at(pairs, roles, setup.noise)]
         names = [" and ".join(names)]
     else:
         places = [Places(a[:, None], b[:, None]) for a, b in zip(to, of, strict=True)]
@@ -113,7 +113,7 @@ def over_positions(
 
 
 def over_heads(
-    bench: PatchBench,
+    setup: PatchSetup,
     rows: Rows,
     heads: Sequence[int] | None,
     places: Places | None,
@@ -121,7 +121,7 @@ def over_heads(
     draws: int,
     rng: np.random.Generator,
 ) -> Layout:
-    n_heads = head_count(bench.lm.sites()[rows[0][1]]) or 0
+    n_heads = head_count(setup.lm.sites()[rows[0][1]]) or 0
     chosen = list(range(n_heads)) if heads is None else list(dict.fromkeys(heads))
     cells = [[PatchCell(site, heads=(head,), at=where) for head in chosen] for _, site in rows]
     drawn: list[list[tuple[PatchCell, Places | None]]] = []
@@ -133,7 +133,7 @@ def over_heads(
         for _, site in rows:
             picked = rng.permutation(others)[:draws].tolist()
             drawn.append([(PatchCell(site, heads=(head,), at=where), places) for head in picked])
-    prefix = "KV" if " KV" in bench.lm.sites()[rows[0][1]].dims else "H"
+    prefix = "KV" if " KV" in setup.lm.sites()[rows[0][1]].dims else "H"
     return Layout(tuple(f"{prefix}{head}" for head in chosen), cells, [places] * len(chosen), drawn, beside, control)
 
 
@@ -149,7 +149,7 @@ def over_components(rows: Rows, places: Places | None, where: str | None, whole:
 
 
 def over_neurons(
-    bench: PatchBench,
+    setup: PatchSetup,
     rows: Rows,
     neurons: Sequence[int] | None,
     top: int,
@@ -158,7 +158,7 @@ def over_neurons(
     draws: int,
     rng: np.random.Generator,
 ) -> Layout:
-    width = min(neuron_count(bench.lm.sites()[site]) or 0 for _, site in rows)
+    width = min(neuron_count(setup.lm.sites()[site]) or 0 for _, site in rows)
     cells, drawn = [], []
     asked = None if neurons is None else list(dict.fromkeys(neurons))
     every = top == 0 or top >= width if asked is None else len(asked) == width
@@ -168,7 +168,7 @@ def over_neurons(
         elif every:
             chosen = list(range(width))
         else:
-            chosen = bench.estimated(site, places).abs().argsort(descending=True, stable=True)[:top].tolist()
+            chosen = setup.estimated(site, places).abs().argsort(descending=True, stable=True)[:top].tolist()
         cells.append([PatchCell(site, neurons=(neuron,), at=where) for neuron in chosen])
         if not every:
             others = np.setdiff1d(np.arange(width), chosen)
@@ -185,7 +185,7 @@ def _columns(pairs: AlignedPairs, roles: Sequence[str] | None) -> tuple[list[str
         return list(roles), *_of_roles(pairs, roles)
     lengths = pairs.clean.lengths.cpu()
     if int(lengths.min()) != int(lengths.max()):
-        raise CutawayError(
+        raise Misaligned(
             f"the pairs are {int(lengths.min())} to {int(lengths.max())} tokens long, so their positions do not line "
             "up; name positions by role (roles=...), or give pairs of one template"
         )

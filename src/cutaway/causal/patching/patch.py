@@ -9,14 +9,15 @@ patched layer and token on.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.causal.ablations import Ablation, ablation_of
 from cutaway.causal.accuracy import Criterion, TaskAccuracy, task_accuracy, unable
-from cutaway.causal.metrics import Metric, logit_difference, named_metric
-from cutaway.causal.patching.cells import Direction, PatchBench, every_layer, head_count, neuron_count
+from cutaway.causal.metrics import Metric, PatchDirection, logit_difference, named_metric
+from cutaway.causal.patching.cells import PatchSetup, every_layer, head_count, neuron_count
 from cutaway.causal.patching.grid import LEAST_PAIRS, Over, PatchedCell, PatchGrid
 from cutaway.causal.patching.layouts import (
     COMPONENTS,
@@ -37,8 +38,6 @@ from cutaway.model.language_model import LanguageModel
 from cutaway.model.sites import layer_of, template_of
 from cutaway.model.tokens import Tokens
 
-__all__ = ["LEAST_PAIRS", "Direction", "Over", "PatchGrid", "PatchedCell", "patch_cell", "patch_grid"]
-
 SITES: dict[Over, str] = {
     "positions": "blocks.{l}.resid_post",
     "heads": "blocks.{l}.attn.z",
@@ -48,70 +47,106 @@ SITES: dict[Over, str] = {
 """What is patched where no site is named."""
 
 
+@dataclass(frozen=True)
+class Parts:
+    """Which parts a grid patches."""
+
+    layers: Sequence[int] | None = None
+    """The rows; None: every layer that has the site."""
+    heads: Sequence[int] | None = None
+    """Over heads, the columns (None: all); over positions, patch these heads alone."""
+    neurons: Sequence[int] | None = None
+    """Over neurons, the columns (None: the `top` of each layer); over positions, patch these alone."""
+    top: int = 20
+    """Neurons of each layer to measure where none are named, the largest by a first-order estimate (activation
+    difference times gradient); 0 for all."""
+    names: Sequence[str] | None = None
+    """Your own names for the columns, one for each."""
+
+
+@dataclass(frozen=True)
+class PatchOptions:
+    """What a patch is judged by, its controls, and what is known of the pairs."""
+
+    criterion: Criterion = "top1"
+    """When an answer has flipped: it is the most probable token ("top1"), or above the other answer ("preferred")."""
+    draws: int | None = None
+    """Random positions, heads or neurons that a control is the mean of, where the grid does not hold all others
+    anyway; None: 3 in a grid, 8 for a single cell."""
+    seed: int = 0
+    """Of the controls."""
+    batch_rows: int | None = 256
+    """Rows of a forward; None: as many as fit."""
+    reference: Tokens | None = None
+    """Tokens whose mean a mean ablation takes, instead of the pairs' own."""
+    evaluation: str = ""
+    """What the pairs are, in words, for the record."""
+    accuracy: TaskAccuracy | None = None
+    """How well the model does the pairs, where that has been measured; else it is, by "preferred"."""
+    force: bool = False
+    """Go on where the model is right on less than 80 % of the pairs; nothing has a p-value then."""
+
+
+_ALL_PARTS = Parts()
+_OPTIONS = PatchOptions()
+
+
 def patch_grid(
     lm: LanguageModel,
     pairs: Sequence[PromptPair] | AlignedPairs,
     *,
-    site: str | None = None,
     over: Over = "positions",
-    direction: Direction = "denoise",
+    site: str | None = None,
+    roles: str | Sequence[str] | None = None,
+    parts: Parts = _ALL_PARTS,
+    direction: PatchDirection = "denoise",
     ablation: Ablation | str = "resample",
     metric: str | Metric = logit_difference,
-    roles: Sequence[str] | None = None,
-    at: str | Sequence[str] | None = None,
-    heads: Sequence[int] | None = None,
-    neurons: Sequence[int] | None = None,
-    top: int = 20,
-    names: Sequence[str] | None = None,
-    criterion: Criterion = "top1",
-    layers: Sequence[int] | None = None,
-    draws: int = 3,
-    batch_rows: int | None = 256,
-    seed: int = 0,
-    reference: Tokens | None = None,
-    evaluation: str = "",
-    accuracy: TaskAccuracy | None = None,
-    force: bool = False,
+    options: PatchOptions = _OPTIONS,
 ) -> PatchGrid:
     """Patch one part at a time, in every layer, and measure what share of the answer each moves.
 
-    Parameters:
-        site: has `{l}` where the layer stands; any site of `lm.sites()`. Default: `resid_post` over positions, `attn.z`
-            over heads, `mlp.post` over neurons; over components always `attn.out` and `mlp.out`.
-        over: what the columns are. "positions" of the prompts, or `roles` of them; "heads" (key-value heads at k, v
-            and rot_k); "components"; "neurons": the entries of the site's last dimension.
-        direction, ablation: see the module and `Ablation`; all but "resample" need "noise".
-        metric: a name of `METRICS`, or a function `(logits [b, V], targets) -> [b]`.
-        roles: columns by role (`["city", "last"]`) instead of by position. Without them all pairs must be equally long;
-            with them they may differ in length and layout, and a role may stand elsewhere in clean and corrupt.
-        at: over heads, components and neurons: the role or roles at which a part is patched, together. Default: at
-            every token.
-        heads: over heads, the columns; over positions, patch these heads alone.
-        neurons: over neurons, the columns; over positions, patch these alone. Without them the `top` neurons of each
-            layer by a first-order estimate (activation difference times gradient) are measured, all if `top` is 0.
-        names: your own names for the columns. criterion: when an answer has flipped (see `PatchGrid`).
-        layers: default all that have the site. draws: random positions, heads or neurons a control is the mean of,
-            where the grid does not hold all others anyway.
-        reference: tokens whose mean a mean ablation takes, instead of the pairs' own.
-        evaluation: what the pairs are, in words, for the record.
-        accuracy: how well the model does the pairs, where that has been measured; else it is, by "preferred".
-        force: go on where the model is right on less than 80 % of the pairs; the grid has no p-values then.
+    Activation patching as in Wang et al. 2022 (https://arxiv.org/abs/2211.00593); on the choices see Heimersheim &
+    Nanda 2024 (https://arxiv.org/abs/2404.15255).
 
-    Raises `CutawayError`: pairs that do not line up, prompts that the metric cannot tell apart, a task that the model
-    cannot do, an unknown site, role, head, layer, metric or ablation, a site without `{l}`.
+    Args:
+        lm: The model.
+        pairs: Prompt pairs, n of them.
+        over: What the columns are: "positions" of the prompts, or `roles` of them; "heads" (key-value heads at k, v
+            and rot_k); "components" (attention and MLP outputs); "neurons" (entries of the site's last dimension).
+        site: Any site of `lm.sites()`, with `{l}` where the layer stands. Default: `resid_post` over positions,
+            `attn.z` over heads, `mlp.post` over neurons; over components always `attn.out` and `mlp.out`.
+        roles: Over positions: a column by each of these roles instead of by position; the pairs may then differ in
+            length and layout, and a role may stand elsewhere in clean and corrupt. Over heads, components and neurons:
+            the role or roles at which a part is patched, together. Default: every position, or every token.
+        parts: Layers, heads, neurons, if not all.
+        direction: Clean activations into the corrupt run ("denoise": what suffices?), or out of the clean run ("noise":
+            what is needed?).
+        ablation: What takes an activation's place; all but "resample" need "noise".
+        metric: A name of `METRICS`, or a function `(logits [b, V], targets) -> [b]`.
+        options: Criterion, controls, what is known of the pairs.
+
+    Returns:
+        The share that each cell moves [layers, columns, n], beside its control.
+
+    Raises:
+        Misaligned: Pairs that do not line up.
+        CannotDoTask: The model is right on less than 80 % of the pairs.
+        NoSuchSite: An unknown site, or one without `{l}`.
+        CutawayError: Prompts that the metric cannot tell apart, an unknown role, head, layer, metric or ablation.
+
+    Example:
+        >>> lm = cutaway.load("atlas")
+        >>> pairs = cutaway.data.readable_pairs(lm, cutaway.data.task("agreement"), 16)
+        >>> patch_grid(lm, pairs, over="heads", roles="last", direction="noise").save("heads.svg")
     """
     if over not in SITES:
         raise CutawayError(f"over={over!r} is not one of {', '.join(SITES)}")
     if over == "components" and site is not None:
         raise CutawayError("over components attn.out and mlp.out are patched; leave the site out, or name another grid")
     wanted = site or SITES[over]
-    rows = component_rows(lm, layers) if over == "components" else every_layer(lm, wanted, layers)
-    return _measured(
-        lm, pairs, rows, wanted, over, direction=direction, ablation=ablation, metric=metric, roles=roles,
-        at=[at] if isinstance(at, str) else at, heads=heads, neurons=neurons, top=top, names=names,
-        criterion=criterion, draws=draws, batch_rows=batch_rows, seed=seed, reference=reference, evaluation=evaluation,
-        accuracy=accuracy, force=force,
-    )  # fmt: skip
+    rows = component_rows(lm, parts.layers) if over == "components" else every_layer(lm, wanted, parts.layers)
+    return _measured(lm, pairs, rows, wanted, over, roles, parts, direction, ablation, metric, options)
 
 
 def patch_cell(
@@ -121,22 +156,35 @@ def patch_cell(
     *,
     head: int | None = None,
     neuron: int | None = None,
-    at: str | Sequence[str] | None = None,
-    direction: Direction = "denoise",
+    roles: str | Sequence[str] | None = None,
+    direction: PatchDirection = "denoise",
     ablation: Ablation | str = "resample",
     metric: str | Metric = logit_difference,
-    criterion: Criterion = "top1",
-    draws: int = 8,
-    seed: int = 0,
-    reference: Tokens | None = None,
-    evaluation: str = "",
-    force: bool = False,
+    options: PatchOptions = _OPTIONS,
 ) -> PatchedCell:
-    """Patch one part: a whole site (`blocks.3.attn.out`, `embed`), one head or one neuron of it, at a role or several
-    (`at`) or at every token. Its control patches `draws` random other heads or neurons of the layer; a whole site's,
-    other positions where a role is named, else the same site in other layers.
+    """Patch one part: a whole site, or one head or neuron of it.
 
-    Raises `CutawayError` as `patch_grid` does, and for fewer than 2 pairs, which have no interval.
+    Args:
+        lm: The model.
+        pairs: Prompt pairs, 2 or more.
+        site: The site with its layer (`blocks.3.attn.out`, `embed`).
+        head: The one head to patch (a key-value head at k, v, rot_k).
+        neuron: The one entry of the site's last dimension to patch.
+        roles: The role or roles at which it is patched, together; None at every token.
+        direction: See `patch_grid`.
+        ablation: See `patch_grid`.
+        metric: See `patch_grid`.
+        options: See `patch_grid`.
+
+    Returns:
+        The cell's share. Its control patches random other heads or neurons of the layer; a whole site's, other
+        positions where a role is named, else the same site in other layers.
+
+    Raises:
+        CutawayError: As `patch_grid`, and for fewer than 2 pairs, which have no interval.
+
+    Example:
+        >>> patch_cell(lm, pairs, "blocks.6.attn.v", head=2, roles="last", direction="noise", ablation="mean")
     """
     if head is not None and neuron is not None:
         raise CutawayError(f"a cell is head {head} or neuron {neuron} of {site!r}, not both; name one of the two")
@@ -146,18 +194,15 @@ def patch_cell(
             f"{len(aligned)} pair is too few for an interval; give 2 at the least, {LEAST_PAIRS} or more"
         )
     name = lm.sites().resolve(site)
-    roles = [at] if isinstance(at, str) else at
     rows = [(layer_of(name) or 0, name)]
     over: Over = "heads" if head is not None else "neurons" if neuron is not None else "positions"
     if over == "positions" and roles is None:
         over = "components"
+    parts = Parts(heads=None if head is None else [head], neurons=None if neuron is None else [neuron], top=1)
+    chosen = replace(options, draws=8 if options.draws is None else options.draws)
     grid = _measured(
-        lm, aligned, rows, template_of(name), over, direction=direction, ablation=ablation, metric=metric,
-        roles=roles if over == "positions" else None, at=None if over == "positions" else roles,
-        heads=None if head is None else [head], neurons=None if neuron is None else [neuron], top=1, names=None,
-        criterion=criterion, draws=draws, batch_rows=256, seed=seed, reference=reference, evaluation=evaluation,
-        force=force, whole=True,
-    )  # fmt: skip
+        lm, aligned, rows, template_of(name), over, roles, parts, direction, ablation, metric, chosen, whole=True
+    )
     return grid.evidence(grid.layers[0], grid.columns[0])
 
 
@@ -167,58 +212,50 @@ def _measured(
     rows: Rows,
     site: str,
     over: Over,
-    *,
-    direction: Direction,
+    named: str | Sequence[str] | None,
+    parts: Parts,
+    direction: PatchDirection,
     ablation: Ablation | str,
     metric: str | Metric,
-    roles: Sequence[str] | None,
-    at: Sequence[str] | None,
-    heads: Sequence[int] | None,
-    neurons: Sequence[int] | None,
-    top: int,
-    names: Sequence[str] | None,
-    criterion: Criterion,
-    draws: int,
-    batch_rows: int | None,
-    seed: int,
-    reference: Tokens | None,
-    evaluation: str,
-    accuracy: TaskAccuracy | None = None,
-    force: bool = False,
+    options: PatchOptions,
     whole: bool = False,
 ) -> PatchGrid:
     aligned = pairs if isinstance(pairs, AlignedPairs) else align(lm, pairs)
     choice, (name, measure) = ablation_of(ablation), named_metric(metric)
-    rng = np.random.default_rng(seed)
-    _check(lm, rows, over, heads, neurons, roles, at, top)
+    rng = np.random.default_rng(options.seed)
+    draws = 3 if options.draws is None else options.draws
+    roles = [named] if isinstance(named, str) else named
+    _check(lm, rows, over, parts, roles)
     single = over == "heads" and head_count(lm.sites()[rows[0][1]]) == 1
     keep = list(range(len(rows)))
     if over == "components" or single:  # other layers are the control
         rows, keep = with_other_layers(lm, rows, site)
+    at = None if over == "positions" else roles
     places = places_at(aligned, at, direction == "noise")
     used = [site_name for _, site_name in rows]
     if over == "components" and not whole:
         used = [f"blocks.{layer}.{part}" for layer, _ in rows for part in COMPONENTS]
-    bench = PatchBench(
+    setup = PatchSetup(
         lm, aligned, used, direction=direction, ablation=choice, metric=measure, metric_name=name,
-        criterion=criterion, reference=reference,
+        criterion=options.criterion, reference=options.reference,
     )  # fmt: skip
-    about = evaluation or f"{len(aligned)} prompt pairs"
+    about = options.evaluation or f"{len(aligned)} prompt pairs"
     cannot = unable(
-        accuracy or task_accuracy(lm, aligned), lm.name, about, force=force,
+        options.accuracy or task_accuracy(lm, aligned), lm.name, about, force=options.force,
         so="What moves an answer that a model does not give means nothing; force it (--force) if you must, or take "
         "only the pairs that it answers rightly (--only-right).",
     )  # fmt: skip
     where = None if at is None else " and ".join(at)
     if over == "positions":
-        layout = over_positions(bench, rows, roles, heads, neurons, draws, seed, whole)
+        layout = over_positions(setup, rows, roles, parts.heads, parts.neurons, draws, options.seed, whole)
     elif over == "heads":
-        layout = over_heads(bench, rows, heads, places, where, draws, rng)
+        layout = over_heads(setup, rows, parts.heads, places, where, draws, rng)
     elif over == "components":
         layout = over_components(rows, places, where, whole)
     else:
-        layout = over_neurons(bench, rows, neurons, top, places, where, draws, rng)
+        layout = over_neurons(setup, rows, parts.neurons, parts.top, places, where, draws, rng)
     columns = layout.columns
+    names = parts.names
     if names is not None:
         if len(names) != len(columns) or len(set(names)) != len(names):
             raise CutawayError(f"{len(names)} names were given for {len(columns)} columns; give each its own")
@@ -226,8 +263,8 @@ def _measured(
 
     flat = [(cell, layout.places[j]) for row in layout.cells for j, cell in enumerate(row)]
     extra = [one for row in layout.drawn for one in row]
-    metrics, flips = bench.measure([*flat, *extra], batch_rows=batch_rows)
-    shares, usable = bench.shares(metrics)
+    metrics, flips = setup.measure([*flat, *extra], batch_rows=options.batch_rows)
+    shares, usable = setup.shares(metrics)
     shape = (len(rows), len(columns), len(aligned))
     values, flipped = shares[: len(flat)].view(shape), flips[: len(flat)].view(shape)
     if layout.drawn:
@@ -253,37 +290,29 @@ def _measured(
         patched=metrics[: len(flat)].view(shape)[keep],
         values=values[keep],
         flips=flipped[keep],
-        clean=bench.metric_clean,
-        corrupt=bench.metric_corrupt,
+        clean=setup.metric_clean,
+        corrupt=setup.metric_corrupt,
         dropped=int((~usable).sum()),
         tokens=aligned.clean.strings[0] if over == "positions" and roles is None else (),
         control=layout.control,
         random_values=control[keep],
         random_flips=control_flips[keep],
-        base_flips=bench.flipped(bench.base_logits),
+        base_flips=setup.flipped(setup.base_logits),
         evaluation=about,
         unable=cannot,
     )
 
 
-def _check(
-    lm: LanguageModel,
-    rows: Rows,
-    over: Over,
-    heads: Sequence[int] | None,
-    neurons: Sequence[int] | None,
-    roles: Sequence[str] | None,
-    at: Sequence[str] | None,
-    top: int,
-) -> None:
+def _check(lm: LanguageModel, rows: Rows, over: Over, parts: Parts, roles: Sequence[str] | None) -> None:
     """What was chosen, heads and neurons against the sites, before anything is run."""
     if not rows:
         raise CutawayError("no layer is named; name one, or leave layers out for all")
-    for name, given in (("roles", roles), ("heads", heads), ("neurons", neurons), ("at", at)):
+    heads, neurons = parts.heads, parts.neurons
+    for name, given in (("roles", roles), ("heads", heads), ("neurons", neurons)):
         if given is not None and not given:
             raise CutawayError(f"{name} is empty; name some, or leave it out for all")
-    if top < 0:
-        raise CutawayError(f"top={top} is no number of neurons; give 1 or more, or 0 for all")
+    if parts.top < 0:
+        raise CutawayError(f"top={parts.top} is no number of neurons; give 1 or more, or 0 for all")
     for _, name in rows:
         site = lm.sites()[name]
         n_heads = head_count(site)

@@ -14,10 +14,11 @@ parts read the head, and its loss costs more than it wrote itself.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
+from markupsafe import Markup
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
@@ -25,8 +26,10 @@ from cutaway.artifacts.progress import Progress
 from cutaway.artifacts.results import Choices, Control, Effect, interval_text
 from cutaway.artifacts.statistics import bootstrap_interval, sign_flip_p
 from cutaway.causal.ablations import Ablation, ablation_of, replacement_run
-from cutaway.causal.patching.grid import LEAST_PAIRS
+from cutaway.causal.patching.grid import LEAST_PAIRS, minus_text
 from cutaway.data.pairs import AlignedPairs, PromptPair, align
+from cutaway.draw.panels import table_html
+from cutaway.draw.result import Result
 from cutaway.model.edits.edits import Edit, patch
 from cutaway.model.language_model import LanguageModel
 from cutaway.model.tokens import Tokens
@@ -56,28 +59,32 @@ class KnockOut:
         return self.direct - self.total
 
 
-@dataclass(frozen=True, eq=False)
-class SelfRepair:
-    """The knock-out of some heads beside that of random others, over n pairs' clean prompts, at their last token.
+@dataclass(frozen=True, eq=False, repr=False)
+class SelfRepair(Result):
+    """The knock-out of some heads beside that of random others, over n pairs' clean prompts, at their last token."""
 
-    `parts` names the columns of `before` [n, parts], the shares of the logit difference in the clean run; `controls`
-    are knock-outs of as many heads drawn at random from the others. `chosen_on` is how many other pairs the heads were
-    chosen on, 0 where the caller named them.
-    """
+    title: ClassVar[str] = "Self-repair"
 
     model: str
     removed: KnockOut
-    controls: tuple[KnockOut, ...] = field(repr=False)
-    parts: tuple[str, ...] = field(repr=False)
-    before: Tensor = field(repr=False)
-    difference: Tensor = field(repr=False)
+    """The heads that were asked for, knocked out together."""
+    controls: tuple[KnockOut, ...]
+    """Knock-outs of as many heads drawn at random from the others."""
+    parts: tuple[str, ...]
+    """Names of the parts, the columns of `before`."""
+    before: Tensor
+    """Each part's share of the logit difference in the clean run [n, parts]."""
+    difference: Tensor
+    """The logit difference in the clean run [n]."""
     ablation: str
     evaluation: str
     chosen_on: int
+    """How many other pairs the heads were chosen on, 0 where the caller named them."""
     notes: tuple[str, ...] = ()
 
     @property
     def n(self) -> int:
+        """How many pairs were measured."""
         return len(self.difference)
 
     @property
@@ -85,10 +92,10 @@ class SelfRepair:
         """The heads that were knocked out, such as "L9H6, L9H9"."""
         return ", ".join(f"L{layer}H{head}" for layer, head in self.removed.heads)
 
-    def effects(self, command: str | None = None) -> list[Effect]:
+    def effects(self) -> list[Effect]:
         """Direct effect, total effect and self-repair, each beside the same of random heads."""
         return [
-            self._effect(f"{what} of {self.name}", value, [get(one) for one in self.controls], command)
+            self._effect(f"{what} of {self.name}", value, [get(one) for one in self.controls])
             for what, value, get in (
                 ("direct effect", self.removed.direct, lambda one: one.direct),
                 ("total effect", self.removed.total, lambda one: one.total),
@@ -102,7 +109,7 @@ class SelfRepair:
         control = torch.stack([one.repair for one in self.controls]).mean(0)
         return sign_flip_p((self.removed.repair - control).numpy())
 
-    def made_up(self, k: int | None = None, command: str | None = None) -> list[Effect]:
+    def made_up(self, k: int | None = None) -> list[Effect]:
         """How much the direct effect of each other part grows, the k largest by size, beside its growth without random
         heads instead; the final norm's part among them. Parts that do not change are left out.
         """
@@ -113,13 +120,11 @@ class SelfRepair:
         order = change.mean(0).abs().argsort(descending=True, stable=True).tolist()
         order = [i for i in order if names[i] not in own and float(change[:, i].abs().max()) > _ROUNDING][:k]
         return [
-            self._effect(
-                f"growth of {names[i]} without {self.name}", change[:, i], [c[:, i] for c in controls], command
-            )
+            self._effect(f"growth of {names[i]} without {self.name}", change[:, i], [c[:, i] for c in controls])
             for i in order
         ]
 
-    def _effect(self, name: str, value: Tensor, controls: list[Tensor], command: str | None) -> Effect:
+    def _effect(self, name: str, value: Tensor, controls: list[Tensor]) -> Effect:
         random = torch.stack(controls).mean(0)
         count = len(self.removed.heads)
         what = f"{len(self.controls)} draws of {count} random other head{'s' * (count > 1)}"
@@ -131,11 +136,11 @@ class SelfRepair:
             controls=(Control(what, random.mean().item(), bootstrap_interval(random.numpy()), self.n),),
             ablation=f"{self.ablation} at the last token",
             units="logits",
-            command=command,
             choices=Choices("node", f"attn.z of {self.name}", self.ablation, "last", "noise", self.evaluation),
         )
 
-    def to_json(self, k: int = 10, command: str | None = None) -> dict[str, Any]:
+    def to_json(self, k: int = 10) -> dict[str, Any]:
+        """The three effects, and the k parts that grow most."""
         return {
             "model": self.model,
             "heads": [list(head) for head in self.removed.heads],
@@ -144,14 +149,46 @@ class SelfRepair:
             "chosen_on": self.chosen_on,
             "n": self.n,
             "difference": self.difference.mean().item(),
-            "effects": [effect.to_json() for effect in self.effects(command)],
+            "effects": [effect.to_json() for effect in self.effects()],
             "p": self.p,
-            "made_up": [effect.to_json() for effect in self.made_up(k, command)],
+            "made_up": [effect.to_json() for effect in self.made_up(k)],
             "notes": list(self.notes),
         }
 
     def __str__(self) -> str:
         return self.table()
+
+    def summary(self) -> str:
+        """Direct effect, total effect and their difference, and the 3 parts that grow most, beside random heads."""
+        return self.table(3)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per effect: the three, then what each other part grows."""
+        return [
+            {
+                "effect": effect.name, "value": effect.value, "low": (effect.interval or (None, None))[0],
+                "high": (effect.interval or (None, None))[1], "control": effect.controls[0].value, "n": effect.n,
+            }
+            for effect in [*self.effects(), *self.made_up()]
+        ]  # fmt: skip
+
+    def drawing(self) -> Markup:
+        """The three effects and the 8 parts that grow most, beside random heads, as a table."""
+        rows = [
+            [
+                self.short(effect),
+                minus_text(f"{effect.value:.3f}"),
+                minus_text(interval_text(effect.interval)),
+                minus_text(f"{effect.controls[0].value:.3f} {interval_text(effect.controls[0].interval)}"),
+            ]
+            for effect in [*self.effects(), *self.made_up(8)]
+        ]
+        columns = ("", "logits", "95 % interval", "control")
+        return table_html(columns=columns, rows=rows, title="self-repair", align=["left", "right", "right", "right"])
+
+    def short(self, effect: Effect) -> str:
+        """An effect's name without the heads'."""
+        return effect.name.removesuffix(f" without {self.name}").removesuffix(f" of {self.name}")
 
     def table(self, k: int = 8) -> str:
         """Direct, total and the difference, and the parts that made up for it, beside random heads."""
@@ -161,10 +198,8 @@ class SelfRepair:
             f"  {'':<34}{'logits':>9}{'95 % interval':>20}{'random heads':>14}",
         ]
         for effect in [*self.effects(), *self.made_up(k)]:
-            name = effect.name.removesuffix(f" without {self.name}").removesuffix(f" of {self.name}")
-            lines.append(
-                f"  {name:<34}{effect.value:>9.3f}{interval_text(effect.interval):>20}{effect.controls[0].value:>14.3f}"
-            )
+            random, ends = effect.controls[0].value, interval_text(effect.interval)
+            lines.append(f"  {self.short(effect):<34}{effect.value:>9.3f}{ends:>20}{random:>14.3f}")
         said = "more is lost than the heads write: later parts read them" if self.removed.repair.mean() < 0 else ""
         lines.append(f"  self-repair is direct minus total effect; p against random heads {self.p:.2g}")
         lines += [f"  it is negative: {said}"] if said else []
@@ -184,13 +219,28 @@ def self_repair(
 ) -> SelfRepair:
     """Knock heads out at the last token of the clean prompts, and measure what the others make up for.
 
-    `heads` are (layer, head) pairs, knocked out together. Without them the `k` heads with the largest direct effect of
-    that ablation are taken, chosen on every second pair and measured on the others. What stands in a head's place is
-    an ablation of its z; `draws` sets of as many other heads are the control. Everything is in logits, of the logit
-    difference before a final softcap.
+    McGrath et al. 2023 (https://arxiv.org/abs/2307.15771); Rushing & Nanda 2024 (https://arxiv.org/abs/2402.15390).
 
-    Raises `CutawayError`: a head that the model has not; fewer than 8 pairs to choose on; too few heads for a control;
-    a model whose logit difference cannot be split by head.
+    Args:
+        lm: The model.
+        pairs: Prompt pairs.
+        heads: (layer, head) pairs, knocked out together. Without them the `k` heads with the largest direct effect of
+            that ablation are taken, chosen on every second pair and measured on the others.
+        k: How many heads to choose.
+        ablation: What stands in place of a head's z.
+        draws: Sets of as many other heads that are the control.
+        seed: Of these draws.
+        evaluation: What the pairs are, in words, for the record.
+
+    Returns:
+        Direct and total effect in logits, of the logit difference before a final softcap, and each part's growth.
+
+    Raises:
+        CutawayError: A head that the model has not; fewer than 8 pairs to choose on; too few heads for a control.
+        NotSupported: A model whose logit difference cannot be split by head.
+
+    Example:
+        >>> self_repair(lm, pairs, k=1)
     """
     aligned = pairs if isinstance(pairs, AlignedPairs) else align(lm, pairs)
     choice = ablation_of(ablation)
@@ -202,7 +252,7 @@ def self_repair(
     count = k if heads is None else len({tuple(head) for head in heads})
     if not 1 <= count <= len(every) // 2:
         raise CutawayError(f"{count} of {len(every)} heads cannot be knocked out beside as many others; name fewer")
-    bench = _Bench(lm, aligned, choice, layers)
+    setup = _Setup(lm, aligned, choice, layers)
     rows = torch.arange(len(aligned))
     if heads is None:
         if len(aligned) < LEAST_PAIRS:
@@ -210,7 +260,7 @@ def self_repair(
                 f"{len(aligned)} pairs are too few to choose heads on one half and measure them on the other; give "
                 f"{LEAST_PAIRS}, or name the heads"
             )
-        direct = bench.direct_of_each(every)[0::2].mean(0)
+        direct = setup.direct_of_each(every)[0::2].mean(0)
         heads = [every[i] for i in direct.argsort(descending=True, stable=True)[:count].tolist()]
         rows = rows[1::2]
     removed = tuple((int(layer), int(head)) for layer, head in heads)
@@ -223,7 +273,7 @@ def self_repair(
     knocked: list[KnockOut] = []
     with Progress("knocking out", total=1 + draws, unit="sets") as progress:
         for chosen in (removed, *drawn):
-            found = bench.knock_out(chosen)
+            found = setup.knock_out(chosen)
             knocked.append(
                 KnockOut(chosen, found.direct[rows], found.total[rows], found.norm[rows], found.change[rows])
             )
@@ -232,17 +282,17 @@ def self_repair(
         model=lm.name,
         removed=knocked[0],
         controls=tuple(knocked[1:]),
-        parts=bench.names,
-        before=bench.before[rows],
-        difference=bench.total[rows],
+        parts=setup.names,
+        before=setup.before[rows],
+        difference=setup.total[rows],
         ablation=str(choice),
         evaluation=evaluation or f"{len(aligned)} prompt pairs",
         chosen_on=len(aligned) - len(rows),
-        notes=tuple(bench.notes),
+        notes=tuple(setup.notes),
     )
 
 
-class _Bench:
+class _Setup:
     """The clean run's shares, and those of runs without some heads."""
 
     def __init__(self, lm: LanguageModel, pairs: AlignedPairs, ablation: Ablation, layers: set[int]) -> None:

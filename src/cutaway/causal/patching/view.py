@@ -3,30 +3,20 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 
 from markupsafe import Markup
-from torch import Tensor
 
 from cutaway.artifacts.results import Effect, interval_text
 from cutaway.causal.accuracy import TaskAccuracy
 from cutaway.causal.metrics import UNITS
-from cutaway.causal.patching.grid import LEAST_PAIRS, PatchedCell, PatchGrid
+from cutaway.causal.patching.grid import COLUMNS, LEAST_PAIRS, PatchedCell, PatchGrid, minus_text
 from cutaway.causal.patching.self_repair import SelfRepair
 from cutaway.data.pairs import AlignedPairs, Prompt
 from cutaway.draw.charts import effect_html
-from cutaway.draw.heatmap import heatmap_svg
 from cutaway.draw.panels import alarm_html, figures_html, table_html
 
-Section = tuple[str, str, Markup]
-_NEURON_COLUMNS = 8
-_COLUMNS = {
-    "positions": "position",
-    "heads": "head",
-    "components": "part",
-    "neurons": "neurons of the layer, the largest estimates first",
-}
+_Section = tuple[str, str, Markup]
 
 
 def reading(grid: PatchGrid) -> str:
@@ -93,11 +83,11 @@ def patch_text(
             "all: corrected for all cells"
         )
     )
-    lines += [f"  chosen on half of the pairs, measured on the others: {_told(effect)}" for effect in best]
+    lines += [f"  chosen on half of the pairs, measured on the others: {_written(effect)}" for effect in best]
     return "\n".join(lines)
 
 
-def _told(effect: Effect) -> str:
+def _written(effect: Effect) -> str:
     controls = ", ".join(f"{control.name} {control.value:.3f}" for control in effect.controls)
     return f"{effect.name} {effect.value:.3f} {_span(effect.interval)}, n {effect.n} ({controls})"
 
@@ -110,11 +100,6 @@ def _p(p: float) -> str:
     return "–" if math.isnan(p) else f"{p:.1g}" if p < 0.001 else f"{p:.3f}"
 
 
-def _minus(text: str) -> str:
-    """Typographic minus signs, and none before a zero."""
-    return re.sub(r"-(0\.0+)(?!\d)", r"\1", text).replace("-", "−")
-
-
 def patch_sections(
     grid: PatchGrid,
     strongest: Sequence[PatchedCell],
@@ -122,7 +107,7 @@ def patch_sections(
     accuracy: TaskAccuracy,
     pairs: AlignedPairs,
     repair: SelfRepair | None = None,
-) -> list[Section]:
+) -> list[_Section]:
     """Can the model do it, the heatmap, the flips, the strongest cells, and what was chosen."""
     sections = [_ability(grid, accuracy, pairs), *_maps(grid)]
     sections.append(_strongest(grid, strongest))
@@ -141,16 +126,7 @@ def patch_sections(
     return sections
 
 
-def _repair(repair: SelfRepair) -> Section:
-    rows = [
-        [
-            effect.name.removesuffix(f" without {repair.name}").removesuffix(f" of {repair.name}"),
-            _minus(f"{effect.value:.3f}"),
-            _minus(_span(effect.interval)),
-            _minus(f"{effect.controls[0].value:.3f} {_span(effect.controls[0].interval)}"),
-        ]
-        for effect in [*repair.effects(), *repair.made_up(8)]
-    ]
+def _repair(repair: SelfRepair) -> _Section:
     how = f", chosen on {repair.chosen_on} other pairs" if repair.chosen_on else ""
     text = (
         f"{repair.name} knocked out at the last token ({repair.ablation}{how}); logits, over {repair.n} pairs whose "
@@ -159,12 +135,10 @@ def _repair(repair: SelfRepair) -> Section:
         "total is self-repair, the sum of how other parts' shares grow; where it is negative, later parts read the "
         f"head, and more is lost than it wrote. Control: {repair.effects()[0].controls[0].name}."
     )
-    columns = ("", "logits", "95 % interval", "control")
-    drawn = table_html(columns=columns, rows=rows, title="self-repair", align=["left", "right", "right", "right"])
-    return (f"Self-repair: what is made up for without {repair.name}", text, drawn)
+    return (f"Self-repair: what is made up for without {repair.name}", text, repair.drawing())
 
 
-def _ability(grid: PatchGrid, accuracy: TaskAccuracy, pairs: AlignedPairs) -> Section:
+def _ability(grid: PatchGrid, accuracy: TaskAccuracy, pairs: AlignedPairs) -> _Section:
     low, high = accuracy.interval
     units = UNITS.get(grid.metric, "")
     items = [
@@ -202,27 +176,7 @@ def _text(prompt: Prompt) -> str:
     return prompt if isinstance(prompt, str) else " ".join(map(str, prompt))
 
 
-def _maps(grid: PatchGrid) -> list[Section]:
-    rows = [f"L{layer}" for layer in grid.layers]
-    columns = list(grid.columns)
-    values = _plain(grid.mean)
-    flips = _plain(grid.flip_rate)
-    cell_text = None
-    if grid.over == "neurons":
-        columns = columns[:_NEURON_COLUMNS]
-        values, flips = ([row[:_NEURON_COLUMNS] for row in grown] for grown in (values, flips))
-        cell_text = [
-            [_minus(f"{_neurons(grid, i, j)} {0.0 if value is None else value:.3f}") for j, value in enumerate(row)]
-            for i, row in enumerate(values)
-        ]
-    known = [
-        (abs(v), i, j)
-        for i, row in enumerate(values)
-        if not grid.is_output(grid.layers[i])
-        for j, v in enumerate(row)
-        if v is not None
-    ]
-    marks = [max(known)[1:]] if known else []
+def _maps(grid: PatchGrid) -> list[_Section]:
     named = " A cell names its neuron, then the share." if grid.over == "neurons" else ""
     star = " Tokens with * differ between pairs or prompts; the first pair's are shown." if grid.tokens else ""
     output = (
@@ -230,42 +184,24 @@ def _maps(grid: PatchGrid) -> list[Section]:
         if any(map(grid.is_output, grid.layers))
         else ""
     )
-    across = _COLUMNS[grid.over]
-    shares = heatmap_svg(
-        rows=rows, columns=columns, values=values, title="share of the difference that a patch moves", units="share",
-        diverging=True, cell_text=cell_text, marks=marks, row_axis="layer", column_axis=across,
-    )  # fmt: skip
     sections = [
         (
             f"What each patch moves: {grid.site.replace('blocks.{l}.', '')}",
             f"{reading(grid)}{named} Outlined: the largest.{star}{output}",
-            shares,
+            grid.share_map(),
         )
     ]
-    if float(grid.flip_rate.max()) > float(grid.base_flips.float().mean()):
+    if grid.flips_more:
         goal = "right" if grid.direction == "denoise" else "wrong"
         before = float(grid.base_flips.float().mean())
-        drawn = heatmap_svg(
-            rows=rows, columns=columns, values=flips, title="share of pairs whose answer flips", units="share of pairs",
-            row_axis="layer",
-        column_axis=across,
-        )  # fmt: skip
         text = (
             f"Share of pairs that are answered with the pair's {goal} answer under the patch; {before:.2f} without one."
         )
-        sections.append(("How often the answer flips", text, drawn))
+        sections.append(("How often the answer flips", text, grid.flip_map()))
     return sections
 
 
-def _neurons(grid: PatchGrid, i: int, j: int) -> str:
-    return ",".join(f"N{neuron}" for neuron in grid.cells[i][j].neurons or ())
-
-
-def _plain(values: Tensor) -> list[list[float | None]]:
-    return [[value if math.isfinite(value) else None for value in row] for row in values.tolist()]
-
-
-def _strongest(grid: PatchGrid, strongest: Sequence[PatchedCell]) -> Section:
+def _strongest(grid: PatchGrid, strongest: Sequence[PatchedCell]) -> _Section:
     rows = []
     for one in strongest:
         i, j = grid.layers.index(one.layer), grid.columns.index(one.column)
@@ -274,11 +210,11 @@ def _strongest(grid: PatchGrid, strongest: Sequence[PatchedCell]) -> Section:
             [
                 one.cell.part,
                 one.cell.at or "every token",
-                _minus(f"{one.effect.value:.3f}"),
-                _minus(_span(one.effect.interval)),
-                "–" if control is None else _minus(f"{control.value:.3f} {_span(control.interval)}"),
+                minus_text(f"{one.effect.value:.3f}"),
+                minus_text(_span(one.effect.interval)),
+                "–" if control is None else minus_text(f"{control.value:.3f} {_span(control.interval)}"),
                 *([] if grid.unable else [_p(one.p), _p(one.q), _p(one.p_of_all)]),
-                _minus(f"{one.ratio_of_means:.3f}"),
+                minus_text(f"{one.ratio_of_means:.3f}"),
                 f"{grid.flip_rate[i, j]:.2f}",
             ]
         )
@@ -305,11 +241,11 @@ def _meaning_of_p(count: int, unable: str) -> str:
     )
 
 
-def _choices(grid: PatchGrid, one: PatchedCell) -> Section:
+def _choices(grid: PatchGrid, one: PatchedCell) -> _Section:
     choices = grid.choices(one.cell)
     rows = [
         ["granularity", choices.granularity],
-        ["component", f"{grid.site}, one {_COLUMNS[grid.over].split(' of')[0].rstrip('s')} at a time"],
+        ["component", f"{grid.site}, one {COLUMNS[grid.over].split(' of')[0].rstrip('s')} at a time"],
         ["ablation", choices.ablation],
         ["positions", "one at a time" if grid.over == "positions" else choices.positions],
         ["direction", choices.direction],

@@ -15,20 +15,16 @@ What the logits read is step 2 itself. Many senders are rows of one forward in s
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any, Literal
+from dataclasses import dataclass
 
 import torch
-from markupsafe import Markup
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.progress import Progress
-from cutaway.artifacts.results import Choices, Control, Effect
-from cutaway.artifacts.statistics import bootstrap_interval, false_discovery, mean_intervals, sign_flip_p_of_each
 from cutaway.causal.edge_graph import EdgeGraph
-from cutaway.causal.metrics import Metric, Targets, logit_difference, named_metric, recovery, targets_of
+from cutaway.causal.metrics import Metric, PatchDirection, Targets, logit_difference, named_metric, recovery, targets_of
+from cutaway.causal.paths.grid import Mlps, PathGrid
 from cutaway.causal.paths.nodes import Name, Node, Nodes, earlier, end_name, parse, random_others, signature
 from cutaway.data.pairs import AlignedPairs, PromptPair, align
 from cutaway.model.edits.edits import Edit, patch
@@ -37,196 +33,16 @@ from cutaway.model.forward.run import Run
 from cutaway.model.language_model import LanguageModel
 from cutaway.model.tokens import Tokens
 
-Mlps = Literal["recompute", "freeze"]
-Direction = Literal["noise", "denoise"]
-
-_ROUNDING = 1e-5
-
-
-@dataclass(frozen=True)
-class PathGrid:
-    """What each path moves, senders × receivers, for n pairs.
-
-    `values` [senders, receivers, n] is the share of the difference between the two runs that the path moves: noising,
-    (clean - patched) / (clean - corrupt); denoising, (patched - corrupt) / (clean - corrupt). NaN where the receiver
-    does not come after the sender, and where a pair's two prompts hardly differ (`dropped` counts those). `random`
-    likewise is the control: the mean over `n_random` random senders of the same kind (of any kind, where there is no
-    other) into the same receiver. `clean` and `corrupt` [n] are the metric of the two prompts.
-    """
-
-    model: str
-    n_layers: int
-    n_heads: int
-    metric: str
-    direction: Direction
-    mlps: Mlps
-    senders: tuple[str, ...]
-    receivers: tuple[str, ...]
-    values: Tensor
-    random: Tensor = field(repr=False)
-    n_random: Tensor = field(repr=False)
-    clean: Tensor
-    corrupt: Tensor
-    dropped: int
-
-    @property
-    def n(self) -> int:
-        return int(self.values.shape[-1])
-
-    @property
-    def mean(self) -> Tensor:
-        """Mean share moved [senders, receivers] over the pairs that can be judged."""
-        return self.values.nanmean(-1)
-
-    def interval(self, n_resamples: int = 2000, seed: int = 0) -> Tensor:
-        """95 % interval of the mean over pairs [2, senders, receivers]."""
-        usable = ~self.values.isnan().all(0).all(0)
-        kept = self.values[..., usable].double().numpy()
-        return torch.from_numpy(mean_intervals(kept, n_resamples, seed)).float()
-
-    @cached_property
-    def p(self) -> Tensor:
-        """Two-sided p [senders, receivers] of each path against random other senders, by flipping pairs' signs."""
-        difference = (self.values - self.random).double()
-        # differences of rounding alone would have a small p
-        difference[difference.abs() <= _ROUNDING] = 0.0
-        return torch.from_numpy(sign_flip_p_of_each(difference.flatten(0, 1).numpy())).view(difference.shape[:2])
-
-    @cached_property
-    def q(self) -> Tensor:
-        """The rate of false discoveries [senders, receivers] among all paths with a p as small."""
-        return torch.from_numpy(false_discovery(self.p.numpy()))
-
-    def _at(self, sender: str, receiver: str) -> tuple[int, int]:
-        if sender not in self.senders or receiver not in self.receivers:
-            raise CutawayError(
-                f"This grid has no path {sender} → {receiver}; its senders begin with {', '.join(self.senders[:3])}, "
-                f"its receivers with {', '.join(self.receivers[:3])}."
-            )
-        return self.senders.index(sender), self.receivers.index(receiver)
-
-    def effect(
-        self, sender: str, receiver: str, *, rows: Sequence[int] | None = None, command: str | None = None
-    ) -> Effect:
-        """One path, beside random other senders into the same receiver."""
-        i, j = self._at(sender, receiver)
-        pick = list(range(self.n)) if rows is None else list(rows)
-        value, control = self.values[i, j, pick], self.random[i, j, pick]
-        if bool(value.isnan().all()):
-            raise CutawayError(f"{sender} → {receiver} is no path: {receiver} does not come after {sender}.")
-        value, control = value[~value.isnan()].numpy(), control[~control.isnan()].numpy()
-        controls = ()
-        if len(control):
-            named = f"{int(self.n_random[i, j])} random other senders"
-            controls = (Control(named, float(control.mean()), bootstrap_interval(control), len(control)),)
-        to, of = ("clean", "corrupt") if self.direction == "noise" else ("corrupt", "clean")
-        return Effect(
-            name=f"{sender} → {receiver}",
-            value=float(value.mean()),
-            n=len(value),
-            interval=bootstrap_interval(value),
-            controls=controls,
-            ablation=f"what {sender} writes taken from the {of} prompt, in the {to} one, for {receiver} alone",
-            units=f"share of the {self.metric.replace('_', ' ')} between the two runs",
-            command=command,
-            choices=Choices(
-                granularity="edge",
-                component=f"{sender} → {receiver}, other heads frozen, MLPs "
-                + ("recomputed" if self.mlps == "recompute" else "frozen"),
-                ablation="resample",
-                positions=", ".join(sorted({name.partition("@")[2] or "all" for name in (sender, receiver)})),
-                direction=self.direction,
-                evaluation=f"{self.n} pairs",
-            ),
-        )
-
-    def strongest(self, receiver: str, k: int = 5, *, command: str | None = None) -> list[Effect]:
-        """The k senders that move most into a receiver, chosen on every second pair, measured on the others.
-
-        Needs at least 8 pairs.
-        """
-        if self.n < 8:
-            raise CutawayError(
-                f"{self.n} pairs are too few to choose senders on one half and measure them on the other; give 8"
-            )
-        j = self._at(self.senders[0], receiver)[1]
-        chosen = self.values[:, j, 0::2].nanmean(-1).abs().nan_to_num(-1.0)
-        able = [i for i in chosen.argsort(descending=True).tolist() if chosen[i] >= 0][:k]
-        return [self.effect(self.senders[i], receiver, rows=range(1, self.n, 2), command=command) for i in able]
-
-    def heads(self, receiver: str) -> Tensor:
-        """Mean share moved by each head [layers, heads], NaN where the head is no sender or not earlier."""
-        j = self._at(self.senders[0], receiver)[1]
-        table = torch.full((self.n_layers, self.n_heads), torch.nan)
-        for i, name in enumerate(self.senders):
-            layer, _, head = name.partition("@")[0].removeprefix("L").partition("H")
-            if layer.isdigit() and head.isdigit():
-                table[int(layer), int(head)] = self.mean[i, j]
-        return table
-
-    def heatmap(self, receiver: str) -> Markup:
-        """An SVG heatmap of `heads`."""
-        from cutaway.draw.heatmap import heatmap_svg
-
-        rows = [[None if math.isnan(value) else value for value in row] for row in self.heads(receiver).tolist()]
-        return heatmap_svg(
-            rows=[f"L{layer}" for layer in range(self.n_layers)],
-            columns=[f"H{head}" for head in range(self.n_heads)],
-            values=rows,
-            title=f"share of the {self.metric.replace('_', ' ')} that each head moves through {receiver}",
-            units="share of the difference",
-            diverging=True,
-            row_axis="layer",
-            column_axis="head",
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        def plain(values: Tensor) -> list[Any]:
-            return [[None if math.isnan(x) else x for x in row] for row in values.tolist()]
-
-        low, high = self.interval()
-        return {
-            "model": self.model,
-            "metric": self.metric,
-            "direction": self.direction,
-            "mlps": self.mlps,
-            "n": self.n,
-            "dropped": self.dropped,
-            "senders": list(self.senders),
-            "receivers": list(self.receivers),
-            "mean": plain(self.mean),
-            "low": plain(low),
-            "high": plain(high),
-            "p": plain(self.p),
-            "q": plain(self.q),
-            "random_senders": plain(self.random.nanmean(-1)),
-            "clean": self.clean.mean().item(),
-            "corrupt": self.corrupt.mean().item(),
-        }
-
-    def __str__(self) -> str:
-        head = (
-            f"paths of {self.model}, {self.direction}, MLPs {'recomputed' if self.mlps == 'recompute' else 'frozen'}: "
-            f"{self.metric} clean {self.clean.mean():.2f}, corrupt {self.corrupt.mean():.2f}, n {self.n}"
-        )
-        most = self.mean.abs().nan_to_num(-1.0).amax(1)
-        shown = most.argsort(descending=True).tolist()[:20]
-        first = max(8, *(len(self.senders[i]) + 2 for i in shown))
-        width = max(9, *(len(name) + 2 for name in self.receivers))
-        lines = [head, " " * first + "".join(f"{name:>{width}}" for name in self.receivers)]
-        for i in shown:
-            cells = ["–" if math.isnan(value) else f"{value:.3f}" for value in self.mean[i].tolist()]
-            lines.append(f"{self.senders[i]:<{first}}" + "".join(f"{cell:>{width}}" for cell in cells))
-        if len(shown) < len(self.senders):
-            lines.append(f"… and {len(self.senders) - len(shown)} senders that move less")
-        control = [math.nan if row.isnan().all() else row.nanmean().item() for row in self.random.transpose(0, 1)]
-        cells = "".join(f"{'–' if math.isnan(value) else f'{value:.3f}':>{width}}" for value in control)
-        lines.append(f"{'random':<{first}}{cells}")
-        return "\n".join(lines)
-
 
 def all_senders(lm: LanguageModel, *, heads: bool = True, mlps: bool = True, embed: bool = True) -> list[str]:
-    """Names of all senders of a model, in the order in which they write."""
+    """Names of all senders of a model, in the order in which they write.
+
+    Args:
+        lm: The model.
+        heads: Whether attention heads are among them.
+        mlps: Whether MLPs are.
+        embed: Whether the embedding is.
+    """
     names = EdgeGraph.of(lm, grouped=True).sources
     return [
         name
@@ -242,7 +58,7 @@ def path_patch(
     receivers: Sequence[Name],
     *,
     mlps: Mlps = "recompute",
-    direction: Direction = "noise",
+    direction: PatchDirection = "noise",
     metric: str | Metric = logit_difference,
     random_senders: int = 8,
     batch_rows: int = 256,
@@ -250,15 +66,35 @@ def path_patch(
 ) -> PathGrid:
     """Patch the path from every sender to every receiver.
 
-    Senders are called `embed`, `L3H7`, `L3.mlp`, receivers `L3H7.q` (`.k`, `.v`; `L3K1.k` where keys are shared),
-    `L3.mlp`, `logits`; `L3H7@subject` is a node at one role of the pairs, `L3H7@-1` at a position. A list of names is a
-    set that sends, or receives, together. Noising runs the clean prompt and sends what the senders have on the corrupt
-    one, denoising the other way round. `random_senders` is how many random senders of the same kind, none of them the
-    sender itself, stand beside each path.
+    Goldowsky-Dill et al. 2023 (https://arxiv.org/abs/2304.05969); Wang et al. 2022 (https://arxiv.org/abs/2211.00593).
 
-    Attention's output through a post-norm is what the model makes of it with the sender's new value. Raises
-    `CutawayError`: an unknown node, a receiver that does not come after the sender, pairs that do not align, a metric
-    that cannot tell the prompts apart, a model whose heads do not read the stream one by one (latent attention).
+    Args:
+        lm: The model.
+        pairs: Prompt pairs.
+        senders: Nodes that write: `embed`, `L3H7`, `L3.mlp` (`all_senders` has them all). `L3H7@subject` is a node at
+            one role of the pairs, `L3H7@-1` at a position. A list of names is a set that sends together.
+        receivers: Inputs that are read: `L3H7.q` (`.k`, `.v`; `L3K1.k` where keys are shared), `L3.mlp`, `logits`; a
+            list of names receives together.
+        mlps: MLPs on the way are recomputed ("recompute": a path may lead through them), or held as the heads are
+            ("freeze"). Attention's output through a post-norm is what the model makes of it with the sender's value.
+        direction: "noise" runs the clean prompt and sends what the senders have on the corrupt one, "denoise" the
+            other way round.
+        metric: A name of `METRICS`, or a function `(logits [b, V], targets) -> [b]`.
+        random_senders: How many random senders of the same kind, none the sender itself, stand beside each path.
+        batch_rows: Rows of a forward.
+        seed: Of the random senders.
+
+    Returns:
+        The share that each path moves [senders, receivers, n], beside its control.
+
+    Raises:
+        Misaligned: Pairs that do not line up.
+        NotSupported: A model whose heads do not read the stream one by one (latent attention).
+        CutawayError: An unknown node, a receiver that does not come after the sender, a metric that cannot tell the
+            prompts apart.
+
+    Example:
+        >>> path_patch(lm, pairs, ["L6H5@last", "embed"], ["logits"])
     """
     if mlps not in ("recompute", "freeze"):
         raise CutawayError(f"mlps={mlps!r} is not 'recompute' or 'freeze'.")

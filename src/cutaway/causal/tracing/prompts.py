@@ -3,13 +3,12 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.errors import CannotDoTask, CutawayError
 from cutaway.artifacts.files import has_lone_surrogate
 from cutaway.model.language_model import LanguageModel
 from cutaway.model.naming import answer_tokens, prompt_and
@@ -23,16 +22,17 @@ IN_SUBJECT, BEHIND = ROLES[:3], ROLES[3:]
 
 @dataclass(frozen=True)
 class FactPrompt:
-    """A prompt, the subject in it, and how it goes on: `answer` follows the prompt directly, so it usually begins with
-    a space ("#422" is a token's id); None takes the model's own most probable token, which is a guess and may be wrong.
-    """
+    """A prompt, the subject in it, and how it goes on."""
 
     prompt: str
     subject: str
+    """A text that stands once in the prompt."""
     answer: str | None = None
+    """Follows the prompt directly, so it usually begins with a space ("#422" is a token's id); None takes the model's
+    own most probable token, which is a guess and may be wrong."""
 
     @classmethod
-    def from_json(cls, data: Any, where: str = "the prompt") -> "FactPrompt":
+    def from_json(cls, data: object, where: str = "the prompt") -> "FactPrompt":
         """From {"prompt": ..., "subject": ..., "answer": ...}; raises `CutawayError` that names what is missing."""
         if not isinstance(data, dict):
             raise CutawayError(f'{where} is not an object like {{"prompt": ..., "subject": ..., "answer": ...}}')
@@ -117,7 +117,7 @@ def answered(lm: LanguageModel, facts: Sequence[FactPrompt], bos: bool | None, l
             refused.append((fact, f"it answers {heard!r}, not {fact.answer!r}"))
     if not kept:
         more = "" if len(facts) == 1 else f", and so on for all {len(facts)}"
-        raise CutawayError(
+        raise CannotDoTask(
             f"{lm.name} answers no prompt rightly, so there is no fact to trace: after {facts[0].prompt!r} "
             f"{refused[0][1]}{more}; give prompts that it can answer"
         )

@@ -119,11 +119,12 @@ def patch(
     if role and tokens:
         raise CutawayError("--role and --tokens both choose the columns: give one of them")
 
+    from cutaway.artifacts.command import recording
     from cutaway.causal.ablations import Ablation
     from cutaway.causal.accuracy import task_accuracy
     from cutaway.causal.metrics import named_metric
     from cutaway.causal.patching.grid import LEAST_PAIRS
-    from cutaway.causal.patching.patch import patch_grid
+    from cutaway.causal.patching.patch import Parts, PatchOptions, patch_grid
     from cutaway.causal.patching.self_repair import self_repair as measure_repair
     from cutaway.causal.patching.view import patch_sections, patch_text, reading, too_few
     from cutaway.draw.page import page_html
@@ -147,9 +148,10 @@ def patch(
     ragged = len(set(aligned.clean.lengths.tolist())) > 1
     columns = role or (list(aligned.places) if ragged and over == "positions" else None)
     grid = patch_grid(
-        lm, aligned, site=site, over=over, direction=direction, ablation=choice, metric=metric, roles=columns, at=at,
-        heads=head, neurons=neuron, top=max(top, 8), criterion=criterion, layers=layer, seed=seed, evaluation=about,
-        accuracy=asked, force=force,
+        lm, aligned, over=over, site=site, roles=columns if over == "positions" else at,
+        parts=Parts(layers=layer, heads=head, neurons=neuron, top=max(top, 8)), direction=direction, ablation=choice,
+        metric=metric,
+        options=PatchOptions(criterion=criterion, seed=seed, evaluation=about, accuracy=asked, force=force),
     )  # fmt: skip
     if grid.n - grid.dropped < LEAST_PAIRS:
         raise CutawayError(too_few(grid.n - grid.dropped))
@@ -161,39 +163,42 @@ def patch(
         self_repair=(self_repair, None), force=(force, False), seed=(seed, 0),
         module=(module, None), dtype=(dtype, None), device=(device, None),
     )  # fmt: skip
-    strongest = grid.top(top, command=command)
-    best = [grid.best(command=command)]
-    if float(grid.flip_rate.max()) > float(grid.base_flips.float().mean()):
-        best.append(grid.best(of="flips", command=command))
-    repair = None
-    if self_repair is not None:
-        ablated = choice if direction == "noise" else "resample"
-        repair = measure_repair(lm, aligned, k=self_repair, ablation=ablated, seed=seed, evaluation=about)
-    left_out = ""
-    if refused:
-        reasons = [reason for _, reason in refused]
-        left_out = f"; {len(refused)} pairs do not align (mostly: {max(set(reasons), key=reasons.count)})"
-    deliver(
-        text=patch_text(grid, strongest, best, accuracy, left_out) + ("" if repair is None else f"\n\n{repair}"),
-        data={
-            "command": command,
-            "task_accuracy": accuracy.to_json(),
-            "refused": [{"clean": pair.clean, "corrupt": pair.corrupt, "reason": reason} for pair, reason in refused],
-            "reading": reading(grid),
-            **grid.to_json(),
-            "largest": [one.to_json() for one in strongest],
-            "best": [effect.to_json() for effect in best],
-            "self_repair": None if repair is None else repair.to_json(command=command),
-        },
-        page=lambda: page_html(
-            title="Activation patching",
-            lead=f"Which part of {lm.name} decides the answer? {about[0].upper()}{about[1:]}.",
-            sections=patch_sections(grid, strongest, best, accuracy, aligned, repair),
-            command=command,
-        ),
-        as_json=json,
-        html=html,
-    )
+    with recording(command):
+        strongest = grid.top(top)
+        best = [grid.best()]
+        if grid.flips_more:
+            best.append(grid.best(of="flips"))
+        repair = None
+        if self_repair is not None:
+            ablated = choice if direction == "noise" else "resample"
+            repair = measure_repair(lm, aligned, k=self_repair, ablation=ablated, seed=seed, evaluation=about)
+        left_out = ""
+        if refused:
+            reasons = [reason for _, reason in refused]
+            left_out = f"; {len(refused)} pairs do not align (mostly: {max(set(reasons), key=reasons.count)})"
+        deliver(
+            text=patch_text(grid, strongest, best, accuracy, left_out) + ("" if repair is None else f"\n\n{repair}"),
+            data={
+                "command": command,
+                "task_accuracy": accuracy.to_json(),
+                "refused": [
+                    {"clean": pair.clean, "corrupt": pair.corrupt, "reason": reason} for pair, reason in refused
+                ],
+                "reading": reading(grid),
+                **grid.to_json(),
+                "largest": [one.to_json() for one in strongest],
+                "best": [effect.to_json() for effect in best],
+                "self_repair": None if repair is None else repair.to_json(),
+            },
+            page=lambda: page_html(
+                title="Activation patching",
+                lead=f"Which part of {lm.name} decides the answer? {about[0].upper()}{about[1:]}.",
+                sections=patch_sections(grid, strongest, best, accuracy, aligned, repair),
+                command=command,
+            ),
+            as_json=json,
+            html=html,
+        )
 
 
 def _pairs(

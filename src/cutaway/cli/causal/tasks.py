@@ -9,7 +9,7 @@ from cutaway.cli.options import Count, Flag, Output, Page, Seed, keep_apart
 from cutaway.cli.output import command_line, deliver
 
 if TYPE_CHECKING:
-    from cutaway.causal.accuracy import TaskResult
+    from cutaway.causal.task_results import TaskResult
     from cutaway.data.tasks.tasks import Task
     from cutaway.data.tasks.wording import Split
 
@@ -70,10 +70,11 @@ def tasks(
     keep_apart({"--write": write, "--html": html}, {"--task": file})
 
     import cutaway
+    from cutaway.artifacts.command import recording
     from cutaway.artifacts.progress import Progress
-    from cutaway.causal.accuracy import try_task
-    from cutaway.causal.accuracy_view import accuracy_page, accuracy_text
+    from cutaway.causal.task_results import TaskResults, try_task
     from cutaway.data.tasks.files import refuse_other_pairs, write_pairs
+    from cutaway.draw.page import page_html
     from cutaway.subjects.world.items.pairs import ALL_TASKS, known_task
 
     if write is not None:
@@ -87,12 +88,13 @@ def tasks(
         least=(least, 8), dtype=(dtype, None), device=(device, None), seed=(seed, 0),
     )  # fmt: skip
     lm = cutaway.load(model, dtype=dtype, device=device)
-    results: list[TaskResult] = []
+    tried: list[TaskResult] = []
     asked: list[tuple[Task, Split]] = [(one, part) for one in chosen for part in splits[split]]
-    with Progress("tasks", len(asked), unit="tasks") as progress:
+    with recording(command), Progress("tasks", len(asked), unit="tasks") as progress:
         for one, part in asked:
-            results.append(try_task(lm, one, n=n, threshold=threshold, least=least, seed=seed, split=part))
+            tried.append(try_task(lm, one, n=n, threshold=threshold, least=least, seed=seed, split=part))
             progress.advance(note=one.name)
+    results = TaskResults(lm.name, tuple(tried), threshold)
     if write is not None:
         found = {result.split: result.pairs.pairs if result.pairs is not None else () for result in results}
         if not any(found.values()):
@@ -100,9 +102,15 @@ def tasks(
         pairs, held_out = found.get("search", ()), found.get("held_out", ())
         write_pairs(write, pairs, name=chosen[0].name, held_out=held_out, replace=False)
     deliver(
-        text=accuracy_text(results),
-        data={"command": command, "model": lm.name, "tasks": [result.to_json() for result in results]},
-        page=lambda: accuracy_page(lm.name, results, command, threshold),
+        text=str(results),
+        data={"command": command, "model": lm.name, "tasks": results.to_json()},
+        page=lambda: page_html(
+            title=f"What {lm.name} can do",
+            lead=f"{len(results.able)} of {len(results)} tasks (with wording to search with, and held-out wording) can "
+            "be done.",
+            sections=results.sections(),
+            command=command,
+        ),
         as_json=json,
         html=html,
     )

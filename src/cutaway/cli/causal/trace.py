@@ -73,6 +73,7 @@ def trace(
         raise CutawayError(f"--noise {noise:g} hides nothing; give more than 0 standard deviations")
 
     import cutaway
+    from cutaway.artifacts.command import recording
     from cutaway.causal.tracing.prompts import FactPrompt, landmark_facts
     from cutaway.causal.tracing.trace import causal_trace
     from cutaway.causal.tracing.view import trace_page
@@ -90,13 +91,14 @@ def trace(
     )  # fmt: skip
     lm = cutaway.load(model, dtype=dtype, device=device)
     found = causal_trace(lm, facts, noise=noise, draws=draws, window=window, limit=n, seed=seed)
-    deliver(
-        text=str(found),
-        data={"command": command, **found.to_json(command)},
-        page=lambda: trace_page(found, command),
-        as_json=json,
-        html=html,
-    )
+    with recording(command):
+        deliver(
+            text=str(found),
+            data={"command": command, **found.to_json()},
+            page=lambda: trace_page(found, command),
+            as_json=json,
+            html=html,
+        )
 
 
 def read_facts(path: Path) -> "list[FactPrompt]":
