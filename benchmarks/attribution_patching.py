@@ -28,11 +28,11 @@ sys.path.insert(0, str(ROOT / "src"))
 
 import cutaway  # noqa: E402
 from cutaway.artifacts.errors import CutawayError  # noqa: E402
-from cutaway.causal.task_results import try_tasks  # noqa: E402
 from cutaway.causal.attribution.atp_star import missed_bound  # noqa: E402
 from cutaway.causal.attribution.attribution_patching import GradientOptions, attribution_patching  # noqa: E402
 from cutaway.causal.attribution.questions import ask, exact_effects_of_sets  # noqa: E402
 from cutaway.causal.attribution.scores import correlation  # noqa: E402
+from cutaway.causal.task_results import try_tasks  # noqa: E402
 from cutaway.data.pairs import AlignedPairs  # noqa: E402
 from cutaway.data.tasks.tasks import TASKS  # noqa: E402
 from cutaway.model.language_model import LanguageModel  # noqa: E402

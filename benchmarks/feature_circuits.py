@@ -20,11 +20,11 @@ sys.path.insert(0, str(ROOT / "src"))
 
 import cutaway  # noqa: E402
 from cutaway.artifacts.results import interval_text  # noqa: E402
-from cutaway.causal.task_results import try_tasks  # noqa: E402
 from cutaway.causal.attribution.feature_circuits import strongest_nodes  # noqa: E402
 from cutaway.causal.attribution.feature_evaluation import feature_faithfulness  # noqa: E402
 from cutaway.causal.attribution.latents import latent_attribution  # noqa: E402
 from cutaway.causal.attribution.scores import Node  # noqa: E402
+from cutaway.causal.task_results import try_tasks  # noqa: E402
 from cutaway.data.corpus.corpus import token_rows  # noqa: E402
 from cutaway.data.pairs import AlignedPairs  # noqa: E402
 from cutaway.data.tasks.tasks import TASKS  # noqa: E402

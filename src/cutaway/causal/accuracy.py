@@ -13,7 +13,8 @@ from cutaway.artifacts.errors import CannotDoTask
 from cutaway.artifacts.results import interval_text
 from cutaway.artifacts.statistics import bootstrap_interval, wilson_interval
 from cutaway.data.pairs import AlignedPairs, PromptPair, align
-from cutaway.draw.charts import Bar, bars_html
+from cutaway.draw.charts import Bar
+from cutaway.draw.intervals import intervals_svg
 from cutaway.draw.result import Result
 from cutaway.model.language_model import LanguageModel
 from cutaway.model.tokens import Tokens
@@ -133,11 +134,11 @@ class TaskAccuracy(Result):
         return [{**dict(zip(names, figure, strict=True)), "n": self.n} for figure in self._figures()]
 
     def drawing(self) -> Markup:
-        """A bar for the share that is right, and one for shuffled prompts."""
-        return bars_html(items=self.bars("right on both prompts"))
+        """The share that is right with its interval, and that with shuffled prompts."""
+        return intervals_svg(groups=[self.bars("right on both prompts")], title=self.title, units="share of pairs")
 
     def bars(self, label: str) -> list[Bar]:
-        """The share that is right as a bar with its interval, and its control."""
+        """The share that is right with its interval, and its control, as they are drawn."""
         low, high = self.interval
         bars: list[Bar] = [{"label": label, "value": self.value, "low": low, "high": high}]
         if self.control is not None:

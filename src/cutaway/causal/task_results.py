@@ -14,7 +14,7 @@ from cutaway.causal.accuracy import ABLE, TaskAccuracy, task_accuracy
 from cutaway.data.pairs import AlignedPairs
 from cutaway.data.tasks.tasks import TASKS, Task, readable_pairs
 from cutaway.data.tasks.wording import Split
-from cutaway.draw.charts import bars_html
+from cutaway.draw.intervals import intervals_svg
 from cutaway.draw.panels import table_html
 from cutaway.draw.result import Result
 from cutaway.model.language_model import LanguageModel
@@ -70,7 +70,7 @@ class TaskResult(Result):
         return [_figures_of(self)]
 
     def drawing(self) -> Markup:
-        """Bars for the share that is right and for shuffled prompts, and every figure as a table."""
+        """The share that is right and that with shuffled prompts, and every figure as a table."""
         return TaskResults("", (self,)).drawing()
 
 
@@ -166,9 +166,11 @@ class TaskResults(Result, Sequence[TaskResult]):
             (
                 "How often it is right",
                 "The share of prompt pairs on which the model is right on the clean and on the corrupt prompt, with "
-                "the 95 % Wilson interval. A model that always gives the same answer is right on none. Hatched: the "
+                "the 95 % Wilson interval. A model that always gives the same answer is right on none. Hollow: the "
                 "share that would be right with the prompts of all pairs shuffled.",
-                bars_html(items=bars),
+                intervals_svg(groups=[bars], title="share of pairs right", units="share of pairs")
+                if bars
+                else Markup(""),
             ),
             (
                 "Every figure",
@@ -191,7 +193,7 @@ class TaskResults(Result, Sequence[TaskResult]):
         return sections
 
     def drawing(self) -> Markup:
-        """Bars for the shares right, every figure as a table, what was left out."""
+        """The shares right, every figure as a table, what was left out."""
         return Markup("").join(drawn for _, _, drawn in self.sections())
 
 

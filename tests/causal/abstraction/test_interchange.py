@@ -2,10 +2,12 @@
 
 import itertools
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from result_checks import check_result
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.causal.abstraction.causal_model import CausalModel, Example, Swap, Variable
@@ -90,6 +92,15 @@ def test_a_causal_model_runs_forwards_and_with_variables_set() -> None:
         CausalModel(("a",), {"x": Variable(("c",), str)}, "x")
     with pytest.raises(CutawayError, match="no variable"):
         CausalModel(("a",), {"x": Variable(("a",), str)}, "y")
+
+
+def test_results_print_table_draw_and_save_themselves(
+    words: LanguageModel, itself: CausalModel, tmp_path: Path
+) -> None:
+    swaps = _swaps()[:20]
+    check_result(interchange_grid(words, itself, "word", swaps, roles=["there", "last"]), tmp_path)
+    place = Place("blocks.0.resid_pre", "there", neurons=(1, 2))
+    check_result(interchange(words, itself, {"word": [place]}, swaps, draws=2), tmp_path)
 
 
 def test_every_cell_equals_hooks(words: LanguageModel, itself: CausalModel) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from cutaway.artifacts.results import Choices, Control, Effect, interval_text
 from cutaway.artifacts.statistics import bootstrap_interval, wilson_interval
 from cutaway.causal.abstraction.causal_model import Swap
-from cutaway.draw.charts import effect_html
+from cutaway.causal.effects import effects_drawing
 from cutaway.draw.heatmap import heatmap_svg
 from cutaway.draw.result import Result
 
@@ -131,8 +131,8 @@ class Interchanged(Result):
         ]  # fmt: skip
 
     def drawing(self) -> Markup:
-        """The share of swaps that is followed as a bar beside its controls."""
-        return effect_html(self.effect().to_json())
+        """The share of swaps that is followed, with its interval, beside its controls."""
+        return effects_drawing([self.effect()], self.title)
 
     def to_json(self) -> dict[str, Any]:
         """The effect, how often the answer stays where it should, and what was left out."""

@@ -15,6 +15,7 @@ from cutaway.artifacts.command import current_command
 from cutaway.artifacts.errors import CutawayError, NotSupported
 from cutaway.artifacts.manifest import Manifest, json_hash
 from cutaway.artifacts.results import Choices
+from cutaway.causal.accuracy import Criterion, TaskAccuracy, task_accuracy, unable
 from cutaway.causal.circuits.baselines import By, Select, sized_circuit
 from cutaway.causal.circuits.circuit import Circuit
 from cutaway.causal.circuits.edge_scores import EdgeScores, Scorer
@@ -23,7 +24,6 @@ from cutaway.causal.circuits.faithfulness import RunCircuits, measure, smallest_
 from cutaway.causal.circuits.runs import CircuitRuns, run_circuits
 from cutaway.causal.circuits.scorers import magnitude, named_scorer
 from cutaway.causal.circuits.stability import MIN_PAIRS
-from cutaway.causal.accuracy import Criterion, TaskAccuracy, task_accuracy, unable
 from cutaway.causal.edge_graph import EdgeGraph
 from cutaway.causal.metrics import Metric, named_metric
 from cutaway.data.pairs import AlignedPairs, PromptPair, align

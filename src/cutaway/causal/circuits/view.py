@@ -6,9 +6,9 @@ from collections.abc import Iterable
 
 from markupsafe import Markup
 
+from cutaway.causal.accuracy import ABLE
 from cutaway.causal.circuits.circuit import Circuit
 from cutaway.causal.circuits.evidence import Evidence
-from cutaway.causal.accuracy import ABLE
 from cutaway.causal.effects import effects_drawing
 from cutaway.draw.circuit import CircuitEdge, circuit_svg
 from cutaway.draw.panels import alarm_html, figures_html, table_html

@@ -23,9 +23,9 @@ from cutaway.artifacts.statistics import (
     sign_flip_p_of_many,
     wilson_interval,
 )
+from cutaway.causal.effects import effects_drawing
 from cutaway.causal.metrics import PatchDirection, ratio_of_means
 from cutaway.causal.patching.cells import PatchCell
-from cutaway.draw.charts import effect_html
 from cutaway.draw.heatmap import heatmap_svg
 from cutaway.draw.result import Result
 
@@ -82,8 +82,8 @@ class PatchedCell(Result):
         ]  # fmt: skip
 
     def drawing(self) -> Markup:
-        """The effect as a bar beside its control."""
-        return effect_html(self.effect.to_json())
+        """The effect with its interval beside its control."""
+        return effects_drawing([self.effect], self.title)
 
     def to_json(self) -> dict[str, Any]:
         """The cell, its tests and its effect."""

@@ -26,9 +26,9 @@ from cutaway.artifacts.progress import Progress
 from cutaway.artifacts.results import Choices, Control, Effect, interval_text
 from cutaway.artifacts.statistics import bootstrap_interval, sign_flip_p
 from cutaway.causal.ablations import Ablation, ablation_of, replacement_run
-from cutaway.causal.patching.grid import LEAST_PAIRS, minus_text
+from cutaway.causal.effects import effects_drawing
+from cutaway.causal.patching.grid import LEAST_PAIRS
 from cutaway.data.pairs import AlignedPairs, PromptPair, align
-from cutaway.draw.panels import table_html
 from cutaway.draw.result import Result
 from cutaway.model.edits.edits import Edit, patch
 from cutaway.model.language_model import LanguageModel
@@ -173,18 +173,8 @@ class SelfRepair(Result):
         ]  # fmt: skip
 
     def drawing(self) -> Markup:
-        """The three effects and the 8 parts that grow most, beside random heads, as a table."""
-        rows = [
-            [
-                self.short(effect),
-                minus_text(f"{effect.value:.3f}"),
-                minus_text(interval_text(effect.interval)),
-                minus_text(f"{effect.controls[0].value:.3f} {interval_text(effect.controls[0].interval)}"),
-            ]
-            for effect in [*self.effects(), *self.made_up(8)]
-        ]
-        columns = ("", "logits", "95 % interval", "control")
-        return table_html(columns=columns, rows=rows, title="self-repair", align=["left", "right", "right", "right"])
+        """The three effects and the 8 parts that grow most, with intervals, beside random heads."""
+        return effects_drawing([*self.effects(), *self.made_up(8)], self.title)
 
     def short(self, effect: Effect) -> str:
         """An effect's name without the heads'."""

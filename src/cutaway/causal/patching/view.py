@@ -127,6 +127,15 @@ def patch_sections(
 
 
 def _repair(repair: SelfRepair) -> _Section:
+    rows = [
+        [
+            repair.short(effect),
+            minus_text(f"{effect.value:.3f}"),
+            minus_text(_span(effect.interval)),
+            minus_text(f"{effect.controls[0].value:.3f} {_span(effect.controls[0].interval)}"),
+        ]
+        for effect in [*repair.effects(), *repair.made_up(8)]
+    ]
     how = f", chosen on {repair.chosen_on} other pairs" if repair.chosen_on else ""
     text = (
         f"{repair.name} knocked out at the last token ({repair.ablation}{how}); logits, over {repair.n} pairs whose "
@@ -135,7 +144,9 @@ def _repair(repair: SelfRepair) -> _Section:
         "total is self-repair, the sum of how other parts' shares grow; where it is negative, later parts read the "
         f"head, and more is lost than it wrote. Control: {repair.effects()[0].controls[0].name}."
     )
-    return (f"Self-repair: what is made up for without {repair.name}", text, repair.drawing())
+    columns = ("", "logits", "95 % interval", "control")
+    table = table_html(columns=columns, rows=rows, title="self-repair", align=["left", "right", "right", "right"])
+    return (f"Self-repair: what is made up for without {repair.name}", text, repair.drawing() + table)
 
 
 def _ability(grid: PatchGrid, accuracy: TaskAccuracy, pairs: AlignedPairs) -> _Section:
