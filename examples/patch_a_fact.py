@@ -5,7 +5,7 @@ python examples/patch_a_fact.py
 
 import cutaway
 from cutaway.artifacts.results import interval_text
-from cutaway.causal.patching.patch import patch_grid
+from cutaway.causal import patch_grid
 from cutaway.data.pairs import PromptPair
 
 PROMPT = "The capital of the state containing {} is"

@@ -4,7 +4,8 @@ from dataclasses import fields
 from typing import Any
 
 from cutaway.causal.patching import patch
-from cutaway.causal.patching.grid import PatchedCell, PatchGrid
+from cutaway.causal.patching.cells import PatchedCell
+from cutaway.causal.patching.grid import PatchGrid
 from cutaway.causal.patching.patch import Parts, PatchOptions
 
 

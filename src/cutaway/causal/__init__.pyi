@@ -87,7 +87,6 @@ from .task_results import try_tasks as try_tasks
 from .tracing.grid import CausalTrace as CausalTrace
 from .tracing.grid import TraceKind as TraceKind
 from .tracing.prompts import FactPrompt as FactPrompt
-from .tracing.prompts import landmark_facts as landmark_facts
 from .tracing.trace import causal_trace as causal_trace
 
 __all__ = [
@@ -155,7 +154,6 @@ __all__ = [
     "interchange",
     "interchange_grid",
     "kl_from_clean",
-    "landmark_facts",
     "latent_attribution",
     "logit_difference",
     "magnitude",

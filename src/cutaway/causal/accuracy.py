@@ -51,12 +51,15 @@ class TaskAccuracy(Result):
     """Mean, after the clean prompt, of the answer's logit minus the wrong answer's (of several answers: the log of
     their summed probability)."""
     logit_difference_interval: tuple[float, float]
+    """Its ends."""
     corrupt_logit_difference: float
     """The same after the corrupt prompt, where it should be lower."""
     corrupt_logit_difference_interval: tuple[float, float]
+    """Its ends."""
     probability_difference: float
     """The same of the probabilities, after the clean prompt."""
     probability_difference_interval: tuple[float, float]
+    """Its ends."""
     refused: int
     """Pairs that do not align and were left out."""
     refusals: Mapping[str, int]
@@ -138,7 +141,11 @@ class TaskAccuracy(Result):
         return intervals_svg(groups=[self.bars("right on both prompts")], title=self.title, units="share of pairs")
 
     def bars(self, label: str) -> list[Bar]:
-        """The share that is right with its interval, and its control, as they are drawn."""
+        """The share that is right with its interval, and its control, as they are drawn.
+
+        Args:
+            label: Its name.
+        """
         low, high = self.interval
         bars: list[Bar] = [{"label": label, "value": self.value, "low": low, "high": high}]
         if self.control is not None:

@@ -20,17 +20,18 @@ PatchDirection = Literal["denoise", "noise"]
 
 @dataclass(frozen=True)
 class Targets:
-    """What the logits of b examples are compared with: token ids [b], and the clean run's logits [b, V].
-
-    `answers` and `wrongs` [b, V] bool are all right and all wrong tokens where a task has several (every later year);
-    None where `answer` and `wrong` are the only ones.
-    """
+    """What the logits of b examples are compared with."""
 
     answer: Tensor
+    """Token id of the answer [b]."""
     wrong: Tensor
+    """Token id of the wrong answer [b]."""
     clean: Tensor
+    """The clean run's logits [b, V]."""
     answers: Tensor | None = None
+    """All right tokens where a task has several (every later year), bool [b, V]; None where `answer` is it."""
     wrongs: Tensor | None = None
+    """All wrong tokens, likewise."""
 
     def __getitem__(self, rows: Tensor) -> "Targets":
         return Targets(
@@ -42,7 +43,11 @@ class Targets:
         )
 
     def to(self, device: torch.device) -> "Targets":
-        """The same on another device."""
+        """The same on another device.
+
+        Args:
+            device: Where to.
+        """
         answers, wrongs = (None if t is None else t.to(device) for t in (self.answers, self.wrongs))
         return Targets(self.answer.to(device), self.wrong.to(device), self.clean.to(device), answers, wrongs)
 
@@ -51,19 +56,34 @@ Metric = Callable[[Tensor, Targets], Tensor]
 
 
 def targets_of(pairs: AlignedPairs, clean_logits: Tensor) -> Targets:
-    """What metrics compare with, from aligned pairs and the clean run's logits at the last position [n, V]."""
+    """What metrics compare with, from aligned pairs and the clean run's logits at the last position [n, V].
+
+    Args:
+        pairs: Aligned pairs, n of them.
+        clean_logits: The clean run's logits at the last position [n, V].
+    """
     return Targets(pairs.answer, pairs.wrong, clean_logits, pairs.answers, pairs.wrongs)
 
 
 def logit_difference(logits: Tensor, targets: Targets) -> Tensor:
-    """Logit of the answer minus logit of the wrong answer [b]."""
+    """Logit of the answer minus logit of the wrong answer [b].
+
+    Args:
+        logits: At the last position [b, V].
+        targets: What they are compared with.
+    """
     right = logits.gather(-1, targets.answer[:, None])[:, 0]
     wrong = logits.gather(-1, targets.wrong[:, None])[:, 0]
     return (right - wrong).float()
 
 
 def probability(logits: Tensor, targets: Targets) -> Tensor:
-    """Probability of the answer's first distinguishing token [b]."""
+    """Probability of the answer's first distinguishing token [b].
+
+    Args:
+        logits: At the last position [b, V].
+        targets: What they are compared with.
+    """
     return logits.float().softmax(-1).gather(-1, targets.answer[:, None])[:, 0]
 
 
@@ -72,6 +92,10 @@ def probability_difference(logits: Tensor, targets: Targets) -> Tensor:
 
     Where a task names several answers (greater-than: every later year against every earlier one, Hanna et al. 2023);
     of the answer and the wrong answer alone where it names one of each.
+
+    Args:
+        logits: At the last position [b, V].
+        targets: What they are compared with.
     """
     p = logits.float().softmax(-1)
 
@@ -82,13 +106,23 @@ def probability_difference(logits: Tensor, targets: Targets) -> Tensor:
 
 
 def kl_from_clean(logits: Tensor, targets: Targets) -> Tensor:
-    """KL(clean || these) in nats over the whole vocabulary [b]. Its gradient at the clean point is zero."""
+    """KL(clean || these) in nats over the whole vocabulary [b]. Its gradient at the clean point is zero.
+
+    Args:
+        logits: At the last position [b, V].
+        targets: What they are compared with.
+    """
     clean = targets.clean.float().log_softmax(-1)
     return (clean.exp() * (clean - logits.float().log_softmax(-1))).sum(-1).clamp(min=0)
 
 
 def nll(logits: Tensor, targets: Targets) -> Tensor:
-    """Negative log-probability of the answer in nats [b]."""
+    """Negative log-probability of the answer in nats [b].
+
+    Args:
+        logits: At the last position [b, V].
+        targets: What they are compared with.
+    """
     return -logits.float().log_softmax(-1).gather(-1, targets.answer[:, None])[:, 0]
 
 
@@ -96,6 +130,10 @@ def rank(logits: Tensor, targets: Targets) -> Tensor:
     """Place of the answer among all tokens [b]: 1 where no logit is higher, ties at the better place.
 
     A count has no gradient: what needs one refuses this metric (`differentiable`).
+
+    Args:
+        logits: At the last position [b, V].
+        targets: What they are compared with.
     """
     own = logits.gather(-1, targets.answer[:, None])
     return 1.0 + (logits > own).sum(-1).float()
@@ -162,8 +200,12 @@ def differentiable(metric: str | Metric) -> bool:
 def recovery(patched: Tensor, clean: Tensor, corrupt: Tensor, *, guard: float = 0.1) -> tuple[Tensor, Tensor]:
     """Per-example recovery (patched - corrupt) / (clean - corrupt), and which examples can be judged.
 
-    `patched` [..., n]; `clean`, `corrupt` [n]. An example whose denominator is below `guard` times the median
-    denominator (or 1e-6) says nothing, since its two prompts hardly differ: it is NaN, and False in the mask [n].
+    Args:
+        patched: The metric under patches [..., n].
+        clean: That of the clean run [n].
+        corrupt: That of the corrupt run [n].
+        guard: An example whose denominator is below this many times the median denominator (or 1e-6) says nothing,
+            since its two prompts hardly differ: it is NaN, and False in the mask [n].
     """
     denominator = clean - corrupt
     usable = denominator.abs() >= max(1e-6, guard * denominator.abs().median().item())
@@ -176,6 +218,11 @@ def ratio_of_means(patched: Tensor, clean: Tensor, corrupt: Tensor) -> Tensor:
 
     The mean of `recovery` weighs every example alike; here one whose prompts differ more counts for more. The two are
     different numbers (Miller, Chughtai & Saunders 2024), and this one needs no guard for single examples.
+
+    Args:
+        patched: The metric under patches [..., n].
+        clean: That of the clean run [n].
+        corrupt: That of the corrupt run [n].
     """
     whole = clean.double().mean() - corrupt.double().mean()
     return ((patched.double().mean(-1) - corrupt.double().mean()) / whole).to(patched.dtype)

@@ -32,6 +32,7 @@ class TaskResult(Result):
     title: ClassVar[str] = "Task"
 
     task: Task
+    """What was tried."""
     pairs: AlignedPairs | None
     """The pairs that the tokenizer can align; None where there are none."""
     accuracy: TaskAccuracy | None
@@ -81,7 +82,9 @@ class TaskResults(Result, Sequence[TaskResult]):
     title: ClassVar[str] = "Tasks"
 
     model: str
+    """Name of the model."""
     results: tuple[TaskResult, ...]
+    """One per task and split."""
     threshold: float = ABLE
     """The share of pairs that a model must be right on to be able."""
 
@@ -290,6 +293,15 @@ def try_tasks(
     split: Split = "search",
 ) -> TaskResults:
     """Try every task on the model, each as `try_task` does.
+
+    Args:
+        lm: The model.
+        tasks: Default: those of `cutaway.data.TASKS`.
+        n: Pairs to draw of each.
+        threshold: The share of pairs that the model must be right on to be able.
+        least: With fewer readable pairs than this a task is not judged.
+        seed: Of the draw of pairs.
+        split: Wording to search with ("search"), or kept for judging what was found ("held_out").
 
     Returns:
         A sequence in the order of `tasks`; a task that is not able has its reason ("right on 3 of 20 ...").

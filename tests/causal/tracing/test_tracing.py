@@ -19,11 +19,11 @@ from cutaway.causal.tracing.prompts import (
     ROLES,
     FactPrompt,
     elsewhere_of,
-    landmark_facts,
     roles_of,
     subject_span,
 )
 from cutaway.causal.tracing.trace import causal_trace, default_window
+from cutaway.cli.causal.trace import landmark_facts
 from cutaway.model.language_model import LanguageModel, attach
 
 DRAWS, SEED, TIMES = 2, 3, 2.0

@@ -12,20 +12,24 @@ class Variable:
     """A variable of a causal model: a function of its parents (inputs, or variables named before it)."""
 
     parents: tuple[str, ...]
+    """Inputs, or variables named before it."""
     function: Callable[..., Any]
+    """Its value from those of its parents, in their order."""
 
 
 @dataclass(frozen=True)
 class CausalModel:
-    """Variables by name, each after its parents; `answer` is the one whose value is the text that the prompt goes on
-    with.
+    """A causal model said as plain functions.
 
     Raises `CutawayError` for a parent that is neither an input nor a variable before it.
     """
 
     inputs: tuple[str, ...]
+    """Names of the inputs."""
     variables: Mapping[str, Variable]
+    """Each variable by name, after its parents."""
     answer: str
+    """The variable whose value is the text that the prompt goes on with."""
 
     def __post_init__(self) -> None:
         known = [*self.inputs]
@@ -40,7 +44,12 @@ class CausalModel:
             raise CutawayError(f"the answer {self.answer!r} is no variable of the causal model")
 
     def run(self, inputs: Mapping[str, Any], setting: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """The value of every input and variable; those in `setting` are what it says, whatever their parents are."""
+        """The value of every input and variable; those in `setting` are what it says, whatever their parents are.
+
+        Args:
+            inputs: The value of every input.
+            setting: Variables that are set to a value, whatever their parents are.
+        """
         values = dict(inputs)
         for name in self.inputs:
             if name not in values:
@@ -55,12 +64,15 @@ class CausalModel:
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt, the causal model's inputs for it, and where things stand in it: a position (0 is the first real token,
-    -1 the last) or a text (its last token, at its last occurrence). "last" is always there."""
+    """A prompt, the causal model's inputs for it, and where things stand in it."""
 
     prompt: str
+    """The text that the model reads."""
     inputs: Mapping[str, Any]
+    """The causal model's inputs for it."""
     positions: Mapping[str, int | str] = field(default_factory=dict)
+    """Where things stand in it, by name: a position (0 is the first real token, -1 the last) or a text (its last token,
+    at its last occurrence). "last" is always there."""
 
 
 Swap = tuple[Example, Example]

@@ -20,12 +20,15 @@ class Place:
     """Where a variable stands: a site at a role, or heads, neurons or a subspace of it."""
 
     site: str
+    """A site of the model, with its layer."""
     role: str
     """One of the example's positions, or "last"."""
     source_role: str | None = None
     """The role in the source, where it has another one."""
     heads: tuple[int, ...] | None = None
+    """Heads of it; None: the whole value."""
     neurons: tuple[int, ...] | None = None
+    """Entries of its last dimension; None: all."""
     basis: Tensor | None = field(default=None, repr=False, compare=False)
     """Directions [k, width]; only the part within their span is taken."""
 
@@ -51,9 +54,13 @@ class Interchanged(Result):
     title: ClassVar[str] = "Interchange intervention"
 
     model: str
+    """Name of the model."""
     variables: tuple[str, ...]
+    """The variables that were taken from the source."""
     place: str
+    """Their places, in words."""
     role: str
+    """The roles of these places."""
     follows: Tensor
     """Whether the network answers as the causal model does with the variable taken from the source, bool [n]."""
     changes: Tensor
@@ -174,10 +181,15 @@ class InterchangeGrid(Result):
     title: ClassVar[str] = "Interchange interventions"
 
     model: str
+    """Name of the model."""
     variable: str
+    """The variable that was taken from the source."""
     site: str
+    """With `{l}` where the layer stands."""
     layers: tuple[int, ...]
+    """The rows."""
     roles: tuple[str, ...]
+    """The columns."""
     follows: Tensor
     """Whether the network answers as the causal model does, bool [layers, roles, n]."""
     refused: tuple[tuple[Swap, str], ...] = ()
@@ -194,7 +206,11 @@ class InterchangeGrid(Result):
         return self.follows.float().mean(-1)
 
     def place(self, roles: Sequence[str] | None = None) -> Place:
-        """The place with the highest IIA, the earliest layer of equals, among these roles (default: all)."""
+        """The place with the highest IIA, the earliest layer of equals, among these roles (default: all).
+
+        Args:
+            roles: The candidates; None: all.
+        """
         chosen = self.iia.clone()
         for j, role in enumerate(self.roles):
             if roles is not None and role not in roles:

@@ -7,15 +7,20 @@ neuron sweeps are layouts of cells (`patching.py`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
+from markupsafe import Markup
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError, NoSuchSite
+from cutaway.artifacts.results import Effect, interval_text
 from cutaway.causal.ablations import Ablation, replacement_run
 from cutaway.causal.accuracy import Criterion
+from cutaway.causal.effects import effects_drawing
 from cutaway.causal.metrics import (
     Metric,
     PatchDirection,
@@ -26,6 +31,7 @@ from cutaway.causal.metrics import (
     targets_of,
 )
 from cutaway.data.pairs import AlignedPairs
+from cutaway.draw.result import Result
 from cutaway.model.edits.edits import Edit, patch
 from cutaway.model.edits.edits import set as set_value
 from cutaway.model.forward.run import Run
@@ -36,14 +42,16 @@ from cutaway.model.tokens import Tokens
 
 @dataclass(frozen=True)
 class PatchCell:
-    """One part at one place: the whole value at `site`, or some heads (key-value heads at k, v, rot_k) or neurons of
-    it. `at` is the place in words, `None` every token.
-    """
+    """One part at one place: the whole value at a site, or some heads or neurons of it."""
 
     site: str
+    """A site of the model, with its layer."""
     heads: tuple[int, ...] | None = None
+    """Heads of it (key-value heads at k, v, rot_k); None: the whole value."""
     neurons: tuple[int, ...] | None = None
+    """Entries of its last dimension; None: all."""
     at: str | None = None
+    """The place in words; None: every token."""
 
     @property
     def part(self) -> str:
@@ -56,6 +64,79 @@ class PatchCell:
 
     def __str__(self) -> str:
         return f"{self.part} at {'every token' if self.at is None else repr(self.at)}"
+
+
+@dataclass(frozen=True, repr=False)
+class PatchedCell(Result):
+    """One cell with all that is known about it. `p`, `q` and `p_of_all` are NaN where the model cannot do the task."""
+
+    title: ClassVar[str] = "Patched cell"
+
+    layer: int
+    """The cell's row in its grid."""
+    column: str
+    """Its column."""
+    cell: PatchCell
+    """The part and the place."""
+    effect: Effect
+    """The mean over pairs of each pair's share, beside its control."""
+    p: float
+    """Two-sided p of the sign-flip test of the pairs' shares against their controls, for this one cell."""
+    q: float
+    """The rate of false discoveries among all cells of the grid with a p as small."""
+    p_of_all: float
+    """The chance that any cell of the grid is as far off where there is nothing."""
+    ratio_of_means: float
+    """The means divided, over all n pairs: weighs pairs by how far their prompts differ."""
+
+    def summary(self) -> str:
+        """The share with interval and control, and the tests."""
+        return str(self)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row."""
+        low, high = self.effect.interval or (None, None)
+        control = self.effect.controls[0].value if self.effect.controls else None
+        return [
+            {
+                "layer": self.layer, "column": self.column, "part": self.cell.part, "at": self.cell.at,
+                "value": self.effect.value, "low": low, "high": high, "control": control, "n": self.effect.n,
+                "p": self.p, "q": self.q, "p_of_all": self.p_of_all, "ratio_of_means": self.ratio_of_means,
+            }
+        ]  # fmt: skip
+
+    def drawing(self) -> Markup:
+        """The effect with its interval beside its control."""
+        return effects_drawing([self.effect], self.title)
+
+    def to_json(self) -> dict[str, Any]:
+        """The cell, its tests and its effect."""
+        return {
+            "layer": self.layer,
+            "column": self.column,
+            "site": self.cell.site,
+            "heads": self.cell.heads,
+            "neurons": self.cell.neurons,
+            "at": self.cell.at,
+            "p": finite(self.p),
+            "q": finite(self.q),
+            "p_of_all": finite(self.p_of_all),
+            "ratio_of_means": finite(self.ratio_of_means),
+            "effect": self.effect.to_json(),
+        }
+
+    def __str__(self) -> str:
+        effect = self.effect
+        beside = "".join(f"{control.name} {control.value:.3f}, " for control in effect.controls)
+        return (
+            f"{effect.name}: {effect.value:.3f} {interval_text(effect.interval)}, {beside}"
+            f"p {self.p:.2g}, q {self.q:.2g}, ratio of means {self.ratio_of_means:.3f}, n {effect.n}"
+        )
+
+
+def finite(value: float) -> float | None:
+    """The number, None where it is not finite."""
+    return value if math.isfinite(value) else None
 
 
 @dataclass(frozen=True)

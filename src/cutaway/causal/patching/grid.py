@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 import torch
 from markupsafe import Markup
 from torch import Tensor
@@ -23,9 +22,8 @@ from cutaway.artifacts.statistics import (
     sign_flip_p_of_many,
     wilson_interval,
 )
-from cutaway.causal.effects import effects_drawing
 from cutaway.causal.metrics import PatchDirection, ratio_of_means
-from cutaway.causal.patching.cells import PatchCell
+from cutaway.causal.patching.cells import PatchCell, PatchedCell, finite
 from cutaway.draw.heatmap import heatmap_svg
 from cutaway.draw.result import Result
 
@@ -44,72 +42,6 @@ _NEURON_COLUMNS = 8
 _ROUNDING = 1e-5
 
 
-@dataclass(frozen=True, repr=False)
-class PatchedCell(Result):
-    """One cell with all that is known about it. `p`, `q` and `p_of_all` are NaN where the model cannot do the task."""
-
-    title: ClassVar[str] = "Patched cell"
-
-    layer: int
-    column: str
-    cell: PatchCell
-    """The part and the place."""
-    effect: Effect
-    """The mean over pairs of each pair's share, beside its control."""
-    p: float
-    """Two-sided p of the sign-flip test of the pairs' shares against their controls, for this one cell."""
-    q: float
-    """The rate of false discoveries among all cells of the grid with a p as small."""
-    p_of_all: float
-    """The chance that any cell of the grid is as far off where there is nothing."""
-    ratio_of_means: float
-    """The means divided, over all n pairs: weighs pairs by how far their prompts differ."""
-
-    def summary(self) -> str:
-        """The share with interval and control, and the tests."""
-        return str(self)
-
-    def rows(self) -> list[dict[str, Any]]:
-        """One row."""
-        low, high = self.effect.interval or (None, None)
-        control = self.effect.controls[0].value if self.effect.controls else None
-        return [
-            {
-                "layer": self.layer, "column": self.column, "part": self.cell.part, "at": self.cell.at,
-                "value": self.effect.value, "low": low, "high": high, "control": control, "n": self.effect.n,
-                "p": self.p, "q": self.q, "p_of_all": self.p_of_all, "ratio_of_means": self.ratio_of_means,
-            }
-        ]  # fmt: skip
-
-    def drawing(self) -> Markup:
-        """The effect with its interval beside its control."""
-        return effects_drawing([self.effect], self.title)
-
-    def to_json(self) -> dict[str, Any]:
-        """The cell, its tests and its effect."""
-        return {
-            "layer": self.layer,
-            "column": self.column,
-            "site": self.cell.site,
-            "heads": self.cell.heads,
-            "neurons": self.cell.neurons,
-            "at": self.cell.at,
-            "p": _finite(self.p),
-            "q": _finite(self.q),
-            "p_of_all": _finite(self.p_of_all),
-            "ratio_of_means": _finite(self.ratio_of_means),
-            "effect": self.effect.to_json(),
-        }
-
-    def __str__(self) -> str:
-        effect = self.effect
-        beside = "".join(f"{control.name} {control.value:.3f}, " for control in effect.controls)
-        return (
-            f"{effect.name}: {effect.value:.3f} {interval_text(effect.interval)}, {beside}"
-            f"p {self.p:.2g}, q {self.q:.2g}, ratio of means {self.ratio_of_means:.3f}, n {effect.n}"
-        )
-
-
 @dataclass(frozen=True, eq=False, repr=False)
 class PatchGrid(Result):
     """What patches do, layer × column, for n pairs.
@@ -121,14 +53,19 @@ class PatchGrid(Result):
     title: ClassVar[str] = "Activation patching"
 
     model: str
+    """Name of the model."""
     n_layers: int
     """Layers of the model."""
     site: str
+    """With `{l}` where the layer stands."""
     over: Over
     """What the columns are."""
     direction: PatchDirection
+    """What is put where."""
     ablation: str
+    """What takes an activation's place, in words."""
     metric: str
+    """Name of the metric."""
     layers: tuple[int, ...]
     """The layers patched, a row each."""
     columns: tuple[str, ...]
@@ -187,12 +124,21 @@ class PatchGrid(Result):
         return self.flips.float().mean(-1)
 
     def interval(self, n_resamples: int = 2000, seed: int = 0) -> Tensor:
-        """95 % interval of the mean over pairs [2, layers, columns]."""
+        """95 % interval of the mean over pairs [2, layers, columns].
+
+        Args:
+            n_resamples: Draws of the bootstrap.
+            seed: Of these draws.
+        """
         kept = self.values[..., ~self.values.isnan().any(0).any(0)]
         return torch.from_numpy(mean_intervals(kept.double().numpy(), n_resamples, seed)).float()
 
     def is_output(self, layer: int) -> bool:
-        """Whether the site at this layer is what the unembedding reads."""
+        """Whether the site at this layer is what the unembedding reads.
+
+        Args:
+            layer: One of `layers`.
+        """
         return layer == self.n_layers - 1 and self.site.endswith("resid_post")
 
     def _place(self, layer: int, column: str) -> tuple[int, int]:
@@ -205,7 +151,11 @@ class PatchGrid(Result):
         return self.layers.index(layer), self.columns.index(column)
 
     def choices(self, cell: PatchCell) -> Choices:
-        """The six choices that a cell's effect depends on."""
+        """The six choices that a cell's effect depends on.
+
+        Args:
+            cell: One of `cells`.
+        """
         granularity = "neuron" if cell.neurons is not None else "node"
         where = "all" if cell.at is None else cell.at
         return Choices(granularity, cell.part, self.ablation, where, self.direction, self.evaluation)
@@ -220,11 +170,16 @@ class PatchGrid(Result):
     ) -> Effect:
         """One cell as an effect beside its control.
 
-        `of` says what is moved: the share of the metric's difference, or the share of pairs that are answered as the
-        source is ("flips"). The control patches what nothing says should matter: a random other position of the same
+        The control patches what nothing says should matter: a random other position of the same
         prompt (among those that can carry a difference: from the first token in which clean and corrupt differ on), or
-        a random other head or neuron of the same layer, or the same component of another layer. `pairs` are those that
-        it is measured on, by number (default: all).
+        a random other head or neuron of the same layer, or the same component of another layer.
+
+        Args:
+            layer: One of `layers`.
+            column: One of `columns`.
+            of: What is moved: the share of the metric's difference, or the share of pairs that are answered as the
+                source is ("flips").
+            pairs: Those that it is measured on, by number; None: all.
         """
         i, j = self._place(layer, column)
         pick = torch.arange(self.n) if pairs is None else torch.as_tensor(list(pairs))
@@ -266,7 +221,12 @@ class PatchGrid(Result):
         )
 
     def evidence(self, layer: int, column: str) -> PatchedCell:
-        """One cell with its effect, the p of its difference from the control, and the ratio of means."""
+        """One cell with its effect, the p of its difference from the control, and the ratio of means.
+
+        Args:
+            layer: One of `layers`.
+            column: One of `columns`.
+        """
         i, j = self._place(layer, column)
         effect = self.effect(layer, column)
         p, q, of_all, ratio = (grid[i, j].item() for grid in (self.p, self.q, self.p_of_all, self.ratio_of_means))
@@ -305,6 +265,9 @@ class PatchGrid(Result):
         """The k cells with the largest mean by size, largest first (the model's output itself is left out).
 
         The largest of many look larger than they are: `best` measures one on pairs that it was not chosen on.
+
+        Args:
+            k: How many.
         """
         return [self.evidence(self.layers[i], self.columns[j]) for i, j in self._largest(k)]
 
@@ -319,9 +282,12 @@ class PatchGrid(Result):
     def best(self, *, of: Of = "metric", layers: Sequence[int] | None = None) -> Effect:
         """The cell with the largest mean of what is asked for, chosen on every second pair, measured on the others.
 
-        Choosing and measuring on the same pairs would flatter the largest of many cells. `layers` are the candidates
-        (default: all but the stream after the model's last layer, which at the last token hands over the answer
-        itself). Needs at least 8 pairs.
+        Choosing and measuring on the same pairs would flatter the largest of many cells. Needs at least 8 pairs.
+
+        Args:
+            of: What is moved, as in `effect`.
+            layers: The candidates; None: all but the stream after the model's last layer, which at the last token
+                hands over the answer itself.
         """
         if self.n < LEAST_PAIRS:
             raise CutawayError(
@@ -395,7 +361,7 @@ class PatchGrid(Result):
                 "column": column,
                 "part": self.cells[i][j].part,
                 "at": self.cells[i][j].at,
-                **{name: _finite(table[i, j].item()) for name, table in tables.items()},
+                **{name: finite(table[i, j].item()) for name, table in tables.items()},
                 "n": self.n - self.dropped,
             }
             for i, layer in enumerate(self.layers)
@@ -477,9 +443,5 @@ def minus_text(text: str) -> str:
     return re.sub(r"-(0\.0+)(?!\d)", r"\1", text).replace("-", "−")
 
 
-def _finite(value: float) -> float | None:
-    return value if np.isfinite(value) else None
-
-
 def _plain(values: Tensor) -> list[list[float | None]]:
-    return [[_finite(value) for value in row] for row in values.tolist()]
+    return [[finite(value) for value in row] for row in values.tolist()]

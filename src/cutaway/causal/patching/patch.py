@@ -17,8 +17,8 @@ from cutaway.artifacts.errors import CutawayError
 from cutaway.causal.ablations import Ablation, ablation_of
 from cutaway.causal.accuracy import Criterion, TaskAccuracy, task_accuracy, unable
 from cutaway.causal.metrics import Metric, PatchDirection, logit_difference, named_metric
-from cutaway.causal.patching.cells import PatchSetup, every_layer, head_count, neuron_count
-from cutaway.causal.patching.grid import LEAST_PAIRS, Over, PatchedCell, PatchGrid
+from cutaway.causal.patching.cells import PatchedCell, PatchSetup, every_layer, head_count, neuron_count
+from cutaway.causal.patching.grid import LEAST_PAIRS, Over, PatchGrid
 from cutaway.causal.patching.layouts import (
     COMPONENTS,
     Rows,

@@ -66,6 +66,7 @@ class SelfRepair(Result):
     title: ClassVar[str] = "Self-repair"
 
     model: str
+    """Name of the model."""
     removed: KnockOut
     """The heads that were asked for, knocked out together."""
     controls: tuple[KnockOut, ...]
@@ -77,10 +78,13 @@ class SelfRepair(Result):
     difference: Tensor
     """The logit difference in the clean run [n]."""
     ablation: str
+    """What stood in a head's place."""
     evaluation: str
+    """What the pairs are."""
     chosen_on: int
     """How many other pairs the heads were chosen on, 0 where the caller named them."""
     notes: tuple[str, ...] = ()
+    """What the split of the logit difference leaves out."""
 
     @property
     def n(self) -> int:
@@ -112,6 +116,9 @@ class SelfRepair(Result):
     def made_up(self, k: int | None = None) -> list[Effect]:
         """How much the direct effect of each other part grows, the k largest by size, beside its growth without random
         heads instead; the final norm's part among them. Parts that do not change are left out.
+
+        Args:
+            k: How many; None: all.
         """
         change = torch.cat([self.removed.change, self.removed.norm[:, None]], 1)
         controls = [torch.cat([one.change, one.norm[:, None]], 1) for one in self.controls]
@@ -140,7 +147,11 @@ class SelfRepair(Result):
         )
 
     def to_json(self, k: int = 10) -> dict[str, Any]:
-        """The three effects, and the k parts that grow most."""
+        """The three effects, and the k parts that grow most.
+
+        Args:
+            k: How many of the parts that grow.
+        """
         return {
             "model": self.model,
             "heads": [list(head) for head in self.removed.heads],
@@ -177,11 +188,19 @@ class SelfRepair(Result):
         return effects_drawing([*self.effects(), *self.made_up(8)], self.title)
 
     def short(self, effect: Effect) -> str:
-        """An effect's name without the heads'."""
+        """An effect's name without the heads'.
+
+        Args:
+            effect: One of `effects()` or `made_up()`.
+        """
         return effect.name.removesuffix(f" without {self.name}").removesuffix(f" of {self.name}")
 
     def table(self, k: int = 8) -> str:
-        """Direct, total and the difference, and the parts that made up for it, beside random heads."""
+        """Direct, total and the difference, and the parts that made up for it, beside random heads.
+
+        Args:
+            k: How many of the parts that grow.
+        """
         lines = [
             f"self-repair after knocking out {self.name} ({self.ablation}, at the last token), {self.model}: logit "
             f"difference {self.difference.mean():.2f}, n {self.n}",

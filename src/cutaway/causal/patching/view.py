@@ -10,7 +10,8 @@ from markupsafe import Markup
 from cutaway.artifacts.results import Effect, interval_text
 from cutaway.causal.accuracy import TaskAccuracy
 from cutaway.causal.metrics import UNITS
-from cutaway.causal.patching.grid import COLUMNS, LEAST_PAIRS, PatchedCell, PatchGrid, minus_text
+from cutaway.causal.patching.cells import PatchedCell
+from cutaway.causal.patching.grid import COLUMNS, LEAST_PAIRS, PatchGrid, minus_text
 from cutaway.causal.patching.self_repair import SelfRepair
 from cutaway.data.pairs import AlignedPairs, Prompt
 from cutaway.draw.charts import effect_html

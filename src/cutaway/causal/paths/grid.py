@@ -33,14 +33,21 @@ class PathGrid(Result):
     title: ClassVar[str] = "Path patching"
 
     model: str
+    """Name of the model."""
     n_layers: int
+    """Layers of the model."""
     n_heads: int
+    """Heads of each layer."""
     metric: str
+    """Name of the metric."""
     direction: PatchDirection
+    """What is put where."""
     mlps: Mlps
     """Whether MLPs on the way are recomputed, or frozen."""
     senders: tuple[str, ...]
+    """The rows."""
     receivers: tuple[str, ...]
+    """The columns."""
     values: Tensor
     """Shares [senders, receivers, n]; NaN where the receiver does not come after the sender, and where a pair's two
     prompts hardly differ."""
@@ -67,7 +74,12 @@ class PathGrid(Result):
         return self.values.nanmean(-1)
 
     def interval(self, n_resamples: int = 2000, seed: int = 0) -> Tensor:
-        """95 % interval of the mean over pairs [2, senders, receivers]."""
+        """95 % interval of the mean over pairs [2, senders, receivers].
+
+        Args:
+            n_resamples: Draws of the bootstrap.
+            seed: Of these draws.
+        """
         usable = ~self.values.isnan().all(0).all(0)
         kept = self.values[..., usable].double().numpy()
         return torch.from_numpy(mean_intervals(kept, n_resamples, seed)).float()
@@ -96,7 +108,10 @@ class PathGrid(Result):
     def effect(self, sender: str, receiver: str, *, pairs: Sequence[int] | None = None) -> Effect:
         """One path, beside random other senders into the same receiver.
 
-        `pairs` are those that it is measured on, by number (default: all).
+        Args:
+            sender: One of `senders`.
+            receiver: One of `receivers`.
+            pairs: Those that it is measured on, by number; None: all.
         """
         i, j = self._at(sender, receiver)
         pick = list(range(self.n)) if pairs is None else list(pairs)
@@ -132,6 +147,10 @@ class PathGrid(Result):
         """The k senders that move most into a receiver, chosen on every second pair, measured on the others.
 
         Needs at least 8 pairs.
+
+        Args:
+            receiver: One of `receivers`.
+            k: How many.
         """
         if self.n < 8:
             raise CutawayError(
@@ -143,7 +162,11 @@ class PathGrid(Result):
         return [self.effect(self.senders[i], receiver, pairs=range(1, self.n, 2)) for i in able]
 
     def heads(self, receiver: str) -> Tensor:
-        """Mean share moved by each head [layers, heads], NaN where the head is no sender or not earlier."""
+        """Mean share moved by each head [layers, heads], NaN where the head is no sender or not earlier.
+
+        Args:
+            receiver: One of `receivers`.
+        """
         j = self._at(self.senders[0], receiver)[1]
         table = torch.full((self.n_layers, self.n_heads), torch.nan)
         for i, name in enumerate(self.senders):
@@ -153,7 +176,11 @@ class PathGrid(Result):
         return table
 
     def heatmap(self, receiver: str) -> Markup:
-        """An SVG heatmap of `heads`."""
+        """An SVG heatmap of `heads`.
+
+        Args:
+            receiver: One of `receivers`.
+        """
         return heatmap_svg(
             rows=[f"L{layer}" for layer in range(self.n_layers)],
             columns=[f"H{head}" for head in range(self.n_heads)],

@@ -39,12 +39,15 @@ class CausalTrace(Result):
     title: ClassVar[str] = "Causal tracing"
 
     model: str
+    """Name of the model."""
     n_layers: int
+    """Layers of the model."""
     facts: tuple[FactPrompt, ...]
     """The prompts that were traced."""
     answers: tuple[str, ...]
     """The first token of each answer."""
     tokens: tuple[tuple[str, ...], ...]
+    """The tokens of each prompt."""
     starts: tuple[int, ...]
     """Position of each subject's first token."""
     sigma: float
@@ -52,9 +55,11 @@ class CausalTrace(Result):
     multiple: float
     """How many of them the noise has."""
     draws: int
+    """Draws of the noise per prompt."""
     window: int
     """Layers in which attention and MLP outputs are restored together."""
     seed: int
+    """Of the noise."""
     clean: Tensor
     """Probability of the answer in the plain run [n]."""
     noised: Tensor
@@ -101,23 +106,41 @@ class CausalTrace(Result):
         return tuple(int((self.roles == ROLES.index(role)).any(0).sum()) for role in self.columns)
 
     def by_role(self, kind: TraceKind) -> Tensor:
-        """Indirect effect [layers, columns, n]: each prompt's mean over its tokens of a role, NaN where it has none."""
+        """Indirect effect [layers, columns, n]: each prompt's mean over its tokens of a role, NaN where it has none.
+
+        Args:
+            kind: What was restored.
+        """
         masks = torch.stack([self.roles == ROLES.index(role) for role in self.columns])
         return _mean(self.effects[kind][:, None], masks[None])
 
     def elsewhere_by_role(self, kind: TraceKind) -> Tensor:
         """The control [layers, columns, n]: each prompt's mean over its tokens, from the subject's first on, that do
-        not have the role; this is the expectation of restoring one random other position."""
+        not have the role; this is the expectation of restoring one random other position.
+
+        Args:
+            kind: What was restored.
+        """
         masks = torch.stack([(self.roles >= 0) & (self.roles != ROLES.index(role)) for role in self.columns])
         values = _mean(self.effects[kind][:, None], masks[None])
         return torch.where(self.by_role(kind).isnan(), torch.full_like(values, torch.nan), values)
 
     def aie(self, kind: TraceKind) -> Tensor:
-        """Average indirect effect [layers, columns], over the prompts that have the role."""
+        """Average indirect effect [layers, columns], over the prompts that have the role.
+
+        Args:
+            kind: What was restored.
+        """
         return self.by_role(kind).nanmean(-1)
 
     def interval(self, kind: TraceKind, n_resamples: int = 2000, seed: int = 0) -> Tensor:
-        """95 % interval of the AIE over the prompts with the role [2, layers, columns]; NaN below two of them."""
+        """95 % interval of the AIE over the prompts with the role [2, layers, columns]; NaN below two of them.
+
+        Args:
+            kind: What was restored.
+            n_resamples: Draws of the bootstrap.
+            seed: Of these draws.
+        """
         values = self.by_role(kind).double().numpy()
         ends = np.full((2, *values.shape[:2]), np.nan)
         for at in range(values.shape[1]):
@@ -126,7 +149,11 @@ class CausalTrace(Result):
         return torch.from_numpy(ends).float()
 
     def p(self, kind: TraceKind) -> Tensor:
-        """Two-sided p [layers, columns] of each cell against a random other position, by flipping prompts' signs."""
+        """Two-sided p [layers, columns] of each cell against a random other position, by flipping prompts' signs.
+
+        Args:
+            kind: What was restored.
+        """
         difference = (self.by_role(kind) - self.elsewhere_by_role(kind)).double()
         # differences of rounding alone would have a small p
         difference[difference.abs() <= _ROUNDING] = 0.0
@@ -134,11 +161,19 @@ class CausalTrace(Result):
         return torch.from_numpy(found).view(difference.shape[:2])
 
     def q(self, kind: TraceKind) -> Tensor:
-        """The rate of false discoveries [layers, columns] among all cells of a kind with a p as small."""
+        """The rate of false discoveries [layers, columns] among all cells of a kind with a p as small.
+
+        Args:
+            kind: What was restored.
+        """
         return torch.from_numpy(false_discovery(self.p(kind).numpy()))
 
     def discoveries(self, kind: TraceKind) -> str:
-        """How many cells stand out from other positions, with one in twenty of them expected to be false."""
+        """How many cells stand out from other positions, with one in twenty of them expected to be false.
+
+        Args:
+            kind: What was restored.
+        """
         q = self.q(kind)
         return f"{int((q <= 0.05).sum())} of {int((~q.isnan()).sum())} cells have q at most 0.05"
 
@@ -176,7 +211,12 @@ class CausalTrace(Result):
     def effect(self, kind: TraceKind, layer: int, role: str, *, prompts: Sequence[int] | None = None) -> Effect:
         """One cell's average indirect effect, beside restoring a random other position and restoring nothing.
 
-        `prompts` are those that it is measured on, by number (default: all)."""
+        Args:
+            kind: What was restored.
+            layer: In which layer (the middle of a window).
+            role: At which of `columns`.
+            prompts: Those that it is measured on, by number; None: all.
+        """
         if not 0 <= layer < self.n_layers or role not in self.columns:
             raise CutawayError(
                 f"this trace has no cell ({layer}, {role!r}); its layers are 0 to {self.n_layers - 1}, its roles "
@@ -212,6 +252,10 @@ class CausalTrace(Result):
         prompts of either half have is no candidate; None where there is none.
 
         States after the last layer are no candidates: at the last token they are the answer itself.
+
+        Args:
+            kind: What was restored.
+            roles: The candidates.
         """
         held_out = self.n >= 8
         values = self.by_role(kind)
@@ -230,12 +274,20 @@ class CausalTrace(Result):
         return self.effect(kind, layer, self.columns[at], prompts=odd)
 
     def sites(self, kind: TraceKind) -> list[Effect]:
-        """The largest effect on the subject (the paper's "early site") and the largest behind it (the "late site")."""
+        """The largest effect on the subject (the paper's "early site") and the largest behind it (the "late site").
+
+        Args:
+            kind: What was restored.
+        """
         found = (self.best(kind, roles) for roles in (IN_SUBJECT, BEHIND))
         return [effect for effect in found if effect is not None]
 
     def layers_of(self, layer: int) -> str:
-        """The window of layers around one, as it is restored for attention and MLPs."""
+        """The window of layers around one, as it is restored for attention and MLPs.
+
+        Args:
+            layer: The middle of the window.
+        """
         first, last = window_of(layer, self.window, self.n_layers)
         return f"L{first}" if first == last else f"L{first}-L{last}"
 
@@ -328,7 +380,11 @@ class CausalTrace(Result):
         return Markup("").join(self.heatmap(kind) for kind in SITES)
 
     def heatmap(self, kind: TraceKind) -> Markup:
-        """The heatmap of one kind, on the scale of all three, and its largest cells' effects beside their controls."""
+        """The heatmap of one kind, on the scale of all three, and its largest cells' effects beside their controls.
+
+        Args:
+            kind: What was restored.
+        """
         scale = heatmap_scale([row for one in SITES for row in self._grid(one)], diverging=True)
         single = self.n == 1
         drawn = heatmap_svg(

@@ -25,6 +25,7 @@ class FactPrompt:
     """A prompt, the subject in it, and how it goes on."""
 
     prompt: str
+    """The text that the model reads."""
     subject: str
     """A text that stands once in the prompt."""
     answer: str | None = None
@@ -33,7 +34,12 @@ class FactPrompt:
 
     @classmethod
     def from_json(cls, data: object, where: str = "the prompt") -> "FactPrompt":
-        """From {"prompt": ..., "subject": ..., "answer": ...}; raises `CutawayError` that names what is missing."""
+        """From {"prompt": ..., "subject": ..., "answer": ...}; raises `CutawayError` that names what is missing.
+
+        Args:
+            data: The object.
+            where: What a message calls it.
+        """
         if not isinstance(data, dict):
             raise CutawayError(f'{where} is not an object like {{"prompt": ..., "subject": ..., "answer": ...}}')
         for name in ("prompt", "subject"):
@@ -48,14 +54,6 @@ class FactPrompt:
         if answer is not None and (not isinstance(answer, str) or not answer):
             raise CutawayError(f'{where} has an "answer" that is no text; leave it out to take the model\'s own')
         return cls(data["prompt"], data["subject"], answer)
-
-
-def landmark_facts() -> list[FactPrompt]:
-    """In which city the landmarks of atlas's world are, which are those of ours."""
-    from cutaway.subjects.world.facts import LANDMARKS
-
-    prompt = "The {} is in the city of"
-    return [FactPrompt(prompt.format(one.name), one.name, f" {one.city}") for one in LANDMARKS]
 
 
 def subject_span(tokens: Tokens, row: int, subject: str, prompt: str) -> tuple[int, int]:

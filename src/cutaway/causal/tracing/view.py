@@ -2,12 +2,13 @@
 
 from markupsafe import Markup
 
+from cutaway.artifacts.command import current_command
 from cutaway.causal.tracing.grid import HEADINGS, SITES, CausalTrace, TraceKind, effects_html
 from cutaway.draw.page import page_html
 from cutaway.draw.panels import table_html
 
 
-def trace_page(trace: CausalTrace, command: str) -> str:
+def trace_page(trace: CausalTrace) -> str:
     """The whole page: what the noise takes, and what each restored value brings back."""
     single = trace.n == 1
     fact = trace.facts[0]
@@ -54,7 +55,7 @@ def trace_page(trace: CausalTrace, command: str) -> str:
         )
     )
     lead = f"Which states of {trace.model} bring a fact back once noise has hidden its subject, {about}."
-    return page_html(title="Causal tracing", lead=lead, sections=sections, command=command)
+    return page_html(title="Causal tracing", lead=lead, sections=sections, command=current_command())
 
 
 def _reading(trace: CausalTrace, kind: TraceKind, single: bool) -> str:

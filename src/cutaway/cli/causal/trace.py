@@ -74,7 +74,7 @@ def trace(
 
     import cutaway
     from cutaway.artifacts.command import recording
-    from cutaway.causal.tracing.prompts import FactPrompt, landmark_facts
+    from cutaway.causal.tracing.prompts import FactPrompt
     from cutaway.causal.tracing.trace import causal_trace
     from cutaway.causal.tracing.view import trace_page
 
@@ -95,10 +95,19 @@ def trace(
         deliver(
             text=str(found),
             data={"command": command, **found.to_json()},
-            page=lambda: trace_page(found, command),
+            page=lambda: trace_page(found),
             as_json=json,
             html=html,
         )
+
+
+def landmark_facts() -> "list[FactPrompt]":
+    """In which city the landmarks of atlas's world are, which are those of ours."""
+    from cutaway.causal.tracing.prompts import FactPrompt
+    from cutaway.subjects.world.facts import LANDMARKS
+
+    prompt = "The {} is in the city of"
+    return [FactPrompt(prompt.format(one.name), one.name, f" {one.city}") for one in LANDMARKS]
 
 
 def read_facts(path: Path) -> "list[FactPrompt]":
