@@ -127,5 +127,5 @@ def test_a_function_that_gives_no_number_a_prompt_is_refused(gives: Any, says: s
 
     with pytest.raises(CutawayError) as error:
         named_metric(odd)[1](*_targets())
-    assert "the metric odd must give a tensor with one number a prompt, of shape [5]" in str(error.value)
+    assert "the metric odd must give a tensor with one number per prompt, [5]" in str(error.value)
     assert str(error.value).endswith(f"it gave {says}")

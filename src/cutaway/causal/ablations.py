@@ -15,7 +15,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from cutaway.artifacts.errors import CutawayError, Misaligned
+from cutaway.artifacts.errors import CutawayError, Misaligned, NotSupported
 from cutaway.data.pairs import AlignedPairs
 from cutaway.model.edits.values import prefix_keys, token_noise
 from cutaway.model.forward.run import Run
@@ -123,7 +123,7 @@ def _wide(lm: LanguageModel) -> torch.dtype:
 
 def _noisy(lm: LanguageModel, run: Run, name: str, ablation: Ablation) -> Tensor:
     if _is_grid(name):
-        raise CutawayError(f"noise at {name!r} leaves no attention pattern; ablate another way, or put noise at attn.z")
+        raise NotSupported(f"noise at {name!r} leaves no attention pattern; ablate another way, or put noise at attn.z")
     value, tokens = run[name], run.tokens
     std = value[tokens.mask.to(value.device)].to(_wide(lm)).std(unbiased=False)
     noisy = value.to(torch.promote_types(value.dtype, torch.float32)).clone()
@@ -149,7 +149,7 @@ def _means(
     if ablation.kind == "mean":
         grid = next((name for name in names if _is_grid(name)), None)
         if grid is not None:
-            raise CutawayError(f"a mean over tokens mixes the keys of {grid!r}; take the mean by position there")
+            raise NotSupported(f"a mean over tokens mixes the keys of {grid!r}; take the mean by position there")
         groups, own_groups, per_position = [[0] * len(tokens) for tokens in rows], [0] * n, False
     elif ablation.kind == "mean_by_position":
         lengths = {int(length) for tokens in (own, *rows) for length in tokens.lengths}

@@ -1,4 +1,4 @@
-"""What a patch is judged by: one number an example, from the logits at the last position.
+"""What a patch is judged by: one number per example, from the logits at the last position.
 
 A metric is a function `(logits [b, V], targets) -> [b]`; anything of that form can stand where these do.
 """
@@ -175,7 +175,7 @@ def named_metric(metric: str | Metric) -> tuple[str, Metric]:
 
 
 def _checked(name: str, metric: Metric) -> Metric:
-    """A user's function that has to give one number a prompt: anything else would broadcast without a word."""
+    """A user's function that has to give one number per prompt: anything else would broadcast without a word."""
 
     @wraps(metric)
     def checked(logits: Tensor, targets: Targets) -> Tensor:
@@ -184,7 +184,7 @@ def _checked(name: str, metric: Metric) -> Metric:
         if not isinstance(value, Tensor) or tuple(value.shape) != shape:  # pyright: ignore[reportUnnecessaryIsInstance]
             gave = f"shape {list(value.shape)}" if hasattr(value, "shape") else type(value).__name__
             raise CutawayError(
-                f"the metric {name} must give a tensor with one number a prompt, of shape {list(shape)}; it gave {gave}"
+                f"the metric {name} must give a tensor with one number per prompt, {list(shape)}; it gave {gave}"
             )
         return value
 

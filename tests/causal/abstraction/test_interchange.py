@@ -98,9 +98,11 @@ def test_results_print_table_draw_and_save_themselves(
     words: LanguageModel, itself: CausalModel, tmp_path: Path
 ) -> None:
     swaps = _swaps()[:20]
-    check_result(interchange_grid(words, itself, "word", swaps, roles=["there", "last"]), tmp_path)
+    for name in ("grid", "one"):
+        (tmp_path / name).mkdir()
+    check_result(interchange_grid(words, itself, "word", swaps, roles=["there", "last"]), tmp_path / "grid")
     place = Place("blocks.0.resid_pre", "there", neurons=(1, 2))
-    check_result(interchange(words, itself, {"word": [place]}, swaps, draws=2), tmp_path)
+    check_result(interchange(words, itself, {"word": [place]}, swaps, draws=2), tmp_path / "one")
 
 
 def test_every_cell_equals_hooks(words: LanguageModel, itself: CausalModel) -> None:

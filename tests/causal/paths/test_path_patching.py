@@ -329,7 +329,7 @@ def test_the_control_is_the_other_senders_of_the_kind(tiny: LanguageModel, id_pa
         (["L1H1"], ["L1H1.q"], "does not come after"),
         (["L1H1"], ["L0.mlp", "L1H2.q"], "none of the receivers comes after"),
         (["L1H1", "L0H1"], ["L2.mlp", "L0H2.q"], "L0H2.q comes after none of the senders"),
-        (["L0H1"], ["L2H1.k"], "Heads 0 to 1 share their keys and values.*L2K0.k"),
+        (["L0H1"], ["L2H1.k"], "heads 0 to 1 share their keys and values.*L2K0.k"),
         (["L0H1@subject"], ["logits"], "'subject'; the pairs name changed, last"),
         (["L0H1@9"], ["logits"], "position 9, but some prompts have 7"),
         (["L0H1"], ["logits@last"], "name no position"),

@@ -16,7 +16,7 @@ import torch
 from markupsafe import Markup
 from torch import Tensor
 
-from cutaway.artifacts.errors import CutawayError, NoSuchSite
+from cutaway.artifacts.errors import CutawayError, NoSuchSite, NotSupported
 from cutaway.artifacts.results import Effect, interval_text
 from cutaway.causal.ablations import Ablation, replacement_run
 from cutaway.causal.accuracy import Criterion
@@ -183,7 +183,7 @@ class PatchSetup:
         if direction not in ("denoise", "noise"):
             raise CutawayError(f"the direction {direction!r} is not 'denoise' or 'noise'")
         if direction == "denoise" and ablation.kind != "resample":
-            raise CutawayError(
+            raise NotSupported(
                 f"denoising puts clean activations into the corrupt run, so there is no {ablation} in it; take "
                 "direction 'noise', or the ablation 'resample'"
             )

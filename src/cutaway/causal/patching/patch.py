@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.errors import CutawayError, NotSupported
 from cutaway.causal.ablations import Ablation, ablation_of
 from cutaway.causal.accuracy import Criterion, TaskAccuracy, task_accuracy, unable
 from cutaway.causal.metrics import Metric, PatchDirection, logit_difference, named_metric
@@ -317,14 +317,14 @@ def _check(lm: LanguageModel, rows: Rows, over: Over, parts: Parts, roles: Seque
         site = lm.sites()[name]
         n_heads = head_count(site)
         if (over == "heads" or heads is not None) and n_heads is None:
-            raise CutawayError(f"{name!r} ({site.dims}) has no heads; patch them at attn.z, q, k, v, scores or pattern")
+            raise NotSupported(f"{name!r} ({site.dims}) has no heads; patch them at attn.z, q, k, v, scores or pattern")
         for head in heads or ():
             if not 0 <= head < (n_heads or 0):
                 kind = "key-value heads" if " KV" in site.dims else "heads"
                 raise CutawayError(f"{name!r} has no head {head}; its {kind} are 0 to {(n_heads or 0) - 1}")
         width = neuron_count(site)
         if (over == "neurons" or neurons is not None) and width is None:
-            raise CutawayError(f"{name!r} ({site.dims}) has no neurons; patch them at mlp.post")
+            raise NotSupported(f"{name!r} ({site.dims}) has no neurons; patch them at mlp.post")
         for neuron in neurons or ():
             if not 0 <= neuron < (width or 0):
                 raise CutawayError(f"{name!r} has no neuron {neuron}; its neurons are 0 to {(width or 0) - 1}")

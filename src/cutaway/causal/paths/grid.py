@@ -100,8 +100,8 @@ class PathGrid(Result):
     def _at(self, sender: str, receiver: str) -> tuple[int, int]:
         if sender not in self.senders or receiver not in self.receivers:
             raise CutawayError(
-                f"This grid has no path {sender} → {receiver}; its senders begin with {', '.join(self.senders[:3])}, "
-                f"its receivers with {', '.join(self.receivers[:3])}."
+                f"this grid has no path {sender} → {receiver}; its senders begin with {', '.join(self.senders[:3])}, "
+                f"its receivers with {', '.join(self.receivers[:3])}"
             )
         return self.senders.index(sender), self.receivers.index(receiver)
 
@@ -117,7 +117,7 @@ class PathGrid(Result):
         pick = list(range(self.n)) if pairs is None else list(pairs)
         value, control = self.values[i, j, pick], self.random[i, j, pick]
         if bool(value.isnan().all()):
-            raise CutawayError(f"{sender} → {receiver} is no path: {receiver} does not come after {sender}.")
+            raise CutawayError(f"{sender} → {receiver} is no path: {receiver} does not come after {sender}")
         value, control = value[~value.isnan()].numpy(), control[~control.isnan()].numpy()
         controls = ()
         if len(control):

@@ -58,7 +58,7 @@ class Node:
         lengths = (pairs.clean, pairs.corrupt)[side].lengths.tolist()
         at = int(self.role)
         if not all(-length <= at < length for length in lengths):
-            raise CutawayError(f"'{self.name}' names position {at}, but some prompts have {min(lengths)} tokens.")
+            raise CutawayError(f"'{self.name}' names position {at}, but some prompts have {min(lengths)} tokens")
         return [[at % length] for length in lengths]
 
 
@@ -73,15 +73,15 @@ def end_name(nodes: Sequence[Node]) -> str:
 def parse(graph: EdgeGraph, given: Name, pairs: AlignedPairs, *, sender: bool) -> tuple[Node, ...]:
     """One end of a path from its name or names. Raises `CutawayError` for what the model or the pairs do not have."""
     if not isinstance(given, Sequence):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise CutawayError(f"{given!r} is no node; name one, such as 'L3H7', or a list of names.")
+        raise CutawayError(f"{given!r} is no node; name one, such as 'L3H7', or a list of names")
     names = [given] if isinstance(given, str) else list(given)
     if not names:
-        raise CutawayError(f"An empty list is no {'sender' if sender else 'receiver'}; name a node such as 'L3H7'.")
+        raise CutawayError(f"an empty list is no {'sender' if sender else 'receiver'}; name a node such as 'L3H7'")
     nodes = [_node(graph, name, pairs, sender) for name in names]
     if len({node.name for node in nodes}) < len(nodes):
-        raise CutawayError(f"'{end_name(nodes)}' names a node twice.")
+        raise CutawayError(f"'{end_name(nodes)}' names a node twice")
     if not sender and len(nodes) > 1 and any(node.part == "logits" for node in nodes):
-        raise CutawayError("The logits are a receiver by themselves; ask for the other receivers apart.")
+        raise CutawayError("the logits are a receiver by themselves; ask for the other receivers apart")
     return tuple(nodes)
 
 
@@ -89,17 +89,17 @@ def _node(graph: EdgeGraph, name: str, pairs: AlignedPairs, sender: bool) -> Nod
     plain, _, role = name.partition("@")
     if role and role not in pairs.places and not re.fullmatch(r"-?\d+", role):
         raise CutawayError(
-            f"'{name}' names the position {role!r}; the pairs name {', '.join(pairs.places)}, or give a number."
+            f"'{name}' names the position {role!r}; the pairs name {', '.join(pairs.places)}, or give a number"
         )
     if not sender and role and plain == "logits":
-        raise CutawayError("The logits are read at each prompt's last token; name no position for them.")
+        raise CutawayError("the logits are read at each prompt's last token; name no position for them")
     grouped = graph.kv < graph.n_heads and not sender and re.fullmatch(r"L\d+H(\d+)\.[kv]", plain)
     if grouped:
         group = graph.n_heads // graph.kv
         key = int(grouped[1]) // group
         raise CutawayError(
-            f"Heads {key * group} to {key * group + group - 1} share their keys and values, so '{plain}' has no input "
-            f"of its own; take '{plain.split('H')[0]}K{key}.{plain[-1]}'."
+            f"heads {key * group} to {key * group + group - 1} share their keys and values, so '{plain}' has no input "
+            f"of its own; take '{plain.split('H')[0]}K{key}.{plain[-1]}'"
         )
     index = graph.source(plain) if sender else graph.destination(plain)
     return _named(name, plain, index, role or None, graph)

@@ -97,12 +97,12 @@ def path_patch(
         >>> path_patch(lm, pairs, ["L6H5@last", "embed"], ["logits"])
     """
     if mlps not in ("recompute", "freeze"):
-        raise CutawayError(f"mlps={mlps!r} is not 'recompute' or 'freeze'.")
+        raise CutawayError(f"mlps={mlps!r} is not 'recompute' or 'freeze'")
     if direction not in ("noise", "denoise"):
-        raise CutawayError(f"direction={direction!r} is not 'noise' or 'denoise'.")
+        raise CutawayError(f"direction={direction!r} is not 'noise' or 'denoise'")
     for given, what in ((senders, "senders"), (receivers, "receivers")):
         if isinstance(given, str):
-            raise CutawayError(f"{what} is the text {given!r}; give a list of names, such as [{given!r}].")
+            raise CutawayError(f"{what} is the text {given!r}; give a list of names, such as [{given!r}]")
     graph = EdgeGraph.of(lm, grouped=True)
     aligned = pairs if isinstance(pairs, AlignedPairs) else align(lm, pairs)
     name, measure = named_metric(metric)
@@ -157,17 +157,17 @@ def path_patch(
 def _paths(graph: EdgeGraph, sending: Sequence[Nodes], receiving: Sequence[Nodes]) -> Tensor:
     """Which of the pairs are paths, bool [senders, receivers]; each sender and each receiver must have one."""
     if not sending or not receiving:
-        raise CutawayError("Path patching needs a sender and a receiver; one of the lists is empty.")
+        raise CutawayError("path patching needs a sender and a receiver; one of the lists is empty")
     real = torch.tensor([[earlier(graph, s, r) for r in receiving] for s in sending])
     for i, nodes in enumerate(sending):
         if not real[i].any():
             which = end_name(receiving[0]) if len(receiving) == 1 else "none of the receivers"
             verb = "does not come" if len(receiving) == 1 else "comes"
-            raise CutawayError(f"{which} {verb} after the sender {end_name(nodes)}, so no path leads there.")
+            raise CutawayError(f"{which} {verb} after the sender {end_name(nodes)}, so no path leads there")
     for j, nodes in enumerate(receiving):
         if not real[:, j].any():
             raise CutawayError(
-                f"The receiver {end_name(nodes)} comes after none of the senders, so no path leads there."
+                f"the receiver {end_name(nodes)} comes after none of the senders, so no path leads there"
             )
     return real
 

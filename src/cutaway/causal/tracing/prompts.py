@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cutaway.artifacts.errors import CannotDoTask, CutawayError
+from cutaway.artifacts.errors import BadFile, CannotDoTask, CutawayError
 from cutaway.artifacts.files import has_lone_surrogate
 from cutaway.model.language_model import LanguageModel
 from cutaway.model.naming import answer_tokens, prompt_and
@@ -34,25 +34,25 @@ class FactPrompt:
 
     @classmethod
     def from_json(cls, data: object, where: str = "the prompt") -> "FactPrompt":
-        """From {"prompt": ..., "subject": ..., "answer": ...}; raises `CutawayError` that names what is missing.
+        """From {"prompt": ..., "subject": ..., "answer": ...}; raises `BadFile` that names what is missing.
 
         Args:
             data: The object.
             where: What a message calls it.
         """
         if not isinstance(data, dict):
-            raise CutawayError(f'{where} is not an object like {{"prompt": ..., "subject": ..., "answer": ...}}')
+            raise BadFile(f'{where} is not an object like {{"prompt": ..., "subject": ..., "answer": ...}}')
         for name in ("prompt", "subject"):
             if not isinstance(data.get(name), str) or not data[name]:
-                raise CutawayError(f'{where} has no text as its "{name}"')
+                raise BadFile(f'{where} has no text as its "{name}"')
             if has_lone_surrogate(data[name]):
-                raise CutawayError(f"{where} holds half of a surrogate pair, which no UTF-8 text can")
+                raise BadFile(f"{where} holds half of a surrogate pair, which no UTF-8 text can")
         unknown = [key for key in data if key not in ("prompt", "subject", "answer")]
         if unknown:
-            raise CutawayError(f"{where} has an unknown key {unknown[0]!r}; known are prompt, subject, answer")
+            raise BadFile(f"{where} has an unknown key {unknown[0]!r}; known are prompt, subject, answer")
         answer = data.get("answer")
         if answer is not None and (not isinstance(answer, str) or not answer):
-            raise CutawayError(f'{where} has an "answer" that is no text; leave it out to take the model\'s own')
+            raise BadFile(f'{where} has an "answer" that is no text; leave it out to take the model\'s own')
         return cls(data["prompt"], data["subject"], answer)
 
 
