@@ -32,22 +32,9 @@ from cutaway.model.tokens import Tokens
 PARTS = ("q", "k", "v")
 
 
-def centred(norm: Norm | None, x: Tensor) -> Tensor:
-    """x without its mean where the norm takes it away."""
-    return x - x.mean(-1, keepdim=True) if norm is not None and norm.centered else x
-
-
-def gained(norm: Norm | None, x: Tensor) -> Tensor:
-    """x [..., d] times the norm's gain."""
-    if norm is None or norm.weight is None:
-        return x
-    weight = norm.weight.detach().to(x)
-    return x * (weight + norm.offset if norm.offset else weight)
-
-
 @dataclass(frozen=True)
 class Reader:
-    """How one layer's heads read a stream x: part = (centred(x) / scale(x)) · weight + constant.
+    """How one layer's heads read a stream x: part = (center(x) / scale(x)) · weight + constant.
 
     `weights[part]` [K, d, h] have the norm's gain folded in, `constants[part]` [K, h] hold biases; K is the number of
     destinations of that part in the graph.
@@ -85,37 +72,13 @@ def reader(lm: LanguageModel, graph: Graph, layer: int) -> Reader:
             projection = parts.projection(part)
             assert projection is not None  # Graph.of has looked
             w = by_part[part](layer).to(dtype)  # [H or KV, d, h]
-            w = gained(norm, w.transpose(-1, -2)).transpose(-1, -2)
+            w = w if norm is None else norm.times_gain(w.transpose(-1, -2)).transpose(-1, -2)
             at = torch.zeros(1, 1, lm.d_model, dtype=lm.dtype, device=lm.device) if bias is None else bias[None, None]
             constant = projection.split(projection.module(at.to(lm.dtype)))[part][0, 0].to(dtype)
             if part != "q" and (each := graph.kv // w.shape[0]) > 1:
                 w, constant = w.repeat_interleave(each, 0), constant.repeat_interleave(each, 0)
             weights[part], constants[part] = w.contiguous(), constant
     return Reader(norm, weights, constants)
-
-
-def norm_pull(norm: Norm | None, normalized: Tensor, scale: Tensor | None, g: Tensor) -> Tensor:
-    """A gradient g [..., d] at a norm's output, behind its gain, carried to its input.
-
-    `normalized` is the value before the gain, `scale` its divisor: the Jacobian is (I − n nᵀ / d) / scale between two
-    centrings.
-    """
-    if norm is None or scale is None:
-        return g
-    g = gained(norm, g)
-    g = (g - normalized * (normalized * g).mean(-1, keepdim=True)) / scale
-    return centred(norm, g)
-
-
-def norm_push(norm: Norm, normalized: Tensor, scale: Tensor, x: Tensor) -> Tensor:
-    """A small change x [..., d] of a norm's input as it arrives behind the gain: the same Jacobian the other way."""
-    return gained(norm, norm_divide(norm, normalized, scale, x))
-
-
-def norm_divide(norm: Norm, normalized: Tensor, scale: Tensor, x: Tensor) -> Tensor:
-    """The same in front of the gain."""
-    x = centred(norm, x)
-    return (x - normalized * (normalized * x).mean(-1, keepdim=True)) / scale
 
 
 def head_results(lm: LanguageModel, layer: int, z: Tensor) -> Tensor:

@@ -39,7 +39,6 @@ from cutaway.causal.parts import (
     joined,
     keep_writes,
     mlp_entry,
-    norm_divide,
     reader,
     refuse_unreadable,
     start_of_stream,
@@ -285,7 +284,7 @@ def _magnitudes(lm: LanguageModel, graph: Graph, readers: list[Reader], pairs: A
             # W has the gain already
             moved = delta[:, :n]
             if read.norm is not None and scale is not None:
-                moved = norm_divide(read.norm, normalized[:, None], scale[:, None], moved)
+                moved = read.norm.push(moved, scale[:, None], normalized[:, None], gain=False)
             change = torch.stack([(moved @ head).norm(dim=-1) for head in w], -1)
             scores[:, :n, heads] = mean(change, value)
         mid = "resid_pre" if graph.parallel else "resid_mid"

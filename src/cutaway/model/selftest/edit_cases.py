@@ -34,11 +34,6 @@ def wide_of(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def centred(norm: Norm | None, x: Tensor) -> Tensor:
-    """What of a norm's input is left in normalized * scale."""
-    return x - x.mean(-1, keepdim=True) if norm is not None and norm.centered else x
-
-
 def clipped(family: Family, x: Tensor) -> Tensor:
     """Queries, keys or values as attention gets them, where a model clips what it projected."""
     return x if family.qkv_clip is None else x.clamp(-family.qkv_clip, family.qkv_clip)
@@ -337,7 +332,8 @@ def _expert_cases(lm: LanguageModel, layer: int, move: Tensor, base: Run) -> Ite
 
     def without(new: At, old: At) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
         now, was = (_written(at, "mlp.out", parts.mlp_multiplier, "ln2_post", parts.ln2_post) for at in (new, old))
-        gone = centred(parts.ln2_post, old(f"mlp.experts.{most}.out"))
+        gone = old(f"mlp.experts.{most}.out")
+        gone = gone if parts.ln2_post is None else parts.ln2_post.center(gone)
         yield "mlp.experts.{e}.out of one expert at zero: what the MLP writes lacks it", was - now, gone, was
 
     yield make.zero(f"{b}.experts.{most}.out"), without

@@ -27,7 +27,6 @@ from cutaway.model.selftest.edit_cases import (
     At,
     Case,
     activation,
-    centred,
     clipped,
     end_cases,
     layer_cases,
@@ -152,7 +151,7 @@ def _identities(lm: LanguageModel, run: Run, layer: int, checks: _Checks) -> Non
                 equal(f"{what} = {module}, without a norm between", at(what), at(module))
             continue
         if x is not None:
-            wide = centred(norm, x.to(at(f"{name}.scale").dtype))
+            wide = norm.center(x.to(at(f"{name}.scale").dtype))
             equal(f"{name}.normalized * {name}.scale = its input", at(f"{name}.normalized") * at(f"{name}.scale"), wide)
         gained = norm.gain(at(f"{name}.normalized"), lm.dtype) * multiplier
         equal(f"gain({name}.normalized) = {module}", gained, at(module))
@@ -164,7 +163,7 @@ def _identities(lm: LanguageModel, run: Run, layer: int, checks: _Checks) -> Non
     else:
         writes = at("ln1_post.normalized") * at("ln1_post.scale")
         equal(
-            "sum of attn.result + bias = ln1_post.normalized * ln1_post.scale", centred(parts.ln1_post, written), writes
+            "sum of attn.result + bias = ln1_post.normalized * ln1_post.scale", parts.ln1_post.center(written), writes
         )
     if parts.experts is None:
         _mlp(lm, at, layer, equal)
@@ -193,7 +192,7 @@ def _mlp(lm: LanguageModel, at: At, layer: int, equal: Equal) -> None:
         equal("mlp.post W_out + bias = mlp.out", written * parts.mlp_multiplier, at("mlp.out"))
     else:
         wide = at("ln2_post.normalized") * at("ln2_post.scale")
-        equal("mlp.post W_out + bias = ln2_post.normalized * ln2_post.scale", centred(parts.ln2_post, written), wide)
+        equal("mlp.post W_out + bias = ln2_post.normalized * ln2_post.scale", parts.ln2_post.center(written), wide)
 
 
 def _experts(lm: LanguageModel, at: At, layer: int, equal: Equal) -> None:
@@ -214,7 +213,7 @@ def _experts(lm: LanguageModel, at: At, layer: int, equal: Equal) -> None:
         written = at("mlp.out") / parts.mlp_multiplier
         if parts.ln2_post is not None:
             written = at("ln2_post.normalized") * at("ln2_post.scale")
-            together = centred(parts.ln2_post, together)
+            together = parts.ln2_post.center(together)
         equal("the experts with mlp.router.weights = what the MLP writes", together, written)
 
 
@@ -323,7 +322,7 @@ def _ends(lm: LanguageModel, run: Run, checks: _Checks) -> None:
         unembedded, what = lm.family.unembed(final), "the last resid_post"
     else:
         normalized, what = run["ln_final.normalized"], "gain(ln_final.normalized)"
-        wide = centred(norm, final.to(normalized.dtype))
+        wide = norm.center(final.to(normalized.dtype))
         checks.equal(
             "ln_final.normalized * ln_final.scale = the last resid_post", None, normalized * run["ln_final.scale"], wide
         )
