@@ -184,9 +184,7 @@ def _sides(pairs: AlignedPairs) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def _last_log_probabilities(lm: LanguageModel, tokens: Tokens) -> Tensor:
-    logits = lm.run(tokens, logits="last").logits
-    assert logits is not None
-    return logits[:, 0].float().cpu().log_softmax(-1)
+    return lm.run(tokens, logits="last").last_logits.float().cpu().log_softmax(-1)
 
 
 def _total(log_probabilities: Tensor, sets: Sequence[Tensor]) -> Tensor:

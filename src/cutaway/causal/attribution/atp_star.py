@@ -89,7 +89,6 @@ def _part(part: Question, inside: list[str], grad_drop: bool, found: Found) -> N
     writes = [f"blocks.{layer}.{part}.out" for layer in range(lm.n_layers) for part in ("attn", "mlp")]
     rotated = sorted({_rotated(site) for site in inside})
     given = lm.run(part.source, capture=list(dict.fromkeys([*names, *rotated])), logits="last")
-    assert given.logits is not None
     captured = lm.sites().expand_all([*names, *patterns, *writes])
     execution = Execution(lm, captured, (), part.base.mask, gradients=True, last_only=True)
     with torch.enable_grad():
@@ -102,10 +101,10 @@ def _part(part: Question, inside: list[str], grad_drop: bool, found: Found) -> N
             )
         )
         logits: Tensor = out.logits[:, 0]
-        targets = part.targets(logits.detach(), given.logits[:, 0])
+        targets = part.targets(logits.detach(), given.last_logits)
         each = part.metric(logits.float(), targets)
         found.steepest = max(found.steepest, slope(each, logits))
-    found.ends(part, targets, logits.detach(), given.logits[:, 0])
+    found.ends(part, targets, logits.detach(), given.last_logits)
     values = {name: execution.by_row(value.detach()) for name, value in execution.values.items()}
     moved = _pattern_changes(part, inside, given, values)
     dropped: list[int | None] = [None]

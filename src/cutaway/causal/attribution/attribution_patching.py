@@ -149,8 +149,7 @@ def _at_the_base(question: Question, relp: bool, attention: Attention, batch_row
     lm, names = question.lm, question.sites
     for part in question.parts(batch_rows):
         given = lm.run(part.source, capture=names, logits="last")
-        assert given.logits is not None
-        other = given.logits[:, 0]
+        other = given.last_logits
         kept: list[Targets] = []
 
         def judge(logits: Tensor, part: Question = part, other: Tensor = other, kept: list[Targets] = kept) -> Tensor:
@@ -161,8 +160,7 @@ def _at_the_base(question: Question, relp: bool, attention: Attention, batch_row
 
         with relp_rules(lm, attention=attention) if relp else nullcontext():
             run = lm.run(part.base, capture=names, logits="last", grad=judge)
-        assert run.logits is not None
-        found.ends(part, kept[0], run.logits[:, 0], other)
+        found.ends(part, kept[0], run.last_logits, other)
         for site in names:
             yield At(part, site, run[site], given[site], run.grads[site])
 
@@ -170,10 +168,8 @@ def _at_the_base(question: Question, relp: bool, attention: Attention, batch_row
 def _both(part: Question, names: Sequence[str], found: Found) -> tuple[Run, Run, Targets]:
     """Both ends of a path, and what the metric compares with."""
     base, given = (part.lm.run(tokens, capture=list(names), logits="last") for tokens in (part.base, part.source))
-    assert base.logits is not None
-    assert given.logits is not None
-    targets = part.targets(base.logits[:, 0], given.logits[:, 0])
-    found.ends(part, targets, base.logits[:, 0], given.logits[:, 0])
+    targets = part.targets(base.last_logits, given.last_logits)
+    found.ends(part, targets, base.last_logits, given.last_logits)
     return base, given, targets
 
 

@@ -234,9 +234,7 @@ def edge_scores(
             done += len(part)
             sites = list(features)
             base, given = (part.lm.run(t, capture=sites, logits="last") for t in (part.base, part.source))
-            assert base.logits is not None
-            assert given.logits is not None
-            targets = part.targets(base.logits[:, 0], given.logits[:, 0])
+            targets = part.targets(base.last_logits, given.last_logits)
             whole = part.lm.run(part.base, capture=sites, logits="last", grad=_judge(part, targets))
             changes = _Changes(part, features, nodes, base, given)
             held = {site: base[site] for site in sites}

@@ -171,9 +171,7 @@ def exact_latents(
     """How the metric really changes [nodes, n] when each node (site, unit, column) is patched: one sweep."""
     lm, used = question.lm, list(dict.fromkeys(site for site, _, _ in nodes))
     base, given = (lm.run(tokens, capture=used, logits="last") for tokens in (question.base, question.source))
-    assert base.logits is not None
-    assert given.logits is not None
-    targets = question.targets(base.logits[:, 0], given.logits[:, 0])
+    targets = question.targets(base.last_logits, given.last_logits)
     cells: list[edits.Edit] = []
     for site, unit, column in nodes:
         x0, x1 = base[site], given[site]

@@ -98,20 +98,19 @@ def split_difference(
     names = _captures(lm, by, split)
     captured = [*names, *(["logits_precap"] if capped else [])]
     run = lm.run(tokens, capture=captured, edits=edits, logits="last" if last else "all")
-    assert run.logits is not None
     rows = torch.arange(len(tokens))
 
     def here(value: Tensor) -> Tensor:
         return value[rows.to(value.device), columns.to(value.device)]
 
-    after = (run.logits[:, 0] if last else here(run.logits)).double().cpu()
+    after = (run.last_logits if last else here(run.all_logits)).double().cpu()
     before = here(run["logits_precap"]).double().cpu() if capped else after
     if not bool(torch.isfinite(before[rows, answers]).all()) or bool(before.isnan().any()):
         raise CutawayError(f"The logits of {lm.name} hold NaN or infinite values here, so there is nothing to split.")
 
     wide = torch.float32 if lm.device.type == "mps" else torch.float64
     final = family.ln_final
-    g = directions.to(run.logits.device, wide)  # [b, K + 1, d]
+    g = directions.to(run.last_logits.device, wide)  # [b, K + 1, d]
     if final is not None:  # x·g = y·directions, where y is the norm of x without its bias, its scale frozen
         g = final.pull(g) / (here(run["ln_final.scale"]) if final_scale is None else final_scale).to(g)[:, None]
 
