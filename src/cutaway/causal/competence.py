@@ -104,7 +104,7 @@ def competence(
     batch_rows: int = 64,
 ) -> Competence:
     """Measure how often the model answers the pairs rightly, both prompts of each."""
-    aligned = pairs if isinstance(pairs, AlignedPairs) else align(lm, pairs)
+    aligned = align(lm, pairs)
     parts: list[tuple[Tensor, ...]] = []
     others: list[Tensor] = []
     generator = torch.Generator().manual_seed(0)

@@ -296,7 +296,7 @@ def missed_bound(
 
     if subsets < 20:
         raise CutawayError(f"{subsets} subsets are too few for a bound; give 20 or more")
-    aligned = pairs if isinstance(pairs, AlignedPairs) else align(lm, pairs)
+    aligned = align(lm, pairs)
     question = ask(lm, aligned, list(scores.blocks), scores.direction, metric, positions)
     if question.columns != scores.columns or question.metric_name != scores.metric:
         raise CutawayError("these scores were asked with other positions or another metric; give the same to both")

@@ -89,7 +89,7 @@ def attribution_patching(
     for name, number, least in (("steps", steps, 1), ("check", check, 0), ("batch_rows", batch_rows, 1)):
         if type(number) is not int or number < least:
             raise CutawayError(f"{name} is {number!r}; give a whole number, {least} or more")
-    aligned = pairs if isinstance(pairs, AlignedPairs) else align(lm, pairs)
+    aligned = align(lm, pairs)
     question = ask(lm, aligned, sites, direction, metric, positions)
     label: str = method
     with frozen(lm):

@@ -160,7 +160,7 @@ def feature_circuit(
     `labels` maps (site, latent) to words. Edges are at the base run, with gradients as they are, whatever method scored
     the nodes. One backward a kept node. Raises CutawayError as `latent_attribution`, and where no node passes.
     """
-    aligned = pairs if isinstance(pairs, AlignedPairs) else align(lm, pairs)
+    aligned = align(lm, pairs)
     scores = latent_attribution(
         lm, aligned, dictionaries, method=method, direction=direction, metric=metric, positions=positions, steps=steps,
         attention=attention, check=check, batch_rows=batch_rows, seed=seed,

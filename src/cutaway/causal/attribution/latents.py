@@ -134,7 +134,7 @@ def latent_attribution(
     if type(steps) is not int or steps < 1:
         raise CutawayError(f"steps is {steps!r}; give a whole number, 1 or more")
     features = features_of(lm, dictionaries)
-    aligned = pairs if isinstance(pairs, AlignedPairs) else align(lm, pairs)
+    aligned = align(lm, pairs)
     question = ask(lm, aligned, list(features), direction, metric, positions)
     question = replace(question, units=dict.fromkeys(features, "latent"))
     found = Found()

@@ -65,8 +65,8 @@ def split_pairs(
     else:
         search = _aligned(lm, task)
         if held_out is None:
-            given, rows, refused = len(search), range(len(search)), search.refused
-            search, other = replace(search[rows[0::2]], refused=refused), search[rows[1::2]]
+            given, rows = len(search), range(len(search))
+            search, other = search[rows[0::2]], search[rows[1::2]]
             told = f"of the {given} pairs given"
             words = (f"{len(search)} {told} (every second one)", f"{len(other)} {told} (the others, held out)")
         else:
@@ -91,10 +91,8 @@ def split_pairs(
 
 def _aligned(lm: LanguageModel, pairs: Pairs) -> AlignedPairs:
     """The pairs that align; a line on stderr says how many do not, and why the first does not."""
-    if isinstance(pairs, AlignedPairs):
-        return pairs
     aligned = align(lm, pairs)
-    if aligned.refused:
+    if aligned.refused and aligned is not pairs:
         reason = aligned.refused[0][1]
         print(
             f"cutaway: {len(aligned.refused)} of {len(pairs)} pairs do not align and are left out ({reason})",

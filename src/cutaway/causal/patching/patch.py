@@ -140,7 +140,7 @@ def patch_cell(
     """
     if head is not None and neuron is not None:
         raise CutawayError(f"a cell is head {head} or neuron {neuron} of {site!r}, not both; name one of the two")
-    aligned = pairs if isinstance(pairs, AlignedPairs) else align(lm, pairs)
+    aligned = align(lm, pairs)
     if len(aligned) < 2:
         raise CutawayError(
             f"{len(aligned)} pair is too few for an interval; give 2 at the least, {LEAST_PAIRS} or more"
@@ -187,7 +187,7 @@ def _measured(
     force: bool = False,
     whole: bool = False,
 ) -> PatchGrid:
-    aligned = pairs if isinstance(pairs, AlignedPairs) else align(lm, pairs)
+    aligned = align(lm, pairs)
     choice, (name, measure) = ablation_of(ablation), named_metric(metric)
     rng = np.random.default_rng(seed)
     _check(lm, rows, over, heads, neurons, roles, at, top)

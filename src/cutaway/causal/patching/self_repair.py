@@ -192,7 +192,7 @@ def self_repair(
     Raises `CutawayError`: a head that the model has not; fewer than 8 pairs to choose on; too few heads for a control;
     a model whose logit difference cannot be split by head.
     """
-    aligned = pairs if isinstance(pairs, AlignedPairs) else align(lm, pairs)
+    aligned = align(lm, pairs)
     choice = ablation_of(ablation)
     layers = splittable_layers(lm, "head")
     every = [(layer, head) for layer in sorted(layers) for head in range(lm.n_heads)]

@@ -268,7 +268,7 @@ def path_patch(
         if isinstance(given, str):
             raise CutawayError(f"{what} is the text {given!r}; give a list of names, such as [{given!r}].")
     graph = Graph.of(lm, grouped=True)
-    aligned = pairs if isinstance(pairs, AlignedPairs) else align(lm, pairs)
+    aligned = align(lm, pairs)
     name, measure = named_metric(metric)
     sending = [parse(graph, one, aligned, sender=True) for one in senders]
     receiving = [parse(graph, one, aligned, sender=False) for one in receivers]
