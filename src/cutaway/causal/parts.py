@@ -6,14 +6,13 @@ layer's norm and its own columns of the projection, so the forward itself stays 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache
 
 from cutaway.artifacts.errors import CutawayError
@@ -22,9 +21,9 @@ from cutaway.data.pairs import AlignedPairs
 from cutaway.model.architecture.norms import Norm
 from cutaway.model.architecture.parts import Layer, Projection
 from cutaway.model.architecture.wrapped import bias_of
-from cutaway.model.forward.current import current
-from cutaway.model.forward.execution import Execution, Stop
-from cutaway.model.forward.hooks import input_name
+from cutaway.model.forward.current import Stop
+from cutaway.model.forward.execution import Execution
+from cutaway.model.forward.hooks import Hooks
 from cutaway.model.language_model import LanguageModel
 from cutaway.model.sweep.shortcuts import Base, run_base
 from cutaway.model.tokens import Tokens
@@ -123,50 +122,6 @@ def first_column(lm: LanguageModel, pairs: AlignedPairs) -> int:
     if not lm.causal:
         return 0
     return int((pairs.clean.ids != pairs.corrupt.ids).any(0).int().argmax())
-
-
-class Hooks:
-    """Forward hooks of one execution, made one by one and given to it as `watch`."""
-
-    def __init__(self) -> None:
-        self._made: list[Callable[[Execution], RemovableHandle]] = []
-
-    def before(self, module: nn.Module, change: Callable[[Tensor], Tensor | None]) -> None:
-        """`change` sees a module's first argument and returns what stands in its place, or None."""
-
-        def make(execution: Execution) -> RemovableHandle:
-            def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-                if current.get() is not execution:
-                    return None
-                if args:
-                    new = change(args[0])
-                    return None if new is None else ((new, *args[1:]), kwargs)
-                name = input_name(kwargs)
-                new = change(kwargs[name])
-                return None if new is None else (args, {**kwargs, name: new})
-
-            return module.register_forward_pre_hook(hook, with_kwargs=True)
-
-        self._made.append(make)
-
-    def after(self, module: nn.Module, change: Callable[[Tensor], Tensor | None]) -> None:
-        """`change` sees what a module returns (the first item of a tuple)."""
-
-        def make(execution: Execution) -> RemovableHandle:
-            def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
-                if current.get() is not execution:
-                    return None
-                if isinstance(output, tuple):
-                    new = change(output[0])
-                    return None if new is None else (new, *output[1:])
-                return change(output)
-
-            return module.register_forward_hook(hook)
-
-        self._made.append(make)
-
-    def __call__(self, execution: Execution) -> Iterable[RemovableHandle]:
-        return [make(execution) for make in self._made]
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,6 @@ from cutaway.causal.graph import Graph
 from cutaway.causal.metrics import Metric, Targets, named_metric, targets_of
 from cutaway.causal.parts import (
     PARTS,
-    Hooks,
     Reader,
     Writes,
     at_end,
@@ -48,6 +47,7 @@ from cutaway.causal.parts import (
 )
 from cutaway.data.pairs import AlignedPairs, require_aligned
 from cutaway.model.architecture.parts import Projection
+from cutaway.model.forward.hooks import Hooks
 from cutaway.model.language_model import LanguageModel
 from cutaway.model.tokens import Tokens
 

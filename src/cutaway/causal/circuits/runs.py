@@ -20,7 +20,6 @@ from cutaway.causal.graph import Graph
 from cutaway.causal.metrics import Metric, named_metric, targets_of
 from cutaway.causal.parts import (
     PARTS,
-    Hooks,
     Prefix,
     Reader,
     at_end,
@@ -41,6 +40,7 @@ from cutaway.causal.parts import (
 from cutaway.data.pairs import AlignedPairs, require_aligned
 from cutaway.model.architecture.norms import Norm
 from cutaway.model.architecture.parts import Projection
+from cutaway.model.forward.hooks import Hooks
 from cutaway.model.forward.run import Run
 from cutaway.model.language_model import LanguageModel
 from cutaway.model.tokens import Tokens

@@ -29,7 +29,6 @@ from cutaway.causal.graph import Graph
 from cutaway.causal.metrics import Metric, Targets, named_metric, targets_of
 from cutaway.causal.parts import (
     PARTS,
-    Hooks,
     Reader,
     attention_of,
     by_query_head,
@@ -45,6 +44,7 @@ from cutaway.causal.parts import (
 )
 from cutaway.data.pairs import AlignedPairs
 from cutaway.model.architecture.parts import Projection
+from cutaway.model.forward.hooks import Hooks
 from cutaway.model.language_model import LanguageModel
 
 

@@ -193,7 +193,7 @@ class Recorder(Execution):
         if self.end == read:
             self.pieces.clear()
         if known:
-            for edit in (edit for edits in self.edits.values() for edit in edits):
+            for edit in (edit for edits in self.resolved.values() for edit in edits):
                 edit.read(ids[:, read - (self.end - known) :])
 
     def record(self, name: str, value: Tensor, *, own: bool = False) -> Tensor:

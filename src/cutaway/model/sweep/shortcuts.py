@@ -19,9 +19,9 @@ from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from cutaway.model.forward.current import active
-from cutaway.model.forward.execution import Execution, Form, Replacement, Stop, form_of, in_form, passing
-from cutaway.model.forward.hooks import input_name
+from cutaway.model.forward.current import Replacement, Stop, active
+from cutaway.model.forward.execution import Execution, Form, form_of, in_form, passing
+from cutaway.model.forward.hooks import on_input, on_output
 from cutaway.model.sites import layer_of, template_of
 from cutaway.model.tokens import Tokens
 
@@ -199,21 +199,6 @@ def _needs(lm: LanguageModel, entries: Iterable[Entry]) -> tuple[set[nn.Module],
     return outputs, inputs
 
 
-def first_argument(module: nn.Module, change: Callable[[Tensor], Tensor | None], mine: Execution) -> RemovableHandle:
-    """A hook that sees, and may replace, a module's input in one execution."""
-
-    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if active() is not mine:
-            return None
-        name = "" if args else input_name(kwargs)
-        new = change(args[0] if args else kwargs[name])
-        if new is None:
-            return None
-        return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, name: new})
-
-    return module.register_forward_pre_hook(hook, with_kwargs=True)
-
-
 def run_base(lm: LanguageModel, tokens: Tokens, entries: Iterable[Entry], *, last: bool, cached: bool) -> Base:
     """The unedited forward, with what forwards that enter at `entries` take over, and keys and values if `cached`."""
     base = Base(tokens, torch.empty(0), torch.empty(0))
@@ -240,9 +225,9 @@ def run_base(lm: LanguageModel, tokens: Tokens, entries: Iterable[Entry], *, las
             for module in (layer.module, layer.attention, layer.mlp):
                 yield module.register_forward_hook(note)
         for module in inputs:
-            yield first_argument(module, noting_input(module), execution)
+            yield on_input(module, execution, noting_input(module))
         if last:
-            yield first_argument(lm.family.unembed, lambda x: pick(x, tokens.last), execution)
+            yield on_input(lm.family.unembed, execution, lambda x: pick(x, tokens.last))
 
     def forward(past: DynamicCache | None) -> Tensor:
         execution = Execution(lm, (), (), tokens.mask, watch=watch)
@@ -309,17 +294,16 @@ def run_from(lm: LanguageModel, base: Base, at: Entry, start: int, times: int, e
     def watch(execution: Execution) -> Iterator[RemovableHandle]:
         if at.slim and at.layer < lm.n_layers:
             for module in (family.layers[-1].output, family.layers[-1].mlp):
-                yield first_argument(module, lambda x: pick(x, last), execution)
+                yield on_input(module, execution, lambda x: pick(x, last))
         if at.last and not at.defer:
-            yield first_argument(family.unembed, lambda x: pick(x, last), execution)
+            yield on_input(family.unembed, execution, lambda x: pick(x, last))
         if at.defer:
 
-            def leave(_module: nn.Module, _args: Any, output: Any) -> None:
-                if active() is execution:
-                    streams.append(pick(output[0] if isinstance(output, tuple) else output, last))
-                    raise Stop
+            def leave(stream: Tensor) -> None:
+                streams.append(pick(stream, last))
+                raise Stop
 
-            yield family.layers[-1].module.register_forward_hook(leave)
+            yield on_output(family.layers[-1].module, execution, leave)
 
     execution = Execution(
         lm,
