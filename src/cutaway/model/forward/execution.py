@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from cutaway.artifacts.errors import CutawayError
+from cutaway.model.attached import Attached
 from cutaway.model.attention.dispatch import switches
 from cutaway.model.edits.edits import NothingEdited, Receipt
 from cutaway.model.edits.resolve import Resolved
@@ -21,9 +22,6 @@ from cutaway.model.forward.current import Observation, Replacement, Stop, active
 from cutaway.model.forward.hooks import input_name, install
 from cutaway.model.forward.shadow import shadowed
 from cutaway.model.sites import layer_of
-
-if TYPE_CHECKING:
-    from cutaway.model.language_model import LanguageModel
 
 _IN_ATTENTION = (".attn.rot_q", ".attn.rot_k", ".attn.scores", ".attn.pattern")
 
@@ -39,7 +37,7 @@ class Execution(Observation):
 
     def __init__(
         self,
-        lm: LanguageModel,
+        lm: Attached,
         capture: Sequence[str],
         edits: Sequence[Resolved],
         mask: Tensor,
@@ -184,7 +182,7 @@ def receipts_of(edits: Iterable[Resolved], tokens_first: Tensor) -> tuple[Receip
 
 
 @contextmanager
-def one_dtype(lm: LanguageModel) -> Iterator[None]:
+def one_dtype(lm: Attached) -> Iterator[None]:
     """Where a forward fails and layers differ in their dtypes, say so; models that convert by themselves do not."""
     try:
         yield
@@ -196,7 +194,7 @@ def one_dtype(lm: LanguageModel) -> Iterator[None]:
         ) from error
 
 
-def _mixed(lm: LanguageModel) -> str | None:
+def _mixed(lm: Attached) -> str | None:
     """The first weight that is of another float than the same weight of the layer below it, or None."""
     layers = lm.family.layers
     there = {name: weight.dtype for name, weight in layers[0].module.named_parameters()}
@@ -216,7 +214,7 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _checkpointing(lm: LanguageModel) -> list[nn.Module]:
+def _checkpointing(lm: Attached) -> list[nn.Module]:
     """Modules that drop what the backward pass needs, and a cache with it, and compute it again without our hooks.
 
     An execution runs them as they are in evaluation mode: the values are the same, and what is captured is kept anyway.

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +19,12 @@ from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from cutaway.model.attached import Attached
 from cutaway.model.forward.current import Replacement, Stop, active
 from cutaway.model.forward.execution import Execution, Form, form_of, in_form, passing
 from cutaway.model.forward.hooks import on_input, on_output
 from cutaway.model.sites import layer_of, template_of
 from cutaway.model.tokens import Tokens
-
-if TYPE_CHECKING:
-    from cutaway.model.language_model import LanguageModel
 
 _STREAM = ("resid_post",)
 _MLP_WRITES = ("mlp.out", "ln2_post.scale", "ln2_post.normalized")
@@ -68,7 +66,7 @@ class Entry:
         return replace(self, attention="run", mlp="run", block="run")
 
 
-def entry(lm: LanguageModel, sites: Iterable[str], last: bool) -> Entry:
+def entry(lm: Attached, sites: Iterable[str], last: bool) -> Entry:
     """The latest point at which a forward that edits these sites can enter; `last`: only the last token is read."""
     sites = list(sites)
     layers = [layer_of(site) for site in sites]
@@ -150,7 +148,7 @@ class Base:
             cache.layers.append(held)
         return cache
 
-    def replacements(self, lm: LanguageModel, at: Entry, start: int, times: int) -> dict[nn.Module, Replacement]:
+    def replacements(self, lm: Attached, at: Entry, start: int, times: int) -> dict[nn.Module, Replacement]:
         """What modules do instead of their forward, from column `start` on with the prompts repeated."""
         layers = lm.family.layers
 
@@ -177,7 +175,7 @@ class Base:
         return found
 
 
-def _needs(lm: LanguageModel, entries: Iterable[Entry]) -> tuple[set[nn.Module], set[nn.Module]]:
+def _needs(lm: Attached, entries: Iterable[Entry]) -> tuple[set[nn.Module], set[nn.Module]]:
     """Modules whose output, and modules whose input, forwards that enter there take over."""
     outputs: set[nn.Module] = set()
     inputs: set[nn.Module] = set()
@@ -199,7 +197,7 @@ def _needs(lm: LanguageModel, entries: Iterable[Entry]) -> tuple[set[nn.Module],
     return outputs, inputs
 
 
-def run_base(lm: LanguageModel, tokens: Tokens, entries: Iterable[Entry], *, last: bool, cached: bool) -> Base:
+def run_base(lm: Attached, tokens: Tokens, entries: Iterable[Entry], *, last: bool, cached: bool) -> Base:
     """The unedited forward, with what forwards that enter at `entries` take over, and keys and values if `cached`."""
     base = Base(tokens, torch.empty(0), torch.empty(0))
     end = lm.family.layers[-1].module
@@ -258,7 +256,7 @@ def _held(past: DynamicCache, n_layers: int, tokens: Tokens) -> tuple[list[tuple
     return held, ""
 
 
-def call(lm: LanguageModel, tokens: Tokens, start: int, past: DynamicCache | None, times: int = 1) -> Any:
+def call(lm: Attached, tokens: Tokens, start: int, past: DynamicCache | None, times: int = 1) -> Any:
     """The model's own forward on the columns from `start` on, each prompt `times` times."""
     keep = {"use_cache": False} if past is None else {"use_cache": True, "past_key_values": past}
     with torch.no_grad():
@@ -279,7 +277,7 @@ def pick(x: Tensor, columns: Tensor) -> Tensor:
     return x[torch.arange(len(x), device=x.device), columns][:, None]
 
 
-def run_from(lm: LanguageModel, base: Base, at: Entry, start: int, times: int, edits: Iterable[Any]) -> Tensor:
+def run_from(lm: Attached, base: Base, at: Entry, start: int, times: int, edits: Iterable[Any]) -> Tensor:
     """The prompts `times` times with edits, entering at `at` and column `start`.
 
     Returns logits [times * n, 1 or p - start, V], or, where the entry defers the unembedding, the stream behind the
@@ -319,7 +317,7 @@ def run_from(lm: LanguageModel, base: Base, at: Entry, start: int, times: int, e
     return streams[0] if at.defer else execution.edit("logits", out.logits)
 
 
-def finish(lm: LanguageModel, base: Base, streams: Tensor) -> Tensor:
+def finish(lm: Attached, base: Base, streams: Tensor) -> Tensor:
     """What the model makes of streams behind its last layer [m, 1, d]: logits [m, 1, V], by its own forward."""
     layers = lm.family.layers
     end = layers[-1].module
