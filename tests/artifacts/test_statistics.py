@@ -8,11 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
-from sklearn.metrics import roc_auc_score
 
 from cutaway.artifacts.statistics import (
-    auroc,
-    auroc_columns,
     bootstrap_interval,
     bootstrap_weights,
     mean_intervals,
@@ -20,37 +17,6 @@ from cutaway.artifacts.statistics import (
     sign_flip_p_of_many,
     wilson_interval,
 )
-
-
-def auroc_by_counting(scores: list[float], labels: list[bool]) -> float:
-    """The definition: pairs of a positive and a negative that are in order, ties for a half."""
-    positive = [score for score, label in zip(scores, labels, strict=True) if label]
-    negative = [score for score, label in zip(scores, labels, strict=True) if not label]
-    wins = sum(1.0 if p > n else 0.5 if p == n else 0.0 for p, n in product(positive, negative))
-    return wins / (len(positive) * len(negative))
-
-
-@given(st.lists(st.tuples(st.integers(-3, 3), st.booleans()), min_size=2, max_size=30))
-def test_auroc_equals_counting_pairs_ties_included(items: list[tuple[int, bool]]) -> None:
-    scores, labels = [float(s) for s, _ in items], [label for _, label in items]
-    if all(labels) or not any(labels):
-        assert math.isnan(auroc(scores, labels))
-        return
-    assert auroc(scores, labels) == pytest.approx(auroc_by_counting(scores, labels), abs=1e-12)
-    assert auroc(scores, labels) == pytest.approx(roc_auc_score(labels, scores), abs=1e-12)
-
-
-def test_auroc_of_columns_is_that_of_each() -> None:
-    generator = np.random.default_rng(0)
-    labels = generator.random(500) < 0.1
-    # mostly zero, as a sparse latent's activations are
-    scores = np.maximum(generator.standard_normal((500, 7)) + labels[:, None] * np.arange(7), 0.0).astype(np.float32)
-    columns = auroc_columns(scores, labels)
-    assert columns.shape == (7,)
-    for k in range(7):
-        assert columns[k] == pytest.approx(roc_auc_score(labels, scores[:, k]), abs=1e-12)
-    with pytest.raises(ValueError, match="500 scores"):
-        auroc_columns(scores, labels[:-1])
 
 
 @given(st.integers(1, 200).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))

@@ -52,6 +52,8 @@ def test_a_pair_that_does_not_align_is_refused_with_the_reason(
     aligned = align(atlas, [pair, good])
     assert len(aligned) == 1
     assert reason in aligned.refused[0][1]
+    assert aligned[[0]].refused == aligned.refused  # a part says what was left out of the whole
+    assert align(atlas, aligned) is aligned
 
 
 def test_pairs_of_token_ids(atlas: LanguageModel) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import cutaway
 from cutaway.artifacts.errors import CutawayError
-from cutaway.artifacts.statistics import auroc
+from cutaway.artifacts.ranking import auroc
 from cutaway.dictionaries.dictionary import Dictionary, TopK
 from cutaway.features.activations import Firing, fires
 from cutaway.features.concepts import SortedFiring, match_concepts, mentions

@@ -230,34 +230,6 @@ def wilson_interval(successes: int, n: int, *, level: float = 0.95) -> tuple[flo
     return low, high
 
 
-def auroc(scores: "ArrayLike", labels: "ArrayLike") -> float:
-    """Area under the ROC curve: P(a positive scores above a negative) + ½ P(they tie).
-
-    `scores` [n], `labels` [n] of booleans. NaN when there is no positive or no negative: nothing can be ranked.
-    """
-    import numpy as np
-
-    return float(auroc_columns(np.asarray(scores)[:, None], labels)[0])
-
-
-def auroc_columns(scores: "ArrayLike", labels: "ArrayLike") -> "np.ndarray":
-    """`auroc` of each column of `scores` [n, k] against the same `labels` [n]: float64 [k]."""
-    import numpy as np
-    from scipy.stats import rankdata
-
-    table = np.asarray(scores)
-    positive = np.asarray(labels, dtype=bool)
-    if positive.shape != table.shape[:1]:
-        raise ValueError(f"{table.shape[0]} scores but labels of shape {positive.shape}")
-    n_positive = int(positive.sum())
-    n_negative = len(positive) - n_positive
-    if n_positive == 0 or n_negative == 0:
-        return np.full(table.shape[1], np.nan)
-    ranks = rankdata(table, axis=0)  # ties get their mean rank: the ½ of the definition
-    u = ranks[positive].sum(axis=0) - n_positive * (n_positive + 1) / 2
-    return u / (n_positive * n_negative)
-
-
 def sign_flip_p(differences: "ArrayLike", *, n_draws: int = 9999, seed: int = 0) -> float:
     """Two-sided p of a mean difference of paired examples, by flipping signs (Fisher's randomisation test).
 

@@ -157,5 +157,4 @@ def _is_whole(lm: "LanguageModel", word: str) -> bool:
 
 
 def _top(run: "Run") -> "Tensor":
-    assert run.logits is not None
-    return run.logits[:, -1].argmax(-1).cpu()
+    return run.last_logits.argmax(-1).cpu()

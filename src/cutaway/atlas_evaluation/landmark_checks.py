@@ -150,10 +150,9 @@ def _clamped(lm: "LanguageModel", known: _Landmarks, chosen: Sequence[int], laye
             value = dose * float(known.values[layer, i])
             after_first = [list(range(1, int(length))) for length in tokens.lengths]
             edits = [edit.clamp(f"blocks.{layer}.resid_post", known.units[layer, i], value, positions=after_first)]
-        logits = lm.run(tokens, edits=edits, logits="last").logits
-        assert logits is not None
+        logits = lm.run(tokens, edits=edits, logits="last").last_logits
         city = int(known.cities[i])
-        for kind, answer in zip(kinds, logits[:, -1].float().softmax(-1).cpu(), strict=True):
+        for kind, answer in zip(kinds, logits.float().softmax(-1).cpu(), strict=True):
             rows[kind].append((int(answer.argmax()) == city, float(answer[city])))
     return {
         kind: (np.array([top for top, _ in found]), np.array([p for _, p in found])) for kind, found in rows.items()
@@ -193,7 +192,6 @@ def _replaced(lm: "LanguageModel", known: _Landmarks) -> list[Rate]:
     out = []
     for layer in range(lm.n_layers):
         patch = edit.patch(f"blocks.{layer}.resid_post", run, positions=positions)
-        logits = lm.run(clean, edits=[patch], logits="last").logits
-        assert logits is not None
-        out.append(rate((logits[:, -1].argmax(-1).cpu() == wanted).numpy()))
+        logits = lm.run(clean, edits=[patch], logits="last").last_logits
+        out.append(rate((logits.argmax(-1).cpu() == wanted).numpy()))
     return out

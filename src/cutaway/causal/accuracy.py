@@ -180,7 +180,7 @@ def task_accuracy(
         >>> lm = cutaway.load("atlas")
         >>> task_accuracy(lm, cutaway.data.readable_pairs(lm, cutaway.data.task("agreement"), 20))
     """
-    aligned = pairs if isinstance(pairs, AlignedPairs) else align(lm, pairs)
+    aligned = align(lm, pairs)
     parts: list[tuple[Tensor, ...]] = []
     others: list[Tensor] = []
     generator = torch.Generator().manual_seed(0)
@@ -260,9 +260,7 @@ def _sides(pairs: AlignedPairs) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def _last_log_probabilities(lm: LanguageModel, tokens: Tokens) -> Tensor:
-    logits = lm.run(tokens, logits="last").logits
-    assert logits is not None
-    return logits[:, 0].float().cpu().log_softmax(-1)
+    return lm.run(tokens, logits="last").last_logits.float().cpu().log_softmax(-1)
 
 
 def _total(log_probabilities: Tensor, sets: Sequence[Tensor]) -> Tensor:

@@ -6,14 +6,13 @@ layer's norm and its own columns of the projection, so the forward itself stays 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache
 
 from cutaway.artifacts.errors import CutawayError
@@ -22,9 +21,9 @@ from cutaway.data.pairs import AlignedPairs
 from cutaway.model.architecture.norms import Norm
 from cutaway.model.architecture.parts import Layer, Projection
 from cutaway.model.architecture.wrapped import bias_of
-from cutaway.model.forward.current import current
-from cutaway.model.forward.execution import Execution, Stop
-from cutaway.model.forward.hooks import input_name
+from cutaway.model.forward.current import Stop
+from cutaway.model.forward.execution import Execution
+from cutaway.model.forward.hooks import Hooks
 from cutaway.model.language_model import LanguageModel
 from cutaway.model.sweep.shortcuts import Base, run_base
 from cutaway.model.tokens import Tokens
@@ -32,22 +31,9 @@ from cutaway.model.tokens import Tokens
 PARTS = ("q", "k", "v")
 
 
-def centred(norm: Norm | None, x: Tensor) -> Tensor:
-    """x without its mean where the norm takes it away."""
-    return x - x.mean(-1, keepdim=True) if norm is not None and norm.centered else x
-
-
-def gained(norm: Norm | None, x: Tensor) -> Tensor:
-    """x [..., d] times the norm's gain."""
-    if norm is None or norm.weight is None:
-        return x
-    weight = norm.weight.detach().to(x)
-    return x * (weight + norm.offset if norm.offset else weight)
-
-
 @dataclass(frozen=True)
 class Reader:
-    """How one layer's heads read a stream x: part = (centred(x) / scale(x)) · weight + constant.
+    """How one layer's heads read a stream x: part = (center(x) / scale(x)) · weight + constant.
 
     `weights[part]` [K, d, h] have the norm's gain folded in, `constants[part]` [K, h] hold biases; K is the number of
     destinations of that part in the graph.
@@ -85,37 +71,13 @@ def reader(lm: LanguageModel, graph: EdgeGraph, layer: int) -> Reader:
             projection = parts.projection(part)
             assert projection is not None  # EdgeGraph.of has looked
             w = by_part[part](layer).to(dtype)  # [H or KV, d, h]
-            w = gained(norm, w.transpose(-1, -2)).transpose(-1, -2)
+            w = w if norm is None else norm.times_gain(w.transpose(-1, -2)).transpose(-1, -2)
             at = torch.zeros(1, 1, lm.d_model, dtype=lm.dtype, device=lm.device) if bias is None else bias[None, None]
             constant = projection.split(projection.module(at.to(lm.dtype)))[part][0, 0].to(dtype)
             if part != "q" and (each := graph.kv // w.shape[0]) > 1:
                 w, constant = w.repeat_interleave(each, 0), constant.repeat_interleave(each, 0)
             weights[part], constants[part] = w.contiguous(), constant
     return Reader(norm, weights, constants)
-
-
-def norm_pull(norm: Norm | None, normalized: Tensor, scale: Tensor | None, g: Tensor) -> Tensor:
-    """A gradient g [..., d] at a norm's output, behind its gain, carried to its input.
-
-    `normalized` is the value before the gain, `scale` its divisor: the Jacobian is (I − n nᵀ / d) / scale between two
-    centrings.
-    """
-    if norm is None or scale is None:
-        return g
-    g = gained(norm, g)
-    g = (g - normalized * (normalized * g).mean(-1, keepdim=True)) / scale
-    return centred(norm, g)
-
-
-def norm_push(norm: Norm, normalized: Tensor, scale: Tensor, x: Tensor) -> Tensor:
-    """A small change x [..., d] of a norm's input as it arrives behind the gain: the same Jacobian the other way."""
-    return gained(norm, norm_divide(norm, normalized, scale, x))
-
-
-def norm_divide(norm: Norm, normalized: Tensor, scale: Tensor, x: Tensor) -> Tensor:
-    """The same in front of the gain."""
-    x = centred(norm, x)
-    return (x - normalized * (normalized * x).mean(-1, keepdim=True)) / scale
 
 
 def head_results(lm: LanguageModel, layer: int, z: Tensor) -> Tensor:
@@ -160,50 +122,6 @@ def first_column(lm: LanguageModel, pairs: AlignedPairs) -> int:
     if not lm.causal:
         return 0
     return int((pairs.clean.ids != pairs.corrupt.ids).any(0).int().argmax())
-
-
-class Hooks:
-    """Forward hooks of one execution, made one by one and given to it as `watch`."""
-
-    def __init__(self) -> None:
-        self._made: list[Callable[[Execution], RemovableHandle]] = []
-
-    def before(self, module: nn.Module, change: Callable[[Tensor], Tensor | None]) -> None:
-        """`change` sees a module's first argument and returns what stands in its place, or None."""
-
-        def make(execution: Execution) -> RemovableHandle:
-            def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-                if current.get() is not execution:
-                    return None
-                if args:
-                    new = change(args[0])
-                    return None if new is None else ((new, *args[1:]), kwargs)
-                name = input_name(kwargs)
-                new = change(kwargs[name])
-                return None if new is None else (args, {**kwargs, name: new})
-
-            return module.register_forward_pre_hook(hook, with_kwargs=True)
-
-        self._made.append(make)
-
-    def after(self, module: nn.Module, change: Callable[[Tensor], Tensor | None]) -> None:
-        """`change` sees what a module returns (the first item of a tuple)."""
-
-        def make(execution: Execution) -> RemovableHandle:
-            def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
-                if current.get() is not execution:
-                    return None
-                if isinstance(output, tuple):
-                    new = change(output[0])
-                    return None if new is None else (new, *output[1:])
-                return change(output)
-
-            return module.register_forward_hook(hook)
-
-        self._made.append(make)
-
-    def __call__(self, execution: Execution) -> Iterable[RemovableHandle]:
-        return [make(execution) for make in self._made]
 
 
 @dataclass(frozen=True)

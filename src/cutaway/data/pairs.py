@@ -99,8 +99,9 @@ class AlignedPairs:
 
     `answer` and `wrong` are the ids of the first token in which the answers differ [n]. Tokens that both answers
     share at their start are part of the prompts. `places[role]` are the positions in clean and in corrupt [2, n].
-    `refused` holds the pairs left out, with the reason. `answers` and `wrongs` [n, V] bool are all right and all wrong
-    tokens where a pair names several (a row of a pair that does not holds `answer` and `wrong` alone), else None.
+    `refused` holds the pairs left out, with the reason, and stays with every part of them. `answers` and `wrongs`
+    [n, V] bool are all right and all wrong tokens where a pair names several (a row of a pair that does not holds
+    `answer` and `wrong` alone), else None.
     """
 
     pairs: tuple[PromptPair, ...]
@@ -127,6 +128,7 @@ class AlignedPairs:
             places={role: places[:, index] for role, places in self.places.items()},
             answers=None if self.answers is None else self.answers[index],
             wrongs=None if self.wrongs is None else self.wrongs[index],
+            refused=self.refused,
         )
 
     def refusals(self) -> dict[str, int]:
@@ -182,9 +184,11 @@ def require_aligned(pairs: object) -> None:
 
 
 def align(
-    lm: LanguageModel, pairs: Sequence[PromptPair], *, bos: bool | None = None, strict: bool = False
+    lm: LanguageModel, pairs: Sequence[PromptPair] | AlignedPairs, *, bos: bool | None = None, strict: bool = False
 ) -> AlignedPairs:
     """Tokenise pairs and leave out those that do not align (with `strict`, raise at the first).
+
+    Pairs that are aligned already are returned as they are, so that whatever takes pairs takes both.
 
     A pair aligns when both prompts have the same number of tokens, its answers part in the same two tokens after
     either, and, where it names several right and wrong answers, the first token of each tells on which side it is. (One
@@ -192,6 +196,8 @@ def align(
     it is by itself; Hanna et al. 2023 read years so.)
     Raises `CutawayError` when no pair is left; the message has the commonest reason.
     """
+    if isinstance(pairs, AlignedPairs):
+        return pairs
     for number, pair in enumerate(pairs):
         if not isinstance(pair, PromptPair):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise CutawayError(f"pair {number} is a {type(pair).__name__}, not a PromptPair; make one of it")

@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.ranking import Ranking, auroc
 from cutaway.artifacts.results import Control, Effect, interval_text
-from cutaway.artifacts.statistics import auroc, bootstrap_weights, false_discovery, resampled_intervals
+from cutaway.artifacts.statistics import bootstrap_weights, false_discovery, resampled_intervals
 from cutaway.dictionaries.dictionary import Dictionary
 from cutaway.features.activations import Firing, Rows, fires, of_rows, width_of
 from cutaway.model.language_model import LanguageModel
@@ -69,40 +70,25 @@ class ConceptMatch:
 
 
 class SortedFiring:
-    """A sparse table sorted by latent and value, from which every latent's AUROC for any labels takes a few cumsums."""
+    """A sparse table of activations, from which every latent's AUROC for any labels takes one sum along it."""
 
     def __init__(self, parts: Sequence[Firing], n_latents: int) -> None:
         self.tokens = torch.cat([part.kept for part in parts])
         latent = torch.cat([part.latent for part in parts])
         value = torch.cat([part.value for part in parts])
         at = torch.cat([part.at for part in parts])
-        order = value.argsort(stable=True)
-        order = order[latent[order].argsort(stable=True)]
-        self.n_latents = n_latents
-        self.latent, self.value, self.at = latent[order], value[order], at[order]
-        self.token = torch.searchsorted(self.tokens, self.at)  # place -> index into tokens (tokens are in order)
-        change = torch.ones(len(self.latent), dtype=torch.bool)
-        change[1:] = (self.latent[1:] != self.latent[:-1]) | (self.value[1:] != self.value[:-1])
-        self._run = change.cumsum(0) - 1  # entries of one latent with equal values tie
-        self._run_start = change.nonzero()[:, 0]
+        self.latent, self.value = latent, value
+        self.token = torch.searchsorted(self.tokens, at)  # place -> index into tokens (tokens are in order)
+        self._ranking = Ranking(value.numpy(), latent.numpy(), n_latents)
 
     def auroc(self, labels: Tensor) -> Tensor:
         """AUROC of every latent [F] for boolean labels over `tokens`; a latent that does not fire counts as 0 there."""
         p, n = int(labels.sum()), int((~labels).sum())
-        if p == 0 or n == 0:
-            return torch.full((self.n_latents,), float("nan"), dtype=torch.float64)
-        positive = labels[self.token].double()
+        positive = labels[self.token].double().numpy()
         negative = 1 - positive
-        zeros = torch.zeros(self.n_latents, dtype=torch.float64)
-        active_p = zeros.index_add(0, self.latent, positive)
-        active_n = zeros.index_add(0, self.latent, negative)
-        quiet_p, quiet_n = p - active_p, n - active_n
-        before = negative.cumsum(0) - negative
-        below = before[self._run_start][self._run]  # negatives in the table before this run of ties
-        group = active_n.cumsum(0) - active_n  # negatives of latents before this one
-        ties = torch.zeros(len(self._run_start), dtype=torch.float64).index_add(0, self._run, negative)[self._run]
-        wins = positive * (quiet_n[self.latent] + below - group[self.latent] + ties / 2)
-        return (zeros.index_add(0, self.latent, wins) + quiet_p * quiet_n / 2) / (p * n)
+        quiet_p, quiet_n = p - self._ranking.sums(positive), n - self._ranking.sums(negative)
+        won = self._ranking.won(positive, negative) + (p - quiet_p) * quiet_n + quiet_p * quiet_n / 2
+        return torch.from_numpy(won / (p * n if p * n else math.nan))
 
     def auroc_of(self, latent: int, labels: Tensor) -> float:
         """The same for one latent."""
@@ -225,11 +211,7 @@ def _evidence(
     """
     _, row = row.unique(return_inverse=True)
     n_rows = int(row.max()) + 1
-    order = values.argsort(stable=True)
-    token = tokens[order]
-    positive = labels[token].double().numpy()
-    run = np.unique(values[order].numpy(), return_inverse=True)[1]
-    of_row = row[token].numpy()
+    ranking, positive, of_row = Ranking(values.numpy()), labels[tokens].double().numpy(), row[tokens].numpy()
     p_row = np.bincount(row.numpy(), weights=labels.double().numpy(), minlength=n_rows)
     n_row = np.bincount(row.numpy(), weights=(~labels).double().numpy(), minlength=n_rows)
 
@@ -238,12 +220,9 @@ def _evidence(
         if p == 0 or n == 0:
             return math.nan
         w = weight[of_row]
-        wp, wn = w * positive, w * (1 - positive)
-        negatives = np.bincount(run, weights=wn) if len(run) else np.zeros(0)
-        below = np.cumsum(negatives) - negatives
-        quiet_n = n - wn.sum()
-        wins = (wp * (quiet_n + below[run] + negatives[run] / 2)).sum() if len(run) else 0.0
-        return float((wins + (p - wp.sum()) * quiet_n / 2) / (p * n))
+        up, down = w * positive, w * (1 - positive)
+        quiet_p, quiet_n = p - up.sum(), n - down.sum()
+        return float((ranking.won(up, down)[0] + up.sum() * quiet_n + quiet_p * quiet_n / 2) / (p * n))
 
     weights = bootstrap_weights(n_rows, n_resamples, seed) * n_rows
     drawn = [auroc_of(weight) for weight in weights]

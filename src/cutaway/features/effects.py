@@ -40,10 +40,7 @@ def direct_logits(lm: LanguageModel, directions: Tensor) -> Tensor:
     """
     norm = lm.family.ln_final
     d = directions.detach().to(lm.device, torch.float32)
-    if norm is not None and norm.centered:
-        d = d - d.mean(-1, keepdim=True)
-    if norm is not None and norm.weight is not None:
-        d = d * (norm.weight.detach().float() + norm.offset)
+    d = d if norm is None else norm.linear(d)
     logits = d @ lm.output_directions(torch.arange(lm.d_vocab, device=lm.device)).float().T
     return logits - logits.mean(-1, keepdim=True)
 

@@ -25,8 +25,8 @@ from cutaway.model.architecture.parts import Layer
 from cutaway.model.architecture.ropes import find_ropes
 from cutaway.model.architecture.wrapped import device_of, unwrap
 from cutaway.model.attention.dispatch import check_dispatch
-from cutaway.model.edits.edits import Edit, edits_for
-from cutaway.model.edits.resolve import resolve
+from cutaway.model.edits.edits import Edit
+from cutaway.model.edits.resolve import edits_for, resolve
 from cutaway.model.forward.current import active
 from cutaway.model.forward.execution import Execution, Form, form_of, one_dtype
 from cutaway.model.forward.run import CAPTURE_LIMIT, Generation, Gradients, Run, check_capture_size

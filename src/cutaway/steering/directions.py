@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.artifacts.statistics import auroc
+from cutaway.artifacts.ranking import auroc
 from cutaway.model.edits.edits import Edit, add, clamp, project_out
 from cutaway.model.language_model import LanguageModel
 

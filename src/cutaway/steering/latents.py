@@ -234,7 +234,5 @@ def steer_latent(
 
 def _probability(lm: LanguageModel, tokens: Tokens, edits: Edit | Sequence[Edit], ids: Tensor) -> Tensor:
     """Summed probability of some tokens at each prompt's end [b]."""
-    logits = lm.run(tokens, edits=edits, logits="last").logits
-    assert logits is not None
-    p = logits[:, 0].float().softmax(-1)
+    p = lm.run(tokens, edits=edits, logits="last").last_logits.float().softmax(-1)
     return p[:, ids.to(p.device)].sum(-1).cpu()

@@ -53,8 +53,7 @@ def prices(
     before, count = 0.0, 0
     for first in range(0, len(tokens), batch_rows):
         part = tokens[list(range(first, min(first + batch_rows, len(tokens))))]
-        plain = lm.run(part, logits="all").logits
-        assert plain is not None
+        plain = lm.run(part, logits="all").all_logits
         p = plain.float().log_softmax(-1)
         mask = part.mask.to(p)
         following, both = next_tokens(part.ids, part.mask, lm.d_vocab)
@@ -62,8 +61,7 @@ def prices(
         before -= p[:, :-1].gather(-1, following)[..., 0][both].sum().item()
         count += int(both.sum())
         for i, edits in enumerate(choices):
-            edited = lm.run(part, edits=edits, logits="all").logits
-            assert edited is not None
+            edited = lm.run(part, edits=edits, logits="all").all_logits
             q = edited.float().log_softmax(-1)
             kl = (p.exp() * (p - q)).sum(-1)
             kls[i] += ((kl * mask).sum(1) / mask.sum(1)).tolist()

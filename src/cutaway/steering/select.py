@@ -168,8 +168,8 @@ def select_direction(
         eligible=tuple(early),
         remove=min(gentle or removing, key=lambda c: c.score),
         induce=max((c for c in early if c.method not in REMOVING), key=lambda c: c.score),
-        positive_score=words.score(_last(base_plus)).mean().item(),
-        negative_score=words.score(_last(base_minus)).mean().item(),
+        positive_score=words.score(base_plus.last_logits.float()).mean().item(),
+        negative_score=words.score(base_minus.last_logits.float()).mean().item(),
         n=(len(plus.ids), len(minus.ids)),
     )
 
@@ -184,15 +184,10 @@ def _candidate(
     bystanders: Run,
 ) -> Candidate:
     scores = words.score(_edited(lm, prompts, edits))
-    p, q = _last(bystanders).log_softmax(-1), _edited(lm, bystanders, edits).log_softmax(-1)
+    p, q = bystanders.last_logits.float().log_softmax(-1), _edited(lm, bystanders, edits).log_softmax(-1)
     kl = (p.exp() * (p - q)).sum(-1).mean().item()
     return Candidate(direction, method, scores.mean().item(), (scores > 0).float().mean().item(), kl)
 
 
-def _last(run: Run) -> Tensor:
-    assert run.logits is not None
-    return run.logits[:, 0].float()
-
-
 def _edited(lm: LanguageModel, base: Run, edits: Sequence[Edit]) -> Tensor:
-    return _last(lm.run(base.tokens, edits=edits, logits="last", resume=base))
+    return lm.run(base.tokens, edits=edits, logits="last", resume=base).last_logits.float()

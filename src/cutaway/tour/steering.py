@@ -262,9 +262,8 @@ def _contrast(tour: Tour, task: TaskResult) -> page.Section:
     choose, test = lm.tokens(second[third : 2 * third]), lm.tokens(second[2 * third :])
 
     def difference(prompts: Tokens, edits: Sequence[Edit]) -> torch.Tensor:
-        logits = lm.run(prompts, edits=edits, logits="last").logits
-        assert logits is not None
-        return (logits[:, 0, answer] - logits[:, 0, wrong]).float().cpu()
+        logits = lm.run(prompts, edits=edits, logits="last").last_logits
+        return (logits[:, answer] - logits[:, wrong]).float().cpu()
 
     neutral = neutral_rows(tour)
     best = max(directions, key=lambda d: float(difference(choose, push(d, 1.0)).mean()))

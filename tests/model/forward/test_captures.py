@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from subject import Subject, Subjects, close, plain
 from tiny import LAYERS, tiny_config, tiny_model
 
+from cutaway.artifacts.errors import CutawayError
 from cutaway.model.attention.dispatch import allowed
 from cutaway.model.language_model import LanguageModel, attach
+from cutaway.model.tokens import Tokens, pad_rows
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -229,3 +231,19 @@ def test_weights_by_name(subject: Subject) -> None:
     final = subject.hf.get_submodule(subject.by_hand.names.final)
     with torch.no_grad():
         close(final(stream) @ lm.output_directions([3, 50]).T, run[site][..., [3, 50]])
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_logits_at_each_rows_last_token_however_the_run_kept_them(llama: LanguageModel, side: str) -> None:
+    rows = [[4, 9, 7, 11, 5], [8, 3]]
+    tokens = Tokens(*pad_rows(rows, 1, side), tuple(tuple(str(i) for i in row) for row in rows))
+    whole, last = llama.run(tokens), llama.run(tokens, logits="last")
+    assert whole.logits is not None
+    expected = torch.stack([whole.logits[row, int(column)] for row, column in enumerate(tokens.last)])
+    assert torch.equal(whole.last_logits, expected)
+    close(last.last_logits, expected)
+    assert whole.all_logits is whole.logits
+    with pytest.raises(CutawayError, match="last tokens alone"):
+        _ = last.all_logits
+    with pytest.raises(CutawayError, match="no logits; run with logits='last'"):
+        _ = llama.run(tokens, capture="embed", logits=None).last_logits

@@ -17,6 +17,8 @@ from transformers import PreTrainedModel
 import cutaway
 from cutaway.artifacts.errors import CutawayError
 from cutaway.model.forward.current import active
+from cutaway.model.forward.execution import Execution
+from cutaway.model.forward.hooks import Hooks
 from cutaway.model.language_model import LanguageModel, attach
 from cutaway.model.tokens import Tokens
 
@@ -302,3 +304,25 @@ def test_position_ids_come_from_the_mask(of_family: Subjects) -> None:
     assert run.logits is not None
     assert float((run.logits - naive)[tokens.mask].abs().max()) > 0.1
     close(run.logits[2][tokens.mask[2]], plain(subject.hf, subject.tokens(rows=[subject.rows[2]])).logits[0])
+
+
+def test_hooks_see_and_change_the_forward_of_their_own_execution_alone(llama: LanguageModel) -> None:
+    tokens, layer = llama.tokens([[5, 6, 7]]), llama.family.layers[1]
+    plain = llama.run(tokens, capture="blocks.1.resid_pre")
+    hooks, seen = Hooks(), list[torch.Tensor]()
+    hooks.before(layer.module, lambda x: seen.append(x.clone()))
+    hooks.after(layer.mlp, torch.zeros_like)
+
+    def logits() -> torch.Tensor:
+        with torch.no_grad():
+            return llama.hf(input_ids=tokens.ids).logits
+
+    changed = Execution(llama, (), (), tokens.mask, watch=hooks).forward(logits)
+    assert torch.equal(changed, llama.run(tokens, edits=cutaway.zero("blocks.1.mlp.out")).all_logits)
+    assert torch.equal(seen.pop(), plain["blocks.1.resid_pre"])
+    with Execution(llama, (), (), tokens.mask, watch=hooks).observing():
+        assert torch.equal(llama.run(tokens).all_logits, plain.all_logits)
+    assert torch.equal(logits(), plain.all_logits)
+    assert not seen
+    assert not layer.module._forward_pre_hooks
+    assert not layer.mlp._forward_hooks

@@ -239,7 +239,7 @@ def test_a_wrong_shortcut_is_dropped_and_said(of_family: Subjects, monkeypatch: 
     lm, tokens = subject.lm, subject.lm.tokens(subject.rows[0])
     cells = [cutaway.scale(f"blocks.1.attn.{site}", 0.5, positions=p) for site in ("z", "q") for p in (3, 8)]
     wanted = one_run_a_cell(lm, tokens, cells)
-    real_past, real_columns, real_argument = shortcuts.Base.past, shortcuts.Base.columns, shortcuts.first_argument
+    real_past, real_columns, real_argument = shortcuts.Base.past, shortcuts.Base.columns, shortcuts.on_input
 
     def past(self: Any, start: int, times: int, layer: int) -> Any:
         made = real_past(self, start, times, layer)
@@ -251,13 +251,13 @@ def test_a_wrong_shortcut_is_dropped_and_said(of_family: Subjects, monkeypatch: 
         wrong = any(value is v for v in (self.entering if fault == "z" else self.returned).values())
         return real_columns(self, value, start, times) * (1.5 if wrong else 1.0)
 
-    def argument(module: Any, change: Any, mine: Any) -> Any:
-        return real_argument(module, lambda x: None if (y := change(x)) is None else y * 1.5, mine)
+    def argument(module: Any, mine: Any, change: Any) -> Any:
+        return real_argument(module, mine, lambda x: None if (y := change(x)) is None else y * 1.5)
 
     if fault == "prefix":
         monkeypatch.setattr(shortcuts.Base, "past", past)
     elif fault == "slim":
-        monkeypatch.setattr(shortcuts, "first_argument", argument)
+        monkeypatch.setattr(shortcuts, "on_input", argument)
     else:
         monkeypatch.setattr(shortcuts.Base, "columns", columns)
     found = lm.sweep(tokens, cells, two_logits)

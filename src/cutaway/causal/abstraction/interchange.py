@@ -118,9 +118,8 @@ def _tops(lm: LanguageModel, prompts: Sequence[str], rows: int = 64) -> list[int
     """The most probable token after each prompt."""
     found: list[int] = []
     for first in range(0, len(prompts), rows):
-        logits = lm.run(list(prompts[first : first + rows]), logits="last").logits
-        assert logits is not None
-        found += logits[:, 0].argmax(-1).tolist()
+        logits = lm.run(list(prompts[first : first + rows]), logits="last").last_logits
+        found += logits.argmax(-1).tolist()
     return found
 
 

@@ -93,7 +93,6 @@ def _part(part: Question, inside: list[str], grad_drop: bool, found: Found) -> N
     writes = [f"blocks.{layer}.{part}.out" for layer in range(lm.n_layers) for part in ("attn", "mlp")]
     rotated = sorted({_rotated(site) for site in inside})
     given = lm.run(part.source, capture=list(dict.fromkeys([*names, *rotated])), logits="last")
-    assert given.logits is not None
     captured = lm.sites().expand_all([*names, *patterns, *writes])
     execution = Execution(lm, captured, (), part.base.mask, gradients=True, last_only=True)
     with torch.enable_grad():
@@ -106,10 +105,10 @@ def _part(part: Question, inside: list[str], grad_drop: bool, found: Found) -> N
             )
         )
         logits: Tensor = out.logits[:, 0]
-        targets = part.targets(logits.detach(), given.logits[:, 0])
+        targets = part.targets(logits.detach(), given.last_logits)
         each = part.metric(logits.float(), targets)
         found.steepest = max(found.steepest, slope(each, logits))
-    found.ends(part, targets, logits.detach(), given.logits[:, 0])
+    found.ends(part, targets, logits.detach(), given.last_logits)
     values = {name: execution.by_row(value.detach()) for name, value in execution.values.items()}
     moved = _pattern_changes(part, inside, given, values)
     dropped: list[int | None] = [None]
@@ -327,7 +326,7 @@ def missed_bound(
 
     if subsets < 20:
         raise CutawayError(f"{subsets} subsets are too few for a bound; give 20 or more")
-    aligned = pairs if isinstance(pairs, AlignedPairs) else align(lm, pairs)
+    aligned = align(lm, pairs)
     question = ask(lm, aligned, list(scores.blocks), scores.direction, metric, positions)
     if question.columns != scores.columns or question.metric_name != scores.metric:
         raise CutawayError("these scores were asked with other positions or another metric; give the same to both")

@@ -119,7 +119,7 @@ def attribution_patching(
     for name, number, minimum in (("steps", steps, 1), ("check", check, 0), ("batch_rows", batch_rows, 1)):
         if type(number) is not int or number < minimum:
             raise CutawayError(f"{name} is {number!r}; give a whole number, {minimum} or more")
-    aligned = pairs if isinstance(pairs, AlignedPairs) else align(lm, pairs)
+    aligned = align(lm, pairs)
     question = ask(lm, aligned, sites, direction, metric, positions)
     label: str = method
     with frozen(lm):
@@ -176,8 +176,7 @@ def _at_the_base(question: Question, relp: bool, attention: Attention, batch_row
     lm, names = question.lm, question.sites
     for part in question.parts(batch_rows):
         given = lm.run(part.source, capture=names, logits="last")
-        assert given.logits is not None
-        other = given.logits[:, 0]
+        other = given.last_logits
         kept: list[Targets] = []
 
         def judge(logits: Tensor, part: Question = part, other: Tensor = other, kept: list[Targets] = kept) -> Tensor:
@@ -188,8 +187,7 @@ def _at_the_base(question: Question, relp: bool, attention: Attention, batch_row
 
         with relp_rules(lm, attention=attention) if relp else nullcontext():
             run = lm.run(part.base, capture=names, logits="last", grad=judge)
-        assert run.logits is not None
-        found.ends(part, kept[0], run.logits[:, 0], other)
+        found.ends(part, kept[0], run.last_logits, other)
         for site in names:
             yield At(part, site, run[site], given[site], run.grads[site])
 
@@ -197,10 +195,8 @@ def _at_the_base(question: Question, relp: bool, attention: Attention, batch_row
 def _both(part: Question, names: Sequence[str], found: Found) -> tuple[Run, Run, Targets]:
     """Both ends of a path, and what the metric compares with."""
     base, given = (part.lm.run(tokens, capture=list(names), logits="last") for tokens in (part.base, part.source))
-    assert base.logits is not None
-    assert given.logits is not None
-    targets = part.targets(base.logits[:, 0], given.logits[:, 0])
-    found.ends(part, targets, base.logits[:, 0], given.logits[:, 0])
+    targets = part.targets(base.last_logits, given.last_logits)
+    found.ends(part, targets, base.last_logits, given.last_logits)
     return base, given, targets
 
 

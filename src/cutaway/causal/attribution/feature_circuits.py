@@ -232,7 +232,7 @@ def feature_circuit(
 
     Source: Marks et al. 2024; https://arxiv.org/abs/2403.19647.
     """
-    aligned = pairs if isinstance(pairs, AlignedPairs) else align(lm, pairs)
+    aligned = align(lm, pairs)
     scores = latent_attribution(
         lm, aligned, dictionaries, method=method, direction=direction, metric=metric, positions=positions, check=check,
         options=options,
@@ -300,9 +300,7 @@ def edge_scores(
             done += len(part)
             sites = list(features)
             base, given = (part.lm.run(t, capture=sites, logits="last") for t in (part.base, part.source))
-            assert base.logits is not None
-            assert given.logits is not None
-            targets = part.targets(base.logits[:, 0], given.logits[:, 0])
+            targets = part.targets(base.last_logits, given.last_logits)
             whole = part.lm.run(part.base, capture=sites, logits="last", grad=_judge(part, targets))
             changes = _Changes(part, features, nodes, base, given)
             held = {site: base[site] for site in sites}

@@ -80,9 +80,7 @@ def feature_faithfulness(
         raise NotSupported(
             "this circuit names roles and says nothing of the other tokens; find one with positions 'all' or 'each'"
         )
-    aligned, given = (
-        p if isinstance(p, AlignedPairs) else align(lm, p) for p in (pairs, pairs if reference is None else reference)
-    )
+    aligned, given = align(lm, pairs), align(lm, pairs if reference is None else reference)
     features = features_of(lm, dictionaries)
     if set(features) != set(circuit.scores.blocks):
         raise CutawayError(f"the circuit is of {', '.join(circuit.scores.blocks)}; give those dictionaries")
@@ -199,18 +197,16 @@ def _metric(
     """The metric of the clean prompts [n] with every node outside `kept` at its mean."""
     found: list[Tensor] = []
     for part in question.parts(rows):
-        clean = part.lm.run(part.base, logits="last").logits
-        assert clean is not None
+        clean = part.lm.run(part.base, logits="last").last_logits
         logits = clean
         if kept is not None:
             put = [
                 edits.function(site, _ablation(own, kept[site], *means[site], len(part), part.into is not None))
                 for site, own in features.items()
             ]
-            logits = part.lm.run(part.base, edits=put, logits="last").logits
-            assert logits is not None
-        targets = targets_of(part.pairs, clean[:, 0].float()).to(part.lm.device)
-        found.append(part.metric(logits[:, 0].float(), targets).float().cpu())
+            logits = part.lm.run(part.base, edits=put, logits="last").last_logits
+        targets = targets_of(part.pairs, clean.float()).to(part.lm.device)
+        found.append(part.metric(logits.float(), targets).float().cpu())
     return torch.cat(found).double().numpy()
 
 

@@ -149,7 +149,7 @@ def latent_attribution(
     if type(options.steps) is not int or options.steps < 1:
         raise CutawayError(f"steps is {options.steps!r}; give a whole number, 1 or more")
     features = features_of(lm, dictionaries)
-    aligned = pairs if isinstance(pairs, AlignedPairs) else align(lm, pairs)
+    aligned = align(lm, pairs)
     question = ask(lm, aligned, list(features), direction, metric, positions)
     question = replace(question, units=dict.fromkeys(features, "latent"))
     found = Found()
@@ -186,9 +186,7 @@ def exact_latents(
     """How the metric really changes [nodes, n] when each node (site, unit, column) is patched: one sweep."""
     lm, used = question.lm, list(dict.fromkeys(site for site, _, _ in nodes))
     base, given = (lm.run(tokens, capture=used, logits="last") for tokens in (question.base, question.source))
-    assert base.logits is not None
-    assert given.logits is not None
-    targets = question.targets(base.logits[:, 0], given.logits[:, 0])
+    targets = question.targets(base.last_logits, given.last_logits)
     cells: list[edits.Edit] = []
     for site, unit, column in nodes:
         x0, x1 = base[site], given[site]

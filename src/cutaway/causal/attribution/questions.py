@@ -291,9 +291,7 @@ def exact_effects_of_sets(
     used = sorted({site for nodes in sets for site, _, _ in nodes}, key=lm.sites().order)
     given = lm.run(question.source, capture=used, logits="last")
     base = lm.run(question.base, logits="last")
-    assert given.logits is not None
-    assert base.logits is not None
-    targets = question.targets(base.logits[:, 0], given.logits[:, 0])
+    targets = question.targets(base.last_logits, given.last_logits)
     cells = [[question.edit(site, units, column, given) for site, units, column in nodes] for nodes in sets]
     swept = lm.sweep(question.base, cells, question.judged(targets), label=label)
     return swept.values - swept.base

@@ -76,8 +76,8 @@ def split_pairs(
     else:
         search = _aligned(lm, task)
         if held_out is None:
-            given, rows, refused = len(search), range(len(search)), search.refused
-            search, other = replace(search[rows[0::2]], refused=refused), search[rows[1::2]]
+            given, rows = len(search), range(len(search))
+            search, other = search[rows[0::2]], search[rows[1::2]]
             named = f"of the {given} pairs given"
             words = (f"{len(search)} {named} (every second one)", f"{len(other)} {named} (the others, held out)")
         else:
@@ -102,10 +102,8 @@ def split_pairs(
 
 def _aligned(lm: LanguageModel, pairs: Pairs) -> AlignedPairs:
     """The pairs that align; a line on stderr says how many do not, and why the first does not."""
-    if isinstance(pairs, AlignedPairs):
-        return pairs
     aligned = align(lm, pairs)
-    if aligned.refused:
+    if aligned.refused and aligned is not pairs:
         reason = aligned.refused[0][1]
         print(
             f"cutaway: {len(aligned.refused)} of {len(pairs)} pairs do not align and are left out ({reason})",

@@ -29,21 +29,16 @@ from cutaway.causal.edge_graph import EdgeGraph
 from cutaway.causal.metrics import Metric, PatchDirection, Targets, named_metric, targets_of
 from cutaway.causal.parts import (
     PARTS,
-    Hooks,
     Reader,
     Writes,
     at_end,
     by_query_head,
-    centred,
     first_column,
     forward,
     frozen,
-    gained,
     head_results,
     joined,
     mlp_entry,
-    norm_pull,
-    norm_push,
     note_writes,
     reader,
     refuse_unreadable,
@@ -53,6 +48,7 @@ from cutaway.causal.parts import (
 )
 from cutaway.data.pairs import AlignedPairs, require_aligned
 from cutaway.model.architecture.parts import Projection
+from cutaway.model.forward.hooks import Hooks
 from cutaway.model.language_model import LanguageModel
 from cutaway.model.tokens import Tokens
 
@@ -371,7 +367,8 @@ class _Engine:
         for index, layer in enumerate(self.lm.family.layers):
             heads = head_results(self.lm, index, corrupt.z.pop(index) - clean.z.pop(index))
             if layer.ln1_post is not None:
-                heads = norm_push(layer.ln1_post, *clean.post[index], heads)
+                normalized, scale = clean.post[index]
+                heads = layer.ln1_post.push(heads, scale, normalized)
             if layer.attn_multiplier != 1.0:
                 heads = heads * layer.attn_multiplier
             delta[:, self.graph.head_sources(index)] = heads.transpose(0, 1)
@@ -398,12 +395,8 @@ class _Engine:
                 def on_gradient(g: Tensor) -> None:
                     g = g if g.ndim == 3 else g.view(n * len(self.at), -1, g.shape[-1])  # tokens in one dimension
                     g = g[:, self.skip :].to(self.wide)
-                    if norm is not None and self.rules == "relp":
-                        assert now.scale is not None
-                        g = centred(norm, gained(norm, g) / now.scale)
-                    elif norm is not None:
-                        assert now.normalized is not None
-                        g = norm_pull(norm, now.normalized, now.scale, g)
+                    if norm is not None:
+                        g = norm.pull(g, now.scale, None if self.rules == "relp" else now.normalized)
                     sources, column = self.graph.before_mlp(index), self.graph.mlp_destination(index)
                     self._contract(g.unflatten(0, (-1, n)).sum(0)[:, None], sources, slice(column, column + 1), scores)
 
@@ -456,7 +449,8 @@ class _Engine:
                     along.append((g * value).sum(-1) / d)
             summed = g.sum(0).permute(2, 0, 1, 3).flatten(1, 2)  # [K, n · t, h]
             pulled.append(torch.bmm(summed, read.weights[part].transpose(1, 2)))
-        both = centred(read.norm, torch.cat(pulled)).view(-1, n, t, d).transpose(0, 1)  # [n, g, t, d]
+        both = torch.cat(pulled) if read.norm is None else read.norm.center(torch.cat(pulled))
+        both = both.view(-1, n, t, d).transpose(0, 1)  # [n, g, t, d]
         if along:
             assert now.normalized is not None
             weight = torch.cat(along, -1).permute(1, 2, 3, 0)  # [n, t, g, m]

@@ -23,7 +23,6 @@ from cutaway.causal.edge_graph import EdgeGraph
 from cutaway.causal.metrics import Metric, named_metric, targets_of
 from cutaway.causal.parts import (
     PARTS,
-    Hooks,
     Prefix,
     Reader,
     at_end,
@@ -48,6 +47,7 @@ from cutaway.draw.result import Result
 from cutaway.draw.text import interval
 from cutaway.model.architecture.norms import Norm
 from cutaway.model.architecture.parts import Projection
+from cutaway.model.forward.hooks import Hooks
 from cutaway.model.forward.run import Run
 from cutaway.model.language_model import LanguageModel
 from cutaway.model.tokens import Tokens
@@ -197,12 +197,11 @@ def run_circuits(
                 base = _written(lm, part.corrupt, at, prefix)
             else:
                 base = _replaced(lm, given, part.clean, rows)
-            plain = lm.run(part.clean, logits="last").logits
-            assert plain is not None
-            targets = targets_of(part, plain[:, 0]).to(lm.device)
+            plain = lm.run(part.clean, logits="last").last_logits
+            targets = targets_of(part, plain).to(lm.device)
             here = None if columns is None else columns[first : first + tile]
             one = _Tile(lm, graph, readers, part, masks[some], base, at, here, prefix)
-            clean.append(measure(plain[:, 0], targets).float().cpu())
+            clean.append(measure(plain, targets).float().cpu())
             corrupt.append(measure(one.ablated_logits(), targets).float().cpu())
             found = torch.where(full[:, None], clean[-1], corrupt[-1])  # of the trivial ones
             if len(some):

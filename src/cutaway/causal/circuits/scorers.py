@@ -27,7 +27,6 @@ from cutaway.causal.edge_graph import EdgeGraph
 from cutaway.causal.metrics import Metric, PatchDirection, Targets, named_metric, targets_of
 from cutaway.causal.parts import (
     PARTS,
-    Hooks,
     Reader,
     attention_of,
     by_query_head,
@@ -37,13 +36,13 @@ from cutaway.causal.parts import (
     joined,
     keep_writes,
     mlp_entry,
-    norm_divide,
     reader,
     refuse_unreadable,
     start_of_stream,
 )
 from cutaway.data.pairs import AlignedPairs
 from cutaway.model.architecture.parts import Projection
+from cutaway.model.forward.hooks import Hooks
 from cutaway.model.language_model import LanguageModel
 
 
@@ -147,12 +146,10 @@ class _Exact:
         self.first = first_column(lm, pairs)
         self.repeats = graph.kv // lm.n_kv_heads
         self.run = lm.run(pairs.clean, capture=_streams(lm, graph), logits="last")
-        other = lm.run(pairs.corrupt, logits="last").logits
-        assert self.run.logits is not None
-        assert other is not None
-        reference = self.run.logits if direction == "noise" else other
-        self.targets = targets_of(pairs, reference[:, 0]).to(lm.device)
-        both = torch.stack([measure(x[:, 0], self.targets).cpu() for x in (self.run.logits, other)])
+        other = lm.run(pairs.corrupt, logits="last").last_logits
+        reference = self.run.last_logits if direction == "noise" else other
+        self.targets = targets_of(pairs, reference).to(lm.device)
+        both = torch.stack([measure(x, self.targets).cpu() for x in (self.run.last_logits, other)])
         self.ends, self.base = both.float(), both[0]  # differences are taken in the metric's own precision
         self.delta = source_changes(lm, graph, pairs, self.first)
         self.rows = max(1, batch_tokens // (len(pairs) * pairs.clean.ids.shape[1]))
@@ -270,11 +267,9 @@ def magnitude(
 
 
 def _ends(lm: LanguageModel, pairs: AlignedPairs, measure: Metric) -> Tensor:
-    clean, corrupt = (lm.run(tokens, logits="last").logits for tokens in (pairs.clean, pairs.corrupt))
-    assert clean is not None
-    assert corrupt is not None
-    targets: Targets = targets_of(pairs, clean[:, 0]).to(lm.device)
-    return torch.stack([measure(x[:, 0], targets).float().cpu() for x in (clean, corrupt)])
+    clean, corrupt = (lm.run(tokens, logits="last").last_logits for tokens in (pairs.clean, pairs.corrupt))
+    targets: Targets = targets_of(pairs, clean).to(lm.device)
+    return torch.stack([measure(x, targets).float().cpu() for x in (clean, corrupt)])
 
 
 def _magnitudes(lm: LanguageModel, graph: EdgeGraph, readers: list[Reader], pairs: AlignedPairs) -> Tensor:
@@ -301,7 +296,7 @@ def _magnitudes(lm: LanguageModel, graph: EdgeGraph, readers: list[Reader], pair
             # W has the gain already
             moved = delta[:, :n]
             if read.norm is not None and scale is not None:
-                moved = norm_divide(read.norm, normalized[:, None], scale[:, None], moved)
+                moved = read.norm.push(moved, scale[:, None], normalized[:, None], gain=False)
             change = torch.stack([(moved @ head).norm(dim=-1) for head in w], -1)
             scores[:, :n, heads] = mean(change, value)
         mid = "resid_pre" if graph.parallel else "resid_mid"

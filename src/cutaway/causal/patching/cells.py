@@ -303,9 +303,7 @@ class PatchSetup:
 
 
 def _answers(lm: LanguageModel, tokens: Tokens) -> Tensor:
-    logits = lm.run(tokens, logits="last").logits
-    assert logits is not None
-    return logits[:, 0].float().cpu()
+    return lm.run(tokens, logits="last").last_logits.float().cpu()
 
 
 def every_layer(lm: LanguageModel, site: str, layers: Sequence[int] | None) -> list[tuple[int, str]]:

@@ -188,7 +188,7 @@ def patch_cell(
     """
     if head is not None and neuron is not None:
         raise CutawayError(f"a cell is head {head} or neuron {neuron} of {site!r}, not both; name one of the two")
-    aligned = pairs if isinstance(pairs, AlignedPairs) else align(lm, pairs)
+    aligned = align(lm, pairs)
     if len(aligned) < 2:
         raise CutawayError(
             f"{len(aligned)} pair is too few for an interval; give 2 at the least, {LEAST_PAIRS} or more"
@@ -220,7 +220,7 @@ def _measured(
     options: PatchOptions,
     whole: bool = False,
 ) -> PatchGrid:
-    aligned = pairs if isinstance(pairs, AlignedPairs) else align(lm, pairs)
+    aligned = align(lm, pairs)
     choice, (name, measure) = ablation_of(ablation), named_metric(metric)
     rng = np.random.default_rng(options.seed)
     draws = 3 if options.draws is None else options.draws

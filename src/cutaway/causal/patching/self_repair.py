@@ -251,7 +251,7 @@ def self_repair(
     Example:
         >>> self_repair(lm, pairs, k=1)
     """
-    aligned = pairs if isinstance(pairs, AlignedPairs) else align(lm, pairs)
+    aligned = align(lm, pairs)
     choice = ablation_of(ablation)
     layers = splittable_layers(lm, "head")
     every = [(layer, head) for layer in sorted(layers) for head in range(lm.n_heads)]

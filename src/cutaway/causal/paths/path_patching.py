@@ -104,7 +104,7 @@ def path_patch(
         if isinstance(given, str):
             raise CutawayError(f"{what} is the text {given!r}; give a list of names, such as [{given!r}]")
     graph = EdgeGraph.of(lm, grouped=True)
-    aligned = pairs if isinstance(pairs, AlignedPairs) else align(lm, pairs)
+    aligned = align(lm, pairs)
     name, measure = named_metric(metric)
     sending = [parse(graph, one, aligned, sender=True) for one in senders]
     receiving = [parse(graph, one, aligned, sender=False) for one in receivers]
@@ -115,11 +115,9 @@ def path_patch(
     original, other = (aligned.clean, aligned.corrupt) if noise else (aligned.corrupt, aligned.clean)
     held = ["blocks.0.resid_pre", "blocks.*.attn.z", "blocks.*.mlp.out", f"blocks.{lm.n_layers - 1}.resid_post"]
     new, old = (lm.run(tokens, capture=held, logits="last") for tokens in (other, original))
-    assert old.logits is not None
-    assert new.logits is not None
-    clean_logits = old.logits if noise else new.logits
-    targets = targets_of(aligned, clean_logits[:, 0].float().cpu()).to(lm.device)
-    m_old, m_new = (measure(logits[:, 0].float(), targets).cpu() for logits in (old.logits, new.logits))
+    clean_logits = (old if noise else new).last_logits
+    targets = targets_of(aligned, clean_logits.float().cpu()).to(lm.device)
+    m_old, m_new = (measure(run.last_logits.float(), targets).cpu() for run in (old, new))
 
     patching = _Patching(lm, aligned, old, new, 0 if noise else 1, mlps, measure, targets, batch_rows)
     wanted = torch.zeros(len(chosen), len(receiving), dtype=torch.bool)

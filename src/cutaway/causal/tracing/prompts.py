@@ -102,9 +102,7 @@ def answered(lm: LanguageModel, facts: Sequence[FactPrompt], bos: bool | None, l
         if fact.answer is not None:
             both = lm.tokens([prompt_and(fact.prompt, fact.answer)], bos=bos).row_ids(0)
             wanted = [*ids, *answer_tokens(lm, fact.prompt, ids, fact.answer, both)]
-        logits = lm.run([wanted or ids]).logits
-        assert logits is not None
-        said = logits[0, len(ids) - 1 :].argmax(-1).tolist()
+        said = lm.run([wanted or ids]).all_logits[0, len(ids) - 1 :].argmax(-1).tolist()
         answer = wanted[len(ids) :] or said
         answers.append(answer[0])
         wrong = next((i for i, (a, b) in enumerate(zip(answer, said, strict=False)) if a != b), None)

@@ -101,7 +101,7 @@ def causal_trace(
             seed=[first_seed + draw for draw in range(draws) for _ in rows],
         )
         run = lm.run(several, capture=capture, edits=[edit], logits="last")
-        found = probability(_last(run), tokens[list(range(n))])
+        found = probability(run.last_logits, tokens[list(range(n))])
         return run, found.view(draws, n).mean(0)
 
     answers = known.answers.to(lm.device)
@@ -138,7 +138,7 @@ def causal_trace(
         draws=draws,
         window=width,
         seed=seed,
-        clean=probability(_last(clean), tokens).cpu(),
+        clean=probability(clean.last_logits, tokens).cpu(),
         noised=hidden.cpu(),
         again=again.cpu(),
         elsewhere=elsewhere,
@@ -146,11 +146,6 @@ def causal_trace(
         roles=roles,
         refused=tuple(known.refused),
     )
-
-
-def _last(run: Run) -> Tensor:
-    assert run.logits is not None
-    return run.logits[:, 0]
 
 
 def _cells(

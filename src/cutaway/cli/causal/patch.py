@@ -206,7 +206,6 @@ def _pairs(
 ) -> "tuple[AlignedPairs, Any, str]":
     """Up to n pairs, when one of them is right, and what they are in words."""
     from collections import Counter
-    from dataclasses import replace
 
     from cutaway.data.pairs import align
     from cutaway.data.tasks.files import read_distinct_pairs
@@ -226,4 +225,4 @@ def _pairs(
         kinds = [(pair.template, int(p)) for pair, p in zip(aligned.pairs, aligned.clean.lengths, strict=True)]
         commonest = Counter(kinds).most_common(1)[0][0]
         rows, about = [row for row in rows if kinds[row] == commonest], f"{about}, of one wording"
-    return replace(aligned[rows[:n]], refused=aligned.refused), criterion, about
+    return aligned[rows[:n]], criterion, about

@@ -12,7 +12,7 @@ import itertools
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from cutaway.artifacts.errors import CutawayError
@@ -164,5 +164,5 @@ def readable_pairs(lm: LanguageModel, task: Task, n: int = 48, seed: int = 0, sp
                 raise
             aligned = None
         if aligned is not None and (len(aligned) >= n or at >= len(drawn)):
-            return replace(aligned[range(min(n, len(aligned)))], refused=aligned.refused)
+            return aligned[range(min(n, len(aligned)))]
         at *= 2

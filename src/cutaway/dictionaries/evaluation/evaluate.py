@@ -356,5 +356,4 @@ class _Splicing:
 
 def _log_probabilities(run: Run) -> Tensor:
     """Of the next token, [b, p - 1, V]."""
-    assert run.logits is not None
-    return torch.log_softmax(run.logits[:, :-1].float(), dim=-1)
+    return torch.log_softmax(run.all_logits[:, :-1].float(), dim=-1)

@@ -127,9 +127,8 @@ class _Spliced(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, written: Tensor, lm: LanguageModel, batch: RowBatch, writes: tuple[str, ...]) -> Tensor:
         run, keep = batch.run, batch.keep.to(written.device)
-        assert run.logits is not None
-        wide = torch.promote_types(run.logits.dtype, torch.float32)
-        clean = torch.log_softmax(run.logits[keep].to(wide), dim=-1)
+        wide = torch.promote_types(run.all_logits.dtype, torch.float32)
+        clean = torch.log_softmax(run.all_logits[keep].to(wide), dim=-1)
         found: list[Tensor] = []
 
         def metric(logits: Tensor) -> Tensor:

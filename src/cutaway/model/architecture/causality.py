@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from cutaway.model.attached import Attached
 from cutaway.model.forward.execution import Execution
 from cutaway.model.forward.shadow import shadowed
 from cutaway.model.sweep.shortcuts import call
@@ -15,7 +16,6 @@ from cutaway.model.tokens import Tokens
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from cutaway.model.language_model import LanguageModel
 
 _LENGTH = 8
 
@@ -25,7 +25,7 @@ def says_bidirectional(model: PreTrainedModel) -> bool:
     return getattr(model.config.get_text_config(), "use_bidirectional_attention", None) in (True, "all")
 
 
-def is_causal(lm: LanguageModel) -> bool:
+def is_causal(lm: Attached) -> bool:
     """Whether later tokens leave what is computed at earlier ones as it is, by a forward of two short rows that differ
     in their second half. Dropout is off in it. A row of one token is all that a context of one holds: True.
     """

@@ -12,7 +12,11 @@ from cutaway.model.architecture.wrapped import in_force, innermost, parameter_of
 
 @dataclass(frozen=True)
 class Norm:
-    """A norm: y = gain(center(x) / scale), scale = sqrt(mean(center(x)^2) + eps), computed in fp32 or wider."""
+    """A norm: y = gain(center(x) / scale), scale = sqrt(mean(center(x)^2) + eps), computed in fp32 or wider.
+
+    With its divisor left out and without its bias it is `linear`. `push` carries a change of its input forward,
+    `pull` a direction of its output back: the two are each other's transpose.
+    """
 
     module: nn.Module
     centered: bool
@@ -33,8 +37,7 @@ class Norm:
     def divide(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [..., d] -> centred x and its scale [..., 1], both in the dtype of the computation (fp32 or wider)."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        if self.centered:
-            wide = wide - wide.mean(-1, keepdim=True)
+        wide = self.center(wide)
         return wide, (wide.pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
 
     def gain(self, normalized: Tensor, dtype: torch.dtype) -> Tensor:
@@ -46,6 +49,42 @@ class Norm:
         if (bias := self.bias) is not None:
             y = y + bias.to(y.dtype)
         return y.to(dtype)
+
+    def center(self, x: Tensor) -> Tensor:
+        """x [..., d] without its mean, where the norm takes it away."""
+        return x - x.mean(-1, keepdim=True) if self.centered else x
+
+    def times_gain(self, x: Tensor) -> Tensor:
+        """x [..., d] times the gain, in the dtype of x."""
+        if (weight := self.weight) is None:
+            return x
+        weight = weight.detach().to(x)
+        return x * (weight + self.offset if self.offset else weight)
+
+    def linear(self, x: Tensor) -> Tensor:
+        """What the norm makes of x [..., d] but for its divisor and its bias: centred, times the gain."""
+        return self.times_gain(self.center(x))
+
+    def push(self, x: Tensor, scale: Tensor, normalized: Tensor, *, gain: bool = True) -> Tensor:
+        """A small change x [..., d] of the norm's input, as it arrives at its output (or in front of its gain).
+
+        `normalized` [..., d] is the value before the gain, `scale` [..., 1] its divisor: the Jacobian between centring
+        and gain is (I - n n^T / d) / scale.
+        """
+        x = self.center(x)
+        x = (x - normalized * (normalized * x).mean(-1, keepdim=True)) / scale
+        return self.times_gain(x) if gain else x
+
+    def pull(self, g: Tensor, scale: Tensor | None = None, normalized: Tensor | None = None) -> Tensor:
+        """A direction or gradient g [..., d] at the norm's output, carried to its input.
+
+        By the whole Jacobian (see `push`); without `normalized` with the divisor held fixed at `scale`; without either
+        with the divisor left out, the transpose of `linear`.
+        """
+        g = self.times_gain(g)
+        if normalized is not None:
+            g = g - normalized * (normalized * g).mean(-1, keepdim=True)
+        return self.center(g if scale is None else g / scale)
 
 
 def probe_norm(module: nn.Module, d: int) -> Norm:

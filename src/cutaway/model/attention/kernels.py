@@ -12,15 +12,13 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from cutaway.artifacts.errors import CutawayError
-
-if TYPE_CHECKING:
-    from cutaway.model.forward.execution import Execution
+from cutaway.model.forward.current import Observation
 
 Eager = Callable[..., tuple[Tensor, Tensor]]
 _UNDERSTOOD = {"dropout", "scaling", "softcap", "position_bias", "sinks", "sliding_window", "is_causal"}
@@ -33,7 +31,7 @@ _KEYS = 37
 class Watch:
     """One layer's attention in one execution: what is edited and captured there. Without one, nothing is."""
 
-    execution: Execution | None = None
+    execution: Observation | None = None
     prefix: str = ""
 
     def wants(self, *parts: str) -> bool:

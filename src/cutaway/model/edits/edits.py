@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, get_args
+from typing import Any, Literal, TypedDict, Unpack, get_args
 
 import torch
 from torch import Tensor
@@ -33,12 +33,8 @@ from cutaway.model.edits.positions import (
     several,
     spelled,
 )
+from cutaway.model.edits.source import Source
 from cutaway.model.edits.values import EditFunction, name_of_function, orthonormal, plain_numbers, registered_function
-
-if TYPE_CHECKING:
-    from cutaway.model.edits.files import StoredSource
-    from cutaway.model.forward.run import Generation, Run
-    from cutaway.model.language_model import LanguageModel
 
 __all__ = ["AtToken", "Edit", "NothingEdited", "Positions", "Receipt", "at_token"]
 
@@ -100,7 +96,7 @@ class Edit:
     phase: Phase = "all"
     tensors: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     numbers: Mapping[str, float] = field(default_factory=dict)
-    source: Run | Generation | StoredSource | None = field(default=None, repr=False)
+    source: Source | None = field(default=None, repr=False)
     source_positions: Places = None
     source_rows: tuple[int, ...] | None = None
     neurons: tuple[int, ...] | None = None
@@ -240,25 +236,6 @@ def edit_list(edits: Edit | Sequence[Edit] | None) -> tuple[Edit, ...]:
     return found  # type: ignore[return-value]
 
 
-def edits_for(lm: LanguageModel, edits: Edit | Sequence[Edit] | None) -> tuple[Edit, ...]:
-    """The edits of a run of `lm`. Raises CutawayError for a patch whose source is a run of another model."""
-    found = edit_list(edits)
-    for edit in found:
-        source = edit.source
-        if source is None or edit.other_model:
-            continue
-        same = getattr(source, "site_table", None) is lm.sites()
-        if same and getattr(source, "weights", None) in (None, lm.weights_state()):
-            continue
-        theirs, ours = source.identity(), lm.identity()
-        if theirs.weight_hash != ours.weight_hash:
-            raise CutawayError(
-                f"The source of '{edit}' is a run of another model ({theirs.id}, weights {theirs.weight_hash[:8]}) "
-                f"than {ours.id} ({ours.weight_hash[:8]}); say other_model=True if that is meant."
-            )
-    return found
-
-
 def _tensor(value: Tensor | float | Sequence[float], what: str) -> Tensor:
     """A snapshot of a value, so that an edit stays what it is."""
     try:
@@ -334,7 +311,7 @@ def mean(site: str, value: Tensor | float, **where: Unpack[Where]) -> Edit:
 
 def patch(
     site: str,
-    source: Run | Generation | StoredSource | Tensor,
+    source: Source | Tensor,
     *,
     source_positions: Positions = None,
     source_rows: int | Sequence[int] | None = None,
@@ -358,7 +335,7 @@ def patch(
 
 def resample(
     site: str,
-    source: Run | Generation | StoredSource | Tensor,
+    source: Source | Tensor,
     *,
     position_map: Mapping[int, int] | Sequence[Any] | None = None,
     source_rows: int | Sequence[int] | None = None,

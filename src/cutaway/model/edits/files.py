@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,30 +22,12 @@ from cutaway.artifacts.files import read_json, take_folder, write_json, write_sa
 from cutaway.artifacts.manifest import ModelIdentity, json_hash
 from cutaway.model.edits.edits import KINDS, PATCHES, Edit, edit_list
 from cutaway.model.edits.positions import AtToken, Columns, Places
+from cutaway.model.edits.source import StoredSource
 from cutaway.model.edits.values import name_of_function, registered_function
 from cutaway.model.tokens import Tokens
 
 FORMAT, VERSION = "cutaway-edits", 1
 FILES = ("edits.json", "edits.safetensors")
-
-
-@dataclass(frozen=True, eq=False)
-class StoredSource:
-    """What a patch keeps of the run that it takes values from: the values it needs, and where they came from.
-
-    `values[site]` is [len(rows), len(columns), ...] (destinations first at scores and pattern) of the source's batch
-    `tokens`.
-    """
-
-    tokens: Tokens
-    values: Mapping[str, Tensor]
-    rows: tuple[int, ...]
-    columns: tuple[int, ...]
-    model: ModelIdentity
-
-    def identity(self) -> ModelIdentity:
-        """The model of the source run."""
-        return self.model
 
 
 # The wire

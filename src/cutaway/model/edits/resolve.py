@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.model.edits.edits import PATCHES, Edit, NothingEdited
-from cutaway.model.edits.files import StoredSource
+from cutaway.model.attached import Attached
+from cutaway.model.edits.apply import changed
+from cutaway.model.edits.edits import PATCHES, Edit, NothingEdited, edit_list
 from cutaway.model.edits.positions import Places, named, named_new
-from cutaway.model.edits.values import changed, generator, next_key, prefix_keys, row_key, token_noise
+from cutaway.model.edits.source import StoredSource
+from cutaway.model.edits.values import generator, next_key, prefix_keys, row_key, token_noise
 from cutaway.model.sites import Site
 from cutaway.model.tokens import Tokens
 
@@ -392,6 +394,25 @@ def _check_parts(edit: Edit, site: Site) -> None:
             raise CutawayError(
                 f"'{edit}': the {name} has {vector.shape[0]} entries, but '{site.name}' is {width} wide."
             )
+
+
+def edits_for(lm: Attached, edits: Edit | Sequence[Edit] | None) -> tuple[Edit, ...]:
+    """The edits of a run of `lm`. Raises CutawayError for a patch whose source is a run of another model."""
+    found = edit_list(edits)
+    for edit in found:
+        source = edit.source
+        if source is None or edit.other_model:
+            continue
+        same = getattr(source, "site_table", None) is lm.sites()
+        if same and getattr(source, "weights", None) in (None, lm.weights_state()):
+            continue
+        theirs, ours = source.identity(), lm.identity()
+        if theirs.weight_hash != ours.weight_hash:
+            raise CutawayError(
+                f"The source of '{edit}' is a run of another model ({theirs.id}, weights {theirs.weight_hash[:8]}) "
+                f"than {ours.id} ({ours.weight_hash[:8]}); say other_model=True if that is meant."
+            )
+    return found
 
 
 def resolve(

@@ -6,29 +6,24 @@ and the user's hooks do not mix.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from cutaway.artifacts.errors import CutawayError
+from cutaway.model.attached import Attached
 from cutaway.model.attention.dispatch import switches
 from cutaway.model.edits.edits import NothingEdited, Receipt
 from cutaway.model.edits.resolve import Resolved
-from cutaway.model.forward.current import active, current
+from cutaway.model.forward.current import Observation, Replacement, Stop, active, current
 from cutaway.model.forward.hooks import input_name, install
 from cutaway.model.forward.shadow import shadowed
 from cutaway.model.sites import layer_of
 
-if TYPE_CHECKING:
-    from cutaway.model.language_model import LanguageModel
-
 _IN_ATTENTION = (".attn.rot_q", ".attn.rot_k", ".attn.scores", ".attn.pattern")
-
-Replacement = Callable[..., Any]
 
 
 class Removable(Protocol):
@@ -37,16 +32,12 @@ class Removable(Protocol):
     def remove(self) -> None: ...
 
 
-class Stop(BaseException):
-    """Raised inside a forward once the last wanted value is in hand."""
-
-
-class Execution:
-    """The state of one observed call; every value is edited and captured through `touch`."""
+class Execution(Observation):
+    """One observed call of a model: the hooks that it needs, what it skips, where it stops."""
 
     def __init__(
         self,
-        lm: LanguageModel,
+        lm: Attached,
         capture: Sequence[str],
         edits: Sequence[Resolved],
         mask: Tensor,
@@ -63,72 +54,19 @@ class Execution:
     ) -> None:
         if lm.ropes is not None:  # `before`: columns in front of those of `mask`, in a cache and all of them real
             lm.ropes.check(lm.name, mask.sum(1) + before)
-        self.lm = lm
-        self.capture = frozenset(capture)
-        self.edits: dict[str, list[Resolved]] = {}
+        self.resolved: dict[str, list[Resolved]] = {}
         for edit in edits:
-            self.edits.setdefault(edit.site.name, []).append(edit)
-        self.touched = frozenset((*self.capture, *self.edits))
-        self.asked = Counter(layer_of(name) for name in self.touched)  # sites in each layer
-        self.mask = mask
+            self.resolved.setdefault(edit.site.name, []).append(edit)
+        super().__init__(capture, self.resolved, mask)
+        self.lm = lm
         self.stop = stop
         self.gradients = gradients
         self.first_layer = first_layer
         self.resumed = resumed
         self.last_only = last_only
-        self.replace = dict(replace or {})  # what a module does instead of its forward, in this execution alone
+        self.replace = dict(replace or {})
         self.watch = watch  # hooks of its owner, behind those of the sites
-        self.ungrouped = ungrouped  # its owner gives keys and values to every query head by itself
-        self.end = mask.shape[1]  # columns read so far, those of this forward included
-        self.values: dict[str, Tensor] = {}
-        self.attention_layers: dict[int, int] = {}
-        self.wrapped: dict[int, Callable[[Tensor], Tensor]] = {}  # what to do inside a module's forward, by its id
-        self.rows_of: Mapping[str, slice] = {}  # the rows to capture of a site, where they are not all
-
-    def wants(self, *names: str) -> bool:
-        """Whether any of these sites is captured or edited."""
-        return not self.touched.isdisjoint(names)
-
-    def editing(self, name: str) -> bool:
-        return name in self.edits
-
-    def live(self, *names: str) -> bool:
-        """Whether a derived value must be put back into the forward: it is edited, or its gradient is asked for."""
-        return any(name in self.edits or (self.gradients and name in self.capture) for name in names)
-
-    def edit(self, name: str, value: Tensor) -> Tensor:
-        """The value after the edits at a site. Positions are in dimension 1, or 2 for scores and pattern.
-
-        A value may hold more columns than this forward reads (cached keys) or fewer (logits in generation); either
-        way it ends with the newest.
-        """
-        resolved = self.edits.get(name)
-        if not resolved:
-            return value
-        grid = name.endswith((".scores", ".pattern"))
-        x = value.transpose(1, 2) if grid else value
-        for edit in resolved:
-            x = edit.apply(x, self.end - x.shape[1])
-        return x.transpose(1, 2) if grid else x
-
-    def record(self, name: str, value: Tensor, *, own: bool = False) -> Tensor:
-        """Capture a value if it is asked for, and stop the forward once it was the last one wanted.
-
-        `own`: nobody else will write into the value, so it need not be copied.
-        """
-        if name in self.capture:
-            rows = self.rows_of.get(name)
-            kept = value if rows is None else value[rows]
-            if not self.gradients:
-                kept = kept.detach() if own and rows is None and kept.is_contiguous() else kept.detach().clone()
-            self.values[name] = kept
-            if self.stop and len(self.values) == len(self.capture):
-                raise Stop
-        return value
-
-    def touch(self, name: str, value: Tensor, *, own: bool = False) -> Tensor:
-        """Apply the edits at a site, then capture it."""
-        return self.record(name, self.edit(name, value), own=own)
+        self.ungrouped = ungrouped
 
     @contextmanager
     def observing(self) -> Iterator[None]:
@@ -150,7 +88,7 @@ class Execution:
                 self.replace.setdefault(layers[index].module, passing(self.lm.layer_forms.get(layers[index].module)))
             for module in self.replace:
                 stack.enter_context(shadowed(module, "forward", lambda m=module: _dispatch(m)))
-            stack.push(install(self))
+            stack.push(install(self, self.lm.family))
             for handle in self.watch(self) if self.watch is not None else ():
                 stack.callback(handle.remove)
             token = current.set(self)
@@ -180,7 +118,7 @@ class Execution:
 
     def receipts(self, tokens_first: Tensor) -> tuple[Receipt, ...]:
         """What every edit did. Raises NothingEdited where one did nothing."""
-        return receipts_of((r for rs in self.edits.values() for r in rs), tokens_first)
+        return receipts_of((r for rs in self.resolved.values() for r in rs), tokens_first)
 
     def gradients_of(self, metric: Tensor) -> dict[str, Tensor]:
         """d metric / d value for every captured site; zeros where the metric does not depend on it."""
@@ -202,10 +140,6 @@ class Execution:
             name: self.by_row(torch.zeros_like(value) if grad is None else grad.detach())
             for name, value, grad in zip(names, inputs, found, strict=True)
         }
-
-    def by_row(self, value: Tensor) -> Tensor:
-        """[b p d], also where a model has all tokens in one dimension."""
-        return value.view(self.mask.shape[0], -1, value.shape[-1]) if value.ndim == 2 else value
 
 
 def receipts_of(edits: Iterable[Resolved], tokens_first: Tensor) -> tuple[Receipt, ...]:
@@ -248,7 +182,7 @@ def receipts_of(edits: Iterable[Resolved], tokens_first: Tensor) -> tuple[Receip
 
 
 @contextmanager
-def one_dtype(lm: LanguageModel) -> Iterator[None]:
+def one_dtype(lm: Attached) -> Iterator[None]:
     """Where a forward fails and layers differ in their dtypes, say so; models that convert by themselves do not."""
     try:
         yield
@@ -260,7 +194,7 @@ def one_dtype(lm: LanguageModel) -> Iterator[None]:
         ) from error
 
 
-def _mixed(lm: LanguageModel) -> str | None:
+def _mixed(lm: Attached) -> str | None:
     """The first weight that is of another float than the same weight of the layer below it, or None."""
     layers = lm.family.layers
     there = {name: weight.dtype for name, weight in layers[0].module.named_parameters()}
@@ -280,7 +214,7 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _checkpointing(lm: LanguageModel) -> list[nn.Module]:
+def _checkpointing(lm: Attached) -> list[nn.Module]:
     """Modules that drop what the backward pass needs, and a cache with it, and compute it again without our hooks.
 
     An execution runs them as they are in evaluation mode: the values are the same, and what is captured is kept anyway.

@@ -7,25 +7,24 @@ a delta on the output projection.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from cutaway.model.architecture.experts import tap_experts
+from cutaway.model.architecture.experts import OnFirstLinear, wanted_experts
+from cutaway.model.architecture.families import Family
 from cutaway.model.architecture.norms import Norm
-from cutaway.model.architecture.parts import Layer, Projection, weight_matrix
-from cutaway.model.architecture.wrapped import bias_of
-from cutaway.model.forward.current import active, current
+from cutaway.model.architecture.parts import Experts, Layer, Projection, weight_matrix
+from cutaway.model.architecture.wrapped import bias_of, innermost
+from cutaway.model.forward.current import Observation, active, current
 from cutaway.model.forward.shadow import shadowed
 
-if TYPE_CHECKING:
-    from cutaway.model.forward.execution import Execution
-
 OnOutput = Callable[[Tensor], Tensor]
+Change = Callable[[Tensor], Tensor | None]
 Inside = Callable[[OnOutput], AbstractContextManager[Any]]
 
 
@@ -34,9 +33,65 @@ def input_name(kwargs: dict[str, Any]) -> str:
     return "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
 
 
+def on_input(module: nn.Module, mine: Observation, change: Change) -> RemovableHandle:
+    """In one observed call `change` sees a module's first argument, or its hidden_states, and returns what stands in
+    its place (or None).
+    """
+
+    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if current.get() is not mine:
+            return None
+        name = "" if args else input_name(kwargs)
+        old = args[0] if args else kwargs[name]
+        new = change(old)
+        if new is None or new is old:
+            return None
+        return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, name: new})
+
+    return module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def on_output(module: nn.Module, mine: Observation, change: Change) -> RemovableHandle:
+    """In one observed call `change` sees what a module returns (the first item of a tuple), and returns what stands in
+    its place (or None).
+    """
+
+    def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+        if current.get() is not mine:
+            return None
+        old = output[0] if isinstance(output, tuple) else output
+        new = change(old)
+        if new is None or new is old:
+            return None
+        return (new, *output[1:]) if isinstance(output, tuple) else new
+
+    return module.register_forward_hook(hook)
+
+
+class Hooks:
+    """Hooks noted one by one and given to an execution as `watch`, which makes them its own."""
+
+    def __init__(self) -> None:
+        self._made: list[Callable[[Observation], RemovableHandle]] = []
+
+    def before(self, module: nn.Module, change: Change) -> None:
+        """See `on_input`."""
+        self._made.append(lambda mine: on_input(module, mine, change))
+
+    def after(self, module: nn.Module, change: Change) -> None:
+        """See `on_output`."""
+        self._made.append(lambda mine: on_output(module, mine, change))
+
+    def __call__(self, execution: Observation) -> Iterable[RemovableHandle]:
+        return [make(execution) for make in self._made]
+
+
 class Installer:
-    def __init__(self, execution: Execution) -> None:
+    """Registers the hooks of one observed call, site by site."""
+
+    def __init__(self, execution: Observation, family: Family) -> None:
         self.ex = execution
+        self.family = family
         self.handles: list[RemovableHandle] = []
         self.shadows = ExitStack()
         self.stream: dict[int, Tensor] = {}  # each layer's input, kept while its resid_mid is edited
@@ -54,35 +109,13 @@ class Installer:
 
         self.handles.append(module.register_forward_hook(hook))
 
-    def before(self, module: nn.Module, change: OnOutput) -> None:
+    def before(self, module: nn.Module, change: Change) -> None:
         """`change` sees, and may replace, the module's first argument (or its hidden_states)."""
+        self.handles.append(on_input(module, self.ex, change))
 
-        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if not self.mine():
-                return None
-            if args:
-                new = change(args[0])
-                return None if new is args[0] else ((new, *args[1:]), kwargs)
-            name = input_name(kwargs)
-            old = kwargs[name]
-            new = change(old)
-            return None if new is old else (args, {**kwargs, name: new})
-
-        self.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-
-    def after(self, module: nn.Module, change: OnOutput) -> None:
+    def after(self, module: nn.Module, change: Change) -> None:
         """`change` sees, and may replace, what the module returns (the first item of a tuple)."""
-
-        def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
-            if not self.mine():
-                return None
-            if isinstance(output, tuple):
-                new = change(output[0])
-                return None if new is output[0] else (new, *output[1:])
-            new = change(output)
-            return None if new is output else new
-
-        self.handles.append(module.register_forward_hook(hook))
+        self.handles.append(on_output(module, self.ex, change))
 
     def rows(self, x: Tensor) -> Tensor:
         """[b p n], also where a module was given all tokens in one dimension."""
@@ -158,7 +191,7 @@ class Installer:
         self.after(projection.module, change)
 
     def attention(self, layer: Layer, prefix: str) -> None:
-        ex, family = self.ex, self.ex.lm.family
+        ex, family = self.ex, self.family
         if ex.wants(f"{prefix}.in"):
             self.before(layer.attention, self.at(f"{prefix}.in"))
         for projection in layer.projections:
@@ -180,7 +213,7 @@ class Installer:
 
     def result(self, layer: Layer, name: str, z: Tensor, written: Tensor) -> Tensor:
         """z [b p H h] times W_O by head; what was written [b p d] moves by the change of the sum over heads."""
-        w_o = weight_matrix(layer.output).unflatten(0, (self.ex.lm.family.n_heads, -1))
+        w_o = weight_matrix(layer.output).unflatten(0, (self.family.n_heads, -1))
         result = torch.einsum("bphe,hed->bphd", z, w_o)
         new = self.ex.touch(name, result)
         if not self.ex.live(name):
@@ -196,7 +229,7 @@ class Installer:
         if ex.wants(f"{prefix}.in"):
             self.before(layer.mlp, self.at(f"{prefix}.in"))
         if layer.experts is not None:
-            tap_experts(self, layer.experts, prefix)
+            self.experts(layer.experts, prefix)
             return
         assert layer.mlp_in is not None
         assert layer.mlp_out is not None
@@ -214,6 +247,73 @@ class Installer:
                 self.after(layer.mlp_linear, self.at(linear))
         if ex.wants(f"{prefix}.post"):
             self.before(layer.mlp_out, self.at(f"{prefix}.post"))
+
+    def router(self, router: nn.Module, name: str) -> None:
+        """What the router's linear map gives, with what an adapter on it adds.
+
+        An adapter on the router's weight makes products of its own before the router runs; one on a linear module of it
+        adds to what that module gives.
+        """
+        own = router
+        while hasattr(own, "parameter_name") and isinstance(inner := own._modules.get("base_layer"), nn.Module):
+            own = inner
+        adapted = next((m for m in own.modules() if innermost(m) is not m), None)
+        if adapted is not None:
+            self.after(adapted, self.at(name))
+        else:
+            self.wrap(own, self.at(name), OnFirstLinear)
+
+    def experts(self, experts: Experts, prefix: str) -> None:
+        """Register what the sites of one mixture need."""
+        ex = self.ex
+        logits, weights = f"{prefix}.router.logits", f"{prefix}.router.weights"
+        if ex.wants(logits):
+            self.router(experts.router, logits)
+        chosen = wanted_experts({*ex.capture, *ex.edits}, prefix)
+        if not chosen and not ex.wants(weights):
+            return
+        module, given = experts.module, list[tuple[Tensor, ...]]()
+
+        def on_call(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if not self.mine():
+                return None
+            x, *routing = (*args, *kwargs.values())
+            index, weight = sorted(routing, key=lambda t: t.is_floating_point())
+            if ex.wants(weights):
+                dense = torch.zeros(len(x), experts.n, dtype=weight.dtype, device=weight.device)
+                dense = dense.scatter_add(1, index, weight)
+                new = ex.touch(weights, self.rows(dense))
+                if ex.live(weights):  # then every expert may have a weight
+                    weight = new.view(dense.shape)
+                    index = torch.arange(experts.n, device=index.device).expand(len(x), -1)
+            given[:] = [(x, index, weight)]
+            return (x, index, weight), {}
+
+        def on_return(_module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
+            if not self.mine():
+                return None
+            x, index, weight = given.pop()
+            changed = output
+            for e in chosen:
+                name = f"{prefix}.experts.{e}.out"
+                mine = (index == e) & (weight != 0)
+                tokens = mine.any(-1)
+                alone = torch.zeros_like(output)
+                if bool(tokens.any()):
+                    part = module.forward(x[tokens], index[tokens], weight[tokens].where(mine[tokens], 0.0))
+                    alone = alone.index_put((tokens.nonzero()[:, 0],), part.to(alone.dtype))
+                value = self.rows(alone)
+                if ex.gradients:  # a step of its own in the graph, also of an expert that no token chose
+                    value = value.clone() if value.requires_grad else value.requires_grad_()
+                new = ex.touch(name, value)
+                if ex.gradients and name in ex.capture:
+                    changed = changed - alone + new.view(output.shape)
+                elif new is not value:
+                    changed = changed + (new - value).view(output.shape)
+            return None if changed is output else changed
+
+        self.handles.append(module.register_forward_pre_hook(on_call, with_kwargs=True))
+        self.handles.append(module.register_forward_hook(on_return))
 
     def block(self, index: int, layer: Layer) -> None:
         ex, prefix = self.ex, f"blocks.{index}"
@@ -277,7 +377,7 @@ class Installer:
             self.after(layer.module, self.at(post))
 
     def ends(self) -> None:
-        ex, family = self.ex, self.ex.lm.family
+        ex, family = self.ex, self.family
         if ex.gradients and ex.resumed is None:
             self.after(family.embed, lambda x: x.detach().requires_grad_())
         if family.pos_embed is not None:
@@ -304,7 +404,7 @@ class Installer:
 
     def added_positions(self) -> None:
         """What is added to the embeddings by no module: the first layer's input, less what the embedding returned."""
-        ex, family = self.ex, self.ex.lm.family
+        ex, family = self.ex, self.family
         embedded: list[Tensor] = []
 
         def keep(x: Tensor) -> Tensor:
@@ -323,7 +423,7 @@ class Installer:
         self.before(family.layers[0].module, on_sum)
 
     def finish(self) -> None:
-        ex, family = self.ex, self.ex.lm.family
+        ex, family = self.ex, self.family
         if family.ln_final is not None:
             self.norm(family.ln_final, "ln_final")
         if ex.last_only:
@@ -338,17 +438,17 @@ class Installer:
             self.after(family.unembed, self.at("logits_precap", family.logit_scale))
 
 
-def install(execution: Execution) -> ExitStack:
+def install(execution: Observation, family: Family) -> ExitStack:
     """Register the hooks that an execution needs, in the order in which a forward reaches their sites.
 
     Closing the stack takes them away.
     """
-    installer = Installer(execution)
+    installer = Installer(execution, family)
     with ExitStack() as stack:
         stack.callback(lambda: [handle.remove() for handle in installer.handles])
         stack.push(installer.shadows)
         installer.ends()
-        for index, layer in enumerate(execution.lm.family.layers):
+        for index, layer in enumerate(family.layers):
             if index >= execution.first_layer:
                 installer.block(index, layer)
         installer.finish()

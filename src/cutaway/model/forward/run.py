@@ -103,6 +103,35 @@ class Run(Captured):
     strings_of: Callable[[Tensor], list[str]] | None = field(default=None, repr=False)  # ids to text, with a tokenizer
     weights: int | None = field(default=None, repr=False)  # LanguageModel.weights_state, None of a run that was loaded
 
+    @property
+    def last_logits(self) -> Tensor:
+        """The logits at each row's last real token, [b, V].
+
+        Raises:
+            CutawayError: a run with `logits=None`.
+        """
+        logits = self._kept_logits("last")
+        if logits.shape[1] == 1:
+            return logits[:, 0]
+        return logits[torch.arange(len(logits), device=logits.device), self.tokens.last.to(logits.device)]
+
+    @property
+    def all_logits(self) -> Tensor:
+        """The logits at every position, [b, p, V].
+
+        Raises:
+            CutawayError: a run that kept the last ones (`logits="last"`), or none.
+        """
+        logits = self._kept_logits("all")
+        if logits.shape[1] != self.tokens.ids.shape[1]:
+            raise CutawayError("This run holds the logits at the last tokens alone; run with logits='all'.")
+        return logits
+
+    def _kept_logits(self, asked: str) -> Tensor:
+        if self.logits is None:
+            raise CutawayError(f"This run holds no logits; run with logits='{asked}'.")
+        return self.logits
+
     def __reduce_ex__(self, _protocol: Any) -> Any:
         raise CutawayError(
             "A run is neither pickled nor copied; write it with run.save(folder), which cutaway.load_run reads (and a "

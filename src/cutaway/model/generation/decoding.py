@@ -12,6 +12,7 @@ from transformers import LogitsProcessor, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from cutaway.artifacts.errors import CutawayError
+from cutaway.model.attached import Attached
 from cutaway.model.edits.resolve import Resolved, is_grid
 from cutaway.model.edits.values import generator, row_key
 from cutaway.model.forward.execution import Execution
@@ -19,8 +20,6 @@ from cutaway.model.tokens import Tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from cutaway.model.language_model import LanguageModel
 
 
 class Draw(LogitsProcessor):
@@ -175,7 +174,7 @@ class Recorder(Execution):
     """The execution of a whole generation, which captures what each forward reads anew."""
 
     def __init__(
-        self, lm: LanguageModel, capture: Sequence[str], edits: Sequence[Resolved], mask: Tensor, use_cache: bool
+        self, lm: Attached, capture: Sequence[str], edits: Sequence[Resolved], mask: Tensor, use_cache: bool
     ) -> None:
         super().__init__(lm, capture, edits, mask)
         self.use_cache = use_cache
@@ -193,7 +192,7 @@ class Recorder(Execution):
         if self.end == read:
             self.pieces.clear()
         if known:
-            for edit in (edit for edits in self.edits.values() for edit in edits):
+            for edit in (edit for edits in self.resolved.values() for edit in edits):
                 edit.read(ids[:, read - (self.end - known) :])
 
     def record(self, name: str, value: Tensor, *, own: bool = False) -> Tensor:

@@ -7,7 +7,7 @@ import math
 import numbers
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from cutaway.artifacts.errors import CutawayError
+from cutaway.model.attached import Attached
 from cutaway.model.edits.edits import Edit, Receipt
 from cutaway.model.edits.resolve import resolve
 from cutaway.model.forward.current import active
@@ -28,10 +29,6 @@ from cutaway.model.forward.run import CAPTURE_LIMIT, Generation, check_capture_s
 from cutaway.model.generation.decoding import Draw, Ends, GenerationStep, LogProbabilities, Recorder, Steps, cut
 from cutaway.model.own.module import OwnModel
 from cutaway.model.tokens import Tokens, pad_rows
-
-if TYPE_CHECKING:
-    from cutaway.model.language_model import LanguageModel
-
 
 # Settings that a checkpoint's generation_config may carry and that would otherwise be added to what was asked.
 _NEUTRAL: dict[str, Any] = {
@@ -99,7 +96,7 @@ class Settings:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
 
-def end_ids(lm: LanguageModel) -> list[int]:
+def end_ids(lm: Attached) -> list[int]:
     """Token ids that end a text."""
     found = getattr(lm.hf.generation_config, "eos_token_id", None)
     if found is None and lm.tokenizer is not None:
@@ -108,7 +105,7 @@ def end_ids(lm: LanguageModel) -> list[int]:
 
 
 def generate(
-    lm: LanguageModel,
+    lm: Attached,
     prompts: Tokens,
     edits: tuple[Edit, ...],
     settings: Settings,
@@ -193,7 +190,7 @@ def generate(
 
 
 def _call(
-    lm: LanguageModel,
+    lm: Attached,
     prompts: Tokens,
     settings: Settings,
     recorder: Recorder,
@@ -262,7 +259,7 @@ def _call(
             handle.remove()
 
 
-def _left_padded(tokens: Tokens, lm: LanguageModel) -> Tokens:
+def _left_padded(tokens: Tokens, lm: Attached) -> Tokens:
     if not tokens.padded:
         return tokens
     pad = lm.pad_id if lm.pad_id is not None else 0
@@ -271,7 +268,7 @@ def _left_padded(tokens: Tokens, lm: LanguageModel) -> Tokens:
 
 
 def _collect(
-    lm: LanguageModel,
+    lm: Attached,
     prompts: Tokens,
     out: Tensor,
     settings: Settings,

@@ -15,12 +15,12 @@ from torch import Tensor
 from cutaway.model.architecture.norms import Norm
 from cutaway.model.architecture.parts import Family, Layer, weight_matrix
 from cutaway.model.architecture.wrapped import router_parameters
+from cutaway.model.attached import Attached
 from cutaway.model.edits import edits as make
 from cutaway.model.sites import layer_of
 
 if TYPE_CHECKING:
     from cutaway.model.forward.run import Run
-    from cutaway.model.language_model import LanguageModel
 
 At = Callable[[str], Tensor]
 """A site's value, [b p ...] or [b H q k]; names without `blocks.` are of the layer under test."""
@@ -34,17 +34,12 @@ def wide_of(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def centred(norm: Norm | None, x: Tensor) -> Tensor:
-    """What of a norm's input is left in normalized * scale."""
-    return x - x.mean(-1, keepdim=True) if norm is not None and norm.centered else x
-
-
 def clipped(family: Family, x: Tensor) -> Tensor:
     """Queries, keys or values as attention gets them, where a model clips what it projected."""
     return x if family.qkv_clip is None else x.clamp(-family.qkv_clip, family.qkv_clip)
 
 
-def projected(lm: LanguageModel, layer: int, x: Tensor) -> dict[str, Tensor]:
+def projected(lm: Attached, layer: int, x: Tensor) -> dict[str, Tensor]:
     """What the projections of a layer make of x [b p d]: q [b p H h], k and v [b p KV h]."""
     found: dict[str, Tensor] = {}
     for projection in lm.family.layers[layer].projections:
@@ -62,7 +57,7 @@ def neurons(layer: Layer, x: Tensor) -> tuple[Tensor, Tensor | None]:
     return layer.mlp_in(x), None if layer.mlp_linear is None else layer.mlp_linear(x)
 
 
-def activation(lm: LanguageModel, layer: int) -> Callable[[Tensor], Tensor] | None:
+def activation(lm: Attached, layer: int) -> Callable[[Tensor], Tensor] | None:
     """The activation function of a layer's MLP, where it can be found."""
     parts = lm.family.layers[layer]
     for owner in (parts.mlp, parts.module):
@@ -73,7 +68,7 @@ def activation(lm: LanguageModel, layer: int) -> Callable[[Tensor], Tensor] | No
     return None
 
 
-def layer_cases(lm: LanguageModel, layer: int, delta: Tensor, head: int, length: int, base: Run) -> list[Case]:
+def layer_cases(lm: Attached, layer: int, delta: Tensor, head: int, length: int, base: Run) -> list[Case]:
     """Edits of every site of one layer, for rows of `length` tokens.
 
     delta holds at least d and h entries; `head` is edited where there are heads; `base` is the run without an edit.
@@ -98,7 +93,7 @@ def _shift(site: str, full: str, move: Tensor, effect: Callable[[At], Tensor], w
     return make.add(full, move), verify
 
 
-def _stream_cases(lm: LanguageModel, layer: int, move: Tensor) -> Iterator[Case]:
+def _stream_cases(lm: Attached, layer: int, move: Tensor) -> Iterator[Case]:
     family, b = lm.family, f"blocks.{layer}"
 
     def shift(site: str, *parts: str) -> Case:
@@ -134,7 +129,7 @@ def _stream_cases(lm: LanguageModel, layer: int, move: Tensor) -> Iterator[Case]
         yield make.add(f"{b}.resid_post", move), last
 
 
-def _norm_cases(lm: LanguageModel, layer: int) -> Iterator[Case]:
+def _norm_cases(lm: Attached, layer: int) -> Iterator[Case]:
     parts = lm.family.layers[layer]
     norms = (
         (parts.ln1, "ln1", "attn.in", 1.0),
@@ -158,7 +153,7 @@ def _norm_cases(lm: LanguageModel, layer: int) -> Iterator[Case]:
             yield make.scale(f"blocks.{layer}.{name}.{part}", factor), follows
 
 
-def _attention_cases(lm: LanguageModel, layer: int, delta: Tensor, head: int, length: int) -> Iterator[Case]:
+def _attention_cases(lm: Attached, layer: int, delta: Tensor, head: int, length: int) -> Iterator[Case]:
     parts, b = lm.family.layers[layer], f"blocks.{layer}.attn"
     move, narrow = delta[: lm.d_model], delta[: lm.family.d_value]
     sinks = getattr(parts.core, "sinks", None)
@@ -276,7 +271,7 @@ def _written(at: At, out: str, multiplier: float, name: str, norm: Norm | None) 
     return at(out) / multiplier if norm is None else at(f"{name}.normalized") * at(f"{name}.scale")
 
 
-def _mlp_cases(lm: LanguageModel, layer: int, move: Tensor) -> Iterator[Case]:
+def _mlp_cases(lm: Attached, layer: int, move: Tensor) -> Iterator[Case]:
     parts, b = lm.family.layers[layer], f"blocks.{layer}.mlp"
     act = activation(lm, layer)
 
@@ -318,7 +313,7 @@ def _mlp_cases(lm: LanguageModel, layer: int, move: Tensor) -> Iterator[Case]:
     yield make.add(f"{b}.post", torch.ones(1)), neuron
 
 
-def _expert_cases(lm: LanguageModel, layer: int, move: Tensor, base: Run) -> Iterator[Case]:
+def _expert_cases(lm: Attached, layer: int, move: Tensor, base: Run) -> Iterator[Case]:
     parts, b = lm.family.layers[layer], f"blocks.{layer}.mlp"
     assert parts.experts is not None
     weights = base[f"{b}.router.weights"].flatten(0, 1)
@@ -337,7 +332,8 @@ def _expert_cases(lm: LanguageModel, layer: int, move: Tensor, base: Run) -> Ite
 
     def without(new: At, old: At) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
         now, was = (_written(at, "mlp.out", parts.mlp_multiplier, "ln2_post", parts.ln2_post) for at in (new, old))
-        gone = centred(parts.ln2_post, old(f"mlp.experts.{most}.out"))
+        gone = old(f"mlp.experts.{most}.out")
+        gone = gone if parts.ln2_post is None else parts.ln2_post.center(gone)
         yield "mlp.experts.{e}.out of one expert at zero: what the MLP writes lacks it", was - now, gone, was
 
     yield make.zero(f"{b}.experts.{most}.out"), without
@@ -357,7 +353,7 @@ def _expert_cases(lm: LanguageModel, layer: int, move: Tensor, base: Run) -> Ite
     yield make.add(f"{b}.router.logits", raised), preferred
 
 
-def end_cases(lm: LanguageModel, delta: Tensor) -> list[Case]:
+def end_cases(lm: Attached, delta: Tensor) -> list[Case]:
     """Edits of the sites before the first layer and after the last. delta holds at least d and V entries."""
     family, move, bump = lm.family, delta[: lm.d_model], delta[: lm.d_vocab]
     cases = [_shift("embed", "embed", move, lambda at: at("blocks.0.resid_pre"), "the first resid_pre")]

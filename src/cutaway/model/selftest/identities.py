@@ -19,6 +19,7 @@ from torch import Tensor
 from cutaway.artifacts.errors import CutawayError
 from cutaway.model.architecture.norms import probe_norm
 from cutaway.model.architecture.wrapped import bias_of, named_weights, router_parameters
+from cutaway.model.attached import Attached
 from cutaway.model.edits.resolve import resolve
 from cutaway.model.forward.execution import Execution
 from cutaway.model.own.attention import OwnAttention
@@ -27,7 +28,6 @@ from cutaway.model.selftest.edit_cases import (
     At,
     Case,
     activation,
-    centred,
     clipped,
     end_cases,
     layer_cases,
@@ -39,7 +39,6 @@ from cutaway.model.tokens import Tokens
 
 if TYPE_CHECKING:
     from cutaway.model.forward.run import Run
-    from cutaway.model.language_model import LanguageModel
 
 # Largest allowed |left - right| relative to the scale of the values compared. Norms, rotary angles and softmaxes of
 # transformers are computed in fp32 even in a float64 model.
@@ -105,7 +104,7 @@ class SelfTest:
 
 
 class _Checks:
-    def __init__(self, lm: LanguageModel) -> None:
+    def __init__(self, lm: Attached) -> None:
         self.tolerance = TOLERANCE.get(lm.dtype, 6e-3)
         self.rows: list[Check] = []
 
@@ -125,7 +124,7 @@ class _Checks:
 Equal = Callable[[str, Tensor, Tensor], None]
 
 
-def _identities(lm: LanguageModel, run: Run, layer: int, checks: _Checks) -> None:
+def _identities(lm: Attached, run: Run, layer: int, checks: _Checks) -> None:
     parts, family, b = lm.family.layers[layer], lm.family, f"blocks.{layer}"
 
     def at(name: str) -> Tensor:
@@ -152,7 +151,7 @@ def _identities(lm: LanguageModel, run: Run, layer: int, checks: _Checks) -> Non
                 equal(f"{what} = {module}, without a norm between", at(what), at(module))
             continue
         if x is not None:
-            wide = centred(norm, x.to(at(f"{name}.scale").dtype))
+            wide = norm.center(x.to(at(f"{name}.scale").dtype))
             equal(f"{name}.normalized * {name}.scale = its input", at(f"{name}.normalized") * at(f"{name}.scale"), wide)
         gained = norm.gain(at(f"{name}.normalized"), lm.dtype) * multiplier
         equal(f"gain({name}.normalized) = {module}", gained, at(module))
@@ -164,7 +163,7 @@ def _identities(lm: LanguageModel, run: Run, layer: int, checks: _Checks) -> Non
     else:
         writes = at("ln1_post.normalized") * at("ln1_post.scale")
         equal(
-            "sum of attn.result + bias = ln1_post.normalized * ln1_post.scale", centred(parts.ln1_post, written), writes
+            "sum of attn.result + bias = ln1_post.normalized * ln1_post.scale", parts.ln1_post.center(written), writes
         )
     if parts.experts is None:
         _mlp(lm, at, layer, equal)
@@ -174,7 +173,7 @@ def _identities(lm: LanguageModel, run: Run, layer: int, checks: _Checks) -> Non
         equal("resid_post = the next resid_pre", stream, run[f"blocks.{layer + 1}.resid_pre"])
 
 
-def _mlp(lm: LanguageModel, at: At, layer: int, equal: Equal) -> None:
+def _mlp(lm: Attached, at: At, layer: int, equal: Equal) -> None:
     parts = lm.family.layers[layer]
     pre, linear = neurons(parts, at("mlp.in"))
     equal("mlp.in W_in + bias = mlp.pre", pre, at("mlp.pre"))
@@ -193,10 +192,10 @@ def _mlp(lm: LanguageModel, at: At, layer: int, equal: Equal) -> None:
         equal("mlp.post W_out + bias = mlp.out", written * parts.mlp_multiplier, at("mlp.out"))
     else:
         wide = at("ln2_post.normalized") * at("ln2_post.scale")
-        equal("mlp.post W_out + bias = ln2_post.normalized * ln2_post.scale", centred(parts.ln2_post, written), wide)
+        equal("mlp.post W_out + bias = ln2_post.normalized * ln2_post.scale", parts.ln2_post.center(written), wide)
 
 
-def _experts(lm: LanguageModel, at: At, layer: int, equal: Equal) -> None:
+def _experts(lm: Attached, at: At, layer: int, equal: Equal) -> None:
     """What all experts write together is what their module returns, given the router's choice."""
     parts = lm.family.layers[layer]
     experts = parts.experts
@@ -214,11 +213,11 @@ def _experts(lm: LanguageModel, at: At, layer: int, equal: Equal) -> None:
         written = at("mlp.out") / parts.mlp_multiplier
         if parts.ln2_post is not None:
             written = at("ln2_post.normalized") * at("ln2_post.scale")
-            together = centred(parts.ln2_post, together)
+            together = parts.ln2_post.center(together)
         equal("the experts with mlp.router.weights = what the MLP writes", together, written)
 
 
-def _attention(lm: LanguageModel, at: At, layer: int, equal: Equal) -> None:
+def _attention(lm: Attached, at: At, layer: int, equal: Equal) -> None:
     parts, family = lm.family.layers[layer], lm.family
     for name, value in projected(lm, layer, at("attn.in")).items():
         equal(f"attn.in W + bias = attn.{name}", value, at(f"attn.{name}"))
@@ -271,7 +270,7 @@ def _attention(lm: LanguageModel, at: At, layer: int, equal: Equal) -> None:
     equal("attn.z W_O by head = attn.result", by_head, at("attn.result"))
 
 
-def _alibi(lm: LanguageModel, raw: Tensor, scores: Tensor, equal: Equal) -> None:
+def _alibi(lm: Attached, raw: Tensor, scores: Tensor, equal: Equal) -> None:
     """What the scores hold beside scaled products is a slope of each head times the distance."""
     length = scores.shape[-1]
     place = torch.arange(length, device=scores.device, dtype=scores.dtype)
@@ -286,7 +285,7 @@ def _alibi(lm: LanguageModel, raw: Tensor, scores: Tensor, equal: Equal) -> None
     equal("attn.rot_q attn.rot_k, scaled, less slope * distance = attn.scores", left, right)
 
 
-def _queries_or_keys(lm: LanguageModel, layer: int, name: str, value: Tensor) -> list[Tensor]:
+def _queries_or_keys(lm: Attached, layer: int, name: str, value: Tensor) -> list[Tensor]:
     """The lengths [b p H] that rotated queries or keys have to have, for each way to call a QK-norm."""
     parts = lm.family.layers[layer]
     norm = parts.q_norm if name == "q" else parts.k_norm
@@ -311,7 +310,7 @@ def _queries_or_keys(lm: LanguageModel, layer: int, name: str, value: Tensor) ->
     return found
 
 
-def _ends(lm: LanguageModel, run: Run, checks: _Checks) -> None:
+def _ends(lm: Attached, run: Run, checks: _Checks) -> None:
     """Identities before the first layer and after the last."""
     start, final = run["blocks.0.resid_pre"], run[f"blocks.{lm.n_layers - 1}.resid_post"]
     if not lm.family.has_positions:
@@ -323,7 +322,7 @@ def _ends(lm: LanguageModel, run: Run, checks: _Checks) -> None:
         unembedded, what = lm.family.unembed(final), "the last resid_post"
     else:
         normalized, what = run["ln_final.normalized"], "gain(ln_final.normalized)"
-        wide = centred(norm, final.to(normalized.dtype))
+        wide = norm.center(final.to(normalized.dtype))
         checks.equal(
             "ln_final.normalized * ln_final.scale = the last resid_post", None, normalized * run["ln_final.scale"], wide
         )
@@ -336,12 +335,11 @@ def _ends(lm: LanguageModel, run: Run, checks: _Checks) -> None:
     else:
         logits = lm.family.finish(unembedded)
         checks.equal(f"{what} W_U = logits", None, logits, run["logits"])
-    assert run.logits is not None
-    checks.equal("logits as captured = logits as returned", None, run["logits"], run.logits)
-    checks.equal("unembed(last resid_post) = logits", None, lm.unembed(final), run.logits)
+    checks.equal("logits as captured = logits as returned", None, run["logits"], run.all_logits)
+    checks.equal("unembed(last resid_post) = logits", None, lm.unembed(final), run.all_logits)
 
 
-def run_selftest(lm: LanguageModel) -> SelfTest:
+def run_selftest(lm: Attached) -> SelfTest:
     """See `LanguageModel.selftest`."""
     for name, weights in named_weights(lm.hf):
         if weights.is_floating_point() and not bool(torch.isfinite(weights).all()):
@@ -350,7 +348,7 @@ def run_selftest(lm: LanguageModel) -> SelfTest:
         return _selftest(lm)
 
 
-def verify(lm: LanguageModel) -> None:
+def verify(lm: Attached) -> None:
     """Refuse a model that does not add up: for model types that the test bed does not hold.
 
     Raises CutawayError with the first check that fails.
@@ -373,13 +371,13 @@ def verify(lm: LanguageModel) -> None:
         )
 
 
-def _not_supported(lm: LanguageModel, reason: str) -> CutawayError:
+def _not_supported(lm: Attached, reason: str) -> CutawayError:
     if isinstance(lm.hf, OwnModel):
         return CutawayError(f"{lm.architecture} is not as described: {reason} ({PAGE}).")
     return CutawayError(f"{lm.architecture} is not supported: {reason}.")
 
 
-def _selftest(lm: LanguageModel) -> SelfTest:
+def _selftest(lm: Attached) -> SelfTest:
     generator = torch.Generator().manual_seed(0)
     row = torch.randint(0, lm.d_vocab_in, (1, min(_LENGTH, lm.context_length)), generator=generator)
     tokens = lm.tokens(Tokens(row, torch.ones_like(row, dtype=torch.bool), lm.spelled(row.tolist())))
@@ -388,16 +386,14 @@ def _selftest(lm: LanguageModel) -> SelfTest:
     _ends(lm, base, checks)
     if isinstance(lm.hf, OwnModel):  # what its attention is observed by is ours, not the module's author's
         unseen = lm.run(tokens)
-        assert base.logits is not None
-        assert unseen.logits is not None
-        checks.equal("logits of a run that captures = of one that does not", None, base.logits, unseen.logits)
+        checks.equal("logits of a run that captures = of one that does not", None, base.all_logits, unseen.all_logits)
     for layer in range(lm.n_layers):
         _identities(lm, base, layer, checks)
     _edits(lm, tokens, base, checks, generator)
     return SelfTest(lm.name, str(lm.dtype).removeprefix("torch."), tuple(checks.rows), notes_on(lm))
 
 
-def notes_on(lm: LanguageModel) -> tuple[str, ...]:
+def notes_on(lm: Attached) -> tuple[str, ...]:
     """What sets limits to batches and caches of this model, a sentence each."""
     notes = []
     if lm.hf.training:
@@ -424,7 +420,7 @@ def notes_on(lm: LanguageModel) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _beside(lm: LanguageModel, tokens: Tokens, site: str) -> tuple[Tensor, Tensor]:
+def _beside(lm: Attached, tokens: Tokens, site: str) -> tuple[Tensor, Tensor]:
     """A site's value at the tokens of a row [1, p], run alone, and run beside one that stands at the end of the context
     (or of the lengths that have the same rotary angles): what one row is must not hang on the others, nor, where
     attention is not causal, on padding.
@@ -454,7 +450,7 @@ class _Batch:
     observed: Sequence[str]
 
 
-def _edits(lm: LanguageModel, tokens: Tokens, base: Run, checks: _Checks, generator: torch.Generator) -> None:
+def _edits(lm: Attached, tokens: Tokens, base: Run, checks: _Checks, generator: torch.Generator) -> None:
     """One forward of a batch of rows: the first without an edit, each other with one."""
     batches: list[_Batch] = []
     ends = ["logits"] if lm.family.ln_final is None else ["ln_final.scale", "ln_final.normalized"]

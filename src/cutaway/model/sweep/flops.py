@@ -9,14 +9,11 @@ those a token is sent to.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import nn
 
+from cutaway.model.attached import Attached
 from cutaway.model.sweep.shortcuts import Entry
-
-if TYPE_CHECKING:
-    from cutaway.model.language_model import LanguageModel
 
 
 @dataclass(frozen=True)
@@ -97,7 +94,7 @@ def _weights(module: nn.Module, active: float = 1.0) -> int:
     return round(total)
 
 
-def cost(lm: LanguageModel) -> Cost:
+def cost(lm: Attached) -> Cost:
     """What a model's parts cost, from their weights."""
     family = lm.family
     config = lm.hf.config.get_text_config()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +19,12 @@ from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from cutaway.model.forward.current import active
-from cutaway.model.forward.execution import Execution, Form, Replacement, Stop, form_of, in_form, passing
-from cutaway.model.forward.hooks import input_name
+from cutaway.model.attached import Attached
+from cutaway.model.forward.current import Replacement, Stop, active
+from cutaway.model.forward.execution import Execution, Form, form_of, in_form, passing
+from cutaway.model.forward.hooks import on_input, on_output
 from cutaway.model.sites import layer_of, template_of
 from cutaway.model.tokens import Tokens
-
-if TYPE_CHECKING:
-    from cutaway.model.language_model import LanguageModel
 
 _STREAM = ("resid_post",)
 _MLP_WRITES = ("mlp.out", "ln2_post.scale", "ln2_post.normalized")
@@ -68,7 +66,7 @@ class Entry:
         return replace(self, attention="run", mlp="run", block="run")
 
 
-def entry(lm: LanguageModel, sites: Iterable[str], last: bool) -> Entry:
+def entry(lm: Attached, sites: Iterable[str], last: bool) -> Entry:
     """The latest point at which a forward that edits these sites can enter; `last`: only the last token is read."""
     sites = list(sites)
     layers = [layer_of(site) for site in sites]
@@ -150,7 +148,7 @@ class Base:
             cache.layers.append(held)
         return cache
 
-    def replacements(self, lm: LanguageModel, at: Entry, start: int, times: int) -> dict[nn.Module, Replacement]:
+    def replacements(self, lm: Attached, at: Entry, start: int, times: int) -> dict[nn.Module, Replacement]:
         """What modules do instead of their forward, from column `start` on with the prompts repeated."""
         layers = lm.family.layers
 
@@ -177,7 +175,7 @@ class Base:
         return found
 
 
-def _needs(lm: LanguageModel, entries: Iterable[Entry]) -> tuple[set[nn.Module], set[nn.Module]]:
+def _needs(lm: Attached, entries: Iterable[Entry]) -> tuple[set[nn.Module], set[nn.Module]]:
     """Modules whose output, and modules whose input, forwards that enter there take over."""
     outputs: set[nn.Module] = set()
     inputs: set[nn.Module] = set()
@@ -199,22 +197,7 @@ def _needs(lm: LanguageModel, entries: Iterable[Entry]) -> tuple[set[nn.Module],
     return outputs, inputs
 
 
-def first_argument(module: nn.Module, change: Callable[[Tensor], Tensor | None], mine: Execution) -> RemovableHandle:
-    """A hook that sees, and may replace, a module's input in one execution."""
-
-    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if active() is not mine:
-            return None
-        name = "" if args else input_name(kwargs)
-        new = change(args[0] if args else kwargs[name])
-        if new is None:
-            return None
-        return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, name: new})
-
-    return module.register_forward_pre_hook(hook, with_kwargs=True)
-
-
-def run_base(lm: LanguageModel, tokens: Tokens, entries: Iterable[Entry], *, last: bool, cached: bool) -> Base:
+def run_base(lm: Attached, tokens: Tokens, entries: Iterable[Entry], *, last: bool, cached: bool) -> Base:
     """The unedited forward, with what forwards that enter at `entries` take over, and keys and values if `cached`."""
     base = Base(tokens, torch.empty(0), torch.empty(0))
     end = lm.family.layers[-1].module
@@ -240,9 +223,9 @@ def run_base(lm: LanguageModel, tokens: Tokens, entries: Iterable[Entry], *, las
             for module in (layer.module, layer.attention, layer.mlp):
                 yield module.register_forward_hook(note)
         for module in inputs:
-            yield first_argument(module, noting_input(module), execution)
+            yield on_input(module, execution, noting_input(module))
         if last:
-            yield first_argument(lm.family.unembed, lambda x: pick(x, tokens.last), execution)
+            yield on_input(lm.family.unembed, execution, lambda x: pick(x, tokens.last))
 
     def forward(past: DynamicCache | None) -> Tensor:
         execution = Execution(lm, (), (), tokens.mask, watch=watch)
@@ -273,7 +256,7 @@ def _held(past: DynamicCache, n_layers: int, tokens: Tokens) -> tuple[list[tuple
     return held, ""
 
 
-def call(lm: LanguageModel, tokens: Tokens, start: int, past: DynamicCache | None, times: int = 1) -> Any:
+def call(lm: Attached, tokens: Tokens, start: int, past: DynamicCache | None, times: int = 1) -> Any:
     """The model's own forward on the columns from `start` on, each prompt `times` times."""
     keep = {"use_cache": False} if past is None else {"use_cache": True, "past_key_values": past}
     with torch.no_grad():
@@ -294,7 +277,7 @@ def pick(x: Tensor, columns: Tensor) -> Tensor:
     return x[torch.arange(len(x), device=x.device), columns][:, None]
 
 
-def run_from(lm: LanguageModel, base: Base, at: Entry, start: int, times: int, edits: Iterable[Any]) -> Tensor:
+def run_from(lm: Attached, base: Base, at: Entry, start: int, times: int, edits: Iterable[Any]) -> Tensor:
     """The prompts `times` times with edits, entering at `at` and column `start`.
 
     Returns logits [times * n, 1 or p - start, V], or, where the entry defers the unembedding, the stream behind the
@@ -309,17 +292,16 @@ def run_from(lm: LanguageModel, base: Base, at: Entry, start: int, times: int, e
     def watch(execution: Execution) -> Iterator[RemovableHandle]:
         if at.slim and at.layer < lm.n_layers:
             for module in (family.layers[-1].output, family.layers[-1].mlp):
-                yield first_argument(module, lambda x: pick(x, last), execution)
+                yield on_input(module, execution, lambda x: pick(x, last))
         if at.last and not at.defer:
-            yield first_argument(family.unembed, lambda x: pick(x, last), execution)
+            yield on_input(family.unembed, execution, lambda x: pick(x, last))
         if at.defer:
 
-            def leave(_module: nn.Module, _args: Any, output: Any) -> None:
-                if active() is execution:
-                    streams.append(pick(output[0] if isinstance(output, tuple) else output, last))
-                    raise Stop
+            def leave(stream: Tensor) -> None:
+                streams.append(pick(stream, last))
+                raise Stop
 
-            yield family.layers[-1].module.register_forward_hook(leave)
+            yield on_output(family.layers[-1].module, execution, leave)
 
     execution = Execution(
         lm,
@@ -335,7 +317,7 @@ def run_from(lm: LanguageModel, base: Base, at: Entry, start: int, times: int, e
     return streams[0] if at.defer else execution.edit("logits", out.logits)
 
 
-def finish(lm: LanguageModel, base: Base, streams: Tensor) -> Tensor:
+def finish(lm: Attached, base: Base, streams: Tensor) -> Tensor:
     """What the model makes of streams behind its last layer [m, 1, d]: logits [m, 1, V], by its own forward."""
     layers = lm.family.layers
     end = layers[-1].module

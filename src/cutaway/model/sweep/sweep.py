@@ -13,15 +13,16 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.progress import Progress
-from cutaway.model.edits.edits import Edit, edits_for
-from cutaway.model.edits.resolve import Resolved, resolve
+from cutaway.model.attached import Attached
+from cutaway.model.edits.edits import Edit
+from cutaway.model.edits.resolve import Resolved, edits_for, resolve
 from cutaway.model.forward.execution import receipts_of
 from cutaway.model.sites import Site
 from cutaway.model.sweep.flops import Cost, Flops, cost
@@ -29,9 +30,6 @@ from cutaway.model.sweep.memory import available_bytes, out_of_memory
 from cutaway.model.sweep.results import Batch, Sweep, SweepInterrupted
 from cutaway.model.sweep.shortcuts import Base, Entry, entry, finish, pick, run_base, run_from
 from cutaway.model.tokens import Tokens
-
-if TYPE_CHECKING:
-    from cutaway.model.language_model import LanguageModel
 
 Cell = Edit | Sequence[Edit]
 Metric = Callable[[Tensor, Tokens], Tensor]
@@ -71,13 +69,13 @@ class _AtSite:
         return torch.cat(blocks)
 
 
-def resolve_cell(lm: LanguageModel, edits: Sequence[Edit], tokens: Tokens) -> list[Resolved]:
+def resolve_cell(lm: Attached, edits: Sequence[Edit], tokens: Tokens) -> list[Resolved]:
     """A cell's edits at each of their sites. Raises CutawayError where one does not fit."""
     table = lm.sites()
     return [resolve(i, edit, table[name], tokens) for i, edit in enumerate(edits) for name in table.expand(edit.site)]
 
 
-def _plan(lm: LanguageModel, index: int, edits: tuple[Edit, ...], found: list[Resolved], last: bool) -> _Plan:
+def _plan(lm: Attached, index: int, edits: tuple[Edit, ...], found: list[Resolved], last: bool) -> _Plan:
     columns = [(edit.ordinal >= 0).any(0).to(torch.uint8).argmax() for edit in found]
     held = sum(edit.source.numel() * edit.source.element_size() for edit in found if edit.source is not None)
     at = entry(lm, {edit.site.name for edit in found}, last)
@@ -109,7 +107,7 @@ class _Sweeper:
 
     def __init__(
         self,
-        lm: LanguageModel,
+        lm: Attached,
         tokens: Tokens,
         cells: Sequence[tuple[Edit, ...]],
         metric: Metric,
@@ -417,7 +415,7 @@ _CPU_COLUMNS = 1024  # rows of a matrix product beyond which a CPU gains nothing
 
 
 def sweep(
-    lm: LanguageModel,
+    lm: Attached,
     tokens: Tokens,
     cells: Sequence[Cell],
     metric: Metric,

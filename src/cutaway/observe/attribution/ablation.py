@@ -129,7 +129,6 @@ def _difference(lm: LanguageModel, result: Attribution, edit: Edit, base: Run) -
     """The logit difference before the softcap under an edit, float64 [b]."""
     capped = result.softcap is not None
     run = lm.run(result.tokens, edits=edit, capture="logits_precap" if capped else None, resume=base)
-    assert run.logits is not None
-    logits = run["logits_precap"] if capped else run.logits
+    logits = run["logits_precap"] if capped else run.all_logits
     columns = result.tokens.first.cpu() + torch.tensor(result.position)
     return result.difference(logits[torch.arange(len(columns)), columns.to(logits.device)].double().cpu())

@@ -19,10 +19,11 @@ Wrong = list[int] | Literal["mean"] | None
 
 def model_answers(lm: LanguageModel, inputs: Any, position: int = -1) -> list[int]:
     """The token that the model itself finds most probable after a position of each prompt."""
-    run = lm.run(inputs, logits="last" if position == -1 else "all")
-    assert run.logits is not None
-    columns = [0 if position == -1 else run.tokens.column(row, position) for row in range(len(run.tokens))]
-    return [int(run.logits[row, column].argmax()) for row, column in enumerate(columns)]
+    if position == -1:
+        return lm.run(inputs, logits="last").last_logits.argmax(-1).tolist()
+    run = lm.run(inputs, logits="all")
+    columns = [run.tokens.column(row, position) for row in range(len(run.tokens))]
+    return [int(run.all_logits[row, column].argmax()) for row, column in enumerate(columns)]
 
 
 def prompt_ids(tokens: Tokens, positions: Sequence[int]) -> list[list[int]]:

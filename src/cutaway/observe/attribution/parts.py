@@ -98,24 +98,21 @@ def split_difference(
     names = _captures(lm, by, split)
     captured = [*names, *(["logits_precap"] if capped else [])]
     run = lm.run(tokens, capture=captured, edits=edits, logits="last" if last else "all")
-    assert run.logits is not None
     rows = torch.arange(len(tokens))
 
     def here(value: Tensor) -> Tensor:
         return value[rows.to(value.device), columns.to(value.device)]
 
-    after = (run.logits[:, 0] if last else here(run.logits)).double().cpu()
+    after = (run.last_logits if last else here(run.all_logits)).double().cpu()
     before = here(run["logits_precap"]).double().cpu() if capped else after
     if not bool(torch.isfinite(before[rows, answers]).all()) or bool(before.isnan().any()):
         raise CutawayError(f"The logits of {lm.name} hold NaN or infinite values here, so there is nothing to split.")
 
     wide = torch.float32 if lm.device.type == "mps" else torch.float64
     final = family.ln_final
-    if final_scale is not None:
-        scale = final_scale
-    else:
-        scale = here(run["ln_final.scale"]) if final is not None else torch.ones(len(tokens), 1)
-    g = _pull_back(final, scale, directions.to(run.logits.device, wide))  # [b, K + 1, d]
+    g = directions.to(run.last_logits.device, wide)  # [b, K + 1, d]
+    if final is not None:  # x·g = y·directions, where y is the norm of x without its bias, its scale frozen
+        g = final.pull(g) / (here(run["ln_final.scale"]) if final_scale is None else final_scale).to(g)[:, None]
 
     def whole(name: str, kind: str, layer: int | None = None) -> list[Group]:
         return [Group(kind, layer, _dot(here(run[name]), g))] if name in run else []
@@ -241,23 +238,7 @@ def _through(
     if norm is None:
         return g, None
     constant = None if norm.bias is None else g @ norm.bias.detach().to(g)
-    return _pull_back(norm, here(run[scale]), g), constant
-
-
-def _pull_back(norm: Norm | None, scale: Tensor, directions: Tensor) -> Tensor:
-    """v with x·v = y·u for each direction u, where y is the norm of x without its bias, its scale frozen (x, if none).
-
-    `scale` is [b, 1], `directions` [b, K, d] (or with b = 1), the result [b, K, d].
-    """
-    v = directions
-    if norm is None:
-        return v
-    if norm.weight is not None:
-        weight = norm.weight.detach().to(v)
-        v = v * (weight + norm.offset)
-    if norm.centered:  # (x - mean x)·v = x·(v - mean v)
-        v = v - v.mean(-1, keepdim=True)
-    return v / scale.to(v)[:, None]
+    return norm.pull(g) / here(run[scale]).to(g)[:, None], constant
 
 
 def _dot(value: Tensor, g: Tensor) -> Tensor:

@@ -32,9 +32,9 @@ BATCH_BYTES = 256 * 2**20
 
 def text_loss(run: Run) -> Tensor:
     """Mean next-token loss in nats of each row [b], over its real tokens but the first."""
-    assert run.logits is not None
-    ids, mask = run.tokens.ids.to(run.logits.device), run.tokens.mask.to(run.logits.device)
-    log_p = run.logits[:, :-1].float().log_softmax(-1)
+    logits = run.all_logits
+    ids, mask = run.tokens.ids.to(logits.device), run.tokens.mask.to(logits.device)
+    log_p = logits[:, :-1].float().log_softmax(-1)
     following, counted = next_tokens(ids, mask, log_p.shape[-1])
     loss = -log_p.gather(-1, following[..., None])[..., 0]
     return ((loss * counted).sum(-1) / counted.sum(-1).clamp(min=1)).cpu()
@@ -148,10 +148,9 @@ def ablate_each_head(
                 ]
                 source = _tiled(base, f"blocks.{layer}.resid_pre", len(part))
                 run = lm.run(source.tokens, edits=edits, logits="all", resume=source)
-                assert run.logits is not None
                 for i, (ablation, head) in enumerate(part):
                     rows = slice(i * b, (i + 1) * b)
-                    seen = replace(run, tokens=tokens, logits=run.logits[rows], receipts=(run.receipts[i],))
+                    seen = replace(run, tokens=tokens, logits=run.all_logits[rows], receipts=(run.receipts[i],))
                     change[ablation][layer, head] = _measured(metric, seen) - before
                 progress.advance(len(part))
     return {a: HeadEffects(lm.name, values, before, a, units) for a, values in change.items()}

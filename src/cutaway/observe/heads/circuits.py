@@ -21,6 +21,7 @@ from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.results import interval_text
+from cutaway.model.architecture.norms import Norm
 from cutaway.model.architecture.wrapped import embedding_rows
 from cutaway.model.language_model import LanguageModel
 from cutaway.observe.heads.kinds import attention_layers
@@ -121,18 +122,14 @@ class Factored:
 # A model's circuits -------------------------------------------------------------------------------------------------
 
 
-def _through(norm: Any, weights: Tensor) -> Tensor:
+def _before(norm: Norm | None, weights: Tensor) -> Tensor:
     """What reads a norm's output, as reading its input up to the divisor: weights [..., d, n] -> the same."""
-    if norm is None:
-        return weights
-    if norm.weight is not None:
-        gain = norm.weight.detach().double() + norm.offset
-        weights = gain.to(weights.device)[:, None] * weights
-    return weights - weights.mean(-2, keepdim=True) if norm.centered else weights
+    return weights if norm is None else norm.pull(weights.mT).mT
 
 
-def _part(lm: LanguageModel, layer: int, part: str) -> Any:
-    return getattr(lm.family.layers[layer], part, None)
+def _after(norm: Norm | None, written: Tensor) -> Tensor:
+    """What a norm makes of rows [..., d] up to its divisor and bias."""
+    return written if norm is None else norm.linear(written)
 
 
 def _check(lm: LanguageModel, layer: int) -> None:
@@ -150,19 +147,8 @@ def output_map(lm: LanguageModel, layer: int, *, final: bool = True) -> Tensor:
     """W_O by head [H, h, d] in float64, with the gain of a norm after attention; with `final` also the linear part of
     the final norm, so that its product with an unembedding direction is a direct effect up to positive divisors.
     """
-    w = _after(_part(lm, layer, "ln1_post"), lm.w_o(layer).double())
+    w = _after(lm.family.layers[layer].ln1_post, lm.w_o(layer).double())
     return _after(lm.family.ln_final, w) if final else w
-
-
-def _after(norm: Any, written: Tensor) -> Tensor:
-    """What a norm makes of rows [..., d] up to its divisor and bias."""
-    if norm is None:
-        return written
-    if norm.centered:
-        written = written - written.mean(-1, keepdim=True)
-    if norm.weight is not None:
-        written = written * (norm.weight.detach().double() + norm.offset).to(written.device)
-    return written
 
 
 def qk_circuit(lm: LanguageModel, layer: int, *, norms: bool = True, raw: bool = False) -> Factored:
@@ -177,8 +163,8 @@ def qk_circuit(lm: LanguageModel, layer: int, *, norms: bool = True, raw: bool =
             f"{lm.name} normalises queries and keys before they meet (QK-norm), so W_Q W_K^T is not what it compares; "
             "read attn.scores, or give raw=True to see the bare product."
         )
-    norm = _part(lm, layer, "ln1") if norms else None
-    w_q, w_k = (_through(norm, w.double()) for w in (lm.w_q(layer), lm.w_k(layer)))
+    norm = lm.family.layers[layer].ln1 if norms else None
+    w_q, w_k = (_before(norm, w.double()) for w in (lm.w_q(layer), lm.w_k(layer)))
     return Factored(w_q, _per_query_head(lm, w_k).mT)
 
 
@@ -196,7 +182,7 @@ def qk_ignores(lm: LanguageModel) -> tuple[str, ...]:
 def ov_circuit(lm: LanguageModel, layer: int, *, norms: bool = True) -> Factored:
     """W_V W_O of every head of a layer: [H, d, d], source first. Grouped values are repeated for their queries."""
     _check(lm, layer)
-    w_v = _through(_part(lm, layer, "ln1") if norms else None, lm.w_v(layer).double())
+    w_v = _before(lm.family.layers[layer].ln1 if norms else None, lm.w_v(layer).double())
     w_o = output_map(lm, layer, final=False) if norms else lm.w_o(layer).double()
     return Factored(_per_query_head(lm, w_v), w_o)
 
@@ -216,7 +202,7 @@ def _unembedding_by_embedding(lm: LanguageModel, norms: bool, chunk: int = 16384
     for start in range(0, min(lm.d_vocab, len(embedding)), chunk):
         ids = torch.arange(start, min(start + chunk, lm.d_vocab, len(embedding)))
         total += lm.output_directions(ids).T.double() @ embedding[ids].double()
-    return _through(lm.family.ln_final, total) if norms else total
+    return _before(lm.family.ln_final, total) if norms else total
 
 
 @dataclass(frozen=True, eq=False)
@@ -484,7 +470,7 @@ def _read_embedding(lm: LanguageModel, layer: int, ids: Sequence[int]) -> Tensor
     """Embeddings as the norm before a layer's attention divides them [n, d], float64 (gain and centring are in the
     circuit).
     """
-    norm = _part(lm, layer, "ln1")
+    norm = lm.family.layers[layer].ln1
     with torch.no_grad():
         embedding = lm.hf.get_input_embeddings()(torch.tensor(list(ids), device=lm.device)).double()
     if norm is None:

@@ -100,8 +100,7 @@ def repeated_tokens(lm: LanguageModel, n: int = 8, length: int | None = None, se
 
 def losses(run: Run) -> Tensor:
     """Next-token loss in nats at every position but the last [b, p-1]; padding is not masked."""
-    assert run.logits is not None
-    log_p = run.logits[:, :-1].float().log_softmax(-1)
+    log_p = run.all_logits[:, :-1].float().log_softmax(-1)
     return -log_p.gather(-1, run.tokens.ids[:, 1:, None].to(log_p.device))[..., 0].cpu()
 
 

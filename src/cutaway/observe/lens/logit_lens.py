@@ -171,7 +171,6 @@ def logit_lens(
     followed = [first_token(lm, token) for token in follow]
     last_only = bool((columns == tokens.last.cpu()[:, None]).all())
     run = lm.run(tokens, capture=names, logits="last" if last_only else "all")
-    assert run.logits is not None
 
     rows, places = tokens.mask.cpu().gather(1, columns).nonzero(as_tuple=True)
     cells = columns[rows, places]
@@ -182,7 +181,7 @@ def logit_lens(
     for start in range(0, len(rows), step):
         row, cell = rows[start : start + step], cells[start : start + step]
         target = target_ids[row, places[start : start + step]]
-        logits = run.logits[row, torch.zeros_like(cell) if last_only else cell]
+        logits = run.last_logits[row] if last_only else run.all_logits[row, cell]
         final = logits.float().log_softmax(-1)
         if bool(final.isnan().any()):
             raise CutawayError(f"The logits of {lm.name} hold NaN here, so there is nothing to compare a layer with.")

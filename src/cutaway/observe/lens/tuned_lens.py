@@ -184,12 +184,11 @@ def lens_streams(lm: LanguageModel, rows: Tensor) -> Iterator[tuple[Tensor, list
     """
     names = stream_sites(lm)[:-1]
     run = lm.run(as_tokens(rows), capture=names, logits="all")
-    assert run.logits is not None
     row, column = counted(rows, lm.bos_id).nonzero(as_tuple=True)
     size = max(1, min(_CHUNK_TOKENS, _CHUNK_BYTES // (4 * lm.d_vocab)))
     for start in range(0, len(row), size):
         r, c = row[start : start + size], column[start : start + size]
-        yield r, [run[name][r, c] for name in names], run.logits[r, c].float().log_softmax(-1)
+        yield r, [run[name][r, c] for name in names], run.all_logits[r, c].float().log_softmax(-1)
 
 
 # Training -----------------------------------------------------------------------------------------------------------

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.stats import rankdata
 
 from cutaway.artifacts.results import Control
 from cutaway.artifacts.statistics import bootstrap_interval, ratio_intervals, wilson_interval
@@ -124,33 +123,13 @@ def chance_p(cv: CrossValidated, labels: np.ndarray, groups: np.ndarray, *, draw
     The scores stay as they are, each fold's made by a fit that has not seen its labels. One is added to both counts.
     """
     generator = np.random.default_rng(seed + 3)
-    known = cv.fold >= 0
-    drawn = np.stack([labels, *(shuffled_labels(labels, groups, generator) for _ in range(draws))])[:, known]
-    found = _scores_of(drawn, cv.scores[known], cv.fold[known], cv.baseline[known], cv.n_classes)
+    drawn = np.stack([labels, *(shuffled_labels(labels, groups, generator) for _ in range(draws))])
+    scorer = Scorer(labels, cv.scores, cv.fold, cv.baseline, cv.n_classes)
+    some = np.array_split(drawn, drawn.size // 2**22 + 1)  # of which several copies are made
+    found = np.concatenate([scorer.of(part) for part in some])
     if np.isnan(found[0]):
         return float("nan")
     return float(1 + (found[1:] >= found[0] - 1e-12).sum()) / (draws + 1)
-
-
-def _scores_of(
-    labels: np.ndarray, scores: np.ndarray, fold: np.ndarray, baseline: np.ndarray, n_classes: int | None
-) -> np.ndarray:
-    """`probe_fit.score` of many labellings [draws, n] of the same scores, from ranks."""
-    if n_classes is None:
-        spread = ((labels - baseline) ** 2).sum(1)
-        return 1 - ((labels - scores[:, 0]) ** 2).sum(1) / np.where(spread > 0, spread, np.nan)
-    values = []
-    for c in range(1, 2) if n_classes == 2 else range(n_classes):
-        column = scores[:, 0] if scores.shape[1] == 1 else scores[:, c]
-        won = pairs = np.zeros(len(labels))
-        for f in np.unique(fold):
-            here = fold == f
-            positive = (labels[:, here] == c).astype(float)
-            n_positive = positive.sum(1)
-            won = won + positive @ rankdata(column[here]) - n_positive * (n_positive + 1) / 2
-            pairs = pairs + n_positive * (here.sum() - n_positive)
-        values.append(won / np.where(pairs > 0, pairs, np.nan))
-    return np.mean(values, axis=0)
 
 
 def mean_interval(values: np.ndarray, groups: np.ndarray, seed: int, *, share: bool = False) -> tuple[float, float]:

@@ -22,6 +22,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.ranking import Ranking
 
 Kind = Literal["logistic", "mass-mean", "mass-mean-whitened", "ridge", "mlp"]
 KINDS: tuple[str, ...] = get_args(Kind)
@@ -323,40 +324,37 @@ def score(
 
 
 class Scorer:
-    """`score` for many weightings of the same examples: pairs are compared once."""
+    """`score` for many weightings, or other labels, of the same examples: they are ranked once."""
 
     def __init__(
         self, labels: np.ndarray, scores: np.ndarray, fold: np.ndarray, baseline: np.ndarray, n_classes: int | None
     ) -> None:
-        self._regression = n_classes is None
-        self._n = len(labels)
-        known = fold >= 0
-        self._squares = (labels - scores[:, 0], labels - baseline, known)
-        self._pairs: list[list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = []
-        if n_classes is None:
-            return
-        for c in range(1, 2) if n_classes == 2 else range(n_classes):
-            column = scores[:, 0] if scores.shape[1] == 1 else scores[:, c]
-            blocks = []
-            for f in np.unique(fold[known]):
-                positive = np.flatnonzero((fold == f) & (labels == c))
-                negative = np.flatnonzero((fold == f) & (labels != c))
-                gap = column[positive][:, None] - column[negative][None]
-                blocks.append((positive, negative, ((gap > 0) + 0.5 * (gap == 0)).astype(np.float32)))
-            self._pairs.append(blocks)
+        self._labels, self._scores, self._baseline = labels, scores, baseline
+        self._known = fold >= 0
+        self._rankings: dict[int, Ranking] | None = None
+        if n_classes is not None:
+            folds, part = np.unique(fold[self._known], return_inverse=True)
+            self._rankings = {
+                c: Ranking(scores[self._known, 0 if scores.shape[1] == 1 else c], part, len(folds))
+                for c in (range(1, 2) if n_classes == 2 else range(n_classes))
+            }
 
     def __call__(self, weights: np.ndarray | None = None) -> float:
-        w = np.ones(self._n) if weights is None else weights
-        if self._regression:
-            error, spread, known = self._squares
-            total = (w * spread**2)[known].sum()
-            return float(1 - (w * error**2)[known].sum() / total) if total > 0 else float("nan")
+        return float(self.of(self._labels, weights))
+
+    def of(self, labels: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+        """The score of many labellings [..., n] of the same scores [...]."""
+        w = np.ones(len(self._known)) if weights is None else weights
+        if self._rankings is None:
+            error, spread = labels - self._scores[:, 0], labels - self._baseline
+            total = (w * spread**2)[..., self._known].sum(-1)
+            return 1 - (w * error**2)[..., self._known].sum(-1) / np.where(total > 0, total, np.nan)
         values = []
-        for blocks in self._pairs:
-            won = sum(float(w[p] @ m @ w[n]) for p, n, m in blocks)
-            pairs = sum(float(w[p].sum() * w[n].sum()) for p, n, _ in blocks)
-            values.append(won / pairs if pairs > 0 else float("nan"))
-        return float(np.mean(values))
+        for c, ranking in self._rankings.items():
+            positive, negative = ((w * side)[..., self._known] for side in (labels == c, labels != c))
+            pairs = (ranking.sums(positive) * ranking.sums(negative)).sum(-1)
+            values.append(ranking.won(positive, negative).sum(-1) / np.where(pairs > 0, pairs, np.nan))
+        return np.mean(values, axis=0)
 
 
 def accuracy_hits(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:

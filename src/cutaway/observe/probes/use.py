@@ -392,8 +392,7 @@ class Editor:
     def _collect(self, metric: Metric, runs: list[Run]) -> np.ndarray:
         found: dict[int, float] = {}
         for (chosen, _), run in zip(self._batches, runs, strict=True):
-            assert run.logits is not None
-            values = torch.as_tensor(metric(run.logits[:, 0], chosen)).detach().double().cpu().numpy()
+            values = torch.as_tensor(metric(run.last_logits, chosen)).detach().double().cpu().numpy()
             if values.shape != (len(chosen),):
                 raise CutawayError(
                     f"The metric gave {list(values.shape)} for {len(chosen)} texts; it should give one number a text."

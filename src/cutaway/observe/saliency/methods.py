@@ -228,8 +228,8 @@ def occlusion(lm: LanguageModel, asked: Question, *, replace: Baseline = "mean")
         if n < 2:
             raise CutawayError("The prompt is one token; deleting it leaves nothing to run.")
         rows = [[token for j, token in enumerate(asked.ids) if j != i] for i in range(n)]
-        logits = [lm.run(rows[i : i + _ROWS_A_FORWARD], logits="last").logits for i in range(0, n, _ROWS_A_FORWARD)]
-        without = torch.cat([asked.metric(part[:, 0]) for part in logits if part is not None])
+        runs = [lm.run(rows[i : i + _ROWS_A_FORWARD], logits="last") for i in range(0, n, _ROWS_A_FORWARD)]
+        without = torch.cat([asked.metric(run.last_logits) for run in runs])
     else:
         without = occluded(lm, asked, [[i] for i in range(n)], baseline_vector(lm, replace))
     value = _values(lm, asked, None)[0]
@@ -243,9 +243,8 @@ def occluded(lm: LanguageModel, asked: Question, positions: Sequence[Sequence[in
     for start in range(0, len(positions), _ROWS_A_FORWARD):
         part = [list(p) for p in positions[start : start + _ROWS_A_FORWARD]]
         rows = lm.tokens([list(asked.ids)]).repeat(len(part))
-        logits = lm.run(rows, edits=put("embed", vector, positions=part), logits="last").logits
-        assert logits is not None
-        found.append(asked.metric(logits[:, 0]))
+        logits = lm.run(rows, edits=put("embed", vector, positions=part), logits="last").last_logits
+        found.append(asked.metric(logits))
     return torch.cat(found)
 
 
@@ -268,6 +267,4 @@ def _values(lm: LanguageModel, asked: Question, embeddings: Tensor | None) -> Te
     """The metric [b] of the prompt, or with other embeddings [b, p, d]."""
     tokens = lm.tokens([list(asked.ids)]).repeat(1 if embeddings is None else len(embeddings))
     edits = () if embeddings is None else put("embed", embeddings)
-    logits = lm.run(tokens, edits=edits, logits="last").logits
-    assert logits is not None
-    return asked.metric(logits[:, 0])
+    return asked.metric(lm.run(tokens, edits=edits, logits="last").last_logits)
