@@ -19,6 +19,7 @@ from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.files import plain, write_json
 from cutaway.dictionaries.dictionary import BatchTopK, Dictionary, Port, ReLU
 from cutaway.dictionaries.formats import folds
+from cutaway.dictionaries.formats.archive import CFG, WEIGHTS, normalisation, write_archive
 from cutaway.dictionaries.formats.reading import (
     Reading,
     Source,
@@ -107,8 +108,6 @@ def read_learned(source: Source, config: Mapping[str, Any], path: Path) -> Readi
                 dictionary,
                 lambda crosscoder: folds.selected_by_decoder_norm(crosscoder, norms),
             )
-    from cutaway.dictionaries.formats.dictionary_learning import normalisation
-
     normal = normalisation(source, (n, d))
     if normal is not None:
         mean, scale_in, scale_out = (tensor.reshape(-1) for tensor in normal)
@@ -160,8 +159,6 @@ def write_learned(dictionary: Dictionary, folder: Path) -> None:
 
     Latents are not normalised (id 4, none), so a threshold is one of activations as they are.
     """
-    from cutaway.dictionaries.formats.dictionary_learning import CFG, WEIGHTS, write_archive
-
     widths = {port.width for port in (*dictionary.inputs, *dictionary.outputs)}
     selector = dictionary.selector
     if not dictionary.writes_what_it_reads or len(widths) != 1 or dictionary.W_skip is not None:

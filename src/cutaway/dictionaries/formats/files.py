@@ -13,6 +13,7 @@ from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.files import atomic_folder, clear_leftovers
 from cutaway.dictionaries.dictionary import Dictionary, Port
 from cutaway.dictionaries.formats import (
+    archive,
     by_tensors,
     circuit_tracer,
     crosscoders,
@@ -75,8 +76,8 @@ _READ = (
 
 # every file that `save` writes
 _SAVED = (
-    saelens.CFG, saelens.WEIGHTS, saelens.SPARSITY, saelens.SCALER, sparsify.WEIGHTS, dictionary_learning.CFG,
-    dictionary_learning.WEIGHTS, gemma_scope.NPZ, gemma_scope.SAFETENSORS, gemma_scope.BESIDE, circuit_tracer.CFG,
+    saelens.CFG, saelens.WEIGHTS, saelens.SPARSITY, saelens.SCALER, sparsify.WEIGHTS, archive.CFG,
+    archive.WEIGHTS, gemma_scope.NPZ, gemma_scope.SAFETENSORS, gemma_scope.BESIDE, circuit_tracer.CFG,
     "layer_*.safetensors", "cc_weights.pt",
 )  # fmt: skip
 
