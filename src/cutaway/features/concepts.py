@@ -143,7 +143,6 @@ def match_concepts(
     shuffles: int = 10,
     batch_rows: int = 16,
     seed: int = 0,
-    command: str | None = None,
     firings: Sequence[Firing] | None = None,
 ) -> list[ConceptMatch]:
     """For each concept (True at its tokens, [N, width]) the latent that tells it best on even rows, tested on odd rows.
@@ -194,7 +193,6 @@ def match_concepts(
             ),
             ablation="none",
             units="AUROC",
-            command=command,
         )
         matches.append(
             ConceptMatch(

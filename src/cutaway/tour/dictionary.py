@@ -13,6 +13,7 @@ import torch
 from pydantic import BaseModel, Field, FiniteFloat, StrictInt
 from torch import Tensor
 
+from cutaway.artifacts.command import recording
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.files import parquet_errors, write_parquet
 from cutaway.artifacts.progress import Progress
@@ -74,7 +75,8 @@ def dictionary(tour: Tour) -> page.Section:
     trained = train_on_model(tour.lm, tour.rows.train, site_of(tour), config, folder=work)
     save(trained.dictionary, dictionary_folder(tour), overwrite=True)
     tour.folder.discard(work.name)
-    judged = evaluate(tour.lm, trained.dictionary, tour.judged_rows, seed=tour.seed, command=command)
+    with recording(command):
+        judged = evaluate(tour.lm, trained.dictionary, tour.judged_rows, seed=tour.seed)
     effects = judged.effects
     history = trained.history
     bins = torch.tensor([0.0, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0])
@@ -170,10 +172,8 @@ def _matches(tour: Tour, learned: Dictionary, rows: Tensor, firings: list[Firing
             labelled[concept] = mask
     if not labelled:
         return []
-    command = tour.command("features")
-    found = match_concepts(
-        tour.lm, learned, rows, labelled, shuffles=5, seed=tour.seed, command=command, firings=firings
-    )
+    with recording(tour.command("features")):
+        found = match_concepts(tour.lm, learned, rows, labelled, shuffles=5, seed=tour.seed, firings=firings)
     return sorted(found, key=lambda m: -m.auroc)
 
 

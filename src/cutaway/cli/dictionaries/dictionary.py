@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
+from cutaway.artifacts.command import recording
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.results import interval_text
 from cutaway.cli.dictionaries.judge import judge
@@ -103,7 +104,8 @@ def inspect(
 
         lms = [cutaway.load(name, dtype=dtype, device=device) for name in model]
         rows, text = _rows(lms[0], corpus, tokens, context, seed, document_separator)
-        fit = check_fit(lms[0] if len(lms) == 1 else lms, reading, rows, site=site, seed=seed, command=command)
+        with recording(command):
+            fit = check_fit(lms[0] if len(lms) == 1 else lms, reading, rows, site=site, seed=seed)
     deliver(
         text=_text(found, fit, text),
         data=found | ({} if fit is None else {"measured": _measured(fit, text)}),

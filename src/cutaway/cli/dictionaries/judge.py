@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter, validators
 
+from cutaway.artifacts.command import recording
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.results import interval_text
 from cutaway.cli.options import Count, ExistingPath, Flag, Page, Seed, Separator
@@ -134,13 +135,14 @@ def judge(
     length = context or _context(dictionaries.values(), lms)
     text = token_rows(lms[0], given.documents, length, seed=seed, limit=rows)
     found: list[Judged] = []
-    for group in by_setting(dictionaries):
-        some = list(group.values())
-        options: dict[str, Any] = {"high_norm": high_norm, "signed": not absolute, "seed": seed, "command": command}
-        one = Judged(list(group), judged_together(lms, some, text, spliced_rows=spliced_rows, **options))
-        for name, table in asked.items():
-            _probe(one, name, table, lms, text, seed, command)
-        found.append(one)
+    options: dict[str, Any] = {"high_norm": high_norm, "signed": not absolute, "seed": seed}
+    with recording(command):
+        for group in by_setting(dictionaries):
+            some = list(group.values())
+            one = Judged(list(group), judged_together(lms, some, text, spliced_rows=spliced_rows, **options))
+            for name, table in asked.items():
+                _probe(one, name, table, lms, text, seed)
+            found.append(one)
     points = frontier([one.judgement.point(*line_of(one.judgement.dictionaries[0])) for one in found])
     deliver(
         text=_text(found, points),
@@ -208,7 +210,6 @@ def _probe(
     lms: "list[LanguageModel]",
     rows: "Tensor",
     seed: int,
-    command: str,
 ) -> None:
     """Probe one setting's dictionaries for one kind of labels."""
     import numpy as np
@@ -219,7 +220,7 @@ def _probe(
     from cutaway.dictionaries.ports import read_texts
 
     some = judged.judgement.dictionaries
-    options: dict[str, Any] = {"seed": seed, "command": command}
+    options: dict[str, Any] = {"seed": seed}
     if table is not None:
         from cutaway.cli.observe.probe import column
 

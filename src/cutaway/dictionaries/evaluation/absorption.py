@@ -96,7 +96,6 @@ def absorption(
     what: str = "the concept",
     folds: int = 3,
     seed: int = 0,
-    command: str | None = None,
 ) -> Absorption:
     """Splitting and absorption of one concept, bool labels [n] of activations x [n, d_in].
 
@@ -140,13 +139,13 @@ def absorption(
 
         if not n_asked:
             nothing = tuple(Control(label, float("nan")) for label in controls)
-            return Effect(name, float("nan"), 0, None, nothing, "none", "share", command), ()
+            return Effect(name, float("nan"), 0, None, nothing, "none", "share"), ()
         value, interval, each = summary(table(found), _mean)
         beside = []
         for label, columns in controls.items():
             other, other_interval, _ = summary(table(columns), _mean)
             beside.append(Control(label, other, other_interval, n_asked))
-        return Effect(name, value, n_asked, interval, tuple(beside), "none", "share", command), each
+        return Effect(name, value, n_asked, interval, tuple(beside), "none", "share"), each
 
     rate, per_seed = figure(
         f"absorption of {what}",

@@ -122,7 +122,6 @@ def compare_sides(
     sides: tuple[int, int] = (0, 1),
     labels: Sequence[str] | None = None,
     seed: int = 0,
-    command: str | None = None,
 ) -> Sides:
     """Compare two outputs of a crosscoder on activations x [n, d_in] and what it should write, y [n, d_out].
 
@@ -141,13 +140,11 @@ def compare_sides(
     cosine = torch.cosine_similarity(*rows, dim=1) if same_width else torch.full_like(share, float("nan"))
     firings, nu = _latent_scaling(dictionary, x, y, parts, scales, rows, share, same_width)
     found = Sides((names[sides[0]], names[sides[1]]), share, cosine, *nu, firings, {})
-    found.effects.update(_effects(found, rows, norms, same_width, seed, command))
+    found.effects.update(_effects(found, rows, norms, same_width, seed))
     return found
 
 
-def _effects(
-    found: Sides, rows: list[Tensor], norms: list[Tensor], same_width: bool, seed: int, command: str | None
-) -> dict[str, Effect]:
+def _effects(found: Sides, rows: list[Tensor], norms: list[Tensor], same_width: bool, seed: int) -> dict[str, Effect]:
     """Shares of latents, and the cosine of shared ones, beside the A sides given to other latents."""
     fires = found.firings > 0
     n = int(fires.sum())
@@ -166,7 +163,7 @@ def _effects(
         ("shared", f"latents shared by {a} and {b}", found.shared, (shuffled >= low) & (shuffled <= high)),
     ):
         effects[name], _ = share_effect(
-            f"{label}, by decoder norm", [int(mask.sum())], n, {control: [int(by_chance.sum())]}, command=command
+            f"{label}, by decoder norm", [int(mask.sum())], n, {control: [int(by_chance.sum())]}
         )
     if same_width and found.shared.any():
         left = torch.nn.functional.normalize(rows[0][fires][order], dim=1)
@@ -183,7 +180,6 @@ def _effects(
             ),
             ablation="none",
             units="cosine",
-            command=command,
         )
     return effects
 

@@ -67,7 +67,6 @@ def evaluate(
     spliced_rows: int = 32,
     high_norm: float | None = None,
     seed: int = 0,
-    command: str | None = None,
 ) -> Evaluation:
     """Judge a dictionary on held-out rows [n, p] of its model (a crosscoder of two models: of both).
 
@@ -81,9 +80,9 @@ def evaluate(
     """
     measured = measure(models, [dictionary], rows, spliced_rows=spliced_rows, high_norm=high_norm, seed=seed)
     frequency = measured.frequency()[0]
-    parts = {scope: measured.effects(scope, command)[0] for scope in measured.trained if scope != ALL}
+    parts = {scope: measured.effects(scope)[0] for scope in measured.trained if scope != ALL}
     return Evaluation(
-        effects=measured.effects(ALL, command)[0],
+        effects=measured.effects(ALL)[0],
         frequency=frequency,
         dead=float((frequency == 0).float().mean()),
         dense=float((frequency > DENSE).float().mean()),
@@ -121,9 +120,7 @@ class Measured:
         """Share of the tokens on which each latent fires, float64 [S, F]."""
         return self.counts.double() / self.n_tokens
 
-    def effects(
-        self, scope: str = ALL, command: str | None = None
-    ) -> tuple[dict[str, Effect], dict[str, tuple[float, ...]]]:
+    def effects(self, scope: str = ALL) -> tuple[dict[str, Effect], dict[str, tuple[float, ...]]]:
         """The figures of one scope by name, and each dictionary's own values."""
         effects: dict[str, Effect] = {}
         each: dict[str, tuple[float, ...]] = {}
@@ -136,7 +133,7 @@ class Measured:
                 if name == "l0" and scope != ALL:
                     continue  # a latent is active for all parts at once
                 of = f"at {scope}" if scope else ""
-                effects[name], each[name] = effect(name, table, others, statistic, command=command, of=of)
+                effects[name], each[name] = effect(name, table, others, statistic, of=of)
         return effects, each
 
     def cross_entropies(self) -> dict[str, float]:

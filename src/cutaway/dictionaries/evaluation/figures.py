@@ -90,7 +90,6 @@ def effect(
     controls: Mapping[str, Tables],
     statistic: Statistic,
     *,
-    command: str | None = None,
     of: str = "",
 ) -> tuple[Effect, tuple[float, ...]]:
     """One figure of S dictionaries beside the same figure of their controls, and each dictionary's own value.
@@ -112,7 +111,6 @@ def effect(
             controls=tuple(stood_beside),
             ablation=ablation,
             units=units,
-            command=command,
         ),
         each,
     )
@@ -150,7 +148,6 @@ def share_effect(
     controls: Mapping[str, Sequence[int]],
     *,
     units: str = "share",
-    command: str | None = None,
 ) -> tuple[Effect, tuple[float, ...]]:
     """A share of n latents that holds in each of several dictionaries, beside controls; and each one's own value.
 
@@ -169,7 +166,7 @@ def share_effect(
     for control, counts in controls.items():
         other, other_interval = measured(counts)
         stood_beside.append(Control(control, other, other_interval, n))
-    found = Effect(name, value, n, interval, tuple(stood_beside), "none", units, command)
+    found = Effect(name, value, n, interval, tuple(stood_beside), "none", units)
     return found, tuple(count / n for count in successes)
 
 
@@ -179,7 +176,6 @@ def mean_effect(
     controls: Mapping[str, Sequence[np.ndarray]],
     *,
     units: str,
-    command: str | None = None,
 ) -> tuple[Effect, tuple[float, ...]]:
     """Mean over latents of a number each has, in each of several dictionaries, beside controls; and each's own mean.
 
@@ -203,4 +199,4 @@ def mean_effect(
         other, other_interval, m = measured(given)
         beside.append(Control(control, other, other_interval, m))
     each = tuple(float(np.nanmean(one)) for one in values)
-    return Effect(name, value, n, interval, tuple(beside), "none", units, command), each
+    return Effect(name, value, n, interval, tuple(beside), "none", units), each

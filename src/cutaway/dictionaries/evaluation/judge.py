@@ -140,7 +140,6 @@ def judge(
     high_norm: float | None = None,
     signed: bool = True,
     seed: int = 0,
-    command: str | None = None,
 ) -> Judgement:
     """Judge dictionaries that differ in their seed on held-out rows [n, p] (a crosscoder of two models: of both).
 
@@ -150,19 +149,19 @@ def judge(
     """
     some = [dictionaries] if isinstance(dictionaries, Dictionary) else list(dictionaries)
     measured = measure(models, some, rows, spliced_rows=spliced_rows, high_norm=high_norm, seed=seed)
-    effects, per_seed = measured.effects(ALL, command)
+    effects, per_seed = measured.effects(ALL)
     latents = tuple(
         latent_statistics(one, counts, measured.n_tokens) for one, counts in zip(some, measured.counts, strict=True)
     )
     target = None if some[0].writes_what_it_reads else measured.values.y
     control = random_dictionary(some[0], measured.values.x, seed, target)
     control_latents = latent_statistics(control, measured.control_counts[RANDOM][0], measured.n_tokens)
-    for name, (effect, each) in _latent_effects(some, latents, control_latents, measured, seed, command).items():
+    for name, (effect, each) in _latent_effects(some, latents, control_latents, measured, seed).items():
         effects[name], per_seed[name] = effect, each
     if len(some) > 1:
         alive = [statistics.frequency > 0 for statistics in latents]
         if all(bool(mask.any()) for mask in alive):
-            found, each_pair = stability(some, signed=signed, alive=alive, seed=seed, command=command)
+            found, each_pair = stability(some, signed=signed, alive=alive, seed=seed)
             for name, effect in found.items():
                 effects[f"stability_{name}"], per_seed[f"stability_{name}"] = effect, each_pair[name]
     sides: tuple[Sides, ...] = ()
@@ -171,14 +170,12 @@ def judge(
         pairs = itertools.combinations(range(n), 2) if n <= 3 else itertools.pairwise(range(n))
         labels = measured.bench.labels()
         x, y = measured.values.x, measured.values.y
-        sides = tuple(
-            compare_sides(some[0], x, y, sides=pair, labels=labels, seed=seed, command=command) for pair in pairs
-        )
+        sides = tuple(compare_sides(some[0], x, y, sides=pair, labels=labels, seed=seed) for pair in pairs)
     return Judgement(
         dictionaries=tuple(some),
         effects=effects,
         per_seed=per_seed,
-        parts={scope: measured.effects(scope, command)[0] for scope in measured.trained if scope != ALL},
+        parts={scope: measured.effects(scope)[0] for scope in measured.trained if scope != ALL},
         latents=latents,
         control_latents=control_latents,
         sides=sides,
@@ -218,7 +215,6 @@ def _latent_effects(
     control: LatentStatistics,
     measured: Measured,
     seed: int,
-    command: str | None,
 ) -> dict[str, tuple[Effect, tuple[float, ...]]]:
     """Dead and dense latents, and how decoders lie, beside random directions."""
     n_latents = dictionaries[0].d_sae
@@ -230,28 +226,24 @@ def _latent_effects(
             [one.n_dead for one in latents],
             n_latents,
             {RANDOM: (counts == 0).sum(1).tolist()},
-            command=command,
         ),
         "dense": share_effect(
             f"dense latents: fire on more than {DENSE:.0%} of the {tokens:,} tokens",
             [one.n_dense for one in latents],
             n_latents,
             {RANDOM: (counts.double() / tokens > DENSE).sum(1).tolist()},
-            command=command,
         ),
         "nearest_decoder": mean_effect(
             "signed cosine of a decoder row with the nearest other one",
             [one.nearest.double().numpy() for one in latents],
             {RANDOM: [control.nearest.double().numpy()]},
             units="cosine",
-            command=command,
         ),
         "decoder_norm": mean_effect(
             "decoder norm",
             [one.decoder_norm.double().numpy() for one in latents],
             {f"{RANDOM} (1 by construction)": [control.decoder_norm.double().numpy()]},
             units="length",
-            command=command,
         ),
     }
     if latents[0].encoder_cosine is not None:
@@ -265,7 +257,6 @@ def _latent_effects(
             [one.encoder_cosine.double().numpy() for one in latents if one.encoder_cosine is not None],
             {SHUFFLED: [some.double().numpy() for some in shuffled]},
             units="cosine",
-            command=command,
         )
     return found
 

@@ -92,7 +92,6 @@ def sparse_probing(
     selection: Selection = "mean-difference",
     folds: int = 5,
     seed: int = 0,
-    command: str | None = None,
 ) -> Probing:
     """Probe for labels [n] with k latents of dictionaries that differ in their seed, at their input x [n, d_in].
 
@@ -152,7 +151,6 @@ def sparse_probing(
                 controls=tuple(controls),
                 ablation="none",
                 units="share" if name == "accuracy" else "F1",
-                command=command,
             )
     return Probing(
         what=what,

@@ -104,7 +104,6 @@ def stability(
     matching: Matching | None = None,
     alive: Sequence[Tensor] | None = None,
     seed: int = 0,
-    command: str | None = None,
 ) -> tuple[dict[str, Effect], dict[str, tuple[float, ...]]]:
     """Matched decoder cosine of every pair of dictionaries of different seeds, and the share of latents found again.
 
@@ -153,7 +152,6 @@ def stability(
             ),
             ablation="none",
             units=units,
-            command=command,
         )
     return effects, each
 

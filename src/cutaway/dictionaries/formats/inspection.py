@@ -156,7 +156,6 @@ def check_fit(
     *,
     site: str | None = None,
     seed: int = 0,
-    command: str | None = None,
 ) -> Fit:
     """Measure a dictionary on rows [n, p] of tokens, at the positions that count (not the first of a row, no BOS).
 
@@ -191,7 +190,7 @@ def check_fit(
         if single and dictionary.input_norm is None:
             scales = _at_scales(dictionary, values.x, values.y, values.row_of, len(rows), stated)
         control = random_dictionary(dictionary, values.x, seed, None if dictionary.writes_what_it_reads else values.y)
-        effects = _effects(stated, _sums(control, values.x, values.y, values.row_of, len(rows)), command)
+        effects = _effects(stated, _sums(control, values.x, values.y, values.row_of, len(rows)))
         verdicts += _about_l0(reading, effects[1].value)
     else:
         names = ", ".join(port.site for port in (*dictionary.inputs, *dictionary.outputs))
@@ -330,7 +329,7 @@ def _values(lm: LanguageModel, rows: Tensor, keep: Tensor, sites: Sequence[str])
     return {site: torch.cat(values) for site, values in parts.items()}
 
 
-def _effects(stated: _Sums, control: _Sums, command: str | None) -> tuple[Effect, ...]:
+def _effects(stated: _Sums, control: _Sums) -> tuple[Effect, ...]:
     def effect(name: str, units: str, of: str) -> Effect:
         def measured(sums: _Sums) -> tuple[float, tuple[float, float]]:
             statistic = getattr(sums, of)
@@ -340,7 +339,7 @@ def _effects(stated: _Sums, control: _Sums, command: str | None) -> tuple[Effect
         n = int((stated.table[:, 2] > 0).sum())
         other, spread = measured(control)
         random = Control("random directions, same size and L0", other, spread, n)
-        return Effect(name, value, n, interval, (random,), "none", units, command)
+        return Effect(name, value, n, interval, (random,), "none", units)
 
     return (
         effect("fraction of variance unexplained, Σ‖y − ŷ‖² / Σ‖y − ȳ‖²", "share", "fvu"),

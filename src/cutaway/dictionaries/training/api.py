@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
+from cutaway.artifacts.command import current_command
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.files import plain, write_json, write_text
 from cutaway.artifacts.manifest import Manifest, ModelIdentity
@@ -207,7 +208,6 @@ def run(
     log: Sequence[str] = (),
     seconds_between_checkpoints: float = 30.0,
     resume: bool = True,
-    command: str | None = None,
 ) -> dict[str, Trained]:
     """Train what was prepared, in memory or in a folder (see `train`)."""
     if out is None:
@@ -234,7 +234,7 @@ def run(
         for program in dict.fromkeys(log):
             folder.take(program)
         write_text(out / "recipe.toml", training.recipe.to_toml())
-        manifest = _manifest(training, command)
+        manifest = _manifest(training)
         logs = Logs(out / "logs", trackers(log, out, manifest.id))
         with contextlib.closing(logs):
             trained = train_jobs(
@@ -260,7 +260,7 @@ def _history(path: Path) -> list[Mapping[str, float]]:
     return [{key: value for key, value in record.items() if key not in extra} for record in read_log(path)]
 
 
-def _manifest(training: Training, command: str | None) -> Manifest:
+def _manifest(training: Training) -> Manifest:
     metadata = training.source.metadata.get("data", {})
     model = training.models[0].identity() if training.models else None
     if model is None:
@@ -274,5 +274,5 @@ def _manifest(training: Training, command: str | None) -> Manifest:
         configuration={"source": training.source.identity, "jobs": {n: asdict(j) for n, j in training.jobs.items()}},
         seed=training.recipe.data_seed,
         parents=parents,
-        command=command,
+        command=current_command(),
     )

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cutaway.artifacts.progress import duration
 from cutaway.dictionaries.training.api import Training
-from cutaway.dictionaries.training.config import BYTES_A_PARAMETER, TrainConfig
+from cutaway.dictionaries.training.config import BYTES_PER_PARAMETER, TrainConfig
 from cutaway.dictionaries.training.jobs import Job, Source, tokens_used
 from cutaway.dictionaries.training.rules import BatchTopKRule, TopKRule
 from cutaway.dictionaries.training.sources import LiveRows
@@ -129,7 +129,7 @@ def estimate(training: Training) -> Estimate:
                 latents=job.config.d_sae,
                 parameters=parameters,
                 flops=_flops(job.config, d_in, d_out),
-                state=BYTES_A_PARAMETER * parameters,
+                state=BYTES_PER_PARAMETER * parameters,
                 steps=job.config.steps,
                 step=None,
             )

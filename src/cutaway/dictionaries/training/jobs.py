@@ -26,7 +26,7 @@ from cutaway.artifacts.progress import Progress
 from cutaway.artifacts.run_folder import locked
 from cutaway.dictionaries.dictionary import Dictionary, Port
 from cutaway.dictionaries.training.calibrate import calibrate
-from cutaway.dictionaries.training.config import BYTES_A_PARAMETER, TrainConfig
+from cutaway.dictionaries.training.config import BYTES_PER_PARAMETER, TrainConfig
 from cutaway.dictionaries.training.rules import BatchTopKRule
 from cutaway.dictionaries.training.trainer import Trainer
 from cutaway.model.sweep.memory import available_bytes
@@ -202,7 +202,7 @@ def _require_memory(source: Source, jobs: Mapping[str, Job]) -> None:
         return sum(source.ports[site].width for site in sites)
 
     needed = {
-        name: BYTES_A_PARAMETER * job.config.parameters(width(job.reads), width(job.writes or job.reads))
+        name: BYTES_PER_PARAMETER * job.config.parameters(width(job.reads), width(job.writes or job.reads))
         + 2 * 4 * job.config.batch * job.config.d_sae
         for name, job in jobs.items()
     }

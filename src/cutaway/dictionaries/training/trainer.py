@@ -17,7 +17,7 @@ from cutaway.dictionaries.training.initial import initial_parameters, scale_enco
 from cutaway.dictionaries.training.parameters import Parameters
 from cutaway.dictionaries.training.rules import BatchTopKRule, GatedRule, JumpReLURule, TopKRule
 from cutaway.dictionaries.training.scaling import Scaling, fit, per_token, undo_per_token
-from cutaway.dictionaries.training.step import StepResult, step
+from cutaway.dictionaries.training.step import StepResult, TrainingState, step
 
 _THRESHOLD_MEMORY = 0.99  # of the running threshold of BatchTopK (as SAELens; the bias of its start is taken out)
 
@@ -49,21 +49,7 @@ class Trainer:
         x = self.scaling_in.apply(x)
         target = x if y is None else self.scaling_out.apply(target)
         self.variance: float = (target - target.mean(0)).square().mean().item()
-        self.parameters = initial_parameters(
-            x,
-            target,
-            config.selector,
-            d_sae=config.d_sae,
-            how=config.initial,
-            decoder_norm=1.0 if config.decoder_norm == "unit" else config.initial_norm,
-            b_dec=config.b_dec,
-            subtract_b_dec=config.subtract_b_dec,
-            active=config.active,
-            centre_encoder=config.centre_encoder,
-            skip=config.skip,
-            blocks=self.blocks,
-            seed=config.seed,
-        )
+        self.parameters = initial_parameters(x, target, config, self.blocks)
         if config.decoder_norm == "unit":  # "uniform" rows and those of a crosscoder's blocks begin otherwise
             decoder = self.parameters.decoder
             decoder.div_(torch.linalg.vector_norm(decoder, dim=1, keepdim=True))
@@ -116,10 +102,8 @@ class Trainer:
             config.terms,
             x,
             y,
+            TrainingState(self.dead(), self.variance, progress),
             subtract_b_dec=config.subtract_b_dec,
-            dead=self.dead(),
-            variance=self.variance,
-            progress=progress,
             low_precision=config.low_precision,
             downstream=None if downstream is None else lambda written: downstream(self._written(written, raw)),
         )
