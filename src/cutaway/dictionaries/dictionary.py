@@ -52,8 +52,8 @@ class Dictionary:
 
     `W_enc` [d_in, F], `b_enc` [F], `W_dec` [F, d_out], `b_dec` [d_out], `W_skip` [d_out, d_in] or None. `site` is the
     canonical name of the tensor it reads and `model` says which model's ("id", "revision", "weight_hash"); `reads` and
-    `writes` are given where these are not one and the same tensor. `sparsity` is each latent's firing frequency as
-    log10 [F], where measured; `metadata` holds what else is to travel with the weights. Raises `CutawayError` when
+    `writes` are given where these are not one and the same tensor. `sparsity` is each latent's frequency of activation
+    as log10 [F], where measured; `metadata` holds what else is to travel with the weights. Raises `CutawayError` when
     shapes disagree or a weight is not finite.
     """
 
@@ -322,5 +322,7 @@ def random_dictionary(like: Dictionary, sample: Tensor, seed: int, target: Tenso
 
 
 def log_sparsity(frequency: Tensor) -> Tensor:
-    """log10 of firing frequencies [F]; −10 for latents that never fired, as a file cannot hold −∞ portably."""
+    """log10 of frequencies of activation [F]; −10 for latents that were never active, as a file cannot hold −∞
+    portably.
+    """
     return frequency.double().clamp_min(1e-10).log10().float()

@@ -50,7 +50,7 @@ class TopK:
 
 @dataclass(frozen=True)
 class BatchTopK:
-    """Trained with k active latents a token on average (arXiv 2412.06410); read with one threshold for all latents."""
+    """Trained with k active latents per token on average; read with one threshold for all (arXiv 2412.06410)."""
 
     k: int
     threshold: float
@@ -63,7 +63,7 @@ class BatchTopK:
 
 @dataclass(frozen=True, eq=False)
 class JumpReLU:
-    """`threshold` [F], one a latent (arXiv 2407.14435)."""
+    """`threshold` [F], one per latent (arXiv 2407.14435)."""
 
     threshold: Tensor
     name: ClassVar[str] = "jumprelu"

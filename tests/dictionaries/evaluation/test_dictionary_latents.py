@@ -106,7 +106,7 @@ def test_permuted_copies_are_found_again_and_dead_ones_do_not_count() -> None:
     decoder = a.W_dec[order].clone()
     dead = torch.zeros(30, dtype=torch.bool)
     dead[:10] = True
-    decoder[:10] = noise.W_dec[:10]  # what never fired may lie anywhere
+    decoder[:10] = noise.W_dec[:10]  # what was never active may lie anywhere
     alive_in_a = torch.ones(30, dtype=torch.bool)
     alive_in_a[order[:10]] = False
     b = Dictionary(a.W_enc, a.b_enc, decoder, a.b_dec, a.selector, a.site)

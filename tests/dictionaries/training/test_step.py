@@ -128,7 +128,7 @@ def test_the_auxiliary_term_reaches_the_encoder_of_dead_latents() -> None:
     weights.encoder_bias[dead] = 0.0
     plain = topk_step(weights, x, 2)
     with_auxiliary = topk_step(weights, x, 2, state=TrainingState(dead), aux_k=2, aux_coefficient=1 / 32)
-    assert plain.fired[dead].sum() == 0
+    assert plain.active_tokens[dead].sum() == 0
     assert plain.gradients.encoder[dead].abs().max() == 0
     assert (with_auxiliary.gradients.encoder[dead].norm(dim=1) > 0).all()
     assert (with_auxiliary.gradients.decoder[dead].norm(dim=1) > 0).all()
@@ -203,7 +203,7 @@ def test_sparse_equals_dense_whatever_is_active(s: dict[str, Any]) -> None:
     assert torch.isfinite(dense.loss)
     for name, value in dense.terms.items():
         assert apart(sparse_.terms[name], value) < 1e-10, name
-    assert torch.equal(sparse_.fired, dense.fired)
+    assert torch.equal(sparse_.active_tokens, dense.active_tokens)
     assert apart(sparse_.reconstruction, dense.reconstruction) < 1e-10
     assert (sparse_.threshold is None) == (dense.threshold is None)
     if dense.threshold is not None and sparse_.threshold is not None:

@@ -248,7 +248,7 @@ def _expected(one: dict[str, Any]) -> str:
 
 
 def _spread(found: dict[str, float]) -> str:
-    return f"{found['least']:.4g} to {found['most']:.4g}, median {found['median']:.4g}"
+    return f"{found['min']:.4g} to {found['max']:.4g}, median {found['median']:.4g}"
 
 
 def _tensor_rows(found: dict[str, Any]) -> list[list[str]]:

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from cutaway.dictionaries.evaluation.probing import Probing
     from cutaway.model.language_model import LanguageModel
 
-_LEAST_TOKENS = 60  # of a letter or a state, for it to be asked for
+_MIN_TOKENS = 60  # of a letter or a state, for it to be asked for
 _LETTERS = 5
-_MOST_TOKENS = 4000  # that probes are fitted on
+_MAX_TOKENS = 4000  # that probes are fitted on
 _DRAWN = ("variance_explained", "ce_recovered_mean", "ce_increase", "cosine", "norm_ratio", "stability_cosine", "dead")
 
 
@@ -241,10 +241,10 @@ def _probe(
     values = judged.judgement.values
     ids, row_of = counted_ids(rows, values), values.row_of.numpy()
     letters = first_letters(lms[0], ids)
-    known = frequent(letters, row_of, least=_LEAST_TOKENS, least_groups=10)
+    known = frequent(letters, row_of, min_tokens=_MIN_TOKENS, min_groups=10)
     if not known:
-        raise CutawayError(f"--probe letters: no letter begins {_LEAST_TOKENS} tokens of these rows; give more rows")
-    chosen = np.flatnonzero(letters != "")[:_MOST_TOKENS]
+        raise CutawayError(f"--probe letters: no letter begins {_MIN_TOKENS} tokens of these rows; give more rows")
+    chosen = np.flatnonzero(letters != "")[:_MAX_TOKENS]
     known = sorted(known, key=lambda letter: -int((letters[chosen] == letter).sum()))[:_LETTERS]
     for letter in known:
         has, what = letters[chosen] == letter, f"tokens that begin with {letter!r}"
@@ -343,23 +343,23 @@ def _sections(one: Judged) -> "list[tuple[str, str, Markup]]":
     dense = ", ".join(str(some.n_dense) for some in judged.latents)
     drawing = line_svg(
         series=density,
-        title="How often latents fire",
-        x_label=f"share of {judged.n_tokens:,} tokens on which a latent fires",
+        title="How often latents are active",
+        x_label=f"share of {judged.n_tokens:,} tokens on which a latent is active",
         y_label="latents in half a power of ten",
         log_x=True,
     )
     sections.append(
         (
-            "how often latents fire",
-            f"Latents that never fired are not drawn: {dead} of {judged.dictionaries[0].d_sae:,} (random directions: "
-            f"{judged.control_latents.n_dead}). On more than 10 % of tokens fire {dense} (random directions: "
+            "how often latents are active",
+            f"Never active, and not drawn, are {dead} of {judged.dictionaries[0].d_sae:,} latents (random directions: "
+            f"{judged.control_latents.n_dead}). Active on more than 10 % of tokens are {dense} (random directions: "
             f"{judged.control_latents.n_dense}).",
             Markup(drawing) + line_legend(density),
         )
     )
     for sides in judged.sides:
         middles, counts = sides.histogram()
-        share: list[Any] = [{"name": "latents that fire", "x": middles, "y": counts}]
+        share: list[Any] = [{"name": "active latents", "x": middles, "y": counts}]
         text = (
             f"0 is a latent of {sides.labels[0]} alone, 1 of {sides.labels[1]} alone; decoder norms in units of each "
             f"side's spread."
@@ -370,7 +370,7 @@ def _sections(one: Judged) -> "list[tuple[str, str, Markup]]":
         shown = Markup("").join(effect_html(effect.to_json()) for effect in sides.effects.values())
         sections.append((f"{sides.labels[0]} and {sides.labels[1]}", text, Markup(drawn) + shown))
     if one.probing:
-        sections.append(("what few latents tell", _PROBE_NOTE, _probe_table(one.probing)))
+        sections.append(("what few latents predict", _PROBE_NOTE, _probe_table(one.probing)))
     if one.absorption:
         sections.append(("absorption", _ABSORPTION_NOTE, _absorption_table(one.absorption)))
     heads, rows = judged.table()
@@ -379,12 +379,12 @@ def _sections(one: Judged) -> "list[tuple[str, str, Markup]]":
 
 
 _PROBE_NOTE = (
-    "Held-out F1 of a logistic regression on the k latents that tell the label best, chosen on the training folds; no "
-    "group (a text, a name, a token) stands on both sides of a fold. Beside it the same k of a random dictionary, a "
+    "Held-out F1 of a logistic regression on the k latents that predict the label best, chosen on the training folds; "
+    "no group (a text, a name, a token) stands on both sides of a fold. Beside it the same k of a random dictionary, a "
     "logistic regression on the whole activation, and always saying yes."
 )
 _ABSORPTION_NOTE = (
-    "Share of the tokens whose letter a probe of the whole activation tells, on which the letter's own latents are "
+    "Share of the tokens whose letter a probe of the whole activation finds, on which the letter's own latents are "
     "silent and one other latent writes most of what lies along the probe. Beside it a random dictionary, and random "
     "directions in place of the probe's. Where the probe's F1 is low the rate means little."
 )

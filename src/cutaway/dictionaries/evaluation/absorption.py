@@ -5,7 +5,7 @@ After Chanin et al. 2024 ("A is for absorption", arXiv 2409.14507), with project
     1. A logistic regression on the whole activation gives the concept's direction p (unit length, in x's own units).
     2. k-sparse probes find the concept's latents: the one best latent, and one more as long as it raises the held-out
        F1 by more than 0.03. Two or more is *splitting*.
-    3. On a held-out token that has the concept, and that the probe of 1 tells, the concept is *absorbed* when
+    3. On a held-out token that has the concept, and that the probe of 1 finds, the concept is *absorbed* when
        all of those latents are silent, and of the active latents i one accounts for most of what is written along p:
        its share a_i⟨d_i, p⟩ / Σ_j max(0, a_j⟨d_j, p⟩) is at least 0.4, is the largest, and cos(d_i, p) ≥ 0.1 (signed).
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
 
 SPLIT_GAIN = 0.03  # how much F1 a further latent must add to count as a part of the concept
-MOST_SPLIT = 10
+MAX_SPLIT = 10
 SHARE = 0.4  # of what is written along the probe, by one latent
 COSINE = 0.1  # of that latent's decoder row with the probe
 RANDOM = "a random dictionary"
@@ -48,7 +48,7 @@ _DRAWS = 20
 class Absorption:
     """One concept in S dictionaries that differ in their seed.
 
-    `rate`: share of the held-out positives that the dense probe tells which are absorbed. `missed`: share of them on
+    `rate`: share of the held-out positives that the dense probe finds which are absorbed. `missed`: share of them on
     which the concept's latents are silent, absorbed or not. `split` [S]: how many latents are the concept's (mean over
     folds; 1 is no splitting). `latents` [S]: those of the fold that found the most. `absorbers` [S]: latents that took
     over, with how often. `probe_f1`: held-out F1 of the dense probe: where it is low the rest means little.
@@ -115,15 +115,15 @@ def absorption(
     splits = fold_splits(target, numbers, folds, what, seed)
     values = x.float().cpu().numpy()
     probes = [dense_probe(values[train], target[train], numbers[train]) for train, _ in splits]
-    told = np.zeros(len(x), dtype=bool)
+    guessed = np.zeros(len(x), dtype=bool)
     for (_, test), probe in zip(splits, probes, strict=True):
-        told[test] = probe.guesses(values[test])[1]
+        guessed[test] = probe.guesses(values[test])[1]
     generator = np.random.default_rng(seed)
     directions = [probe.direction for probe in probes if probe.direction is not None]
     chance = [[_unit(generator.standard_normal(x.shape[1])) for _ in probes] for _ in range(_DRAWS)]
     random = [random_dictionary(one, x, seed + i) for i, one in enumerate(some)]
     codes = [sparse_codes(one, x) for one in some]
-    asked = told & target
+    asked = guessed & target
     ground = _Ground(target, asked, splits)
     mine = [_judged(one, code, ground, directions) for one, code in zip(some, codes, strict=True)]
     by_chance = [_judged(one, sparse_codes(one, x), ground, directions) for one in random]
@@ -165,7 +165,7 @@ def absorption(
         split=tuple(float(np.mean([len(latents) for latents in found.latents_by_fold])) for found in mine),
         latents=tuple(max(found.latents_by_fold, key=len) for found in mine),
         absorbers=tuple(tuple(Counter(found.by[found.by >= 0].tolist()).most_common(5)) for found in mine),
-        probe_f1=_f1(told, target),
+        probe_f1=_f1(guessed, target),
         curve=tuple(found.curve for found in mine),
     )
 
@@ -175,7 +175,7 @@ _Columns = Sequence[np.ndarray]  # one number an example, for each of several di
 
 @dataclass(frozen=True, eq=False)
 class _Ground:
-    """Which examples have the concept, which of them are asked about (the dense probe tells them), and the folds."""
+    """Which examples have the concept, which of them are asked about (the dense probe finds them), and the folds."""
 
     target: np.ndarray
     asked: np.ndarray
@@ -242,7 +242,7 @@ def concept_latents(
     fit, check = train[np.arange(len(train)) % 3 != 0], train[np.arange(len(train)) % 3 == 0]
     if not target[fit].any() or not target[check].any():
         fit = check = train
-    ranked = best_latents(code[fit], target[fit], MOST_SPLIT + 1)
+    ranked = best_latents(code[fit], target[fit], MAX_SPLIT + 1)
     scores = []
     n = 1
     for k in range(1, len(ranked) + 1):

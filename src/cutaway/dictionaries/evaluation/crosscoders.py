@@ -6,9 +6,9 @@ activations of one model would else make every latent look like its own. Shares 
 0.9 and more to B, from 0.4 to 0.6 shared.
 
 The norm alone exaggerates: the L1 penalty removes a decoder that would still have explained something (*shrinkage*),
-and writes one concept as two latents, one a side (*decoupling*). Both are told by latent scaling (Minder et al. 2025,
-arXiv 2504.02922). For a latent j exclusive to B with activations f and direction d_B, β is the least-squares factor of
-f·d_B in a target, and ν compares A with B:
+and writes one concept as two latents, one per side (*decoupling*). Both are found by latent scaling (Minder et al.
+2025, arXiv 2504.02922). For a latent j exclusive to B with activations f and direction d_B, β is the least-squares
+factor of f·d_B in a target, and ν compares A with B:
 
     ν_error           β in what the *other* latents leave unexplained. Near 1: the concept is in A as well, unexplained
     ν_reconstruction  β in the reconstruction. Near 1: other latents write it in A
@@ -35,7 +35,7 @@ EXCLUSIVE = 0.1  # at most this share of one side, or one less this
 SHARED = (0.4, 0.6)
 SHRUNK = 0.2  # ν_error from which a latent is in the other side's error too
 DECOUPLED = 0.5  # ν_reconstruction from which others write it there
-LEAST_FIRINGS = 10
+MIN_ACTIVE = 10
 _TOKENS_AT_ONCE = 4096
 
 
@@ -45,8 +45,8 @@ class Sides:
 
     `share` [F]: B's share of the decoder norm; `cosine` [F]: signed cosine of the two decoder rows (NaN where widths
     differ); `nu_error`, `nu_reconstruction` [F]: latent scaling of the latent's own side into the other (see the
-    module), NaN where widths differ or it fired on fewer than 10 tokens; `firings` [F]. `effects` by name, each beside
-    the same latents with their A sides shuffled.
+    module), NaN where widths differ or it was active on fewer than 10 tokens; `n_active` [F]: on how many tokens each
+    is. `effects` by name, each beside the same latents with their A sides shuffled.
     """
 
     labels: tuple[str, str]
@@ -54,25 +54,25 @@ class Sides:
     cosine: Tensor
     nu_error: Tensor
     nu_reconstruction: Tensor
-    firings: Tensor
+    n_active: Tensor
     effects: dict[str, Effect]
 
     def exclusive(self, side: int) -> Tensor:
-        """Latents that fire and whose norm is exclusive to a side (0: A, 1: B): bool [F]."""
+        """Active latents whose norm is exclusive to a side (0: A, 1: B): bool [F]."""
         of = self.share <= EXCLUSIVE if side == 0 else self.share >= 1 - EXCLUSIVE
-        return of & (self.firings > 0)
+        return of & (self.n_active > 0)
 
     @property
     def shared(self) -> Tensor:
-        """Latents that fire and have about as long a decoder on either side: bool [F]."""
-        return (self.share >= SHARED[0]) & (self.share <= SHARED[1]) & (self.firings > 0)
+        """Active latents that have about as long a decoder on either side: bool [F]."""
+        return (self.share >= SHARED[0]) & (self.share <= SHARED[1]) & (self.n_active > 0)
 
     def artefact(self, side: int) -> Tensor:
         """Exclusive by norm, but present on the other side by latent scaling: bool [F]."""
         return self.exclusive(side) & ((self.nu_error >= SHRUNK) | (self.nu_reconstruction >= DECOUPLED))
 
     def measured(self, side: int) -> Tensor:
-        """Exclusive by norm, and fired often enough for latent scaling: bool [F]."""
+        """Exclusive by norm, and active often enough for latent scaling: bool [F]."""
         return self.exclusive(side) & self.nu_error.isfinite()
 
     def warnings(self) -> list[str]:
@@ -90,13 +90,13 @@ class Sides:
             if all_ > tried:
                 found.append(
                     f"{all_ - tried} of the {all_} latents exclusive to {label} by norm could not be checked: they "
-                    f"fired on fewer than {LEAST_FIRINGS} tokens, or the widths differ"
+                    f"were active on fewer than {MIN_ACTIVE} tokens, or the widths differ"
                 )
         return found
 
     def histogram(self, bins: int = 20) -> tuple[list[float], list[int]]:
-        """Middles of equal bins of the share from 0 to 1, and how many latents that fire lie in each."""
-        counts, edges = np.histogram(self.share[self.firings > 0].numpy(), bins=bins, range=(0, 1))
+        """Middles of equal bins of the share from 0 to 1, and how many latents that are active lie in each."""
+        counts, edges = np.histogram(self.share[self.n_active > 0].numpy(), bins=bins, range=(0, 1))
         return ((edges[1:] + edges[:-1]) / 2).tolist(), counts.tolist()
 
     def to_json(self) -> dict[str, Any]:
@@ -138,21 +138,21 @@ def compare_sides(
     share = norms[1] / (norms[0] + norms[1]).clamp_min(torch.finfo(torch.float32).tiny)
     same_width = rows[0].shape[1] == rows[1].shape[1]
     cosine = torch.cosine_similarity(*rows, dim=1) if same_width else torch.full_like(share, float("nan"))
-    firings, nu = _latent_scaling(dictionary, x, y, parts, scales, rows, share, same_width)
-    found = Sides((names[sides[0]], names[sides[1]]), share, cosine, *nu, firings, {})
+    n_active, nu = _latent_scaling(dictionary, x, y, parts, scales, rows, share, same_width)
+    found = Sides((names[sides[0]], names[sides[1]]), share, cosine, *nu, n_active, {})
     found.effects.update(_effects(found, rows, norms, same_width, seed))
     return found
 
 
 def _effects(found: Sides, rows: list[Tensor], norms: list[Tensor], same_width: bool, seed: int) -> dict[str, Effect]:
     """Shares of latents, and the cosine of shared ones, beside the A sides given to other latents."""
-    fires = found.firings > 0
-    n = int(fires.sum())
+    alive = found.n_active > 0
+    n = int(alive.sum())
     if not n:
         return {}
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-    alive = [norm[fires] for norm in norms]
-    shuffled = alive[1] / (alive[0][order] + alive[1]).clamp_min(torch.finfo(torch.float32).tiny)
+    lengths = [norm[alive] for norm in norms]
+    shuffled = lengths[1] / (lengths[0][order] + lengths[1]).clamp_min(torch.finfo(torch.float32).tiny)
     control = "A sides shuffled among latents"
     a, b = found.labels
     effects: dict[str, Effect] = {}
@@ -166,8 +166,8 @@ def _effects(found: Sides, rows: list[Tensor], norms: list[Tensor], same_width: 
             f"{label}, by decoder norm", [int(mask.sum())], n, {control: [int(by_chance.sum())]}
         )
     if same_width and found.shared.any():
-        left = torch.nn.functional.normalize(rows[0][fires][order], dim=1)
-        right = torch.nn.functional.normalize(rows[1][fires], dim=1)
+        left = torch.nn.functional.normalize(rows[0][alive][order], dim=1)
+        right = torch.nn.functional.normalize(rows[1][alive], dim=1)
         chance = (left * right).sum(1).double().numpy()
         shared = found.cosine[found.shared].double().numpy()
         effects["shared_cosine"] = Effect(
@@ -194,9 +194,11 @@ def _latent_scaling(
     share: Tensor,
     same_width: bool,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Firings [F], and ν_error, ν_reconstruction [F] from each latent's longer side into the other."""
+    """On how many tokens each latent is active [F], and ν_error, ν_reconstruction [F] from each latent's longer side
+    into the other.
+    """
     n_latents = dictionary.d_sae
-    firings = torch.zeros(n_latents, dtype=torch.int64)
+    n_active = torch.zeros(n_latents, dtype=torch.int64)
     own = torch.where((share > 0.5)[:, None], rows[1], rows[0]) if same_width else None
     sums = torch.zeros(2, 2, n_latents, dtype=torch.float64)  # [error or reconstruction, side, latent]
     square = torch.zeros(n_latents, dtype=torch.float64)
@@ -204,7 +206,7 @@ def _latent_scaling(
         some = slice(start, start + _TOKENS_AT_ONCE)
         values, latents = dictionary.encode_sparse(x[some])
         active = values > 0
-        firings += torch.bincount(latents[active], minlength=n_latents).cpu()
+        n_active += torch.bincount(latents[active], minlength=n_latents).cpu()
         if own is None:
             continue
         written = dictionary.decode_sparse(values, latents, x[some])
@@ -218,7 +220,7 @@ def _latent_scaling(
                 sums[kind, side] += places.latent_sums((products * flat).double()).cpu()
     if own is None:
         nothing = torch.full((n_latents,), float("nan"))
-        return firings, (nothing, nothing)
+        return n_active, (nothing, nothing)
     own = own.cpu().double()
     for side in (0, 1):  # what the others leave unexplained: the latent's own part is added back to the error
         sums[0, side] += square * (own * rows[side].cpu().double()).sum(1)
@@ -229,6 +231,6 @@ def _latent_scaling(
         here, there = sums[kind][mine, latent], sums[kind][1 - mine, latent]
         ratio = there / here
         # a latent that its own side does not need has no scale to compare with
-        ratio[(firings < LEAST_FIRINGS) | ~(here > 0)] = float("nan")
+        ratio[(n_active < MIN_ACTIVE) | ~(here > 0)] = float("nan")
         ratios.append(ratio.float())
-    return firings, (ratios[0], ratios[1])
+    return n_active, (ratios[0], ratios[1])

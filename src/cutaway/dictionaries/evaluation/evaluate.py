@@ -19,7 +19,7 @@ from cutaway.data.harvest.activations import as_tokens
 from cutaway.dictionaries.dictionary import Dictionary, random_dictionary
 from cutaway.dictionaries.evaluation.figures import RECONSTRUCTION, SPLICED, Tables, effect, statistics_of
 from cutaway.dictionaries.evaluation.latents import DENSE
-from cutaway.dictionaries.ports import Bench, Models, PortValues, batches, bench, harvest_ports
+from cutaway.dictionaries.ports import ModelPorts, Models, PortValues, batches, harvest_ports, model_ports
 from cutaway.dictionaries.selectors import ReLU
 from cutaway.model.forward.run import Run
 from cutaway.model.tokens import next_tokens
@@ -33,11 +33,12 @@ _TOKENS_AT_ONCE = 4096
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`effects` by name, each beside its controls; `frequency` [F]: share of the tokens on which each latent fires.
+    """`effects` by name, each beside its controls; `frequency` [F]: share of the tokens on which each latent is active.
 
-    `dead`: share of latents that never fired on these `n_tokens`; `dense`: share that fire on more than 10 % of them.
-    `ce`: mean cross-entropy in nats of the model as it is, and with the site replaced. `parts` has a crosscoder's
-    figures output by output and, where there are several, model by model; `effects` are over all of them together.
+    `dead`: share of latents that were never active on these `n_tokens`; `dense`: share that are active on more than 10
+    % of them. `ce`: mean cross-entropy in nats of the model as it is, and with the site replaced. `parts` has a
+    crosscoder's figures output by output and, where there are several, model by model; `effects` are over all of them
+    together.
     """
 
     effects: dict[str, Effect]
@@ -76,7 +77,7 @@ def evaluate(
     CE_clean), and (KL_ablated − KL_spliced) / KL_ablated. The control is a dictionary of random unit directions with
     the same L0 and a fitted gain; for a transcoder also the best affine map, which has no latents at all. `high_norm`
     leaves out positions whose vector is longer than so many times the site's median. Raises `CutawayError` without
-    rows, and as `bench` and `harvest_ports`.
+    rows, and as `model_ports` and `harvest_ports`.
     """
     measured = measure(models, [dictionary], rows, spliced_rows=spliced_rows, high_norm=high_norm, seed=seed)
     frequency = measured.frequency()[0]
@@ -97,12 +98,12 @@ def evaluate(
 
 
 @dataclass(frozen=True, eq=False)
-class Measured:
+class RowSums:
     """Per-row sums of S dictionaries and of their controls, for everything together ("") and part by part.
 
     `trained[scope][kind]` and `controls[name][scope][kind]` are tables [S, rows, columns] (`kind` is "reconstruction"
-    or "spliced", see `figures.py`); `counts` [S, F]: on how many of the tokens each latent fired, and likewise those of
-    the controls. `values` are the activations.
+    or "spliced", see `figures.py`); `counts` [S, F]: on how many of the tokens each latent was active, and likewise
+    those of the controls. `values` are the activations.
     """
 
     trained: dict[str, dict[str, Tables]]
@@ -110,14 +111,14 @@ class Measured:
     counts: Tensor
     control_counts: dict[str, Tensor]
     values: PortValues
-    bench: Bench
+    ports: ModelPorts
 
     @property
     def n_tokens(self) -> int:
         return len(self.values.x)
 
     def frequency(self) -> Tensor:
-        """Share of the tokens on which each latent fires, float64 [S, F]."""
+        """Share of the tokens on which each latent is active, float64 [S, F]."""
         return self.counts.double() / self.n_tokens
 
     def effects(self, scope: str = ALL) -> tuple[dict[str, Effect], dict[str, tuple[float, ...]]]:
@@ -159,7 +160,7 @@ def measure(
     spliced_rows: int = 32,
     high_norm: float | None = None,
     seed: int = 0,
-) -> Measured:
+) -> RowSums:
     """The sums that figures are made of, for dictionaries of the same sites; each gets a control of its own seed.
 
     Activations, the clean run and the ablations are computed once for all. Raises as `evaluate`, and when the
@@ -176,7 +177,7 @@ def measure(
                 f"{other} and {first} differ in more than their seed: judge dictionaries of one size and of the same "
                 "sites together"
             )
-    where = bench(models, first)
+    where = model_ports(models, first)
     values = harvest_ports(models, first, rows, high_norm=high_norm, where=where)
     subjects = {"": list(dictionaries), **_controls(dictionaries, values, seed)}
     mean = values.y.mean(0)
@@ -197,7 +198,7 @@ def measure(
             for scope, table in by_scope.items():
                 tables[name].setdefault(scope, {})["spliced"] = table
     trained, trained_counts = tables.pop(""), counts.pop("")
-    return Measured(trained, tables, trained_counts, counts, values, where)
+    return RowSums(trained, tables, trained_counts, counts, values, where)
 
 
 def _ports(dictionary: Dictionary) -> tuple[tuple[str, int], ...]:
@@ -213,7 +214,7 @@ def _controls(dictionaries: Sequence[Dictionary], values: PortValues, seed: int)
 
 
 def affine_dictionary(like: Dictionary, x: Tensor, y: Tensor) -> Dictionary:
-    """The best affine map from x [n, d_in] to y [n, d_out], as a dictionary whose one latent never fires.
+    """The best affine map from x [n, d_in] to y [n, d_out], as a dictionary whose one latent is never active.
 
     What a transcoder explains beyond it is what its latents are for. Fitted on the tokens that it is judged on, which
     flatters it (a little, where there are many more tokens than dimensions).
@@ -240,7 +241,9 @@ def affine_dictionary(like: Dictionary, x: Tensor, y: Tensor) -> Dictionary:
 def _reconstruction(
     dictionary: Dictionary, values: PortValues, mean: Tensor, scopes: Mapping[str, slice]
 ) -> tuple[dict[str, Tables], Tensor]:
-    """Per scope and row the columns of `RECONSTRUCTION`, [rows, columns]; and each latent's firings, int64 [F]."""
+    """Per scope and row the columns of `RECONSTRUCTION`, [rows, columns]; and on how many tokens each latent is active,
+    int64 [F].
+    """
     counts = torch.zeros(dictionary.d_sae, dtype=torch.int64)
     per_token = {scope: torch.empty(len(values.x), len(RECONSTRUCTION), dtype=torch.float64) for scope in scopes}
     for start in range(0, len(values.x), _TOKENS_AT_ONCE):
@@ -271,7 +274,7 @@ def _reconstruction(
 
 
 def _spliced(
-    where: Bench, subjects: Mapping[str, Sequence[Dictionary]], rows: Tensor, values: PortValues, mean: Tensor
+    where: ModelPorts, subjects: Mapping[str, Sequence[Dictionary]], rows: Tensor, values: PortValues, mean: Tensor
 ) -> dict[str, dict[str, Tables]]:
     """Per subject and scope (all models together, and each of several) the columns of `SPLICED`: [S, rows, columns]."""
     names = where.model_names()
@@ -307,7 +310,7 @@ def _spliced(
 class _Splicing:
     """Runs a batch of rows again with something else at the written sites, and sums what that does to predictions."""
 
-    def __init__(self, where: Bench, rows: Tensor, keep: Tensor, runs: Sequence[Run]) -> None:
+    def __init__(self, where: ModelPorts, rows: Tensor, keep: Tensor, runs: Sequence[Run]) -> None:
         self.where, self.rows, self.keep, self.runs = where, rows, keep, runs
         # a token that is fed at a position that counts is what the site can change the prediction of
         real, answers = torch.ones_like(rows, dtype=torch.bool), min(lm.d_vocab for lm in where.models)

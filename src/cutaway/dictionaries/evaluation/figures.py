@@ -27,7 +27,7 @@ SPLICED = ("targets", "ce_clean", "ce_zero", "ce_mean", "ce_spliced", "kl_zero",
 
 # name: (what it is, units, what was done to the model)
 NAMES = {
-    "l0": ("active latents a token (L0)", "latents", "none"),
+    "l0": ("active latents per token (L0)", "latents", "none"),
     "variance_explained": ("variance explained, 1 − Σ‖x − x̂‖² / Σ‖x − x̄‖² over all tokens", "share", "none"),
     "fvu": ("fraction of variance unexplained, Σ‖x − x̂‖² / Σ‖x − x̄‖² over all tokens", "share", "none"),
     "cosine": ("signed cosine of x and x̂, mean over tokens", "cosine", "none"),
@@ -53,10 +53,10 @@ def statistics_of(columns: Sequence[str]) -> dict[str, Statistic]:
 
         return statistic
 
-    def recovered(measure: str, ablation: str, least: str | None) -> Statistic:
+    def recovered(measure: str, ablation: str, clean: str | None) -> Statistic:
         def statistic(sums: np.ndarray) -> np.ndarray:
             floor = sums[..., at[f"{measure}_{ablation}"]]
-            best = 0.0 if least is None else sums[..., at[least]]
+            best = 0.0 if clean is None else sums[..., at[clean]]
             found = sums[..., at["kl" if measure == "kl" else "ce_spliced"]]
             with np.errstate(divide="ignore", invalid="ignore"):
                 return (floor - found) / (floor - best)

@@ -53,14 +53,14 @@ class Frontier:
     points: tuple[Point, ...]
 
     def rows(self) -> list[list[str | float]]:
-        """One row a point: line, label, and the figures that are there."""
+        """One row per point: line, label, and the figures that are there."""
         return [
             [point.line, point.label, *(one.value if (one := point.effects.get(name)) else nan for name in _COLUMNS)]
             for point in self.points
         ]
 
     def series(self, fidelity: str) -> list[Series]:
-        """One curve a line, and a grey one of the controls, unless it would flatten the others (see `aside`)."""
+        """One curve per line, and a grey one of the controls, unless it would flatten the others (see `aside`)."""
         found: list[Series] = []
         for line in dict.fromkeys(point.line for point in self.points):
             own = [point for point in self.points if point.line == line and fidelity in point.effects]
@@ -104,7 +104,7 @@ class Frontier:
         return line_svg(
             series=self.series(fidelity),
             title=f"{label} by L0",
-            x_label="active latents a token (L0)",
+            x_label="active latents per token (L0)",
             y_label=label,
             log_x=True,
         )

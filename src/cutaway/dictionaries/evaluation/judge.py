@@ -24,7 +24,7 @@ from cutaway.artifacts.files import plain
 from cutaway.artifacts.results import Effect, interval_text
 from cutaway.dictionaries.dictionary import Dictionary, random_dictionary
 from cutaway.dictionaries.evaluation.crosscoders import Sides, compare_sides
-from cutaway.dictionaries.evaluation.evaluate import ALL, RANDOM, Measured, measure
+from cutaway.dictionaries.evaluation.evaluate import ALL, RANDOM, RowSums, measure
 from cutaway.dictionaries.evaluation.figures import NAMES, SPLICED, mean_effect, share_effect, summary
 from cutaway.dictionaries.evaluation.frontier import Point
 from cutaway.dictionaries.evaluation.latents import DENSE, LatentStatistics, latent_statistics
@@ -39,7 +39,7 @@ SHUFFLED = "encoders given to other latents"
 class Judgement:
     """Of S dictionaries that differ in their seed.
 
-    `effects` by name and `per_seed` values [S] (of stability: one a pair of seeds); `parts` the figures of a
+    `effects` by name and `per_seed` values [S] (of stability: one per pair of seeds); `parts` the figures of a
     crosscoder's outputs and models. `latents` [S], and `control_latents`: those of a random dictionary. `ce`: mean
     cross-entropies in nats. `sides`: a crosscoder's outputs in pairs. `values`: the activations, for what else is to be
     asked of them. `notes`: what makes a figure mean less than it seems.
@@ -168,7 +168,7 @@ def judge(
     if len(some[0].outputs) > 1:
         n = len(some[0].outputs)
         pairs = itertools.combinations(range(n), 2) if n <= 3 else itertools.pairwise(range(n))
-        labels = measured.bench.labels()
+        labels = measured.ports.labels()
         x, y = measured.values.x, measured.values.y
         sides = tuple(compare_sides(some[0], x, y, sides=pair, labels=labels, seed=seed) for pair in pairs)
     return Judgement(
@@ -188,7 +188,7 @@ def judge(
     )
 
 
-def _idle_ablations(measured: Measured) -> list[str]:
+def _idle_ablations(measured: RowSums) -> list[str]:
     """A sentence for each ablation that the model hardly minds: what is recovered of next to nothing says nothing."""
     table = measured.trained[ALL].get("spliced")
     if table is None:
@@ -213,7 +213,7 @@ def _latent_effects(
     dictionaries: Sequence[Dictionary],
     latents: Sequence[LatentStatistics],
     control: LatentStatistics,
-    measured: Measured,
+    measured: RowSums,
     seed: int,
 ) -> dict[str, tuple[Effect, tuple[float, ...]]]:
     """Dead and dense latents, and how decoders lie, beside random directions."""
@@ -222,13 +222,13 @@ def _latent_effects(
     tokens = measured.n_tokens
     found = {
         "dead": share_effect(
-            f"dead latents: fire on none of the {tokens:,} tokens",
+            f"dead latents: active on none of the {tokens:,} tokens",
             [one.n_dead for one in latents],
             n_latents,
             {RANDOM: (counts == 0).sum(1).tolist()},
         ),
         "dense": share_effect(
-            f"dense latents: fire on more than {DENSE:.0%} of the {tokens:,} tokens",
+            f"dense latents: active on more than {DENSE:.0%} of the {tokens:,} tokens",
             [one.n_dense for one in latents],
             n_latents,
             {RANDOM: (counts.double() / tokens > DENSE).sum(1).tolist()},

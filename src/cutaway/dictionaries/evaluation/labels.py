@@ -37,10 +37,10 @@ def states_of_cities(lm: LanguageModel, n_states: int = 8) -> tuple[list[str], l
             whole.append(city)
     counts = Counter(city.state.name for city in whole)
     chosen = set(sorted(counts, key=lambda state: (-counts[state], state))[:n_states])
-    told = [
+    texts = [
         (frame.format(f" {city.name}"), city) for city in whole if city.state.name in chosen for frame in _CITY_FRAMES
     ]
-    return [text for text, _ in told], [city.state.name for _, city in told], [city.name for _, city in told]
+    return [text for text, _ in texts], [city.state.name for _, city in texts], [city.name for _, city in texts]
 
 
 def counted_ids(rows: Tensor, values: PortValues) -> Tensor:
@@ -48,11 +48,11 @@ def counted_ids(rows: Tensor, values: PortValues) -> Tensor:
     return rows[values.keep]
 
 
-def frequent(labels: np.ndarray, groups: np.ndarray, *, least: int, least_groups: int) -> list[str]:
-    """Labels ("" left out) that at least `least` tokens in `least_groups` groups have, sorted."""
+def frequent(labels: np.ndarray, groups: np.ndarray, *, min_tokens: int, min_groups: int) -> list[str]:
+    """Labels ("" left out) that at least `min_tokens` tokens in `min_groups` groups have, sorted."""
     found = []
     for label in np.unique(labels):
         has = labels == label
-        if label and has.sum() >= least and len(np.unique(groups[has])) >= least_groups:
+        if label and has.sum() >= min_tokens and len(np.unique(groups[has])) >= min_groups:
             found.append(str(label))
     return found

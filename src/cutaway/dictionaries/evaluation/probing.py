@@ -1,9 +1,9 @@
-"""k-sparse probing: how well do k latents tell a label? (Gurnee et al. 2023, arXiv 2305.01610)
+"""k-sparse probing: how well do k latents predict a label? (Gurnee et al. 2023, arXiv 2305.01610)
 
 The k latents are chosen on the training folds alone, by the mean difference of their activations between the label and
 the rest in units of their standard deviation, or by an L1-penalised linear classifier; a logistic regression on those k
 is fitted there too, and predicts the held-out fold. No group stands on both sides of a fold. With more than two classes
-each is told from the rest, and figures are means over classes.
+each stands against the rest, and figures are means over classes.
 
 Every figure stands beside the same k latents of a random dictionary of the same size and L0, a logistic regression on
 the whole activation (what a linear probe could reach), and what needs no activation: the more frequent class for the
@@ -70,14 +70,14 @@ class Probing:
     def __str__(self) -> str:
         lines = [f"{self.what}: {self.n:,} examples in {self.n_groups} groups, latents chosen by {self.selection}"]
         for k, effects in self.effects.items():
-            told = []
+            parts = []
             for name, one in effects.items():
                 floor, random, whole = (control.value for control in one.controls)
-                told.append(
+                parts.append(
                     f"{name.replace('f1', 'F1')} {one.value:.3f} {interval_text(one.interval)} (random dictionary "
                     f"{random:.3f}, whole activation {whole:.3f}, {NO_ACTIVATION[name]} {floor:.3f})"
                 )
-            lines.append(f"  k = {k:>2}: {'; '.join(reversed(told))}")
+            lines.append(f"  k = {k:>2}: {'; '.join(reversed(parts))}")
         return "\n".join(lines)
 
 
@@ -177,7 +177,7 @@ def sparse_codes(dictionary: Dictionary, x: Tensor) -> "csr_matrix":
 def best_latents(
     code: "csr_matrix", target: np.ndarray, k: int, selection: Selection = "mean-difference"
 ) -> np.ndarray:
-    """The k latents that tell `target` (bool [n]) best by activations [n, F], best first."""
+    """The k latents that predict `target` (bool [n]) best by activations [n, F], best first."""
     ranked = _by_mean_difference(code, target)
     if selection == "mean-difference":
         return ranked[:k]
@@ -321,15 +321,15 @@ def _logistic(strength: float) -> Any:
 
 
 def _targets(labels: Sequence[Any] | np.ndarray, n: int) -> tuple[tuple[str, ...], np.ndarray]:
-    """Names of the classes to tell from the rest (of two only the last), and bool [classes, n]."""
+    """Names of the classes that stand against the rest (of two only the last), and bool [classes, n]."""
     given = np.asarray(labels)
     if len(given) != n:
         raise CutawayError(f"there are {n} activations but {len(given)} labels; give one for each")
     classes = np.unique(given)
     if len(classes) < 2:
         raise CutawayError("every label is the same; a probe needs at least two classes")
-    told = classes[1:] if len(classes) == 2 else classes
-    return tuple(str(one) for one in told), np.stack([given == one for one in told])
+    chosen = classes[1:] if len(classes) == 2 else classes
+    return tuple(str(one) for one in chosen), np.stack([given == one for one in chosen])
 
 
 def fold_splits(

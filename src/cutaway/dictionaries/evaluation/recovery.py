@@ -161,7 +161,7 @@ def recovery_study(
     """Train on the two toys for several seeds and on the grids: a few minutes on two cores.
 
     TopK with as many latents active as features are (3 where that varies from 2 to 4), 128 latents for the toys and 64
-    for the grids, 256 tokens a step, `scored` held-out tokens. A seed is both the world's and the dictionary's.
+    for the grids, 256 tokens per step, `scored` held-out tokens. A seed is both the world's and the dictionary's.
     """
 
     def one(name: str, world: World, d_sae: int, k: int, budget: int, place: int) -> Recovery:

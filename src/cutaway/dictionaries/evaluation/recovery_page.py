@@ -27,7 +27,7 @@ def recovery_sections(study: RecoveryStudy) -> list[Section]:
         (
             "Two toys side by side",
             "A dictionary of 128 latents (TopK 3) looks for 32 features, 2 to 4 of them active. In 8 dimensions with "
-            "random signs the features cannot be told: the highest cosine of a feature with any latent is "
+            "random signs the features cannot be found: the highest cosine of a feature with any latent is "
             f"{hard.scores.nearest_signed:.2f}, but with any of 128 random directions it is already "
             f"{hard.control.nearest_signed:.2f}, and assigned one to one {hard.scores.recovered} of 32 are above 0.9. "
             f"In 20 dimensions with non-negative values {easy.scores.recovered} of 32 are found. One seed; ± is a "
@@ -42,8 +42,8 @@ def recovery_sections(study: RecoveryStudy) -> list[Section]:
         (
             "Where recovery breaks down",
             "How many of 32 non-negative features get a latent of their own with a signed cosine above 0.9 (TopK, 64 "
-            "latents, one seed a cell). Below: the same with random signs, where a feature needs two latents and every "
-            "latent is one half of it.",
+            "latents, one seed per cell). Below: the same with random signs, where a feature needs two latents and "
+            "every latent is one half of it.",
             Markup("<br>").join(
                 _grid(study, grid, lambda cell: cell.scores.recovered, f"Recovered features, {name}", name)
                 for name, grid in (("non-negative", study.grid), ("random signs", study.signed_grid))

@@ -107,7 +107,7 @@ def stability(
 ) -> tuple[dict[str, Effect], dict[str, tuple[float, ...]]]:
     """Matched decoder cosine of every pair of dictionaries of different seeds, and the share of latents found again.
 
-    `alive` are masks [F], one a dictionary: dead latents, which are where they began, are left out. Returns "cosine"
+    `alive` are masks [F], one per dictionary: dead latents, which are where they began, are left out. Returns "cosine"
     and "found_again" as effects beside two random dictionaries of the same sizes, and the values pair by pair. The
     interval is over pairs and latents. Raises `CutawayError` with fewer than two dictionaries, or as `match_rows`.
     """
@@ -157,7 +157,7 @@ def stability(
 
 
 def _per_latent(matched: Matched, name: str) -> np.ndarray:
-    """One number a latent of the smaller dictionary; for "cosine" one a matched pair."""
+    """One number per latent of the smaller dictionary; for "cosine" one per matched pair."""
     if name == "cosine":
         return matched.cosine.double().numpy()
     same = np.zeros(matched.n)

@@ -38,7 +38,7 @@ _SPELLINGS: dict[str, tuple[str, ...]] = {
 }
 ROLES = (*_SPELLINGS, "subtract_b_dec")
 _DIMS = {"W_enc": 2, "W_dec": 2, "W_skip": 2}
-_BESIDE = "sparsity.safetensors"  # firing frequencies, in SAELens' layout
+_BESIDE = "sparsity.safetensors"  # frequencies of activation, in SAELens' layout
 _SPARSIFY = {"encoder.weight", "encoder.bias", "W_dec", "b_dec"}  # its k stands in its settings alone
 
 

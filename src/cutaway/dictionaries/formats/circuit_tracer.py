@@ -1,4 +1,4 @@
-"""circuit-tracer: a set of transcoders, one a layer: `config.yaml` and `layer_{n}.safetensors`.
+"""circuit-tracer: a set of transcoders, one per layer: `config.yaml` and `layer_{n}.safetensors`.
 
     W_enc [F, d], W_dec [F, d_out], b_enc [F], b_dec [d_out]; perhaps W_skip [d_out, d] and
     activation_function.threshold [F]; k
@@ -150,7 +150,7 @@ def _selector(source: Source, n_latents: int) -> Selector:
 
 
 def write(dictionaries: Sequence[Dictionary], folder: Path) -> None:
-    """Write a set into an existing, empty folder: one transcoder a layer."""
+    """Write a set into an existing, empty folder: one transcoder per layer."""
     import yaml
 
     files: dict[str, Dictionary] = {}
@@ -171,7 +171,7 @@ def write(dictionaries: Sequence[Dictionary], folder: Path) -> None:
                 "save it as format='cutaway'"
             )
         if f"layer_{layer}" in files:
-            raise CutawayError(f"two dictionaries are of layer {layer}: a set of circuit-tracer has one a layer")
+            raise CutawayError(f"two dictionaries are of layer {layer}: a set of circuit-tracer has one per layer")
         files[f"layer_{layer}"] = dictionary
         hooks.add((read_hook, write_hook))
     if len(hooks) != 1:
@@ -212,7 +212,7 @@ def _split(dictionary: Dictionary, site: str) -> tuple[int, str]:
     parts = hook_name(site).split(".", 2)
     if len(parts) != 3 or parts[0] != "blocks" or not parts[1].isdigit():
         raise CutawayError(
-            f"circuit-tracer's sets have one transcoder a layer, and {dictionary!r} is at {site!r}: save it as "
+            f"circuit-tracer's sets have one transcoder per layer, and {dictionary!r} is at {site!r}: save it as "
             "format='cutaway'"
         )
     return int(parts[1]), parts[2]

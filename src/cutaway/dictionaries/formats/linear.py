@@ -58,7 +58,7 @@ def fits_llama_scope(path: Path) -> bool:
 
 
 def read_archive(path: Path) -> Reading:
-    """Read one of the torch archives above, told apart by its keys."""
+    """Read one of the torch archives above, recognised by its keys."""
     source = Source(path, dict(read_tensors(path)))
     if "pre_bias" in source and "latent_bias" in source:
         return _openai(source)

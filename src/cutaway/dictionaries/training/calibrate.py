@@ -27,7 +27,7 @@ def calibrate(
     if not isinstance(dictionary.selector, ReLU | TopK | BatchTopK):
         raise CutawayError(f"a {dictionary.selector.name} dictionary has thresholds of its own")
     if not l0 > 0 or not math.isfinite(l0):
-        raise CutawayError(f"l0 = {l0}: a threshold is set for more than 0 active latents a token")
+        raise CutawayError(f"l0 = {l0}: a threshold is set for more than 0 active latents per token")
     room = 4.0
     while True:
         kept: list[Tensor] = []

@@ -3,7 +3,7 @@
 A batch is whole rows of tokens. The model runs on them once as it is; then, for each dictionary, from the lowest layer
 that it writes on with ŷ in place of y at the positions that count, and the term `EndToEnd` is
 
-    KL(model ‖ model with ŷ) = mean over those positions of Σ_v p_v (log p_v − log p̂_v)      nats a token
+    KL(model ‖ model with ŷ) = mean over those positions of Σ_v p_v (log p_v − log p̂_v)      nats per token
 
 Its gradient at ŷ comes from `lm.run(..., grad=)`, the model's weights have none.
 """

@@ -1,7 +1,7 @@
 """What a training will take, before it is begun: parameters, operations, memory, and time on this machine.
 
 Parameters, operations and memory are counted. Time is measured: a few real steps of each dictionary on random numbers,
-and one real forward of the model. Real activations make other latents fire than random numbers do, so it is a guess.
+and one real forward of the model. Real activations make other latents active than random numbers do, so it is a guess.
 """
 
 import time
@@ -29,8 +29,8 @@ _SHARE_OF_MEMORY = 0.8
 
 
 @dataclass(frozen=True)
-class OfOne:
-    """One dictionary. `flops`: operations of a token in a step, the least and the most (with every latent active);
+class DictionaryEstimate:
+    """One dictionary. `flops`: operations of a token in a step, min and max (max with every latent active);
     `state`: bytes of parameters, their gradients and Adam's two moments; `step`: seconds, if measured.
     """
 
@@ -45,12 +45,12 @@ class OfOne:
 
 @dataclass(frozen=True)
 class Estimate:
-    """All dictionaries, and what they share. Bytes; operations a token; seconds.
+    """All dictionaries, and what they share. Bytes; operations per token; seconds.
 
     `fresh`: tokens that the model has to be run on; `forward` operations and `forward_seconds` of one of them.
     """
 
-    dictionaries: tuple[OfOne, ...]
+    dictionaries: tuple[DictionaryEstimate, ...]
     tokens: int
     fresh: int
     forward: int
@@ -77,7 +77,7 @@ class Estimate:
         return {**asdict(self), "memory": self.memory, "seconds": self.seconds}
 
     def __str__(self) -> str:
-        heads = ["dictionary", "latents", "parameters", "operations a token", "memory", "ms a step"]
+        heads = ["dictionary", "latents", "parameters", "operations per token", "memory", "ms per step"]
         rows = [
             [
                 one.name,
@@ -124,7 +124,7 @@ def estimate(training: Training) -> Estimate:
         d_in, d_out = _width(source, job.reads), _width(source, job.writes or job.reads)
         parameters = job.config.parameters(d_in, d_out)
         found.append(
-            OfOne(
+            DictionaryEstimate(
                 name=name,
                 latents=job.config.d_sae,
                 parameters=parameters,

@@ -308,7 +308,7 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
 
 
 def _note(trainers: Iterable[Trainer]) -> str:
-    """The last record of each in a few words; of several, from the least to the greatest."""
+    """The last record of each in a few words; of several, from the smallest to the largest."""
     lasts = [
         {**trainer.history[-1], "dead": trainer.history[-1]["dead"] / trainer.config.d_sae} for trainer in trainers
     ]

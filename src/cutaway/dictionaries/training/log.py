@@ -1,6 +1,6 @@
-"""How a run went, as JSON lines a dictionary, and to wandb or TensorBoard where asked.
+"""How a run went, as JSON lines per dictionary, and to wandb or TensorBoard where asked.
 
-    logs/NAME.jsonl    one object a line: step, tokens, loss and its terms, L0, variance explained, dead, tokens/s
+    logs/NAME.jsonl    one object per line: step, tokens, loss and its terms, L0, variance explained, dead, tokens/s
 
 After a resumption a log holds what the checkpoint knows and no more, so no step is there twice, and no half line.
 """

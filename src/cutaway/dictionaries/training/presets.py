@@ -103,7 +103,7 @@ def preset(
 ) -> TrainConfig:
     """The configuration of a preset for inputs of width `d_in` (all together for a crosscoder).
 
-    `d_sae` is 16·d_in unless given. Sparsity is set by what `PRESETS[name].control` says: `k` active latents a token
+    `d_sae` is 16·d_in unless given. Sparsity is set by what `PRESETS[name].control` says: `k` active latents per token
     (32 unless given), the coefficient `sparsity` of its sparsity term, or for JumpReLU a target `l0`, which replaces
     that term by a quadratic one. `overrides` are fields of `TrainConfig`, as values or as read from a file; they win.
 

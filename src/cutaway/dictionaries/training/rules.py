@@ -15,7 +15,7 @@ from torch import Tensor
 from cutaway.artifacts.errors import CutawayError
 from cutaway.dictionaries import sparse
 from cutaway.dictionaries.sparse import Places
-from cutaway.dictionaries.training.code import Code, DenseCode, Jump
+from cutaway.dictionaries.training.code import Code, DenseCode, StraightThroughJump
 from cutaway.dictionaries.training.parameters import Parameters, Plain
 
 # With bfloat16 a pre-activation is off by about 2^-9 of the typical size of one summand times √d; this many standard
@@ -132,7 +132,7 @@ class GatedRule(Plain):
 
 @dataclass(frozen=True)
 class JumpReLURule(Plain):
-    """h > θ with a straight-through gradient of width `bandwidth`; see `code.Jump`.
+    """h > θ with a straight-through gradient of width `bandwidth`; see `code.StraightThroughJump`.
 
     θ is learned as it is, in float32, and set back to 0 where a step takes it below; its logarithm would hardly move.
     """
@@ -152,7 +152,7 @@ class JumpReLURule(Plain):
 
     def values(self, code: Code, parameters: Parameters) -> Tensor:
         assert parameters.threshold is not None
-        return Jump.apply(code.pre, code.at(parameters.threshold), self.bandwidth, self.through_pre)
+        return StraightThroughJump.apply(code.pre, code.at(parameters.threshold), self.bandwidth, self.through_pre)
 
 
 Rule = ReLURule | TopKRule | BatchTopKRule | GatedRule | JumpReLURule

@@ -227,7 +227,7 @@ def find_ports(models: Sequence[LanguageModel], sites: str | Sequence[str]) -> d
 
 
 def model_labels(models: Sequence[LanguageModel]) -> tuple[str, ...]:
-    """The models' names, told apart by number where they are equal."""
+    """The models' names, numbered where they are equal."""
     names = [lm.name for lm in models]
     return tuple(f"{name} ({i + 1})" if names.count(name) > 1 else name for i, name in enumerate(names))
 

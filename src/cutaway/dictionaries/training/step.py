@@ -1,7 +1,7 @@
 """One training step: the loss of a batch and its gradients, dense or along the active places.
 
 Both ways run the same terms (`terms.py`) on the same pre-activations. The dense one multiplies whole tables; the sparse
-one only gathers and sums what is active, so the encoding, 2·d·F operations a token, is the only dense product of it
+one only gathers and sums what is active, so the encoding, 2·d·F operations per token, is the only dense product of it
 (dense autograd needs 12·d·F). Sparse is taken where few enough places have a value or a gradient, which is known before
 anything is differentiated; it is exact, and the tests hold it against dense autograd.
 """
@@ -39,11 +39,13 @@ class TrainingState:
 
 @dataclass(frozen=True)
 class StepResult:
-    """`terms`: each term's value by name, 0-d; `reconstruction`: mean_b Σ_d e²; `fired` [F]: in how many tokens."""
+    """`terms`: each term's value by name, 0-d; `reconstruction`: mean_b Σ_d e²; `active_tokens` [F]: in how many
+    tokens.
+    """
 
     terms: Mapping[str, Tensor]
     reconstruction: Tensor
-    fired: Tensor
+    active_tokens: Tensor
     threshold: Tensor | None
     gradients: Parameters
     sparse: bool
@@ -106,7 +108,7 @@ def step(
         return StepResult(
             terms={name: value.detach() for name, value in values.items()},
             reconstruction=forward.error.detach().square().sum() / len(x),
-            fired=code.per_latent(active.to(x.dtype)),
+            active_tokens=code.per_latent(active.to(x.dtype)),
             threshold=_least(code, active, rule, parameters),
             gradients=Parameters.of(gradients, blocks=parameters.blocks),
             sparse=isinstance(code, SparseCode),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.dictionaries import sparse
-from cutaway.dictionaries.training.code import Code, Over
+from cutaway.dictionaries.training.code import Code, StraightThroughStep
 from cutaway.dictionaries.training.parameters import Parameters, Plain
 from cutaway.dictionaries.training.rules import BatchTopKRule, JumpReLURule, Rule, TopKRule
 
@@ -140,7 +140,7 @@ class Matryoshka(Plain):
 
 @dataclass(frozen=True)
 class EndToEnd(Plain):
-    """weight · mean KL(model ‖ model with ŷ in place of y) in nats a token (Braun et al. 2024, arXiv 2405.12241).
+    """weight · mean KL(model ‖ model with ŷ in place of y) in nats per token (Braun et al. 2024, arXiv 2405.12241).
 
     Only where training runs the model on: see `train_end_to_end`.
     """
@@ -360,7 +360,9 @@ def _over(f: Forward) -> Tensor:
     """1[h > θ] as the code's values are laid out."""
     assert isinstance(f.rule, JumpReLURule)
     assert f.parameters.threshold is not None
-    return Over.apply(f.code.pre, f.code.at(f.parameters.threshold), f.rule.bandwidth, f.rule.through_pre)
+    return StraightThroughStep.apply(
+        f.code.pre, f.code.at(f.parameters.threshold), f.rule.bandwidth, f.rule.through_pre
+    )
 
 
 def _or_infinite(divisor: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ class Trainer:
             scale_encoder(self.parameters, x, config.selector, config.encoder_scale, config.subtract_b_dec)
         device = x.device
         self.silent = torch.zeros(config.d_sae, dtype=torch.int64, device=device)
-        self.fired = torch.zeros(config.d_sae, dtype=torch.float64, device=device)
+        self.active_tokens = torch.zeros(config.d_sae, dtype=torch.float64, device=device)
         self.running_threshold = torch.zeros(2, dtype=torch.float64)  # its weighted sum, and the sum of the weights
         self.steps_done = 0
         self.history: list[dict[str, float]] = []
@@ -111,9 +111,9 @@ class Trainer:
             _checked(x, self.steps_done)
             raise CutawayError(f"training diverged at step {self.steps_done}: lower the learning rate")
         self._update(result.gradients)
-        self.silent.add_(len(x)).masked_fill_(result.fired > 0, 0)
+        self.silent.add_(len(x)).masked_fill_(result.active_tokens > 0, 0)
         if self.steps_done >= self._counting_from:
-            self.fired += result.fired
+            self.active_tokens += result.active_tokens
         if result.threshold is not None:
             now = torch.tensor([result.threshold.item(), 1.0], dtype=torch.float64)
             self.running_threshold.lerp_(now, 1 - _THRESHOLD_MEMORY)
@@ -146,7 +146,7 @@ class Trainer:
 
     @property
     def _counting_from(self) -> int:
-        """Firings are counted in the last quarter of the steps: of the latents as they end, not as they began."""
+        """Activations are counted in the last quarter of the steps: of the latents as they end, not as they began."""
         return self.config.steps * 3 // 4
 
     def dead(self) -> Tensor:
@@ -207,7 +207,7 @@ class Trainer:
         )
 
     def _selector(self, scale: Tensor | float = 1.0) -> Selector:
-        """The finished selector; pre-activations were multiplied by `scale`, a number or one a latent [F]."""
+        """The finished selector; pre-activations were multiplied by `scale`, a number or one per latent [F]."""
         rule, p = self.config.selector, self.parameters
         if isinstance(rule, TopKRule):
             return TopK(rule.k)
@@ -237,7 +237,7 @@ class Trainer:
         """The dictionary as it is now, scales folded in, so that it reads and writes the model's own units.
 
         All selectors commute with one positive factor for all latents, so h and a are divided by the scale of what is
-        written. All but TopK and BatchTopK also do with one a latent; there, and where these select by h·‖D‖, decoder
+        written. All but TopK and BatchTopK also do with one per latent; there, and where these select by h·‖D‖, decoder
         norms are folded into the encoder, so that a is the length of what its latent adds. A crosscoder that
         does not select so keeps its own; how they compare between its blocks is kept in any case.
         """
@@ -274,7 +274,7 @@ class Trainer:
             selector=self._selector(factor),
             site=reads[0].site,
             model=dict(reads[0].model),
-            sparsity=log_sparsity(self.fired / counted) if counted > 0 else None,
+            sparsity=log_sparsity(self.active_tokens / counted) if counted > 0 else None,
             metadata=dict(metadata or {}),
             reads=reads if len(reads) > 1 or writes else (),
             writes=tuple(writes) if writes and tuple(writes) != reads else (),
@@ -299,7 +299,7 @@ class Trainer:
             "loss": result.loss.item(),
             **{name: value.item() for name, value in result.terms.items()},
             "variance_explained": 1 - result.reconstruction.item() / max(variance, 1e-30),
-            "l0": result.fired.sum().item() / len(prepared),
+            "l0": result.active_tokens.sum().item() / len(prepared),
             "dead": len(self.dead()),
             "learning_rate": self.config.rate(self.steps_done - 1),
         }
@@ -312,7 +312,7 @@ class Trainer:
                 tensors[f"adam.{name}.{key}"] = value
         for side, scaling in (("in", self.scaling_in), ("out", self.scaling_out)):
             tensors |= {f"scaling.{side}.{name}": tensor for name, tensor in scaling.tensors().items()}
-        tensors |= {"silent": self.silent, "fired": self.fired, "running_threshold": self.running_threshold}
+        tensors |= {"silent": self.silent, "fired": self.active_tokens, "running_threshold": self.running_threshold}
         record = {
             "config": json.dumps(self.config.to_json()),
             "source": source,
@@ -367,7 +367,7 @@ class Trainer:
             )
             for side in ("in", "out")
         )
-        trainer.silent, trainer.fired = tensors["silent"], tensors["fired"]
+        trainer.silent, trainer.active_tokens = tensors["silent"], tensors["fired"]
         trainer.running_threshold = tensors["running_threshold"].cpu()
         trainer.steps_done = int(record["steps_done"])
         trainer.history = json.loads(record["history"])
@@ -398,7 +398,7 @@ class Trainer:
         for name, tensor in p.tensors().items():
             if tuple(tensor.shape) != shapes[name] or not tensor.is_floating_point():
                 raise ValueError(f"{name} has the shape {list(tensor.shape)}")
-        if self.silent.shape != (f,) or self.fired.shape != (f,) or self.running_threshold.shape != (2,):
+        if self.silent.shape != (f,) or self.active_tokens.shape != (f,) or self.running_threshold.shape != (2,):
             raise ValueError("its counts of latents have another shape")
 
 
