@@ -4,11 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from markupsafe import Markup
-from torch import Tensor
 
 from cutaway.dictionaries.dictionary import Dictionary
+from cutaway.dictionaries.latent import direct_logits
 from cutaway.draw.result import Result
 from cutaway.model.language_model import LanguageModel
 
@@ -58,29 +57,6 @@ class LogitEffects(Result):
             units="logit",
             diverging=True,
         )
-
-
-def direct_logits(lm: LanguageModel, directions: Tensor) -> Tensor:
-    """How every logit changes per unit of a direction in the last residual stream.
-
-    With its divisor fixed (here at 1) the final norm is linear: it subtracts the mean (LayerNorm only) and multiplies
-    by the gain. A final softcap is left out.
-
-    Args:
-        lm: The model.
-        directions: Directions of the residual stream [n, d_model].
-
-    Returns:
-        Changes [n, d_vocab], centred over the vocabulary.
-    """
-    norm = lm.family.ln_final
-    d = directions.detach().to(lm.device, torch.float32)
-    if norm is not None and norm.centered:
-        d = d - d.mean(-1, keepdim=True)
-    if norm is not None and norm.weight is not None:
-        d = d * (norm.weight.detach().float() + norm.offset)
-    logits = d @ lm.output_directions(torch.arange(lm.d_vocab, device=lm.device)).float().T
-    return logits - logits.mean(-1, keepdim=True)
 
 
 def logit_effects(lm: LanguageModel, dictionary: Dictionary, latents: Sequence[int], k: int = 8) -> list[LogitEffects]:

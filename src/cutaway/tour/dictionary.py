@@ -198,8 +198,8 @@ def features(tour: Tour) -> page.Section:
         "title": "What the latents stand for",
         "question": "What do single features respond to?",
         "lead": (
-            "Each latent is shown with the places where it is most active, and the tokens its direction raises and lowers "
-            "on the direct path to the output. Labels are automatic token summaries, not explanations."
+            "Each latent is shown with the places where it is most active, and the tokens its direction raises and "
+            "lowers on the direct path to the output. Labels are automatic token summaries, not explanations."
         ),
         "command": tour.command("features"),
     }

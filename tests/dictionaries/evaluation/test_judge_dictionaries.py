@@ -182,8 +182,8 @@ def test_the_frontier_has_lines_by_rising_l0(lm: LanguageModel, rows: Tensor) ->
     points = [judge(lm, axes(lm, rows, 0, k), rows, spliced_rows=4).point("axes") for k in (12, 3, 6)]
     relu = judge(lm, replace(axes(lm, rows, 0), selector=ReLU()), rows, spliced_rows=4).point()
     found = frontier([*points, relu])
-    assert [row[:2] for row in found.rows()] == [["axes", f"topk k={k}"] for k in (3, 6, 12)] + [["relu", "relu"]]
-    l0 = [row[2] for row in found.rows()][:3]
+    assert [row[:2] for row in found.cells()] == [["axes", f"topk k={k}"] for k in (3, 6, 12)] + [["relu", "relu"]]
+    l0 = [row[2] for row in found.cells()][:3]
     assert l0 == pytest.approx([3, 6, 12], abs=0.1)
     fvu = found.series("fvu")
     assert [one["name"] for one in fvu[:2]] == ["axes", "relu"]

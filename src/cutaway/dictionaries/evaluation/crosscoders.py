@@ -22,14 +22,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from markupsafe import Markup
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.results import Control, Effect
 from cutaway.artifacts.statistics import bootstrap_interval
 from cutaway.dictionaries.dictionary import Dictionary
-from cutaway.dictionaries.evaluation.figures import share_effect
+from cutaway.dictionaries.evaluation.figures import effect_line, effects_html, share_effect
 from cutaway.dictionaries.sparse import Places
+from cutaway.draw.result import Result
 
 EXCLUSIVE = 0.1  # at most this share of one side, or one less this
 SHARED = (0.4, 0.6)
@@ -39,23 +41,53 @@ MIN_ACTIVE = 10
 _TOKENS_AT_ONCE = 4096
 
 
-@dataclass(frozen=True, eq=False)
-class Sides:
-    """Two outputs A and B of a crosscoder compared, latent by latent.
+@dataclass(frozen=True, eq=False, repr=False)
+class Sides(Result):
+    """Two outputs A and B of a crosscoder compared, latent by latent."""
 
-    `share` [F]: B's share of the decoder norm; `cosine` [F]: signed cosine of the two decoder rows (NaN where widths
-    differ); `nu_error`, `nu_reconstruction` [F]: latent scaling of the latent's own side into the other (see the
-    module), NaN where widths differ or it was active on fewer than 10 tokens; `n_active` [F]: on how many tokens each
-    is. `effects` by name, each beside the same latents with their A sides shuffled.
-    """
+    title = "Two sides of a crosscoder"
 
     labels: tuple[str, str]
+    """The names of A and B."""
     share: Tensor
+    """B's share of each latent's decoder norm, [F]."""
     cosine: Tensor
+    """Signed cosine of each latent's two decoder rows [F]; NaN where widths differ."""
     nu_error: Tensor
+    """Latent scaling of the latent's own side into the other's error [F] (see the module); NaN where widths differ or
+    the latent was active on fewer than 10 tokens."""
     nu_reconstruction: Tensor
+    """Latent scaling into the other side's reconstruction [F]; NaN likewise."""
     n_active: Tensor
+    """On how many tokens each latent is active, [F]."""
     effects: dict[str, Effect]
+    """By name: "exclusive_a", "exclusive_b", "shared", "shared_cosine", each beside the same latents with their A sides
+    shuffled."""
+
+    def summary(self) -> str:
+        lines = [f"{self.labels[0]} and {self.labels[1]}: {int((self.n_active > 0).sum()):,} active latents"]
+        lines += [f"  {effect_line(one)}" for one in self.effects.values()]
+        return "\n".join([*lines, *(f"  note: {warning}" for warning in self.warnings())])
+
+    def rows(self) -> list[dict[str, Any]]:
+        names = ("share", "cosine", "nu_error", "nu_reconstruction", "n_active")
+        columns = [getattr(self, name).tolist() for name in names]
+        return [
+            {"latent": latent, **dict(zip(names, values, strict=True))}
+            for latent, values in enumerate(zip(*columns, strict=True))
+        ]
+
+    def drawing(self) -> Markup:
+        from cutaway.draw.charts import line_svg
+
+        middles, counts = self.histogram()
+        drawn = line_svg(
+            series=[{"name": "active latents", "x": middles, "y": counts}],
+            title="share of the norm",
+            x_label=f"share of {self.labels[1]}",
+            y_label="latents",
+        )
+        return drawn + effects_html(self.effects.values())
 
     def exclusive(self, side: int) -> Tensor:
         """Active latents whose norm is exclusive to a side (0: A, 1: B): bool [F]."""
@@ -123,9 +155,24 @@ def compare_sides(
     labels: Sequence[str] | None = None,
     seed: int = 0,
 ) -> Sides:
-    """Compare two outputs of a crosscoder on activations x [n, d_in] and what it should write, y [n, d_out].
+    """Which latents of a crosscoder belong to one of two outputs only, and which are shared.
 
-    Raises `CutawayError` for a dictionary that writes one tensor only.
+    By decoder norm (Lindsey et al. 2024), checked by latent scaling (Minder et al. 2025;
+    https://arxiv.org/abs/2504.02922).
+
+    Args:
+        dictionary: A crosscoder.
+        x: Activations that it reads [n, d_in].
+        y: What it should write [n, d_out].
+        sides: Which two outputs, by number.
+        labels: A name for each output; their sites if None.
+        seed: Of the shuffled control.
+
+    Returns:
+        Shares and cosines of every latent, and counts beside shuffled sides.
+
+    Raises:
+        CutawayError: the dictionary writes one tensor only.
     """
     if len(dictionary.outputs) < 2:
         raise CutawayError(f"{dictionary} writes one tensor; exclusive and shared latents are a crosscoder's")

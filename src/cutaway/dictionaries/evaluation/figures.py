@@ -7,11 +7,13 @@ half widths. With two or three seeds it is wide, as it has to be; every seed's o
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
-from cutaway.artifacts.results import Control, Effect, Interval
+from cutaway.artifacts.results import Control, Effect, Interval, interval_text
 from cutaway.artifacts.statistics import mean_intervals, resampled_intervals, student_intervals, wilson_interval
 
 RESAMPLES = 1000
@@ -39,6 +41,34 @@ NAMES = {
     "kl_recovered_mean": ("KL recovered against mean ablation", "share", "mean ablation"),
     "kl": ("KL(model ‖ model with x̂ in place of x)", "nats", "site set to the reconstruction"),
 }
+
+
+def effect_rows(effects: Iterable[tuple[str, Effect]]) -> list[dict[str, Any]]:
+    """A flat row per effect: its name here, value, interval, n, units, and its first control."""
+    found = []
+    for name, one in effects:
+        low, high = one.interval or (None, None)
+        control = one.controls[0] if one.controls else None
+        found.append(
+            {
+                "figure": name, "value": one.value, "low": low, "high": high, "n": one.n, "units": one.units,
+                "control": control and control.name, "control_value": control and control.value,
+            }
+        )  # fmt: skip
+    return found
+
+
+def effects_html(effects: Iterable[Effect]) -> Markup:
+    """Effects beside their controls, one drawing below the other."""
+    from cutaway.draw.charts import effect_html
+
+    return Markup("").join(effect_html(effect.to_json()) for effect in effects)
+
+
+def effect_line(effect: Effect) -> str:
+    """An effect as a line of text: value, interval, units, controls."""
+    beside = ", ".join(f"{control.name.split(',')[0]} {control.value:.4f}" for control in effect.controls)
+    return f"{effect.name}: {effect.value:.4f} {interval_text(effect.interval, 4)} {effect.units}; {beside}"
 
 
 def statistics_of(columns: Sequence[str]) -> dict[str, Statistic]:

@@ -104,30 +104,38 @@ def _spread(values: Tensor) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Alternative:
-    """The dictionary at another site or scale: FVU with its 95 % interval, and that of its difference to the stated."""
+    """The dictionary at another site or scale."""
 
     name: str
+    """Where."""
     fvu: float
+    """The fraction of variance unexplained there."""
     interval: tuple[float, float]
+    """Its 95 % interval over rows."""
     difference: tuple[float, float]
+    """The 95 % interval of its difference to the FVU at the stated site."""
     l0: float
+    """Active latents per token."""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """How a dictionary does on `n_tokens` tokens of `n_rows` rows.
-
-    `effects`: FVU (1 − variance explained over all tokens), L0 and cosine at the stated site, beside random directions.
-    `sites` and `scales` are the alternatives, by rising FVU; `verdicts` say in sentences what is wrong, if anything.
-    """
+    """How a dictionary does in a model."""
 
     effects: tuple[Effect, ...]
+    """FVU (1 − variance explained over all tokens), L0 and cosine at the stated site, beside random directions."""
     sites: tuple[Alternative, ...]
+    """The same weights at the sites around, by rising FVU."""
     scales: tuple[Alternative, ...]
+    """The same weights at other scales of the activations, by rising FVU."""
     verdicts: tuple[str, ...]
+    """Sentences that say what is wrong, if anything."""
     fits: bool
+    """Whether nothing is."""
     n_rows: int
+    """Rows of tokens."""
     n_tokens: int
+    """Tokens that were counted."""
 
 
 @dataclass(frozen=True)

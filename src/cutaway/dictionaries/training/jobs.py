@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from markupsafe import Markup
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
@@ -29,6 +30,7 @@ from cutaway.dictionaries.training.calibrate import calibrate
 from cutaway.dictionaries.training.config import BYTES_PER_PARAMETER, TrainConfig
 from cutaway.dictionaries.training.rules import BatchTopKRule
 from cutaway.dictionaries.training.trainer import Trainer
+from cutaway.draw.result import Result
 from cutaway.model.sweep.memory import available_bytes
 
 __all__ = ["CHECKPOINT", "Job", "Source", "TrainConfig", "Trained", "Trainer", "train_jobs"]
@@ -94,12 +96,41 @@ class Job:
         return x, _joined([batch[site] for site in self.writes]) if transcodes else None
 
 
-@dataclass(frozen=True)
-class Trained:
-    """The dictionary, and `history`: one record now and then of step, loss, variance explained, dead latents."""
+@dataclass(frozen=True, repr=False)
+class Trained(Result):
+    """A dictionary, and how its training went."""
+
+    title = "A training"
 
     dictionary: Dictionary
+    """What was trained."""
     history: tuple[Mapping[str, float], ...]
+    """A record now and then: step, tokens, loss and its terms, variance_explained, l0, dead, learning_rate."""
+
+    def summary(self) -> str:
+        if not self.history:
+            return f"{self.dictionary}, no record of its training"
+        last = self.history[-1]
+        return (
+            f"{self.dictionary}, trained on {last['tokens']:,.0f} tokens\n"
+            f"  last batch: loss {last['loss']:.4g}, variance explained {last['variance_explained']:.4f}, "
+            f"L0 {last['l0']:.4g}, dead latents {last['dead']:,.0f} of {self.dictionary.d_sae:,}"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return {"dictionary": repr(self.dictionary), "history": [dict(record) for record in self.history]}
+
+    def rows(self) -> list[dict[str, Any]]:
+        return [dict(record) for record in self.history]
+
+    def drawing(self) -> Markup:
+        from cutaway.draw.charts import line_svg
+
+        def curve(name: str, label: str) -> Markup:
+            x, y = ([record[key] for record in self.history] for key in ("tokens", name))
+            return line_svg(series=[{"name": label, "x": x, "y": y}], title=label, x_label="tokens", y_label=label)
+
+        return curve("variance_explained", "variance explained, training batches") + curve("loss", "loss")
 
 
 def tokens_used(job: Job) -> int:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.dictionaries.dictionary import Kind
+from cutaway.dictionaries.dictionary import DictionaryKind
 from cutaway.dictionaries.training.config import Resample, TrainConfig
 from cutaway.dictionaries.training.rules import BatchTopKRule, GatedRule, JumpReLURule, ReLURule, TopKRule
 from cutaway.dictionaries.training.terms import (
@@ -82,7 +82,7 @@ class Preset:
     """
 
     source: str
-    kind: Kind
+    kind: DictionaryKind
     what: str
     control: Control
     values: Callable[[_Run], dict[str, Any]] = field(repr=False)
