@@ -1,14 +1,18 @@
 """Examples, densities and labels against a dense table of every activation."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from result_checks import check_result
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.dictionaries.dictionary import Dictionary, TopK
 from cutaway.features.activations import Keeper, LatentActivations, latent_activations, strongest_per_row
+from cutaway.features.concepts import match_concepts
 from cutaway.features.effects import direct_logits, logit_effects
 from cutaway.features.examples import FeatureExamples, Windows, top_examples
 from cutaway.features.summary import CLASSES, token_summary
@@ -205,3 +209,22 @@ def test_a_neighbours_property_counts_four_fifths(tiny: LanguageModel, alone: in
     assert found.label == label
     assert found.base_rate == pytest.approx(base)
     assert (found.precision, found.n) == (1.0, 6)
+
+
+def test_results_of_features_print_and_save_themselves(
+    tiny: LanguageModel, dictionary: Dictionary, examples: FeatureExamples, rows: Tensor, tmp_path: Path
+) -> None:
+    labelled = {"odd": rows % 2 == 1, "small": rows < 20}
+    one = next(iter(examples.latents))
+    for number, result in enumerate(
+        (
+            examples,
+            examples[one],
+            match_concepts(tiny, dictionary, rows, labelled, shuffles=2),
+            logit_effects(tiny, dictionary, [3], k=4)[0],
+            token_summary(tiny, rows, examples),
+        )
+    ):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        check_result(result, folder)

@@ -113,7 +113,8 @@ class Inspection(Result):
         """The lengths of the decoder's rows, and the sections."""
         series = []
         for port, block in zip(self.reading.dictionary.outputs, self.reading.dictionary.decoders(), strict=True):
-            counts, edges = np.histogram(block.detach().float().norm(dim=1).cpu().numpy(), bins=20)
+            lengths = block.detach().double().norm(dim=1).cpu().numpy()
+            counts, edges = np.histogram(lengths, bins=20, range=(0, 1.02 * lengths.max() or 1.0))
             series.append({"name": port.site, "x": ((edges[1:] + edges[:-1]) / 2).tolist(), "y": counts.tolist()})
         norms = line_svg(series=series, title="Decoder norms", x_label="length of a decoder row", y_label="latents")
         parts = [Markup("<h3>{}</h3><p>{}</p>{}").format(*section) for section in self.sections()]
