@@ -112,10 +112,8 @@ class Judgement(Result):
         return effect_rows((name, one) for name, one, _ in self.all_effects())
 
     def drawing(self) -> Markup:
-        parts = [
-            f"<h3>{escape(heading)}</h3><p>{escape(text)}</p>{it}" for heading, text, it in judgement_sections(self)
-        ]
-        return density_drawing(self) + Markup("".join(parts))
+        parts = [Markup("<h3>{}</h3><p>{}</p>{}").format(*section) for section in judgement_sections(self)]
+        return density_drawing(self) + Markup("").join(parts)
 
     def to_json(self) -> dict[str, Any]:
         return {
