@@ -312,10 +312,22 @@ def _of_size(selector: Selector, n_latents: int) -> Selector:
 def random_dictionary(like: Dictionary, sample: Tensor, seed: int, target: Tensor | None = None) -> Dictionary:
     """The control: as many untrained unit directions, each token described by as many of them; b_dec the mean.
 
-    `sample` [n, d_in] are activations and `target` [n, d_out] what is to be written, for a dictionary that does not
-    write what it reads (then the encoder's directions are random too). The one number `gain` is fitted by least
-    squares, since directions that overlap would else add up to too much or too little. The control selects by TopK
-    with k = the L0 of `like` on the sample, rounded. It shows what any overcomplete set of directions reaches.
+    It shows what any overcomplete set of directions reaches. It selects by TopK with k = the L0 of `like` on the
+    sample, rounded; one gain is fitted by least squares, since directions that overlap would else add up to too much
+    or too little.
+
+    Args:
+        like: The dictionary to be a control of.
+        sample: Activations that it reads [n, d_in].
+        seed: Of the directions.
+        target: What is to be written [n, d_out], for a dictionary that does not write what it reads; then the
+            encoder's directions are random too.
+
+    Returns:
+        A dictionary of the same ports and size.
+
+    Raises:
+        CutawayError: the dictionary is a transcoder and there is no target.
     """
     generator = torch.Generator().manual_seed(seed)
 

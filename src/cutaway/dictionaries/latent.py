@@ -18,12 +18,16 @@ _BEFORE, _AFTER = 12, 6
 class _Weights(Protocol):
     """What the view needs of its dictionary."""
 
-    W_enc: Tensor
-    b_enc: Tensor
-    W_dec: Tensor
-    site: str
-    sparsity: Tensor | None
-
+    @property
+    def W_enc(self) -> Tensor: ...
+    @property
+    def b_enc(self) -> Tensor: ...
+    @property
+    def W_dec(self) -> Tensor: ...
+    @property
+    def site(self) -> str: ...
+    @property
+    def sparsity(self) -> Tensor | None: ...
     @property
     def d_sae(self) -> int: ...
     @property

@@ -130,15 +130,16 @@ def model_ports(models: Models, dictionary: Dictionary) -> ModelPorts:
 
 @dataclass(frozen=True, eq=False)
 class PortValues:
-    """A dictionary's input x [n, d_in] and what it should write y [n, d_out], float32, at the n positions `keep`
-    [rows, p] (in their order); y is x itself where it writes what it reads. `excluded`: positions that were left out
-    for their high norm.
-    """
+    """What a dictionary reads and should write at n positions."""
 
     x: Tensor
+    """What it reads, float32 [n, d_in]."""
     y: Tensor
+    """What it should write, float32 [n, d_out]; x itself where it writes what it reads."""
     keep: Tensor
+    """The positions, bool [rows, p]; x and y are in their order."""
     excluded: int = 0
+    """Positions that were left out for their high norm."""
 
     @property
     def row_of(self) -> Tensor:
@@ -154,11 +155,23 @@ def harvest_ports(
     high_norm: float | None = None,
     where: ModelPorts | None = None,
 ) -> PortValues:
-    """The values that a dictionary reads and should write on rows [n, p] of tokens, at the positions that count.
+    """The values that a dictionary reads and should write, at the positions that count.
 
-    Those are not the first of a row, not BOS, and with `high_norm` not where a value at one of the sites is longer than
-    so many times the site's median. Raises `CutawayError` when none is left or a value is not finite, and as
-    `model_ports`.
+    Those are not the first of a row, not BOS, and with `high_norm` not where a value at one of the sites is much longer
+    than the median.
+
+    Args:
+        models: The model that the dictionary belongs to; for a crosscoder of two models, both.
+        dictionary: The dictionary.
+        rows: Token ids [n, p].
+        high_norm: Leave out positions whose vector is longer than so many times the site's median.
+        where: The dictionary's ports in the models, for those who have found them already.
+
+    Returns:
+        x, y and where they are of.
+
+    Raises:
+        CutawayError: no position is left, a value is not finite, or the models are not the dictionary's.
     """
     where = where or model_ports(models, dictionary)
     if high_norm is not None and not high_norm > 1:
@@ -198,10 +211,19 @@ def harvest_ports(
 
 
 def read_texts(models: Models, dictionary: Dictionary, texts: Sequence[str], at: Sequence[str] | None = None) -> Tensor:
-    """What the dictionary reads at one token of each text: float32 [n, d_in].
+    """What a dictionary reads at one token of each text.
 
-    That is the last token, or with `at` the last token of where each text last has those words. Raises `CutawayError`
-    for words that are not there, and as `model_ports`.
+    Args:
+        models: The model that it belongs to; for a crosscoder of two models, both.
+        dictionary: The dictionary.
+        texts: Texts, [n].
+        at: Words of each text, whose last token (of their last mention) is read; the text's last token if None.
+
+    Returns:
+        Activations, float32 [n, d_in].
+
+    Raises:
+        CutawayError: words are not there, or the models are not the dictionary's.
     """
     where = model_ports(models, dictionary)
     lm = where.models[0]

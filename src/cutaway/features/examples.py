@@ -284,9 +284,9 @@ def top_examples(
             quantile = (step + 0.5) / lower
             if len(values) >= 2 * lower:
                 wanted.append((latent, places[int(quantile * len(places))], quantile))
-    windows = _windows(lm, dictionary, rows, wanted, windows, batch_rows)
+    written = _windows(lm, dictionary, rows, wanted, windows, batch_rows)
     found: dict[int, list[Example]] = {latent: [] for latent in asked}
-    for (latent, _, _), example in zip(wanted, windows, strict=True):
+    for (latent, _, _), example in zip(wanted, written, strict=True):
         found[latent].append(example)
     density = counts / len(seen)
     return FeatureExamples(

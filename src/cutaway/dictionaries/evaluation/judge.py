@@ -373,10 +373,15 @@ def _latent_effects(
 
 
 def by_setting(dictionaries: Mapping[str, Dictionary]) -> list[dict[str, Dictionary]]:
-    """Dictionaries by name, those together that differ in nothing but their seed; in the order they were given.
+    """Group dictionaries that differ in nothing but their seed.
 
-    What tells them apart is the training's configuration where it was written down, else their sites, size and
-    selector.
+    They are compared by their training's configuration where it was written down, else by sites, size and selector.
+
+    Args:
+        dictionaries: By name.
+
+    Returns:
+        The groups, in the order in which they were given.
     """
     groups: dict[str, dict[str, Dictionary]] = {}
     for name, one in dictionaries.items():

@@ -11,7 +11,15 @@ from cutaway.model.language_model import LanguageModel
 
 
 def first_letters(lm: LanguageModel, ids: Tensor) -> np.ndarray:
-    """The first letter of each token [n], "a" to "z" whatever its case; "" where a token does not begin with one."""
+    """The first letter of each token.
+
+    Args:
+        lm: The model, for its tokenizer.
+        ids: Token ids [n].
+
+    Returns:
+        "a" to "z" whatever the case, "" where a token does not begin with a letter, [n].
+    """
     unique, place = torch.unique(ids.cpu(), return_inverse=True)
     letters = []
     for text in lm.token_strings(unique.tolist()):
@@ -24,9 +32,16 @@ _CITY_FRAMES = ("The capital of the state containing{}", "The state containing{}
 
 
 def states_of_cities(lm: LanguageModel, n_states: int = 8) -> tuple[list[str], list[str], list[str]]:
-    """Texts that end with a city of atlas's world, its state, and the city: for the states with the most cities.
+    """Texts that end with a city of atlas's world, to probe for its state.
 
     Only cities of one token (with a space before it) are used, so that all are read alike.
+
+    Args:
+        lm: The model, for its tokenizer.
+        n_states: How many states, those with the largest numbers of such cities.
+
+    Returns:
+        Texts, the state of each, and its city.
     """
     from cutaway.subjects.world.facts import CITIES
 
@@ -44,7 +59,15 @@ def states_of_cities(lm: LanguageModel, n_states: int = 8) -> tuple[list[str], l
 
 
 def counted_ids(rows: Tensor, values: PortValues) -> Tensor:
-    """The token of each position of harvested values, int64 [n]."""
+    """The token of each position of harvested values.
+
+    Args:
+        rows: Token ids [n, p].
+        values: What `harvest_ports` made of them.
+
+    Returns:
+        Token ids, int64 [positions].
+    """
     return rows[values.keep]
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.errors import BadFile
 from cutaway.artifacts.files import atomic_path
 from cutaway.dictionaries.formats.reading import Source
 
@@ -21,7 +21,7 @@ def normalisation(source: Source, shape: tuple[int, ...]) -> tuple[Tensor, Tenso
         return None
     mean, std = source.tensors["activation_mean"], source.tensors.get("activation_std")
     if not isinstance(mean, Tensor) or not isinstance(std, Tensor) or mean.shape != shape or std.shape != shape:
-        raise CutawayError(f"{source.path}: activation_mean and activation_std are not both of shape {list(shape)}")
+        raise BadFile(f"{source.path}: activation_mean and activation_std are not both of shape {list(shape)}")
     if mean.isnan().any() or std.isnan().any():
         return None
     scale, rms = source.tensors.get("activation_global_scale"), source.number("target_rms", "of the normalisation")
@@ -33,7 +33,7 @@ def normalisation(source: Source, shape: tuple[int, ...]) -> tuple[Tensor, Tenso
         each = scale[..., None].expand(shape)
         return mean, each.clone(), each + 1e-8
     if isinstance(scale, Tensor) and not torch.allclose(scale, torch.ones_like(scale)):
-        raise CutawayError(f"{source.path}: activation_global_scale is not that of activation_std")
+        raise BadFile(f"{source.path}: activation_global_scale is not that of activation_std")
     source.take("activation_mean", "b_dec and b_enc", dims=len(shape))
     source.take("activation_std", "W_enc and W_dec", dims=len(shape))
     return mean, 1 / (std + 1e-8), 1 / (std + 1e-8)

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.errors import BadFile, NotSupported
 from cutaway.artifacts.files import plain, write_json
 from cutaway.dictionaries.dictionary import BatchTopK, Dictionary, Gated, JumpReLU, ReLU, TopK
 from cutaway.dictionaries.formats import crosscoders, folds
@@ -103,7 +103,7 @@ def read(path: Path) -> Reading:
 def _class(source: Source, named: Any) -> str:
     """The class that the configuration names, or that the keys allow."""
     if named is not None and named not in CLASSES:
-        raise CutawayError(f"{source.path} is a {named!r}; read are {', '.join(CLASSES)} and crosscoders")
+        raise BadFile(f"{source.path} is a {named!r}; read are {', '.join(CLASSES)} and crosscoders")
     if named:
         return named
     for kind, keys in (
@@ -115,7 +115,7 @@ def _class(source: Source, named: Any) -> str:
     ):
         if all(key in source for key in keys):
             return kind
-    raise CutawayError(f"{source.path} has no {CFG} beside it that names its class, and its keys fit several classes")
+    raise BadFile(f"{source.path} has no {CFG} beside it that names its class, and its keys fit several classes")
 
 
 def _dictionary(source: Source, kind: str, trainer: dict[str, Any]) -> Dictionary:
@@ -169,7 +169,7 @@ def _selector(source: Source, kind: str, trainer: dict[str, Any], n_latents: int
         return ReLU()
     k = source.number("k", "k") if "k" in source else trainer.get("k")
     if not isinstance(k, int | float) or not 1 <= k <= n_latents:
-        raise CutawayError(f"{source.path} has k = {k!r}, where a number from 1 to {n_latents} is needed")
+        raise BadFile(f"{source.path} has k = {k!r}, where a number from 1 to {n_latents} is needed")
     if kind == "AutoEncoderTopK":
         source.unused("threshold", "the k largest of a token are taken")
         return TopK(int(k))
@@ -208,7 +208,7 @@ def write(dictionary: Dictionary, folder: Path) -> None:
         return
     if not dictionary.writes_what_it_reads or dictionary.W_skip is not None or dictionary.input_norm:
         what = "normalises its input" if dictionary.input_norm else f"is a {dictionary.kind.replace('_', ' ')}"
-        raise CutawayError(
+        raise NotSupported(
             f"dictionary_learning has autoencoders without normalisation, and this one {what}: save it as "
             "format='saelens' or 'cutaway'"
         )

@@ -21,7 +21,7 @@ import torch
 from markupsafe import Markup
 from torch import Tensor
 
-from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.errors import CutawayError, TooLarge
 from cutaway.artifacts.manifest import json_hash
 from cutaway.artifacts.progress import Progress
 from cutaway.artifacts.run_folder import locked
@@ -66,15 +66,16 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Job:
-    """One dictionary to train: on what it reads and, unless it writes the same, what it writes.
-
-    `preset` is the name that `config` came from, if any; it is written down with the dictionary and changes nothing.
-    """
+    """One dictionary to train."""
 
     config: TrainConfig
+    """How."""
     reads: tuple[str, ...]
+    """The sites that it reads."""
     writes: tuple[str, ...] = ()
+    """The sites that it writes; what it reads if empty."""
     preset: str = ""
+    """The name that `config` came from; it is written down with the dictionary and changes nothing."""
 
     def __post_init__(self) -> None:
         if not self.reads:
@@ -150,14 +151,29 @@ def train_jobs(
     on_record: Callable[[str, Mapping[str, float]], None] | None = None,
     label: str | None = None,
 ) -> dict[str, Trained]:
-    """Train all to the end, or from where an interrupted run with the same arguments stopped.
+    """Train dictionaries on one stream of activations, or go on where an interrupted run stopped.
 
-    With a `folder` each job's state is written to `folder/NAME/` (to `folder` itself for the one named "") every so
-    many seconds, at the end, and on Ctrl-C; a run that is killed and started again ends with the same bits as one that
-    was not. About `records` records a job are kept as history; `on_record` gets each with the job's name, after a
-    resumption also those of steps that are done again, and `on_begin` each job's trainer before its first step here.
-    Raises `CutawayError` when jobs have different batch sizes, a site is not in the source, the data end early, are not
-    finite, the folder holds another run, or another process is training in it.
+    A run that is killed and started again ends with the same bits as one that was not.
+
+    Args:
+        source: The activations: `Tensors`, `StoreSource`, `LiveRows`.
+        jobs: What to train, by name.
+        folder: Where each job's state is written (to `folder/NAME/`; to `folder` itself for the one named ""), every so
+            many seconds, at the end, and on Ctrl-C. Nowhere if None.
+        seconds_between_checkpoints: How often.
+        records: About how many records of each job are kept as history.
+        on_begin: Gets each job's name and trainer before its first step here.
+        on_record: Gets each job's name and record, after a resumption also those of steps that are done again.
+        label: What the progress line says.
+
+    Returns:
+        What was trained, by name.
+
+    Raises:
+        TooLarge: memory does not hold the parameters with what training keeps of them.
+        BadFile: the folder holds another run, or a damaged checkpoint.
+        CutawayError: jobs have different batch sizes, a site is not in the source, the data end early or are not
+            finite, or another process is training in the folder.
     """
     size = _batch_size(source, jobs)
     paths = {name: None if folder is None else Path(folder) / name / CHECKPOINT for name in jobs}
@@ -240,7 +256,7 @@ def _require_memory(source: Source, jobs: Mapping[str, Job]) -> None:
     free = available_bytes(torch.device("cpu"))
     if sum(needed.values()) > free:
         largest = max(needed, key=lambda name: needed[name])
-        raise CutawayError(
+        raise TooLarge(
             f"training {_named(jobs)} takes {sum(needed.values()) / 2**30:,.1f} GiB, and {free / 2**30:,.1f} GiB are "
             f"free (d_sae is {jobs[largest].config.d_sae:,}): take fewer latents, or fewer dictionaries at once"
         )

@@ -38,15 +38,16 @@ class ReLURule(Plain):
 
 @dataclass(frozen=True)
 class TopKRule(Plain):
-    """The k largest of each token; by_norm: the largest h·‖W_dec‖, for decoders whose norms are free.
-
-    `start_k`: as many at the start, falling linearly to k over the first `anneal` share of training.
-    """
+    """The k largest pre-activations of each token."""
 
     k: int
+    """Active latents per token."""
     by_norm: bool = False
+    """Take the largest h·‖W_dec‖ instead, for decoders whose norms are free."""
     start_k: int | None = None
+    """As many at the start, falling linearly to k; k throughout if None."""
     anneal: float = 0.0
+    """The first share of training, over which k falls."""
     kind: Literal["topk"] = "topk"
 
     def at(self, progress: float) -> "TopKRule":
@@ -77,15 +78,16 @@ class TopKRule(Plain):
 
 @dataclass(frozen=True)
 class BatchTopKRule(Plain):
-    """The k·n largest positive pre-activations of a batch of n tokens; by_norm: the largest h·‖W_dec‖.
-
-    `start_k` and `anneal` as in `TopKRule`.
-    """
+    """The k·n largest positive pre-activations of a batch of n tokens."""
 
     k: int
+    """Active latents per token, on average."""
     by_norm: bool = False
+    """Take the largest h·‖W_dec‖ instead, for decoders whose norms are free."""
     start_k: int | None = None
+    """As many at the start, falling linearly to k; k throughout if None."""
     anneal: float = 0.0
+    """The first share of training, over which k falls."""
     kind: Literal["batchtopk"] = "batchtopk"
 
     def at(self, progress: float) -> "BatchTopKRule":
@@ -138,8 +140,11 @@ class JumpReLURule(Plain):
     """
 
     bandwidth: float = 0.001
+    """Width of the window around θ that gradients pass through."""
     initial_threshold: float = 0.001
+    """θ of every latent at the start."""
     through_pre: bool = False
+    """Whether gradients of the jump reach h too, not θ alone."""
     kind: Literal["jumprelu"] = "jumprelu"
 
     def __post_init__(self) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.errors import BadFile, CutawayError
 from cutaway.artifacts.files import write_safetensors
 from cutaway.dictionaries.dictionary import Dictionary, Port, log_sparsity
 from cutaway.dictionaries.selectors import BatchTopK, Gated, JumpReLU, ReLU, Selector, TopK
@@ -336,16 +336,16 @@ class Trainer:
                 # cloned, since a tensor inside the file's buffer is aligned otherwise, and products round accordingly
                 tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
-            raise CutawayError(f"{path} is not a readable checkpoint ({error}): {way_out}") from error
+            raise BadFile(f"{path} is not a readable checkpoint ({error}): {way_out}") from error
         if record.get("config") != json.dumps(config.to_json()):
-            raise CutawayError(f"{path} is of a training run with another configuration: {way_out}")
+            raise BadFile(f"{path} is of a training run with another configuration: {way_out}")
         if record.get("source") != source:
-            raise CutawayError(f"{path} is of a training run on other activations: {way_out}")
+            raise BadFile(f"{path} is of a training run on other activations: {way_out}")
         try:
             return cls._from(config, tensors, record)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             said = " ".join(str(error).split())[:100]
-            raise CutawayError(f"{path} is damaged ({type(error).__name__}: {said}): {way_out}") from error
+            raise BadFile(f"{path} is damaged ({type(error).__name__}: {said}): {way_out}") from error
 
     @classmethod
     def _from(cls, config: TrainConfig, tensors: dict[str, Tensor], record: Mapping[str, str]) -> "Trainer":
