@@ -219,7 +219,7 @@ def test_first_letters_and_states(atlas: LanguageModel) -> None:
         assert atlas.token_strings(atlas.tokens(text).ids[0].tolist())[-1] == f" {city}"
         assert next(one for one in CITIES if one.name == city and one.state.name == state)
     letters = np.array(["a", "a", "b", "", "a"])
-    assert frequent(letters, np.array([0, 1, 0, 0, 1]), least=2, min_groups=2) == ["a"]
+    assert frequent(letters, np.array([0, 1, 0, 0, 1]), min_tokens=2, min_groups=2) == ["a"]
 
 
 def test_an_ablation_that_costs_nothing_is_noted(lm: LanguageModel, rows: Tensor) -> None:

@@ -180,7 +180,7 @@ def test_facts_are_what_is_stored(tmp_path: Path) -> None:
     }  # fmt: skip
     norms = W_dec.norm(dim=1).numpy()
     assert found["decoder_norms"]["all"]["median"] == pytest.approx(float(np.median(norms)), rel=1e-5)
-    assert found["decoder_norms"]["all"]["most"] == pytest.approx(float(norms.max()), rel=1e-5)
+    assert found["decoder_norms"]["all"]["max"] == pytest.approx(float(norms.max()), rel=1e-5)
     assert found["parameters"] == 2 * 6 * 40 + 46
     assert found["bytes"] == sum(file.stat().st_size for file in (tmp_path / "d").iterdir())
 

@@ -32,7 +32,14 @@ from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.results import Control, Effect, interval_text
 from cutaway.dictionaries.dictionary import Dictionary, random_dictionary
 from cutaway.dictionaries.evaluation.figures import Tables, summary
-from cutaway.dictionaries.evaluation.probing import best_latents, dense_probe, fold_splits, sparse_codes, sparse_probe
+from cutaway.dictionaries.evaluation.probing import (
+    Labels,
+    best_latents,
+    dense_probe,
+    fold_splits,
+    sparse_codes,
+    sparse_probe,
+)
 from cutaway.draw.result import Result
 
 if TYPE_CHECKING:
@@ -126,7 +133,7 @@ def absorption(
     x: Tensor,
     labels: Sequence[bool] | np.ndarray,
     *,
-    groups: Sequence[Any] | np.ndarray | None = None,
+    groups: Labels | None = None,
     what: str = "the concept",
     folds: int = 3,
     seed: int = 0,

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
 
 Selection = Literal["mean-difference", "l1"]
+Labels = Sequence[str] | Sequence[int] | Sequence[bool] | np.ndarray
+"""A class, or a group, per activation [n]."""
 
 KS = (1, 2, 5, 16)
 RANDOM = "as many latents of a random dictionary"
@@ -122,9 +124,9 @@ class Probing(Result):
 def sparse_probing(
     dictionaries: Dictionary | Sequence[Dictionary],
     x: Tensor,
-    labels: Sequence[Any] | np.ndarray,
+    labels: Labels,
     *,
-    groups: Sequence[Any] | np.ndarray | None = None,
+    groups: Labels | None = None,
     what: str = "the label",
     ks: Sequence[int] = KS,
     selection: Selection = "mean-difference",
@@ -377,7 +379,7 @@ def _logistic(strength: float) -> Any:
     return LogisticRegression(C=strength, max_iter=500)
 
 
-def _targets(labels: Sequence[Any] | np.ndarray, n: int) -> tuple[tuple[str, ...], np.ndarray]:
+def _targets(labels: Labels, n: int) -> tuple[tuple[str, ...], np.ndarray]:
     """Names of the classes that stand against the rest (of two only the last), and bool [classes, n]."""
     given = np.asarray(labels)
     if len(given) != n:
