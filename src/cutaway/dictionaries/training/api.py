@@ -39,16 +39,16 @@ from cutaway.model.own.file import load_module
 _WRITES = ("recipe.toml", "manifest.json", "logs", "checkpoints", "tensorboard", "wandb", "judged.*")
 
 
-Activations = LanguageModel | str | Path | Sequence[LanguageModel] | Store | Tensor | Mapping[str, Tensor]
-Corpus = str | Path | Iterable[str] | Tensor
+TrainingData = LanguageModel | str | Path | Sequence[LanguageModel] | Store | Tensor | Mapping[str, Tensor]
+CorpusInput = str | Path | Iterable[str] | Tensor
 
 
 def train(
-    what: Activations,
+    what: TrainingData,
     site: str | Sequence[str] = (),
     *,
     preset: str | Sequence[str] = "batchtopk",
-    corpus: Corpus | None = None,
+    corpus: CorpusInput | None = None,
     out: str | Path | None = None,
     log: Tracking | Sequence[Tracking] = (),
     seconds_between_checkpoints: float = 30.0,
@@ -113,7 +113,7 @@ class Training:
     """Rows of token ids that are kept out for judging [n, p]."""
 
 
-def prepare(recipe: Recipe, what: Activations | None = None, corpus: Corpus | None = None) -> Training:
+def prepare(recipe: Recipe, what: TrainingData | None = None, corpus: CorpusInput | None = None) -> Training:
     """Load what a recipe names, read the corpus, and make the jobs; train nothing.
 
     Args:
@@ -187,7 +187,7 @@ def _at_hand(recipe: Recipe, what: Store | Mapping[str, Tensor]) -> Training:
     return Training(replace(written_out(recipe, jobs), store=folder), source, jobs)
 
 
-def _live(recipe: Recipe, models: tuple[LanguageModel, ...], corpus: Corpus | None) -> Training:
+def _live(recipe: Recipe, models: tuple[LanguageModel, ...], corpus: CorpusInput | None) -> Training:
     def find(pattern: str) -> dict[str, Port]:
         return {name: port for name, (_, port) in find_ports(models, pattern).items()}
 
