@@ -8,7 +8,7 @@ OUT/checkpoints/              what a run that is interrupted goes on from; gone 
 """
 
 import contextlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -40,7 +40,7 @@ _WRITES = ("recipe.toml", "manifest.json", "logs", "checkpoints", "tensorboard",
 
 
 TrainingData = LanguageModel | str | Path | Sequence[LanguageModel] | Store | Tensor | Mapping[str, Tensor]
-CorpusInput = str | Path | Iterable[str] | Tensor
+CorpusInput = str | Path | Iterable[str] | Callable[[], Iterable[str]] | Tensor
 
 
 def train(
@@ -66,7 +66,8 @@ def train(
         site: Sites or wildcards to read. `to=` says what each is to be written as, which makes transcoders;
             `crosscoder=` sites with commas between.
         preset: Published ways of training (see `PRESETS`).
-        corpus: A path, "hub:NAME", texts, or rows of token ids [n, p]; goes with a model.
+        corpus: A path, "hub:NAME", texts or a function that gives them, or rows of token ids [n, p]; goes with a
+            model.
         out: A folder that everything is written to; the same call goes on with a run that was interrupted, bit for
             bit. In memory if None.
         log: "wandb", "tensorboard", or both.
