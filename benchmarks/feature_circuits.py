@@ -6,7 +6,7 @@
 Nodes are scored on every second pair, position by position, and circuits of the strongest are measured on the others:
 every latent outside is set to its mean at that position, errors kept in every run or set to their mean in every run.
 Beside it random circuits of as many latents. Labels are token summaries made by a rule on 256 rows of atlas's world
-(`features/summary.py`), with the share of held-out firings that they cover; entities are those that
+(`features/summary.py`), with the share of held-out activations that they cover; entities are those that
 docs/atlas-dictionaries.md found latents for. Prints Markdown.
 """
 
@@ -30,7 +30,7 @@ from cutaway.data.pairs import AlignedPairs  # noqa: E402
 from cutaway.data.tasks.tasks import TASKS  # noqa: E402
 from cutaway.dictionaries import load  # noqa: E402
 from cutaway.dictionaries.dictionary import Dictionary  # noqa: E402
-from cutaway.features.examples import top_examples  # noqa: E402
+from cutaway.features.examples import Windows, top_examples  # noqa: E402
 from cutaway.features.summary import token_summary  # noqa: E402
 from cutaway.model.language_model import LanguageModel  # noqa: E402
 from cutaway.subjects.atlas.text import world_text  # noqa: E402
@@ -66,7 +66,7 @@ def labels_of(lm: LanguageModel, dictionaries: dict[str, Dictionary], nodes: lis
             by_site[node.site].add(node.latent)
     found = {}
     for site, latents in by_site.items():
-        examples = top_examples(lm, dictionaries[site], rows, latents=sorted(latents), n=2, lower=0)
+        examples = top_examples(lm, dictionaries[site], rows, latents=sorted(latents), n=2, windows=Windows(lower=0))
         for latent, summary in token_summary(lm, rows, examples).items():
             covered = f" ({summary.precision:.0%})" if summary.precision == summary.precision else ""
             found[site, latent] = f"{summary.label}{covered}"

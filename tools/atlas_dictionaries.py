@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 import cutaway
+from cutaway.artifacts.command import recording
 from cutaway.artifacts.files import plain, write_json
 from cutaway.artifacts.manifest import file_hash
 from cutaway.data.corpus.corpus import token_rows
@@ -90,7 +91,8 @@ def main() -> None:
         folder = options.out / site
         save(result.dictionary.to(dtype=torch.float16), folder, overwrite=folder.exists())
         stored = load(folder, dtype=torch.float32)
-        judged = evaluate(lm, stored, rows, spliced_rows=SPLICED_ROWS, command=COMMAND)
+        with recording(COMMAND):
+            judged = evaluate(lm, stored, rows, spliced_rows=SPLICED_ROWS)
         print(site, judged, sep="\n", flush=True)
         write_json(folder / "card.json", plain(card(stored, judged, folder / "sae_weights.safetensors")))
     size = sum(file.stat().st_size for file in options.out.rglob("*") if file.is_file())

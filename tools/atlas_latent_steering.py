@@ -19,7 +19,7 @@ from cutaway.subjects.world.chats import open_chat
 from cutaway.subjects.world.corpus import documents
 from cutaway.subjects.world.facts import LANDMARKS
 
-LEAST_FIRINGS = 100
+MIN_ACTIVE = 100
 CHOOSING, HELD_OUT, SEED = 33, 100, 0
 
 
@@ -59,7 +59,7 @@ def handles_of(lm: cutaway.LanguageModel, dictionary: Dictionary, rows: torch.Te
         latent = int(chosen[i])
         own = float(streams[i] @ units[latent])
         landmarks.append(Handle(name, layer, units[latent], max(own, float(projected[latent]))))
-    free = (counts >= LEAST_FIRINGS) & ~torch.isin(torch.arange(dictionary.d_sae), chosen)
+    free = (counts >= MIN_ACTIVE) & ~torch.isin(torch.arange(dictionary.d_sae), chosen)
     able = free.nonzero()[:, 0]
     drawn = able[torch.randperm(len(able), generator=torch.Generator().manual_seed(SEED))][: len(names) + N_UNRELATED]
     return Handles(landmarks, [Handle(f"latent {i}", layer, units[i], float(projected[i])) for i in drawn.tolist()])

@@ -18,10 +18,10 @@ from cutaway.artifacts.files import read_json
 from cutaway.artifacts.results import interval_text
 from cutaway.data.corpus.corpus import token_rows
 from cutaway.dictionaries import load
-from cutaway.features.activations import fires
+from cutaway.features.activations import latent_activations
 from cutaway.features.concepts import match_concepts, mentions
 from cutaway.features.effects import logit_effects
-from cutaway.features.examples import top_examples
+from cutaway.features.examples import Windows, top_examples
 from cutaway.features.summary import token_summary
 from cutaway.subjects.atlas.text import world_text
 from cutaway.tour.world_tasks import world_concepts
@@ -100,10 +100,10 @@ def _cards(cards: dict[str, Any]) -> str:
 
 def _latents(lm: cutaway.LanguageModel, site: str, rows: torch.Tensor) -> str:
     dictionary = load(SHIPPED / site, dtype=torch.float32)
-    firings = list(fires(lm, dictionary, rows))
+    activations = list(latent_activations(lm, dictionary, rows))
     labelled = {concept: mentions(lm, rows, words) for concept, words in world_concepts().items()}
     labelled = {c: mask for c, mask in labelled.items() if min(int(mask[0::2].sum()), int(mask[1::2].sum())) >= LEAST}
-    found = sorted(match_concepts(lm, dictionary, rows, labelled, firings=firings), key=lambda m: -m.auroc)
+    found = sorted(match_concepts(lm, dictionary, rows, labelled, activations=activations), key=lambda m: -m.auroc)
     lines = [
         f"\n## {site}\n",
         "Known entities and the latent that tells each best, chosen on every second row and measured on the others. "
@@ -116,15 +116,15 @@ def _latents(lm: cutaway.LanguageModel, site: str, rows: torch.Tensor) -> str:
         f"{m.recall:.2f} | {m.n_positive} |"
         for m in found
     ]
-    counts = torch.bincount(torch.cat([firing.latent for firing in firings]), minlength=dictionary.d_sae)
+    counts = torch.bincount(torch.cat([part.latent for part in activations]), minlength=dictionary.d_sae)
     able = (counts >= 100).nonzero()[:, 0]
     drawn = able[torch.randperm(len(able), generator=torch.Generator().manual_seed(0))][:RANDOM].tolist()
-    examples = top_examples(lm, dictionary, rows, latents=drawn, n=2, lower=0, window=(8, 2), firings=firings)
+    examples = top_examples(lm, dictionary, rows, latents=drawn, n=2, windows=Windows(0, 8, 2), activations=activations)
     labels = token_summary(lm, rows, examples)
     effects = {effect.latent: effect for effect in logit_effects(lm, dictionary, drawn, k=4)}
     lines += [
         "\nLatents drawn at random from those that fire at least 100 times. The label is a token summary made by a "
-        "rule, with the share of held-out firings that it covers; the strongest token of an example is bold.\n",
+        "rule, with the share of held-out activations that it covers; the strongest token of an example is bold.\n",
         "| latent | density | label | strongest examples | raises |",
         "|---|---|---|---|---|",
     ]

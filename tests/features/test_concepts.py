@@ -11,23 +11,23 @@ import cutaway
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.ranking import auroc
 from cutaway.dictionaries.dictionary import Dictionary, TopK
-from cutaway.features.activations import Firing, fires
-from cutaway.features.concepts import SortedFiring, match_concepts, mentions
+from cutaway.features.activations import LatentActivations, latent_activations
+from cutaway.features.concepts import SortedActivations, match_concepts, mentions
 from cutaway.features.examples import top_examples
 from cutaway.features.summary import token_summary
 from cutaway.model.language_model import LanguageModel
 
 
 def test_every_latents_auroc(tiny: LanguageModel, dictionary: Dictionary, rows: Tensor) -> None:
-    parts = list(fires(tiny, dictionary, rows))
+    parts = list(latent_activations(tiny, dictionary, rows))
     stream = tiny.run(rows.tolist(), capture=dictionary.site, logits=None)[dictionary.site]
     dense = dictionary.encode(stream).detach().flatten(0, 1)[torch.cat([part.kept for part in parts])]
     dense = dense.round(decimals=1)  # so that values tie
     rounded = []
     for part in parts:
         value = part.value.round(decimals=1)
-        rounded.append(Firing(part.latent[value > 0], value[value > 0], part.at[value > 0], part.kept))
-    sparse = SortedFiring(rounded, dictionary.d_sae)
+        rounded.append(LatentActivations(part.latent[value > 0], value[value > 0], part.at[value > 0], part.kept))
+    sparse = SortedActivations(rounded, dictionary.d_sae)
     for seed in range(3):
         labels = torch.rand(len(sparse.tokens), generator=torch.Generator().manual_seed(seed)) < 0.1
         found = sparse.auroc(labels)

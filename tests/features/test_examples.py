@@ -1,16 +1,20 @@
 """Examples, densities and labels against a dense table of every activation."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from result_checks import check_result
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.dictionaries.dictionary import Dictionary, TopK
-from cutaway.features.activations import Firing, Keeper, fires, strongest_per_row
+from cutaway.features.activations import Keeper, LatentActivations, latent_activations, strongest_per_row
+from cutaway.features.concepts import match_concepts
 from cutaway.features.effects import direct_logits, logit_effects
-from cutaway.features.examples import FeatureExamples, top_examples
+from cutaway.features.examples import FeatureExamples, Windows, top_examples
 from cutaway.features.summary import CLASSES, token_summary
 from cutaway.model.language_model import LanguageModel
 
@@ -26,7 +30,7 @@ def table(tiny: LanguageModel, dictionary: Dictionary, rows: Tensor) -> Tensor:
 
 @pytest.fixture(scope="module")
 def examples(tiny: LanguageModel, dictionary: Dictionary, rows: Tensor) -> FeatureExamples:
-    return top_examples(tiny, dictionary, rows, n=4, window=(3, 2), sample=6, batch_rows=7)
+    return top_examples(tiny, dictionary, rows, n=4, windows=Windows(before=3, after=2), sample=6, batch_rows=7)
 
 
 def test_density_and_maximum(examples: FeatureExamples, table: Tensor) -> None:
@@ -81,7 +85,7 @@ def test_held_out_places_are_in_odd_rows(examples: FeatureExamples, table: Tenso
 def test_batches_do_not_matter(
     tiny: LanguageModel, dictionary: Dictionary, rows: Tensor, examples: FeatureExamples
 ) -> None:
-    again = top_examples(tiny, dictionary, rows, n=4, window=(3, 2), sample=6, batch_rows=30)
+    again = top_examples(tiny, dictionary, rows, n=4, windows=Windows(before=3, after=2), sample=6, batch_rows=30)
     torch.testing.assert_close(again.density, examples.density)
     for latent, found in examples.latents.items():
         assert [e.value for e in again[latent].top] == pytest.approx([e.value for e in found.top], abs=1e-4)
@@ -134,12 +138,12 @@ def test_strongest_per_row(entries: list[tuple[int, float, int]]) -> None:
 def test_nothing_of_bos_and_padding_fires(tiny: LanguageModel, dictionary: Dictionary, rows: Tensor) -> None:
     padded = rows.clone()
     padded[:, -2:] = 1
-    for firing in fires(tiny, dictionary, padded):
-        columns = firing.kept % 14
+    for part in latent_activations(tiny, dictionary, padded):
+        columns = part.kept % 14
         assert columns.min() == 1
         assert columns.max() == 11
     with pytest.raises(CutawayError, match="no rows"):
-        list(fires(tiny, dictionary, rows, index=[]))
+        list(latent_activations(tiny, dictionary, rows, index=[]))
 
 
 def test_logit_effects_are_the_derivative_at_the_last_stream(tiny: LanguageModel, dictionary: Dictionary) -> None:
@@ -183,8 +187,8 @@ def test_places_are_drawn_in_proportion_to_the_squared_activation(tiny: Language
     )
     at = torch.tensor([0, 1, 4, 5])[:, None].expand(4, f)  # two places in an even row, two in an odd one
     value = torch.tensor([1.0, 3.0, 1.0, 3.0])[:, None].expand(4, f)
-    firing = Firing(torch.arange(f).repeat(4), value.flatten(), at.flatten(), torch.arange(8))
-    found = top_examples(tiny, many, torch.zeros(2, 4, dtype=torch.long), latents=[], sample=1, firings=[firing])
+    firing = LatentActivations(torch.arange(f).repeat(4), value.flatten(), at.flatten(), torch.arange(8))
+    found = top_examples(tiny, many, torch.zeros(2, 4, dtype=torch.long), latents=[], sample=1, activations=[firing])
     for places, strong in ((found.shown_at, 1), (found.held_at, 5)):
         assert (places[:, 0] == strong).float().mean().item() == pytest.approx(0.9, abs=0.03)
 
@@ -205,3 +209,22 @@ def test_a_neighbours_property_counts_four_fifths(tiny: LanguageModel, alone: in
     assert found.label == label
     assert found.base_rate == pytest.approx(base)
     assert (found.precision, found.n) == (1.0, 6)
+
+
+def test_results_of_features_print_and_save_themselves(
+    tiny: LanguageModel, dictionary: Dictionary, examples: FeatureExamples, rows: Tensor, tmp_path: Path
+) -> None:
+    labelled = {"odd": rows % 2 == 1, "small": rows < 20}
+    one = next(iter(examples.latents))
+    for number, result in enumerate(
+        (
+            examples,
+            examples[one],
+            match_concepts(tiny, dictionary, rows, labelled, shuffles=2),
+            logit_effects(tiny, dictionary, [3], k=4)[0],
+            token_summary(tiny, rows, examples),
+        )
+    ):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        check_result(result, folder)

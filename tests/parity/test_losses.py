@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from cutaway.dictionaries.training.parameters import Parameters
 from cutaway.dictionaries.training.rules import BatchTopKRule, GatedRule, JumpReLURule, ReLURule, Rule, TopKRule
-from cutaway.dictionaries.training.step import step
+from cutaway.dictionaries.training.step import TrainingState, step
 from cutaway.dictionaries.training.terms import (
     L0,
     AuxK,
@@ -120,8 +120,8 @@ def test_losses_and_gradients_are_the_peers(tmp_path: Path, peer: Callable[[str]
                 ours.terms,
                 theirs["x"],
                 theirs.get("y"),
+                TrainingState(theirs["dead"]),
                 subtract_b_dec=ours.subtract,
-                dead=theirs["dead"],
                 way=way,
             )
             found = {"loss": relative(result.loss, theirs["loss"])}

@@ -196,8 +196,7 @@ def superposition(*, recovery: Flag = False, out: Page = None, seed: Seed = 0, j
     json
         Print every figure as JSON on stdout, and nothing else.
     """
-    from cutaway.dictionaries.evaluation.recovery import recovery_study
-    from cutaway.dictionaries.evaluation.recovery_page import recovery_sections
+    from cutaway.dictionaries.evaluation.recovery import recovery_sections, recovery_study
     from cutaway.draw.page import page_html
     from cutaway.subjects.superposition.page import LEAD, toy_sections
     from cutaway.subjects.superposition.study import toy_study

@@ -1,35 +1,11 @@
 """Sparse dictionaries: trained, judged, exchanged with the field.
 
-    cutaway.dictionaries.train("atlas", "blocks.3.resid_post", preset="batchtopk", corpus="texts/", out="runs/one")
-    dictionary = cutaway.dictionaries.load("hf://owner/repository/folder")
-    cutaway.dictionaries.save(dictionary, "runs/dictionary", format="sparsify")
-
-Importing the package loads no torch; the names below load what they need when first used.
+dictionary = cutaway.dictionaries.load("atlas/blocks.3.resid_post")
+dictionary.latent(7)
+cutaway.dictionaries.train("atlas", "blocks.3.resid_post", preset="batchtopk", corpus="texts/", out="runs/one")
+cutaway.dictionaries.judge(lm, dictionary, held_out_rows).save("judged.html")
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+import lazy_loader
 
-if TYPE_CHECKING:
-    from cutaway.dictionaries.formats.files import load, load_all, save, save_all
-    from cutaway.dictionaries.training.api import train
-
-__all__ = ["load", "load_all", "save", "save_all", "train"]
-
-_HOMES = {
-    "cutaway.dictionaries.training.api": ("train",),
-    "cutaway.dictionaries.formats.files": ("load", "load_all", "save", "save_all"),
-}
-_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME_OF:
-        raise AttributeError(f"module 'cutaway.dictionaries' has no attribute {name!r}")
-    value = getattr(import_module(_HOME_OF[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.dictionaries import selectors, sparse
+from cutaway.dictionaries.latent import Latent
 from cutaway.dictionaries.selectors import BatchTopK, Gated, JumpReLU, ReLU, Selector, TopK
 
 __all__ = ["BatchTopK", "Dictionary", "Gated", "JumpReLU", "Port", "ReLU", "TopK", "log_sparsity", "random_dictionary"]
@@ -34,43 +35,56 @@ _EPSILON = 1e-5  # SAELens and OpenAI's dictionaries were trained with it; added
 _WEIGHTS = ("W_enc", "b_enc", "W_dec", "b_dec")
 
 InputNorm = Literal["layer_norm", "unit"]
-Kind = Literal["sae", "transcoder", "skip_transcoder", "crosscoder"]
+DictionaryKind = Literal["sae", "transcoder", "skip_transcoder", "crosscoder"]
 
 
 @dataclass(frozen=True)
 class Port:
-    """A tensor that a dictionary reads or writes: a site, its width (heads flattened), and whose it is."""
+    """A tensor that a dictionary reads or writes."""
 
     site: str
+    """Its site."""
     width: int
+    """Values per token, heads flattened."""
     model: Mapping[str, Any] = field(default_factory=dict)
+    """Whose it is: "id", "revision" and "weight_hash", where known."""
 
 
 @dataclass(frozen=True, eq=False)
 class Dictionary:
     """Weights of a sparse dictionary and where they belong.
 
-    `W_enc` [d_in, F], `b_enc` [F], `W_dec` [F, d_out], `b_dec` [d_out], `W_skip` [d_out, d_in] or None. `site` is the
-    canonical name of the tensor it reads and `model` says which model's ("id", "revision", "weight_hash"); `reads` and
-    `writes` are given where these are not one and the same tensor. `sparsity` is each latent's firing frequency as
-    log10 [F], where measured; `metadata` holds what else is to travel with the weights. Raises `CutawayError` when
-    shapes disagree or a weight is not finite.
+    It takes the model's activations as they are. Raises `CutawayError` when shapes disagree or a weight is not finite.
     """
 
     W_enc: Tensor
+    """Encoder [d_in, F]."""
     b_enc: Tensor
+    """Encoder bias [F]."""
     W_dec: Tensor
+    """Decoder [F, d_out]."""
     b_dec: Tensor
+    """Decoder bias [d_out]."""
     selector: Selector
+    """Which pre-activations become activations: `ReLU`, `TopK`, `BatchTopK`, `JumpReLU`, `Gated`."""
     site: str
+    """Canonical name of the (first) tensor that it reads."""
     model: Mapping[str, Any] = field(default_factory=dict)
+    """Whose that is: "id", "revision" and "weight_hash", where known."""
     sparsity: Tensor | None = None
+    """log10 of each latent's frequency of activation [F], where measured."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    """What else travels with the weights: how it was trained, on what."""
     reads: tuple[Port, ...] = field(default=(), kw_only=True)
+    """What it reads, where that is not one tensor at `site`."""
     writes: tuple[Port, ...] = field(default=(), kw_only=True)
+    """What it writes, where that is not what it reads."""
     subtract_b_dec: bool = field(default=True, kw_only=True)
+    """Whether b_dec is subtracted from the input."""
     W_skip: Tensor | None = field(default=None, kw_only=True)
+    """A linear map beside the latents [d_out, d_in], of skip-transcoders."""
     input_norm: InputNorm | None = field(default=None, kw_only=True)
+    """What is done to each token first, and undone on what is written to the same site."""
 
     def __post_init__(self) -> None:
         if self.W_enc.ndim != 2 or 0 in self.W_enc.shape:
@@ -125,7 +139,7 @@ class Dictionary:
         return self.W_enc.shape[1]
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> DictionaryKind:
         """What it is in the field's words."""
         if len(self.inputs) > 1 or len(self.outputs) > 1:
             return "crosscoder"
@@ -194,6 +208,25 @@ class Dictionary:
     def decoders(self) -> tuple[Tensor, ...]:
         """The decoder of each tensor that is written: views [F, width] of W_dec."""
         return self.W_dec.split([port.width for port in self.outputs], dim=1)
+
+    def latent(self, index: int) -> Latent:
+        """One latent as a small view: its rows, bias and norm, its neighbours, what it writes and where it is active.
+
+        Args:
+            index: Its number, from 0; negative from the end.
+
+        Returns:
+            The view.
+
+        Raises:
+            CutawayError: there is no such latent.
+
+        Example:
+            >>> load("atlas/blocks.3.resid_post").latent(7).nearest(3)
+        """
+        if not -self.d_sae <= index < self.d_sae:
+            raise CutawayError(f"there is no latent {index}: the dictionary has {self.d_sae:,}, counted from 0")
+        return Latent(self, index % self.d_sae)
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> "Dictionary":
         """The same dictionary on another device or in another floating-point type."""
@@ -279,10 +312,22 @@ def _of_size(selector: Selector, n_latents: int) -> Selector:
 def random_dictionary(like: Dictionary, sample: Tensor, seed: int, target: Tensor | None = None) -> Dictionary:
     """The control: as many untrained unit directions, each token described by as many of them; b_dec the mean.
 
-    `sample` [n, d_in] are activations and `target` [n, d_out] what is to be written, for a dictionary that does not
-    write what it reads (then the encoder's directions are random too). The one number `gain` is fitted by least
-    squares, since directions that overlap would else add up to too much or too little. The control selects by TopK
-    with k = the L0 of `like` on the sample, rounded. It shows what any overcomplete set of directions reaches.
+    It shows what any overcomplete set of directions reaches. It selects by TopK with k = the L0 of `like` on the
+    sample, rounded; one gain is fitted by least squares, since directions that overlap would else add up to too much
+    or too little.
+
+    Args:
+        like: The dictionary to be a control of.
+        sample: Activations that it reads [n, d_in].
+        seed: Of the directions.
+        target: What is to be written [n, d_out], for a dictionary that does not write what it reads; then the
+            encoder's directions are random too.
+
+    Returns:
+        A dictionary of the same ports and size.
+
+    Raises:
+        CutawayError: the dictionary is a transcoder and there is no target.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -322,5 +367,7 @@ def random_dictionary(like: Dictionary, sample: Tensor, seed: int, target: Tenso
 
 
 def log_sparsity(frequency: Tensor) -> Tensor:
-    """log10 of firing frequencies [F]; −10 for latents that never fired, as a file cannot hold −∞ portably."""
+    """log10 of frequencies of activation [F]; −10 for latents that were never active, as a file cannot hold −∞
+    portably.
+    """
     return frequency.double().clamp_min(1e-10).log10().float()

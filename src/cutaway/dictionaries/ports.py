@@ -27,7 +27,7 @@ ROWS_A_FORWARD = 8
 
 
 @dataclass(frozen=True, eq=False)
-class Bench:
+class ModelPorts:
     """A dictionary's ports and the models they belong to: `reads` and `writes` say which model, by number."""
 
     models: tuple[LanguageModel, ...]
@@ -49,7 +49,7 @@ class Bench:
         return tuple(f"{port.site} of {names[of]}" for of, port in zip(self.writes, self.outputs, strict=True))
 
     def model_names(self) -> tuple[str, ...]:
-        """The models' names, told apart by number where they are equal."""
+        """The models' names, numbered where they are equal."""
         names = [lm.name for lm in self.models]
         return tuple(f"{name} ({i + 1})" if names.count(name) > 1 else name for i, name in enumerate(names))
 
@@ -102,7 +102,7 @@ class Bench:
         return found
 
 
-def bench(models: Models, dictionary: Dictionary) -> Bench:
+def model_ports(models: Models, dictionary: Dictionary) -> ModelPorts:
     """Find each port's model among `models`: by weight hash, else by id; a single model serves a dictionary of one.
 
     Raises `CutawayError` for a port whose model is not given, a site that its model lacks, or one whose width differs.
@@ -125,20 +125,21 @@ def bench(models: Models, dictionary: Dictionary) -> Bench:
     writes = tuple(number[_owner(port)] for port in dictionary.outputs)
     inputs = tuple(_resolved(chosen[m], port) for m, port in zip(reads, dictionary.inputs, strict=True))
     outputs = tuple(_resolved(chosen[m], port) for m, port in zip(writes, dictionary.outputs, strict=True))
-    return Bench(chosen, inputs, outputs, reads, writes)
+    return ModelPorts(chosen, inputs, outputs, reads, writes)
 
 
 @dataclass(frozen=True, eq=False)
 class PortValues:
-    """A dictionary's input x [n, d_in] and what it should write y [n, d_out], float32, at the n positions `keep`
-    [rows, p] (in their order); y is x itself where it writes what it reads. `excluded`: positions that were left out
-    for their high norm.
-    """
+    """What a dictionary reads and should write at n positions."""
 
     x: Tensor
+    """What it reads, float32 [n, d_in]."""
     y: Tensor
+    """What it should write, float32 [n, d_out]; x itself where it writes what it reads."""
     keep: Tensor
+    """The positions, bool [rows, p]; x and y are in their order."""
     excluded: int = 0
+    """Positions that were left out for their high norm."""
 
     @property
     def row_of(self) -> Tensor:
@@ -147,14 +148,32 @@ class PortValues:
 
 
 def harvest_ports(
-    models: Models, dictionary: Dictionary, rows: Tensor, *, high_norm: float | None = None, where: Bench | None = None
+    models: Models,
+    dictionary: Dictionary,
+    rows: Tensor,
+    *,
+    high_norm: float | None = None,
+    where: ModelPorts | None = None,
 ) -> PortValues:
-    """The values a dictionary reads and should write on rows [n, p] of tokens, at the positions that count.
+    """The values that a dictionary reads and should write, at the positions that count.
 
-    Those are not the first of a row, not BOS, and with `high_norm` not where a value at one of the sites is longer than
-    so many times the site's median. Raises `CutawayError` when none is left or a value is not finite, and as `bench`.
+    Those are not the first of a row, not BOS, and with `high_norm` not where a value at one of the sites is much longer
+    than the median.
+
+    Args:
+        models: The model that the dictionary belongs to; for a crosscoder of two models, both.
+        dictionary: The dictionary.
+        rows: Token ids [n, p].
+        high_norm: Leave out positions whose vector is longer than so many times the site's median.
+        where: The dictionary's ports in the models, for those who have found them already.
+
+    Returns:
+        x, y and where they are of.
+
+    Raises:
+        CutawayError: no position is left, a value is not finite, or the models are not the dictionary's.
     """
-    where = where or bench(models, dictionary)
+    where = where or model_ports(models, dictionary)
     if high_norm is not None and not high_norm > 1:
         raise CutawayError(f"high_norm is {high_norm}, a multiple of the median norm; give more than 1, or None")
     keep_freed_memory()
@@ -192,12 +211,21 @@ def harvest_ports(
 
 
 def read_texts(models: Models, dictionary: Dictionary, texts: Sequence[str], at: Sequence[str] | None = None) -> Tensor:
-    """What the dictionary reads at one token of each text: float32 [n, d_in].
+    """What a dictionary reads at one token of each text.
 
-    That is the last token, or with `at` the last token of where each text last has those words. Raises `CutawayError`
-    for words that are not there, and as `bench`.
+    Args:
+        models: The model that it belongs to; for a crosscoder of two models, both.
+        dictionary: The dictionary.
+        texts: Texts, [n].
+        at: Words of each text, whose last token (of their last mention) is read; the text's last token if None.
+
+    Returns:
+        Activations, float32 [n, d_in].
+
+    Raises:
+        CutawayError: words are not there, or the models are not the dictionary's.
     """
-    where = bench(models, dictionary)
+    where = model_ports(models, dictionary)
     lm = where.models[0]
     found = []
     with Progress("activations", total=len(texts), unit="texts") as progress:
@@ -226,7 +254,7 @@ def _joined(runs: Sequence[Run], of: Sequence[int], ports: Sequence[Port], keep:
         value = runs[model][port.site]
         if value.ndim < 3 or value[0, 0].numel() != port.width:
             raise CutawayError(
-                f"{port.site} has shape {list(value.shape)}, but the dictionary needs {port.width} values a position"
+                f"{port.site} has shape {list(value.shape)}, but the dictionary needs {port.width} values per position"
             )
         parts.append(value[keep.to(value.device)].flatten(1).float())
     return torch.cat([part.to(parts[0].device) for part in parts], dim=1) if len(parts) > 1 else parts[0]

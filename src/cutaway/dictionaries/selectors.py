@@ -6,7 +6,7 @@
     JumpReLU    a = h·1[h > θ_i], θ_i ≥ 0
     Gated       a = 1[h > 0]·relu((h − b_gate)·exp(r_i) + b_mag,i), where h = x·W_enc + b_gate
 
-These are what a finished dictionary does; how each is trained is in `objective.py`.
+These are what a finished dictionary does; how each is trained is in `training/rules.py`.
 """
 
 from dataclasses import dataclass, fields
@@ -35,6 +35,7 @@ class TopK:
     """Keep the k largest pre-activations of a token; of those, the positive ones are active (arXiv 2406.04093)."""
 
     k: int
+    """Latents per token, at most."""
     name: ClassVar[str] = "topk"
 
     def select(self, pre: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,10 +51,12 @@ class TopK:
 
 @dataclass(frozen=True)
 class BatchTopK:
-    """Trained with k active latents a token on average (arXiv 2412.06410); read with one threshold for all latents."""
+    """Trained with k active latents per token on average; read with one threshold for all (arXiv 2412.06410)."""
 
     k: int
+    """Active latents per token that it was trained with."""
     threshold: float
+    """θ: pre-activations above it are active."""
     name: ClassVar[str] = "batchtopk"
 
     def dense(self, pre: Tensor, bias: Tensor) -> Tensor:
@@ -63,9 +66,10 @@ class BatchTopK:
 
 @dataclass(frozen=True, eq=False)
 class JumpReLU:
-    """`threshold` [F], one a latent (arXiv 2407.14435)."""
+    """A threshold per latent (arXiv 2407.14435)."""
 
     threshold: Tensor
+    """θ [F], 0 or more."""
     name: ClassVar[str] = "jumprelu"
 
     def dense(self, pre: Tensor, bias: Tensor) -> Tensor:
@@ -75,10 +79,12 @@ class JumpReLU:
 
 @dataclass(frozen=True, eq=False)
 class Gated:
-    """`r_mag`, `b_mag` [F] (arXiv 2404.16014). The dictionary's `b_enc` is the gate's bias."""
+    """A gate and a magnitude that share directions (arXiv 2404.16014). The dictionary's `b_enc` is the gate's bias."""
 
     r_mag: Tensor
+    """Logarithm of the magnitude's scale, [F]."""
     b_mag: Tensor
+    """Bias of the magnitude, [F]."""
     name: ClassVar[str] = "gated"
 
     def dense(self, pre: Tensor, bias: Tensor) -> Tensor:

@@ -37,8 +37,9 @@ def largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 _SAMPLE = 1 << 15
 
 
-def largest_of_all(scores: Tensor, count: int, least: float = 0.0) -> Tensor:
-    """Places of the `count` largest scores above `least` of a whole table [n, F], flat and ascending; fewer if need be.
+def largest_of_all(scores: Tensor, count: int, minimum: float = 0.0) -> Tensor:
+    """Places of the `count` largest scores above `minimum` of a whole table [n, F], flat and ascending; fewer if need
+    be.
 
     Exact, ties broken by place. A sample of the scores gives a bound that about 1.5 times as many exceed, so only these
     are compared in earnest; sorting the table would take ten times as long as the product that made it.
@@ -51,9 +52,9 @@ def largest_of_all(scores: Tensor, count: int, least: float = 0.0) -> Tensor:
     share = 1.5 * count / len(flat)
     while True:
         rank = int(share * len(sample)) + 8  # of the largest, from 0
-        bound = max(least, float(sample.kthvalue(len(sample) - rank).values)) if rank < len(sample) / 2 else least
+        bound = max(minimum, float(sample.kthvalue(len(sample) - rank).values)) if rank < len(sample) / 2 else minimum
         places = (flat > bound).nonzero().flatten()
-        if len(places) >= count or bound <= least:
+        if len(places) >= count or bound <= minimum:
             break
         share *= 2
     if len(places) <= count:

@@ -1,4 +1,4 @@
-"""Where each latent of a dictionary fires in a corpus: one pass over the rows, memory that does not grow with them."""
+"""Where each latent of a dictionary is active in a corpus: one pass over the rows, in memory that does not grow."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,18 +14,18 @@ from cutaway.model.language_model import LanguageModel
 Rows = Tensor | Sequence[Sequence[int]]
 
 
-@dataclass(frozen=True)
-class Firing:
-    """The active latents of some tokens, as a sparse table of e entries sorted by nothing in particular.
-
-    `latent`, `value`, `at` [e]; `at` is row * width + column. `kept` [tokens] are the tokens looked at, in the same
-    numbering.
-    """
+@dataclass(frozen=True, eq=False)
+class LatentActivations:
+    """The active latents of some tokens, as a sparse table of e entries in no particular order."""
 
     latent: Tensor
+    """Which latent each entry is of, int64 [e]."""
     value: Tensor
+    """Its activation, float32 [e], above 0."""
     at: Tensor
+    """Its place, row · width + column, int64 [e]."""
     kept: Tensor
+    """The places of all tokens that were looked at, int64 [tokens]."""
 
 
 def width_of(rows: Rows) -> int:
@@ -33,16 +33,29 @@ def width_of(rows: Rows) -> int:
     return rows.shape[1] if isinstance(rows, Tensor) else max(len(row) for row in rows)
 
 
-def fires(
+def latent_activations(
     lm: LanguageModel,
     dictionary: Dictionary,
     rows: Rows,
     index: Sequence[int] | None = None,
     batch_rows: int = 16,
-) -> Iterator[Firing]:
-    """The active latents of a corpus, a few rows at a time. `index` chooses rows.
+) -> Iterator[LatentActivations]:
+    """The active latents of a corpus, a few rows at a time.
 
-    A row's first token, BOS and padding are left out, as they are in training (`counted` of the harvest).
+    A row's first token, BOS and padding are left out, as they are in training.
+
+    Args:
+        lm: The model that the dictionary belongs to.
+        dictionary: Reads one site of it.
+        rows: Token ids [n, p], or lists of ids of any length.
+        index: The rows to read; all of them if None.
+        batch_rows: Rows per forward.
+
+    Yields:
+        The active latents of the next rows.
+
+    Raises:
+        CutawayError: there are no rows.
     """
     width = width_of(rows)
     chosen = list(range(len(rows))) if index is None else list(index)
@@ -61,15 +74,15 @@ def fires(
         at = (torch.tensor(part)[r.cpu()] * width + c.cpu())[:, None].expand(-1, values.shape[1])
         values, latents = values.detach().float().cpu(), latents.cpu()
         active = values > 0
-        yield Firing(latents[active], values[active], at[active], at[:, 0])
+        yield LatentActivations(latents[active], values[active], at[active], at[:, 0])
 
 
-def of_rows(firings: Sequence[Firing], width: int, parity: int) -> list[Firing]:
+def of_rows(activations: Sequence[LatentActivations], width: int, parity: int) -> list[LatentActivations]:
     """What lies in even rows (`parity` 0) or in odd ones (1)."""
     parts = []
-    for firing in firings:
-        entries, kept = (firing.at // width) % 2 == parity, (firing.kept // width) % 2 == parity
-        parts.append(Firing(firing.latent[entries], firing.value[entries], firing.at[entries], firing.kept[kept]))
+    for part in activations:
+        entries, kept = (part.at // width) % 2 == parity, (part.kept // width) % 2 == parity
+        parts.append(LatentActivations(part.latent[entries], part.value[entries], part.at[entries], part.kept[kept]))
     return parts
 
 

@@ -1,17 +1,18 @@
-"""Which latent tells a known concept best, without reporting the winner of a lottery.
+"""Which latent detects a known concept best, without reporting the winner of a lottery.
 
 Among thousands of latents the best one for *any* labels looks good. So the latent is chosen on one half of the rows and
-measured on the other, and the same search is made for shuffled labels. Telling a concept is not yet using it: whether
+measured on the other, and the same search is made for shuffled labels. Detecting a concept is not yet using it: whether
 the latent does anything is for `cutaway.steering` to show.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
+from markupsafe import Markup
 from scipy.special import stdtr
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -21,34 +22,41 @@ from cutaway.artifacts.ranking import Ranking, auroc
 from cutaway.artifacts.results import Control, Effect, interval_text
 from cutaway.artifacts.statistics import bootstrap_weights, false_discovery, resampled_intervals
 from cutaway.dictionaries.dictionary import Dictionary
-from cutaway.features.activations import Firing, Rows, fires, of_rows, width_of
+from cutaway.draw.result import Result
+from cutaway.features.activations import LatentActivations, Rows, latent_activations, of_rows, width_of
 from cutaway.model.language_model import LanguageModel
 
 
 @dataclass(frozen=True)
 class ConceptMatch:
-    """The latent that tells a concept best, chosen on even rows; every other number is from odd rows.
-
-    `effect` holds the AUROC with its interval over rows, beside shuffled labels. `precision`: share of the
-    tokens on which the latent fires that are the concept; `recall`: share of the concept's tokens on which it fires.
-    `p` is that of the AUROC against ½, `q` the rate of false discoveries among all concepts with a p as small.
-    """
+    """The latent that detects a concept best, chosen on even rows; every other number is from odd rows."""
 
     concept: str
+    """The concept's name."""
     latent: int
+    """The latent's number."""
     selected_auroc: float
+    """Its AUROC on the even rows, where it was chosen: too good."""
     effect: Effect
+    """Its AUROC on odd rows with its interval over rows, beside the same search for shuffled labels."""
     precision: float
+    """Of the tokens on which the latent is active, the share that are the concept's."""
     recall: float
+    """Of the concept's tokens, the share on which the latent is active."""
     n_positive: int
+    """The concept's tokens in odd rows."""
     p: float = math.nan
+    """Of the AUROC against ½, two-sided."""
     q: float = math.nan
+    """The rate of false discoveries among all concepts with a p as small."""
 
     @property
     def auroc(self) -> float:
+        """The AUROC on odd rows."""
         return self.effect.value
 
     def to_json(self) -> dict[str, Any]:
+        """The match as plain data."""
         return {
             "concept": self.concept,
             "latent": self.latent,
@@ -69,10 +77,61 @@ class ConceptMatch:
         )
 
 
-class SortedFiring:
+@dataclass(frozen=True, repr=False)
+class ConceptMatches(Result, Sequence[ConceptMatch]):
+    """The best latent of each concept, in the order in which the concepts were given."""
+
+    title = "Concepts and their latents"
+
+    matches: tuple[ConceptMatch, ...]
+    """One per concept."""
+
+    def __len__(self) -> int:
+        return len(self.matches)
+
+    @overload
+    def __getitem__(self, index: int) -> ConceptMatch: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[ConceptMatch, ...]: ...
+    def __getitem__(self, index: int | slice) -> ConceptMatch | tuple[ConceptMatch, ...]:
+        return self.matches[index]
+
+    def summary(self) -> str:
+        lines = [str(one) for one in self.matches[:11]]
+        return "\n".join([*lines, *([f"and {len(self) - 11} more concepts"] if len(self) > 11 else [])])
+
+    def to_json(self) -> list[dict[str, Any]]:
+        return [one.to_json() for one in self.matches]
+
+    def rows(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "concept": one.concept, "latent": one.latent, "auroc": one.auroc,
+                **dict(zip(("low", "high"), one.effect.interval or (None, None), strict=True)),
+                "auroc_shuffled": one.effect.controls[0].value, "selected_auroc": one.selected_auroc,
+                "precision": one.precision, "recall": one.recall, "n_positive": one.n_positive, "p": one.p, "q": one.q,
+            }
+            for one in self.matches
+        ]  # fmt: skip
+
+    def drawing(self) -> Markup:
+        from cutaway.draw.heatmap import heatmap_svg
+
+        columns = ("auroc", "auroc_shuffled", "precision", "recall")
+        rows = self.rows()
+        return heatmap_svg(
+            rows=[f"{row['concept']} · {row['latent']}" for row in rows],
+            columns=["AUROC", "shuffled labels", "precision", "recall"],
+            values=[[row[name] for name in columns] for row in rows],
+            cell_text=[[f"{row[name]:.2f}" for name in columns] for row in rows],
+            title="The best latent of each concept, on held-out rows",
+        )
+
+
+class SortedActivations:
     """A sparse table of activations, from which every latent's AUROC for any labels takes one sum along it."""
 
-    def __init__(self, parts: Sequence[Firing], n_latents: int) -> None:
+    def __init__(self, parts: Sequence[LatentActivations], n_latents: int) -> None:
         self.tokens = torch.cat([part.kept for part in parts])
         latent = torch.cat([part.latent for part in parts])
         value = torch.cat([part.value for part in parts])
@@ -82,7 +141,7 @@ class SortedFiring:
         self._ranking = Ranking(value.numpy(), latent.numpy(), n_latents)
 
     def auroc(self, labels: Tensor) -> Tensor:
-        """AUROC of every latent [F] for boolean labels over `tokens`; a latent that does not fire counts as 0 there."""
+        """AUROC of every latent [F] for boolean labels over `tokens`; a latent that is not active counts as 0 there."""
         p, n = int(labels.sum()), int((~labels).sum())
         positive = labels[self.token].double().numpy()
         negative = 1 - positive
@@ -103,8 +162,16 @@ class SortedFiring:
 
 
 def mentions(lm: LanguageModel, rows: Rows, words: Sequence[str]) -> Tensor:
-    """True where a word's last token stands [N, width]; words are matched as the tokenizer writes them after a space
-    and at the start of a text."""
+    """Where words stand in rows of tokens.
+
+    Args:
+        lm: The model, for its tokenizer.
+        rows: Token ids [N, p], or lists of ids of any length.
+        words: Matched as the tokenizer writes them after a space and at the start of a text.
+
+    Returns:
+        True at the last token of each mention, bool [N, width].
+    """
     if isinstance(rows, Tensor):
         ids = rows
     else:
@@ -129,18 +196,38 @@ def match_concepts(
     shuffles: int = 10,
     batch_rows: int = 16,
     seed: int = 0,
-    command: str | None = None,
-    firings: Sequence[Firing] | None = None,
-) -> list[ConceptMatch]:
-    """For each concept (True at its tokens, [N, width]) the latent that tells it best on even rows, tested on odd rows.
+    activations: Sequence[LatentActivations] | None = None,
+) -> ConceptMatches:
+    """For each concept, the latent that detects it best on even rows, tested on odd rows.
 
     The control makes the same search for shuffled labels (as many tokens, drawn anew in both halves): its AUROC on the
-    rows it was chosen on shows what luck alone finds among all latents. `firings` is `fires(lm, dictionary, rows)` for
-    those who have made that pass already. Raises `CutawayError` for a concept with fewer than 4 tokens in either half.
+    rows it was chosen on shows what chance alone finds among all latents.
+
+    Args:
+        lm: The model that the dictionary belongs to.
+        dictionary: Reads one site of it.
+        rows: Token ids [N, p], or lists of ids of any length.
+        labelled: True at each concept's tokens, bool [N, width]; `mentions` makes it of words.
+        shuffles: Draws of the control.
+        batch_rows: Rows per forward.
+        seed: Of the shuffles and of the interval.
+        activations: What `latent_activations(lm, dictionary, rows)` gave, for those who have made that pass already.
+
+    Returns:
+        One match per concept, in their order.
+
+    Raises:
+        CutawayError: labels of another shape than the rows, or fewer than 4 tokens of a concept in either half.
+
+    Example:
+        >>> matches = match_concepts(lm, dictionary, rows, {"Paris": mentions(lm, rows, ["Paris"])})
+        >>> matches[0].latent, matches[0].auroc
     """
     width = width_of(rows)
-    found = list(fires(lm, dictionary, rows, batch_rows=batch_rows)) if firings is None else firings
-    halves = [SortedFiring(of_rows(found, width, half), dictionary.d_sae) for half in (0, 1)]
+    found = (
+        list(latent_activations(lm, dictionary, rows, batch_rows=batch_rows)) if activations is None else activations
+    )
+    halves = [SortedActivations(of_rows(found, width, half), dictionary.d_sae) for half in (0, 1)]
     generator = torch.Generator().manual_seed(seed)
     matches = []
     for concept, mask in labelled.items():
@@ -155,32 +242,37 @@ def match_concepts(
         scores = halves[0].auroc(labels[0])
         latent = int(scores.argmax())
         held = halves[1].auroc_of(latent, labels[1])
-        lucky, unlucky = [], []
+        selected, held_out = [], []
         for _ in range(shuffles):
             first, second = (label[torch.randperm(len(label), generator=generator)] for label in labels)
             by_chance = halves[0].auroc(first)
             winner = int(by_chance.argmax())
-            lucky.append(by_chance[winner].item())
-            unlucky.append(halves[1].auroc_of(winner, second))
+            selected.append(by_chance[winner].item())
+            held_out.append(halves[1].auroc_of(winner, second))
         values, tokens = halves[1].of(latent)
         hits = int(labels[1][tokens].sum())
         interval, p = _evidence(held, values, tokens, labels[1], halves[1].tokens // width, seed)
         effect = Effect(
-            name=f"latent {latent} tells {concept!r}",
+            name=f"latent {latent} detects {concept!r}",
             value=held,
             n=counts[1],
             interval=interval,
             controls=(
                 Control(
-                    "best latent for shuffled labels, held-out rows", float(np.mean(unlucky)), _range(unlucky), shuffles
+                    "best latent for shuffled labels, held-out rows",
+                    float(np.mean(held_out)),
+                    _range(held_out),
+                    shuffles,
                 ),
                 Control(
-                    "best latent for shuffled labels, where chosen", float(np.mean(lucky)), _range(lucky), shuffles
+                    "best latent for shuffled labels, where chosen",
+                    float(np.mean(selected)),
+                    _range(selected),
+                    shuffles,
                 ),
             ),
             ablation="none",
             units="AUROC",
-            command=command,
         )
         matches.append(
             ConceptMatch(
@@ -195,7 +287,7 @@ def match_concepts(
             )
         )
     found_q = false_discovery([match.p for match in matches]).tolist()
-    return [replace(match, q=q) for match, q in zip(matches, found_q, strict=True)]
+    return ConceptMatches(tuple(replace(match, q=q) for match, q in zip(matches, found_q, strict=True)))
 
 
 def _range(values: Sequence[float]) -> tuple[float, float]:
@@ -207,7 +299,8 @@ def _evidence(
     value: float, values: Tensor, tokens: Tensor, labels: Tensor, row: Tensor, seed: int, n_resamples: int = 500
 ) -> tuple[tuple[float, float], float]:
     """95 % interval of one latent's AUROC, resampling rows, since tokens of one row are not independent; and the
-    two-sided p of its distance from ½, by Student's t over rows with the concept, at the least that of as many coins.
+    two-sided p of its distance from ½, by Student's t over rows with the concept, and no smaller than that of as many
+    coins.
     """
     _, row = row.unique(return_inverse=True)
     n_rows = int(row.max()) + 1

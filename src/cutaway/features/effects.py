@@ -4,49 +4,76 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
+from markupsafe import Markup
 
 from cutaway.dictionaries.dictionary import Dictionary
+from cutaway.dictionaries.latent import direct_logits
+from cutaway.draw.result import Result
 from cutaway.model.language_model import LanguageModel
 
 
-@dataclass(frozen=True)
-class LogitEffects:
-    """Tokens whose logit one unit of a latent raises most and lowers most, on the direct path only.
+@dataclass(frozen=True, repr=False)
+class LogitEffects(Result):
+    """The tokens whose logit one unit of a latent raises and lowers by the largest amounts, on the direct path only.
 
-    `promotes`, `suppresses`: (token, change of its logit against the mean over the vocabulary, per unit of activation
-    and at a final-norm divisor of 1). What later layers make of the direction is not in these numbers.
+    What later layers make of the direction is not in these numbers.
     """
 
+    title = "Direct logit effects of a latent"
+
     latent: int
+    """The latent's number."""
     promotes: tuple[tuple[str, float], ...]
+    """(token, change of its logit against the mean over the vocabulary, per unit of activation and at a final-norm
+    divisor of 1), by falling change."""
     suppresses: tuple[tuple[str, float], ...]
+    """The same of the tokens whose logit falls, the largest fall first."""
 
-    def to_json(self) -> dict[str, Any]:
-        return {"latent": self.latent, "promotes": list(self.promotes), "suppresses": list(self.suppresses)}
-
-    def __str__(self) -> str:
+    def summary(self) -> str:
         up = " ".join(f"{token!r} {value:+.2f}" for token, value in self.promotes)
         down = " ".join(f"{token!r} {value:+.2f}" for token, value in self.suppresses)
         return f"latent {self.latent} promotes {up}; suppresses {down} (direct path)"
 
+    def to_json(self) -> dict[str, Any]:
+        return {"latent": self.latent, "promotes": list(self.promotes), "suppresses": list(self.suppresses)}
 
-def direct_logits(lm: LanguageModel, directions: Tensor) -> Tensor:
-    """Change of every logit per unit of a direction [n, d] in the last stream: [n, V], centred over the vocabulary.
+    def rows(self) -> list[dict[str, Any]]:
+        return [
+            {"latent": self.latent, "effect": name, "rank": rank, "token": token, "logit": value}
+            for name, some in (("promotes", self.promotes), ("suppresses", self.suppresses))
+            for rank, (token, value) in enumerate(some, start=1)
+        ]
 
-    With its divisor fixed (here at 1) the final norm is linear: it subtracts the mean (LayerNorm only) and multiplies
-    by the gain. A final softcap is left out.
-    """
-    norm = lm.family.ln_final
-    d = directions.detach().to(lm.device, torch.float32)
-    d = d if norm is None else norm.linear(d)
-    logits = d @ lm.output_directions(torch.arange(lm.d_vocab, device=lm.device)).float().T
-    return logits - logits.mean(-1, keepdim=True)
+    def drawing(self) -> Markup:
+        from cutaway.draw.heatmap import heatmap_svg
+
+        both = [self.promotes, self.suppresses]
+        return heatmap_svg(
+            rows=["promotes", "suppresses"],
+            columns=[str(rank + 1) for rank in range(len(self.promotes))],
+            values=[[value for _, value in some] for some in both],
+            cell_text=[[token for token, _ in some] for some in both],
+            title=f"Latent {self.latent}: change of logits per unit, direct path",
+            units="logit",
+            diverging=True,
+        )
 
 
 def logit_effects(lm: LanguageModel, dictionary: Dictionary, latents: Sequence[int], k: int = 8) -> list[LogitEffects]:
-    """Promoted and suppressed tokens of some latents."""
+    """The tokens that each of some latents promotes and suppresses on the direct path.
+
+    Args:
+        lm: The model.
+        dictionary: Its decoder rows lie in the residual stream.
+        latents: The latents' numbers.
+        k: How many tokens of each.
+
+    Returns:
+        One `LogitEffects` per latent, in the order of `latents`.
+
+    Example:
+        >>> logit_effects(lm, dictionary, [7], k=4)[0].promotes
+    """
     logits = direct_logits(lm, dictionary.W_dec[list(latents)].detach())
     up, down = logits.topk(k, -1), (-logits).topk(k, -1)
     found = []

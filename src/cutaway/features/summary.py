@@ -7,14 +7,16 @@ says so; its precision is measured on activations in rows that it was not read f
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from markupsafe import Markup
 from torch import Tensor
 
 from cutaway.artifacts.statistics import wilson_interval
+from cutaway.draw.result import Result
 from cutaway.features.activations import Rows, width_of
 from cutaway.features.examples import FeatureExamples
 from cutaway.model.language_model import LanguageModel
@@ -33,22 +35,24 @@ NO_LABEL = "no shared token property"
 
 @dataclass(frozen=True)
 class TokenSummary:
-    """An automatic label and how well it holds.
-
-    `precision` is the share of `n` held-out activations of the latent on which the property holds, with its 95 %
-    interval; they are drawn by squared activation, so that a strong one counts as much as it moves the stream.
-    `base_rate` is the same share over all tokens. `label` is "no shared token property" when nothing simple covers
-    60 % of the activations.
-    """
+    """An automatic label of a latent, and how well it holds."""
 
     latent: int
+    """The latent's number."""
     label: str
+    """The property; "no shared token property" when nothing simple covers 60 % of the activations."""
     precision: float
+    """The share of held-out activations on which the property holds; they are drawn by squared activation, so that a
+    strong one counts as much as it moves the stream."""
     interval: tuple[float, float]
+    """Its 95 % interval (Wilson's)."""
     n: int
+    """Held-out activations."""
     base_rate: float
+    """The share of all tokens on which the property holds."""
 
     def to_json(self) -> dict[str, Any]:
+        """The label as plain data."""
         return {
             "latent": self.latent,
             "label": self.label,
@@ -64,6 +68,51 @@ class TokenSummary:
         return (
             f"{self.label} (automatic; holds on {self.precision:.2f} of {self.n} held-out activations, on "
             f"{self.base_rate:.3f} of all tokens)"
+        )
+
+
+@dataclass(frozen=True, repr=False)
+class TokenSummaries(Result, Mapping[int, TokenSummary]):
+    """The automatic label of each latent, by its number."""
+
+    title = "Automatic labels of latents"
+
+    summaries: Mapping[int, TokenSummary]
+    """By latent."""
+
+    def __getitem__(self, latent: int) -> TokenSummary:
+        return self.summaries[latent]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.summaries)
+
+    def __len__(self) -> int:
+        return len(self.summaries)
+
+    def summary(self) -> str:
+        lines = [f"{latent}: {one}" for latent, one in list(self.items())[:11]]
+        return "\n".join([*lines, *([f"and {len(self) - 11:,} more latents"] if len(self) > 11 else [])])
+
+    def to_json(self) -> list[dict[str, Any]]:
+        return [one.to_json() for one in self.values()]
+
+    def rows(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "latent": one.latent, "label": one.label, "precision": one.precision, "low": one.interval[0],
+                "high": one.interval[1], "n": one.n, "base_rate": one.base_rate,
+            }
+            for one in self.values()
+        ]  # fmt: skip
+
+    def drawing(self) -> Markup:
+        from cutaway.draw.heatmap import heatmap_svg
+
+        return heatmap_svg(
+            rows=[f"{one.latent} {one.label}" for one in self.values()],
+            columns=["precision", "all tokens"],
+            values=[[None if math.isnan(one.precision) else one.precision, one.base_rate] for one in self.values()],
+            title="How often each latent's label holds on held-out activations, and on all tokens",
         )
 
 
@@ -157,12 +206,22 @@ def _roles(strings: Sequence[str], ids: Tensor) -> Tensor:
 
 def token_summary(
     lm: LanguageModel, rows: Rows, examples: FeatureExamples, latents: Sequence[int] | None = None, cover: float = 0.6
-) -> dict[int, TokenSummary]:
-    """An automatic label for each latent, from even rows, with its precision on odd rows.
+) -> TokenSummaries:
+    """An automatic label for each latent, read from even rows, with its precision on odd rows.
 
     Of the properties that at least `cover` of the latent's activations share, the label is the one with the largest
     share · log(share / base rate): the most surprising to hold so often. A property of a neighbouring token counts four
-    fifths.
+    fifths. It describes tokens, not meaning.
+
+    Args:
+        lm: The model, for its tokenizer.
+        rows: The rows that the examples are of.
+        examples: What `top_examples` found in them.
+        latents: Whose labels; those that have examples if None.
+        cover: The share of a latent's activations that a label has to cover.
+
+    Returns:
+        Labels by latent.
     """
     corpus = CorpusProperties(lm, rows, examples.kept)
     found = {}
@@ -189,4 +248,4 @@ def token_summary(
             n=len(held),
             base_rate=best[1].base,
         )
-    return found
+    return TokenSummaries(found)

@@ -13,6 +13,7 @@ import torch
 from pydantic import BaseModel, Field, FiniteFloat, StrictInt
 from torch import Tensor
 
+from cutaway.artifacts.command import recording
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.files import parquet_errors, write_parquet
 from cutaway.artifacts.progress import Progress
@@ -23,10 +24,10 @@ from cutaway.dictionaries.training.config import TrainConfig
 from cutaway.dictionaries.training.from_model import train_on_model
 from cutaway.dictionaries.training.rules import TopKRule
 from cutaway.draw import blocks as page
-from cutaway.features.activations import Firing, fires
+from cutaway.features.activations import LatentActivations, latent_activations
 from cutaway.features.concepts import ConceptMatch, match_concepts, mentions
 from cutaway.features.effects import logit_effects
-from cutaway.features.examples import FeatureExamples, top_examples
+from cutaway.features.examples import FeatureExamples, Windows, top_examples
 from cutaway.features.summary import token_summary
 from cutaway.tour.context import Tour
 from cutaway.tour.world_tasks import GENERAL_CONCEPTS, LANDMARKS, world_concepts
@@ -35,7 +36,7 @@ _TOKENS = 2_000_000  # as many as two cores read and train on in about two minut
 _SHOWN = 8
 _STUDY_ROWS = 512
 _LEAST_MENTIONS = 12
-_LEAST_FIRINGS = 30
+_MIN_ACTIVE = 30
 
 
 def site_of(tour: Tour) -> str:
@@ -74,7 +75,8 @@ def dictionary(tour: Tour) -> page.Section:
     trained = train_on_model(tour.lm, tour.rows.train, site_of(tour), config, folder=work)
     save(trained.dictionary, dictionary_folder(tour), overwrite=True)
     tour.folder.discard(work.name)
-    judged = evaluate(tour.lm, trained.dictionary, tour.judged_rows, seed=tour.seed, command=command)
+    with recording(command):
+        judged = evaluate(tour.lm, trained.dictionary, tour.judged_rows, seed=tour.seed)
     effects = judged.effects
     history = trained.history
     bins = torch.tensor([0.0, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0])
@@ -127,7 +129,7 @@ def dictionary(tour: Tour) -> page.Section:
             page.Bars(
                 items=tuple(page.Bar(label=name, value=n) for name, n in zip(names, counts, strict=True)),
                 units="latents",
-                caption="How often latents are active: number of latents by the share of held-out tokens they fire on.",
+                caption="How often latents are active: number of latents by the share of held-out tokens.",
             ),
         ),
         effects=tuple(
@@ -161,7 +163,7 @@ def study_rows(tour: Tour) -> Tensor:
     return rows[:_STUDY_ROWS]
 
 
-def _matches(tour: Tour, learned: Dictionary, rows: Tensor, firings: list[Firing]) -> list[ConceptMatch]:
+def _matches(tour: Tour, learned: Dictionary, rows: Tensor, activations: list[LatentActivations]) -> list[ConceptMatch]:
     """The best latent of every concept that the rows mention often enough, best first."""
     labelled = {}
     for concept, words in concepts(tour).items():
@@ -170,10 +172,8 @@ def _matches(tour: Tour, learned: Dictionary, rows: Tensor, firings: list[Firing
             labelled[concept] = mask
     if not labelled:
         return []
-    command = tour.command("features")
-    found = match_concepts(
-        tour.lm, learned, rows, labelled, shuffles=5, seed=tour.seed, command=command, firings=firings
-    )
+    with recording(tour.command("features")):
+        found = match_concepts(tour.lm, learned, rows, labelled, shuffles=5, seed=tour.seed, activations=activations)
     return sorted(found, key=lambda m: -m.auroc)
 
 
@@ -181,28 +181,30 @@ def features(tour: Tour) -> page.Section:
     """What do single latents respond to, and which stand for things we know?"""
     lm, learned, rows = tour.lm, trained_dictionary(tour), study_rows(tour)
     with Progress("features", total=rows.numel(), unit="tokens") as progress:
-        firings = []
-        for firing in fires(lm, learned, rows):
-            firings.append(firing)
-            progress.advance(len(firing.kept))
-    found = _matches(tour, learned, rows, firings)
+        activations = []
+        for part in latent_activations(lm, learned, rows):
+            activations.append(part)
+            progress.advance(len(part.kept))
+    found = _matches(tour, learned, rows, activations)
     best = _shown(found)
     chosen = list(dict.fromkeys([m.latent for m in best]))
-    chosen += [i for i in _typical(firings, learned, tour.seed) if i not in chosen][: _SHOWN - len(chosen)]
-    examples = top_examples(lm, learned, rows, latents=chosen, n=4, lower=0, seed=tour.seed, firings=firings)
+    chosen += [i for i in _typical(activations, learned, tour.seed) if i not in chosen][: _SHOWN - len(chosen)]
+    examples = top_examples(
+        lm, learned, rows, latents=chosen, n=4, windows=Windows(lower=0), seed=tour.seed, activations=activations
+    )
     _write_table(tour, examples, found)
     about: dict[str, Any] = {
         "id": "features",
         "title": "What the latents stand for",
         "question": "What do single features respond to?",
         "lead": (
-            "Each latent is shown with the places where it fires most, and the tokens its direction raises and lowers "
-            "on the direct path to the output. Labels are automatic token summaries, not explanations."
+            "Each latent is shown with the places where it is most active, and the tokens its direction raises and "
+            "lowers on the direct path to the output. Labels are automatic token summaries, not explanations."
         ),
         "command": tour.command("features"),
     }
     if not chosen:
-        note = f"not shown: in {examples.n_tokens} held-out tokens no latent fires {_LEAST_FIRINGS} times."
+        note = f"not shown: in {examples.n_tokens} held-out tokens no latent is active {_MIN_ACTIVE} times."
         return page.Section(**about, status="not shown", note=note)
     summaries = token_summary(lm, rows, examples)
     effects = {e.latent: e for e in logit_effects(lm, learned, chosen, k=6)}
@@ -248,7 +250,7 @@ def features(tour: Tour) -> page.Section:
             "the same search for shuffled labels." + (_LANDMARKS_FIRST if tour.of_atlas else "")
         ),
     )
-    figures = [page.Figure(label="latents that fire", value=round(1 - examples.dead, 3), units="share")]
+    figures = [page.Figure(label="active latents", value=round(1 - examples.dead, 3), units="share")]
     if best:
         top = best[0]
         figures.insert(0, page.Figure(label="best known entity", value=top.concept, detail=f"AUROC {top.auroc:.3f}"))
@@ -256,7 +258,7 @@ def features(tour: Tour) -> page.Section:
         **about,
         status="shown" if found else "fallback",
         note=(
-            "Top examples flatter a latent: they are its strongest firings. AUROC counts all of them."
+            "Top examples flatter a latent: they are its strongest activations. AUROC counts all of them."
             if found
             else "No known entity is mentioned often enough in this text to be matched; latents are shown without one."
         ),
@@ -277,10 +279,10 @@ def _shown(found: list[ConceptMatch]) -> list[ConceptMatch]:
     return best
 
 
-def _typical(firings: list[Firing], learned: Dictionary, seed: int) -> list[int]:
-    """Latents drawn at random from those that fire often enough: no picking of pretty ones."""
-    counts = torch.bincount(torch.cat([firing.latent for firing in firings]), minlength=learned.d_sae)
-    able = (counts >= _LEAST_FIRINGS).nonzero()[:, 0]
+def _typical(activations: list[LatentActivations], learned: Dictionary, seed: int) -> list[int]:
+    """Latents drawn at random from those that are active often enough: no picking of pretty ones."""
+    counts = torch.bincount(torch.cat([part.latent for part in activations]), minlength=learned.d_sae)
+    able = (counts >= _MIN_ACTIVE).nonzero()[:, 0]
     order = torch.randperm(len(able), generator=torch.Generator().manual_seed(seed))
     return [int(i) for i in able[order][:_SHOWN]]
 

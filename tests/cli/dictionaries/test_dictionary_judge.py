@@ -88,7 +88,7 @@ def test_settings_make_a_frontier_on_a_page(
         assert effect["controls"]
         assert effect["command"].startswith("cutaway dictionary judge")
     html = page.read_text()
-    for heading in ("L0 against cross-entropy recovered", "how often latents fire", "every figure", "control"):
+    for heading in ("L0 against cross-entropy recovered", "how often latents are active", "every figure", "control"):
         assert heading in html
 
 

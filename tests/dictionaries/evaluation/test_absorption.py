@@ -8,7 +8,7 @@ from torch import Tensor
 from cutaway.artifacts.errors import CutawayError
 from cutaway.dictionaries.dictionary import Dictionary, Port, ReLU, TopK
 from cutaway.dictionaries.evaluation.absorption import RANDOM, RANDOM_DIRECTION, absorption, concept_latents
-from cutaway.dictionaries.evaluation.probing import Probe, sparse_codes
+from cutaway.dictionaries.evaluation.probing import LatentProbe, sparse_codes
 
 D, N, TOKENS = 56, 1440, 48
 HALF = TOKENS // 2
@@ -128,7 +128,7 @@ def test_concept_latents_are_found_in_the_training_part() -> None:
 def test_a_concept_that_nothing_tells_has_no_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     """The dense probe never says yes: there is no token to ask about, and that is NaN, not 0."""
     x, _, basis, labels = world(6)
-    silent = Probe(lambda features: np.full(len(features), -1.0), 0.0, np.ones(D) / D**0.5)
+    silent = LatentProbe(lambda features: np.full(len(features), -1.0), 0.0, np.ones(D) / D**0.5)
     monkeypatch.setattr("cutaway.dictionaries.evaluation.absorption.dense_probe", lambda *_: silent)
     found = absorption(planted(basis, ()), x, labels)
     assert np.isnan(found.rate.value)

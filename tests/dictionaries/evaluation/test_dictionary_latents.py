@@ -92,8 +92,8 @@ def test_a_sign_is_a_difference_only_when_signed() -> None:
     """Opposite directions: absolute cosine 1; signed at most what chance gives."""
     a = made(0, n=5, d=40)
     opposite = Dictionary(a.W_enc, a.b_enc, -a.W_dec, a.b_dec, a.selector, a.site)
-    signed, _ = stability([a, opposite])
-    absolute, _ = stability([a, opposite], signed=False)
+    signed = stability([a, opposite]).effects
+    absolute = stability([a, opposite], signed=False).effects
     assert absolute["cosine"].value == pytest.approx(1, abs=1e-5)
     assert signed["cosine"].value < 0.5
     assert "signed" in signed["cosine"].name
@@ -106,18 +106,20 @@ def test_permuted_copies_are_found_again_and_dead_ones_do_not_count() -> None:
     decoder = a.W_dec[order].clone()
     dead = torch.zeros(30, dtype=torch.bool)
     dead[:10] = True
-    decoder[:10] = noise.W_dec[:10]  # what never fired may lie anywhere
+    decoder[:10] = noise.W_dec[:10]  # what was never active may lie anywhere
     alive_in_a = torch.ones(30, dtype=torch.bool)
     alive_in_a[order[:10]] = False
     b = Dictionary(a.W_enc, a.b_enc, decoder, a.b_dec, a.selector, a.site)
-    effects, each = stability([a, b], alive=[alive_in_a, ~dead])
+    found = stability([a, b], alive=[alive_in_a, ~dead])
+    effects, each = found.effects, found.per_pair
     assert effects["cosine"].value == pytest.approx(1, abs=1e-5)
     assert effects["found_again"].value == 1
     assert effects["found_again"].controls[0].value < 0.3
     assert len(each["cosine"]) == 1
-    everything, _ = stability([a, b])
+    everything = stability([a, b]).effects
     assert everything["cosine"].value < 0.95
-    three, each = stability([a, b, noise])
+    found = stability([a, b, noise])
+    three, each = found.effects, found.per_pair
     assert len(each["cosine"]) == 3
     low, high = three["cosine"].interval or (0, 0)
     assert low < three["cosine"].value < high

@@ -13,7 +13,7 @@ from cutaway.data.harvest.activations import as_tokens, counted, harvest
 from cutaway.dictionaries.dictionary import Dictionary, TopK
 from cutaway.dictionaries.evaluation.evaluate import evaluate
 from cutaway.dictionaries.formats.files import load, save
-from cutaway.dictionaries.ports import bench
+from cutaway.dictionaries.ports import model_ports
 from cutaway.dictionaries.training.config import TrainConfig
 from cutaway.dictionaries.training.from_model import train_on_model
 from cutaway.dictionaries.training.rules import TopKRule
@@ -127,7 +127,7 @@ def test_a_perfect_dictionary_recovers_everything(lm: LanguageModel, rows: torch
 def test_a_splice_leaves_first_positions_and_bos_alone(
     lm: LanguageModel, rows: torch.Tensor, dictionary: Dictionary
 ) -> None:
-    where = bench(lm, dictionary)
+    where = model_ports(lm, dictionary)
     runs = where.run(rows[:3], logits=False)
     keep = counted(rows[:3], int(rows[1, 7]))
     assert not keep[:, 0].any()

@@ -56,7 +56,7 @@ def test_figures_are_means_over_seeds(lm: LanguageModel, rows: Tensor) -> None:
         judged.effects[name].require_controls()
     assert judged.per_seed["dead"] == pytest.approx([single.dead for single in singles])
     assert judged.per_seed["dense"] == pytest.approx([single.dense for single in singles])
-    assert len(judged.per_seed["stability_cosine"]) == 3, "one a pair"
+    assert len(judged.per_seed["stability_cosine"]) == 3, "one per pair"
     cosine = judged.effects["encoder_decoder"]
     assert cosine.value == pytest.approx(1, abs=1e-5)
     assert abs(cosine.controls[0].value) < 0.3
@@ -91,7 +91,7 @@ def test_a_crosscoder_is_judged_with_its_sides(lm: LanguageModel, rows: Tensor) 
     judged = judge(lm, crosscoder, rows, spliced_rows=4)
     (sides,) = judged.sides
     assert sides.labels == ("blocks.0.resid_post", "blocks.2.resid_post")
-    assert sides.exclusive(1)[:5].sum() == (sides.firings[:5] > 0).sum()
+    assert sides.exclusive(1)[:5].sum() == (sides.n_active[:5] > 0).sum()
     names = [name for name, *_ in judged.all_effects()]
     assert "fvu @ blocks.2.resid_post" in names
     assert "shared" in names
@@ -182,8 +182,8 @@ def test_the_frontier_has_lines_by_rising_l0(lm: LanguageModel, rows: Tensor) ->
     points = [judge(lm, axes(lm, rows, 0, k), rows, spliced_rows=4).point("axes") for k in (12, 3, 6)]
     relu = judge(lm, replace(axes(lm, rows, 0), selector=ReLU()), rows, spliced_rows=4).point()
     found = frontier([*points, relu])
-    assert [row[:2] for row in found.rows()] == [["axes", f"topk k={k}"] for k in (3, 6, 12)] + [["relu", "relu"]]
-    l0 = [row[2] for row in found.rows()][:3]
+    assert [row[:2] for row in found.cells()] == [["axes", f"topk k={k}"] for k in (3, 6, 12)] + [["relu", "relu"]]
+    l0 = [row[2] for row in found.cells()][:3]
     assert l0 == pytest.approx([3, 6, 12], abs=0.1)
     fvu = found.series("fvu")
     assert [one["name"] for one in fvu[:2]] == ["axes", "relu"]
@@ -219,7 +219,7 @@ def test_first_letters_and_states(atlas: LanguageModel) -> None:
         assert atlas.token_strings(atlas.tokens(text).ids[0].tolist())[-1] == f" {city}"
         assert next(one for one in CITIES if one.name == city and one.state.name == state)
     letters = np.array(["a", "a", "b", "", "a"])
-    assert frequent(letters, np.array([0, 1, 0, 0, 1]), least=2, least_groups=2) == ["a"]
+    assert frequent(letters, np.array([0, 1, 0, 0, 1]), min_tokens=2, min_groups=2) == ["a"]
 
 
 def test_an_ablation_that_costs_nothing_is_noted(lm: LanguageModel, rows: Tensor) -> None:

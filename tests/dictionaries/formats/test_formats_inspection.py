@@ -118,7 +118,7 @@ def test_a_wrong_scale_is_seen(tiny: LanguageModel, rows: Tensor, tmp_path: Path
     assert fit.scales[0].fvu == pytest.approx(expected.item(), rel=1e-3)
     large = folds.scaled(right, scale, scale)
     fit = check_fit(tiny, read(save(large, tmp_path / "large")), rows)
-    assert any("latents are active on a token where summed firing frequencies says" in v for v in fit.verdicts)
+    assert any("latents are active on a token where summed frequencies of activation says" in v for v in fit.verdicts)
     assert not fit.fits
 
 
@@ -156,10 +156,12 @@ def test_the_expected_l0_is_compared(tiny: LanguageModel, rows: Tensor, tmp_path
     dictionary = of_components(values(tiny, rows, SITE))
     rare = replace(dictionary, sparsity=log_sparsity(torch.full((2 * RANK,), 0.01)))
     reading = read(save(rare, tmp_path / "d"))
-    assert [(round(one.value, 3), one.source) for one in expected_l0(reading)] == [(0.24, "summed firing frequencies")]
+    assert [(round(one.value, 3), one.source) for one in expected_l0(reading)] == [
+        (0.24, "summed frequencies of activation")
+    ]
     fit = check_fit(tiny, reading, rows)
     assert not fit.fits
-    assert any("summed firing frequencies says 0.24" in verdict for verdict in fit.verdicts)
+    assert any("summed frequencies of activation says 0.24" in verdict for verdict in fit.verdicts)
     topk = read(save(replace(dictionary, selector=TopK(5)), tmp_path / "e"))
     assert [(one.value, one.source) for one in expected_l0(topk)] == [(5, "k of topk")]
 
@@ -178,14 +180,14 @@ def test_facts_are_what_is_stored(tmp_path: Path) -> None:
     }  # fmt: skip
     norms = W_dec.norm(dim=1).numpy()
     assert found["decoder_norms"]["all"]["median"] == pytest.approx(float(np.median(norms)), rel=1e-5)
-    assert found["decoder_norms"]["all"]["most"] == pytest.approx(float(norms.max()), rel=1e-5)
+    assert found["decoder_norms"]["all"]["max"] == pytest.approx(float(norms.max()), rel=1e-5)
     assert found["parameters"] == 2 * 6 * 40 + 46
     assert found["bytes"] == sum(file.stat().st_size for file in (tmp_path / "d").iterdir())
 
 
 def test_widths_that_do_not_fit_are_refused(tiny: LanguageModel, rows: Tensor, tmp_path: Path) -> None:
     narrow = of_components(values(tiny, rows, SITE)[:, :20])
-    with pytest.raises(CutawayError, match="needs 20 values a position"):
+    with pytest.raises(CutawayError, match="needs 20 values per position"):
         check_fit(tiny, read(save(narrow, tmp_path / "d")), rows)
     with pytest.raises(CutawayError, match="no position of these rows counts"):
         check_fit(tiny, read(save(at_site(narrow, "unknown"), tmp_path / "e")), rows[:, :1])

@@ -51,11 +51,8 @@ def test_loss_and_gradients_equal_a_plain_hook_in_float64(rows: Tensor, site: st
     batch = next(iter(source.batches(44)))
     assert isinstance(batch, RowBatch)
     x, y = batch[site], batch[writes]
-    options: dict[str, Any] = {
-        "d_sae": 48, "how": "tied", "decoder_norm": 1.0, "b_dec": "mean", "subtract_b_dec": to is None, "active": None,
-        "skip": False, "blocks": (), "seed": 0, "centre_encoder": False,
-    }  # fmt: skip
-    parameters = initial_parameters(x, y if to else x, TopKRule(3), **options)
+    config = TrainConfig(d_sae=48, selector=TopKRule(3), b_dec="mean", subtract_b_dec=to is None)
+    parameters = initial_parameters(x, y if to else x, config)
     run_on = source.downstream(batch, [writes])
     found = step(parameters, TopKRule(3), (EndToEnd(weight=2.0),), x, y, subtract_b_dec=to is None, downstream=run_on)
 

@@ -72,7 +72,7 @@ def test_coefficients_rise_as_the_plain_table(over: float) -> None:
 def test_k_falls_as_the_plain_table(rule: TopKRule | BatchTopKRule) -> None:
     x = centred()[1]
     trainer = Trainer(replace(PLAIN, selector=rule, active=24), x[:512])
-    found = [round(trainer.step(some(x, number)).fired.sum().item() / 64, 1) for number in range(20)]
+    found = [round(trainer.step(some(x, number)).active_tokens.sum().item() / 64, 1) for number in range(20)]
     assert found == pytest.approx([11, 10, 9, 9, 8, 7, 6, 5, 5, 4, *[3] * 10], abs=0.2)  # 11 − 0.8 a step, rounded
 
 
@@ -150,7 +150,7 @@ def planted_strengths() -> Tensor:
     return on * (1 + torch.rand(8_192, 48, generator=generator))
 
 
-# What 400 steps must at least explain, at most so many active of 64; 2 are on. Measured: see docs/presets.md.
+# What 400 steps must at least explain, at most so many active of 64; 2 are on. RowSums: see docs/presets.md.
 FLOORS = {
     "anthropic-2023": (0.90, 25), "anthropic-2024": (0.90, 30), "anthropic-2025": (0.85, 25),
     "openai-topk": (0.70, 2), "gated-2024": (0.90, 25), "gemma-scope-1": (0.90, 20), "batchtopk": (0.80, 2.5),

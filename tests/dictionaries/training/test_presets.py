@@ -12,7 +12,7 @@ from cutaway.artifacts.errors import CutawayError
 from cutaway.dictionaries.training.config import TrainConfig
 from cutaway.dictionaries.training.presets import PRESETS, preset
 from cutaway.dictionaries.training.rules import BatchTopKRule, TopKRule
-from cutaway.dictionaries.training.step import step
+from cutaway.dictionaries.training.step import TrainingState, step
 from cutaway.dictionaries.training.terms import L0, Lp, QuadraticL0, Tanh
 
 
@@ -162,7 +162,7 @@ def check(name: str, equation: Equation, way: Literal["dense", "sparse"], **cont
     )
     result = step(
         parameters, config.selector, config.terms, x, y, subtract_b_dec=config.subtract_b_dec,
-        dead=torch.tensor(DEAD), variance=VARIANCE, progress=0.5, way=way,
+        state=TrainingState(torch.tensor(DEAD), VARIANCE, 0.5), way=way,
     )  # fmt: skip
     assert apart(result.loss, expected) < 1e-10
     found = result.gradients.tensors()

@@ -184,7 +184,7 @@ def test_tensors_stores_and_models_by_one_function(tiny: LanguageModel, rows: Te
     with pytest.raises(CutawayError, match="go with a model"):
         train(x, "a", corpus="texts", **SMALL)
     with pytest.raises(CutawayError, match="not on a set"):
-        train({3}, "a", **SMALL)
+        train({3}, "a", **SMALL)  # pyright: ignore[reportArgumentType]
     spoiled = x.clone()
     spoiled[::50, 3] = float("inf")
     with pytest.raises(CutawayError, match="NaN or infinite"):
@@ -259,4 +259,4 @@ def test_figures_are_sent_to_tensorboard(monkeypatch: pytest.MonkeyPatch, tmp_pa
     with pytest.raises(CutawayError, match="need a folder"):
         train(x, "a", log="tensorboard", **SMALL)
     with pytest.raises(CutawayError, match="nothing to log to"):
-        train(x, "a", log="paper", **SMALL)
+        train(x, "a", log="paper", **SMALL)  # pyright: ignore[reportArgumentType]

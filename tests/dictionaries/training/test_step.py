@@ -14,7 +14,7 @@ from cutaway.dictionaries import sparse
 from cutaway.dictionaries.sparse import Places
 from cutaway.dictionaries.training.parameters import Parameters
 from cutaway.dictionaries.training.rules import BatchTopKRule, GatedRule, JumpReLURule, ReLURule, Rule, TopKRule
-from cutaway.dictionaries.training.step import StepResult, step
+from cutaway.dictionaries.training.step import StepResult, TrainingState, step
 from cutaway.dictionaries.training.terms import (
     L0,
     AuxK,
@@ -100,9 +100,9 @@ def test_gradients_equal_dense_autograd(d: int, n_latents: int, k: int, n: int, 
         weights = parameters(d, n_latents, seed=3, dtype=dtype)
         x = torch.randn(n, d, generator=torch.Generator().manual_seed(5), dtype=dtype)
         dead = torch.randperm(n_latents, generator=torch.Generator().manual_seed(7))[:n_dead]
-        auxiliary = {"dead": dead, "aux_k": 8, "aux_coefficient": 1 / 32}
-        reconstruction, extra, expected = dense_gradients(weights, x, k, **auxiliary)
-        result = topk_step(weights, x, k, **auxiliary)
+        auxiliary = {"aux_k": 8, "aux_coefficient": 1 / 32}
+        reconstruction, extra, expected = dense_gradients(weights, x, k, dead=dead, **auxiliary)
+        result = topk_step(weights, x, k, state=TrainingState(dead), **auxiliary)
         assert relative_error(result.reconstruction, reconstruction) < tolerance
         assert (result.terms["auxk"] - extra).abs() <= tolerance * extra.abs()
         for name, gradient in result.gradients.tensors().items():
@@ -127,8 +127,8 @@ def test_the_auxiliary_term_reaches_the_encoder_of_dead_latents() -> None:
     weights.encoder[dead] *= 0.1  # never among the top k, sometimes above zero
     weights.encoder_bias[dead] = 0.0
     plain = topk_step(weights, x, 2)
-    with_auxiliary = topk_step(weights, x, 2, dead=dead, aux_k=2, aux_coefficient=1 / 32)
-    assert plain.fired[dead].sum() == 0
+    with_auxiliary = topk_step(weights, x, 2, state=TrainingState(dead), aux_k=2, aux_coefficient=1 / 32)
+    assert plain.active_tokens[dead].sum() == 0
     assert plain.gradients.encoder[dead].abs().max() == 0
     assert (with_auxiliary.gradients.encoder[dead].norm(dim=1) > 0).all()
     assert (with_auxiliary.gradients.decoder[dead].norm(dim=1) > 0).all()
@@ -194,7 +194,7 @@ def test_sparse_equals_dense_whatever_is_active(s: dict[str, Any]) -> None:
     found = {
         way: step(
             weights, s["rule"], s["terms"], x, y, subtract_b_dec=s["kind"] == "sae",
-            dead=torch.tensor(s["dead"], dtype=torch.int64), progress=0.4, way=way,
+            state=TrainingState(torch.tensor(s["dead"], dtype=torch.int64), progress=0.4), way=way,
         )
         for way in ("dense", "sparse")
     }  # fmt: skip
@@ -203,7 +203,7 @@ def test_sparse_equals_dense_whatever_is_active(s: dict[str, Any]) -> None:
     assert torch.isfinite(dense.loss)
     for name, value in dense.terms.items():
         assert apart(sparse_.terms[name], value) < 1e-10, name
-    assert torch.equal(sparse_.fired, dense.fired)
+    assert torch.equal(sparse_.active_tokens, dense.active_tokens)
     assert apart(sparse_.reconstruction, dense.reconstruction) < 1e-10
     assert (sparse_.threshold is None) == (dense.threshold is None)
     if dense.threshold is not None and sparse_.threshold is not None:

@@ -12,7 +12,7 @@ from weights import apart, batch, random_parameters
 from cutaway.artifacts.errors import CutawayError
 from cutaway.dictionaries.training.config import TrainConfig
 from cutaway.dictionaries.training.rules import BatchTopKRule, GatedRule, JumpReLURule, ReLURule, Rule, TopKRule
-from cutaway.dictionaries.training.step import step
+from cutaway.dictionaries.training.step import TrainingState, step
 from cutaway.dictionaries.training.terms import (
     L0,
     AuxK,
@@ -216,8 +216,8 @@ def check(case: Case, way: Literal["dense", "sparse"], seed: int = 0) -> None:
         parameters, case.selecting, case.equation, x, y, subtract_b_dec=case.subtract_b_dec, dead=DEAD
     )
     result = step(
-        parameters, case.rule, case.terms, x, y, subtract_b_dec=case.subtract_b_dec, dead=torch.tensor(DEAD),
-        variance=VARIANCE, progress=PROGRESS, way=way,
+        parameters, case.rule, case.terms, x, y, subtract_b_dec=case.subtract_b_dec,
+        state=TrainingState(torch.tensor(DEAD), VARIANCE, PROGRESS), way=way,
     )  # fmt: skip
     assert result.sparse is (way == "sparse")
     assert apart(result.loss, expected) < EXACT

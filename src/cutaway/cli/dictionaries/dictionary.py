@@ -5,16 +5,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
+from cutaway.artifacts.command import recording
 from cutaway.artifacts.errors import CutawayError
-from cutaway.artifacts.results import interval_text
 from cutaway.cli.dictionaries.judge import judge
 from cutaway.cli.options import Count, ExistingPath, Flag, Page, Seed, Separator
 from cutaway.cli.output import command_line, deliver, print_json
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from cutaway.dictionaries.formats.inspection import Fit
 
 app = App(
     name="dictionary",
@@ -83,35 +81,42 @@ def inspect(
     """
     from cutaway.dictionaries.formats.by_tensors import parse_map
     from cutaway.dictionaries.formats.files import read
-    from cutaway.dictionaries.formats.inspection import check_fit, facts
+    from cutaway.dictionaries.formats.report import inspect as inspected
+    from cutaway.draw.page import page_html
 
     if corpus is None and document_separator is not None:
         raise CutawayError("--document-separator is of the text that --corpus names: give that too")
 
     reading = read(path, None if names is None else parse_map(names))
-    found = facts(reading)
+    found = inspected(reading)
     command = command_line(
         "dictionary", "inspect", path,
         model=(model, None), corpus=(corpus, None), document_separator=(document_separator, None),
         tokens=(tokens, 2048), context=(context, 128), site=(site, None), map=(names, None), seed=(seed, 0),
         dtype=(dtype, None), device=(device, None),
     )  # fmt: skip
-    fit: Fit | None = None
-    text = ""
     if model:
         import cutaway
 
         lms = [cutaway.load(name, dtype=dtype, device=device) for name in model]
         rows, text = _rows(lms[0], corpus, tokens, context, seed, document_separator)
-        fit = check_fit(lms[0] if len(lms) == 1 else lms, reading, rows, site=site, seed=seed, command=command)
+        with recording(command):
+            found = inspected(reading, lms[0] if len(lms) == 1 else lms, rows, site=site, text=text, seed=seed)
+    about = found.facts
+    verdicts = " ".join(f"{said[0].upper()}{said[1:]}." for said in (found.fit.verdicts if found.fit else ()))
     deliver(
-        text=_text(found, fit, text),
-        data=found | ({} if fit is None else {"measured": _measured(fit, text)}),
-        page=lambda: _page(found, fit, text, command),
+        text=str(found),
+        data=found.to_json(),
+        page=lambda: page_html(
+            title=f"Dictionary {Path(about['path']).name}",
+            lead=f"{about['kind'].replace('_', ' ')}, {about['selector']}, {about['format']}. {verdicts}",
+            sections=found.sections(),
+            command=command,
+        ),
         as_json=json,
         html=html,
     )
-    return 0 if fit is None or fit.fits else 1
+    return 0 if found.fits else 1
 
 
 @app.command
@@ -187,140 +192,3 @@ def _rows(
         documents, text = prose, "the documentation of Python's standard library"
     context = min(context, lm.context_length)
     return token_rows(lm, documents, context, seed, limit=max(2, round(tokens / context))), text
-
-
-def _measured(fit: "Fit", text: str) -> dict[str, Any]:
-    def alternatives(found: Any) -> list[dict[str, Any]]:
-        return [
-            {"name": one.name, "fvu": one.fvu, "interval": list(one.interval), "l0": one.l0,
-             "difference": list(one.difference)}
-            for one in found
-        ]  # fmt: skip
-
-    return {
-        "fits": fit.fits,
-        "verdicts": list(fit.verdicts),
-        "text": text,
-        "n_tokens": fit.n_tokens,
-        "n_rows": fit.n_rows,
-        "effects": [effect.to_json() for effect in fit.effects],
-        "sites": alternatives(fit.sites),
-        "scales": alternatives(fit.scales),
-    }
-
-
-def _summary(found: dict[str, Any]) -> list[tuple[str, str]]:
-    """The facts that are one line each, label and text."""
-    sites = [f"{port['site']} [{port['width']}]" for port in found["reads"]]
-    lines = [
-        ("format", found["format"]),
-        ("kind", f"{found['kind'].replace('_', ' ')}, {found['selector']}"),
-        ("size", f"{found['d_in']} → {found['d_sae']:,} latents → {found['d_out']}, {found['parameters']:,} parameters "
-                 f"in {found['dtype']}, {found['bytes'] / 1e6:,.1f} MB in {len(found['files'])} files"),
-        ("model", ", ".join(dict.fromkeys(str(port["model"] or "not named") for port in found["reads"]))),
-        ("site, as stored", ", ".join(found["hooks"]) or "not named"),
-        ("site, ours", " + ".join(sites)),
-    ]  # fmt: skip
-    if found["writes"] != found["reads"]:
-        lines.append(("written to", " + ".join(f"{port['site']} [{port['width']}]" for port in found["writes"])))
-    lines += [
-        ("b_dec", "taken off the input" if found["subtracts_b_dec"] else "not taken off the input"),
-        ("per-token norm", {"layer_norm": "layer norm", "unit": "unit norm", None: "none"}[found["input_norm"]]),
-        ("folded", "; ".join(found["folds"]) or "nothing had to be"),
-        ("expected L0", "; ".join(map(_expected, found["expected_l0"])) or "the files do not say"),
-    ]
-    for site, norms in found["decoder_norms"].items():
-        lines.append(("decoder norms" + ("" if site == "all" else f", {site}"), _spread(norms)))
-    if found["thresholds"]:
-        lines.append(("thresholds", _spread(found["thresholds"])))
-    if found["encoder_decoder_cosine"] is not None:
-        cosine = f"{found['encoder_decoder_cosine']:.3f}, signed, mean over latents"
-        lines.append(("encoder · decoder", cosine))
-    lines += [("note", note) for note in found["notes"]]
-    return lines
-
-
-def _expected(one: dict[str, Any]) -> str:
-    span = f"{one['value']:.4g}" if one["high"] is None else f"{one['value']:.4g} to {one['high']:.4g}"
-    return f"{span} ({one['source']})"
-
-
-def _spread(found: dict[str, float]) -> str:
-    return f"{found['least']:.4g} to {found['most']:.4g}, median {found['median']:.4g}"
-
-
-def _tensor_rows(found: dict[str, Any]) -> list[list[str]]:
-    return [[t["name"], str(t["shape"]), t["dtype"], t["becomes"]] for t in found["tensors"]]
-
-
-def _columns(rows: list[list[str]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
-    return [
-        "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[-1]]).rstrip() for row in rows
-    ]
-
-
-def _text(found: dict[str, Any], fit: "Fit | None", text: str) -> str:
-    from cutaway.draw.text import interval
-
-    summary = _summary(found)
-    width = max(len(label) for label, _ in summary)
-    lines = [f"{label:<{width}}  {value}" for label, value in summary]
-    lines += ["", *_columns([["tensor", "stored as", "type", "is here"], *_tensor_rows(found)])]
-    if fit is None:
-        return "\n".join([*lines, "", "give --model to measure how well it fits"])
-    lines += ["", f"on {fit.n_tokens:,} tokens of {fit.n_rows} rows, {text}:"]
-    for effect in fit.effects:
-        ends = effect.interval or (None, None)
-        lines.append(
-            f"  {effect.name}: {interval(effect.value, *ends, digits=4)} {effect.units}; random directions "
-            f"{effect.controls[0].value:.4g}"
-        )
-    rows = _alternative_rows(fit)
-    if rows:
-        lines += ["", *_columns([["instead", "FVU", "95 %", "L0"], *rows])]
-    return "\n".join([*lines, "", *fit.verdicts])
-
-
-def _alternative_rows(fit: "Fit") -> list[list[str]]:
-    return [
-        [one.name, f"{one.fvu:.3f}", interval_text(one.interval), f"{one.l0:.1f}"]
-        for one in (*fit.sites[:12], *fit.scales)
-    ]
-
-
-def _page(found: dict[str, Any], fit: "Fit | None", text: str, command: str) -> str:
-    from markupsafe import Markup
-
-    from cutaway.draw.charts import effect_html
-    from cutaway.draw.page import page_html
-    from cutaway.draw.panels import table_html
-
-    sections = [
-        ("What it is", "", table_html(columns=["", ""], rows=[list(line) for line in _summary(found)], title="Facts")),
-        (
-            "Its tensors",
-            "As they are stored, and what they are here.",
-            table_html(columns=["tensor", "stored as", "type", "is here"], rows=_tensor_rows(found), title="Tensors"),
-        ),
-    ]
-    verdict = ""
-    if fit is not None:
-        verdict = " ".join(f"{said[0].upper()}{said[1:]}." for said in fit.verdicts)
-        measured = Markup("").join(effect_html(effect.to_json()) for effect in fit.effects)
-        about = f"{fit.n_tokens:,} tokens of {fit.n_rows} rows, {text}. 95 % bootstrap intervals over rows."
-        sections.append(("At the stated site", about, measured))
-        rows = _alternative_rows(fit)
-        if rows:
-            note = (
-                "The same weights elsewhere. A dictionary at a wrong site or scale does clearly better at one of these."
-            )
-            columns = ["instead", "FVU", "95 %", "L0"]
-            align = ["left", "right", "right", "right"]
-            sections.append(("Elsewhere", note, table_html(columns=columns, rows=rows, title="Elsewhere", align=align)))
-    return page_html(
-        title=f"Dictionary {Path(found['path']).name}",
-        lead=f"{found['kind'].replace('_', ' ')}, {found['selector']}, {found['format']}. {verdict}",
-        sections=sections,
-        command=command,
-    )

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter, validators
 
+from cutaway.artifacts.command import recording
 from cutaway.artifacts.errors import CutawayError
-from cutaway.artifacts.results import interval_text
 from cutaway.cli.options import Count, ExistingPath, Flag, Page, Seed, Separator
 from cutaway.cli.output import command_line, deliver
 
@@ -23,10 +23,9 @@ if TYPE_CHECKING:
     from cutaway.dictionaries.evaluation.probing import Probing
     from cutaway.model.language_model import LanguageModel
 
-_LEAST_TOKENS = 60  # of a letter or a state, for it to be asked for
+_MIN_TOKENS = 60  # of a letter or a state, for it to be asked for
 _LETTERS = 5
-_MOST_TOKENS = 4000  # that probes are fitted on
-_DRAWN = ("variance_explained", "ce_recovered_mean", "ce_increase", "cosine", "norm_ratio", "stability_cosine", "dead")
+_MAX_TOKENS = 4000  # that probes are fitted on
 
 
 @dataclass
@@ -134,13 +133,14 @@ def judge(
     length = context or _context(dictionaries.values(), lms)
     text = token_rows(lms[0], given.documents, length, seed=seed, limit=rows)
     found: list[Judged] = []
-    for group in by_setting(dictionaries):
-        some = list(group.values())
-        options: dict[str, Any] = {"high_norm": high_norm, "signed": not absolute, "seed": seed, "command": command}
-        one = Judged(list(group), judged_together(lms, some, text, spliced_rows=spliced_rows, **options))
-        for name, table in asked.items():
-            _probe(one, name, table, lms, text, seed, command)
-        found.append(one)
+    options: dict[str, Any] = {"high_norm": high_norm, "signed": not absolute, "seed": seed}
+    with recording(command):
+        for group in by_setting(dictionaries):
+            some = list(group.values())
+            one = Judged(list(group), judged_together(lms, some, text, spliced_rows=spliced_rows, **options))
+            for name, table in asked.items():
+                _probe(one, name, table, lms, text, seed)
+            found.append(one)
     points = frontier([one.judgement.point(*line_of(one.judgement.dictionaries[0])) for one in found])
     deliver(
         text=_text(found, points),
@@ -208,7 +208,6 @@ def _probe(
     lms: "list[LanguageModel]",
     rows: "Tensor",
     seed: int,
-    command: str,
 ) -> None:
     """Probe one setting's dictionaries for one kind of labels."""
     import numpy as np
@@ -219,7 +218,7 @@ def _probe(
     from cutaway.dictionaries.ports import read_texts
 
     some = judged.judgement.dictionaries
-    options: dict[str, Any] = {"seed": seed, "command": command}
+    options: dict[str, Any] = {"seed": seed}
     if table is not None:
         from cutaway.cli.observe.probe import column
 
@@ -240,10 +239,10 @@ def _probe(
     values = judged.judgement.values
     ids, row_of = counted_ids(rows, values), values.row_of.numpy()
     letters = first_letters(lms[0], ids)
-    known = frequent(letters, row_of, least=_LEAST_TOKENS, least_groups=10)
+    known = frequent(letters, row_of, min_tokens=_MIN_TOKENS, min_groups=10)
     if not known:
-        raise CutawayError(f"--probe letters: no letter begins {_LEAST_TOKENS} tokens of these rows; give more rows")
-    chosen = np.flatnonzero(letters != "")[:_MOST_TOKENS]
+        raise CutawayError(f"--probe letters: no letter begins {_MIN_TOKENS} tokens of these rows; give more rows")
+    chosen = np.flatnonzero(letters != "")[:_MAX_TOKENS]
     known = sorted(known, key=lambda letter: -int((letters[chosen] == letter).sum()))[:_LETTERS]
     for letter in known:
         has, what = letters[chosen] == letter, f"tokens that begin with {letter!r}"
@@ -297,126 +296,26 @@ def judge_page(
     )
 
 
-def _sections(one: Judged) -> "list[tuple[str, str, Markup]]":
-    from markupsafe import Markup
-
-    from cutaway.draw.charts import effect_html, line_legend, line_svg
-    from cutaway.draw.panels import figures_html, table_html
-
-    judged = one.judgement
-    effects = judged.effects
-    n_seeds = len(judged.dictionaries)
-    tiles: list[Any] = [
-        {"label": "active a token (L0)", "value": effects["l0"].value},
-        {"label": "variance explained", "value": effects["variance_explained"].value},
-        {"label": "dead latents", "value": 100 * effects["dead"].value, "units": "%"},
-        {"label": "dense latents", "value": 100 * effects["dense"].value, "units": "%"},
-    ]
-    if "ce_increase" in effects:
-        tiles.insert(2, {"label": "rise of the cross-entropy", "value": effects["ce_increase"].value, "units": "nats"})
-    if n_seeds > 1 and "stability_found_again" in effects:
-        again = effects["stability_found_again"].value
-        tiles.append({"label": "found again by another seed", "value": 100 * again, "units": "%"})
-    seeds = f"Means over {n_seeds} seeds; intervals count rows and seeds." if n_seeds > 1 else (
-        "One seed: intervals count rows alone, and say nothing about what another training would have found."
-    )  # fmt: skip
-    sections = [
-        (
-            "in short",
-            " ".join([f"{judged.setting}. {seeds}", *(f"{note[0].upper()}{note[1:]}." for note in judged.notes)]),
-            figures_html(items=tiles),
-        ),
-        (
-            "beside the controls",
-            "Each figure and the same figure of its controls, with 95 % intervals.",
-            Markup("").join(effect_html(effects[key].to_json()) for key in _DRAWN if key in effects),
-        ),
-    ]
-    density: list[Any] = []
-    for place, some in enumerate((*judged.latents, judged.control_latents)):
-        bins, counts = some.histogram()
-        control = place == len(judged.latents)
-        label = "random directions" if control else f"seed {place + 1}" if n_seeds > 1 else "this dictionary"
-        density.append({"name": label, "x": [10 ** ((a + b) / 2) for a, b in bins], "y": counts, "control": control})
-    dead = ", ".join(str(some.n_dead) for some in judged.latents)
-    dense = ", ".join(str(some.n_dense) for some in judged.latents)
-    drawing = line_svg(
-        series=density,
-        title="How often latents fire",
-        x_label=f"share of {judged.n_tokens:,} tokens on which a latent fires",
-        y_label="latents in half a power of ten",
-        log_x=True,
-    )
-    sections.append(
-        (
-            "how often latents fire",
-            f"Latents that never fired are not drawn: {dead} of {judged.dictionaries[0].d_sae:,} (random directions: "
-            f"{judged.control_latents.n_dead}). On more than 10 % of tokens fire {dense} (random directions: "
-            f"{judged.control_latents.n_dense}).",
-            Markup(drawing) + line_legend(density),
-        )
-    )
-    for sides in judged.sides:
-        middles, counts = sides.histogram()
-        share: list[Any] = [{"name": "latents that fire", "x": middles, "y": counts}]
-        text = (
-            f"0 is a latent of {sides.labels[0]} alone, 1 of {sides.labels[1]} alone; decoder norms in units of each "
-            f"side's spread."
-        )
-        drawn = line_svg(
-            series=share, title="share of the norm", x_label=f"share of {sides.labels[1]}", y_label="latents"
-        )
-        shown = Markup("").join(effect_html(effect.to_json()) for effect in sides.effects.values())
-        sections.append((f"{sides.labels[0]} and {sides.labels[1]}", text, Markup(drawn) + shown))
-    if one.probing:
-        sections.append(("what few latents tell", _PROBE_NOTE, _probe_table(one.probing)))
-    if one.absorption:
-        sections.append(("absorption", _ABSORPTION_NOTE, _absorption_table(one.absorption)))
-    heads, rows = judged.table()
-    sections.append(("every figure", "", table_html(columns=heads, rows=rows, title="every figure")))
-    return sections
-
-
 _PROBE_NOTE = (
-    "Held-out F1 of a logistic regression on the k latents that tell the label best, chosen on the training folds; no "
-    "group (a text, a name, a token) stands on both sides of a fold. Beside it the same k of a random dictionary, a "
+    "Held-out F1 of a logistic regression on the k latents that predict the label best, chosen on the training folds; "
+    "no group (a text, a name, a token) stands on both sides of a fold. Beside it the same k of a random dictionary, a "
     "logistic regression on the whole activation, and always saying yes."
 )
 _ABSORPTION_NOTE = (
-    "Share of the tokens whose letter a probe of the whole activation tells, on which the letter's own latents are "
+    "Share of the tokens whose letter a probe of the whole activation finds, on which the letter's own latents are "
     "silent and one other latent writes most of what lies along the probe. Beside it a random dictionary, and random "
     "directions in place of the probe's. Where the probe's F1 is low the rate means little."
 )
 
 
-def _probe_table(probing: "list[Probing]") -> "Markup":
-    from cutaway.draw.panels import table_html
+def _sections(one: Judged) -> "list[tuple[str, str, Markup]]":
+    from cutaway.dictionaries.evaluation.absorption import absorption_table
+    from cutaway.dictionaries.evaluation.judge import judgement_sections
+    from cutaway.dictionaries.evaluation.probing import probing_table
 
-    rows = []
-    for some in probing:
-        for k, effects in some.effects.items():
-            one = effects["f1"]
-            beside = [control.value for control in one.controls]
-            rows.append([some.what, k, one.value, interval_text(one.interval, to=True), *beside, one.n])
-    return table_html(
-        columns=["label", "k", "F1", "95 % interval", "always yes", "random dictionary", "whole activation", "n"],
-        rows=rows,
-        title="k-sparse probing",
-    )
-
-
-def _absorption_table(absorption: "list[Absorption]") -> "Markup":
-    from cutaway.draw.panels import table_html
-
-    rows = []
-    for some in absorption:
-        beside = [control.value for control in some.rate.controls]
-        latents = "; ".join(", ".join(map(str, each)) for each in some.latents)
-        ends = interval_text(some.rate.interval, to=True)
-        rows.append([some.what, some.rate.value, ends, *beside, some.missed.value, latents, some.probe_f1, some.rate.n])
-    return table_html(
-        columns=["concept", "absorbed", "95 % interval", "random dictionary", "random directions", "latents silent",
-                 "latents", "F1 of the probe", "n"],
-        rows=rows,
-        title="absorption",
-    )  # fmt: skip
+    *sections, every = judgement_sections(one.judgement)
+    if one.probing:
+        sections.append(("what few latents predict", _PROBE_NOTE, probing_table(one.probing)))
+    if one.absorption:
+        sections.append(("absorption", _ABSORPTION_NOTE, absorption_table(one.absorption)))
+    return [*sections, every]

@@ -232,6 +232,7 @@ def train(
 
 def _judged(training: "Training", done: "Mapping[str, Trained]", out: Path) -> "Frontier":
     """Judge what was trained on the rows that were kept out of it; seeds of one setting together."""
+    from cutaway.artifacts.command import recording
     from cutaway.artifacts.files import write_json, write_text
     from cutaway.artifacts.run_folder import recorded
     from cutaway.cli.dictionaries.judge import Judged, judge_page, line_of
@@ -243,9 +244,10 @@ def _judged(training: "Training", done: "Mapping[str, Trained]", out: Path) -> "
     models, rows = list(training.models), training.held_out
     command = command_line("train", recipe=(out / "recipe.toml", None), out=(out, None))
     found: list[Judged] = []
-    for group in by_setting({name: one.dictionary for name, one in done.items()}):
-        some = judged_together(models, list(group.values()), rows, spliced_rows=min(32, len(rows)), command=command)
-        found.append(Judged(list(group), some))
+    with recording(command):
+        for group in by_setting({name: one.dictionary for name, one in done.items()}):
+            some = judged_together(models, list(group.values()), rows, spliced_rows=min(32, len(rows)))
+            found.append(Judged(list(group), some))
     points = frontier([one.judgement.point(*line_of(one.judgement.dictionaries[0])) for one in found])
     source = f"{training.recipe.corpus}, kept out of training"
     with recorded(out):

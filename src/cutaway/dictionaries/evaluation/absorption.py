@@ -5,7 +5,7 @@ After Chanin et al. 2024 ("A is for absorption", arXiv 2409.14507), with project
     1. A logistic regression on the whole activation gives the concept's direction p (unit length, in x's own units).
     2. k-sparse probes find the concept's latents: the one best latent, and one more as long as it raises the held-out
        F1 by more than 0.03. Two or more is *splitting*.
-    3. On a held-out token that has the concept, and that the probe of 1 tells, the concept is *absorbed* when
+    3. On a held-out token that has the concept, and that the probe of 1 finds, the concept is *absorbed* when
        all of those latents are silent, and of the active latents i one accounts for most of what is written along p:
        its share a_i⟨d_i, p⟩ / Σ_j max(0, a_j⟨d_j, p⟩) is at least 0.4, is the largest, and cos(d_i, p) ≥ 0.1 (signed).
 
@@ -18,25 +18,35 @@ The rate stands beside that of a random dictionary of the same size and L0, and 
 random directions in place of p (a mean of 20): where these are high, "one latent dominates" says nothing.
 """
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from markupsafe import Markup
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.results import Control, Effect, interval_text
 from cutaway.dictionaries.dictionary import Dictionary, random_dictionary
 from cutaway.dictionaries.evaluation.figures import Tables, summary
-from cutaway.dictionaries.evaluation.probing import best_latents, dense_probe, fold_splits, sparse_codes, sparse_probe
+from cutaway.dictionaries.evaluation.probing import (
+    Labels,
+    best_latents,
+    dense_probe,
+    fold_splits,
+    sparse_codes,
+    sparse_probe,
+)
+from cutaway.draw.result import Result
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
 
 SPLIT_GAIN = 0.03  # how much F1 a further latent must add to count as a part of the concept
-MOST_SPLIT = 10
+MAX_SPLIT = 10
 SHARE = 0.4  # of what is written along the probe, by one latent
 COSINE = 0.1  # of that latent's decoder row with the probe
 RANDOM = "a random dictionary"
@@ -44,26 +54,57 @@ RANDOM_DIRECTION = "random directions in place of the probe's"
 _DRAWS = 20
 
 
-@dataclass(frozen=True)
-class Absorption:
-    """One concept in S dictionaries that differ in their seed.
+@dataclass(frozen=True, repr=False)
+class Absorption(Result):
+    """Splitting and absorption of one concept in S dictionaries that differ in their seed."""
 
-    `rate`: share of the held-out positives that the dense probe tells which are absorbed. `missed`: share of them on
-    which the concept's latents are silent, absorbed or not. `split` [S]: how many latents are the concept's (mean over
-    folds; 1 is no splitting). `latents` [S]: those of the fold that found the most. `absorbers` [S]: latents that took
-    over, with how often. `probe_f1`: held-out F1 of the dense probe: where it is low the rest means little.
-    `curve` [S]: F1 of k = 1, 2, ... latents on examples that they were not chosen on.
-    """
+    title = "Absorption of a concept"
 
     what: str
+    """The concept."""
     rate: Effect
+    """Of the held-out positives that the dense probe finds, the share that are absorbed."""
     missed: Effect
+    """Of the same, the share on which the concept's latents are silent, absorbed or not."""
     per_seed: tuple[float, ...]
+    """The rate of each dictionary, [S]."""
     split: tuple[float, ...]
+    """How many latents are the concept's, mean over folds, [S]; 1 is no splitting."""
     latents: tuple[tuple[int, ...], ...]
+    """The concept's latents in the fold that found the largest number of them, [S]."""
     absorbers: tuple[tuple[tuple[int, int], ...], ...]
+    """(latent, how often) of the latents that took over, [S]."""
     probe_f1: float
+    """Held-out F1 of the dense probe; where it is low the rest means little."""
     curve: tuple[tuple[float, ...], ...]
+    """F1 of the first k = 1, 2, ... latents on examples that they were not chosen on, [S]."""
+
+    def summary(self) -> str:
+        return str(self)
+
+    def rows(self) -> list[dict[str, Any]]:
+        each = zip(self.latents, self.split, self.per_seed or (math.nan,) * len(self.split), strict=True)
+        return [
+            {
+                "concept": self.what, "dictionary": place, "absorbed": rate, "low": (self.rate.interval or (None,))[0],
+                "high": (self.rate.interval or (None,))[-1], "control": self.rate.controls[0].value,
+                "silent": self.missed.value, "split": split, "latents": " ".join(map(str, latents)),
+                "probe_f1": self.probe_f1, "n": self.rate.n,
+            }
+            for place, (latents, split, rate) in enumerate(each)
+        ]  # fmt: skip
+
+    def drawing(self) -> Markup:
+        from cutaway.draw.charts import Series, line_legend, line_svg
+
+        series: list[Series] = [
+            {"name": f"dictionary {place + 1}", "x": list(range(1, len(curve) + 1)), "y": list(curve)}
+            for place, curve in enumerate(self.curve)
+        ]
+        svg = line_svg(
+            series=series, title=f"F1 of {self.what} by its first latents", x_label="latents", y_label="F1, held out"
+        )
+        return svg + line_legend(series) + absorption_table([self])
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -92,17 +133,32 @@ def absorption(
     x: Tensor,
     labels: Sequence[bool] | np.ndarray,
     *,
-    groups: Sequence[Any] | np.ndarray | None = None,
+    groups: Labels | None = None,
     what: str = "the concept",
     folds: int = 3,
     seed: int = 0,
-    command: str | None = None,
 ) -> Absorption:
-    """Splitting and absorption of one concept, bool labels [n] of activations x [n, d_in].
+    """Whether a concept's latents are silent on tokens where a more special latent speaks for them.
 
-    `groups` [n] are what folds keep together and what the interval draws: rows or documents, not tokens with the same
-    text, for absorption is about particular tokens. Raises `CutawayError` for a dictionary that does not write what it
-    reads (the probe's direction must lie where the decoder writes), and as `sparse_probing`.
+    After Chanin et al. 2024, "A is for absorption" (https://arxiv.org/abs/2409.14507), with projections in place of
+    ablations; see the module for the steps.
+
+    Args:
+        dictionaries: One, or several that differ in their seed.
+        x: Activations that they read [n, d_in].
+        labels: Whether each has the concept, bool [n].
+        groups: What folds keep together and what the interval draws, [n]: rows or documents, not tokens with the same
+            text, for absorption is about particular tokens. Each example by itself if None.
+        what: The concept's name, for titles.
+        folds: Folds of the cross-validation.
+        seed: Of the folds, the random dictionary and the random directions.
+
+    Returns:
+        The rate beside that of a random dictionary and of random directions, and the concept's latents.
+
+    Raises:
+        CutawayError: a dictionary does not write what it reads (the probe's direction must lie where the decoder
+            writes), labels are all the same or of another number than x, or a class is in too few groups.
     """
     some = [dictionaries] if isinstance(dictionaries, Dictionary) else list(dictionaries)
     if not all(one.writes_what_it_reads for one in some):
@@ -116,15 +172,15 @@ def absorption(
     splits = fold_splits(target, numbers, folds, what, seed)
     values = x.float().cpu().numpy()
     probes = [dense_probe(values[train], target[train], numbers[train]) for train, _ in splits]
-    told = np.zeros(len(x), dtype=bool)
+    guessed = np.zeros(len(x), dtype=bool)
     for (_, test), probe in zip(splits, probes, strict=True):
-        told[test] = probe.guesses(values[test])[1]
+        guessed[test] = probe.guesses(values[test])[1]
     generator = np.random.default_rng(seed)
     directions = [probe.direction for probe in probes if probe.direction is not None]
     chance = [[_unit(generator.standard_normal(x.shape[1])) for _ in probes] for _ in range(_DRAWS)]
     random = [random_dictionary(one, x, seed + i) for i, one in enumerate(some)]
     codes = [sparse_codes(one, x) for one in some]
-    asked = told & target
+    asked = guessed & target
     ground = _Ground(target, asked, splits)
     mine = [_judged(one, code, ground, directions) for one, code in zip(some, codes, strict=True)]
     by_chance = [_judged(one, sparse_codes(one, x), ground, directions) for one in random]
@@ -140,13 +196,13 @@ def absorption(
 
         if not n_asked:
             nothing = tuple(Control(label, float("nan")) for label in controls)
-            return Effect(name, float("nan"), 0, None, nothing, "none", "share", command), ()
+            return Effect(name, float("nan"), 0, None, nothing, "none", "share"), ()
         value, interval, each = summary(table(found), _mean)
         beside = []
         for label, columns in controls.items():
             other, other_interval, _ = summary(table(columns), _mean)
             beside.append(Control(label, other, other_interval, n_asked))
-        return Effect(name, value, n_asked, interval, tuple(beside), "none", "share", command), each
+        return Effect(name, value, n_asked, interval, tuple(beside), "none", "share"), each
 
     rate, per_seed = figure(
         f"absorption of {what}",
@@ -166,7 +222,7 @@ def absorption(
         split=tuple(float(np.mean([len(latents) for latents in found.latents_by_fold])) for found in mine),
         latents=tuple(max(found.latents_by_fold, key=len) for found in mine),
         absorbers=tuple(tuple(Counter(found.by[found.by >= 0].tolist()).most_common(5)) for found in mine),
-        probe_f1=_f1(told, target),
+        probe_f1=_f1(guessed, target),
         curve=tuple(found.curve for found in mine),
     )
 
@@ -176,7 +232,7 @@ _Columns = Sequence[np.ndarray]  # one number an example, for each of several di
 
 @dataclass(frozen=True, eq=False)
 class _Ground:
-    """Which examples have the concept, which of them are asked about (the dense probe tells them), and the folds."""
+    """Which examples have the concept, which of them are asked about (the dense probe finds them), and the folds."""
 
     target: np.ndarray
     asked: np.ndarray
@@ -243,7 +299,7 @@ def concept_latents(
     fit, check = train[np.arange(len(train)) % 3 != 0], train[np.arange(len(train)) % 3 == 0]
     if not target[fit].any() or not target[check].any():
         fit = check = train
-    ranked = best_latents(code[fit], target[fit], MOST_SPLIT + 1)
+    ranked = best_latents(code[fit], target[fit], MAX_SPLIT + 1)
     scores = []
     n = 1
     for k in range(1, len(ranked) + 1):
@@ -276,3 +332,21 @@ def _f1(guess: np.ndarray, true: np.ndarray) -> float:
     hits = 2 * int((guess & true).sum())
     whole = hits + int((guess != true).sum())
     return hits / whole if whole else 0.0
+
+
+def absorption_table(found: Sequence[Absorption]) -> Markup:
+    """A row per concept."""
+    from cutaway.draw.panels import table_html
+
+    rows = []
+    for some in found:
+        beside = [control.value for control in some.rate.controls]
+        latents = "; ".join(", ".join(map(str, each)) for each in some.latents)
+        ends = interval_text(some.rate.interval, to=True)
+        rows.append([some.what, some.rate.value, ends, *beside, some.missed.value, latents, some.probe_f1, some.rate.n])
+    return table_html(
+        columns=["concept", "absorbed", "95 % interval", "random dictionary", "random directions", "latents silent",
+                 "latents", "F1 of the probe", "n"],
+        rows=rows,
+        title="absorption",
+    )  # fmt: skip

@@ -5,22 +5,34 @@ and another site's value for a transcoder. Everything counts the positions that 
 no BOS). Each figure comes with its n and a 95 % interval over rows and seeds (see `figures.py`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
+from markupsafe import Markup
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.progress import Progress
-from cutaway.artifacts.results import Effect, interval_text
+from cutaway.artifacts.results import Effect
 from cutaway.data.harvest.activations import as_tokens
 from cutaway.dictionaries.dictionary import Dictionary, random_dictionary
-from cutaway.dictionaries.evaluation.figures import RECONSTRUCTION, SPLICED, Tables, effect, statistics_of
-from cutaway.dictionaries.evaluation.latents import DENSE
-from cutaway.dictionaries.ports import Bench, Models, PortValues, batches, bench, harvest_ports
+from cutaway.dictionaries.evaluation.figures import (
+    RECONSTRUCTION,
+    SPLICED,
+    Tables,
+    effect,
+    effect_line,
+    effect_rows,
+    effects_html,
+    statistics_of,
+)
+from cutaway.dictionaries.evaluation.latents import DENSE, density_svg
+from cutaway.dictionaries.ports import ModelPorts, Models, PortValues, batches, harvest_ports, model_ports
 from cutaway.dictionaries.selectors import ReLU
+from cutaway.draw.result import Result
 from cutaway.model.forward.run import Run
 from cutaway.model.tokens import next_tokens
 
@@ -31,32 +43,61 @@ ALL = ""  # the scope of figures over everything that is written
 _TOKENS_AT_ONCE = 4096
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """`effects` by name, each beside its controls; `frequency` [F]: share of the tokens on which each latent fires.
+@dataclass(frozen=True, repr=False)
+class Evaluation(Result):
+    """How good one dictionary is, every figure beside its controls."""
 
-    `dead`: share of latents that never fired on these `n_tokens`; `dense`: share that fire on more than 10 % of them.
-    `ce`: mean cross-entropy in nats of the model as it is, and with the site replaced. `parts` has a crosscoder's
-    figures output by output and, where there are several, model by model; `effects` are over all of them together.
-    """
+    title = "A dictionary on held-out text"
 
     effects: dict[str, Effect]
+    """By name: "l0", "variance_explained", "fvu", "cosine", "norm_ratio", and of the model with the reconstruction in
+    place "ce_recovered_zero", "ce_recovered_mean", "ce_increase", "kl_recovered_zero", "kl_recovered_mean", "kl"."""
     frequency: Tensor
+    """The share of the tokens on which each latent is active, float64 [F]."""
     dead: float
+    """The share of latents that are active on none of the tokens."""
     dense: float
+    """The share of latents that are active on more than 10 % of them."""
     ce: dict[str, float]
+    """Mean cross-entropy in nats of the model as it is ("clean"), and with the site replaced."""
     n_rows: int
+    """Held-out rows."""
     n_tokens: int
+    """Tokens that were counted."""
     parts: dict[str, dict[str, Effect]] = field(default_factory=dict)
+    """A crosscoder's figures output by output and, where there are several, model by model; `effects` are over all of
+    them together."""
 
-    def __str__(self) -> str:
+    def _lines(self, effects: Iterable[Effect]) -> str:
         lines = [
             f"{self.n_tokens:,} tokens of {self.n_rows} held-out rows; dead {self.dead:.1%}, dense {self.dense:.1%}"
         ]
-        for one in (*self.effects.values(), *(e for part in self.parts.values() for e in part.values())):
-            beside = ", ".join(f"{control.name.split(',')[0]} {control.value:.4f}" for control in one.controls)
-            lines.append(f"  {one.name}: {one.value:.4f} {interval_text(one.interval, 4)} {one.units}; {beside}")
+        lines += [f"  {effect_line(one)}" for one in effects]
         return "\n".join([*lines, "  cross-entropy: " + ", ".join(f"{name} {ce:.3f}" for name, ce in self.ce.items())])
+
+    def summary(self) -> str:
+        return self._lines(one for name, one in self.effects.items() if name != "fvu")
+
+    def __str__(self) -> str:
+        return self._lines(one for some in (self.effects, *self.parts.values()) for one in some.values())
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "rows": self.n_rows,
+            "tokens": self.n_tokens,
+            "dead": self.dead,
+            "dense": self.dense,
+            "effects": {name: one.to_json() for name, one in self.effects.items()},
+            "parts": {part: {name: one.to_json() for name, one in some.items()} for part, some in self.parts.items()},
+            "cross_entropy": self.ce,
+        }
+
+    def rows(self) -> list[dict[str, Any]]:
+        scopes = {ALL: self.effects, **self.parts}
+        return [{"of": scope or "all", **row} for scope, some in scopes.items() for row in effect_rows(some.items())]
+
+    def drawing(self) -> Markup:
+        return density_svg({"this dictionary": self.frequency}, self.n_tokens) + effects_html(self.effects.values())
 
 
 def evaluate(
@@ -67,23 +108,38 @@ def evaluate(
     spliced_rows: int = 32,
     high_norm: float | None = None,
     seed: int = 0,
-    command: str | None = None,
 ) -> Evaluation:
-    """Judge a dictionary on held-out rows [n, p] of its model (a crosscoder of two models: of both).
+    """How good a dictionary is on rows it was not trained on.
 
     Reconstruction figures use all rows; for those of the spliced model the first `spliced_rows` are run again with
     every site that is written set to x̂ at once (positions that do not count stay as they are), to zero and to the mean.
     Zero and mean ablation are the two usual baselines of what is recovered: (CE_ablated − CE_spliced) / (CE_ablated −
     CE_clean), and (KL_ablated − KL_spliced) / KL_ablated. The control is a dictionary of random unit directions with
-    the same L0 and a fitted gain; for a transcoder also the best affine map, which has no latents at all. `high_norm`
-    leaves out positions whose vector is longer than so many times the site's median. Raises `CutawayError` without
-    rows, and as `bench` and `harvest_ports`.
+    the same L0 and a fitted gain; for a transcoder also the best affine map, which has no latents at all.
+
+    Args:
+        models: The model that the dictionary belongs to; for a crosscoder of two models, both.
+        dictionary: Of any kind.
+        rows: Held-out token ids [n, p].
+        spliced_rows: How many of the rows are run again with the reconstruction in place; 0 leaves those figures out.
+        high_norm: Leave out positions whose vector is longer than so many times the site's median.
+        seed: Of the random directions.
+
+    Returns:
+        Figures with 95 % intervals over rows, beside their controls.
+
+    Raises:
+        CutawayError: there are no rows, the models are not the dictionary's, or a value is not finite.
+
+    Example:
+        >>> lm, dictionary = cutaway.load("atlas"), load("atlas/blocks.3.resid_post")
+        >>> evaluate(lm, dictionary, rows).effects["ce_recovered_mean"].value
     """
     measured = measure(models, [dictionary], rows, spliced_rows=spliced_rows, high_norm=high_norm, seed=seed)
     frequency = measured.frequency()[0]
-    parts = {scope: measured.effects(scope, command)[0] for scope in measured.trained if scope != ALL}
+    parts = {scope: measured.effects(scope)[0] for scope in measured.trained if scope != ALL}
     return Evaluation(
-        effects=measured.effects(ALL, command)[0],
+        effects=measured.effects(ALL)[0],
         frequency=frequency,
         dead=float((frequency == 0).float().mean()),
         dense=float((frequency > DENSE).float().mean()),
@@ -98,12 +154,12 @@ def evaluate(
 
 
 @dataclass(frozen=True, eq=False)
-class Measured:
+class RowSums:
     """Per-row sums of S dictionaries and of their controls, for everything together ("") and part by part.
 
     `trained[scope][kind]` and `controls[name][scope][kind]` are tables [S, rows, columns] (`kind` is "reconstruction"
-    or "spliced", see `figures.py`); `counts` [S, F]: on how many of the tokens each latent fired, and likewise those of
-    the controls. `values` are the activations.
+    or "spliced", see `figures.py`); `counts` [S, F]: on how many of the tokens each latent was active, and likewise
+    those of the controls. `values` are the activations.
     """
 
     trained: dict[str, dict[str, Tables]]
@@ -111,19 +167,17 @@ class Measured:
     counts: Tensor
     control_counts: dict[str, Tensor]
     values: PortValues
-    bench: Bench
+    ports: ModelPorts
 
     @property
     def n_tokens(self) -> int:
         return len(self.values.x)
 
     def frequency(self) -> Tensor:
-        """Share of the tokens on which each latent fires, float64 [S, F]."""
+        """Share of the tokens on which each latent is active, float64 [S, F]."""
         return self.counts.double() / self.n_tokens
 
-    def effects(
-        self, scope: str = ALL, command: str | None = None
-    ) -> tuple[dict[str, Effect], dict[str, tuple[float, ...]]]:
+    def effects(self, scope: str = ALL) -> tuple[dict[str, Effect], dict[str, tuple[float, ...]]]:
         """The figures of one scope by name, and each dictionary's own values."""
         effects: dict[str, Effect] = {}
         each: dict[str, tuple[float, ...]] = {}
@@ -136,7 +190,7 @@ class Measured:
                 if name == "l0" and scope != ALL:
                     continue  # a latent is active for all parts at once
                 of = f"at {scope}" if scope else ""
-                effects[name], each[name] = effect(name, table, others, statistic, command=command, of=of)
+                effects[name], each[name] = effect(name, table, others, statistic, of=of)
         return effects, each
 
     def cross_entropies(self) -> dict[str, float]:
@@ -162,7 +216,7 @@ def measure(
     spliced_rows: int = 32,
     high_norm: float | None = None,
     seed: int = 0,
-) -> Measured:
+) -> RowSums:
     """The sums that figures are made of, for dictionaries of the same sites; each gets a control of its own seed.
 
     Activations, the clean run and the ablations are computed once for all. Raises as `evaluate`, and when the
@@ -179,7 +233,7 @@ def measure(
                 f"{other} and {first} differ in more than their seed: judge dictionaries of one size and of the same "
                 "sites together"
             )
-    where = bench(models, first)
+    where = model_ports(models, first)
     values = harvest_ports(models, first, rows, high_norm=high_norm, where=where)
     subjects = {"": list(dictionaries), **_controls(dictionaries, values, seed)}
     mean = values.y.mean(0)
@@ -200,7 +254,7 @@ def measure(
             for scope, table in by_scope.items():
                 tables[name].setdefault(scope, {})["spliced"] = table
     trained, trained_counts = tables.pop(""), counts.pop("")
-    return Measured(trained, tables, trained_counts, counts, values, where)
+    return RowSums(trained, tables, trained_counts, counts, values, where)
 
 
 def _ports(dictionary: Dictionary) -> tuple[tuple[str, int], ...]:
@@ -216,7 +270,7 @@ def _controls(dictionaries: Sequence[Dictionary], values: PortValues, seed: int)
 
 
 def affine_dictionary(like: Dictionary, x: Tensor, y: Tensor) -> Dictionary:
-    """The best affine map from x [n, d_in] to y [n, d_out], as a dictionary whose one latent never fires.
+    """The best affine map from x [n, d_in] to y [n, d_out], as a dictionary whose one latent is never active.
 
     What a transcoder explains beyond it is what its latents are for. Fitted on the tokens that it is judged on, which
     flatters it (a little, where there are many more tokens than dimensions).
@@ -243,7 +297,9 @@ def affine_dictionary(like: Dictionary, x: Tensor, y: Tensor) -> Dictionary:
 def _reconstruction(
     dictionary: Dictionary, values: PortValues, mean: Tensor, scopes: Mapping[str, slice]
 ) -> tuple[dict[str, Tables], Tensor]:
-    """Per scope and row the columns of `RECONSTRUCTION`, [rows, columns]; and each latent's firings, int64 [F]."""
+    """Per scope and row the columns of `RECONSTRUCTION`, [rows, columns]; and on how many tokens each latent is active,
+    int64 [F].
+    """
     counts = torch.zeros(dictionary.d_sae, dtype=torch.int64)
     per_token = {scope: torch.empty(len(values.x), len(RECONSTRUCTION), dtype=torch.float64) for scope in scopes}
     for start in range(0, len(values.x), _TOKENS_AT_ONCE):
@@ -274,7 +330,7 @@ def _reconstruction(
 
 
 def _spliced(
-    where: Bench, subjects: Mapping[str, Sequence[Dictionary]], rows: Tensor, values: PortValues, mean: Tensor
+    where: ModelPorts, subjects: Mapping[str, Sequence[Dictionary]], rows: Tensor, values: PortValues, mean: Tensor
 ) -> dict[str, dict[str, Tables]]:
     """Per subject and scope (all models together, and each of several) the columns of `SPLICED`: [S, rows, columns]."""
     names = where.model_names()
@@ -310,7 +366,7 @@ def _spliced(
 class _Splicing:
     """Runs a batch of rows again with something else at the written sites, and sums what that does to predictions."""
 
-    def __init__(self, where: Bench, rows: Tensor, keep: Tensor, runs: Sequence[Run]) -> None:
+    def __init__(self, where: ModelPorts, rows: Tensor, keep: Tensor, runs: Sequence[Run]) -> None:
         self.where, self.rows, self.keep, self.runs = where, rows, keep, runs
         # a token that is fed at a position that counts is what the site can change the prediction of
         real, answers = torch.ones_like(rows, dtype=torch.bool), min(lm.d_vocab for lm in where.models)

@@ -7,11 +7,13 @@ half widths. With two or three seeds it is wide, as it has to be; every seed's o
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
-from cutaway.artifacts.results import Control, Effect, Interval
+from cutaway.artifacts.results import Control, Effect, Interval, interval_text
 from cutaway.artifacts.statistics import mean_intervals, resampled_intervals, student_intervals, wilson_interval
 
 RESAMPLES = 1000
@@ -27,7 +29,7 @@ SPLICED = ("targets", "ce_clean", "ce_zero", "ce_mean", "ce_spliced", "kl_zero",
 
 # name: (what it is, units, what was done to the model)
 NAMES = {
-    "l0": ("active latents a token (L0)", "latents", "none"),
+    "l0": ("active latents per token (L0)", "latents", "none"),
     "variance_explained": ("variance explained, 1 − Σ‖x − x̂‖² / Σ‖x − x̄‖² over all tokens", "share", "none"),
     "fvu": ("fraction of variance unexplained, Σ‖x − x̂‖² / Σ‖x − x̄‖² over all tokens", "share", "none"),
     "cosine": ("signed cosine of x and x̂, mean over tokens", "cosine", "none"),
@@ -39,6 +41,34 @@ NAMES = {
     "kl_recovered_mean": ("KL recovered against mean ablation", "share", "mean ablation"),
     "kl": ("KL(model ‖ model with x̂ in place of x)", "nats", "site set to the reconstruction"),
 }
+
+
+def effect_rows(effects: Iterable[tuple[str, Effect]]) -> list[dict[str, Any]]:
+    """A flat row per effect: its name here, value, interval, n, units, and its first control."""
+    found = []
+    for name, one in effects:
+        low, high = one.interval or (None, None)
+        control = one.controls[0] if one.controls else None
+        found.append(
+            {
+                "figure": name, "value": one.value, "low": low, "high": high, "n": one.n, "units": one.units,
+                "control": control and control.name, "control_value": control and control.value,
+            }
+        )  # fmt: skip
+    return found
+
+
+def effects_html(effects: Iterable[Effect]) -> Markup:
+    """Effects beside their controls, one drawing below the other."""
+    from cutaway.draw.charts import effect_html
+
+    return Markup("").join(effect_html(effect.to_json()) for effect in effects)
+
+
+def effect_line(effect: Effect) -> str:
+    """An effect as a line of text: value, interval, units, controls."""
+    beside = ", ".join(f"{control.name.split(',')[0]} {control.value:.4f}" for control in effect.controls)
+    return f"{effect.name}: {effect.value:.4f} {interval_text(effect.interval, 4)} {effect.units}; {beside}"
 
 
 def statistics_of(columns: Sequence[str]) -> dict[str, Statistic]:
@@ -53,10 +83,10 @@ def statistics_of(columns: Sequence[str]) -> dict[str, Statistic]:
 
         return statistic
 
-    def recovered(measure: str, ablation: str, least: str | None) -> Statistic:
+    def recovered(measure: str, ablation: str, clean: str | None) -> Statistic:
         def statistic(sums: np.ndarray) -> np.ndarray:
             floor = sums[..., at[f"{measure}_{ablation}"]]
-            best = 0.0 if least is None else sums[..., at[least]]
+            best = 0.0 if clean is None else sums[..., at[clean]]
             found = sums[..., at["kl" if measure == "kl" else "ce_spliced"]]
             with np.errstate(divide="ignore", invalid="ignore"):
                 return (floor - found) / (floor - best)
@@ -90,7 +120,6 @@ def effect(
     controls: Mapping[str, Tables],
     statistic: Statistic,
     *,
-    command: str | None = None,
     of: str = "",
 ) -> tuple[Effect, tuple[float, ...]]:
     """One figure of S dictionaries beside the same figure of their controls, and each dictionary's own value.
@@ -112,7 +141,6 @@ def effect(
             controls=tuple(stood_beside),
             ablation=ablation,
             units=units,
-            command=command,
         ),
         each,
     )
@@ -150,7 +178,6 @@ def share_effect(
     controls: Mapping[str, Sequence[int]],
     *,
     units: str = "share",
-    command: str | None = None,
 ) -> tuple[Effect, tuple[float, ...]]:
     """A share of n latents that holds in each of several dictionaries, beside controls; and each one's own value.
 
@@ -169,7 +196,7 @@ def share_effect(
     for control, counts in controls.items():
         other, other_interval = measured(counts)
         stood_beside.append(Control(control, other, other_interval, n))
-    found = Effect(name, value, n, interval, tuple(stood_beside), "none", units, command)
+    found = Effect(name, value, n, interval, tuple(stood_beside), "none", units)
     return found, tuple(count / n for count in successes)
 
 
@@ -179,7 +206,6 @@ def mean_effect(
     controls: Mapping[str, Sequence[np.ndarray]],
     *,
     units: str,
-    command: str | None = None,
 ) -> tuple[Effect, tuple[float, ...]]:
     """Mean over latents of a number each has, in each of several dictionaries, beside controls; and each's own mean.
 
@@ -203,4 +229,4 @@ def mean_effect(
         other, other_interval, m = measured(given)
         beside.append(Control(control, other, other_interval, m))
     each = tuple(float(np.nanmean(one)) for one in values)
-    return Effect(name, value, n, interval, tuple(beside), "none", units, command), each
+    return Effect(name, value, n, interval, tuple(beside), "none", units), each

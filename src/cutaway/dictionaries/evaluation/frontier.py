@@ -13,8 +13,10 @@ from markupsafe import Markup
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.results import Effect
+from cutaway.dictionaries.evaluation.figures import effect_rows
 from cutaway.draw.charts import Series, line_legend, line_svg
 from cutaway.draw.panels import table_html
+from cutaway.draw.result import Result
 
 RANDOM = "random directions, same size and L0"
 FIDELITIES = ("ce_recovered_mean", "fvu")
@@ -32,13 +34,17 @@ _AXES = {
 
 @dataclass(frozen=True)
 class Point:
-    """A judged dictionary: the line it belongs to ("topk"), what tells it from others there ("k = 32"), its figures."""
+    """A judged dictionary on a frontier."""
 
     line: str
+    """The line that it belongs to: "topk"."""
     label: str
+    """What distinguishes it from others there: "k = 32"."""
     effects: Mapping[str, Effect]
+    """Its figures by name, "l0" among them."""
 
     def to_json(self) -> dict[str, Any]:
+        """The point as plain data."""
         return {
             "line": self.line,
             "label": self.label,
@@ -46,21 +52,39 @@ class Point:
         }
 
 
-@dataclass(frozen=True)
-class Frontier:
-    """Points line by line, each line by rising L0."""
+@dataclass(frozen=True, repr=False)
+class Frontier(Result):
+    """Sparsity against fidelity, line by line."""
+
+    title = "Sparsity and fidelity"
 
     points: tuple[Point, ...]
+    """Line by line, each by rising L0."""
 
-    def rows(self) -> list[list[str | float]]:
-        """One row a point: line, label, and the figures that are there."""
+    def summary(self) -> str:
+        lines = str(self).split("\n")
+        more = len(lines) - 11
+        return "\n".join([*lines[:11], *([f"and {more} more points"] if more > 0 else [])])
+
+    def rows(self) -> list[dict[str, Any]]:
+        return [
+            {"preset": point.line, "setting": point.label, **row}
+            for point in self.points
+            for row in effect_rows(point.effects.items())
+        ]
+
+    def drawing(self) -> Markup:
+        return Markup("").join(drawing for _, _, drawing in self.sections())
+
+    def cells(self) -> list[list[str | float]]:
+        """One row per point: line, label, and the figures that are there."""
         return [
             [point.line, point.label, *(one.value if (one := point.effects.get(name)) else nan for name in _COLUMNS)]
             for point in self.points
         ]
 
     def series(self, fidelity: str) -> list[Series]:
-        """One curve a line, and a grey one of the controls, unless it would flatten the others (see `aside`)."""
+        """One curve per line, and a grey one of the controls, unless it would flatten the others (see `aside`)."""
         found: list[Series] = []
         for line in dict.fromkeys(point.line for point in self.points):
             own = [point for point in self.points if point.line == line and fidelity in point.effects]
@@ -104,7 +128,7 @@ class Frontier:
         return line_svg(
             series=self.series(fidelity),
             title=f"{label} by L0",
-            x_label="active latents a token (L0)",
+            x_label="active latents per token (L0)",
             y_label=label,
             log_x=True,
         )
@@ -115,7 +139,7 @@ class Frontier:
 
     def table(self) -> Markup:
         """The rows as an HTML table."""
-        return table_html(columns=("preset", "setting", *_HEADS), rows=self.rows(), title="sparsity and fidelity")
+        return table_html(columns=("preset", "setting", *_HEADS), rows=self.cells(), title="sparsity and fidelity")
 
     def sections(self, note: str = "") -> list[tuple[str, str, Markup]]:
         """Sections for `draw.page.page_html`: both plots and the table."""
@@ -135,7 +159,7 @@ class Frontier:
 
     def __str__(self) -> str:
         heads = ["preset", "setting", *_HEADS]
-        cells = [heads] + [[c if isinstance(c, str) else f"{c:.4g}" for c in row] for row in self.rows()]
+        cells = [heads] + [[c if isinstance(c, str) else f"{c:.4g}" for c in row] for row in self.cells()]
         widths = [max(len(row[i]) for row in cells) for i in range(len(heads))]
         return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells)
 
@@ -146,9 +170,20 @@ def _l0(value: float) -> float:
 
 
 def frontier(judged: Sequence[Point]) -> Frontier:
-    """Points in the order of their lines' first mention, each line by rising L0.
+    """The sparsity–fidelity frontier of judged dictionaries.
 
-    Raises `CutawayError` without points, or for one that was judged without L0.
+    Args:
+        judged: Points, such as `Judgement.point` makes.
+
+    Returns:
+        Points in the order of their lines' first mention, each line by rising L0.
+
+    Raises:
+        CutawayError: there are no points, or one was judged without L0.
+        MissingControls: a figure has no controls.
+
+    Example:
+        >>> frontier([judge(lm, one, rows).point() for one in dictionaries]).save("frontier.svg")
     """
     if not judged:
         raise CutawayError("a frontier needs at least one judged dictionary")

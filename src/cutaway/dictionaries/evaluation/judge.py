@@ -18,46 +18,69 @@ from typing import Any
 
 import numpy as np
 import torch
+from markupsafe import Markup
 from torch import Tensor
 
 from cutaway.artifacts.files import plain
 from cutaway.artifacts.results import Effect, interval_text
 from cutaway.dictionaries.dictionary import Dictionary, random_dictionary
 from cutaway.dictionaries.evaluation.crosscoders import Sides, compare_sides
-from cutaway.dictionaries.evaluation.evaluate import ALL, RANDOM, Measured, measure
-from cutaway.dictionaries.evaluation.figures import NAMES, SPLICED, mean_effect, share_effect, summary
+from cutaway.dictionaries.evaluation.evaluate import ALL, RANDOM, RowSums, measure
+from cutaway.dictionaries.evaluation.figures import (
+    NAMES,
+    SPLICED,
+    effect_line,
+    effect_rows,
+    effects_html,
+    mean_effect,
+    share_effect,
+    summary,
+)
 from cutaway.dictionaries.evaluation.frontier import Point
-from cutaway.dictionaries.evaluation.latents import DENSE, LatentStatistics, latent_statistics
+from cutaway.dictionaries.evaluation.latents import DENSE, LatentStatistics, density_svg, latent_statistics
 from cutaway.dictionaries.evaluation.stability import stability
 from cutaway.dictionaries.ports import Models, PortValues
 from cutaway.dictionaries.selectors import describe
+from cutaway.draw.panels import figures_html, table_html
+from cutaway.draw.result import Result
 
 SHUFFLED = "encoders given to other latents"
+_DRAWN = ("variance_explained", "ce_recovered_mean", "ce_increase", "cosine", "norm_ratio", "stability_cosine", "dead")
 
 
-@dataclass(frozen=True, eq=False)
-class Judgement:
-    """Of S dictionaries that differ in their seed.
+@dataclass(frozen=True, eq=False, repr=False)
+class Judgement(Result):
+    """Everything that was measured of S dictionaries that differ in their seed."""
 
-    `effects` by name and `per_seed` values [S] (of stability: one a pair of seeds); `parts` the figures of a
-    crosscoder's outputs and models. `latents` [S], and `control_latents`: those of a random dictionary. `ce`: mean
-    cross-entropies in nats. `sides`: a crosscoder's outputs in pairs. `values`: the activations, for what else is to be
-    asked of them. `notes`: what makes a figure mean less than it seems.
-    """
+    title = "Dictionaries, judged"
 
     dictionaries: tuple[Dictionary, ...]
+    """The dictionaries, [S]."""
     effects: dict[str, Effect]
+    """By name, means over the dictionaries: those of `Evaluation`, and "dead", "dense", "nearest_decoder",
+    "decoder_norm", "encoder_decoder", "stability_cosine", "stability_found_again"."""
     per_seed: dict[str, tuple[float, ...]]
+    """The same of each dictionary; of stability, of each pair of seeds."""
     parts: dict[str, dict[str, Effect]]
+    """Figures of a crosscoder's outputs and models."""
     latents: tuple[LatentStatistics, ...]
+    """Latents one by one, of each dictionary."""
     control_latents: LatentStatistics
+    """The same of a dictionary of random directions."""
     sides: tuple[Sides, ...]
+    """A crosscoder's outputs in pairs."""
     ce: dict[str, float]
+    """Mean cross-entropy in nats of the model as it is ("clean"), and with the site replaced."""
     n_rows: int
+    """Held-out rows."""
     n_tokens: int
+    """Tokens that were counted."""
     n_spliced: int
+    """Rows that were run again with the reconstruction in place."""
     values: PortValues
+    """The activations, for what else is to be asked of them."""
     notes: tuple[str, ...] = ()
+    """What makes a figure mean less than it seems."""
 
     @property
     def setting(self) -> str:
@@ -77,6 +100,20 @@ class Judgement:
         for sides in self.sides:
             found += [(name, one, ()) for name, one in sides.effects.items()]
         return found
+
+    def summary(self) -> str:
+        shown = ("l0", "variance_explained", "cosine", "ce_recovered_mean", "ce_increase", "kl", "dead", "dense")
+        lines = str(self).split("\n")[:2] + [
+            f"  {effect_line(self.effects[name])}" for name in (*shown, "stability_cosine") if name in self.effects
+        ]
+        return "\n".join([*lines, *([f"  {len(self.notes)} notes: see .notes"] if self.notes else [])])
+
+    def rows(self) -> list[dict[str, Any]]:
+        return effect_rows((name, one) for name, one, _ in self.all_effects())
+
+    def drawing(self) -> Markup:
+        parts = [Markup("<h3>{}</h3><p>{}</p>{}").format(*section) for section in judgement_sections(self)]
+        return density_drawing(self) + Markup("").join(parts)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -131,6 +168,66 @@ class Judgement:
         return "\n".join(lines)
 
 
+def density_drawing(judged: Judgement) -> Markup:
+    """How often latents are active, one curve per seed, beside random directions."""
+    several = len(judged.latents) > 1
+    names = [f"seed {place + 1}" if several else "this dictionary" for place in range(len(judged.latents))]
+    frequencies = {name: some.frequency for name, some in zip(names, judged.latents, strict=True)}
+    return density_svg(frequencies, judged.n_tokens, judged.control_latents.frequency)
+
+
+def judgement_sections(judged: Judgement) -> list[tuple[str, str, Markup]]:
+    """Heading, text and drawing of each part: in short, controls, densities, a crosscoder's sides, every figure."""
+    effects = judged.effects
+    n_seeds = len(judged.dictionaries)
+    tiles: list[Any] = [
+        {"label": "active per token (L0)", "value": effects["l0"].value},
+        {"label": "variance explained", "value": effects["variance_explained"].value},
+        {"label": "dead latents", "value": 100 * effects["dead"].value, "units": "%"},
+        {"label": "dense latents", "value": 100 * effects["dense"].value, "units": "%"},
+    ]
+    if "ce_increase" in effects:
+        tiles.insert(2, {"label": "rise of the cross-entropy", "value": effects["ce_increase"].value, "units": "nats"})
+    if n_seeds > 1 and "stability_found_again" in effects:
+        again = effects["stability_found_again"].value
+        tiles.append({"label": "found again by another seed", "value": 100 * again, "units": "%"})
+    seeds = f"Means over {n_seeds} seeds; intervals count rows and seeds." if n_seeds > 1 else (
+        "One seed: intervals count rows alone, and say nothing about what another training would have found."
+    )  # fmt: skip
+    sections = [
+        (
+            "in short",
+            " ".join([f"{judged.setting}. {seeds}", *(f"{note[0].upper()}{note[1:]}." for note in judged.notes)]),
+            figures_html(items=tiles),
+        ),
+        (
+            "beside the controls",
+            "Each figure and the same figure of its controls, with 95 % intervals.",
+            effects_html(effects[key] for key in _DRAWN if key in effects),
+        ),
+    ]
+    dead = ", ".join(str(some.n_dead) for some in judged.latents)
+    dense = ", ".join(str(some.n_dense) for some in judged.latents)
+    sections.append(
+        (
+            "how often latents are active",
+            f"Never active, and not drawn, are {dead} of {judged.dictionaries[0].d_sae:,} latents (random directions: "
+            f"{judged.control_latents.n_dead}). Active on more than 10 % of tokens are {dense} (random directions: "
+            f"{judged.control_latents.n_dense}).",
+            density_drawing(judged),
+        )
+    )
+    for sides in judged.sides:
+        text = (
+            f"0 is a latent of {sides.labels[0]} alone, 1 of {sides.labels[1]} alone; decoder norms in units of each "
+            f"side's spread."
+        )
+        sections.append((f"{sides.labels[0]} and {sides.labels[1]}", text, sides.drawing()))
+    heads, rows = judged.table()
+    sections.append(("every figure", "", table_html(columns=heads, rows=rows, title="every figure")))
+    return sections
+
+
 def judge(
     models: Models,
     dictionaries: Dictionary | Sequence[Dictionary],
@@ -140,45 +237,56 @@ def judge(
     high_norm: float | None = None,
     signed: bool = True,
     seed: int = 0,
-    command: str | None = None,
 ) -> Judgement:
-    """Judge dictionaries that differ in their seed on held-out rows [n, p] (a crosscoder of two models: of both).
+    """Everything that is measured of dictionaries that differ in their seed, on held-out rows.
 
-    Values are means over the dictionaries, intervals count rows and seeds. `spliced_rows`, `high_norm` and what is
-    raised are as in `evaluate`; `signed` is about the cosine of stability. Raises `CutawayError` also for dictionaries
-    that differ in more than their seed.
+    Args:
+        models: The model that they belong to; for a crosscoder of two models, both.
+        dictionaries: One, or several that differ in nothing but their seed.
+        rows: Held-out token ids [n, p].
+        spliced_rows: How many of the rows are run again with the reconstruction in place; 0 leaves those figures out.
+        high_norm: Leave out positions whose vector is longer than so many times the site's median.
+        signed: Whether latents of different seeds are matched by signed cosine; by absolute cosine if not.
+        seed: Of the controls.
+
+    Returns:
+        Figures with 95 % intervals that count rows and seeds, each beside its controls.
+
+    Raises:
+        CutawayError: as `evaluate`, and for dictionaries that differ in more than their seed.
+
+    Example:
+        >>> judge(lm, [seed_0, seed_1, seed_2], rows).save("judged.html")
     """
     some = [dictionaries] if isinstance(dictionaries, Dictionary) else list(dictionaries)
     measured = measure(models, some, rows, spliced_rows=spliced_rows, high_norm=high_norm, seed=seed)
-    effects, per_seed = measured.effects(ALL, command)
+    effects, per_seed = measured.effects(ALL)
     latents = tuple(
         latent_statistics(one, counts, measured.n_tokens) for one, counts in zip(some, measured.counts, strict=True)
     )
     target = None if some[0].writes_what_it_reads else measured.values.y
     control = random_dictionary(some[0], measured.values.x, seed, target)
     control_latents = latent_statistics(control, measured.control_counts[RANDOM][0], measured.n_tokens)
-    for name, (effect, each) in _latent_effects(some, latents, control_latents, measured, seed, command).items():
+    for name, (effect, each) in _latent_effects(some, latents, control_latents, measured, seed).items():
         effects[name], per_seed[name] = effect, each
     if len(some) > 1:
         alive = [statistics.frequency > 0 for statistics in latents]
         if all(bool(mask.any()) for mask in alive):
-            found, each_pair = stability(some, signed=signed, alive=alive, seed=seed, command=command)
-            for name, effect in found.items():
-                effects[f"stability_{name}"], per_seed[f"stability_{name}"] = effect, each_pair[name]
+            found = stability(some, signed=signed, alive=alive, seed=seed)
+            for name, effect in found.effects.items():
+                effects[f"stability_{name}"], per_seed[f"stability_{name}"] = effect, found.per_pair[name]
     sides: tuple[Sides, ...] = ()
     if len(some[0].outputs) > 1:
         n = len(some[0].outputs)
         pairs = itertools.combinations(range(n), 2) if n <= 3 else itertools.pairwise(range(n))
-        labels = measured.bench.labels()
+        labels = measured.ports.labels()
         x, y = measured.values.x, measured.values.y
-        sides = tuple(
-            compare_sides(some[0], x, y, sides=pair, labels=labels, seed=seed, command=command) for pair in pairs
-        )
+        sides = tuple(compare_sides(some[0], x, y, sides=pair, labels=labels, seed=seed) for pair in pairs)
     return Judgement(
         dictionaries=tuple(some),
         effects=effects,
         per_seed=per_seed,
-        parts={scope: measured.effects(scope, command)[0] for scope in measured.trained if scope != ALL},
+        parts={scope: measured.effects(scope)[0] for scope in measured.trained if scope != ALL},
         latents=latents,
         control_latents=control_latents,
         sides=sides,
@@ -191,7 +299,7 @@ def judge(
     )
 
 
-def _idle_ablations(measured: Measured) -> list[str]:
+def _idle_ablations(measured: RowSums) -> list[str]:
     """A sentence for each ablation that the model hardly minds: what is recovered of next to nothing says nothing."""
     table = measured.trained[ALL].get("spliced")
     if table is None:
@@ -216,9 +324,8 @@ def _latent_effects(
     dictionaries: Sequence[Dictionary],
     latents: Sequence[LatentStatistics],
     control: LatentStatistics,
-    measured: Measured,
+    measured: RowSums,
     seed: int,
-    command: str | None,
 ) -> dict[str, tuple[Effect, tuple[float, ...]]]:
     """Dead and dense latents, and how decoders lie, beside random directions."""
     n_latents = dictionaries[0].d_sae
@@ -226,32 +333,28 @@ def _latent_effects(
     tokens = measured.n_tokens
     found = {
         "dead": share_effect(
-            f"dead latents: fire on none of the {tokens:,} tokens",
+            f"dead latents: active on none of the {tokens:,} tokens",
             [one.n_dead for one in latents],
             n_latents,
             {RANDOM: (counts == 0).sum(1).tolist()},
-            command=command,
         ),
         "dense": share_effect(
-            f"dense latents: fire on more than {DENSE:.0%} of the {tokens:,} tokens",
+            f"dense latents: active on more than {DENSE:.0%} of the {tokens:,} tokens",
             [one.n_dense for one in latents],
             n_latents,
             {RANDOM: (counts.double() / tokens > DENSE).sum(1).tolist()},
-            command=command,
         ),
         "nearest_decoder": mean_effect(
             "signed cosine of a decoder row with the nearest other one",
             [one.nearest.double().numpy() for one in latents],
             {RANDOM: [control.nearest.double().numpy()]},
             units="cosine",
-            command=command,
         ),
         "decoder_norm": mean_effect(
             "decoder norm",
             [one.decoder_norm.double().numpy() for one in latents],
             {f"{RANDOM} (1 by construction)": [control.decoder_norm.double().numpy()]},
             units="length",
-            command=command,
         ),
     }
     if latents[0].encoder_cosine is not None:
@@ -265,16 +368,20 @@ def _latent_effects(
             [one.encoder_cosine.double().numpy() for one in latents if one.encoder_cosine is not None],
             {SHUFFLED: [some.double().numpy() for some in shuffled]},
             units="cosine",
-            command=command,
         )
     return found
 
 
 def by_setting(dictionaries: Mapping[str, Dictionary]) -> list[dict[str, Dictionary]]:
-    """Dictionaries by name, those together that differ in nothing but their seed; in the order they were given.
+    """Group dictionaries that differ in nothing but their seed.
 
-    What tells them apart is the training's configuration where it was written down, else their sites, size and
-    selector.
+    They are compared by their training's configuration where it was written down, else by sites, size and selector.
+
+    Args:
+        dictionaries: By name.
+
+    Returns:
+        The groups, in the order in which they were given.
     """
     groups: dict[str, dict[str, Dictionary]] = {}
     for name, one in dictionaries.items():

@@ -11,7 +11,15 @@ from cutaway.model.language_model import LanguageModel
 
 
 def first_letters(lm: LanguageModel, ids: Tensor) -> np.ndarray:
-    """The first letter of each token [n], "a" to "z" whatever its case; "" where a token does not begin with one."""
+    """The first letter of each token.
+
+    Args:
+        lm: The model, for its tokenizer.
+        ids: Token ids [n].
+
+    Returns:
+        "a" to "z" whatever the case, "" where a token does not begin with a letter, [n].
+    """
     unique, place = torch.unique(ids.cpu(), return_inverse=True)
     letters = []
     for text in lm.token_strings(unique.tolist()):
@@ -24,9 +32,16 @@ _CITY_FRAMES = ("The capital of the state containing{}", "The state containing{}
 
 
 def states_of_cities(lm: LanguageModel, n_states: int = 8) -> tuple[list[str], list[str], list[str]]:
-    """Texts that end with a city of atlas's world, its state, and the city: for the states with the most cities.
+    """Texts that end with a city of atlas's world, to probe for its state.
 
     Only cities of one token (with a space before it) are used, so that all are read alike.
+
+    Args:
+        lm: The model, for its tokenizer.
+        n_states: How many states, those with the largest numbers of such cities.
+
+    Returns:
+        Texts, the state of each, and its city.
     """
     from cutaway.subjects.world.facts import CITIES
 
@@ -37,22 +52,30 @@ def states_of_cities(lm: LanguageModel, n_states: int = 8) -> tuple[list[str], l
             whole.append(city)
     counts = Counter(city.state.name for city in whole)
     chosen = set(sorted(counts, key=lambda state: (-counts[state], state))[:n_states])
-    told = [
+    texts = [
         (frame.format(f" {city.name}"), city) for city in whole if city.state.name in chosen for frame in _CITY_FRAMES
     ]
-    return [text for text, _ in told], [city.state.name for _, city in told], [city.name for _, city in told]
+    return [text for text, _ in texts], [city.state.name for _, city in texts], [city.name for _, city in texts]
 
 
 def counted_ids(rows: Tensor, values: PortValues) -> Tensor:
-    """The token of each position of harvested values, int64 [n]."""
+    """The token of each position of harvested values.
+
+    Args:
+        rows: Token ids [n, p].
+        values: What `harvest_ports` made of them.
+
+    Returns:
+        Token ids, int64 [positions].
+    """
     return rows[values.keep]
 
 
-def frequent(labels: np.ndarray, groups: np.ndarray, *, least: int, least_groups: int) -> list[str]:
-    """Labels ("" left out) that at least `least` tokens in `least_groups` groups have, sorted."""
+def frequent(labels: np.ndarray, groups: np.ndarray, *, min_tokens: int, min_groups: int) -> list[str]:
+    """Labels ("" left out) that at least `min_tokens` tokens in `min_groups` groups have, sorted."""
     found = []
     for label in np.unique(labels):
         has = labels == label
-        if label and has.sum() >= least and len(np.unique(groups[has])) >= least_groups:
+        if label and has.sum() >= min_tokens and len(np.unique(groups[has])) >= min_groups:
             found.append(str(label))
     return found

@@ -1,9 +1,9 @@
-"""k-sparse probing: how well do k latents tell a label? (Gurnee et al. 2023, arXiv 2305.01610)
+"""k-sparse probing: how well do k latents predict a label? (Gurnee et al. 2023, arXiv 2305.01610)
 
 The k latents are chosen on the training folds alone, by the mean difference of their activations between the label and
 the rest in units of their standard deviation, or by an L1-penalised linear classifier; a logistic regression on those k
 is fitted there too, and predicts the held-out fold. No group stands on both sides of a fold. With more than two classes
-each is told from the rest, and figures are means over classes.
+each stands against the rest, and figures are means over classes.
 
 Every figure stands beside the same k latents of a random dictionary of the same size and L0, a logistic regression on
 the whole activation (what a linear probe could reach), and what needs no activation: the more frequent class for the
@@ -16,18 +16,22 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from markupsafe import Markup
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.progress import Progress
 from cutaway.artifacts.results import Control, Effect, interval_text
 from cutaway.dictionaries.dictionary import Dictionary, random_dictionary
-from cutaway.dictionaries.evaluation.figures import Tables, summary
+from cutaway.dictionaries.evaluation.figures import Tables, effect_rows, summary
+from cutaway.draw.result import Result
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
 
 Selection = Literal["mean-difference", "l1"]
+Labels = Sequence[str] | Sequence[int] | Sequence[bool] | np.ndarray
+"""A class, or a group, per activation [n]."""
 
 KS = (1, 2, 5, 16)
 RANDOM = "as many latents of a random dictionary"
@@ -39,21 +43,57 @@ _STRENGTHS = (0.01, 0.1, 1.0)  # inverse penalties tried for the dense probe, in
 _COLUMNS = ("n", "right", "hit", "false alarm", "miss")
 
 
-@dataclass(frozen=True)
-class Probing:
-    """`effects[k]` has "accuracy" and "f1" of k latents; `per_seed` the same of each dictionary.
+@dataclass(frozen=True, repr=False)
+class Probing(Result):
+    """How well k latents predict a label, for several k."""
 
-    `latents[class][seed]` are the latents that the most folds chose for k = 1. `n` examples in `n_groups` groups.
-    """
+    title = "k-sparse probing"
 
     what: str
+    """The label."""
     selection: Selection
+    """How latents were chosen."""
     classes: tuple[str, ...]
+    """The classes, each against the rest; of two only the one that sorts last."""
     n: int
+    """Examples."""
     n_groups: int
+    """Groups that folds keep together."""
     effects: dict[int, dict[str, Effect]]
+    """By k: "accuracy" and "f1" of k latents."""
     per_seed: dict[int, dict[str, tuple[float, ...]]]
+    """By k: the same of each dictionary."""
     latents: dict[str, tuple[int, ...]]
+    """By class: for each dictionary the latent that the largest number of folds chose for k = 1."""
+
+    def summary(self) -> str:
+        return str(self)
+
+    def rows(self) -> list[dict[str, Any]]:
+        return [
+            {"label": self.what, "k": k, **row} for k, some in self.effects.items() for row in effect_rows(some.items())
+        ]
+
+    def drawing(self) -> Markup:
+        from cutaway.draw.charts import Series, line_legend, line_svg
+
+        ks = list(self.effects)
+        effects = [self.effects[k]["f1"] for k in ks]
+        series: list[Series] = [
+            {
+                "name": "latents", "x": ks, "y": [one.value for one in effects],
+                "low": [one.interval[0] if one.interval else None for one in effects],
+                "high": [one.interval[1] if one.interval else None for one in effects],
+            }
+        ]  # fmt: skip
+        for place, control in enumerate(effects[0].controls):
+            values = [one.controls[place].value for one in effects]
+            series.append({"name": control.name, "x": ks, "y": values, "control": True})
+        svg = line_svg(
+            series=series, title=f"F1 on {self.what} by the number of latents", x_label="latents (k)",
+            y_label="F1, held out", log_x=True,
+        )  # fmt: skip
+        return svg + line_legend(series) + probing_table([self])
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -70,35 +110,51 @@ class Probing:
     def __str__(self) -> str:
         lines = [f"{self.what}: {self.n:,} examples in {self.n_groups} groups, latents chosen by {self.selection}"]
         for k, effects in self.effects.items():
-            told = []
+            parts = []
             for name, one in effects.items():
                 floor, random, whole = (control.value for control in one.controls)
-                told.append(
+                parts.append(
                     f"{name.replace('f1', 'F1')} {one.value:.3f} {interval_text(one.interval)} (random dictionary "
                     f"{random:.3f}, whole activation {whole:.3f}, {NO_ACTIVATION[name]} {floor:.3f})"
                 )
-            lines.append(f"  k = {k:>2}: {'; '.join(reversed(told))}")
+            lines.append(f"  k = {k:>2}: {'; '.join(reversed(parts))}")
         return "\n".join(lines)
 
 
 def sparse_probing(
     dictionaries: Dictionary | Sequence[Dictionary],
     x: Tensor,
-    labels: Sequence[Any] | np.ndarray,
+    labels: Labels,
     *,
-    groups: Sequence[Any] | np.ndarray | None = None,
+    groups: Labels | None = None,
     what: str = "the label",
     ks: Sequence[int] = KS,
     selection: Selection = "mean-difference",
     folds: int = 5,
     seed: int = 0,
-    command: str | None = None,
 ) -> Probing:
-    """Probe for labels [n] with k latents of dictionaries that differ in their seed, at their input x [n, d_in].
+    """How well k latents predict a label (Gurnee et al. 2023; https://arxiv.org/abs/2305.01610).
 
-    `groups` [n] are what folds keep together and what the interval draws; without them each example is its own. Of two
-    classes the one that sorts last is the positive one. Raises `CutawayError` for numbers that differ, one class, or a
-    class in fewer groups than there are folds.
+    Latents are chosen and a logistic regression on them is fitted on the training folds alone; every example is
+    predicted out of fold.
+
+    Args:
+        dictionaries: One, or several that differ in their seed.
+        x: Activations that they read [n, d_in].
+        labels: A class per activation, [n]. Of two classes the one that sorts last is the positive one.
+        groups: What folds keep together and what the interval draws, [n]; each example by itself if None.
+        what: The label's name, for titles.
+        ks: Numbers of latents.
+        selection: By difference of means in units of the standard deviation, or by an L1-penalised classifier.
+        folds: Folds of the cross-validation.
+        seed: Of the folds and the random dictionary.
+
+    Returns:
+        Accuracy and F1 for each k, beside a random dictionary, the whole activation, and no activation at all.
+
+    Raises:
+        CutawayError: numbers of labels or groups that differ from x, one class, or a class in fewer groups than there
+            are folds.
     """
     some = [dictionaries] if isinstance(dictionaries, Dictionary) else list(dictionaries)
     names, targets = _targets(labels, len(x))
@@ -152,7 +208,6 @@ def sparse_probing(
                 controls=tuple(controls),
                 ablation="none",
                 units="share" if name == "accuracy" else "F1",
-                command=command,
             )
     return Probing(
         what=what,
@@ -179,7 +234,7 @@ def sparse_codes(dictionary: Dictionary, x: Tensor) -> "csr_matrix":
 def best_latents(
     code: "csr_matrix", target: np.ndarray, k: int, selection: Selection = "mean-difference"
 ) -> np.ndarray:
-    """The k latents that tell `target` (bool [n]) best by activations [n, F], best first."""
+    """The k latents that predict `target` (bool [n]) best by activations [n, F], best first."""
     ranked = _by_mean_difference(code, target)
     if selection == "mean-difference":
         return ranked[:k]
@@ -230,7 +285,9 @@ def _out_of_fold(
     ks: Sequence[int],
     selection: Selection,
 ) -> tuple[dict[int, np.ndarray], int]:
-    """Held-out guesses for each k, cut in two ways (see `Probe.guesses`), and the latent that most folds found best."""
+    """Held-out guesses for each k, cut in two ways (see `LatentProbe.guesses`), and the latent that most folds found
+    best.
+    """
     predicted = {k: np.zeros((2, len(target)), dtype=bool) for k in ks}
     firsts = []
     for train, test in splits:
@@ -247,7 +304,7 @@ def _out_of_fold(
 
 
 @dataclass(frozen=True)
-class Probe:
+class LatentProbe:
     """A fitted classifier: `scores` of features [n], positive where a yes is more likely than not; `cut`: the score
     from which on to say yes for the best F1 on the training examples. `direction` [features] of a linear probe on x.
     """
@@ -262,7 +319,7 @@ class Probe:
         return np.stack([scores > 0, scores > self.cut])
 
 
-def sparse_probe(code: "csr_matrix", target: np.ndarray, latents: np.ndarray) -> Probe:
+def sparse_probe(code: "csr_matrix", target: np.ndarray, latents: np.ndarray) -> LatentProbe:
     """A logistic regression on a few latents of activations [n, F] for target (bool [n]); its features are such too."""
     features, units = _scaled(code[:, latents].toarray())
     model = _logistic(1.0).fit(features, target)
@@ -270,10 +327,10 @@ def sparse_probe(code: "csr_matrix", target: np.ndarray, latents: np.ndarray) ->
     def scores(other: "csr_matrix") -> np.ndarray:
         return model.decision_function(other[:, latents].toarray() / units)
 
-    return Probe(scores, best_cut(model.decision_function(features), target))
+    return LatentProbe(scores, best_cut(model.decision_function(features), target))
 
 
-def dense_probe(x: np.ndarray, target: np.ndarray, groups: np.ndarray) -> Probe:
+def dense_probe(x: np.ndarray, target: np.ndarray, groups: np.ndarray) -> LatentProbe:
     """A logistic regression on standardised x [n, d], its penalty chosen by log loss on a third of the groups.
 
     `direction` is the gradient of its logit in x's own units, of length 1.
@@ -291,7 +348,7 @@ def dense_probe(x: np.ndarray, target: np.ndarray, groups: np.ndarray) -> Probe:
         model = GridSearchCV(model, grid, scoring="neg_log_loss", cv=inner).fit(x, target).best_estimator_
     slope = model.named_steps["logisticregression"].coef_[0] / model.named_steps["standardscaler"].scale_
     direction = slope / max(float(np.linalg.norm(slope)), np.finfo(np.float64).tiny)
-    return Probe(model.decision_function, best_cut(model.decision_function(x), target), direction)
+    return LatentProbe(model.decision_function, best_cut(model.decision_function(x), target), direction)
 
 
 def best_cut(scores: np.ndarray, target: np.ndarray) -> float:
@@ -322,16 +379,16 @@ def _logistic(strength: float) -> Any:
     return LogisticRegression(C=strength, max_iter=500)
 
 
-def _targets(labels: Sequence[Any] | np.ndarray, n: int) -> tuple[tuple[str, ...], np.ndarray]:
-    """Names of the classes to tell from the rest (of two only the last), and bool [classes, n]."""
+def _targets(labels: Labels, n: int) -> tuple[tuple[str, ...], np.ndarray]:
+    """Names of the classes that stand against the rest (of two only the last), and bool [classes, n]."""
     given = np.asarray(labels)
     if len(given) != n:
         raise CutawayError(f"there are {n} activations but {len(given)} labels; give one for each")
     classes = np.unique(given)
     if len(classes) < 2:
         raise CutawayError("every label is the same; a probe needs at least two classes")
-    told = classes[1:] if len(classes) == 2 else classes
-    return tuple(str(one) for one in told), np.stack([given == one for one in told])
+    chosen = classes[1:] if len(classes) == 2 else classes
+    return tuple(str(one) for one in chosen), np.stack([given == one for one in chosen])
 
 
 def fold_splits(
@@ -396,3 +453,20 @@ def _majority(targets: np.ndarray) -> float:
 def _always_yes(targets: np.ndarray) -> float:
     share = targets.mean(1)
     return float((2 * share / (1 + share)).mean())
+
+
+def probing_table(found: Sequence[Probing]) -> Markup:
+    """A row per label and k."""
+    from cutaway.draw.panels import table_html
+
+    rows = []
+    for some in found:
+        for k, effects in some.effects.items():
+            one = effects["f1"]
+            beside = [control.value for control in one.controls]
+            rows.append([some.what, k, one.value, interval_text(one.interval, to=True), *beside, one.n])
+    return table_html(
+        columns=["label", "k", "F1", "95 % interval", "always yes", "random dictionary", "whole activation", "n"],
+        rows=rows,
+        title="k-sparse probing",
+    )

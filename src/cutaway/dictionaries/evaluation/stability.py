@@ -15,20 +15,23 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from markupsafe import Markup
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.results import Control, Effect, Interval
 from cutaway.artifacts.statistics import bootstrap_interval, student_intervals, wilson_interval
 from cutaway.dictionaries.dictionary import Dictionary
+from cutaway.dictionaries.evaluation.figures import effect_line, effects_html
+from cutaway.draw.result import Result
 
 Matching = Literal["assignment", "mutual"]
 
-ASSIGNABLE = 4096  # the most latents that are assigned by default: a second or a few on one core
+ASSIGNABLE = 4096  # more latents are not assigned by default: a second or a few on one core
 SAME = 0.7  # pairs above this cosine are counted as one and the same latent
 
 
@@ -55,6 +58,53 @@ class Matched:
     def share_same(self) -> float:
         """Share of the smaller dictionary's latents whose match has a cosine above `SAME`."""
         return float((self.cosine > SAME).sum()) / self.n
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Stability(Result):
+    """How far dictionaries of different seeds hold the same latents."""
+
+    title = "Stability across seeds"
+
+    effects: dict[str, Effect]
+    """By name: "cosine", of matched decoder rows, and "found_again", the share of latents above a cosine of 0.7; both
+    beside two random dictionaries of the same sizes.
+    """
+    per_pair: dict[str, tuple[float, ...]]
+    """The same of each pair of dictionaries."""
+    cosines: tuple[np.ndarray, ...]
+    """Of each pair of dictionaries, the cosines of matched rows."""
+    control_cosines: np.ndarray
+    """The same between two random dictionaries."""
+
+    def summary(self) -> str:
+        return "\n".join([f"{len(self.cosines)} pairs of dictionaries", *map(effect_line, self.effects.values())])
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "effects": {name: one.to_json() for name, one in self.effects.items()},
+            "per_pair": {name: list(each) for name, each in self.per_pair.items()},
+        }
+
+    def rows(self) -> list[dict[str, Any]]:
+        return [{"pair": pair, "cosine": float(one)} for pair, some in enumerate(self.cosines) for one in some]
+
+    def drawing(self) -> Markup:
+        from cutaway.draw.charts import Series, line_legend, line_svg
+
+        edges = np.linspace(min(0.0, *(some.min(initial=0.0) for some in self.cosines)), 1, 21)
+        series: list[Series] = [
+            {
+                "name": name, "x": ((edges[1:] + edges[:-1]) / 2).tolist(), "control": control,
+                "y": np.histogram(some, edges)[0].tolist(),
+            }
+            for name, some, control in (
+                *((f"pair {place + 1}", some, False) for place, some in enumerate(self.cosines)),
+                ("two random dictionaries", self.control_cosines, True),
+            )
+        ]  # fmt: skip
+        svg = line_svg(series=series, title=self.title, x_label="cosine of matched decoder rows", y_label="latents")
+        return svg + line_legend(series) + effects_html(self.effects.values())
 
 
 @torch.no_grad()
@@ -104,13 +154,21 @@ def stability(
     matching: Matching | None = None,
     alive: Sequence[Tensor] | None = None,
     seed: int = 0,
-    command: str | None = None,
-) -> tuple[dict[str, Effect], dict[str, tuple[float, ...]]]:
-    """Matched decoder cosine of every pair of dictionaries of different seeds, and the share of latents found again.
+) -> Stability:
+    """How far dictionaries that differ in their seed find the same latents.
 
-    `alive` are masks [F], one a dictionary: dead latents, which are where they began, are left out. Returns "cosine"
-    and "found_again" as effects beside two random dictionaries of the same sizes, and the values pair by pair. The
-    interval is over pairs and latents. Raises `CutawayError` with fewer than two dictionaries, or as `match_rows`.
+    Args:
+        dictionaries: Two or more.
+        signed: Whether a direction and its opposite differ, which is what latents of non-negative activations need.
+        matching: One-to-one "assignment", or "mutual" nearest neighbours; by size if None.
+        alive: A mask [F] per dictionary: dead latents, which are where they began, are left out.
+        seed: Of the random dictionaries.
+
+    Returns:
+        The matched cosine and the share found again, with intervals over pairs and latents.
+
+    Raises:
+        CutawayError: fewer than two dictionaries, widths that differ, or no latents.
     """
     if len(dictionaries) < 2:
         raise CutawayError("stability compares dictionaries of different seeds: give two or more")
@@ -153,13 +211,13 @@ def stability(
             ),
             ablation="none",
             units=units,
-            command=command,
         )
-    return effects, each
+    shown = tuple(_per_latent(one, "cosine") for one in trained)
+    return Stability(effects, each, shown, _per_latent(random, "cosine"))
 
 
 def _per_latent(matched: Matched, name: str) -> np.ndarray:
-    """One number a latent of the smaller dictionary; for "cosine" one a matched pair."""
+    """One number per latent of the smaller dictionary; for "cosine" one per matched pair."""
     if name == "cosine":
         return matched.cosine.double().numpy()
     same = np.zeros(matched.n)

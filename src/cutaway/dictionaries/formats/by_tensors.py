@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.errors import BadFile, CutawayError
 from cutaway.dictionaries.formats.reading import Reading, Source, assemble, batch_topk, ports, thresholded
 from cutaway.dictionaries.formats.untrusted import read_tensors
 from cutaway.dictionaries.selectors import Gated, JumpReLU, ReLU, Selector, TopK
@@ -38,7 +38,7 @@ _SPELLINGS: dict[str, tuple[str, ...]] = {
 }
 ROLES = (*_SPELLINGS, "subtract_b_dec")
 _DIMS = {"W_enc": 2, "W_dec": 2, "W_skip": 2}
-_BESIDE = "sparsity.safetensors"  # firing frequencies, in SAELens' layout
+_BESIDE = "sparsity.safetensors"  # frequencies of activation, in SAELens' layout
 _SPARSIFY = {"encoder.weight", "encoder.bias", "W_dec", "b_dec"}  # its k stands in its settings alone
 
 
@@ -80,7 +80,7 @@ def read(path: Path, names: Mapping[str, str] | None = None) -> Reading:
         raise CutawayError(f"{unknown[0]!r} is no role of a tensor; there are {', '.join(ROLES)}")
     file = weights_file(path)
     if file is None:
-        raise CutawayError(f"{path} is not a file of tensors ({', '.join(SUFFIXES)}), nor a folder with just one")
+        raise BadFile(f"{path} is not a file of tensors ({', '.join(SUFFIXES)}), nor a folder with just one")
     source = Source(file, _flat(dict(read_tensors(file))))
     roles = _roles(source.tensors) | {role: name for role, name in names.items() if role in _SPELLINGS}
     for role in ("W_enc", "W_dec"):
@@ -158,9 +158,9 @@ def _roles(tensors: Mapping[str, Any]) -> dict[str, str]:
 def _tensor(source: Source, roles: Mapping[str, str], role: str) -> Tensor:
     value = source.tensors.get(roles[role])
     if not isinstance(value, Tensor):
-        raise CutawayError(f"{source.path} has no tensor {roles[role]!r} to be {role}; it holds {_held(source)}")
+        raise BadFile(f"{source.path} has no tensor {roles[role]!r} to be {role}; it holds {_held(source)}")
     if value.ndim != _DIMS.get(role, 1):
-        raise CutawayError(f"{source.path}: {roles[role]} is {list(value.shape)}, which {role} cannot be")
+        raise BadFile(f"{source.path}: {roles[role]} is {list(value.shape)}, which {role} cannot be")
     return value
 
 
@@ -190,7 +190,7 @@ def _oriented(source: Source, name: str, role: str, latents: int, at: int) -> Te
     """A matrix with the latents on side `at`."""
     shape = tuple(source.tensors[name].shape)
     if latents not in shape:
-        raise CutawayError(f"{source.path}: {name} is {list(shape)}, where one side has to be the {latents} latents")
+        raise BadFile(f"{source.path}: {name} is {list(shape)}, where one side has to be the {latents} latents")
     turned = name.endswith("weight") if shape[0] == shape[1] else shape[at] != latents
     if shape[0] == shape[1]:
         source.notes.append(f"{name} is square, and taken as {'[out, in]' if turned else '[in, out]'} by its name")
@@ -201,7 +201,7 @@ def _selector(source: Source, roles: Mapping[str, str], names: Mapping[str, str]
     k = _k(source, roles, names)
     if "r_mag" in roles:
         if "b_mag" not in roles:
-            raise CutawayError(f"{source.path} has {roles['r_mag']} and no b_mag: a gate needs both")
+            raise BadFile(f"{source.path} has {roles['r_mag']} and no b_mag: a gate needs both")
         return Gated(source.take(roles["r_mag"], "r_mag [F]"), source.take(roles["b_mag"], "b_mag [F]"))
     one = None
     for role in ("threshold", "log_threshold"):
@@ -220,7 +220,7 @@ def _selector(source: Source, roles: Mapping[str, str], names: Mapping[str, str]
     if one is not None:
         return thresholded(source, torch.full((latents,), float(one)))
     if {*source.tensors} >= _SPARSIFY:
-        raise CutawayError(
+        raise BadFile(
             f"{source.path} holds sparsify's tensors, whose k stands in its cfg.json, and there is none: give it with "
             "--map k=32"
         )

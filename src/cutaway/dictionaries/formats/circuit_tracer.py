@@ -1,4 +1,4 @@
-"""circuit-tracer: a set of transcoders, one a layer: `config.yaml` and `layer_{n}.safetensors`.
+"""circuit-tracer: a set of transcoders, one per layer: `config.yaml` and `layer_{n}.safetensors`.
 
     W_enc [F, d], W_dec [F, d_out], b_enc [F], b_dec [d_out]; perhaps W_skip [d_out, d] and
     activation_function.threshold [F]; k
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.errors import BadFile, CutawayError, NotSupported
 from cutaway.artifacts.files import plain, write_safetensors, write_text
 from cutaway.dictionaries.dictionary import Dictionary, ReLU, TopK
 from cutaway.dictionaries.formats import folds
@@ -73,7 +73,7 @@ def layers(path: Path) -> dict[str, str | Path]:
         files = [file for file in path.iterdir() if _LAYER.fullmatch(file.name)]
         found = {file.stem: file for file in sorted(files, key=lambda file: int(file.stem.split("_")[1]))}
     if not found:
-        raise CutawayError(f"{path} holds no layer_0.safetensors, layer_1.safetensors, ..., and its {CFG} names none")
+        raise BadFile(f"{path} holds no layer_0.safetensors, layer_1.safetensors, ..., and its {CFG} names none")
     return found
 
 
@@ -84,7 +84,7 @@ def _number_in(place: Any, otherwise: int) -> int:
 
 def _refuse_cross_layer(path: Path, config: dict[str, Any]) -> None:
     if config.get("model_kind") == "cross_layer_transcoder" or (path / "W_enc_0.safetensors").exists():
-        raise CutawayError(
+        raise BadFile(
             f"{path} is a cross-layer transcoder, whose latents write to every later layer at once, which is not read"
         )
 
@@ -95,7 +95,7 @@ def read(path: Path, config_folder: Path | None = None) -> Reading:
     config = read_settings(folder / CFG) if (folder / CFG).is_file() else {}
     _refuse_cross_layer(folder, config)
     if not path.is_file():
-        raise CutawayError(f"{path} is missing")
+        raise BadFile(f"{path} is missing")
     number = _LAYER.fullmatch(path.name)
     source = Source(path, dict(read_tensors(path)))
     W_enc = source.take("W_enc", "W_enc [d_in, F]", dims=2, transposed=True)
@@ -136,7 +136,7 @@ def _selector(source: Source, n_latents: int) -> Selector:
     k = source.number("k", "k")
     if k is not None:
         if not 1 <= k <= n_latents:
-            raise CutawayError(f"{source.path}: k is {k}, where a number from 1 to {n_latents} is needed")
+            raise BadFile(f"{source.path}: k is {k}, where a number from 1 to {n_latents} is needed")
         return TopK(int(k))
     for name in _THRESHOLDS:
         if name in source:
@@ -150,7 +150,7 @@ def _selector(source: Source, n_latents: int) -> Selector:
 
 
 def write(dictionaries: Sequence[Dictionary], folder: Path) -> None:
-    """Write a set into an existing, empty folder: one transcoder a layer."""
+    """Write a set into an existing, empty folder: one transcoder per layer."""
     import yaml
 
     files: dict[str, Dictionary] = {}
@@ -166,12 +166,12 @@ def write(dictionaries: Sequence[Dictionary], folder: Path) -> None:
         elif folds.as_thresholds(dictionary) is None and not isinstance(dictionary.selector, TopK):
             what = f"is {dictionary.selector.name}"
         if what is not None:
-            raise CutawayError(
+            raise NotSupported(
                 f"circuit-tracer has relu, jumprelu and topk transcoders without normalisation, and this one {what}: "
                 "save it as format='cutaway'"
             )
         if f"layer_{layer}" in files:
-            raise CutawayError(f"two dictionaries are of layer {layer}: a set of circuit-tracer has one a layer")
+            raise CutawayError(f"two dictionaries are of layer {layer}: a set of circuit-tracer has one per layer")
         files[f"layer_{layer}"] = dictionary
         hooks.add((read_hook, write_hook))
     if len(hooks) != 1:
@@ -211,8 +211,8 @@ def _split(dictionary: Dictionary, site: str) -> tuple[int, str]:
     """The layer and TransformerLens' hook of a site."""
     parts = hook_name(site).split(".", 2)
     if len(parts) != 3 or parts[0] != "blocks" or not parts[1].isdigit():
-        raise CutawayError(
-            f"circuit-tracer's sets have one transcoder a layer, and {dictionary!r} is at {site!r}: save it as "
+        raise NotSupported(
+            f"circuit-tracer's sets have one transcoder per layer, and {dictionary!r} is at {site!r}: save it as "
             "format='cutaway'"
         )
     return int(parts[1]), parts[2]

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.errors import BadFile, NotSupported
 from cutaway.artifacts.files import plain, write_json
 from cutaway.dictionaries.dictionary import BatchTopK, Dictionary, Port, ReLU
 from cutaway.dictionaries.formats import folds
+from cutaway.dictionaries.formats.archive import CFG, WEIGHTS, normalisation, write_archive
 from cutaway.dictionaries.formats.reading import (
     Reading,
     Source,
@@ -82,12 +83,12 @@ def read_learned(source: Source, config: Mapping[str, Any], path: Path) -> Readi
     code = source.number("code_normalization_id", "what latents are selected by")
     name = _NORMALISATIONS.get(int(code) if code is not None else 1)
     if name is None:
-        raise CutawayError(f"{source.path}: code_normalization_id is {code}, where 1 to 5 is needed")
+        raise BadFile(f"{source.path}: code_normalization_id is {code}, where 1 to 5 is needed")
     batch = "k" in source or "threshold" in source
     selector: Any = ReLU()
     if batch:
         if name == "decoupled":
-            raise CutawayError(
+            raise BadFile(
                 f"{source.path} selects latents for each layer apart (decoupled), which is none of the selectors here"
             )
         threshold = source.number("threshold", "threshold")
@@ -107,8 +108,6 @@ def read_learned(source: Source, config: Mapping[str, Any], path: Path) -> Readi
                 dictionary,
                 lambda crosscoder: folds.selected_by_decoder_norm(crosscoder, norms),
             )
-    from cutaway.dictionaries.formats.dictionary_learning import normalisation
-
     normal = normalisation(source, (n, d))
     if normal is not None:
         mean, scale_in, scale_out = (tensor.reshape(-1) for tensor in normal)
@@ -141,7 +140,7 @@ def code_norms(W_dec: Tensor, name: str) -> Tensor:
 
 def _same_shape(source: Source, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     if tuple(tensor.shape) != shape:
-        raise CutawayError(f"{source.path}: {name} has shape {list(tensor.shape)} where {list(shape)} is needed")
+        raise BadFile(f"{source.path}: {name} has shape {list(tensor.shape)} where {list(shape)} is needed")
 
 
 def _assembled(
@@ -160,17 +159,15 @@ def write_learned(dictionary: Dictionary, folder: Path) -> None:
 
     Latents are not normalised (id 4, none), so a threshold is one of activations as they are.
     """
-    from cutaway.dictionaries.formats.dictionary_learning import CFG, WEIGHTS, write_archive
-
     widths = {port.width for port in (*dictionary.inputs, *dictionary.outputs)}
     selector = dictionary.selector
     if not dictionary.writes_what_it_reads or len(widths) != 1 or dictionary.W_skip is not None:
-        raise CutawayError(
+        raise NotSupported(
             "dictionary_learning has crosscoders that write the tensors that they read, all of one width, and this one "
             "does not: save it as format='cutaway'"
         )
     if not isinstance(selector, ReLU | BatchTopK):
-        raise CutawayError(
+        raise NotSupported(
             f"dictionary_learning has crosscoders with relu and batchtopk, and this one is {selector.name}: save it as "
             "format='cutaway'"
         )

@@ -22,10 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cutaway.artifacts.errors import CutawayError
-from cutaway.artifacts.files import atomic_path, plain, write_json
+from cutaway.artifacts.errors import BadFile, NotSupported
+from cutaway.artifacts.files import plain, write_json
 from cutaway.dictionaries.dictionary import BatchTopK, Dictionary, Gated, JumpReLU, ReLU, TopK
-from cutaway.dictionaries.formats import folds
+from cutaway.dictionaries.formats import crosscoders, folds
+from cutaway.dictionaries.formats.archive import CFG, WEIGHTS, normalisation, write_archive
 from cutaway.dictionaries.formats.hooks import site_name
 from cutaway.dictionaries.formats.reading import (
     Reading,
@@ -42,7 +43,6 @@ from cutaway.dictionaries.formats.reading import (
 from cutaway.dictionaries.formats.untrusted import read_settings, read_tensors
 from cutaway.dictionaries.selectors import Selector
 
-CFG, WEIGHTS = "config.json", "ae.pt"
 CLASSES = (
     "AutoEncoder",
     "AutoEncoderNew",
@@ -73,8 +73,6 @@ def read(path: Path) -> Reading:
         stored = dict(stored["ae"])
     stored = {name.removeprefix("_orig_mod."): value for name, value in stored.items()}
     source = Source(file, stored)
-    from cutaway.dictionaries.formats import crosscoders
-
     if isinstance(weight := stored.get("encoder.weight"), Tensor) and weight.ndim == 3:
         return crosscoders.read_learned(source, config, path)
     kind = _class(source, trainer.get("dict_class"))
@@ -105,7 +103,7 @@ def read(path: Path) -> Reading:
 def _class(source: Source, named: Any) -> str:
     """The class that the configuration names, or that the keys allow."""
     if named is not None and named not in CLASSES:
-        raise CutawayError(f"{source.path} is a {named!r}; read are {', '.join(CLASSES)} and crosscoders")
+        raise BadFile(f"{source.path} is a {named!r}; read are {', '.join(CLASSES)} and crosscoders")
     if named:
         return named
     for kind, keys in (
@@ -117,7 +115,7 @@ def _class(source: Source, named: Any) -> str:
     ):
         if all(key in source for key in keys):
             return kind
-    raise CutawayError(f"{source.path} has no {CFG} beside it that names its class, and its keys fit several classes")
+    raise BadFile(f"{source.path} has no {CFG} beside it that names its class, and its keys fit several classes")
 
 
 def _dictionary(source: Source, kind: str, trainer: dict[str, Any]) -> Dictionary:
@@ -171,7 +169,7 @@ def _selector(source: Source, kind: str, trainer: dict[str, Any], n_latents: int
         return ReLU()
     k = source.number("k", "k") if "k" in source else trainer.get("k")
     if not isinstance(k, int | float) or not 1 <= k <= n_latents:
-        raise CutawayError(f"{source.path} has k = {k!r}, where a number from 1 to {n_latents} is needed")
+        raise BadFile(f"{source.path} has k = {k!r}, where a number from 1 to {n_latents} is needed")
     if kind == "AutoEncoderTopK":
         source.unused("threshold", "the k largest of a token are taken")
         return TopK(int(k))
@@ -192,33 +190,6 @@ def _denormalised(source: Source, dictionary: Dictionary) -> Dictionary:
     )
 
 
-def normalisation(source: Source, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Mean, what x − mean is multiplied by, and what the output is divided by, each of `shape`; None if there is none.
-
-    Stored are a mean, a standard deviation and one global scale a layer (arXiv 2504.02922's code), NaN when unused.
-    """
-    if "activation_mean" not in source:
-        return None
-    mean, std = source.tensors["activation_mean"], source.tensors.get("activation_std")
-    if not isinstance(mean, Tensor) or not isinstance(std, Tensor) or mean.shape != shape or std.shape != shape:
-        raise CutawayError(f"{source.path}: activation_mean and activation_std are not both of shape {list(shape)}")
-    if mean.isnan().any() or std.isnan().any():
-        return None
-    scale, rms = source.tensors.get("activation_global_scale"), source.number("target_rms", "of the normalisation")
-    total = rms if rms is not None else 1.0
-    one = total / std.square().sum(-1).add(1e-8).sqrt()
-    if isinstance(scale, Tensor) and scale.shape == one.shape and torch.allclose(scale, one.to(scale), rtol=1e-3):
-        source.take("activation_mean", "b_dec and b_enc", dims=len(shape))
-        source.unused("activation_std", "its sum is in activation_global_scale")
-        each = scale[..., None].expand(shape)
-        return mean, each.clone(), each + 1e-8
-    if isinstance(scale, Tensor) and not torch.allclose(scale, torch.ones_like(scale)):
-        raise CutawayError(f"{source.path}: activation_global_scale is not that of activation_std")
-    source.take("activation_mean", "b_dec and b_enc", dims=len(shape))
-    source.take("activation_std", "W_enc and W_dec", dims=len(shape))
-    return mean, 1 / (std + 1e-8), 1 / (std + 1e-8)
-
-
 def _biases_scaled(dictionary: Dictionary, factor: float) -> Dictionary:
     selector = dictionary.selector
     if isinstance(selector, JumpReLU):
@@ -233,13 +204,11 @@ def _biases_scaled(dictionary: Dictionary, factor: float) -> Dictionary:
 def write(dictionary: Dictionary, folder: Path) -> None:
     """Write `ae.pt` and `config.json` into an existing, empty folder."""
     if dictionary.kind == "crosscoder":
-        from cutaway.dictionaries.formats import crosscoders
-
         crosscoders.write_learned(dictionary, folder)
         return
     if not dictionary.writes_what_it_reads or dictionary.W_skip is not None or dictionary.input_norm:
         what = "normalises its input" if dictionary.input_norm else f"is a {dictionary.kind.replace('_', ' ')}"
-        raise CutawayError(
+        raise NotSupported(
             f"dictionary_learning has autoencoders without normalisation, and this one {what}: save it as "
             "format='saelens' or 'cutaway'"
         )
@@ -285,9 +254,3 @@ def write(dictionary: Dictionary, folder: Path) -> None:
     buffer = {"ctx_len": dictionary.metadata.get("context")}  # SAELens asks for it when it reads this format
     write_archive(folder / WEIGHTS, tensors)
     write_json(folder / CFG, {"trainer": trainer, "buffer": buffer, "cutaway": plain(our_block(dictionary))})
-
-
-def write_archive(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Named tensors as `torch.save` writes a state_dict: the format asks for it, and `weights_only` reads it."""
-    with atomic_path(path) as temporary:
-        torch.save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, temporary)

@@ -9,10 +9,11 @@ from typing import Literal, get_args
 
 import torch
 
-from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.errors import BadFile, CutawayError, NotSupported
 from cutaway.artifacts.files import atomic_folder, clear_leftovers
 from cutaway.dictionaries.dictionary import Dictionary, Port
 from cutaway.dictionaries.formats import (
+    archive,
     by_tensors,
     circuit_tracer,
     crosscoders,
@@ -75,8 +76,8 @@ _READ = (
 
 # every file that `save` writes
 _SAVED = (
-    saelens.CFG, saelens.WEIGHTS, saelens.SPARSITY, saelens.SCALER, sparsify.WEIGHTS, dictionary_learning.CFG,
-    dictionary_learning.WEIGHTS, gemma_scope.NPZ, gemma_scope.SAFETENSORS, gemma_scope.BESIDE, circuit_tracer.CFG,
+    saelens.CFG, saelens.WEIGHTS, saelens.SPARSITY, saelens.SCALER, sparsify.WEIGHTS, archive.CFG,
+    archive.WEIGHTS, gemma_scope.NPZ, gemma_scope.SAFETENSORS, gemma_scope.BESIDE, circuit_tracer.CFG,
     "layer_*.safetensors", "cc_weights.pt",
 )  # fmt: skip
 
@@ -96,14 +97,14 @@ def read(where: str | Path, names: Mapping[str, str] | None = None) -> Reading:
     )
     if below:
         listed = ", ".join(child.name for child in below[:8])
-        raise CutawayError(f"{path} is no dictionary, but holds {len(below)}: name one of {listed}")
+        raise BadFile(f"{path} is no dictionary, but holds {len(below)}: name one of {listed}")
     if by_tensors.recognised(path):
         return by_tensors.read(path)
     way = (
         "" if by_tensors.weights_file(path) is None else "; --map W_enc=NAME,W_dec=NAME,... says which tensor is which"
     )
     looked = "; ".join(known.looks_for for known in _READ)
-    raise CutawayError(f"{path} is no dictionary that is read here: looked for {looked}{way}")
+    raise BadFile(f"{path} is no dictionary that is read here: looked for {looked}{way}")
 
 
 def load(
@@ -114,15 +115,29 @@ def load(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> Dictionary:
-    """The dictionary in a folder or file, or at "hf://owner/repository/folder", whatever format it is in.
+    """Read a dictionary, whatever format it is in.
 
-    "atlas/blocks.3.resid_post" is one that ships with the package.
+    What can be folded into the weights is folded, so it takes the model's activations as they are. Files are not
+    trusted: pickled objects are refused.
 
-    What can be folded into the weights is folded, so it takes the model's activations as they are. `site` says where it
-    belongs if the files do not, or do wrongly. Files without settings are recognised by their tensors; `names` says
-    which tensor is what ({"W_enc": "encoder.weight"}). Files are not trusted: pickled objects are refused. Raises
-    `CutawayError` for what is no dictionary, spoiled, or of a kind that is not read, and for a set of several, which
-    `load_all` reads.
+    Args:
+        where: A folder or file, "hf://owner/repository/folder", or one that ships with the package, such as
+            "atlas/blocks.3.resid_post".
+        site: Where it belongs, if the files do not say so, or do wrongly.
+        names: Which tensor is what, for files without settings whose tensors are not recognised:
+            {"W_enc": "encoder.weight"}.
+        device: Where to put it; the CPU if None.
+        dtype: Its floating-point type; as it is stored if None (float32 for one that ships with the package).
+
+    Returns:
+        The dictionary.
+
+    Raises:
+        BadFile: what is there is no dictionary, spoiled, or a set of several, which `load_all` reads.
+        CutawayError: there is no such folder, or the dictionary is of a kind that is not read.
+
+    Example:
+        >>> load("atlas/blocks.3.resid_post").d_sae
     """
     dictionary = read(where, names).dictionary
     if site is not None:
@@ -135,9 +150,17 @@ def load(
 
 
 def load_all(where: str | Path, names: Mapping[str, str] | None = None) -> dict[str, Dictionary]:
-    """Every dictionary of a circuit-tracer set by its name ("layer_0"), or of a folder of folders by theirs.
+    """Read every dictionary of a set, or of a folder of folders.
 
-    A single dictionary comes alone, under the name of its folder. Raises `CutawayError` as `load` does.
+    Args:
+        where: As `load`'s.
+        names: As `load`'s.
+
+    Returns:
+        By name: of a circuit-tracer set "layer_0", ...; of folders, theirs; a single one under its folder's name.
+
+    Raises:
+        CutawayError: as `load`.
     """
     return {name: reading.dictionary for name, reading in read_all(where, names).items()}
 
@@ -175,14 +198,25 @@ def _only(path: Path) -> Reading:
     readings = circuit_tracer.layers(path)
     if len(readings) > 1:
         names = ", ".join(list(readings)[:4])
-        raise CutawayError(
+        raise BadFile(
             f"{path} holds {len(readings)} transcoders ({names}, ...): name the file of one, or use load_all for all"
         )
     return next(iter(read_all(path).values()))
 
 
 def at_site(dictionary: Dictionary, site: str) -> Dictionary:
-    """The same dictionary, said to read (and, where it writes what it reads, to write) another site."""
+    """The same dictionary, said to read (and, where it writes what it reads, to write) another site.
+
+    Args:
+        dictionary: Not a crosscoder.
+        site: The site's name.
+
+    Returns:
+        A dictionary of the same weights.
+
+    Raises:
+        CutawayError: it is a crosscoder.
+    """
     if len(dictionary.reads) > 1:
         raise CutawayError("a crosscoder reads several sites: one name cannot stand for them")
     same = dictionary.writes_what_it_reads
@@ -196,11 +230,26 @@ def at_site(dictionary: Dictionary, site: str) -> Dictionary:
 
 
 def save(dictionary: Dictionary, folder: str | Path, format: Format = "cutaway", *, overwrite: bool = False) -> Path:
-    """Write a dictionary in one of the formats, whole or not at all, and return the folder.
+    """Write a dictionary in one of the field's formats, whole or not at all.
 
-    "cutaway" takes every dictionary: it is SAELens' layout, which SAELens reads where it has the architecture.
-    "saelens" is the same, and refuses what SAELens would not read; the others refuse what they cannot express. Raises
-    `CutawayError` then, when the folder exists (and not `overwrite`), is not a dictionary's, or cannot be written to.
+    Args:
+        dictionary: What to write.
+        folder: A new folder.
+        format: "cutaway" takes every dictionary: it is SAELens' layout, which SAELens reads where it has the
+            architecture. "saelens" is the same, and refuses what SAELens would not read; the others refuse what they
+            cannot express.
+        overwrite: Replace the dictionary that is in the folder.
+
+    Returns:
+        The folder.
+
+    Raises:
+        NotSupported: the format cannot express it.
+        BadFile: the folder exists (and not `overwrite`), or is not a dictionary's.
+        CutawayError: it cannot be written to.
+
+    Example:
+        >>> save(dictionary, "runs/mine", format="dictionary_learning")
     """
     return save_all([dictionary], folder, format, overwrite=overwrite)
 
@@ -210,10 +259,20 @@ def save_all(
 ) -> Path:
     """Write several dictionaries: a circuit-tracer set, or a folder for each below one, named after its site.
 
-    One alone is written into `folder` itself. Raises `CutawayError` as `save` does.
+    Args:
+        dictionaries: What to write; one alone is written into `folder` itself.
+        folder: As `save`'s.
+        format: As `save`'s.
+        overwrite: As `save`'s.
+
+    Returns:
+        The folder.
+
+    Raises:
+        CutawayError: as `save`, and where two are of one site.
     """
     if format not in get_args(Format):
-        raise CutawayError(f"{format!r} is no format: write {', '.join(get_args(Format))}")
+        raise NotSupported(f"{format!r} is no format: write {', '.join(get_args(Format))}")
     if not dictionaries:
         raise CutawayError("there is no dictionary to save")
     with _whole_folder(Path(folder), overwrite) as fresh:
@@ -250,15 +309,15 @@ def _write(dictionary: Dictionary, folder: Path, format: Format) -> None:
 def _refuse_others(folder: Path) -> None:
     """Raise unless the folder, all of which goes when it is overwritten, holds nothing but dictionaries of ours."""
     if folder.is_symlink() or not folder.is_dir():
-        raise CutawayError(f"{folder} exists and is not a dictionary's folder: name another")
+        raise BadFile(f"{folder} exists and is not a dictionary's folder: name another")
     children = [child for child in folder.iterdir() if child.is_dir()]
     places = [folder, *children] if any(known.fits(folder) for known in _READ) else children
     if not places or not all(_saved_files(place) for place in places):
-        raise CutawayError(f"{folder} exists and is not a dictionary's folder: name another")
+        raise BadFile(f"{folder} exists and is not a dictionary's folder: name another")
     allowed = {path for place in places for path in _saved_files(place)} | {*children}
     for path in [path for place in {folder, *children} for path in place.iterdir()]:
         if path not in allowed:
-            raise CutawayError(
+            raise BadFile(
                 f"{folder} holds {path.relative_to(folder)} too, which cutaway did not write: name another folder, or "
                 "move it"
             )
@@ -278,7 +337,7 @@ def _whole_folder(folder: Path, overwrite: bool) -> Iterator[Path]:
     clear_leftovers(folder.parent)  # an earlier dictionary may have been left under another name
     if folder.exists():
         if not overwrite:
-            raise CutawayError(f"{folder} exists: name another folder, or allow it to be overwritten")
+            raise BadFile(f"{folder} exists: name another folder, or allow it to be overwritten")
         _refuse_others(folder)
     with atomic_folder(folder) as fresh:
         yield fresh

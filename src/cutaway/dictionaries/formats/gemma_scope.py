@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.errors import BadFile, CutawayError, NotSupported
 from cutaway.artifacts.files import atomic_path, plain, write_json, write_safetensors
 from cutaway.dictionaries.dictionary import Dictionary
 from cutaway.dictionaries.formats import folds
@@ -107,7 +107,7 @@ def _read_second(folder: Path, file: Path) -> Reading:
     name = str(folder.absolute())
     for tensor in ("w_enc", "w_dec"):
         if isinstance(stored := source.tensors.get(tensor), Tensor) and stored.ndim == 3:
-            raise CutawayError(
+            raise BadFile(
                 f"{file} has {tensor} of shape {list(stored.shape)}: cross-layer transcoders and crosscoders of "
                 "Gemma Scope 2 write one latent to several layers at once, which is not read"
             )
@@ -178,7 +178,7 @@ def _tensors(dictionary: Dictionary, *, skip: bool) -> tuple[Dictionary, dict[st
     elif dictionary.W_skip is not None and not skip:
         what = "has a skip connection"
     if what is not None:
-        raise CutawayError(
+        raise NotSupported(
             f"Gemma Scope has JumpReLU dictionaries of one site without normalisation, and this one {what}: save it as "
             f"format={'gemma-scope-2' if what == 'has a skip connection' else 'cutaway'!r}"
         )

@@ -23,7 +23,7 @@ from cutaway.dictionaries import selectors
 from cutaway.dictionaries.dictionary import BatchTopK, Dictionary, JumpReLU, TopK, random_dictionary
 from cutaway.dictionaries.formats.files import at_site
 from cutaway.dictionaries.formats.reading import ExpectedL0, Reading
-from cutaway.dictionaries.ports import Models, bench, harvest_ports
+from cutaway.dictionaries.ports import Models, harvest_ports, model_ports
 from cutaway.model.language_model import LanguageModel
 from cutaway.model.sites import layer_of
 
@@ -33,7 +33,7 @@ _AROUND = (
     "mlp.out", "resid_post",
 )  # fmt: skip
 _OUTPUTS = ("attn.out", "mlp.out", "resid_mid", "resid_post")
-_CLEARLY, _UNTOLD = 0.9, 0.5  # of the stated FVU; the second where nothing says which L0 is right
+_CLEARLY, _CLEARLY_WITHOUT_L0 = 0.9, 0.5  # of the stated FVU; the second where nothing says which L0 is right
 
 
 def expected_l0(reading: Reading) -> tuple[ExpectedL0, ...]:
@@ -42,7 +42,7 @@ def expected_l0(reading: Reading) -> tuple[ExpectedL0, ...]:
     if isinstance(dictionary.selector, TopK | BatchTopK):
         found.insert(0, ExpectedL0(float(dictionary.selector.k), f"k of {dictionary.selector.name}"))
     if dictionary.sparsity is not None:
-        found.append(ExpectedL0(float((10 ** dictionary.sparsity.double()).sum()), "summed firing frequencies"))
+        found.append(ExpectedL0(float((10 ** dictionary.sparsity.double()).sum()), "summed frequencies of activation"))
     return tuple(found)
 
 
@@ -99,35 +99,43 @@ def _port(port: Any) -> dict[str, Any]:
 def _spread(values: Tensor) -> dict[str, float]:
     quantiles = torch.tensor([0.0, 0.05, 0.5, 0.95, 1.0], dtype=torch.float64)
     found = np.quantile(values.double().cpu().numpy(), quantiles.numpy())
-    return dict(zip(("least", "5 %", "median", "95 %", "most"), (float(value) for value in found), strict=True))
+    return dict(zip(("min", "5 %", "median", "95 %", "max"), (float(value) for value in found), strict=True))
 
 
 @dataclass(frozen=True)
 class Alternative:
-    """The dictionary at another site or scale: FVU with its 95 % interval, and that of its difference to the stated."""
+    """The dictionary at another site or scale."""
 
     name: str
+    """Where."""
     fvu: float
+    """The fraction of variance unexplained there."""
     interval: tuple[float, float]
+    """Its 95 % interval over rows."""
     difference: tuple[float, float]
+    """The 95 % interval of its difference to the FVU at the stated site."""
     l0: float
+    """Active latents per token."""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """How a dictionary does on `n_tokens` tokens of `n_rows` rows.
-
-    `effects`: FVU (1 − variance explained over all tokens), L0 and cosine at the stated site, beside random directions.
-    `sites` and `scales` are the alternatives, by rising FVU; `verdicts` say in sentences what is wrong, if anything.
-    """
+    """How a dictionary does in a model."""
 
     effects: tuple[Effect, ...]
+    """FVU (1 − variance explained over all tokens), L0 and cosine at the stated site, beside random directions."""
     sites: tuple[Alternative, ...]
+    """The same weights at the sites around, by rising FVU."""
     scales: tuple[Alternative, ...]
+    """The same weights at other scales of the activations, by rising FVU."""
     verdicts: tuple[str, ...]
+    """Sentences that say what is wrong, if anything."""
     fits: bool
+    """Whether nothing is."""
     n_rows: int
+    """Rows of tokens."""
     n_tokens: int
+    """Tokens that were counted."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +164,6 @@ def check_fit(
     *,
     site: str | None = None,
     seed: int = 0,
-    command: str | None = None,
 ) -> Fit:
     """Measure a dictionary on rows [n, p] of tokens, at the positions that count (not the first of a row, no BOS).
 
@@ -176,7 +183,7 @@ def check_fit(
     known = all(_has(lm, port.site) for port in (*dictionary.inputs, *dictionary.outputs))
     single = len(dictionary.inputs) == 1 and len(dictionary.outputs) == 1
     if known or not single:
-        values = harvest_ports(models, dictionary, rows, where=bench(models, dictionary))
+        values = harvest_ports(models, dictionary, rows, where=model_ports(models, dictionary))
         stated = _sums(dictionary, values.x, values.y, values.row_of, len(rows))
     keep = counted(rows, lm.bos_id)
     if not keep.any():
@@ -191,7 +198,7 @@ def check_fit(
         if single and dictionary.input_norm is None:
             scales = _at_scales(dictionary, values.x, values.y, values.row_of, len(rows), stated)
         control = random_dictionary(dictionary, values.x, seed, None if dictionary.writes_what_it_reads else values.y)
-        effects = _effects(stated, _sums(control, values.x, values.y, values.row_of, len(rows)), command)
+        effects = _effects(stated, _sums(control, values.x, values.y, values.row_of, len(rows)))
         verdicts += _about_l0(reading, effects[1].value)
     else:
         names = ", ".join(port.site for port in (*dictionary.inputs, *dictionary.outputs))
@@ -330,7 +337,7 @@ def _values(lm: LanguageModel, rows: Tensor, keep: Tensor, sites: Sequence[str])
     return {site: torch.cat(values) for site, values in parts.items()}
 
 
-def _effects(stated: _Sums, control: _Sums, command: str | None) -> tuple[Effect, ...]:
+def _effects(stated: _Sums, control: _Sums) -> tuple[Effect, ...]:
     def effect(name: str, units: str, of: str) -> Effect:
         def measured(sums: _Sums) -> tuple[float, tuple[float, float]]:
             statistic = getattr(sums, of)
@@ -340,11 +347,11 @@ def _effects(stated: _Sums, control: _Sums, command: str | None) -> tuple[Effect
         n = int((stated.table[:, 2] > 0).sum())
         other, spread = measured(control)
         random = Control("random directions, same size and L0", other, spread, n)
-        return Effect(name, value, n, interval, (random,), "none", units, command)
+        return Effect(name, value, n, interval, (random,), "none", units)
 
     return (
         effect("fraction of variance unexplained, Σ‖y − ŷ‖² / Σ‖y − ȳ‖²", "share", "fvu"),
-        effect("active latents a token", "latents", "l0"),
+        effect("active latents per token", "latents", "l0"),
         effect("cosine of y and ŷ", "cosine", "cosine"),
     )
 
@@ -375,7 +382,7 @@ def _about_alternatives(
         elif expected:
             enough = _CLEARLY if _l0_distance(one.l0, expected) <= _l0_distance(own_l0, expected) else 0.0
         else:
-            enough = _UNTOLD
+            enough = _CLEARLY_WITHOUT_L0
         return one.fvu < enough * own and one.difference[1] < 0
 
     clear = [("site", one) for one in sites if is_better(one)] + [("scale", one) for one in scales if is_better(one)]
@@ -393,7 +400,7 @@ def _about_alternatives(
 
 def _l0_distance(l0: float, expected: Sequence[ExpectedL0]) -> float:
     """By which factor (as a logarithm) an L0 misses the expectation that it misses least."""
-    least = 1e-9
-    at = math.log(max(l0, least))
-    ends = [(math.log(max(one.value, least)), math.log(max(one.high or one.value, least))) for one in expected]
+    smallest = 1e-9
+    at = math.log(max(l0, smallest))
+    ends = [(math.log(max(one.value, smallest)), math.log(max(one.high or one.value, smallest))) for one in expected]
     return min(max(low - at, at - high, 0.0) for low, high in ends)

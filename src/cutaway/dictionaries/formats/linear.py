@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.errors import BadFile, CutawayError
 from cutaway.dictionaries.dictionary import ReLU, TopK
 from cutaway.dictionaries.formats import by_tensors, folds
 from cutaway.dictionaries.formats.hooks import site_name
@@ -58,7 +58,7 @@ def fits_llama_scope(path: Path) -> bool:
 
 
 def read_archive(path: Path) -> Reading:
-    """Read one of the torch archives above, told apart by its keys."""
+    """Read one of the torch archives above, recognised by its keys."""
     source = Source(path, dict(read_tensors(path)))
     if "pre_bias" in source and "latent_bias" in source:
         return _openai(source)
@@ -108,12 +108,12 @@ def _openai(source: Source) -> Reading:
         k = state.get("k") if isinstance(state, dict) else None
         k = int(k) if isinstance(k, Tensor) and k.numel() == 1 else k
         if not isinstance(k, int):
-            raise CutawayError(f"{path}: activation_state_dict has k = {k!r}")
+            raise BadFile(f"{path}: activation_state_dict has k = {k!r}")
         selector: Any = TopK(k)
     elif activation in ("ReLU", None):
         selector = ReLU()
     else:
-        raise CutawayError(f"{path} has activation {activation!r}; read are TopK and ReLU")
+        raise BadFile(f"{path} has activation {activation!r}; read are TopK and ReLU")
     for name in ("stats_last_nonzero", "latents_activation_frequency", "latents_mean_square"):
         source.unused(name, "a statistic of training")
     source.rest()

@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.errors import BadFile, CutawayError
 from cutaway.dictionaries import selectors
 from cutaway.dictionaries.dictionary import Dictionary, Port
 from cutaway.dictionaries.formats.hooks import UNKNOWN, UNKNOWN_OUTPUT
@@ -75,14 +75,12 @@ class Source:
         """A tensor of floating-point numbers with so many dimensions; a matrix turned round if `transposed`."""
         value = self.tensors.get(name)
         if value is None:
-            raise CutawayError(
-                f"{self.path} lacks {name}; it holds {', '.join(sorted(self.tensors)[:12]) or 'nothing'}"
-            )
+            raise BadFile(f"{self.path} lacks {name}; it holds {', '.join(sorted(self.tensors)[:12]) or 'nothing'}")
         if not isinstance(value, Tensor) or value.dtype not in _FLOATS:
             kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
-            raise CutawayError(f"{self.path}: {name} is {kind}, where floating-point weights are needed")
+            raise BadFile(f"{self.path}: {name} is {kind}, where floating-point weights are needed")
         if value.ndim != dims or 0 in value.shape:
-            raise CutawayError(f"{self.path}: {name} has shape {list(value.shape)}, where {dims} dimensions are needed")
+            raise BadFile(f"{self.path}: {name} has shape {list(value.shape)}, where {dims} dimensions are needed")
         self._note(name, value, f"{becomes}, transposed" if transposed else becomes)
         return value.T.contiguous() if transposed else value
 
@@ -99,7 +97,7 @@ class Source:
             self._note(name, value, becomes)
             value = value.item()
         if not isinstance(value, int | float) or isinstance(value, bool):
-            raise CutawayError(f"{self.path}: {name} is not a number")
+            raise BadFile(f"{self.path}: {name} is not a number")
         return value
 
     def unused(self, name: str, why: str) -> None:
@@ -147,7 +145,7 @@ def assemble(
             **rest,
         )
     except CutawayError as error:
-        raise CutawayError(f"{source.path}: {error}") from error
+        raise BadFile(f"{source.path}: {error}") from error
 
 
 def fold(source: Source, what: str, dictionary: Dictionary, folded: Callable[[Dictionary], Dictionary]) -> Dictionary:
@@ -156,13 +154,13 @@ def fold(source: Source, what: str, dictionary: Dictionary, folded: Callable[[Di
     try:
         return folded(dictionary)
     except (CutawayError, RuntimeError) as error:
-        raise CutawayError(f"{source.path}: {what} could not be folded: {' '.join(str(error).split())}") from error
+        raise BadFile(f"{source.path}: {what} could not be folded: {' '.join(str(error).split())}") from error
 
 
 def thresholded(source: Source, threshold: Tensor) -> Selector:
     """JumpReLU of thresholds [F]; ReLU where all are zero or below, which selects the same."""
     if not torch.isfinite(threshold).all():
-        raise CutawayError(f"{source.path}: threshold holds NaN or infinite values: the dictionary cannot be used")
+        raise BadFile(f"{source.path}: threshold holds NaN or infinite values: the dictionary cannot be used")
     return ReLU() if bool((threshold <= 0).all()) else JumpReLU(threshold)
 
 
@@ -183,9 +181,9 @@ def integer(settings: Mapping[str, Any], name: str, path: Path) -> int:
     """A positive whole number of a configuration."""
     value = settings.get(name)
     if not isinstance(value, int) or isinstance(value, bool):
-        raise CutawayError(f"{path} lacks {name!r}" if value is None else f"{path}: {name!r} is {value!r}")
+        raise BadFile(f"{path} lacks {name!r}" if value is None else f"{path}: {name!r} is {value!r}")
     if value < 1:
-        raise CutawayError(f"{path}: {name!r} is {value}, where 1 or more is needed")
+        raise BadFile(f"{path}: {name!r} is {value}, where 1 or more is needed")
     return value
 
 
@@ -195,7 +193,7 @@ def mapping(settings: Mapping[str, Any], name: str, path: Path) -> dict[str, Any
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise CutawayError(f"{path}: {name!r} is {value!r}, where an object is needed")
+        raise BadFile(f"{path}: {name!r} is {value!r}, where an object is needed")
     return value
 
 
@@ -230,12 +228,12 @@ def restored(dictionary: Dictionary, block: Mapping[str, Any], path: Path) -> Di
         return dictionary
     site, model, metadata = block.get("site"), block.get("model", {}), block.get("metadata", {})
     if not (isinstance(site, str) and isinstance(model, dict) and isinstance(metadata, dict)):
-        raise CutawayError(f"{path}: the block 'cutaway' has no site, or a model or metadata that are no objects")
+        raise BadFile(f"{path}: the block 'cutaway' has no site, or a model or metadata that are no objects")
     changes: dict[str, Any] = {"site": site, "model": model, "metadata": metadata}
     for name in ("reads", "writes"):
         records = block.get(name) or []
         if not isinstance(records, list):
-            raise CutawayError(f"{path}: the block 'cutaway' has {name} that are no list")
+            raise BadFile(f"{path}: the block 'cutaway' has {name} that are no list")
         changes[name] = tuple(port_of(record, path) for record in records)
     selector = block.get("selector") or {}
     stored = dictionary.selector
@@ -250,7 +248,7 @@ def restored(dictionary: Dictionary, block: Mapping[str, Any], path: Path) -> Di
     try:
         return replace(dictionary, **changes)
     except CutawayError as error:
-        raise CutawayError(f"{path}: {error}") from error
+        raise BadFile(f"{path}: {error}") from error
 
 
 def _port_record(port: Port) -> dict[str, Any]:
@@ -262,7 +260,7 @@ def port_of(record: Any, path: Path) -> Port:
         site, width, model = record.get("site"), record.get("width"), record.get("model", {})
         if isinstance(site, str) and isinstance(width, int) and isinstance(model, dict):
             return Port(site, width, model)
-    raise CutawayError(f"{path}: the block 'cutaway' names a tensor as {record!r}")
+    raise BadFile(f"{path}: the block 'cutaway' names a tensor as {record!r}")
 
 
 def ports(read: str, write: str | None, widths: tuple[int, int], model: Any) -> Ports:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.errors import BadFile, CutawayError, NotSupported
 from cutaway.artifacts.files import plain, write_json, write_safetensors
 from cutaway.dictionaries.dictionary import BatchTopK, Dictionary, Gated, Port, ReLU, TopK
 from cutaway.dictionaries.formats import folds
@@ -70,11 +70,9 @@ def read(path: Path) -> Reading:
     metadata = mapping(cfg, "metadata", path / CFG)
     architecture = str(cfg.get("architecture")).removeprefix(_NORMALISED)
     if architecture in _REFUSED:
-        raise CutawayError(
-            f"{path} is a dictionary of architecture {architecture!r}, not read: {_REFUSED[architecture]}"
-        )
+        raise BadFile(f"{path} is a dictionary of architecture {architecture!r}, not read: {_REFUSED[architecture]}")
     if architecture not in (*_SAES, *_TRANSCODERS, *_OURS, *_OURS_SAES):
-        raise CutawayError(
+        raise BadFile(
             f"{path} is a dictionary of architecture {architecture!r}; read are {', '.join((*_SAES, *_TRANSCODERS))}"
         )
     block = mapping(metadata, "cutaway", path / CFG)
@@ -129,7 +127,7 @@ def _modern(cfg: dict[str, Any], path: Path) -> tuple[str, dict[str, Any]]:
     if function == "topk" and arguments.get("k") is not None:
         new |= {"architecture": "topk", "k": arguments["k"]}
     elif function not in ("relu", "topk", None):
-        raise CutawayError(f"{path} has activations {function!r}; read are relu and topk")
+        raise BadFile(f"{path} has activations {function!r}; read are relu and topk")
     normalise = new.get("normalize_activations")
     if isinstance(normalise, bool) or normalise is None:
         new["normalize_activations"] = "expected_average_only_in" if normalise else "none"
@@ -143,7 +141,7 @@ def _dictionary(
     d_in, d_sae = (integer(cfg, name, path / CFG) for name in ("d_in", "d_sae"))
     W_enc = source.take("W_enc", "W_enc [d_in, F]", dims=2)
     if tuple(W_enc.shape) != (d_in, d_sae):
-        raise CutawayError(f"{path}: W_enc has shape {list(W_enc.shape)}, but {CFG} says d_in={d_in}, d_sae={d_sae}")
+        raise BadFile(f"{path}: W_enc has shape {list(W_enc.shape)}, but {CFG} says d_in={d_in}, d_sae={d_sae}")
     W_dec = source.take("W_dec", "W_dec [F, d_out]", dims=2)
     b_enc = source.take("b_gate" if "b_gate" in source or architecture.startswith("gated") else "b_enc", "b_enc [F]")
     selector, checkpoint = _selector(source, cfg, architecture, d_sae, path)
@@ -156,7 +154,7 @@ def _dictionary(
             f"{path / CFG}: normalize_activations is {norm!r}; read are {', '.join((*_NORMS, *_FOLDED_NORMS))}"
         )
     if skip is not None and _NORMS.get(norm) is not None and not str(cfg["architecture"]).startswith(_NORMALISED):
-        raise CutawayError(f"{path} normalises its input but not that of its skip connection, which is not read")
+        raise BadFile(f"{path} normalises its input but not that of its skip connection, which is not read")
     named = _ports(metadata, W_enc.shape[0], W_dec.shape[1], other)
     if architecture == "crosscoder":  # the sites are in our block
         named = Ports(reads=_halves(metadata, "reads", path), writes=_halves(metadata, "writes", path))
@@ -180,7 +178,7 @@ def _dictionary(
     factor = source.maybe("scaling_factor", "factor of the activations [F]")
     if factor is not None and not torch.allclose(factor, torch.ones_like(factor)):
         if not cfg.get("finetuning_scaling_factor", False):
-            raise CutawayError(f"{source.path} has a scaling_factor that {CFG} does not say is to be used")
+            raise BadFile(f"{source.path} has a scaling_factor that {CFG} does not say is to be used")
         dictionary = fold(
             source, "scaling_factor: into W_dec", dictionary, lambda d: replace(d, W_dec=d.W_dec * factor[:, None])
         )
@@ -304,7 +302,7 @@ def write(dictionary: Dictionary, folder: Path, layout: Literal["cutaway", "6", 
     """
     architecture, theirs = architecture_of(dictionary)
     if not theirs and layout != "cutaway":
-        raise CutawayError(
+        raise NotSupported(
             f"SAELens has no architecture for this dictionary ({dictionary!r}): save it as format='cutaway'"
         )
     if layout in ("5", "training") and architecture in _TRANSCODERS:

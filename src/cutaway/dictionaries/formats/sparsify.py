@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.errors import BadFile, CutawayError, NotSupported
 from cutaway.artifacts.files import plain, write_json, write_safetensors
 from cutaway.dictionaries.dictionary import Dictionary, TopK
 from cutaway.dictionaries.formats import folds
@@ -44,15 +44,15 @@ def read(path: Path) -> Reading:
     cfg = read_settings(path / CFG)
     activation = cfg.get("activation", "topk")
     if activation != "topk":
-        raise CutawayError(
+        raise BadFile(
             f"{path} has activation {activation!r}: only topk is read, since keeping the largest of each group of "
             "latents is none of the selectors here"
         )
     if cfg.get("signed"):
-        raise CutawayError(f"{path} selects by magnitude, with signs, which is none of the selectors here")
+        raise BadFile(f"{path} selects by magnitude, with signs, which is none of the selectors here")
     source = Source(path / WEIGHTS, dict(read_tensors(path / WEIGHTS)))
     if any(name.startswith(("W_decs.", "post_encs.", "W_skips.")) for name in source.tensors):
-        raise CutawayError(f"{path} writes to several layers (cross-layer transcoder), which is not read")
+        raise BadFile(f"{path} writes to several layers (cross-layer transcoder), which is not read")
     weights = {
         "W_enc": source.take("encoder.weight", "W_enc [d_in, F]", dims=2, transposed=True),
         "b_enc": source.take("encoder.bias", "b_enc [F]"),
@@ -79,7 +79,7 @@ def read(path: Path) -> Reading:
         ),
     )
     if cfg.get("d_in", dictionary.d_in) != dictionary.d_in:
-        raise CutawayError(f"{path}: encoder.weight is of width {dictionary.d_in}, but {CFG} says d_in={cfg['d_in']}")
+        raise BadFile(f"{path}: encoder.weight is of width {dictionary.d_in}, but {CFG} says d_in={cfg['d_in']}")
     return Reading(
         dictionary=restored(dictionary, mapping(cfg, "cutaway", path / CFG), path / CFG),
         format="sparsify",
@@ -101,7 +101,7 @@ def write(dictionary: Dictionary, folder: Path) -> None:
     if not isinstance(dictionary.selector, TopK) or dictionary.kind == "crosscoder" or dictionary.input_norm:
         what = "normalises its input" if dictionary.input_norm else f"is {dictionary.selector.name}"
         what = "is a crosscoder" if dictionary.kind == "crosscoder" else what
-        raise CutawayError(
+        raise NotSupported(
             f"sparsify has TopK dictionaries of one site without normalisation, and this one {what}: save it as "
             "format='saelens' or 'cutaway'"
         )

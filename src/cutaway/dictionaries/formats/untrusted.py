@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.errors import BadFile
 from cutaway.artifacts.files import parse_json
 
 _TEXT_BYTES = 16 << 20  # of a configuration
@@ -28,7 +28,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     are. Raises `CutawayError` for a file that is missing, cut short, of another kind, or would run code.
     """
     if not path.is_file():
-        raise CutawayError(f"{path} is missing")
+        raise BadFile(f"{path} is missing")
     if path.suffix == ".safetensors":
         return _safetensors(path)
     if path.suffix == ".npz":
@@ -51,12 +51,12 @@ def read_settings(path: Path) -> dict[str, Any]:
     """A JSON object, or a YAML one (`.yaml`), of settings. Raises `CutawayError` when it is anything else."""
     try:
         if path.stat().st_size > _TEXT_BYTES:
-            raise CutawayError(f"{path} has {path.stat().st_size:,} bytes: that is no file of settings")
+            raise BadFile(f"{path} has {path.stat().st_size:,} bytes: that is no file of settings")
         data = path.read_bytes()
     except FileNotFoundError as error:
-        raise CutawayError(f"{path} is missing") from error
+        raise BadFile(f"{path} is missing") from error
     except OSError as error:
-        raise CutawayError(f"{path} could not be read: {error.strerror}") from error
+        raise BadFile(f"{path} could not be read: {error.strerror}") from error
     try:
         if path.suffix in (".yaml", ".yml"):
             import yaml
@@ -64,15 +64,15 @@ def read_settings(path: Path) -> dict[str, Any]:
             try:
                 settings = yaml.safe_load(data)
             except yaml.YAMLError as error:
-                raise CutawayError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+                raise BadFile(f"{path} is not YAML: {' '.join(str(error).split())}") from error
         else:
             settings = parse_json(data, str(path))
     except (ValueError, RecursionError) as error:  # of YAML's dates and nesting
-        raise CutawayError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+        raise BadFile(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
-        raise CutawayError(f"{path} is not an object of settings")
+        raise BadFile(f"{path} is not an object of settings")
     if not _within_floats(settings):
-        raise CutawayError(f"{path} is not usable: it holds a number of too many digits")
+        raise BadFile(f"{path} is not usable: it holds a number of too many digits")
     return settings
 
 
@@ -91,7 +91,7 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)  # checks that the header's shapes fill the file exactly, and runs nothing
     except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise CutawayError(f"{path} is cut short or not a safetensors file: {error}") from error
+        raise BadFile(f"{path} is cut short or not a safetensors file: {error}") from error
 
 
 def _npz(path: Path) -> dict[str, Tensor]:
@@ -102,13 +102,13 @@ def _npz(path: Path) -> dict[str, Tensor]:
                 with archive.open(member) as file:
                     shape, dtype = _npy_header(file)
                 if dtype.hasobject:
-                    raise CutawayError(f"{path}: {member.filename} holds Python objects, which are not read")
+                    raise BadFile(f"{path}: {member.filename} holds Python objects, which are not read")
                 if math.prod(shape) * dtype.itemsize > member.file_size:
-                    raise CutawayError(f"{path}: {member.filename} claims {list(shape)} values and holds fewer")
+                    raise BadFile(f"{path}: {member.filename} claims {list(shape)} values and holds fewer")
         with np.load(path, allow_pickle=False) as stored:
             return {name: torch.from_numpy(np.ascontiguousarray(stored[name])) for name in stored.files}
     except (zipfile.BadZipFile, ValueError, OSError, EOFError, KeyError, TypeError, NotImplementedError) as error:
-        raise CutawayError(f"{path} is cut short or not an npz file: {error}") from error
+        raise BadFile(f"{path} is cut short or not an npz file: {error}") from error
 
 
 def _npy_header(file: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
@@ -121,28 +121,28 @@ def _npy_header(file: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
 def _within_bounds(path: Path, archive: zipfile.ZipFile) -> None:
     unpacked = sum(member.file_size for member in archive.infolist())
     if unpacked > _EXPANSION * path.stat().st_size + _TEXT_BYTES:
-        raise CutawayError(f"{path} unpacks from {path.stat().st_size:,} to {unpacked:,} bytes: weights do not")
+        raise BadFile(f"{path} unpacks from {path.stat().st_size:,} to {unpacked:,} bytes: weights do not")
 
 
 def _torch_archive(path: Path) -> dict[str, Any]:
     try:
         if not zipfile.is_zipfile(path):
-            raise CutawayError(
+            raise BadFile(
                 f"{path} is cut short or not an archive of torch.save (1.6 or later): save it again, or as safetensors"
             )
         with zipfile.ZipFile(path) as archive:
             _within_bounds(path, archive)
         stored = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise CutawayError(
+        raise BadFile(
             f"{path} holds Python objects beside tensors, which could run code and are not read: save its state_dict() "
             "alone, or as safetensors"
         ) from error
     except (RuntimeError, zipfile.BadZipFile, ValueError, OSError, EOFError, KeyError, TypeError, IndexError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise CutawayError(f"{path} is cut short or not an archive of torch.save: {reason}") from error
+        raise BadFile(f"{path} is cut short or not an archive of torch.save: {reason}") from error
     if not isinstance(stored, dict):
-        raise CutawayError(f"{path} holds a {type(stored).__name__} where named tensors are needed")
+        raise BadFile(f"{path} holds a {type(stored).__name__} where named tensors are needed")
     _no_phantoms(path, stored)
     return stored
 
@@ -155,4 +155,4 @@ def _no_phantoms(path: Path, stored: dict[Any, Any]) -> None:
         elif isinstance(value, Tensor) and (
             value.layout != torch.strided or value.numel() * value.element_size() > value.untyped_storage().nbytes()
         ):
-            raise CutawayError(f"{path}: {name} claims {list(value.shape)} values and holds fewer")
+            raise BadFile(f"{path}: {name} claims {list(value.shape)} values and holds fewer")

@@ -8,7 +8,7 @@ OUT/checkpoints/              what a run that is interrupted goes on from; gone 
 """
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -16,7 +16,8 @@ from typing import Any
 
 from torch import Tensor
 
-from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.command import current_command
+from cutaway.artifacts.errors import CutawayError, NoSuchSite
 from cutaway.artifacts.files import plain, write_json, write_text
 from cutaway.artifacts.manifest import Manifest, ModelIdentity
 from cutaway.artifacts.run_folder import RunFolder
@@ -28,7 +29,7 @@ from cutaway.dictionaries.dictionary import Port
 from cutaway.dictionaries.formats.files import load, save
 from cutaway.dictionaries.training.end_to_end import RowBatches
 from cutaway.dictionaries.training.jobs import Job, Source, Trained, tokens_used, train_jobs
-from cutaway.dictionaries.training.log import Logs, read_log, trackers
+from cutaway.dictionaries.training.log import Logs, Tracking, read_log, trackers
 from cutaway.dictionaries.training.recipe import Recipe, expand, written_out
 from cutaway.dictionaries.training.sources import LiveRows, StoreSource, Tensors, find_ports
 from cutaway.dictionaries.training.terms import EndToEnd
@@ -38,56 +39,95 @@ from cutaway.model.own.file import load_module
 _WRITES = ("recipe.toml", "manifest.json", "logs", "checkpoints", "tensorboard", "wandb", "judged.*")
 
 
+TrainingData = LanguageModel | str | Path | Sequence[LanguageModel] | Store | Tensor | Mapping[str, Tensor]
+CorpusInput = str | Path | Iterable[str] | Callable[[], Iterable[str]] | Tensor
+
+
 def train(
-    what: Any,
+    what: TrainingData,
     site: str | Sequence[str] = (),
     *,
     preset: str | Sequence[str] = "batchtopk",
-    corpus: Any = None,
+    corpus: CorpusInput | None = None,
     out: str | Path | None = None,
-    log: str | Sequence[str] = (),
+    log: Tracking | Sequence[Tracking] = (),
     seconds_between_checkpoints: float = 30.0,
     resume: bool = True,
     **settings: Any,
 ) -> dict[str, Trained]:
-    """Train one dictionary, or a grid of them on one stream of activations; returns them by name.
+    """Train one dictionary, or a grid of them on one stream of activations.
 
-    `what` is a language model (or its name, or two of them for crosscoders), which is run on `corpus`: a path,
-    `hub:NAME`, texts, or rows of token ids [n, p]; or a harvested `Store` (or its folder); or activations: a tensor
-    [n, width], or tensors by site. `site` names sites or wildcards; `to=` what each is to be written as, which makes
-    transcoders; `crosscoder=` sites with commas between. `preset=`, `d_sae=`, `k=`, `sparsity=`, `l0=`, `seed=` take
-    one value or several: every combination is trained, all on the same batches. A name says the site, and what is not
-    the same for all: "blocks.3.resid_post", "blocks.3.resid_post-k16".
+    `preset=`, `d_sae=`, `k=`, `sparsity=`, `l0=`, `seed=` take one value or several: every combination is trained, all
+    on the same batches.
 
-    `settings` are those of `Recipe` (`tokens`, `batch`, `context`, `high_norm`, `passes`, ...) and of `TrainConfig`
-    (`learning_rate`, `decoder_norm`, ...). With `out` everything is written there, and the same call goes on with a run
-    that was interrupted, bit for bit; `resume=False` begins again. `log`: "wandb", "tensorboard".
+    Args:
+        what: A language model or its name (or two models, for crosscoders), which is run on `corpus`; or a harvested
+            `Store` or its folder; or activations: a tensor [n, width], or tensors by site.
+        site: Sites or wildcards to read. `to=` says what each is to be written as, which makes transcoders;
+            `crosscoder=` sites with commas between.
+        preset: Published ways of training (see `PRESETS`).
+        corpus: A path, "hub:NAME", texts or a function that gives them, or rows of token ids [n, p]; goes with a
+            model.
+        out: A folder that everything is written to; the same call goes on with a run that was interrupted, bit for
+            bit. In memory if None.
+        log: "wandb", "tensorboard", or both.
+        seconds_between_checkpoints: How often the state is written, with `out`.
+        resume: Whether to go on with a run that is in `out`; begins again if not.
+        **settings: Fields of `Recipe` (`tokens`, `batch`, `context`, `high_norm`, `passes`, ...) and of `TrainConfig`
+            (`learning_rate`, `decoder_norm`, ...).
 
-    Raises `CutawayError` for settings that are unknown or do not fit, a site that does not exist, a corpus shorter than
-    a batch, activations that are not finite, a full disk, another process or another run in the folder.
+    Returns:
+        What was trained, by name. A name says the site, and what is not the same for all: "blocks.3.resid_post",
+        "blocks.3.resid_post-k16".
+
+    Raises:
+        NoSuchSite: the model has no such site.
+        TooLarge: memory does not hold it.
+        CutawayError: settings are unknown or do not fit, the corpus is shorter than a batch, activations are not
+            finite, the disk is full, another process or another run is in the folder.
+
+    Example:
+        >>> trained = train("atlas", "blocks.3.resid_post", k=[16, 32], corpus="texts/", tokens=1_000_000)
     """
     known = {item.name for item in fields(Recipe)}
     own = {name: value for name, value in settings.items() if name in known}
     options = {name: value for name, value in settings.items() if name not in known}
     recipe = Recipe.of({"site": site, "preset": preset, **own}, "train").changed(options=options or None)
     training = prepare(recipe, what, corpus)
-    names = [log] if isinstance(log, str) else list(log)
+    names: list[Any] = [log] if isinstance(log, str) else list(log)
     return run(training, out, log=names, seconds_between_checkpoints=seconds_between_checkpoints, resume=resume)
 
 
 @dataclass(frozen=True)
 class Training:
-    """What is about to be trained: the recipe with every dictionary written out, data, and rows kept for judging."""
+    """What is about to be trained."""
 
     recipe: Recipe
+    """The recipe, every dictionary written out."""
     source: Source
+    """Where activations come from."""
     jobs: Mapping[str, Job]
+    """The dictionaries by name."""
     models: tuple[LanguageModel, ...] = ()
+    """The models that are run."""
     held_out: Tensor | None = None
+    """Rows of token ids that are kept out for judging [n, p]."""
 
 
-def prepare(recipe: Recipe, what: Any = None, corpus: Any = None) -> Training:
-    """Load what a recipe names (or take what is given instead), read the corpus, and make the jobs."""
+def prepare(recipe: Recipe, what: TrainingData | None = None, corpus: CorpusInput | None = None) -> Training:
+    """Load what a recipe names, read the corpus, and make the jobs; train nothing.
+
+    Args:
+        recipe: What is to be trained.
+        what: Instead of what the recipe names; as `train`'s.
+        corpus: Instead of what the recipe names; as `train`'s.
+
+    Returns:
+        What `estimate` and `train` take.
+
+    Raises:
+        CutawayError: as `train`.
+    """
     if what is None:
         if sum(one is not None for one in (recipe.store, recipe.model, recipe.module)) > 1:
             raise CutawayError("activations come from a model, a module or a store: give one of them")
@@ -138,7 +178,7 @@ def _at_hand(recipe: Recipe, what: Store | Mapping[str, Tensor]) -> Training:
     def find(pattern: str) -> dict[str, Port]:
         found = {name: port for name, port in whole.ports.items() if fnmatchcase(name, pattern)}
         if not found:
-            raise CutawayError(f"there are no activations of '{pattern}'; there are {', '.join(whole.ports)}")
+            raise NoSuchSite(f"there are no activations of '{pattern}'; there are {', '.join(whole.ports)}")
         return found
 
     jobs = expand(recipe, find)
@@ -148,7 +188,7 @@ def _at_hand(recipe: Recipe, what: Store | Mapping[str, Tensor]) -> Training:
     return Training(replace(written_out(recipe, jobs), store=folder), source, jobs)
 
 
-def _live(recipe: Recipe, models: tuple[LanguageModel, ...], corpus: Any) -> Training:
+def _live(recipe: Recipe, models: tuple[LanguageModel, ...], corpus: CorpusInput | None) -> Training:
     def find(pattern: str) -> dict[str, Port]:
         return {name: port for name, (_, port) in find_ports(models, pattern).items()}
 
@@ -204,10 +244,9 @@ def run(
     training: Training,
     out: str | Path | None = None,
     *,
-    log: Sequence[str] = (),
+    log: Sequence[Tracking] = (),
     seconds_between_checkpoints: float = 30.0,
     resume: bool = True,
-    command: str | None = None,
 ) -> dict[str, Trained]:
     """Train what was prepared, in memory or in a folder (see `train`)."""
     if out is None:
@@ -234,7 +273,7 @@ def run(
         for program in dict.fromkeys(log):
             folder.take(program)
         write_text(out / "recipe.toml", training.recipe.to_toml())
-        manifest = _manifest(training, command)
+        manifest = _manifest(training)
         logs = Logs(out / "logs", trackers(log, out, manifest.id))
         with contextlib.closing(logs):
             trained = train_jobs(
@@ -260,7 +299,7 @@ def _history(path: Path) -> list[Mapping[str, float]]:
     return [{key: value for key, value in record.items() if key not in extra} for record in read_log(path)]
 
 
-def _manifest(training: Training, command: str | None) -> Manifest:
+def _manifest(training: Training) -> Manifest:
     metadata = training.source.metadata.get("data", {})
     model = training.models[0].identity() if training.models else None
     if model is None:
@@ -274,5 +313,5 @@ def _manifest(training: Training, command: str | None) -> Manifest:
         configuration={"source": training.source.identity, "jobs": {n: asdict(j) for n, j in training.jobs.items()}},
         seed=training.recipe.data_seed,
         parents=parents,
-        command=command,
+        command=current_command(),
     )

@@ -17,17 +17,26 @@ from cutaway.dictionaries.selectors import BatchTopK, ReLU, TopK
 def calibrate(
     dictionary: Dictionary, batches: Callable[[], Iterable[Tensor]], l0: float, *, at_most: bool = False
 ) -> Dictionary:
-    """The dictionary with a = relu(h)·1[h > θ], θ such that `l0` latents are active on a token of the sample.
+    """Give a dictionary one threshold for all latents, such that a wanted number of them are active per token.
 
-    `batches()` gives batches [n, d_in] of the sample, the same each time. θ is exact: the (l0·N + 1)-th largest
-    pre-activation of all N tokens. For a ReLU, TopK or BatchTopK dictionary; raises `CutawayError` for others, for an
-    empty sample, and for an l0 that is not positive or that more latents than are ever positive would need; with
-    `at_most` all that are positive are active then.
+    Then a = relu(h)·1[h > θ]; θ is exact: the (l0·N + 1)-th largest pre-activation of all N tokens.
+
+    Args:
+        dictionary: Of ReLU, TopK or BatchTopK.
+        batches: Gives batches [n, d_in] of the sample, the same each time it is called.
+        l0: Active latents per token, on average.
+        at_most: Where fewer are ever positive, let all of those be active, instead of raising.
+
+    Returns:
+        A BatchTopK dictionary of the same weights.
+
+    Raises:
+        CutawayError: another selector, an empty sample, an l0 that is not positive, or more than are ever positive.
     """
     if not isinstance(dictionary.selector, ReLU | TopK | BatchTopK):
         raise CutawayError(f"a {dictionary.selector.name} dictionary has thresholds of its own")
     if not l0 > 0 or not math.isfinite(l0):
-        raise CutawayError(f"l0 = {l0}: a threshold is set for more than 0 active latents a token")
+        raise CutawayError(f"l0 = {l0}: a threshold is set for more than 0 active latents per token")
     room = 4.0
     while True:
         kept: list[Tensor] = []

@@ -26,7 +26,7 @@ class DenseCode:
         return len(self.pre)
 
     def at(self, of_latents: Tensor) -> Tensor:
-        """One number a latent [F], as it meets the code's values."""
+        """One number per latent [F], as it meets the code's values."""
         return of_latents
 
     def total(self, values: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ class SparseCode:
         return self.places.n
 
     def at(self, of_latents: Tensor) -> Tensor:
-        """One number a latent [F], as it meets the code's values."""
+        """One number per latent [F], as it meets the code's values."""
         return Gather.apply(of_latents, self.places)
 
     def total(self, values: Tensor) -> Tensor:
@@ -113,7 +113,7 @@ class Gather(torch.autograd.Function):
         return ctx.places.latent_sums(gradients[0]), None
 
 
-class Jump(torch.autograd.Function):
+class StraightThroughJump(torch.autograd.Function):
     """a = h·1[h > θ] with the straight-through gradient of θ (Rajamanoharan et al. 2024, arXiv 2407.14435).
 
         ∂a/∂θ = −(θ/ε)·K((h − θ)/ε),  K(u) = 1[|u| < ½],   ∂a/∂h = 1[h > θ]
@@ -136,7 +136,7 @@ class Jump(torch.autograd.Function):
         return to_pre, _like(-window, threshold), None, None
 
 
-class Over(torch.autograd.Function):
+class StraightThroughStep(torch.autograd.Function):
     """1[h > θ], with the straight-through gradient −(1/ε)·K((h − θ)/ε) of θ, and its opposite of h if `through_pre`."""
 
     @staticmethod

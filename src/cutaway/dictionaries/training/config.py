@@ -1,6 +1,7 @@
 """How a dictionary is trained, as one value that can be written down, compared and read again."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Annotated, Any, Literal
@@ -8,7 +9,6 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, TypeAdapter, ValidationError
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.dictionaries.training.initial import Initial, Start
 from cutaway.dictionaries.training.parameters import Plain
 from cutaway.dictionaries.training.rules import BatchTopKRule, GatedRule, JumpReLURule, Rule, TopKRule
 from cutaway.dictionaries.training.scaling import Normalise
@@ -19,17 +19,19 @@ from cutaway.dictionaries.training.terms import AuxK, Matryoshka, Reconstruction
 class Resample(Plain):
     """Give dead latents the directions of badly reconstructed tokens (Bricken et al. 2023).
 
-    `at`: after these shares of training; dead: silent for `window`, a share of training too. A dead latent takes the
-    direction of a token drawn with chance ∝ (its loss)², `encoder_norm` × the mean length of the living encoders' rows,
-    bias 0, and its moments in Adam start again.
+    A dead latent takes the direction of a token drawn with chance ∝ (its loss)², bias 0, and its moments in Adam start
+    again.
     """
 
     at: tuple[float, ...] = (1 / 8, 1 / 4, 3 / 8, 1 / 2)
+    """After these shares of training."""
     window: float = 1 / 16
+    """A latent is dead when it was silent for this share of training."""
     encoder_norm: float = 0.2
+    """Length of its new encoder row, in mean lengths of the living latents' encoder rows."""
 
 
-BYTES_A_PARAMETER = 16
+BYTES_PER_PARAMETER = 16
 """Of float32: the parameter, its gradient, and Adam's two moments."""
 
 _SELECTOR: Rule = TopKRule(32)
@@ -38,47 +40,72 @@ _TERMS: tuple[Term, ...] = (Reconstruction(), AuxK(form="sum"))
 
 @dataclass(frozen=True)
 class TrainConfig(Plain):
-    """Everything here changes the result, so it is part of a dictionary's identity.
+    """How one dictionary is trained. Everything here changes the result, so it is part of a dictionary's identity.
 
-    `d_sae` latents, `selector` and the loss `terms`; `skip` adds W_skip. `tokens` counts every token each time it is
-    used. `normalise` sets the units of training (`scaling.py`), `input_norm` what is done to each token; both from the
-    first `sample` tokens, as are `b_dec` and the encoder's bias (`active`, `centre_encoder`; see `initial.py`).
-    `encoder_scale`: length of the first encoder rows over that of the decoder's; "fit": what reconstructs best,
-    which is ahead in short trainings and, with more dead latents, level in long ones (docs/dictionaries.md).
-    `learning_rate` (None: 2e-4/√(F/2¹⁴)) rises over `warmup` steps and falls linearly to 0 over the last `decay` share.
-    `decoder_norm` "unit": rows keep length 1, the gradient's part along them is taken away first. `clip`: greatest norm
-    of the gradient. `dead_after`: a latent silent for so many tokens is dead. `calibrate`: tokens that set BatchTopK's
-    threshold at the end. `low_precision`: candidates by a bfloat16 product (`step.py`).
+    `preset` makes one as published; `train` takes each field by its name.
     """
 
     d_sae: int = 4096
+    """Number of latents."""
     selector: Annotated[Rule, Field(discriminator="kind")] = _SELECTOR
+    """Which pre-activations become activations, and how that is trained: `ReLURule`, `TopKRule`, ..."""
     terms: tuple[Annotated[Term, Field(discriminator="kind")], ...] = _TERMS
+    """The loss, a sum of terms: `Reconstruction`, `Lp`, `AuxK`, ..."""
     tokens: int = 4_000_000
+    """Tokens to train on; each counts whenever it is used."""
     batch: int = 512
+    """Tokens per step."""
     normalise: Normalise = "centred"
+    """Units of training, one scale for the whole data set: "none"; "mean_norm", mean ‖x‖ = √d; "mean_square",
+    mean ‖x‖² = 1; "centred", mean ‖x − median‖ = √d; "whiten". Folded into the weights at the end."""
     input_norm: Literal["layer_norm", "unit"] | None = None
-    initial: Initial = "tied"
+    """What is done to each token before anything else; stays with the dictionary."""
+    initial: Literal["tied", "uniform", "zero_decoder"] = "tied"
+    """First weights. "tied": random directions as decoder, the encoder the same rows (where input and output are of one
+    kind; else other directions of length 1). "uniform": entries of the decoder uniform in ±1/√d_out and the encoder its
+    rows times d/F (Anthropic, January 2025). "zero_decoder": no decoder, random unit encoder."""
     initial_norm: float = 1.0
+    """Length of the first decoder rows, where `decoder_norm` leaves them free."""
     encoder_scale: float | Literal["fit"] = 1.0
-    b_dec: Start = "geometric_median"
+    """Length of the first encoder rows over that of the decoder's; "fit": what reconstructs best, which is ahead in
+    short trainings and, with more dead latents, level in long ones (docs/dictionaries.md)."""
+    b_dec: Literal["zero", "mean", "geometric_median"] = "geometric_median"
+    """The first b_dec, of the sample."""
     subtract_b_dec: bool = True
+    """Whether b_dec is subtracted from the input; not for transcoders."""
     active: int | None = None
+    """Set the encoder's first bias so that each latent is active on the share active / d_sae of the sample, at most a
+    half."""
     centre_encoder: bool = False
+    """Set the encoder's first bias so that pre-activations have mean 0, as if the mean were subtracted (sparsify)."""
     skip: bool = False
+    """Add W_skip, a linear map beside the latents."""
     decoder_norm: Literal["unit", "free"] = "unit"
+    """With "unit" decoder rows keep length 1, and the gradient's part along them is taken away first."""
     learning_rate: float | None = 3e-3
+    """The highest rate of Adam; None is 2e-4/√(d_sae/2¹⁴)."""
     warmup: int = 100
+    """Steps over which the rate rises from 0."""
     decay: float = 0.3
+    """The last share of training, over which the rate falls linearly to 0."""
     adam_betas: tuple[float, float] = (0.9, 0.999)
+    """Adam's decay rates of the two moments."""
     adam_epsilon: float = 1e-8
+    """Adam's ε."""
     clip: float | None = None
+    """The largest norm of the gradient; None does not clip."""
     dead_after: int = 250_000
+    """A latent that was silent for so many tokens is dead."""
     resample: Resample | None = None
+    """Whether dead latents are resampled."""
     sample: int = 0
+    """The first tokens that set scales, b_dec and the encoder's bias; the first batch at least."""
     calibrate: int = 65_536
+    """Tokens after training that set BatchTopK's threshold; 0 keeps the running one."""
     low_precision: bool = False
+    """Find candidates by a bfloat16 product and score them again in float32 (`step.py`)."""
     seed: int = 0
+    """Of the first weights and of resampling."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.d_sae < 2**31:
@@ -123,14 +150,15 @@ class TrainConfig(Plain):
         return top * min(1.0, (step + 1) / max(1, self.warmup), (self.steps - step) / falling)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; `from_json` reads them."""
+        """Plain values, which `from_json` reads."""
         return asdict(self)
 
     @classmethod
-    def from_json(cls, values: Any) -> "TrainConfig":
-        """The configuration that some plain values describe; defaults for what is not there.
+    def from_json(cls, values: Mapping[str, Any]) -> "TrainConfig":
+        """The configuration that plain values describe; defaults for what is not there.
 
-        Raises `CutawayError` that names the first field that is unknown or of the wrong kind.
+        Raises:
+            CutawayError: a field is unknown or of the wrong kind; the first is named.
         """
         try:
             return _adapter().validate_python(values)

@@ -3,7 +3,7 @@
 A batch is whole rows of tokens. The model runs on them once as it is; then, for each dictionary, from the lowest layer
 that it writes on with ŷ in place of y at the positions that count, and the term `EndToEnd` is
 
-    KL(model ‖ model with ŷ) = mean over those positions of Σ_v p_v (log p_v − log p̂_v)      nats a token
+    KL(model ‖ model with ŷ) = mean over those positions of Σ_v p_v (log p_v − log p̂_v)      nats per token
 
 Its gradient at ŷ comes from `lm.run(..., grad=)`, the model's weights have none.
 """
@@ -40,19 +40,40 @@ def train_end_to_end(
     to: str | None = None,
     seed: int = 0,
     folder: Path | None = None,
-    **options: Any,
+    seconds_between_checkpoints: float = 30.0,
 ) -> Trained:
-    """Train a dictionary at `site` (a transcoder to the site `to`) on rows [n, p] of tokens, with the term `EndToEnd`.
+    """Train a dictionary by what it does to the model's predictions (Braun et al. 2024; https://arxiv.org/abs/2405.12241).
 
-    A step takes as many whole rows as hold `config.batch` tokens, so a little fewer tokens; `options` are those of
-    `train_jobs`, and it is resumable as that is. Raises `CutawayError` without the term, and as `RowBatches`.
+    A step takes as many whole rows as hold `config.batch` tokens, so a little fewer tokens.
+
+    Args:
+        lm: The model.
+        rows: Token ids [n, p].
+        site: What the dictionary reads.
+        config: How it is trained, with the term `EndToEnd`.
+        to: What it writes, which makes a transcoder; the same site if None.
+        seed: Shuffles the rows.
+        folder: Where the state is written, so that the same call goes on after an interruption.
+        seconds_between_checkpoints: How often.
+
+    Returns:
+        The dictionary and its history.
+
+    Raises:
+        NoSuchSite: the model has no such site.
+        CutawayError: the term is missing, or there are too few rows.
     """
     if not any(isinstance(term, EndToEnd) for term in config.terms):
         raise CutawayError("end-to-end training needs the term 'end_to_end' in the loss")
     reads = lm.sites().resolve(site)
     writes = () if to is None else (lm.sites().resolve(to),)
     source = RowBatches(lm, rows, [reads, *writes], seed=seed)
-    return train_jobs(source, {"": Job(config, (reads,), writes)}, folder=folder, **options)[""]
+    return train_jobs(
+        source,
+        {"": Job(config, (reads,), writes)},
+        folder=folder,
+        seconds_between_checkpoints=seconds_between_checkpoints,
+    )[""]
 
 
 class RowBatches:

@@ -1,7 +1,7 @@
 """What a training will take, before it is begun: parameters, operations, memory, and time on this machine.
 
 Parameters, operations and memory are counted. Time is measured: a few real steps of each dictionary on random numbers,
-and one real forward of the model. Real activations make other latents fire than random numbers do, so it is a guess.
+and one real forward of the model. Real activations make other latents active than random numbers do, so it is a guess.
 """
 
 import time
@@ -11,15 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from markupsafe import Markup
 from torch import Tensor
 
 from cutaway.artifacts.progress import duration
 from cutaway.dictionaries.training.api import Training
-from cutaway.dictionaries.training.config import BYTES_A_PARAMETER, TrainConfig
+from cutaway.dictionaries.training.config import BYTES_PER_PARAMETER, TrainConfig
 from cutaway.dictionaries.training.jobs import Job, Source, tokens_used
 from cutaway.dictionaries.training.rules import BatchTopKRule, TopKRule
 from cutaway.dictionaries.training.sources import LiveRows
 from cutaway.dictionaries.training.trainer import Trainer
+from cutaway.draw.result import Result
 from cutaway.model.language_model import LanguageModel
 from cutaway.model.sites import layer_of
 from cutaway.model.sweep.flops import cost
@@ -29,36 +31,49 @@ _SHARE_OF_MEMORY = 0.8
 
 
 @dataclass(frozen=True)
-class OfOne:
-    """One dictionary. `flops`: operations of a token in a step, the least and the most (with every latent active);
-    `state`: bytes of parameters, their gradients and Adam's two moments; `step`: seconds, if measured.
-    """
+class DictionaryEstimate:
+    """What one dictionary takes."""
 
     name: str
+    """Its name."""
     latents: int
+    """Number of latents."""
     parameters: int
+    """Numbers that are trained."""
     flops: tuple[int, int]
+    """Operations per token of a step, min and max (max with every latent active)."""
     state: int
+    """Bytes of parameters, their gradients and Adam's two moments."""
     steps: int
+    """Steps of the optimiser."""
     step: float | None
+    """Seconds per step, if measured."""
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """All dictionaries, and what they share. Bytes; operations a token; seconds.
+@dataclass(frozen=True, repr=False)
+class Estimate(Result):
+    """What a training will take: all dictionaries, and what they share."""
 
-    `fresh`: tokens that the model has to be run on; `forward` operations and `forward_seconds` of one of them.
-    """
+    title = "What a training will take"
 
-    dictionaries: tuple[OfOne, ...]
+    dictionaries: tuple[DictionaryEstimate, ...]
+    """One by one."""
     tokens: int
+    """Training tokens of each."""
     fresh: int
+    """Tokens that the model has to be run on."""
     forward: int
+    """Operations of the model per token."""
     forward_seconds: float
+    """Seconds of the model per token."""
     model_bytes: int
+    """Bytes of the models."""
     buffer_bytes: int
+    """Bytes of the buffer of activations."""
     batch_bytes: int
+    """Bytes of the largest batch's pre-activations."""
     available: int | None
+    """Bytes of memory that are free here, where the system says so."""
 
     @property
     def memory(self) -> int:
@@ -73,11 +88,39 @@ class Estimate:
         steps = sum(one.steps * (one.step or 0.0) for one in self.dictionaries)
         return steps + self.fresh * self.forward_seconds
 
+    def summary(self) -> str:
+        *table, _, tokens, memory, time = str(self).split("\n")
+        more = [f"and {len(table) - 8} more"] if len(table) > 8 else []
+        return "\n".join([*table[:8], *more, tokens, memory, time])
+
+    def rows(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "dictionary": one.name, "latents": one.latents, "parameters": one.parameters,
+                "flops_min": one.flops[0], "flops_max": one.flops[1], "bytes": one.state, "steps": one.steps,
+                "seconds_per_step": one.step,
+            }
+            for one in self.dictionaries
+        ]  # fmt: skip
+
+    def drawing(self) -> Markup:
+        from cutaway.draw.heatmap import heatmap_svg
+
+        share = {"models": self.model_bytes, "buffer": self.buffer_bytes, "batch": self.batch_bytes}
+        share |= {one.name: one.state for one in self.dictionaries}
+        return heatmap_svg(
+            rows=list(share),
+            columns=["memory, GiB"],
+            values=[[size / 2**30] for size in share.values()],
+            title="Memory at the same time",
+            units="GiB",
+        )
+
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "memory": self.memory, "seconds": self.seconds}
 
     def __str__(self) -> str:
-        heads = ["dictionary", "latents", "parameters", "operations a token", "memory", "ms a step"]
+        heads = ["dictionary", "latents", "parameters", "operations per token", "memory", "ms per step"]
         rows = [
             [
                 one.name,
@@ -115,7 +158,16 @@ class Estimate:
 
 
 def estimate(training: Training) -> Estimate:
-    """Count, and measure, what a prepared training will take."""
+    """Count, and measure, what a prepared training will take.
+
+    Parameters, operations and memory are counted; time is measured by a few steps on random numbers.
+
+    Args:
+        training: What `prepare` made.
+
+    Returns:
+        The estimate.
+    """
     source, jobs = training.source, training.jobs
     size = next(iter(jobs.values())).config.batch
     found = []
@@ -124,12 +176,12 @@ def estimate(training: Training) -> Estimate:
         d_in, d_out = _width(source, job.reads), _width(source, job.writes or job.reads)
         parameters = job.config.parameters(d_in, d_out)
         found.append(
-            OfOne(
+            DictionaryEstimate(
                 name=name,
                 latents=job.config.d_sae,
                 parameters=parameters,
                 flops=_flops(job.config, d_in, d_out),
-                state=BYTES_A_PARAMETER * parameters,
+                state=BYTES_PER_PARAMETER * parameters,
                 steps=job.config.steps,
                 step=None,
             )

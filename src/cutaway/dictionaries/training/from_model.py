@@ -21,11 +21,24 @@ def train_on_model(
     folder: Path | None = None,
     seconds_between_checkpoints: float = 30.0,
 ) -> Trained:
-    """Train at `site` of `lm` on the activations of rows [n, p] (see `LiveRows`), resumably in `folder`.
+    """Train one dictionary on a model's activations at a site.
 
-    Each buffer of activations is trained on `passes` times: a fresh token costs a forward, a used one does not. With
-    `config.low_precision` the harvest's products run in bfloat16 too. Raises `CutawayError` for a site that the model
-    lacks, rows that hold less than a batch, and what `train_jobs` raises.
+    Args:
+        lm: The model; with `config.low_precision` its products run in bfloat16 too.
+        rows: Token ids [n, p].
+        site: What the dictionary reads and writes.
+        config: How it is trained.
+        passes: How often each buffer of activations is used: a fresh token costs a forward, a used one does not.
+        buffer_tokens: Tokens whose activations are held at once; as many as fill 1 GiB, at most 262,144, if None.
+        folder: Where the state is written, so that the same call goes on after an interruption.
+        seconds_between_checkpoints: How often.
+
+    Returns:
+        The dictionary and its history.
+
+    Raises:
+        NoSuchSite: the model has no such site.
+        CutawayError: rows that hold less than a batch, and what `train_jobs` raises.
     """
     site = lm.sites().resolve(site)
     source = LiveRows(

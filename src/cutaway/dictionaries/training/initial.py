@@ -6,68 +6,49 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from cutaway.dictionaries.training.config import TrainConfig
 from cutaway.dictionaries.training.parameters import Parameters
 from cutaway.dictionaries.training.rules import BatchTopKRule, GatedRule, JumpReLURule, Rule, TopKRule
 from cutaway.dictionaries.training.scaling import geometric_median
 
-Start = Literal["zero", "mean", "geometric_median"]
-Initial = Literal["tied", "uniform", "zero_decoder"]
 _FITTED = 1024  # tokens
 
 
-def initial_parameters(
-    x: Tensor,
-    y: Tensor,
-    rule: Rule,
-    *,
-    d_sae: int,
-    how: Initial,
-    decoder_norm: float,
-    b_dec: Start,
-    subtract_b_dec: bool,
-    active: int | None,
-    centre_encoder: bool,
-    skip: bool,
-    blocks: tuple[int, ...],
-    seed: int,
-) -> Parameters:
-    """Parameters for x [n, d_in] and y [n, d_out], both as the trainer sees them.
+def initial_parameters(x: Tensor, y: Tensor, config: TrainConfig, blocks: tuple[int, ...] = ()) -> Parameters:
+    """Parameters before the first step, for x [n, d_in] and y [n, d_out], both in the units of training.
 
-    `how`: "tied" random directions of length `decoder_norm` as decoder, the encoder the same rows (where input and
-    output are of one kind; else other directions of length 1); "uniform" entries of the decoder uniform in ±1/√d_out
-    and the encoder its rows times d/F (Anthropic, January 2025); "zero_decoder" no decoder, random unit encoder.
-    `active`: set the encoder's bias so that each latent fires on the share active/F of the sample, at most a half.
-    `centre_encoder`: set it so that pre-activations have mean 0, as if the mean were subtracted (sparsify).
+    `blocks` are the widths of a crosscoder's tensors.
     """
+    rule, d_sae, subtract = config.selector, config.d_sae, config.subtract_b_dec
     d_in, d_out = x.shape[1], y.shape[1]
-    generator = torch.Generator().manual_seed(seed)
-    same = subtract_b_dec or (d_in == d_out and x is y)
+    generator = torch.Generator().manual_seed(config.seed)
+    same = subtract or (d_in == d_out and x is y)
 
     def unit(width: int) -> Tensor:
         rows = torch.randn(d_sae, width, generator=generator)
         return torch.nn.functional.normalize(rows, dim=1).to(x)
 
-    if how == "uniform":
+    if config.initial == "uniform":
         decoder = ((2 * torch.rand(d_sae, d_out, generator=generator) - 1) / math.sqrt(d_out)).to(x)
         encoder = decoder * (d_in / d_sae) if same else unit(d_in) * (d_in / d_sae) / math.sqrt(3)
-    elif how == "zero_decoder":
+    elif config.initial == "zero_decoder":
         decoder, encoder = x.new_zeros(d_sae, d_out), unit(d_in)
     else:
         direction = unit(d_out)
         if len(blocks) > 1:  # each block of a crosscoder's decoder has the length
             parts = [torch.nn.functional.normalize(part, dim=1) for part in direction.split(list(blocks), dim=1)]
             direction = torch.cat(parts, dim=1)
-        decoder = direction * decoder_norm
+        decoder = direction * (1.0 if config.decoder_norm == "unit" else config.initial_norm)
         encoder = decoder.clone() if same else unit(d_in)
-    centre = {"zero": y.new_zeros(d_out), "mean": y.mean(0)}.get(b_dec)
+    centre = {"zero": y.new_zeros(d_out), "mean": y.mean(0)}.get(config.b_dec)
     if centre is None:
         centre = torch.cat([geometric_median(part) for part in y.split(list(blocks or (d_out,)), dim=1)])
     bias = x.new_zeros(d_sae)
-    if centre_encoder:
-        bias = -(encoder @ (x - centre if subtract_b_dec else x).mean(0))
+    if config.centre_encoder:
+        bias = -(encoder @ (x - centre if subtract else x).mean(0))
     threshold = x.new_full((d_sae,), rule.initial_threshold) if isinstance(rule, JumpReLURule) else None
-    if active is not None:
-        bias = _rate_calibrated(encoder, x - centre if subtract_b_dec else x, min(0.5, active / d_sae))
+    if config.active is not None:
+        bias = _rate_calibrated(encoder, x - centre if subtract else x, min(0.5, config.active / d_sae))
         bias = bias if threshold is None else bias + threshold
     gated = isinstance(rule, GatedRule)
     return Parameters(
@@ -78,7 +59,7 @@ def initial_parameters(
         threshold=threshold,
         gate_scale=x.new_zeros(d_sae) if gated else None,
         magnitude_bias=x.new_zeros(d_sae) if gated else None,
-        skip=x.new_zeros(d_out, d_in) if skip else None,
+        skip=x.new_zeros(d_out, d_in) if config.skip else None,
         blocks=blocks,
     )
 

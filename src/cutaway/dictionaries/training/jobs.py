@@ -18,17 +18,19 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from markupsafe import Markup
 from torch import Tensor
 
-from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.errors import CutawayError, TooLarge
 from cutaway.artifacts.manifest import json_hash
 from cutaway.artifacts.progress import Progress
 from cutaway.artifacts.run_folder import locked
 from cutaway.dictionaries.dictionary import Dictionary, Port
 from cutaway.dictionaries.training.calibrate import calibrate
-from cutaway.dictionaries.training.config import BYTES_A_PARAMETER, TrainConfig
+from cutaway.dictionaries.training.config import BYTES_PER_PARAMETER, TrainConfig
 from cutaway.dictionaries.training.rules import BatchTopKRule
 from cutaway.dictionaries.training.trainer import Trainer
+from cutaway.draw.result import Result
 from cutaway.model.sweep.memory import available_bytes
 
 __all__ = ["CHECKPOINT", "Job", "Source", "TrainConfig", "Trained", "Trainer", "train_jobs"]
@@ -64,15 +66,16 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Job:
-    """One dictionary to train: on what it reads and, unless it writes the same, what it writes.
-
-    `preset` is the name that `config` came from, if any; it is written down with the dictionary and changes nothing.
-    """
+    """One dictionary to train."""
 
     config: TrainConfig
+    """How."""
     reads: tuple[str, ...]
+    """The sites that it reads."""
     writes: tuple[str, ...] = ()
+    """The sites that it writes; what it reads if empty."""
     preset: str = ""
+    """The name that `config` came from; it is written down with the dictionary and changes nothing."""
 
     def __post_init__(self) -> None:
         if not self.reads:
@@ -94,12 +97,41 @@ class Job:
         return x, _joined([batch[site] for site in self.writes]) if transcodes else None
 
 
-@dataclass(frozen=True)
-class Trained:
-    """The dictionary, and `history`: one record now and then of step, loss, variance explained, dead latents."""
+@dataclass(frozen=True, repr=False)
+class Trained(Result):
+    """A dictionary, and how its training went."""
+
+    title = "A training"
 
     dictionary: Dictionary
+    """What was trained."""
     history: tuple[Mapping[str, float], ...]
+    """A record now and then: step, tokens, loss and its terms, variance_explained, l0, dead, learning_rate."""
+
+    def summary(self) -> str:
+        if not self.history:
+            return f"{self.dictionary}, no record of its training"
+        last = self.history[-1]
+        return (
+            f"{self.dictionary}, trained on {last['tokens']:,.0f} tokens\n"
+            f"  last batch: loss {last['loss']:.4g}, variance explained {last['variance_explained']:.4f}, "
+            f"L0 {last['l0']:.4g}, dead latents {last['dead']:,.0f} of {self.dictionary.d_sae:,}"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return {"dictionary": repr(self.dictionary), "history": [dict(record) for record in self.history]}
+
+    def rows(self) -> list[dict[str, Any]]:
+        return [dict(record) for record in self.history]
+
+    def drawing(self) -> Markup:
+        from cutaway.draw.charts import line_svg
+
+        def curve(name: str, label: str) -> Markup:
+            x, y = ([record[key] for record in self.history] for key in ("tokens", name))
+            return line_svg(series=[{"name": label, "x": x, "y": y}], title=label, x_label="tokens", y_label=label)
+
+        return curve("variance_explained", "variance explained, training batches") + curve("loss", "loss")
 
 
 def tokens_used(job: Job) -> int:
@@ -119,14 +151,29 @@ def train_jobs(
     on_record: Callable[[str, Mapping[str, float]], None] | None = None,
     label: str | None = None,
 ) -> dict[str, Trained]:
-    """Train all to the end, or from where an interrupted run with the same arguments stopped.
+    """Train dictionaries on one stream of activations, or go on where an interrupted run stopped.
 
-    With a `folder` each job's state is written to `folder/NAME/` (to `folder` itself for the one named "") every so
-    many seconds, at the end, and on Ctrl-C; a run that is killed and started again ends with the same bits as one that
-    was not. About `records` records a job are kept as history; `on_record` gets each with the job's name, after a
-    resumption also those of steps that are done again, and `on_begin` each job's trainer before its first step here.
-    Raises `CutawayError` when jobs have different batch sizes, a site is not in the source, the data end early, are not
-    finite, the folder holds another run, or another process is training in it.
+    A run that is killed and started again ends with the same bits as one that was not.
+
+    Args:
+        source: The activations: `Tensors`, `StoreSource`, `LiveRows`.
+        jobs: What to train, by name.
+        folder: Where each job's state is written (to `folder/NAME/`; to `folder` itself for the one named ""), every so
+            many seconds, at the end, and on Ctrl-C. Nowhere if None.
+        seconds_between_checkpoints: How often.
+        records: About how many records of each job are kept as history.
+        on_begin: Gets each job's name and trainer before its first step here.
+        on_record: Gets each job's name and record, after a resumption also those of steps that are done again.
+        label: What the progress line says.
+
+    Returns:
+        What was trained, by name.
+
+    Raises:
+        TooLarge: memory does not hold the parameters with what training keeps of them.
+        BadFile: the folder holds another run, or a damaged checkpoint.
+        CutawayError: jobs have different batch sizes, a site is not in the source, the data end early or are not
+            finite, or another process is training in the folder.
     """
     size = _batch_size(source, jobs)
     paths = {name: None if folder is None else Path(folder) / name / CHECKPOINT for name in jobs}
@@ -202,14 +249,14 @@ def _require_memory(source: Source, jobs: Mapping[str, Job]) -> None:
         return sum(source.ports[site].width for site in sites)
 
     needed = {
-        name: BYTES_A_PARAMETER * job.config.parameters(width(job.reads), width(job.writes or job.reads))
+        name: BYTES_PER_PARAMETER * job.config.parameters(width(job.reads), width(job.writes or job.reads))
         + 2 * 4 * job.config.batch * job.config.d_sae
         for name, job in jobs.items()
     }
     free = available_bytes(torch.device("cpu"))
     if sum(needed.values()) > free:
         largest = max(needed, key=lambda name: needed[name])
-        raise CutawayError(
+        raise TooLarge(
             f"training {_named(jobs)} takes {sum(needed.values()) / 2**30:,.1f} GiB, and {free / 2**30:,.1f} GiB are "
             f"free (d_sae is {jobs[largest].config.d_sae:,}): take fewer latents, or fewer dictionaries at once"
         )
@@ -308,7 +355,7 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
 
 
 def _note(trainers: Iterable[Trainer]) -> str:
-    """The last record of each in a few words; of several, from the least to the greatest."""
+    """The last record of each in a few words; of several, from the smallest to the largest."""
     lasts = [
         {**trainer.history[-1], "dead": trainer.history[-1]["dead"] / trainer.config.d_sae} for trainer in trainers
     ]

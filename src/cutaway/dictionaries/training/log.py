@@ -1,6 +1,6 @@
-"""How a run went, as JSON lines a dictionary, and to wandb or TensorBoard where asked.
+"""How a run went, as JSON lines per dictionary, and to wandb or TensorBoard where asked.
 
-    logs/NAME.jsonl    one object a line: step, tokens, loss and its terms, L0, variance explained, dead, tokens/s
+    logs/NAME.jsonl    one object per line: step, tokens, loss and its terms, L0, variance explained, dead, tokens/s
 
 After a resumption a log holds what the checkpoint knows and no more, so no step is there twice, and no half line.
 """
@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
-from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.errors import CutawayError, MissingExtra
 from cutaway.artifacts.files import disk_errors, note_written, plain, read_bytes, write_text
 from cutaway.dictionaries.training.trainer import Trainer
 
@@ -108,7 +108,7 @@ class _Wandb:
         try:
             import wandb  # pyright: ignore[reportMissingImports]
         except ImportError as error:
-            raise CutawayError("logging to wandb takes the library: pip install 'cutaway[wandb]'") from error
+            raise MissingExtra("logging to wandb takes the library: pip install 'cutaway[wandb]'") from error
         name = None if folder is None else folder.name
         self.run: Any = wandb.init(project="cutaway", name=name, id=identity[:16], resume="allow", dir=folder)
 
@@ -129,7 +129,7 @@ class _TensorBoard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise CutawayError("logging to TensorBoard takes it: pip install 'cutaway[tensorboard]'") from error
+            raise MissingExtra("logging to TensorBoard takes it: pip install 'cutaway[tensorboard]'") from error
         if folder is None:
             raise CutawayError("TensorBoard's files need a folder: give out=")
         self.make: Any = SummaryWriter

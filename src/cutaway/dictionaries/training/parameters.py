@@ -16,7 +16,7 @@ class Plain:
 
 @dataclass(frozen=True, eq=False)
 class Parameters:
-    """Encoder and decoder both hold one latent a row, which the sparse gradients need.
+    """Encoder and decoder both hold one latent per row, which the sparse gradients need.
 
     `blocks` are the widths of the tensors that the decoder writes, more than one for a crosscoder.
     """

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.dictionaries.dictionary import Kind
+from cutaway.dictionaries.dictionary import DictionaryKind
 from cutaway.dictionaries.training.config import Resample, TrainConfig
 from cutaway.dictionaries.training.rules import BatchTopKRule, GatedRule, JumpReLURule, ReLURule, TopKRule
 from cutaway.dictionaries.training.terms import (
@@ -76,16 +76,18 @@ class _Run:
 
 @dataclass(frozen=True)
 class Preset:
-    """`source`: who, year, and arXiv number or version; `kind` of dictionary; `what` it is in one line.
-
-    `control` says what sets its sparsity: "k", the `sparsity` "coefficient", or that or a target `l0`.
-    """
+    """A published way of training."""
 
     source: str
-    kind: Kind
+    """Who, year, and arXiv number or version."""
+    kind: DictionaryKind
+    """The kind of dictionary."""
     what: str
+    """What it is, in one line."""
     control: Control
+    """What sets its sparsity: "k", the `sparsity` "coefficient", or that or a target `l0`."""
     values: Callable[[_Run], dict[str, Any]] = field(repr=False)
+    """The fields of `TrainConfig` for a run."""
 
 
 def preset(
@@ -101,13 +103,28 @@ def preset(
     seed: int = 0,
     **overrides: Any,
 ) -> TrainConfig:
-    """The configuration of a preset for inputs of width `d_in` (all together for a crosscoder).
+    """The configuration of a published way of training.
 
-    `d_sae` is 16·d_in unless given. Sparsity is set by what `PRESETS[name].control` says: `k` active latents a token
-    (32 unless given), the coefficient `sparsity` of its sparsity term, or for JumpReLU a target `l0`, which replaces
-    that term by a quadratic one. `overrides` are fields of `TrainConfig`, as values or as read from a file; they win.
+    Args:
+        name: One of `PRESETS`.
+        d_in: Width of what is read (all together for a crosscoder).
+        d_sae: Latents; 16 · d_in if None.
+        k: Active latents per token, where `PRESETS[name].control` says so; 32 if None.
+        sparsity: The coefficient of its sparsity term; the published one, scaled to the width, if None.
+        l0: For JumpReLU a target, which replaces that term by a quadratic one.
+        tokens: Tokens to train on; 4 million if None.
+        batch: Tokens per step; 512 if None.
+        seed: Of the first weights.
+        **overrides: Fields of `TrainConfig`, as values or as read from a file; they win.
 
-    Raises `CutawayError` for an unknown preset, a control that it does not have, and fields that are unknown or wrong.
+    Returns:
+        The configuration.
+
+    Raises:
+        CutawayError: the preset is unknown or has no such control, or a field is unknown or wrong.
+
+    Example:
+        >>> preset("openai-topk", d_in=256, k=64, learning_rate=1e-4)
     """
     chosen = PRESETS.get(name)
     if chosen is None:

@@ -48,60 +48,84 @@ Numbers = Annotated[tuple[float, ...], BeforeValidator(_several)]
 
 @dataclass(frozen=True)
 class Plan(Plain):
-    """One dictionary: what it reads, what it writes if that is something else, and fields of its `TrainConfig`.
-
-    `preset` says where `config` came from, for those who read it; it sets nothing.
-    """
+    """One dictionary of a recipe."""
 
     reads: Texts
+    """The sites that it reads."""
     writes: Texts = ()
+    """The sites that it writes, if others."""
     preset: str = ""
+    """Where `config` came from, for those who read it; it sets nothing."""
     config: dict[str, Any] = member(default_factory=dict)
+    """Fields of its `TrainConfig`."""
 
 
 @dataclass(frozen=True)
 class Recipe(Plain):
-    """All that decides what is trained.
+    """All that decides what is trained: where activations come from, and a grid of dictionaries, or each by name.
 
-    Where activations come from: `model` (and `other`, a second one for crosscoders) on `corpus`, as `harvest` reads it,
-    or a `store`. Instead of a model's name, `module` is FILE.py:function, which makes one. Of a corpus no more is read
-    than `tokens` / `passes`; `held_out` rows of it are kept for judging. `data_seed` shuffles.
-
-    The grid: every `preset` × `d_sae` × what sets its sparsity (`k`, or `sparsity` or `l0`) × `seed`, on its kind of
-    ports: each `site`, each `site` with the `to` beside it (transcoders), each `crosscoder` (sites with commas
-    between). `options` are other fields of `TrainConfig`. Instead of a grid, `dictionaries` says each by name; then
-    `tokens`, `batch`, one `seed` and `options` hold for all.
+    The grid is every `preset` × `d_sae` × what sets its sparsity (`k`, or `sparsity` or `l0`) × `seed`, on its kind of
+    ports. Where `dictionaries` says each by name, `tokens`, `batch`, one `seed` and `options` hold for all.
     """
 
     model: str | None = None
+    """A model's name."""
     module: str | None = None
+    """Instead of a name, FILE.py:function, which makes the model."""
     other: str | None = None
+    """A second model, for crosscoders between models."""
     store: str | None = None
+    """A harvested store's folder, instead of a model and a corpus."""
     corpus: str | None = None
+    """A text file, a folder of them, or hub:NAME."""
     field: str = "text"
+    """Where a record of the corpus has its text."""
     split: str = "train"
+    """Which split of a data set."""
     document_separator: str | None = None
+    """What stands between documents in .txt files; blank lines if None."""
     context: int | None = None
+    """Tokens that the model reads at once; 256, or all that a smaller model reads, if None."""
     bos: Literal["drop", "keep"] = "drop"
+    """Whether beginning-of-text tokens are trained on."""
     first_position: Literal["drop", "keep"] = "drop"
+    """Whether the first token of each row is."""
     high_norm: float | None = None
+    """Leave out tokens whose vector is longer than so many times the median at any site."""
     passes: int = 4
+    """How often a buffer of activations is used before the next is computed."""
     buffer_tokens: int | None = None
+    """Tokens whose activations are held at once; 262,144, or as many as fill 1 GiB, if None."""
     held_out: int = 0
+    """Rows that are kept out of training, for judging."""
     data_seed: int = 0
+    """Shuffles documents, rows and tokens."""
     site: Texts = ()
+    """Sites or wildcards to read, each by a dictionary of its own."""
     to: Texts = ()
+    """What each `site` is to be written as: transcoders."""
     crosscoder: Texts = ()
+    """Sites with commas between, which one dictionary reads and writes together."""
     preset: Texts = ()
+    """Names of `PRESETS`; "batchtopk" if empty."""
     d_sae: Counts = ()
+    """Latents; 16 times the width of what is read if empty."""
     k: Counts = ()
+    """Active latents per token, for presets that set them."""
     sparsity: Numbers = ()
+    """The coefficient of the sparsity term, for presets that have one."""
     l0: Numbers = ()
+    """For JumpReLU: drive the number of active latents to this instead."""
     seed: Counts = ()
+    """Of the first weights."""
     tokens: int | None = None
+    """Tokens to train on, each counted whenever it is used; 4 million if None."""
     batch: int | None = None
+    """Tokens per step; 512 if None."""
     options: dict[str, Any] = member(default_factory=dict)
+    """Other fields of `TrainConfig`."""
     dictionaries: dict[str, Plan] = member(default_factory=dict)
+    """Instead of a grid, each dictionary by name."""
 
     @classmethod
     def of(cls, values: Mapping[str, Any], where: str = "the recipe") -> "Recipe":

@@ -15,7 +15,7 @@ from torch import Tensor
 from cutaway.artifacts.errors import CutawayError
 from cutaway.dictionaries import sparse
 from cutaway.dictionaries.sparse import Places
-from cutaway.dictionaries.training.code import Code, DenseCode, Jump
+from cutaway.dictionaries.training.code import Code, DenseCode, StraightThroughJump
 from cutaway.dictionaries.training.parameters import Parameters, Plain
 
 # With bfloat16 a pre-activation is off by about 2^-9 of the typical size of one summand times √d; this many standard
@@ -38,15 +38,16 @@ class ReLURule(Plain):
 
 @dataclass(frozen=True)
 class TopKRule(Plain):
-    """The k largest of each token; by_norm: the largest h·‖W_dec‖, for decoders whose norms are free.
-
-    `start_k`: as many at the start, falling linearly to k over the first `anneal` share of training.
-    """
+    """The k largest pre-activations of each token."""
 
     k: int
+    """Active latents per token."""
     by_norm: bool = False
+    """Take the largest h·‖W_dec‖ instead, for decoders whose norms are free."""
     start_k: int | None = None
+    """As many at the start, falling linearly to k; k throughout if None."""
     anneal: float = 0.0
+    """The first share of training, over which k falls."""
     kind: Literal["topk"] = "topk"
 
     def at(self, progress: float) -> "TopKRule":
@@ -77,15 +78,16 @@ class TopKRule(Plain):
 
 @dataclass(frozen=True)
 class BatchTopKRule(Plain):
-    """The k·n largest positive pre-activations of a batch of n tokens; by_norm: the largest h·‖W_dec‖.
-
-    `start_k` and `anneal` as in `TopKRule`.
-    """
+    """The k·n largest positive pre-activations of a batch of n tokens."""
 
     k: int
+    """Active latents per token, on average."""
     by_norm: bool = False
+    """Take the largest h·‖W_dec‖ instead, for decoders whose norms are free."""
     start_k: int | None = None
+    """As many at the start, falling linearly to k; k throughout if None."""
     anneal: float = 0.0
+    """The first share of training, over which k falls."""
     kind: Literal["batchtopk"] = "batchtopk"
 
     def at(self, progress: float) -> "BatchTopKRule":
@@ -132,14 +134,17 @@ class GatedRule(Plain):
 
 @dataclass(frozen=True)
 class JumpReLURule(Plain):
-    """h > θ with a straight-through gradient of width `bandwidth`; see `code.Jump`.
+    """h > θ with a straight-through gradient of width `bandwidth`; see `code.StraightThroughJump`.
 
     θ is learned as it is, in float32, and set back to 0 where a step takes it below; its logarithm would hardly move.
     """
 
     bandwidth: float = 0.001
+    """Width of the window around θ that gradients pass through."""
     initial_threshold: float = 0.001
+    """θ of every latent at the start."""
     through_pre: bool = False
+    """Whether gradients of the jump reach h too, not θ alone."""
     kind: Literal["jumprelu"] = "jumprelu"
 
     def __post_init__(self) -> None:
@@ -152,7 +157,7 @@ class JumpReLURule(Plain):
 
     def values(self, code: Code, parameters: Parameters) -> Tensor:
         assert parameters.threshold is not None
-        return Jump.apply(code.pre, code.at(parameters.threshold), self.bandwidth, self.through_pre)
+        return StraightThroughJump.apply(code.pre, code.at(parameters.threshold), self.bandwidth, self.through_pre)
 
 
 Rule = ReLURule | TopKRule | BatchTopKRule | GatedRule | JumpReLURule

@@ -23,7 +23,7 @@ from torch import Tensor
 from cutaway.artifacts.errors import CutawayError
 
 Normalise = Literal["none", "mean_norm", "mean_square", "centred", "whiten"]
-_LEAST_VARIANCE = 1e-6  # of the largest; directions with less are not blown up further
+_MIN_VARIANCE = 1e-6  # of the largest; directions with less are not blown up further
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +92,7 @@ def _whitening(x: Tensor) -> Scaling:
         raise CutawayError(f"whitening {d} dimensions needs more than {d} tokens at the start; there are {n}")
     mean = x.double().mean(0)
     values, vectors = torch.linalg.eigh(torch.cov((x.double() - mean).T))
-    root = values.clamp_min(_LEAST_VARIANCE * values.max()).sqrt()
+    root = values.clamp_min(_MIN_VARIANCE * values.max()).sqrt()
     if not root.max() > 0:
         raise CutawayError("all activations of the first batch are the same: there is nothing to learn from them")
     matrix, inverse = (vectors / root) @ vectors.T, (vectors * root) @ vectors.T

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.errors import CutawayError, NoSuchSite
 from cutaway.artifacts.manifest import json_hash
 from cutaway.data.corpus.corpus import rows_hash
 from cutaway.data.harvest.activations import counted, harvest_sites, shuffled_batches
@@ -25,10 +25,18 @@ _BUFFER_BYTES = 1 << 30
 
 
 class Tensors:
-    """Activations at hand: each site [n, width], shuffled anew in each pass."""
+    """Activations at hand, shuffled anew in each pass.
+
+    Args:
+        values: Activations [n, width] by site, of the same tokens.
+        seed: Of the orders.
+        model: Whose they are: "id", "revision", "weight_hash"; goes into the dictionary.
+
+    Raises:
+        CutawayError: the sites have different numbers of tokens.
+    """
 
     def __init__(self, values: Mapping[str, Tensor], *, seed: int = 0, model: Mapping[str, Any] | None = None) -> None:
-        """Raises `CutawayError` when the sites have different numbers of tokens."""
         if len({len(value) for value in values.values()}) != 1:
             raise CutawayError("the sites' activations must be of the same tokens, so as many of each")
         self.values, self.seed = dict(values), seed
@@ -67,15 +75,21 @@ class Tensors:
 class StoreSource:
     """A harvested store: all its tokens in one random order, in another one each epoch, endlessly.
 
-    `sites` are those to read, all if None; sites by head are flattened.
+    Args:
+        store: The store, or its folder.
+        sites: Those to read, all if None; sites by head are flattened.
+        seed: Of the orders.
+
+    Raises:
+        NoSuchSite: the store does not hold a site.
+        CutawayError: as `Store.open`.
     """
 
     def __init__(self, store: Store | str | Path, sites: str | Sequence[str] | None = None, *, seed: int = 0) -> None:
-        """Raises `CutawayError` as `Store.open`, and for a site that the store does not hold."""
         self.store = store if isinstance(store, Store) else Store.open(store)
         names = list(self.store.sites) if sites is None else [sites] if isinstance(sites, str) else list(sites)
         if missing := [name for name in names if name not in self.store.sites]:
-            raise CutawayError(f"the store has no site '{missing[0]}'; it has {', '.join(self.store.sites)}")
+            raise NoSuchSite(f"the store has no site '{missing[0]}'; it has {', '.join(self.store.sites)}")
         self.seed = seed
         manifest = self.store.manifest
         model = {} if manifest.model is None else asdict(manifest.model)
@@ -113,13 +127,23 @@ class StoreSource:
 
 
 class LiveRows:
-    """Models run on rows of tokens [n, p]: one forward a model gives all sites, a buffer of tokens at a time and
-    `passes` times (see `shuffled_batches`).
+    """Models run on rows of tokens: one forward of each gives all sites, a buffer of tokens at a time.
 
-    `sites` may be wildcards. With several models, which must read the same token ids, a port is called "MODEL:SITE",
-    and a site without a model is that of each. `rules` leave out BOS, first positions and tokens whose vector is
-    `high_norm` times longer than the median at any site (of the first 4,096 tokens). A buffer holds 2¹⁸ tokens, or as
-    many as fill 1 GiB if that is fewer.
+    Args:
+        models: One, or several that read the same token ids.
+        rows: Token ids [n, p].
+        sites: Sites or wildcards. Of several models a port is called "MODEL:SITE", and a site without a model is that
+            of each.
+        rules: Leave out BOS, first positions, and tokens whose vector is `high_norm` times longer than the median at
+            any site (of the first 4,096 tokens); `Rules()` if None.
+        passes: How often each buffer is used.
+        buffer_tokens: Tokens that a buffer holds; 2¹⁸, or as many as fill 1 GiB if that is fewer, if None.
+        seed: Of the orders.
+        low_precision: Whether the models' products run in bfloat16.
+
+    Raises:
+        NoSuchSite: a model lacks a site.
+        CutawayError: there is no model, the rows are none of theirs, or `passes` is less than 1.
     """
 
     def __init__(
@@ -227,7 +251,7 @@ def find_ports(models: Sequence[LanguageModel], sites: str | Sequence[str]) -> d
 
 
 def model_labels(models: Sequence[LanguageModel]) -> tuple[str, ...]:
-    """The models' names, told apart by number where they are equal."""
+    """The models' names, numbered where they are equal."""
     names = [lm.name for lm in models]
     return tuple(f"{name} ({i + 1})" if names.count(name) > 1 else name for i, name in enumerate(names))
 

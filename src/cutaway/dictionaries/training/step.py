@@ -1,7 +1,7 @@
 """One training step: the loss of a batch and its gradients, dense or along the active places.
 
 Both ways run the same terms (`terms.py`) on the same pre-activations. The dense one multiplies whole tables; the sparse
-one only gathers and sums what is active, so the encoding, 2·d·F operations a token, is the only dense product of it
+one only gathers and sums what is active, so the encoding, 2·d·F operations per token, is the only dense product of it
 (dense autograd needs 12·d·F). Sparse is taken where few enough places have a value or a gradient, which is known before
 anything is differentiated; it is exact, and the tests hold it against dense autograd.
 """
@@ -25,13 +25,27 @@ _DENSE_FROM = 12
 Way = Literal["auto", "dense", "sparse"]
 
 
+@dataclass(frozen=True, eq=False)
+class TrainingState:
+    """Where a training stands: what terms depend on beside the batch."""
+
+    dead: Tensor | None = None
+    """Numbers of dead latents [m], ascending; None is none."""
+    variance: float = 1.0
+    """mean (y − ȳ)² over a first sample."""
+    progress: float = 1.0
+    """The share of training that is over."""
+
+
 @dataclass(frozen=True)
 class StepResult:
-    """`terms`: each term's value by name, 0-d; `reconstruction`: mean_b Σ_d e²; `fired` [F]: in how many tokens."""
+    """`terms`: each term's value by name, 0-d; `reconstruction`: mean_b Σ_d e²; `active_tokens` [F]: in how many
+    tokens.
+    """
 
     terms: Mapping[str, Tensor]
     reconstruction: Tensor
-    fired: Tensor
+    active_tokens: Tensor
     threshold: Tensor | None
     gradients: Parameters
     sparse: bool
@@ -48,23 +62,22 @@ def step(
     terms: Sequence[Term],
     x: Tensor,
     y: Tensor | None = None,
+    state: TrainingState | None = None,
     *,
     subtract_b_dec: bool = True,
-    dead: Tensor | None = None,
-    variance: float = 1.0,
-    progress: float = 1.0,
     low_precision: bool = False,
     way: Way = "auto",
     downstream: Callable[[Tensor], Tensor] | None = None,
 ) -> StepResult:
     """Loss and gradients on a batch x [n, d_in] that is to be written as y [n, d_out] (x if None).
 
-    `dead` [m] are the numbers of dead latents, ascending. `low_precision` finds candidates with a bfloat16 product and
-    scores them again in full precision: TopK a quarter more than k, BatchTopK an eighth more, the others all that lie
-    within eight standard deviations of bfloat16's error of their bound; so what is chosen differs only where bfloat16
-    errs by more.
+    `state` is that of the end of training without dead latents if None. `low_precision` finds candidates with a
+    bfloat16 product and scores them again in full precision: TopK a quarter more than k, BatchTopK an eighth more, the
+    others all that lie within eight standard deviations of bfloat16's error of their bound; so what is chosen differs
+    only where bfloat16 errs by more.
     """
     y = x if y is None else y
+    state = state or TrainingState()
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in parameters.tensors().items()}
     live = Parameters.of(leaves, blocks=parameters.blocks)
     centred = x - parameters.decoder_bias.detach() if subtract_b_dec else x
@@ -84,8 +97,8 @@ def step(
 
         forward = Forward(
             live, rule, x, y, code, pre_of,
-            dead=none if dead is None else dead,
-            variance=variance, progress=progress, downstream=downstream,
+            dead=none if state.dead is None else state.dead,
+            variance=state.variance, progress=state.progress, downstream=downstream,
         )  # fmt: skip
         values = _named(terms, forward)
         torch.stack(list(values.values())).sum().backward()
@@ -95,7 +108,7 @@ def step(
         return StepResult(
             terms={name: value.detach() for name, value in values.items()},
             reconstruction=forward.error.detach().square().sum() / len(x),
-            fired=code.per_latent(active.to(x.dtype)),
+            active_tokens=code.per_latent(active.to(x.dtype)),
             threshold=_least(code, active, rule, parameters),
             gradients=Parameters.of(gradients, blocks=parameters.blocks),
             sparse=isinstance(code, SparseCode),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.dictionaries import sparse
-from cutaway.dictionaries.training.code import Code, Over
+from cutaway.dictionaries.training.code import Code, StraightThroughStep
 from cutaway.dictionaries.training.parameters import Parameters, Plain
 from cutaway.dictionaries.training.rules import BatchTopKRule, JumpReLURule, Rule, TopKRule
 
@@ -95,7 +95,9 @@ class Reconstruction(Plain):
     """weight · e² as `form` says (see `Forward.reduce`)."""
 
     form: Form = "sum"
+    """How e² is reduced: "sum", "mean", "fvu", "variance" (see `Forward.reduce`)."""
     weight: float = 1.0
+    """Its weight."""
     kind: Literal["reconstruction"] = "reconstruction"
 
     def __call__(self, f: Forward) -> Tensor:
@@ -110,9 +112,13 @@ class Matryoshka(Plain):
     """
 
     prefixes: tuple[float, ...] = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
+    """Shares of the latents, ascending, the last 1."""
     form: Form = "sum"
+    """As of `Reconstruction`."""
     average: bool = False
+    """The mean over levels instead of their sum."""
     bias_level: bool = False
+    """Add the level with no latent at all."""
     kind: Literal["matryoshka"] = "matryoshka"
 
     def __post_init__(self) -> None:
@@ -140,12 +146,13 @@ class Matryoshka(Plain):
 
 @dataclass(frozen=True)
 class EndToEnd(Plain):
-    """weight · mean KL(model ‖ model with ŷ in place of y) in nats a token (Braun et al. 2024, arXiv 2405.12241).
+    """weight · mean KL(model ‖ model with ŷ in place of y) in nats per token (Braun et al. 2024, arXiv 2405.12241).
 
     Only where training runs the model on: see `train_end_to_end`.
     """
 
     weight: float = 1.0
+    """Its weight."""
     kind: Literal["end_to_end"] = "end_to_end"
 
     def __call__(self, f: Forward) -> Tensor:
@@ -165,10 +172,15 @@ class Lp(Plain):
     """
 
     coefficient: float
+    """Its coefficient λ."""
     p: float = 1.0
+    """The power."""
     norms: Norms = "none"
+    """What w is: 1 ("none"), ‖D_i‖ ("l2"), or the sum of its blocks' lengths ("sum")."""
     of: Literal["activations", "gate"] = "activations"
+    """With "gate": on relu(gate) of a gated dictionary instead of on a."""
     warmup: float = 0.0
+    """The share of training over which the coefficient rises from 0."""
     kind: Literal["lp"] = "lp"
 
     def __call__(self, f: Forward) -> Tensor:
@@ -182,7 +194,9 @@ class L0(Plain):
     """coefficient · mean_b Σ_i 1[h_i > θ_i], θ learned straight through (arXiv 2407.14435). JumpReLU only."""
 
     coefficient: float
+    """Its coefficient λ."""
     warmup: float = 0.0
+    """The share of training over which the coefficient rises from 0."""
     kind: Literal["l0"] = "l0"
 
     def __call__(self, f: Forward) -> Tensor:
@@ -197,9 +211,13 @@ class QuadraticL0(Plain):
     """
 
     target: float
+    """Active latents per token, L*."""
     coefficient: float = 1.0
+    """Its coefficient."""
     per: Literal["token", "batch"] = "batch"
+    """Whether each token's L0 is driven, or the batch's mean."""
     warmup: float = 0.0
+    """The share of training over which the coefficient rises from 0."""
     kind: Literal["quadratic_l0"] = "quadratic_l0"
 
     def __call__(self, f: Forward) -> Tensor:
@@ -216,9 +234,13 @@ class Tanh(Plain):
     """coefficient · mean_b Σ_i tanh(scale · a_i · w_i), w as in `Lp` (Anthropic, January 2025)."""
 
     coefficient: float
+    """Its coefficient λ."""
     scale: float = 4.0
+    """What a is multiplied by."""
     norms: Norms = "l2"
+    """As of `Lp`."""
     warmup: float = 1.0
+    """The share of training over which the coefficient rises from 0."""
     kind: Literal["tanh"] = "tanh"
 
     def __call__(self, f: Forward) -> Tensor:
@@ -234,8 +256,11 @@ class PreActivation(Plain):
     """
 
     coefficient: float
+    """Its coefficient."""
     norms: Norms = "l2"
+    """As of `Lp`."""
     dead_only: bool = False
+    """On dead latents alone."""
     kind: Literal["pre_activation"] = "pre_activation"
 
     def __call__(self, f: Forward) -> Tensor:
@@ -261,9 +286,13 @@ class AuxK(Plain):
     """
 
     coefficient: float = 1 / 32
+    """Its coefficient."""
     k: int | None = None
+    """How many dead latents per token; d/2 if None."""
     form: Literal["sum", "mean", "fvu", "residual", "token"] = "residual"
+    """How the error is reduced (see above)."""
     by_share: bool = False
+    """Scale by min(number of dead / k, 1)."""
     kind: Literal["auxk"] = "auxk"
 
     def __call__(self, f: Forward) -> Tensor:
@@ -293,8 +322,11 @@ class MultiTopK(Plain):
     """weight · e² of the reconstruction by `factor` times as many latents (arXiv 2406.04093). TopK only; dense."""
 
     factor: int = 4
+    """How many times k."""
     weight: float = 1 / 8
+    """Its weight."""
     form: Form = "fvu"
+    """As of `Reconstruction`."""
     kind: Literal["multi_topk"] = "multi_topk"
 
     def __call__(self, f: Forward) -> Tensor:
@@ -317,6 +349,7 @@ class GatedAuxiliary(Plain):
     """
 
     weight: float = 1.0
+    """Its weight."""
     kind: Literal["gated_auxiliary"] = "gated_auxiliary"
 
     def __call__(self, f: Forward) -> Tensor:
@@ -360,7 +393,9 @@ def _over(f: Forward) -> Tensor:
     """1[h > θ] as the code's values are laid out."""
     assert isinstance(f.rule, JumpReLURule)
     assert f.parameters.threshold is not None
-    return Over.apply(f.code.pre, f.code.at(f.parameters.threshold), f.rule.bandwidth, f.rule.through_pre)
+    return StraightThroughStep.apply(
+        f.code.pre, f.code.at(f.parameters.threshold), f.rule.bandwidth, f.rule.through_pre
+    )
 
 
 def _or_infinite(divisor: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.errors import BadFile, CutawayError
 from cutaway.artifacts.files import write_safetensors
 from cutaway.dictionaries.dictionary import Dictionary, Port, log_sparsity
 from cutaway.dictionaries.selectors import BatchTopK, Gated, JumpReLU, ReLU, Selector, TopK
@@ -17,7 +17,7 @@ from cutaway.dictionaries.training.initial import initial_parameters, scale_enco
 from cutaway.dictionaries.training.parameters import Parameters
 from cutaway.dictionaries.training.rules import BatchTopKRule, GatedRule, JumpReLURule, TopKRule
 from cutaway.dictionaries.training.scaling import Scaling, fit, per_token, undo_per_token
-from cutaway.dictionaries.training.step import StepResult, step
+from cutaway.dictionaries.training.step import StepResult, TrainingState, step
 
 _THRESHOLD_MEMORY = 0.99  # of the running threshold of BatchTopK (as SAELens; the bias of its start is taken out)
 
@@ -49,21 +49,7 @@ class Trainer:
         x = self.scaling_in.apply(x)
         target = x if y is None else self.scaling_out.apply(target)
         self.variance: float = (target - target.mean(0)).square().mean().item()
-        self.parameters = initial_parameters(
-            x,
-            target,
-            config.selector,
-            d_sae=config.d_sae,
-            how=config.initial,
-            decoder_norm=1.0 if config.decoder_norm == "unit" else config.initial_norm,
-            b_dec=config.b_dec,
-            subtract_b_dec=config.subtract_b_dec,
-            active=config.active,
-            centre_encoder=config.centre_encoder,
-            skip=config.skip,
-            blocks=self.blocks,
-            seed=config.seed,
-        )
+        self.parameters = initial_parameters(x, target, config, self.blocks)
         if config.decoder_norm == "unit":  # "uniform" rows and those of a crosscoder's blocks begin otherwise
             decoder = self.parameters.decoder
             decoder.div_(torch.linalg.vector_norm(decoder, dim=1, keepdim=True))
@@ -71,7 +57,7 @@ class Trainer:
             scale_encoder(self.parameters, x, config.selector, config.encoder_scale, config.subtract_b_dec)
         device = x.device
         self.silent = torch.zeros(config.d_sae, dtype=torch.int64, device=device)
-        self.fired = torch.zeros(config.d_sae, dtype=torch.float64, device=device)
+        self.active_tokens = torch.zeros(config.d_sae, dtype=torch.float64, device=device)
         self.running_threshold = torch.zeros(2, dtype=torch.float64)  # its weighted sum, and the sum of the weights
         self.steps_done = 0
         self.history: list[dict[str, float]] = []
@@ -116,10 +102,8 @@ class Trainer:
             config.terms,
             x,
             y,
+            TrainingState(self.dead(), self.variance, progress),
             subtract_b_dec=config.subtract_b_dec,
-            dead=self.dead(),
-            variance=self.variance,
-            progress=progress,
             low_precision=config.low_precision,
             downstream=None if downstream is None else lambda written: downstream(self._written(written, raw)),
         )
@@ -127,9 +111,9 @@ class Trainer:
             _checked(x, self.steps_done)
             raise CutawayError(f"training diverged at step {self.steps_done}: lower the learning rate")
         self._update(result.gradients)
-        self.silent.add_(len(x)).masked_fill_(result.fired > 0, 0)
+        self.silent.add_(len(x)).masked_fill_(result.active_tokens > 0, 0)
         if self.steps_done >= self._counting_from:
-            self.fired += result.fired
+            self.active_tokens += result.active_tokens
         if result.threshold is not None:
             now = torch.tensor([result.threshold.item(), 1.0], dtype=torch.float64)
             self.running_threshold.lerp_(now, 1 - _THRESHOLD_MEMORY)
@@ -162,7 +146,7 @@ class Trainer:
 
     @property
     def _counting_from(self) -> int:
-        """Firings are counted in the last quarter of the steps: of the latents as they end, not as they began."""
+        """Activations are counted in the last quarter of the steps: of the latents as they end, not as they began."""
         return self.config.steps * 3 // 4
 
     def dead(self) -> Tensor:
@@ -223,7 +207,7 @@ class Trainer:
         )
 
     def _selector(self, scale: Tensor | float = 1.0) -> Selector:
-        """The finished selector; pre-activations were multiplied by `scale`, a number or one a latent [F]."""
+        """The finished selector; pre-activations were multiplied by `scale`, a number or one per latent [F]."""
         rule, p = self.config.selector, self.parameters
         if isinstance(rule, TopKRule):
             return TopK(rule.k)
@@ -253,7 +237,7 @@ class Trainer:
         """The dictionary as it is now, scales folded in, so that it reads and writes the model's own units.
 
         All selectors commute with one positive factor for all latents, so h and a are divided by the scale of what is
-        written. All but TopK and BatchTopK also do with one a latent; there, and where these select by h·‖D‖, decoder
+        written. All but TopK and BatchTopK also do with one per latent; there, and where these select by h·‖D‖, decoder
         norms are folded into the encoder, so that a is the length of what its latent adds. A crosscoder that
         does not select so keeps its own; how they compare between its blocks is kept in any case.
         """
@@ -290,7 +274,7 @@ class Trainer:
             selector=self._selector(factor),
             site=reads[0].site,
             model=dict(reads[0].model),
-            sparsity=log_sparsity(self.fired / counted) if counted > 0 else None,
+            sparsity=log_sparsity(self.active_tokens / counted) if counted > 0 else None,
             metadata=dict(metadata or {}),
             reads=reads if len(reads) > 1 or writes else (),
             writes=tuple(writes) if writes and tuple(writes) != reads else (),
@@ -315,7 +299,7 @@ class Trainer:
             "loss": result.loss.item(),
             **{name: value.item() for name, value in result.terms.items()},
             "variance_explained": 1 - result.reconstruction.item() / max(variance, 1e-30),
-            "l0": result.fired.sum().item() / len(prepared),
+            "l0": result.active_tokens.sum().item() / len(prepared),
             "dead": len(self.dead()),
             "learning_rate": self.config.rate(self.steps_done - 1),
         }
@@ -328,7 +312,7 @@ class Trainer:
                 tensors[f"adam.{name}.{key}"] = value
         for side, scaling in (("in", self.scaling_in), ("out", self.scaling_out)):
             tensors |= {f"scaling.{side}.{name}": tensor for name, tensor in scaling.tensors().items()}
-        tensors |= {"silent": self.silent, "fired": self.fired, "running_threshold": self.running_threshold}
+        tensors |= {"silent": self.silent, "fired": self.active_tokens, "running_threshold": self.running_threshold}
         record = {
             "config": json.dumps(self.config.to_json()),
             "source": source,
@@ -352,16 +336,16 @@ class Trainer:
                 # cloned, since a tensor inside the file's buffer is aligned otherwise, and products round accordingly
                 tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
-            raise CutawayError(f"{path} is not a readable checkpoint ({error}): {way_out}") from error
+            raise BadFile(f"{path} is not a readable checkpoint ({error}): {way_out}") from error
         if record.get("config") != json.dumps(config.to_json()):
-            raise CutawayError(f"{path} is of a training run with another configuration: {way_out}")
+            raise BadFile(f"{path} is of a training run with another configuration: {way_out}")
         if record.get("source") != source:
-            raise CutawayError(f"{path} is of a training run on other activations: {way_out}")
+            raise BadFile(f"{path} is of a training run on other activations: {way_out}")
         try:
             return cls._from(config, tensors, record)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             said = " ".join(str(error).split())[:100]
-            raise CutawayError(f"{path} is damaged ({type(error).__name__}: {said}): {way_out}") from error
+            raise BadFile(f"{path} is damaged ({type(error).__name__}: {said}): {way_out}") from error
 
     @classmethod
     def _from(cls, config: TrainConfig, tensors: dict[str, Tensor], record: Mapping[str, str]) -> "Trainer":
@@ -383,7 +367,7 @@ class Trainer:
             )
             for side in ("in", "out")
         )
-        trainer.silent, trainer.fired = tensors["silent"], tensors["fired"]
+        trainer.silent, trainer.active_tokens = tensors["silent"], tensors["fired"]
         trainer.running_threshold = tensors["running_threshold"].cpu()
         trainer.steps_done = int(record["steps_done"])
         trainer.history = json.loads(record["history"])
@@ -414,7 +398,7 @@ class Trainer:
         for name, tensor in p.tensors().items():
             if tuple(tensor.shape) != shapes[name] or not tensor.is_floating_point():
                 raise ValueError(f"{name} has the shape {list(tensor.shape)}")
-        if self.silent.shape != (f,) or self.fired.shape != (f,) or self.running_threshold.shape != (2,):
+        if self.silent.shape != (f,) or self.active_tokens.shape != (f,) or self.running_threshold.shape != (2,):
             raise ValueError("its counts of latents have another shape")
 
 
