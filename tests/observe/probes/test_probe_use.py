@@ -7,9 +7,9 @@ import torch
 from cutaway.artifacts.errors import CutawayError
 from cutaway.model.language_model import LanguageModel
 from cutaway.observe.probes.data import probe_data, read_site
-from cutaway.observe.probes.fit import choose
+from cutaway.observe.probes.fitting import choose
 from cutaway.observe.probes.sweep import Probe, ProbeSweep, probe_sweep
-from cutaway.observe.probes.use import ACTIONS, Answers, Editor, Use, answer_tokens, use, use_in_folds
+from cutaway.observe.probes.usage import ACTIONS, Answers, Editor, Use, answer_tokens, use, use_in_folds
 
 A, B = 20, 30
 SITE = "blocks.2.resid_post"  # the last layer of the small models
@@ -122,7 +122,7 @@ def test_own_answers_and_the_positive_classs_answer_are_the_same_measurement(
 def test_no_text_is_edited_along_a_direction_that_it_helped_to_find(
     llama: LanguageModel, causal: ProbeSweep, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import cutaway.observe.probes.use as module
+    import cutaway.observe.probes.usage as module
 
     seen: list[tuple[set[bytes], set[bytes]]] = []
     real = module._changes
@@ -158,7 +158,7 @@ def test_one_head_and_a_mean_over_tokens(llama: LanguageModel, texts: list[list[
 def test_a_probe_of_another_model_and_a_metric_of_the_wrong_shape_are_refused(
     llama: LanguageModel, causal: ProbeSweep
 ) -> None:
-    from cutaway.observe.untrained import untrained
+    from cutaway.observe.random_weights import untrained
 
     with pytest.raises(CutawayError, match="fit it anew"):
         use(untrained(llama), causal.best.probe, causal.data, difference)

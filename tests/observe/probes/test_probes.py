@@ -24,10 +24,10 @@ from cutaway.observe.probes.controls import (
     shuffled_labels,
 )
 from cutaway.observe.probes.data import collect, probe_data, read_site, site_width
-from cutaway.observe.probes.fit import CrossValidated, Scorer, folds, probabilities, score
+from cutaway.observe.probes.fitting import CrossValidated, Scorer, folds, probabilities, score
 from cutaway.observe.probes.probe import Probe, fit_calibrator, load_probe
 from cutaway.observe.probes.sweep import ProbeSweep, probe_sweep, reliability
-from cutaway.observe.untrained import cascade, untrained
+from cutaway.observe.random_weights import cascade, untrained
 
 
 def rows(n: int = 60, seed: int = 0, low: int = 4, high: int = 10) -> list[list[int]]:
@@ -333,7 +333,7 @@ def test_the_figure_is_scikit_learns_on_hand_collected_activations(
     texts, labels = planted
     x = torch.stack([layers[1][-1] for layers in by_hooks(llama, texts)]).double().numpy()
     y = np.array([label == "up" for label in labels]).astype(int)
-    from cutaway.observe.probes.fit import cross_validate
+    from cutaway.observe.probes.fitting import cross_validate
 
     data = probe_data(llama, texts, labels)
     features = collect(llama, data, "blocks.1.resid_post")["blocks.1.resid_post"]

@@ -17,7 +17,7 @@ from cutaway.data.labelled.words import without_rare
 if TYPE_CHECKING:
     from cutaway.observe.probes.data import ProbeData
     from cutaway.observe.probes.sweep import ProbeSweep
-    from cutaway.observe.probes.use import Use
+    from cutaway.observe.probes.usage import Use
 
 
 def probe(
@@ -128,7 +128,7 @@ def probe(
     import cutaway
     from cutaway.observe.probes.data import probe_data
     from cutaway.observe.probes.sweep import probe_sweep
-    from cutaway.observe.probes.use import answer_tokens, use_in_folds
+    from cutaway.observe.probes.usage import answer_tokens, use_in_folds
 
     command = command_line(
         "probe",

@@ -7,7 +7,7 @@ from cutaway.cli.options import Count, Flag, Page, Seed
 from cutaway.cli.output import command_line, deliver
 
 if TYPE_CHECKING:
-    from cutaway.observe.saliency.report import SaliencyReport
+    from cutaway.observe.saliency_maps.report import SaliencyReport
 
 
 def saliency(
@@ -72,8 +72,8 @@ def saliency(
 
     import cutaway
     from cutaway.observe.attribution.answers import model_answers
-    from cutaway.observe.saliency.methods import METHODS
-    from cutaway.observe.saliency.report import saliency as measure
+    from cutaway.observe.saliency_maps.methods import METHODS
+    from cutaway.observe.saliency_maps.report import saliency as measure
 
     chosen: Any = tuple(dict.fromkeys(method)) if method else METHODS
     command = command_line(

@@ -2,7 +2,7 @@
 
 They are read on `[BOS, r_1 .. r_T, r_1 .. r_T]` with random tokens r (Olsson et al. 2022), so that nothing but position
 and repetition can explain a pattern. Layers without softmax attention (linear attention, state spaces) have no pattern
-and are left out, with the reason (`head_kinds.attention_layers`).
+and are left out, with the reason (`kinds.attention_layers`).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A label says what a head's attention does on the data that the score is read on. It is given by a rule (`LABEL_RULE`),
 and beside it stands what ablating that head alone costs, with other heads' ablation as control. Heads that stand in for
-each other cost little alone and much together: `heads.head_report` ablates groups.
+each other cost little alone and much together: `head_report` ablates groups.
 """
 
 from __future__ import annotations
@@ -276,7 +276,7 @@ def head_table(
     Scores are read on `n` repeated random sequences of `length` tokens, copying on the weights; every head is then
     ablated alone (`ablations`, () for none) on `n` other sequences of `ablation_length` tokens, for the loss on the
     second copy, and, where `inputs` are given, for `metric` on those. `needle` adds the retrieval score on `inputs`.
-    `on` are prompts or rows of a corpus to score heads on as well (`head_text.text_scores`; these kinds end in
+    `on` are prompts or rows of a corpus to score heads on as well (`text_scores`; these kinds end in
     "(text)"); without `inputs` the first 64 tokens of its first 8 rows stand for them.
 
     Raises CutawayError for a model without attention patterns, and a needle without inputs.

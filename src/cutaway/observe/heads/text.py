@@ -26,7 +26,7 @@ OF_REPEATS = ("duplicate", "induction")
 def text_targets(tokens: Tokens, kind: str) -> Tensor:
     """The cells that a kind of head looks for on text, bool [b, q, k].
 
-    As on random tokens (`head_targets.TARGETS`), but a first token is no duplicate: heads rest there, whatever it is.
+    As on random tokens (`targets.TARGETS`), but a first token is no duplicate: heads rest there, whatever it is.
     """
     target = TARGETS[kind](tokens)
     if kind not in OF_REPEATS:

@@ -20,7 +20,7 @@ from scipy.stats import rankdata
 from cutaway.artifacts.results import Control
 from cutaway.artifacts.statistics import bootstrap_interval, ratio_intervals, wilson_interval
 from cutaway.observe.probes.data import ProbeData
-from cutaway.observe.probes.fit import CrossValidated, Kind, Scorer, Split, cross_validate
+from cutaway.observe.probes.fitting import CrossValidated, Kind, Scorer, Split, cross_validate
 
 RESAMPLES = 1000
 
@@ -135,7 +135,7 @@ def chance_p(cv: CrossValidated, labels: np.ndarray, groups: np.ndarray, *, draw
 def _scores_of(
     labels: np.ndarray, scores: np.ndarray, fold: np.ndarray, baseline: np.ndarray, n_classes: int | None
 ) -> np.ndarray:
-    """`probe_fit.score` of many labellings [draws, n] of the same scores, from ranks."""
+    """`fitting.score` of many labellings [draws, n] of the same scores, from ranks."""
     if n_classes is None:
         spread = ((labels - baseline) ** 2).sum(1)
         return 1 - ((labels - scores[:, 0]) ** 2).sum(1) / np.where(spread > 0, spread, np.nan)

@@ -15,7 +15,7 @@ from cutaway.artifacts.files import read_json, take_folder, write_json, write_sa
 from cutaway.artifacts.manifest import Manifest, ModelIdentity, file_hash
 from cutaway.model.language_model import LanguageModel
 from cutaway.observe.probes.data import Position, read_site, site_width
-from cutaway.observe.probes.fit import Weights, probabilities
+from cutaway.observe.probes.fitting import Weights, probabilities
 
 Calibration = Literal["platt", "isotonic"]
 _FORMAT = 1

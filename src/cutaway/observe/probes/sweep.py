@@ -1,7 +1,7 @@
 """Probes: can this be read off the model, where, and how much of it would show without the model?
 
 `probe_sweep` reads every named site in one pass, cross-validates a probe at each, and puts every figure beside its
-controls (`probe_controls`). A probe is a detector, not a cause: `probe_use.use` edits along its direction and
+controls (`controls.py`). A probe is a detector, not a cause: `usage.use_probe` edits along its direction and
 says what the model's answers do.
 """
 
@@ -31,7 +31,7 @@ from cutaway.observe.probes.controls import (
     text_baselines,
 )
 from cutaway.observe.probes.data import Position, ProbeData, collect, probe_data
-from cutaway.observe.probes.fit import (
+from cutaway.observe.probes.fitting import (
     CrossValidated,
     Kind,
     Scorer,
@@ -43,7 +43,7 @@ from cutaway.observe.probes.fit import (
     probabilities,
 )
 from cutaway.observe.probes.probe import Calibration, Probe, describe, fit_calibrator
-from cutaway.observe.untrained import untrained
+from cutaway.observe.random_weights import untrained
 
 _UNTRAINED_LIMIT = 2_000_000_000
 
@@ -247,7 +247,7 @@ def probe_sweep(
 ) -> ProbeSweep:
     """Fit and judge a probe at every site, from one pass over the texts.
 
-    `texts`, `labels`, `position`, `groups`, `regression` are those of `probe_data`; `kind` is one of `probe_fit.KINDS`;
+    `texts`, `labels`, `position`, `groups`, `regression` are those of `probe_data`; `kind` is one of `fitting.KINDS`;
     `head` picks one head of sites that have heads. The score is AUROC (macro, one class against the rest, for more
     than two classes) or R², always out of fold, with a 95 % interval over groups. `draws` is how often labels
     are shuffled and control tasks drawn. `calibration` is fitted inside each training fold.

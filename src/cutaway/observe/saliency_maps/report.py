@@ -21,7 +21,8 @@ from cutaway.artifacts.progress import Progress
 from cutaway.artifacts.results import Control, Effect
 from cutaway.artifacts.statistics import bootstrap_interval
 from cutaway.model.language_model import LanguageModel
-from cutaway.observe.saliency.methods import (
+from cutaway.observe.random_weights import cascade
+from cutaway.observe.saliency_maps.methods import (
     METHODS,
     NOT_SHOWN,
     Baseline,
@@ -33,7 +34,6 @@ from cutaway.observe.saliency.methods import (
     occluded,
     question,
 )
-from cutaway.observe.untrained import cascade
 
 
 def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:

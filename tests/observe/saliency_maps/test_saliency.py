@@ -7,7 +7,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.model.language_model import LanguageModel, attach
-from cutaway.observe.saliency.methods import (
+from cutaway.observe.saliency_maps.methods import (
     METHODS,
     NOT_SHOWN,
     attribute,
@@ -17,7 +17,7 @@ from cutaway.observe.saliency.methods import (
     occlusion,
     question,
 )
-from cutaway.observe.saliency.report import deletion, rank_correlation, saliency
+from cutaway.observe.saliency_maps.report import deletion, rank_correlation, saliency
 
 IDS = [5, 17, 60, 5, 33, 90]
 A, B = 20, 30
@@ -188,7 +188,7 @@ def test_the_checks_leave_the_model_alone_and_stand_beside_each_map(wide: Langua
 
 def test_sanity_is_one_where_training_changed_nothing(wide: LanguageModel) -> None:
     """A model that is its own untrained one: every stage correlates perfectly. The check can say that a map is bad."""
-    from cutaway.observe.untrained import untrained
+    from cutaway.observe.random_weights import untrained
 
     fresh = untrained(wide, 0)
     found = saliency(fresh, [IDS], A, B, methods=["gradient-x-input", "occlusion"], seeds=1, draws=2)

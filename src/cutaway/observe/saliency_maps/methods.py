@@ -6,7 +6,7 @@
     occlusion              f(x) − f(x with the token replaced, or taken out) (Zeiler & Fergus 2014)
 
 f is an answer's logit, or its difference to a wrong answer's, at the last token. Each method stands beside the
-randomised-weights check of Adebayo et al. 2018 (`saliency_checks`): a map that an untrained model gives as well is not
+randomised-weights check of Adebayo et al. 2018 (`report.py`): a map that an untrained model gives as well is not
 about what the model has learned.
 """
 

@@ -35,7 +35,7 @@ from cutaway.model.language_model import LanguageModel
 from cutaway.model.sites import layer_of
 from cutaway.observe.probes.controls import mean_interval
 from cutaway.observe.probes.data import ProbeData, collect
-from cutaway.observe.probes.fit import choose, folds
+from cutaway.observe.probes.fitting import choose, folds
 from cutaway.observe.probes.probe import Probe
 from cutaway.observe.probes.sweep import ProbeSweep
 
