@@ -215,7 +215,7 @@ def heads(tour: Tour) -> page.Section:
             bool(judged[r.kind].labelled()[r.head]),
             *(round(x, 3) for x in (r.score, r.zero, r.mean)),
         )
-        for r in report.rows
+        for r in report.heads
     ]
     note = "A pattern is not a cause: the table and the effects say what is lost without the heads."
     if not does:

@@ -309,7 +309,7 @@ def test_the_cascade_goes_from_the_top_down(llama: LanguageModel) -> None:
 
 
 def test_a_planted_feature_is_found_and_its_controls_are_at_chance(sweep: ProbeSweep) -> None:
-    row = sweep.row("blocks.1.resid_post")
+    row = sweep.at("blocks.1.resid_post")
     assert row.effect.value > 0.98
     assert row.effect.n == 120
     low, high = row.effect.interval or (0, 0)
@@ -353,8 +353,8 @@ def test_everything_is_in_the_json_and_the_table(sweep: ProbeSweep) -> None:
     assert found["classes"] == {"low": 60, "up": 60}
     assert found["rows"][1]["effect"]["interval"] is not None
     assert [row["q"] for row in found["rows"]] == list(sweep.q)
-    assert sweep.q == tuple(false_discovery([row.p for row in sweep.rows]))
-    assert sweep.rows[1].p == 0.001
+    assert sweep.q == tuple(false_discovery([row.p for row in sweep.sites]))
+    assert sweep.sites[1].p == 0.001
     text = str(sweep)
     for word in (
         "AUROC",
@@ -373,17 +373,17 @@ def test_regression_and_more_classes(llama: LanguageModel, planted: tuple[list[l
     lengths = [float(len(text)) + 0.5 for text in texts]
     found = probe_sweep(llama, texts, lengths, sites="blocks.0.resid_post", kind="ridge", n_folds=3, draws=2)
     assert found.measure == "R²"
-    controls = {c.name: c.value for c in found.rows[0].effect.controls}
+    controls = {c.name: c.value for c in found.sites[0].effect.controls}
     assert controls["position and length"] > 0.99  # the length itself
     assert controls["shuffled labels"] < 0.1
-    assert found.rows[0].reliability is None
+    assert found.sites[0].reliability is None
     third = [str(len(text) % 3) for text in texts]
     many = probe_sweep(
         llama, texts, third, sites="blocks.0.resid_post", kind="mass-mean", n_folds=3, draws=2, with_untrained=False
     )
-    assert many.rows[0].probe.direction("1").shape == (32,)
+    assert many.sites[0].probe.direction("1").shape == (32,)
     with pytest.raises(CutawayError, match="name its label"):
-        many.rows[0].probe.direction()
+        many.sites[0].probe.direction()
     assert any("untrained" in note for note in many.notes)
 
 
@@ -418,7 +418,7 @@ def test_reliability_by_hand() -> None:
 def test_a_probe_reads_new_texts_and_comes_back_from_disk(
     llama: LanguageModel, sweep: ProbeSweep, tmp_path: Path
 ) -> None:
-    probe = sweep.row("blocks.1.resid_post").probe
+    probe = sweep.at("blocks.1.resid_post").probe
     texts = rows(10, seed=9)
     read = probe.read(llama, texts)
     assert read.shape == (10, 2)
@@ -448,7 +448,7 @@ def test_a_calibrated_mlp_comes_back_too(llama: LanguageModel, tmp_path: Path) -
 def test_another_model_another_width_and_damage_are_refused(
     llama: LanguageModel, sweep: ProbeSweep, tmp_path: Path
 ) -> None:
-    probe = sweep.rows[0].probe
+    probe = sweep.sites[0].probe
     folder = probe.save(tmp_path / "p")
     with pytest.raises(CutawayError, match="fit it anew for this model"):
         load_probe(folder, untrained(llama))

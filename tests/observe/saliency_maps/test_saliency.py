@@ -10,12 +10,12 @@ from cutaway.model.language_model import LanguageModel, attach
 from cutaway.observe.saliency_maps.methods import (
     METHODS,
     NOT_SHOWN,
-    attribute,
     baseline_vector,
     gradient_x_input,
     integrated_gradients,
     occlusion,
     question,
+    saliency_map,
 )
 from cutaway.observe.saliency_maps.report import deletion, rank_correlation, saliency
 
@@ -130,7 +130,7 @@ def test_a_token_that_no_answer_can_see_gets_nothing_and_the_only_one_gets_all()
             block.get_parameter("attn.c_proj.weight").zero_()
     lm = attach(model)
     for method in METHODS:
-        found = attribute(lm, question(lm, IDS, A, B), method, baseline="mean", steps=32)
+        found = saliency_map(lm, question(lm, IDS, A, B), method, baseline="mean", steps=32)
         np.testing.assert_allclose(found.values[:-1], 0.0, atol=1e-6)
         assert abs(found.values[-1]) > 1e-3
 

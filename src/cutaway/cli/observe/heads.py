@@ -217,7 +217,9 @@ def _page(
         )
     ]
     if view is not None:
-        first = next((rows[0].head for kind in ("induction", "previous") if (rows := table.rows(kind, 1))), view.start)
+        first = next(
+            (rows[0].head for kind in ("induction", "previous") if (rows := table.of_kind(kind, 1))), view.start
+        )
         shown = replace(view, start=first if first in view.heads else view.start)
         sections.append(("Attention", "Choose a head below; point at a token.", shown.html()))
     for kind in kinds:
@@ -258,7 +260,7 @@ def _labelled(table: "HeadTable", kinds: Sequence[str], top: int) -> "Markup":
     from cutaway.observe.heads.report import name
     from cutaway.observe.heads.table import numbers, q_text
 
-    found = [row for kind in kinds for row in table.rows(kind, top)]
+    found = [row for kind in kinds for row in table.of_kind(kind, top)]
     if not found:
         return Markup("<p>No head is above its control.</p>")
     columns = ["kind", "head", "score", "its control", "q"]

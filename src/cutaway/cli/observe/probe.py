@@ -17,7 +17,7 @@ from cutaway.data.labelled.words import without_rare
 if TYPE_CHECKING:
     from cutaway.observe.probes.data import ProbeData
     from cutaway.observe.probes.sweep import ProbeSweep
-    from cutaway.observe.probes.usage import Use
+    from cutaway.observe.probes.usage import ProbeUse
 
 
 def probe(
@@ -246,7 +246,7 @@ def answers(
 # Page ---------------------------------------------------------------------------------------------------------------
 
 
-def probe_page(model: str, source: str, sweep: "ProbeSweep", used: "Use | None", command: str | None) -> str:
+def probe_page(model: str, source: str, sweep: "ProbeSweep", used: "ProbeUse | None", command: str | None) -> str:
     """Scores by layer beside the controls, the table, the reliability of the best probe, and its use."""
     from markupsafe import Markup
 
@@ -262,7 +262,7 @@ def probe_page(model: str, source: str, sweep: "ProbeSweep", used: "Use | None",
         f"inside each fold: {sweep.picked.value:.3f} {interval_text((low, high))}. "
     )
     sections: list[tuple[str, str, Markup]] = []
-    if len(sweep.rows) > 1:
+    if len(sweep.sites) > 1:
         series = layer_series(sweep)
         drawing = line_svg(series=series, title=f"{sweep.measure} by site", x_label="layer", y_label=sweep.measure)
         sections.append((f"{sweep.measure} by site", note, Markup(drawing) + line_legend(series)))
@@ -303,14 +303,14 @@ def probe_page(model: str, source: str, sweep: "ProbeSweep", used: "Use | None",
     if used is not None:
         drawings = Markup("").join(
             Markup("<h3>{}</h3>").format(action_title(row.action, used.towards)) + effect_html(row.effect.to_json())
-            for row in used.rows
+            for row in used.actions
         )
         sections.append(
             (
                 f"Does the model use it? Edits along the probe at {used.site}",
                 f"{used.verdict} Each text was edited along a direction fitted without it. Ablations: change of each "
-                f"text's own {used.rows[0].effect.units} ({used.before:.3g} before). Steering by one gap between the "
-                f"classes' means: change towards the answer of {used.towards or 'high values'}. "
+                f"text's own {used.actions[0].effect.units} ({used.before:.3g} before). Steering by one gap between "
+                f"the classes' means: change towards the answer of {used.towards or 'high values'}. "
                 f"Cosine between the probe and the mean difference: {used.cosine:.2f}.",
                 drawings,
             )
@@ -339,21 +339,21 @@ def action_title(action: str, towards: str | None) -> str:
 
 def layer_series(sweep: "ProbeSweep") -> list[Any]:
     """The curves of the page: the probe, what differs by site beside it, and flat lines for the rest."""
-    layers = [row.layer for row in sweep.rows]
+    layers = [row.layer for row in sweep.sites]
     known = [layer for layer in layers if layer is not None]
     x = [float(v) for v in known] if len(set(known)) == len(layers) else [float(i) for i in range(len(layers))]
-    ends = [row.effect.interval or (None, None) for row in sweep.rows]
+    ends = [row.effect.interval or (None, None) for row in sweep.sites]
     series: list[Any] = [
         {
             "name": f"{sweep.kind} probe",
             "x": x,
-            "y": [row.effect.value for row in sweep.rows],
+            "y": [row.effect.value for row in sweep.sites],
             "low": [end[0] for end in ends],
             "high": [end[1] for end in ends],
         }
     ]
-    for i, control in enumerate(sweep.rows[0].effect.controls):
-        values = [row.effect.controls[i].value for row in sweep.rows]
+    for i, control in enumerate(sweep.sites[0].effect.controls):
+        values = [row.effect.controls[i].value for row in sweep.sites]
         series.append({"name": control.name, "x": x, "y": values, "control": True})
     return series
 
@@ -361,19 +361,19 @@ def layer_series(sweep: "ProbeSweep") -> list[Any]:
 def table(sweep: "ProbeSweep") -> dict[str, Any]:
     """Columns and rows of every figure, as `table_html` takes them."""
     columns = ["site", sweep.measure, "95 % interval", "q"]
-    first = sweep.rows[0]
+    first = sweep.sites[0]
     columns += ["accuracy"] if first.accuracy else []
     # those that are the same for every site stand beside the best one
     varying = [
         i
         for i, control in enumerate(first.effect.controls)
-        if len(sweep.rows) == 1 or any(row.effect.controls[i] != control for row in sweep.rows)
+        if len(sweep.sites) == 1 or any(row.effect.controls[i] != control for row in sweep.sites)
     ]
     columns += [first.effect.controls[i].name.split(" (")[0] for i in varying]
     columns += ["folds by row"] + (["selectivity"] if first.selectivity is not None else [])
     columns += ["ECE", "Brier"] if first.reliability else []
     rows = []
-    for row, q in zip(sweep.rows, sweep.q, strict=True):
+    for row, q in zip(sweep.sites, sweep.q, strict=True):
         cells = [row.site, f"{row.effect.value:.3f}", interval_text(row.effect.interval, to=True)]
         cells.append("–" if q != q else f"{q:.3f}")
         cells += [f"{row.accuracy.value:.3f}"] if row.accuracy else []
@@ -391,6 +391,6 @@ def table_note(sweep: "ProbeSweep") -> str:
         "Selectivity is that minus the control task. q: of all sites above shuffled labels as surely, the share that "
         "is expected to be chance."
     ]
-    if sweep.rows[0].accuracy:
-        parts.append(f"The majority class has accuracy {sweep.rows[0].accuracy.controls[0].value:.3f}.")
+    if sweep.sites[0].accuracy:
+        parts.append(f"The majority class has accuracy {sweep.sites[0].accuracy.controls[0].value:.3f}.")
     return " ".join([*parts, *(f"Note: {note}." for note in sweep.notes)])

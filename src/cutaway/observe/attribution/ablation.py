@@ -29,7 +29,7 @@ _SITES = {
 
 
 @dataclass(frozen=True)
-class Ablated:
+class AblatedPart:
     """A part, and the mean fall of the logit difference (before a softcap) when it is mean-ablated."""
 
     part: Part
@@ -38,7 +38,7 @@ class Ablated:
 
 def ablate_parts(
     lm: LanguageModel, result: Attribution, k: int = 8, *, reference: Any = None, seed: int = 0
-) -> list[Ablated]:
+) -> list[AblatedPart]:
     """Mean-ablate each of the k parts with the largest shares, alone, at the attributed position.
 
     The mean is over the real tokens of `reference` (texts, ids or Tokens; by default the prompts themselves), each
@@ -80,7 +80,7 @@ def ablate_parts(
             ablation=f"mean ablation at the attributed position, mean over {where} without their first tokens",
             units="logit difference",
         )
-        ablated.append(Ablated(part, effect))
+        ablated.append(AblatedPart(part, effect))
     return ablated
 
 

@@ -25,7 +25,7 @@ from cutaway.model.tokens import Tokens, next_tokens
 from cutaway.observe.heads.kinds import attention_layers, ratio_interval
 from cutaway.observe.heads.report import Ablation, Head, name, second_half_loss
 
-Metric = Callable[[Run], Tensor]
+RunMetric = Callable[[Run], Tensor]
 BATCH_BYTES = 256 * 2**20
 """What one batch may hold of logits and of one layer's patterns."""
 
@@ -106,7 +106,7 @@ class HeadEffects:
 def ablate_each_head(
     lm: LanguageModel,
     inputs: Inputs,
-    metric: Metric = second_half_loss,
+    metric: RunMetric = second_half_loss,
     *,
     ablations: Sequence[Ablation] = ("mean", "zero"),
     heads: Sequence[Head] | None = None,
@@ -173,7 +173,7 @@ def _tiled(run: Run, site: str, times: int) -> Run:
     return replace(run, tokens=tokens, logits=None, values={site: run[site].repeat(times, 1, 1)})
 
 
-def _measured(metric: Metric, run: Run) -> Tensor:
+def _measured(metric: RunMetric, run: Run) -> Tensor:
     values = metric(run)
     if not isinstance(values, Tensor) or values.shape != (len(run.tokens),):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise CutawayError("The metric of an ablation returns one number for each row of the run, as a tensor.")

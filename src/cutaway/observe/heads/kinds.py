@@ -28,14 +28,14 @@ MEANINGS: dict[str, str] = {
 }
 ON_TEXT = " (text)"
 """Ends the name of a kind that is scored on the user's text instead of random tokens."""
-LEAST: dict[str, float] = {
+THRESHOLDS: dict[str, float] = {
     "relative-position": 0.5,
     "absolute-position": 0.5,
     "induction-copying": 0.05,
     "copying": 0.5,
 }
 """The least score that carries a label (0.1 where it is not here), beside the rule that it be above its control."""
-LEAST_SHARE = 0.1
+THRESHOLD = 0.1
 
 
 def meaning(kind: str) -> str:
@@ -50,7 +50,7 @@ class KindScores:
 
     `score` is [L, H], the mean over `n` sequences, with its 95 % interval over sequences `low`, `high`;
     `control`, `control_low`, `control_high` likewise (`control_name` says of what). NaN: the layer has no such value,
-    or no row has its target in sight. `rows` is the number of destinations that counted, over all sequences, `uniform`
+    or no row has its target in sight. `destinations` is the number of those that counted, over all sequences, `uniform`
     [L] what attention spread evenly over all that is in sight would score (None where that makes no sense). `margin` is
     how far above its control a score must be to carry the label: 0 on random tokens, where nothing else explains it.
     `p` [L, H] is that of the score against its control, two-sided (Student's t over sequences); None where there is
@@ -66,7 +66,7 @@ class KindScores:
     control_high: Tensor
     control_name: str
     n: int
-    rows: int
+    destinations: int
     uniform: Tensor | None = None
     units: str = "share of attention"
     margin: float = 0.0
@@ -82,9 +82,9 @@ class KindScores:
         return float("nan") if self.q is None else self.q[head].item()
 
     @property
-    def least(self) -> float:
+    def threshold(self) -> float:
         """The least score that carries the label."""
-        return LEAST.get(self.kind, LEAST_SHARE)
+        return THRESHOLDS.get(self.kind, THRESHOLD)
 
     @property
     def judged(self) -> bool:
@@ -92,12 +92,12 @@ class KindScores:
         return not bool(self.low.isnan().all())
 
     def labelled(self) -> Tensor:
-        """Which heads carry the label [L, H]: the score is at least `least`, and the lower end of its interval lies
+        """Which heads carry the label [L, H]: the score is at least `threshold`, and the lower end of its interval lies
         above the upper end of its control's; and by `margin` above the control. A score without an interval (one
         sequence) labels nothing.
         """
         apart = (self.low > self.control_high) & (self.score - self.control >= self.margin)
-        return (self.score >= self.least) & apart
+        return (self.score >= self.threshold) & apart
 
     def heads(self) -> list[Head]:
         """The labelled heads, largest score first."""
@@ -141,8 +141,8 @@ class KindScores:
             "meaning": meaning(self.kind),
             "units": self.units,
             "n": self.n,
-            "rows": self.rows,
-            "least": self.least,
+            "rows": self.destinations,
+            "least": self.threshold,
             "margin": self.margin,
             "control_name": self.control_name,
             **{grid: _lists(getattr(self, grid)) for grid in grids},
@@ -154,7 +154,7 @@ class KindScores:
 
     def __str__(self) -> str:
         best = "  ".join(f"{name(head)} {value:.2f}" for head, value in self.top())
-        return f"{self.kind}: {best} ({self.n} sequences, {self.rows} rows; control: {self.control_name})"
+        return f"{self.kind}: {best} ({self.n} sequences, {self.destinations} rows; control: {self.control_name})"
 
 
 def _pair(low: Tensor, high: Tensor) -> tuple[float, float] | None:
@@ -227,7 +227,7 @@ class Sums:
         return KindScores(
             kind, score, low, high, control, control_low, control_high, control_name,
             n=len(self.above),
-            rows=int(rows.sum(0).max()),
+            destinations=int(rows.sum(0).max()),
             uniform=self.uniform.sum(0) / rows.sum(0) if even else None,
             units=units,
             margin=margin,

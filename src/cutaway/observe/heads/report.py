@@ -26,7 +26,7 @@ from cutaway.model.tokens import Tokens
 Head = tuple[int, int]
 Ablation = Literal["zero", "mean"]
 KINDS = ("previous", "duplicate", "induction")
-Loss = Callable[[Run], Tensor]
+RunMetric = Callable[[Run], Tensor]
 
 
 @dataclass(frozen=True)
@@ -111,14 +111,14 @@ def second_half_loss(run: Run) -> Tensor:
     return losses(run)[:, t + 1 :].mean(-1)
 
 
-def head_scores(lm: LanguageModel, n_batch: int = 8, length: int | None = None, seed: int = 0) -> HeadScores:
+def head_scores(lm: LanguageModel, n: int = 8, length: int | None = None, seed: int = 0) -> HeadScores:
     """Previous-token, duplicate-token and induction score of every head."""
-    tokens = repeated_tokens(lm, n_batch, length, seed)
+    tokens = repeated_tokens(lm, n, length, seed)
     t = (tokens.ids.shape[1] - 1) // 2
     first, second = 0.0, 0.0
     sums = {kind: torch.zeros(lm.n_layers, lm.n_heads, dtype=torch.float64) for kind in KINDS}
-    for row in range(0, n_batch, 4):  # patterns are [L, b, H, p, p]: a few rows at a time
-        part = tokens[list(range(row, min(row + 4, n_batch)))]
+    for row in range(0, n, 4):  # patterns are [L, b, H, p, p]: a few rows at a time
+        part = tokens[list(range(row, min(row + 4, n)))]
         run = lm.run(part, capture="blocks.*.attn.pattern", logits="all")
         loss = losses(run)
         first += loss[:, :t].mean(-1).sum().item()
@@ -127,8 +127,8 @@ def head_scores(lm: LanguageModel, n_batch: int = 8, length: int | None = None, 
             scored = _pattern_scores(run[f"blocks.{layer}.attn.pattern"].double().cpu(), t)
             for kind in KINDS:
                 sums[kind][layer] += scored[kind].sum(0)
-    means = {kind: (value / n_batch).float() for kind, value in sums.items()}
-    return HeadScores(lm.name, **means, first_loss=first / n_batch, second_loss=second / n_batch, n=n_batch, length=t)
+    means = {kind: (value / n).float() for kind, value in sums.items()}
+    return HeadScores(lm.name, **means, first_loss=first / n, second_loss=second / n, n=n, length=t)
 
 
 def _pattern_scores(pattern: Tensor, t: int) -> dict[str, Tensor]:
@@ -174,7 +174,7 @@ def ablate_heads(
     lm: LanguageModel,
     heads: Sequence[Head],
     tokens: Tokens | None = None,
-    metric: Loss = second_half_loss,
+    metric: RunMetric = second_half_loss,
     *,
     ablation: Ablation = "mean",
     draws: int = 8,
@@ -233,7 +233,7 @@ class HeadReport:
     """Scores and causes in one table: the top heads of each kind alone, and together beside random heads."""
 
     scores: HeadScores
-    rows: tuple[HeadRow, ...]
+    heads: tuple[HeadRow, ...]
     effects: tuple[Effect, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -241,14 +241,14 @@ class HeadReport:
             "scores": self.scores.to_json(),
             "rows": [
                 {"kind": r.kind, "head": list(r.head), "score": r.score, "zero": r.zero, "mean": r.mean}
-                for r in self.rows
+                for r in self.heads
             ],
             "effects": [effect.to_json() for effect in self.effects],
         }
 
     def __str__(self) -> str:
         lines = [str(self.scores), f"  {'':<12}{'head':<8}{'score':>7}{'Δloss zero':>12}{'Δloss mean':>12}"]
-        lines += [f"  {r.kind:<12}{name(r.head):<8}{r.score:>7.2f}{r.zero:>12.3f}{r.mean:>12.3f}" for r in self.rows]
+        lines += [f"  {r.kind:<12}{name(r.head):<8}{r.score:>7.2f}{r.zero:>12.3f}{r.mean:>12.3f}" for r in self.heads]
         for effect in self.effects:
             control = effect.controls[0]
             lines.append(
@@ -263,7 +263,7 @@ def head_report(
     top: int = 3,
     kinds: Sequence[str] = ("previous", "induction"),
     *,
-    n_batch: int = 8,
+    n: int = 8,
     length: int | None = None,
     draws: int = 8,
     seed: int = 0,
@@ -274,8 +274,8 @@ def head_report(
     The ablation is measured on other random sequences than the scores. Random heads exclude the top heads of every
     kind asked for.
     """
-    scores = head_scores(lm, n_batch, length, seed)
-    tokens = repeated_tokens(lm, n_batch, length, seed + 1)
+    scores = head_scores(lm, n, length, seed)
+    tokens = repeated_tokens(lm, n, length, seed + 1)
     means = head_means(lm, tokens)
     base = lm.run(tokens, capture="blocks.*.resid_pre", logits="all")
     before = second_half_loss(base).mean().item()

@@ -158,7 +158,7 @@ def position_scores(attention: Tensor, seed: int = 0) -> dict[str, KindScores]:
         chance, chance_low, chance_high = ratio_interval(weight - control, weight)
         found[kind] = KindScores(
             kind, score, low, high, chance, chance_low, chance_high, "positions shuffled",
-            n=n, rows=n * (t - 1), units="share of variation",
+            n=n, destinations=n * (t - 1), units="share of variation",
             p=paired_p(weight - left, weight, weight - control, weight),
         )  # fmt: skip
     return found

@@ -21,7 +21,7 @@ from cutaway.artifacts.statistics import bootstrap_interval
 from cutaway.data.tasks.tasks import ordinary_tokens
 from cutaway.model.language_model import Inputs, LanguageModel
 from cutaway.model.tokens import Tokens
-from cutaway.observe.heads.ablation import HeadEffects, Metric, ablate_each_head, text_loss
+from cutaway.observe.heads.ablation import HeadEffects, RunMetric, ablate_each_head, text_loss
 from cutaway.observe.heads.circuits import copying_scores
 from cutaway.observe.heads.kinds import ON_TEXT, KindScores, attention_layers, meaning
 from cutaway.observe.heads.report import Ablation, Head, losses, name, repeated_tokens, second_half_loss
@@ -102,7 +102,7 @@ class HeadTable:
         asked = REPEATED if kind in OF_REPETITION else TEXT
         return next((b for b in (asked, REPEATED) if b in self.effects), None)
 
-    def rows(self, kind: str, top: int | None = None, *, labelled: bool = True) -> list[LabelledHead]:
+    def of_kind(self, kind: str, top: int | None = None, *, labelled: bool = True) -> list[LabelledHead]:
         """A kind's labelled heads (or simply the top ones), largest score first, each beside its ablation.
 
         The control of an ablation is the same ablation of every head without this label, one at a time.
@@ -143,30 +143,30 @@ class HeadTable:
             f"the loss on the second copy is {fall.value:.2f} nats {interval_text(fall.interval, 2)} below that on "
             f"fresh tokens in its place (control, fresh tokens beside the first half: {control.value:.2f})"
         )
-        told = []
+        said = []
         heads = self.kinds["induction"].heads() if "induction" in self.kinds else None
         if heads is not None:
             named = ", ".join(name(head) for head in heads)
             if heads and self.induces:
-                told.append(f"Induction: {named}; {loss}.")
+                said.append(f"Induction: {named}; {loss}.")
             elif heads:
-                told.append(f"Heads with an induction pattern ({named}), but no induction: {loss}.")
+                said.append(f"Heads with an induction pattern ({named}), but no induction: {loss}.")
             elif self.induces:
-                told.append(f"No head is above its control for induction, yet {loss}.")
+                said.append(f"No head is above its control for induction, yet {loss}.")
             else:
-                told.append(f"No induction: no head is above its control, and {loss}.")
+                said.append(f"No induction: no head is above its control, and {loss}.")
         if (on := self.kinds.get("induction" + ON_TEXT)) is not None and on.judged:
             named = ", ".join(f"{name(head)} {on.score[head].item():.2f}" for head in on.heads())
-            told.append(f"On the text, an induction pattern: {named or 'no head above its control'}.")
-        said = ("induction", "induction" + ON_TEXT)
-        empty = [k for k, scores in self.kinds.items() if k not in said and scores.judged and not scores.heads()]
+            said.append(f"On the text, an induction pattern: {named or 'no head above its control'}.")
+        induction = ("induction", "induction" + ON_TEXT)
+        empty = [k for k, scores in self.kinds.items() if k not in induction and scores.judged and not scores.heads()]
         if empty:
-            told.append(f"No head is labelled: {', '.join(empty)}.")
-        told += self._off_distribution()
+            said.append(f"No head is labelled: {', '.join(empty)}.")
+        said += self._off_distribution()
         for reason in dict.fromkeys(self.skipped.values()):
             layers = ", ".join(str(layer) for layer, why in self.skipped.items() if why == reason)
-            told.append(f"Left out, layers {layers}: {reason}.")
-        return (*told, *self.notes)
+            said.append(f"Left out, layers {layers}: {reason}.")
+        return (*said, *self.notes)
 
     def _off_distribution(self) -> list[str]:
         """A warning where the model is worse than an even guess on random tokens: it never saw anything like them."""
@@ -195,7 +195,7 @@ class HeadTable:
                 behaviour: {ablation: effects.to_json() for ablation, effects in by.items()}
                 for behaviour, by in self.effects.items()
             },
-            "labelled": [row.to_json() for kind in self.kinds for row in self.rows(kind)],
+            "labelled": [row.to_json() for kind in self.kinds for row in self.of_kind(kind)],
         }
 
     def text(self, kinds: Sequence[str] | None = None, top: int = 5) -> str:
@@ -204,10 +204,10 @@ class HeadTable:
         for kind in self.kinds if kinds is None else kinds:
             scores = self.kinds[kind]
             judged = scores.judged
-            rows = self.rows(kind) if judged else self.rows(kind, top, labelled=False)
+            rows = self.of_kind(kind) if judged else self.of_kind(kind, top, labelled=False)
             behaviour = self.behaviour(kind)
             about = "" if behaviour is None else f"; ablated for the {behaviour}"
-            about += f"; {scores.rows:,} tokens of {scores.n} sequences" if kind.endswith(ON_TEXT) else ""
+            about += f"; {scores.destinations:,} tokens of {scores.n} sequences" if kind.endswith(ON_TEXT) else ""
             about += "" if judged else "; one sequence, so no interval and no label"
             lines += ["", f"{kind}: {meaning(kind)}{about}"]
             if not rows:
@@ -259,7 +259,7 @@ def numbers(value: float, interval: tuple[float, float] | None, decimals: int = 
 def head_table(
     lm: LanguageModel,
     inputs: Inputs | None = None,
-    metric: Metric = text_loss,
+    metric: RunMetric = text_loss,
     *,
     units: str = "nats of loss on the text",
     needle: str | Tensor | Sequence[Sequence[int]] | None = None,
@@ -328,7 +328,7 @@ def _copying(lm: LanguageModel, seed: int) -> KindScores:
     chance = torch.full_like(found.score, found.chance)
     return KindScores(
         "copying", found.score, found.score, found.score, chance, low, high, f"{found.draws} random heads",
-        n=1, rows=0, units="balance of eigenvalues", p=found.p,
+        n=1, destinations=0, units="balance of eigenvalues", p=found.p,
     )  # fmt: skip
 
 

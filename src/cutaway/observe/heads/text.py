@@ -16,7 +16,7 @@ from torch import Tensor
 from cutaway.artifacts.errors import CutawayError
 from cutaway.model.language_model import Inputs, LanguageModel
 from cutaway.model.tokens import Tokens
-from cutaway.observe.heads.kinds import LEAST_SHARE, ON_TEXT, KindScores, Sums, attention_layers
+from cutaway.observe.heads.kinds import ON_TEXT, THRESHOLD, KindScores, Sums, attention_layers
 from cutaway.observe.heads.targets import TARGETS, add, attention_to, in_sight, real_cells
 
 OF_REPEATS = ("duplicate", "induction")
@@ -103,7 +103,7 @@ def _scores(kind: str, sums: Sums) -> KindScores:
         "duplicate": "no repeat, but the same distance or place",
         "induction": "no repeat, but the same distance, place or token",
     }.get(kind, "most attended other distance")
-    return sums.scores(kind + ON_TEXT, name, margin=LEAST_SHARE)
+    return sums.scores(kind + ON_TEXT, name, margin=THRESHOLD)
 
 
 class _Controls:

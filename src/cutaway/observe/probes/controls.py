@@ -20,7 +20,7 @@ from scipy.stats import rankdata
 from cutaway.artifacts.results import Control
 from cutaway.artifacts.statistics import bootstrap_interval, ratio_intervals, wilson_interval
 from cutaway.observe.probes.data import ProbeData
-from cutaway.observe.probes.fitting import CrossValidated, Kind, Scorer, Split, cross_validate
+from cutaway.observe.probes.fitting import CrossValidated, Fold, ProbeKind, Scorer, cross_validate
 
 RESAMPLES = 1000
 
@@ -92,7 +92,7 @@ def position_features(data: ProbeData) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Measured:
+class ScoredFolds:
     """A cross-validated score with its interval over groups."""
 
     value: float
@@ -166,30 +166,30 @@ def mean_interval(values: np.ndarray, groups: np.ndarray, seed: int, *, share: b
 
 
 def measure(
-    kind: Kind,
+    kind: ProbeKind,
     features: Any,
     labels: np.ndarray,
     groups: np.ndarray,
     n_classes: int | None,
-    splits: list[Split],
+    splits: list[Fold],
     *,
     strength: float | None = None,
     seed: int = 0,
     interval: bool = True,
-) -> Measured:
+) -> ScoredFolds:
     """Cross-validate, score, and put an interval around it."""
     cv = cross_validate(kind, features, labels, groups, n_classes, splits, strength=strength, seed=seed)
     scorer = Scorer(labels, cv.scores, cv.fold, cv.baseline, n_classes)
     nothing = (float("nan"), float("nan"))
-    return Measured(scorer(), group_interval(scorer, groups, seed) if interval else nothing, cv)
+    return ScoredFolds(scorer(), group_interval(scorer, groups, seed) if interval else nothing, cv)
 
 
-def baseline_kind(n_classes: int | None) -> Kind:
+def baseline_kind(n_classes: int | None) -> ProbeKind:
     """The probe that baselines without the model are fitted with."""
     return "ridge" if n_classes is None else "logistic"
 
 
-def text_baselines(data: ProbeData, splits: list[Split], seed: int = 0) -> tuple[Control, ...]:
+def text_baselines(data: ProbeData, splits: list[Fold], seed: int = 0) -> tuple[Control, ...]:
     """Bag of tokens, and position and length: what the texts give away without a model."""
     n_classes = None if data.classes is None else len(data.classes)
     found = []
@@ -200,10 +200,10 @@ def text_baselines(data: ProbeData, splits: list[Split], seed: int = 0) -> tuple
 
 
 def shuffled_control(
-    kind: Kind,
+    kind: ProbeKind,
     features: np.ndarray,
     data: ProbeData,
-    splits: list[Split],
+    splits: list[Fold],
     strength: float | None,
     draws: int,
     seed: int,
@@ -221,12 +221,12 @@ def shuffled_control(
 
 
 def control_task(
-    kind: Kind,
+    kind: ProbeKind,
     features: np.ndarray,
     data: ProbeData,
     types: np.ndarray,
     what: str,
-    row_splits: list[Split],
+    row_splits: list[Fold],
     strength: float | None,
     draws: int,
     seed: int,

@@ -23,9 +23,9 @@ import numpy as np
 
 from cutaway.artifacts.errors import CutawayError
 
-Kind = Literal["logistic", "mass-mean", "mass-mean-whitened", "ridge", "mlp"]
-KINDS: tuple[str, ...] = get_args(Kind)
-Split = tuple[np.ndarray, np.ndarray]
+ProbeKind = Literal["logistic", "mass-mean", "mass-mean-whitened", "ridge", "mlp"]
+KINDS: tuple[str, ...] = get_args(ProbeKind)
+Fold = tuple[np.ndarray, np.ndarray]
 
 # regularisation strengths to choose from, strongest first: C of logistic, alpha of ridge (a share of n) and of the MLP
 _GRID: dict[str, tuple[float, ...]] = {
@@ -72,7 +72,9 @@ def check_kind(kind: str, regression: bool) -> None:
         raise CutawayError(f"The labels are numbers, which a {kind} probe does not predict; use ridge or mlp.")
 
 
-def fold_back(matrix: np.ndarray, bias: np.ndarray, mean: np.ndarray, scale: np.ndarray) -> Split:
+def fold_back(
+    matrix: np.ndarray, bias: np.ndarray, mean: np.ndarray, scale: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Weights [in, out] and bias [out] on standardised inputs (x − mean) / scale, as weights and bias on x."""
     own = matrix / scale[:, None]
     return own, bias - mean @ own
@@ -89,7 +91,7 @@ def probabilities(scores: np.ndarray) -> np.ndarray:
 
 
 def fit(
-    kind: Kind, features: Any, labels: np.ndarray, n_classes: int | None, strength: float | None, seed: int = 0
+    kind: ProbeKind, features: Any, labels: np.ndarray, n_classes: int | None, strength: float | None, seed: int = 0
 ) -> Weights:
     """One fit with a given regularisation. `n_classes` is None for a regression; `features` [n, width] may be sparse
     for logistic and ridge (then nothing is standardised)."""
@@ -159,7 +161,7 @@ def _mass_mean(features: Any, labels: np.ndarray, n_classes: int, whiten: bool) 
 # Folds --------------------------------------------------------------------------------------------------------------
 
 
-def folds(labels: np.ndarray, groups: np.ndarray, n: int, *, regression: bool, seed: int = 0) -> list[Split]:
+def folds(labels: np.ndarray, groups: np.ndarray, n: int, *, regression: bool, seed: int = 0) -> list[Fold]:
     """n (train, test) pairs of example numbers; no group stands in both, classes are spread evenly (for classes)."""
     from sklearn.model_selection import GroupKFold, StratifiedGroupKFold
 
@@ -215,7 +217,7 @@ class CrossValidated:
 
 
 def choose(
-    kind: Kind,
+    kind: ProbeKind,
     features: Any,
     labels: np.ndarray,
     groups: np.ndarray,
@@ -268,12 +270,12 @@ def _loss(kind: str, scores: np.ndarray, labels: np.ndarray, n_classes: int | No
 
 
 def cross_validate(
-    kind: Kind,
+    kind: ProbeKind,
     features: Any,
     labels: np.ndarray,
     groups: np.ndarray,
     n_classes: int | None,
-    splits: Sequence[Split],
+    splits: Sequence[Fold],
     *,
     strength: float | None = None,
     seed: int = 0,

@@ -20,7 +20,7 @@ from cutaway.artifacts.statistics import false_discovery
 from cutaway.model.language_model import LanguageModel
 from cutaway.model.sites import layer_of
 from cutaway.observe.probes.controls import (
-    Measured,
+    ScoredFolds,
     chance_p,
     control_task,
     control_types,
@@ -33,7 +33,7 @@ from cutaway.observe.probes.controls import (
 from cutaway.observe.probes.data import Position, ProbeData, collect, probe_data
 from cutaway.observe.probes.fitting import (
     CrossValidated,
-    Kind,
+    ProbeKind,
     Scorer,
     accuracy_hits,
     check_folds,
@@ -99,7 +99,7 @@ def calibrated(cv: CrossValidated, method: Calibration | None) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class ProbeRow:
+class SiteProbe:
     """One site: the score (AUROC or R²) and accuracy beside their controls, and the probe fitted on all examples.
 
     `row_folds` is the same score when single examples are dealt into folds, whatever their group: what leaks between
@@ -141,34 +141,34 @@ class ProbeSweep:
     the best row's is not: it was looked at to be chosen. `notes` say what was left out, and why.
     """
 
-    rows: tuple[ProbeRow, ...]
+    sites: tuple[SiteProbe, ...]
     picked: Effect
     data: ProbeData
     folds: int
-    kind: Kind
+    kind: ProbeKind
     seed: int
     notes: tuple[str, ...]
 
     @property
     def measure(self) -> str:
-        return self.rows[0].effect.units
+        return self.sites[0].effect.units
 
     @property
-    def best(self) -> ProbeRow:
+    def best(self) -> SiteProbe:
         """The row with the highest score."""
-        return max(self.rows, key=lambda row: np.nan_to_num(row.effect.value, nan=-np.inf))
+        return max(self.sites, key=lambda row: np.nan_to_num(row.effect.value, nan=-np.inf))
 
     @property
     def q(self) -> tuple[float, ...]:
         """For each row: the rate of false discoveries among all sites with a p as small."""
-        return tuple(false_discovery([row.p for row in self.rows]).tolist())
+        return tuple(false_discovery([row.p for row in self.sites]).tolist())
 
-    def row(self, site: str) -> ProbeRow:
+    def at(self, site: str) -> SiteProbe:
         """The row of a site."""
-        for row in self.rows:
+        for row in self.sites:
             if row.site == site:
                 return row
-        raise CutawayError(f"The sweep has no site '{site}'; it has {', '.join(r.site for r in self.rows)}.")
+        raise CutawayError(f"The sweep has no site '{site}'; it has {', '.join(r.site for r in self.sites)}.")
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -179,7 +179,7 @@ class ProbeSweep:
             "groups": self.data.n_groups,
             "folds": self.folds,
             "classes": self.data.balance(),
-            "rows": [{**row.to_json(), "q": None if q != q else q} for row, q in zip(self.rows, self.q, strict=True)],
+            "rows": [{**row.to_json(), "q": None if q != q else q} for row, q in zip(self.sites, self.q, strict=True)],
             "picked": self.picked.to_json(),
             "best": self.best.site,
             "notes": list(self.notes),
@@ -193,16 +193,16 @@ class ProbeSweep:
             + (f" ({balance})" if balance else "")
             + f", {self.folds} folds without a group on both sides"
         ]
-        width = max(len(row.site) for row in self.rows)
+        width = max(len(row.site) for row in self.sites)
         heads = [f"{'site':<{width}}", f"{self.measure:>6}  {'95 % interval':<15}", f"{'q':>6}"]
-        heads += [f"{'accuracy':>8}"] if self.rows[0].accuracy else []
-        names = [c.name for c in self.rows[0].effect.controls]
+        heads += [f"{'accuracy':>8}"] if self.sites[0].accuracy else []
+        names = [c.name for c in self.sites[0].effect.controls]
         short = [n for n in _SHORT if any(name.startswith(n) for name in names)]
         heads += [f"{_SHORT[n]:>9}" for n in short]
-        heads += [f"{'selective':>9}"] if self.rows[0].selectivity is not None else []
-        heads += [f"{'ECE':>5}  {'Brier':>5}"] if self.rows[0].reliability else []
+        heads += [f"{'selective':>9}"] if self.sites[0].selectivity is not None else []
+        heads += [f"{'ECE':>5}  {'Brier':>5}"] if self.sites[0].reliability else []
         lines.append("  ".join(heads))
-        for row, q in zip(self.rows, self.q, strict=True):
+        for row, q in zip(self.sites, self.q, strict=True):
             cells = [f"{row.site:<{width}}", f"{row.effect.value:>6.3f}  {interval_text(row.effect.interval):<15}"]
             cells.append(f"{'–' if q != q else f'{q:.3f}':>6}")
             cells += [f"{row.accuracy.value:>8.3f}"] if row.accuracy else []
@@ -213,11 +213,11 @@ class ProbeSweep:
             cells += [f"{row.reliability.ece:>5.3f}  {row.reliability.brier:>5.3f}"] if row.reliability else []
             lines.append("  ".join(cells))
         lines.append(f"site chosen inside each fold: {self.picked.value:.3f} {interval_text(self.picked.interval)}")
-        for control in self.rows[0].effect.controls:
+        for control in self.sites[0].effect.controls:
             if not any(control.name.startswith(n) for n in short):
                 lines.append(f"{control.name}: {control.value:.3f} {interval_text(control.interval)}")
-        if self.rows[0].accuracy:
-            lines.append(f"majority class: accuracy {self.rows[0].accuracy.controls[0].value:.3f}")
+        if self.sites[0].accuracy:
+            lines.append(f"majority class: accuracy {self.sites[0].accuracy.controls[0].value:.3f}")
         lines.append("q: of all sites above shuffled labels as surely, the share that is expected to be chance")
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
@@ -233,7 +233,7 @@ def probe_sweep(
     *,
     sites: str | Sequence[str] = "blocks.*.resid_post",
     head: int | None = None,
-    kind: Kind = "logistic",
+    kind: ProbeKind = "logistic",
     position: Position = "last",
     groups: Sequence[Any] | None = None,
     regression: bool | None = None,
@@ -276,7 +276,7 @@ def probe_sweep(
     types = control_types(data)
     if types is None:
         notes.append("no control task: no token or group comes twice, so it would be the shuffled labels")
-    measured: dict[str, Measured] = {}
+    measured: dict[str, ScoredFolds] = {}
     rows = []
     with Progress("fitting probes", len(names), unit="sites") as progress:
         for name in names:
@@ -305,8 +305,8 @@ def probe_sweep(
 
 
 def _other(
-    found: dict[str, np.ndarray], kind: Kind, data: ProbeData, splits: list[Any], seed: int
-) -> dict[str, Measured]:
+    found: dict[str, np.ndarray], kind: ProbeKind, data: ProbeData, splits: list[Any], seed: int
+) -> dict[str, ScoredFolds]:
     n_classes = None if data.classes is None else len(data.classes)
     return {name: measure(kind, x, data.labels, data.groups, n_classes, splits, seed=seed) for name, x in found.items()}
 
@@ -335,7 +335,7 @@ def _probe(
     data: ProbeData,
     name: str,
     head: int | None,
-    kind: Kind,
+    kind: ProbeKind,
     x: np.ndarray,
     calibration: Calibration | None,
     seed: int,
@@ -350,13 +350,13 @@ def _probe(
 def _row(
     data: ProbeData,
     probe: Probe,
-    done: Measured,
+    done: ScoredFolds,
     controls: tuple[Control, ...],
     leaky: float,
     selectivity: float | None,
     calibration: Calibration | None,
     seed: int,
-) -> ProbeRow:
+) -> SiteProbe:
     kind, name = probe.kind, probe.site
     n_classes = None if data.classes is None else len(data.classes)
     judged = done.cv.fold >= 0
@@ -380,13 +380,13 @@ def _row(
         )
         quality = reliability(calibrated(done.cv, calibration)[judged], data.labels[judged], calibration)
     p = chance_p(done.cv, data.labels, data.groups, seed=seed)
-    return ProbeRow(name, layer_of(name), effect, accuracy, quality, leaky, selectivity, probe, p)
+    return SiteProbe(name, layer_of(name), effect, accuracy, quality, leaky, selectivity, probe, p)
 
 
 def _picked(
     data: ProbeData,
-    measured: dict[str, Measured],
-    rows: list[ProbeRow],
+    measured: dict[str, ScoredFolds],
+    rows: list[SiteProbe],
     n_classes: int | None,
     seed: int,
     command: str | None,
@@ -414,7 +414,7 @@ def _picked(
     )
 
 
-def _with_command(row: ProbeRow, command: str) -> ProbeRow:
+def _with_command(row: SiteProbe, command: str) -> SiteProbe:
     from dataclasses import replace
 
     accuracy = None if row.accuracy is None else replace(row.accuracy, command=command)

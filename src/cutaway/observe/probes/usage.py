@@ -1,6 +1,6 @@
 """Does the model use what a probe reads? Edit along the probe's direction and look at the answers.
 
-A probe is a detector: that something can be read does not say that anything reads it. `use` removes the probe's
+A probe is a detector: that something can be read does not say that anything reads it. `use_probe` removes the probe's
 direction at the site and tokens where the probe reads, and steers along it, and reports what the answers do, beside
 random directions and the difference of the class means, in edits of the same size.
 
@@ -39,7 +39,7 @@ from cutaway.observe.probes.fitting import choose, folds
 from cutaway.observe.probes.probe import Probe
 from cutaway.observe.probes.sweep import ProbeSweep
 
-Metric = Callable[[Tensor, Sequence[int]], Tensor]
+AnswerMetric = Callable[[Tensor, Sequence[int]], Tensor]
 """(logits [b, V] at the last token, which texts these are) -> one number a text [b]."""
 
 ACTIONS = ("ablate", "ablate, mean", "steer +", "steer −")
@@ -103,7 +103,7 @@ def _ids(lm: LanguageModel, texts: Sequence[str]) -> list[list[int]]:
 
 
 @dataclass(frozen=True)
-class UseRow:
+class UseAction:
     """One action along the probe's direction. `random` are the least and the greatest mean change of the random
     directions, `size` the mean |Δ| of a touched value: the probe's, the mean difference's, the random directions'."""
 
@@ -114,7 +114,7 @@ class UseRow:
 
 
 @dataclass(frozen=True)
-class Use:
+class ProbeUse:
     """What editing along a probe's direction does to the answers.
 
     Ablations: mean change of each text's own answer metric, so negative means that the model needed the direction.
@@ -124,7 +124,7 @@ class Use:
     """
 
     site: str
-    rows: tuple[UseRow, ...]
+    actions: tuple[UseAction, ...]
     before: float
     gap: float
     cosine: float
@@ -148,12 +148,12 @@ class Use:
                     "random_range": list(r.random),
                     "size": list(r.size),
                 }
-                for r in self.rows
+                for r in self.actions
             ],
         }
 
     def __str__(self) -> str:
-        units = self.rows[0].effect.units
+        units = self.actions[0].effect.units
         lines = [
             f"use at {self.site}, towards {self.towards or 'high values'}: {self.n} texts, {units} before "
             f"{self.before:.3g}; a step is {self.gap:.3g} long; "
@@ -161,7 +161,7 @@ class Use:
             f"{'action':<13}  {'change':>7}  {'95 % interval':<18}  {'mean diff.':>10}  {'random':>7}  "
             f"{'|Δ| probe/mean diff./random'}",
         ]
-        for row in self.rows:
+        for row in self.actions:
             mass, chance = row.effect.controls[:2]
             sizes = " / ".join(f"{s:.2g}" for s in row.size)
             lines.append(
@@ -171,11 +171,11 @@ class Use:
         return "\n".join([*lines, self.verdict])
 
 
-def use(
+def use_probe(
     lm: LanguageModel,
     probe: Probe,
     data: ProbeData,
-    metric: Metric,
+    metric: AnswerMetric,
     *,
     fitted_on: ProbeData | None = None,
     label: str | None = None,
@@ -184,7 +184,7 @@ def use(
     draws: int = 5,
     seed: int = 0,
     command: str | None = None,
-) -> Use:
+) -> ProbeUse:
     """Edit along the probe's direction where it reads, on the texts of `data`, and measure the answers.
 
     `metric` gives each text's number, high when the model gives the text's *own* answer (`answer_tokens`); with
@@ -206,7 +206,7 @@ def use_in_folds(
     lm: LanguageModel,
     sweep: ProbeSweep,
     site: str,
-    metric: Metric,
+    metric: AnswerMetric,
     *,
     label: str | None = None,
     own: bool = True,
@@ -214,12 +214,12 @@ def use_in_folds(
     draws: int = 5,
     seed: int = 0,
     command: str | None = None,
-) -> Use:
-    """`use` of a sweep's probe at a site, each text edited along a direction fitted without its fold.
+) -> ProbeUse:
+    """`use_probe` of a sweep's probe at a site, each text edited along a direction fitted without its fold.
 
     So no text, and no group, helped to find the direction that it is edited along.
     """
-    data, probe = sweep.data, sweep.row(site).probe
+    data, probe = sweep.data, sweep.at(site).probe
     features = collect(lm, data, site, head=probe.head)[site]
     n_classes = None if data.classes is None else len(data.classes)
     parts = []
@@ -252,7 +252,7 @@ def _changes(
     lm: LanguageModel,
     probe: Probe,
     data: ProbeData,
-    metric: Metric,
+    metric: AnswerMetric,
     features: np.ndarray,
     labels: np.ndarray,
     label: str | None,
@@ -351,12 +351,12 @@ class Editor:
             tokens = lm.tokens([data.tokens.row_ids(r) for r in chosen])
             self._batches.append((chosen, lm.run(tokens, capture=[*below, probe.site], logits="last")))
 
-    def measure(self, metric: Metric) -> np.ndarray:
+    def measure(self, metric: AnswerMetric) -> np.ndarray:
         """The metric of every text without an edit, in the order of `rows`."""
         return self._collect(metric, [base for _, base in self._batches])
 
     def edited(
-        self, metric: Metric, action: str, source: Tensor, vector: Tensor, gap: float, centre: float
+        self, metric: AnswerMetric, action: str, source: Tensor, vector: Tensor, gap: float, centre: float
     ) -> tuple[np.ndarray, float]:
         """The metric under an action along the unit `vector`, and the mean |Δ| of the values at the probe's tokens.
 
@@ -389,7 +389,7 @@ class Editor:
         first, length = int(base.tokens.first[row]), int(base.tokens.lengths[row])
         return [first + p for p in (range(length) if min(at) < 0 else at)]
 
-    def _collect(self, metric: Metric, runs: list[Run]) -> np.ndarray:
+    def _collect(self, metric: AnswerMetric, runs: list[Run]) -> np.ndarray:
         found: dict[int, float] = {}
         for (chosen, _), run in zip(self._batches, runs, strict=True):
             assert run.logits is not None
@@ -404,13 +404,13 @@ class Editor:
 
 def _use(
     parts: list[_Part],
-    metric: Metric,
+    metric: AnswerMetric,
     units: str | None,
     site: str,
     towards: str | None,
     seed: int,
     command: str | None,
-) -> Use:
+) -> ProbeUse:
     groups = np.unique(np.concatenate([part.groups for part in parts]), return_inverse=True)[1]
     before = np.concatenate([part.before for part in parts])
     sizes = np.array([len(part.before) for part in parts], dtype=float)
@@ -446,8 +446,8 @@ def _use(
             float(np.average([np.mean([p.size[action, n] for n in which]) for p in parts], weights=sizes))
             for which in (["probe"], ["mass"], names)
         ]
-        rows.append(UseRow(action, effect, (min(drawn), max(drawn)), (moved[0], moved[1], moved[2])))
-    return Use(
+        rows.append(UseAction(action, effect, (min(drawn), max(drawn)), (moved[0], moved[1], moved[2])))
+    return ProbeUse(
         site,
         tuple(rows),
         float(before.mean()),
@@ -459,7 +459,7 @@ def _use(
     )
 
 
-def _verdict(rows: list[UseRow], usual: float) -> str:
+def _verdict(rows: list[UseAction], usual: float) -> str:
     """One sentence: which actions do more than any random direction, in the direction that a used one would.
 
     A change below a fiftieth of the metric's usual size counts as none, however narrow its interval.

@@ -135,7 +135,7 @@ def question(
     return Question(tuple(tokens.row_ids(0)), tuple(tokens.strings[0]), right, other, what)
 
 
-def attribute(
+def saliency_map(
     lm: LanguageModel, asked: Question, method: Method, *, baseline: Baseline = "mean", steps: int | None = None
 ) -> TokenAttribution:
     """One method on one question; `baseline` and `steps` where the method has them."""

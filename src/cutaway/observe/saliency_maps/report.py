@@ -29,10 +29,10 @@ from cutaway.observe.saliency_maps.methods import (
     Method,
     Question,
     TokenAttribution,
-    attribute,
     baseline_vector,
     occluded,
     question,
+    saliency_map,
 )
 
 
@@ -149,7 +149,7 @@ def saliency(
         for text, a, w in zip(texts, _each(answer, len(texts)), _each(wrong, len(texts)), strict=True)
     ]
     maps: dict[Method, list[TokenAttribution]] = {
-        m: [attribute(lm, one, m, baseline=baseline, steps=steps) for one in asked] for m in methods
+        m: [saliency_map(lm, one, m, baseline=baseline, steps=steps) for one in asked] for m in methods
     }
     stages = _sanity(lm, asked, maps, baseline, steps, seeds, seed)
     reports = [
@@ -202,7 +202,9 @@ def _sanity(
                 for method, trained in maps.items():
                     # what the integral needed in the trained model is enough to compare ranks by
                     points = max((t.steps or 32 for t in trained), default=32) if steps is None else steps
-                    found = [attribute(model, one, method, baseline=baseline, steps=min(points, 128)) for one in asked]
+                    found = [
+                        saliency_map(model, one, method, baseline=baseline, steps=min(points, 128)) for one in asked
+                    ]
                     pairs = list(zip(trained, found, strict=True))
                     signed.setdefault((method, stage), []).append(
                         [rank_correlation(a.values, b.values) for a, b in pairs]
