@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from cutaway.artifacts.command import recording
 from cutaway.artifacts.results import Control, Effect
 from cutaway.artifacts.statistics import bootstrap_interval
 from cutaway.draw import blocks as page
@@ -188,7 +189,8 @@ def heads(tour: Tour) -> page.Section:
     command = tour.command("heads")
     lm = tour.lm
     top = min(3, max(1, lm.n_layers * lm.n_heads // 8))
-    report = head_report(lm, top=top, draws=8, seed=tour.seed, command=command)
+    with recording(command):
+        report = head_report(lm, top=top, draws=8, seed=tour.seed)
     scores = report.scores
     judged = repeated_scores(lm, scores.n, scores.length, tour.seed)
     foreseen = repetition(lm, scores.n, scores.length, tour.seed)

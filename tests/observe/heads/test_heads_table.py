@@ -5,6 +5,7 @@ import json
 import pytest
 
 import cutaway
+from cutaway.artifacts.command import recording
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.files import plain
 from cutaway.model.language_model import LanguageModel
@@ -15,7 +16,8 @@ from cutaway.observe.heads.table import HeadTable, head_table, repetition
 @pytest.fixture(scope="module")
 def table(atlas: LanguageModel) -> HeadTable:
     prompts = ["The capital of the state containing Dallas is Austin.", "Tom went to the park."]
-    return head_table(atlas, prompts, n=4, length=32, ablation_length=10, needle="Austin", command="again")
+    with recording("again"):
+        return head_table(atlas, prompts, n=4, length=32, ablation_length=10, needle="Austin")
 
 
 def test_labels_follow_their_rule(table: HeadTable) -> None:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from markupsafe import Markup
 from torch import Tensor
 
-from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.errors import NotSupported
 from cutaway.artifacts.results import Control, Effect
 from cutaway.artifacts.statistics import false_discovery, paired_t_p, ratio_intervals
+from cutaway.draw.page import sections_html
+from cutaway.draw.result import Result
 from cutaway.model.language_model import LanguageModel
 from cutaway.observe.heads.report import Head, name
+from cutaway.observe.summaries import block, with_interval
 
 MEANINGS: dict[str, str] = {
     "previous": "attention to the token before",
@@ -44,33 +48,83 @@ def meaning(kind: str) -> str:
     return f"{said}, on the text" if kind.endswith(ON_TEXT) else said
 
 
-@dataclass(frozen=True, eq=False)
-class KindScores:
+@dataclass(frozen=True, eq=False, repr=False)
+class KindScores(Result):
     """One kind of score for every head, and the same head's control.
 
-    `score` is [L, H], the mean over `n` sequences, with its 95 % interval over sequences `low`, `high`;
-    `control`, `control_low`, `control_high` likewise (`control_name` says of what). NaN: the layer has no such value,
-    or no row has its target in sight. `destinations` is the number of those that counted, over all sequences, `uniform`
-    [L] what attention spread evenly over all that is in sight would score (None where that makes no sense). `margin` is
-    how far above its control a score must be to carry the label: 0 on random tokens, where nothing else explains it.
-    `p` [L, H] is that of the score against its control, two-sided (Student's t over sequences); None where there is
-    none.
+    NaN: the layer has no such value, or no row has its target in sight.
     """
 
+    title: ClassVar[str] = "Attention heads of one kind"
+
     kind: str
+    """The kind; it ends in " (text)" where it was read on the user's text."""
     score: Tensor
+    """Mean over the sequences [L, H]."""
     low: Tensor
+    """Lower end of its 95 % interval over sequences [L, H]."""
     high: Tensor
+    """Upper end [L, H]."""
     control: Tensor
+    """The same head's score where the kind says nothing [L, H]."""
     control_low: Tensor
+    """Lower end of the control's interval [L, H]."""
     control_high: Tensor
+    """Upper end [L, H]."""
     control_name: str
+    """What the control is."""
     n: int
+    """How many sequences."""
     destinations: int
+    """How many tokens had a target, over all sequences."""
     uniform: Tensor | None = None
+    """What attention spread evenly over all that is in sight would score [L]; None where that makes no sense."""
     units: str = "share of attention"
+    """The score's units."""
     margin: float = 0.0
+    """How far above its control a score must be to carry the label: 0 on random tokens, where nothing else explains
+    it."""
     p: Tensor | None = None
+    """p of the score against its control [L, H], two-sided (Student's t over sequences); None where there is none."""
+
+    def summary(self) -> str:
+        """The five strongest heads beside their controls."""
+        kept = [head for head, _ in self.top(5)]
+        labelled = len(self.heads())
+        lines = [
+            f"{self.kind}: {meaning(self.kind)}",
+            f"  {self.n} sequences, {self.destinations:,} tokens with a target; control: {self.control_name}",
+            f"  labelled: {labelled} of {self.score.numel()} heads",
+        ]
+        for head in kept:
+            effect, q = self.effect(head), self.q_of(head)
+            control = effect.controls[0]
+            said = "" if q != q else f", q {q:.2g}"
+            lines.append(
+                f"  {name(head):<7}{with_interval(effect.value, effect.interval):<20} control "
+                f"{with_interval(control.value, control.interval)}{said}"
+            )
+        return block(lines)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per head: score and control with their intervals, p, q, and whether it carries the label."""
+        carries, q = self.labelled(), self.q
+        grids = ("score", "low", "high", "control", "control_low", "control_high")
+        layers, heads = self.score.shape
+        return [
+            {"kind": self.kind, "layer": i, "head": j}
+            | {grid: _known(getattr(self, grid)[i, j].item()) for grid in grids}
+            | {"p": None if self.p is None else _known(self.p[i, j].item())}
+            | {"q": None if q is None else _known(q[i, j].item()), "labelled": bool(carries[i, j])}
+            for i in range(layers)
+            for j in range(heads)
+        ]
+
+    def drawing(self) -> Markup:
+        """A map of the heads, the labelled ones outlined."""
+        from cutaway.observe.heads.view import kind_section
+
+        return sections_html([kind_section(self)])
 
     @property
     def q(self) -> Tensor | None:
@@ -78,7 +132,11 @@ class KindScores:
         return None if self.p is None else torch.from_numpy(false_discovery(self.p.numpy()))
 
     def q_of(self, head: Head) -> float:
-        """`q` of one head; NaN where there is none."""
+        """`q` of one head; NaN where there is none.
+
+        Args:
+            head: (layer, head).
+        """
         return float("nan") if self.q is None else self.q[head].item()
 
     @property
@@ -105,13 +163,24 @@ class KindScores:
         return [head for head, _ in self.top(self.score.numel()) if bool(chosen[head])]
 
     def top(self, k: int = 3) -> list[tuple[Head, float]]:
-        """The k heads with the largest score; heads without one are left out."""
+        """The heads with the largest score, largest first; heads without one are left out.
+
+        Args:
+            k: how many.
+
+        Returns:
+            ((layer, head), score), k of them at most.
+        """
         values, flat = self.score.nan_to_num(-torch.inf).flatten().sort(descending=True, stable=True)
         kept = [(i, v) for i, v in zip(flat.tolist(), values.tolist(), strict=True) if v > -torch.inf][:k]
         return [(divmod(i, self.score.shape[1]), v) for i, v in kept]
 
-    def effect(self, head: Head, command: str | None = None) -> Effect:
-        """One head's score as a value with its evidence."""
+    def effect(self, head: Head) -> Effect:
+        """One head's score as a value with its evidence.
+
+        Args:
+            head: (layer, head).
+        """
         controls = [
             Control(
                 self.control_name,
@@ -130,7 +199,6 @@ class KindScores:
             controls=tuple(controls),
             ablation="none",
             units=self.units,
-            command=command,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -165,13 +233,17 @@ def _lists(values: Tensor) -> Any:
     """A tensor as nested lists, NaN as None."""
     if values.ndim > 1:
         return [_lists(row) for row in values]
-    return [None if value != value else value for value in values.tolist()]
+    return [_known(value) for value in values.tolist()]
+
+
+def _known(value: float) -> float | None:
+    return None if value != value else value
 
 
 def attention_layers(lm: LanguageModel, *sites: str) -> tuple[list[int], dict[int, str]]:
     """Layers that have these sites of attention (by default "pattern" and "z"), and why the others lack them.
 
-    Raises CutawayError when no layer has them.
+    Raises NotSupported when no layer has them.
     """
     needed = {f"blocks.{{l}}.attn.{site}" for site in sites or ("pattern", "z")}
     absent = {
@@ -181,7 +253,7 @@ def attention_layers(lm: LanguageModel, *sites: str) -> tuple[list[int], dict[in
     }
     layers = [layer for layer in range(lm.n_layers) if layer not in absent]
     if not layers:
-        raise CutawayError(f"{lm.name} has no attention heads to read in any layer: {next(iter(absent.values()))}.")
+        raise NotSupported(f"{lm.name} has no attention heads to read in any layer: {next(iter(absent.values()))}.")
     return layers, absent
 
 

@@ -22,7 +22,7 @@ from cutaway.observe.heads.targets import TARGETS, add, attention_to, in_sight, 
 def repeated_scores(
     lm: LanguageModel, n: int = 8, length: int | None = None, seed: int = 0, tokens: Tokens | None = None
 ) -> dict[str, KindScores]:
-    """Every kind of score but `copying`, on n repeated random sequences of `length` tokens (`repeated_tokens`).
+    """Every kind of score but `copying`, on repeated random sequences (Olsson et al. 2022).
 
     - previous, duplicate, induction, current: mean A[i, i-1]; A[i, i-T], A[i, i-T+1] (i in the second copy); A[i, i].
       Control: the distance, other than these four, at which the same head looks most in the same rows.
@@ -30,7 +30,19 @@ def repeated_scores(
     - relative-, absolute-position: see `position_scores`.
     - induction-copying: see `copied_share`. Control: the mean share of the other tokens.
 
-    Raises CutawayError for fewer than two sequences: position needs others to be foreseen from.
+    Args:
+        lm: the model.
+        n: how many random sequences.
+        length: tokens of one copy; 50, or what fits, if None.
+        seed: of the random tokens.
+        tokens: the sequences themselves (as `repeated_tokens` makes them), in place of `n`, `length` and `seed`.
+
+    Returns:
+        The scores of every head, by kind.
+
+    Raises:
+        NotSupported: a model without attention patterns.
+        CutawayError: fewer than two sequences: position needs others to be foreseen from.
     """
     tokens = repeated_tokens(lm, n, length, seed) if tokens is None else tokens
     n = len(tokens)
