@@ -38,7 +38,7 @@ def saliency(
         One prompt, or several.
     answer
         The token that each prompt goes on with, with its leading space (“ Austin”), or its id (“#422”): one for all
-        prompts or one a prompt (--answer “ A” --answer “ B”); what the model would answer if
+        prompts or one per prompt (--answer “ A” --answer “ B”); what the model would answer if
         not given.
     wrong
         The token whose logit is subtracted, likewise; “mean” for the mean over the vocabulary.
