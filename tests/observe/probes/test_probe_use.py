@@ -29,7 +29,8 @@ def texts(llama: LanguageModel) -> list[list[int]]:
 
 
 def sweep_of(lm: LanguageModel, texts: list[list[int]], labels: list[str], **options: object) -> ProbeSweep:
-    return probe_sweep(lm, texts, labels, sites=SITE, n_folds=3, draws=1, with_untrained=False, **options)  # type: ignore[arg-type]
+    data = probe_data(lm, texts, labels)
+    return probe_sweep(lm, data, sites=SITE, n_folds=3, draws=1, with_untrained=False, **options)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -142,14 +143,14 @@ def test_no_text_is_edited_along_a_direction_that_it_helped_to_find(
 def test_one_head_and_a_mean_over_tokens(llama: LanguageModel, texts: list[list[int]]) -> None:
     labels = ["down", "up"] * 30
     one = probe_sweep(
-        llama, texts, labels, sites="blocks.2.attn.z", head=1, n_folds=3, draws=1, with_untrained=False,
-        position="mean",
+        llama, probe_data(llama, texts, labels, position="mean"), sites="blocks.2.attn.z", head=1, n_folds=3, draws=1,
+        with_untrained=False,
     )  # fmt: skip
     found = use_probe(llama, one.best.probe, one.data, difference, own=False, draws=2)
     assert isinstance(found, ProbeUse)
     assert "towards up" in str(found)
     whole = probe_sweep(
-        llama, texts, labels, sites="blocks.2.attn.z", n_folds=3, draws=1, with_untrained=False
+        llama, probe_data(llama, texts, labels), sites="blocks.2.attn.z", n_folds=3, draws=1, with_untrained=False
     )  # fmt: skip
     with pytest.raises(CutawayError, match="name a head"):
         use_probe(llama, whole.best.probe, whole.data, difference, own=False)
@@ -162,7 +163,7 @@ def test_a_probe_of_another_model_and_a_metric_of_the_wrong_shape_are_refused(
 
     with pytest.raises(CutawayError, match="fit it anew"):
         use_probe(untrained(llama), causal.best.probe, causal.data, difference)
-    with pytest.raises(CutawayError, match="one number a text"):
+    with pytest.raises(CutawayError, match="one number per text"):
         use_probe(llama, causal.best.probe, causal.data, lambda logits, rows: logits)
 
 

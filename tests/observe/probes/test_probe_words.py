@@ -104,9 +104,7 @@ def test_a_label_of_the_word_is_found_and_kept(atlas: LanguageModel, tmp_path: P
     sentences, labels = drawn(40, 1)
     sweep = probe_sweep(
         atlas,
-        sentences,
-        labels,
-        position="words",
+        probe_data(atlas, sentences, labels, position="words"),
         sites="blocks.0.resid_post",
         n_folds=4,
         draws=2,

@@ -67,7 +67,7 @@ def planted(llama: LanguageModel) -> tuple[list[list[int]], list[str]]:
 
 @pytest.fixture(scope="module")
 def sweep(llama: LanguageModel, planted: tuple[list[list[int]], list[str]]) -> ProbeSweep:
-    return probe_sweep(llama, *planted, n_folds=4, draws=4)
+    return probe_sweep(llama, probe_data(llama, *planted), n_folds=4, draws=4)
 
 
 # What is read
@@ -122,7 +122,7 @@ def test_heads_stand_side_by_side_or_alone(llama: LanguageModel) -> None:
         site_width(llama, "blocks.1.attn.z", 4)
     with pytest.raises(CutawayError, match="has no heads"):
         site_width(llama, "blocks.1.resid_post", 0)
-    with pytest.raises(CutawayError, match="one vector a token"):
+    with pytest.raises(CutawayError, match="one vector per token"):
         site_width(llama, "blocks.1.attn.pattern")
 
 
@@ -371,7 +371,9 @@ def test_everything_is_in_the_json_and_the_table(sweep: ProbeSweep) -> None:
 def test_regression_and_more_classes(llama: LanguageModel, planted: tuple[list[list[int]], list[str]]) -> None:
     texts, _ = planted
     lengths = [float(len(text)) + 0.5 for text in texts]
-    found = probe_sweep(llama, texts, lengths, sites="blocks.0.resid_post", kind="ridge", n_folds=3, draws=2)
+    found = probe_sweep(
+        llama, probe_data(llama, texts, lengths), sites="blocks.0.resid_post", kind="ridge", n_folds=3, draws=2
+    )
     assert found.measure == "R²"
     controls = {c.name: c.value for c in found.sites[0].effect.controls}
     assert controls["position and length"] > 0.99  # the length itself
@@ -379,8 +381,9 @@ def test_regression_and_more_classes(llama: LanguageModel, planted: tuple[list[l
     assert found.sites[0].reliability is None
     third = [str(len(text) % 3) for text in texts]
     many = probe_sweep(
-        llama, texts, third, sites="blocks.0.resid_post", kind="mass-mean", n_folds=3, draws=2, with_untrained=False
-    )
+        llama, probe_data(llama, texts, third), sites="blocks.0.resid_post", kind="mass-mean", n_folds=3, draws=2,
+        with_untrained=False,
+    )  # fmt: skip
     assert many.sites[0].probe.direction("1").shape == (32,)
     with pytest.raises(CutawayError, match="name its label"):
         many.sites[0].probe.direction()
@@ -435,8 +438,8 @@ def test_a_calibrated_mlp_comes_back_too(llama: LanguageModel, tmp_path: Path) -
     texts = rows(60)
     labels = ["long" if len(t) > 6 else "short" for t in texts]
     found = probe_sweep(
-        llama, texts, labels, sites="blocks.0.resid_post", kind="mlp", n_folds=3, draws=1, with_untrained=False,
-        calibration="isotonic",
+        llama, probe_data(llama, texts, labels), sites="blocks.0.resid_post", kind="mlp", n_folds=3, draws=1,
+        with_untrained=False, calibration="isotonic",
     )  # fmt: skip
     probe = found.best.probe
     again = load_probe(probe.save(tmp_path / "p"))
@@ -453,7 +456,7 @@ def test_another_model_another_width_and_damage_are_refused(
     with pytest.raises(CutawayError, match="fit it anew for this model"):
         load_probe(folder, untrained(llama))
     narrow = Probe(**{**probe.__dict__, "head": 0, "site": "blocks.0.attn.z"})
-    with pytest.raises(CutawayError, match=r"reads 32 numbers a token, but 'blocks.0.*' has 8"):
+    with pytest.raises(CutawayError, match=r"reads 32 numbers per token, but 'blocks.0.*' has 8"):
         narrow.require_model(llama)
     with pytest.raises(CutawayError, match="does not exist"):
         load_probe(tmp_path / "none")

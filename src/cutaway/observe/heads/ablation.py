@@ -1,7 +1,7 @@
 """What is lost without each head: every head ablated alone, many of them in one batch.
 
 A pattern is not a cause. The heads of one layer are ablated in the rows of one batch (`rows=`) that resumes at their
-layer, so that the layers below are not run again and a model takes a few forwards a layer instead of one a head.
+layer, so that the layers below are not run again and a model takes a few forwards per layer instead of one per head.
 """
 
 from __future__ import annotations

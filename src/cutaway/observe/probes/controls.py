@@ -36,7 +36,7 @@ def shuffled_labels(labels: np.ndarray, groups: np.ndarray, generator: np.random
 
 
 def control_types(data: ProbeData) -> tuple[np.ndarray, str] | None:
-    """The types of the control task, a number an example, and what they are; None where no type comes twice.
+    """The types of the control task, a number per example, and what they are; None where no type comes twice.
 
     Groups that the caller named, else the token that is read.
     """
@@ -50,7 +50,7 @@ def control_types(data: ProbeData) -> tuple[np.ndarray, str] | None:
 
 
 def control_labels(types: np.ndarray, labels: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """One random label a type, drawn as often as it occurs among the examples; every class is drawn."""
+    """One random label per type, drawn as often as it occurs among the examples; every class is drawn."""
     wanted = np.unique(labels)
     n_types = int(types.max()) + 1
     for _ in range(1000):
@@ -231,7 +231,7 @@ def control_task(
     draws: int,
     seed: int,
 ) -> Control:
-    """The score on random labels a type, with types on both sides of a fold and the real labels' regularisation."""
+    """The score on random labels per type, with types on both sides of a fold and the real labels' regularisation."""
     n_classes = None if data.classes is None else len(data.classes)
     generator = np.random.default_rng(seed + 2)
     alone = np.arange(len(data))

@@ -41,7 +41,7 @@ _HIDDEN = 32
 class Weights:
     """A fitted function: `matrices` [in, out] with `biases` [out], rectified in between; linear when there is one.
 
-    The output has one column for two classes (its sign decides) and for a regression, one a class for more.
+    The output has one column for two classes (its sign decides) and for a regression, one per class for more.
     `chosen` is the regularisation that the inner folds chose, None where there is none.
     """
 
