@@ -69,7 +69,7 @@ class PartAblations(Result, Sequence[AblatedPart]):
 
     def summary(self) -> str:
         """Direct share and fall of the first ten parts."""
-        lines = [f"{self.model}: direct share, and fall of the logit difference when mean-ablated alone"]
+        lines = [f"{self.model}: direct share, and fall when mean-ablated alone"]
         for one in self.parts[:10]:
             fall = with_interval(one.effect.value, one.effect.interval, 3)
             beside = f"  random parts {one.effect.controls[0].value:.3f}" if one.effect.controls else ""

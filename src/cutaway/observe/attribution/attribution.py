@@ -115,7 +115,8 @@ class Attribution(Result):
 
     def summary(self) -> str:
         """The largest parts beside random token pairs, and the model's own difference."""
-        lines = [_headline(self)]
+        head, what = _headline(self).split(": ", 1)
+        lines = [head, f"  {what}"]
         for part in self.top(7):
             share = with_interval(part.value, part.interval, 3)
             lines.append(f"  {part.name:<24}{share:<24} random pairs {part.control:.3f}")

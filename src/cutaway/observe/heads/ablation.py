@@ -69,12 +69,11 @@ class HeadEffects(Result):
 
     def summary(self) -> str:
         """The eight heads whose ablation changes the metric by the largest mean."""
-        means = self.mean.nan_to_num(0.0).abs().flatten()
-        kept = [divmod(i, self.mean.shape[1]) for i in means.argsort(descending=True)[:8].tolist()]
+        kept = sorted(self._measured(), key=lambda head: -abs(self.mean[head].item()))[:8]
         control = self.others([h for h in self._measured() if h not in kept], "mean of the other heads")
         lines = [
-            f"{self.ablation} ablation of each head of {self.model}, alone: change in {self.units}",
-            f"  {len(self.base)} rows, {self.base.mean().item():.3f} untouched [95 % over rows]",
+            f"{self.ablation} ablation of each head of {self.model}, alone, on {len(self.base)} rows",
+            f"  change in {self.units}; {self.base.mean().item():.3f} untouched",
         ]
         for head in kept:
             effect = self.effect(head, None)

@@ -65,7 +65,7 @@ class AttentionView(Result):
         """What is held, and where the head that is shown first looks."""
         lines = [f"attention of {self.model}: {len(self.heads)} heads × {len(self.tokens)} tokens"]
         pattern = self.pattern(self.start)
-        lines.append(f"{name(self.start)}, the head with the least attention on the first token, looks")
+        lines.append(f"{name(self.start)}, which is shown first, looks")
         for i in spread(len(self.tokens), 8):
             at = int(pattern[i].argmax())
             lines.append(f"  from {i} {self.tokens[i]!r:<14} to {at} {self.tokens[at]!r:<14} {pattern[i, at]:.2f}")

@@ -31,13 +31,15 @@ Part = Literal["qk", "ov"]
 
 @dataclass(frozen=True, eq=False)
 class Factored:
-    """The product left @ right [..., m, n] of rank at most r, kept as left [..., m, r] and right [..., r, n].
+    """The product left @ right [..., m, n] of rank at most r, kept as its factors.
 
     Everything is computed in float64 from the factors. Leading dimensions broadcast.
     """
 
     left: Tensor
+    """[..., m, r]."""
     right: Tensor
+    """[..., r, n]."""
 
     def __post_init__(self) -> None:
         if self.left.ndim < 2 or self.right.ndim < 2 or self.left.shape[-1] != self.right.shape[-2]:
@@ -48,6 +50,7 @@ class Factored:
 
     @property
     def shape(self) -> torch.Size:
+        """Of the product."""
         batch = torch.broadcast_shapes(self.left.shape[:-2], self.right.shape[:-2])
         return torch.Size((*batch, self.left.shape[-2], self.right.shape[-1]))
 
