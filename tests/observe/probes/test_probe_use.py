@@ -29,8 +29,8 @@ def texts(llama: LanguageModel) -> list[list[int]]:
 
 
 def sweep_of(lm: LanguageModel, texts: list[list[int]], labels: list[str], **options: object) -> ProbeSweep:
-    data = probe_data(lm, texts, labels)
-    return probe_sweep(lm, data, sites=SITE, n_folds=3, draws=1, with_untrained=False, **options)  # type: ignore[arg-type]
+    data = probe_data(lm, texts, labels, **options)  # type: ignore[arg-type]
+    return probe_sweep(lm, data, sites=SITE, n_folds=3, draws=1, with_untrained=False)
 
 
 @pytest.fixture(scope="module")
