@@ -71,7 +71,7 @@ def wrong_ids(lm: LanguageModel, wrong: WrongAnswer, prompts: Sequence[Sequence[
         return [one(wrong, prompt) for prompt in prompts]
     given = list(wrong)
     if len(prompts) == 1 and not any(isinstance(value, list | tuple) for value in given):
-        return [one(given, prompts[0])]
+        return [one(given, prompts[0])]  # type: ignore[arg-type]
     if len(given) != len(prompts):
         raise CutawayError(
             f"{len(given)} wrong answers for {len(prompts)} prompts; give one, or one (or a list of them) per prompt."

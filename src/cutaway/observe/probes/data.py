@@ -128,7 +128,8 @@ def probe_data(
         >>> probe_data(lm, ["Dallas is in", "Boston is in"], ["South", "North"])
     """
     sentences = sentences_of(texts) if position == "words" else None
-    tokens = lm.tokens(texts if sentences is None else joined(sentences), bos=bos)
+    plain: Any = texts if sentences is None else joined(sentences)
+    tokens = lm.tokens(plain, bos=bos)
     n = len(tokens)
     for what, given in (("labels", labels), ("groups", groups)):
         if given is not None and len(given) != n:
@@ -298,7 +299,7 @@ def read_site(
         places = word_places(lm, tokens, sentences)
         row, at = np.repeat(np.arange(len(places)), [len(some) for some in places]), np.concatenate(places)
     else:
-        tokens = lm.tokens(texts)
+        tokens = lm.tokens(texts)  # type: ignore[arg-type]
         blank = [[0] * int(n) if position == "every" else 0 for n in tokens.lengths]
         row, at, _, rule = _places(tokens, blank, position)
     nothing = np.zeros(len(at))
