@@ -4,7 +4,7 @@ python examples/attention.py
 """
 
 import cutaway
-from cutaway.observe.heads.report import head_report, repeated_tokens
+from cutaway.observe import head_report, repeated_tokens
 
 lm = cutaway.load("atlas")
 

@@ -5,7 +5,7 @@ python examples/harvest_and_probe.py
 
 import cutaway
 from cutaway.data.harvest.harvest import Rules, harvest
-from cutaway.observe.probes.sweep import probe_sweep
+from cutaway.observe import probe_data, probe_sweep
 from cutaway.subjects.world.corpus import documents
 from cutaway.subjects.world.facts import CITIES
 
@@ -20,16 +20,14 @@ for token, vector in zip(lm.token_strings(batch.token), batch["blocks.3.resid_po
 
 # Probe: cities of the world that atlas was trained on. No state is on both sides of a fold.
 cities = [(city.name, city.state) for city in CITIES]
-sweep = probe_sweep(
+data = probe_data(
     lm,
     [f"{name} is a city in" for name, _ in cities],
     [state.region for _, state in cities],
     groups=[state.name for _, state in cities],
     position=[name.split()[-1] for name, _ in cities],  # read at the city's last token
-    sites="blocks.{0..3}.resid_post",
-    n_folds=3,
-    draws=2,
 )
+sweep = probe_sweep(lm, data, sites="blocks.{0..3}.resid_post", n_folds=3, draws=2)
 print(f"\n{sweep}")
 best = sweep.best.effect
 print(f"\n{best.name}: {best.value:.2f}, beside")

@@ -4,7 +4,7 @@ python examples/look_inside.py
 """
 
 import cutaway
-from cutaway.observe.lens.logit_lens import logit_lens
+from cutaway.observe import logit_lens
 
 PROMPT = "The capital of the state containing Dallas is"
 

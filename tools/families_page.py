@@ -59,7 +59,7 @@ def measure(family: str) -> Parity:
     from bed import bed_model
 
     from cutaway.model.language_model import attach
-    from cutaway.observe.attribution.attribution import dla_sum_error
+    from cutaway.observe.attribution.parts import dla_sum_error
 
     residuals, equal, checks, dla, model_class = {}, True, 0, float("nan"), ""
     for name in DTYPES:

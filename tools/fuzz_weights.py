@@ -32,7 +32,7 @@ from cutaway.dictionaries.training.trainer import Trainer
 from cutaway.model.language_model import load
 from cutaway.observe.lens.files import load_tuned_lens, save_tuned_lens
 from cutaway.observe.lens.tuned_lens import TunedLens, TunedLensConfig, train_tuned_lens
-from cutaway.observe.probes.fit import Weights
+from cutaway.observe.probes.fitting import Weights
 from cutaway.observe.probes.probe import Calibrator, Probe, load_probe
 from cutaway.subjects.atlas import shipped
 from cutaway.subjects.atlas.training import train

@@ -21,8 +21,8 @@ from cutaway.model.language_model import LanguageModel
 from cutaway.model.naming import matches, single_token
 from cutaway.observe.attribution.attribution import attribute
 from cutaway.observe.lens.logit_lens import first_token, logit_lens
-from cutaway.observe.probes.use import answer_tokens
-from cutaway.observe.saliency.methods import question
+from cutaway.observe.probes.usage import answer_tokens
+from cutaway.observe.saliency_maps.methods import question
 
 BYTES = [f"<0x{i:02X}>" for i in range(0x60, 0x80)]
 PIECES = ["<unk>", "<s>", "</s>", *BYTES, "▁", *"playofs.,#", "pl", "pla", "play", "▁pla", "▁play", "▁y", "▁of", "of"]

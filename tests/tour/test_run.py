@@ -157,7 +157,16 @@ def test_the_strongest_head_is_one_that_carries_the_label() -> None:
 
     score, control = values(0.9, 0.5, 0.05), values(0.95, 0.1, 0.01)
     scores = KindScores(
-        "induction", score, score - 0.01, score + 0.01, control, control - 0.01, control + 0.01, "other", n=4, rows=9
+        "induction",
+        score,
+        score - 0.01,
+        score + 0.01,
+        control,
+        control - 0.01,
+        control + 0.01,
+        "other",
+        n=4,
+        destinations=9,
     )
     assert _strongest("induction", scores).value == "L0H1"
     unused = _strongest("induction", scores, False)

@@ -23,6 +23,9 @@ h1, h2, .page-lead { overflow-wrap: anywhere; }
 .page-drawing { overflow-x: auto; }
 """
 
+Section = tuple[str, str, Markup]
+"""A part of a page: its heading, the text under it, and its drawing."""
+
 _FOOT = '<p class="page-foot">cutaway '
 
 
@@ -37,10 +40,20 @@ def refuse_no_page(path: Path) -> None:
     refuse_replacing(path, "page", _FOOT)
 
 
+def sections_html(sections: Sequence[Section]) -> Markup:
+    """Sections one under another, without a page around them."""
+    parts = []
+    for heading, text, drawing in sections:
+        note = f"<p>{escape(text)}</p>" if text else ""
+        above = f"<h2>{escape(heading)}</h2>" if heading else ""
+        parts.append(f'<section>{above}{note}<div class="page-drawing">{drawing}</div></section>')
+    return Markup("\n".join(parts))
+
+
 def page_html(
     *,
     title: str,
-    sections: Sequence[tuple[str, str, Markup]],
+    sections: Sequence[Section],
     lead: str = "",
     command: str | None = None,
 ) -> str:
@@ -49,10 +62,6 @@ def page_html(
     `sections` are (heading, text under it, drawing); `lead` says under the title what is seen and where it comes from,
     `command` is the command line that makes the page again.
     """
-    parts = []
-    for heading, text, drawing in sections:
-        note = f"<p>{escape(text)}</p>" if text else ""
-        parts.append(f'<section><h2>{escape(heading)}</h2>{note}<div class="page-drawing">{drawing}</div></section>')
     made = f" Made by <code>{escape(command)}</code>." if command else ""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -61,6 +70,6 @@ def page_html(
         "script-src 'unsafe-inline'; img-src data:\">\n"
         f'<title>{escape(title)}</title>\n<link rel="icon" href="data:,">\n'
         f"<style>\n{stylesheet()}{_LAYOUT}</style>\n</head>\n<body>\n<main>\n<h1>{escape(title)}</h1>\n"
-        f'<p class="page-lead">{escape(lead)}</p>\n' + "\n".join(parts) + "\n"
+        f'<p class="page-lead">{escape(lead)}</p>\n{sections_html(sections)}\n'
         f"{_FOOT}{__version__}.{made}</p>\n</main>\n</body>\n</html>\n"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from cutaway.artifacts.command import recording
 from cutaway.artifacts.results import Control, Effect
 from cutaway.artifacts.statistics import bootstrap_interval
 from cutaway.draw import blocks as page
@@ -188,7 +189,8 @@ def heads(tour: Tour) -> page.Section:
     command = tour.command("heads")
     lm = tour.lm
     top = min(3, max(1, lm.n_layers * lm.n_heads // 8))
-    report = head_report(lm, top=top, draws=8, seed=tour.seed, command=command)
+    with recording(command):
+        report = head_report(lm, top=top, draws=8, seed=tour.seed)
     scores = report.scores
     judged = repeated_scores(lm, scores.n, scores.length, tour.seed)
     foreseen = repetition(lm, scores.n, scores.length, tour.seed)
@@ -215,7 +217,7 @@ def heads(tour: Tour) -> page.Section:
             bool(judged[r.kind].labelled()[r.head]),
             *(round(x, 3) for x in (r.score, r.zero, r.mean)),
         )
-        for r in report.rows
+        for r in report.heads
     ]
     note = "A pattern is not a cause: the table and the effects say what is lost without the heads."
     if not does:

@@ -111,7 +111,7 @@ ROWS = "text,label\n" + "".join(f"word {i},{'a' if i % 2 else 'b'}\n" for i in r
         ("d.csv", ROWS, ["--site", "blocks.*.resid_pst"], "did you mean 'blocks.*.resid_post'"),
         ("d.csv", ROWS, ["--site", "pos_embed"], "rotary"),
         ("d.csv", ROWS, ["--site", "blocks.99.resid_post"], "layers are 0 to 7"),
-        ("d.csv", ROWS, ["--site", "blocks.*.attn.pattern"], "one vector a token"),
+        ("d.csv", ROWS, ["--site", "blocks.*.attn.pattern"], "one vector per token"),
         ("d.csv", ROWS, ["--position", "99"], "Position 99 is outside"),
         ("d.csv", ROWS, ["--position", "match"], "the column match"),
         ("d.csv", ROWS, ["--position", "match:zebra"], "does not occur"),

@@ -24,7 +24,7 @@ from cutaway.observe.attribution.attribution import attribute
 from cutaway.observe.heads.circuits import composition, copying_scores
 from cutaway.observe.heads.table import head_table
 from cutaway.observe.lens.logit_lens import logit_lens
-from cutaway.observe.untrained import untrained
+from cutaway.observe.random_weights import untrained
 
 NAMES = list(MODELS)
 

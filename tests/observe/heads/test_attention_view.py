@@ -179,7 +179,7 @@ def test_a_notebook_gets_everything_in_one_piece(view: AttentionView) -> None:
     html = view._repr_html_()
     assert "--accent" in html
     assert "http" not in html.replace("http://www.w3.org", "")
-    assert repr(view) == "AttentionView of tiny llama: 12 heads × 7 tokens"
+    assert repr(view).startswith("attention of tiny llama: 12 heads × 7 tokens")
 
 
 # In a browser -------------------------------------------------------------------------------------------------------

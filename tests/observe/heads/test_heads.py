@@ -21,7 +21,7 @@ from cutaway.observe.heads.report import (
 
 def test_scores_are_their_definition(tiny: LanguageModel) -> None:
     t, n = 7, 6
-    scores = head_scores(tiny, n_batch=n, length=t, seed=3)
+    scores = head_scores(tiny, n=n, length=t, seed=3)
     tokens = repeated_tokens(tiny, n, t, seed=3)
     run = tiny.run(tokens, capture="blocks.*.attn.pattern", logits="all")
     for layer in range(tiny.n_layers):
@@ -129,7 +129,7 @@ def test_atlas_has_induction_heads_that_matter() -> None:
         if effect.ablation == "zero ablation":
             assert effect.interval is not None
             assert effect.interval[0] > effect.controls[0].value
-    assert len(report.rows) == 6
+    assert len(report.heads) == 6
     assert len(report.to_json()["effects"]) == 4
 
 

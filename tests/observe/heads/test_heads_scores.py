@@ -64,7 +64,7 @@ def test_a_heads_p_is_that_of_a_paired_test_of_score_and_control() -> None:
     p = paired_p(score * 4, rows, control * 4, rows)
     assert p.numpy() == pytest.approx(stats.ttest_rel(score, control, axis=0)[1])
     zero = torch.zeros(2, 3)
-    kinds = KindScores("previous", zero, zero, zero, zero, zero, zero, "other", n=8, rows=32, p=p)
+    kinds = KindScores("previous", zero, zero, zero, zero, zero, zero, "other", n=8, destinations=32, p=p)
     assert kinds.q_of((0, 0)) == pytest.approx(stats.false_discovery_control(p.numpy().ravel())[0])
     assert kinds.to_json()["q"][0][0] == kinds.q_of((0, 0)) < 0.001
 
@@ -112,10 +112,10 @@ def test_targets_outside_a_window_do_not_count() -> None:
     )  # fmt: skip
     found = repeated_scores(attach(MistralForCausalLM(config).eval()), 3, 20)
     assert bool(found["induction"].score.isnan().all())
-    assert found["induction"].rows == 0
+    assert found["induction"].destinations == 0
     assert found["induction"].top() == []
     assert not bool(found["previous"].score.isnan().any())
-    assert found["first"].rows == 3 * 6  # rows 2 to 7 still see the first token
+    assert found["first"].destinations == 3 * 6  # rows 2 to 7 still see the first token
     assert found["induction"].to_json()["score"][0][0] is None
 
 
@@ -212,7 +212,7 @@ def test_retrieval_is_the_attention_to_the_needle(llama: LanguageModel) -> None:
     queries = torch.zeros(2, 8, dtype=torch.bool)
     queries[0, 5] = True
     asked = retrieval_scores(llama, rows, mask, queries=queries)
-    assert asked.rows == 1
+    assert asked.destinations == 1
     assert asked.score[1, 0].item() == pytest.approx(pattern[0, 0, 5, 2:4].sum().item(), abs=1e-6)
 
 

@@ -5,6 +5,7 @@ import json
 import pytest
 
 import cutaway
+from cutaway.artifacts.command import recording
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.files import plain
 from cutaway.model.language_model import LanguageModel
@@ -15,13 +16,14 @@ from cutaway.observe.heads.table import HeadTable, head_table, repetition
 @pytest.fixture(scope="module")
 def table(atlas: LanguageModel) -> HeadTable:
     prompts = ["The capital of the state containing Dallas is Austin.", "Tom went to the park."]
-    return head_table(atlas, prompts, n=4, length=32, ablation_length=10, needle="Austin", command="again")
+    with recording("again"):
+        return head_table(atlas, prompts, n=4, length=32, ablation_length=10, needle="Austin")
 
 
 def test_labels_follow_their_rule(table: HeadTable) -> None:
     for kind, scores in table.kinds.items():
         for head, score in scores.top(64):
-            expected = score >= scores.least and scores.low[head].item() > scores.control_high[head].item()
+            expected = score >= scores.threshold and scores.low[head].item() > scores.control_high[head].item()
             assert (kind in table.labels(head)) == expected
     assert {"previous", "relative-position"} <= set(table.labels((3, 7)))
     assert {"induction", "induction-copying", "copying"} <= set(table.labels((7, 3)))
@@ -30,10 +32,10 @@ def test_labels_follow_their_rule(table: HeadTable) -> None:
 
 
 def test_every_label_has_its_score_and_its_ablation_with_controls(table: HeadTable) -> None:
-    (first, *_) = table.rows("previous", 1)
+    (first, *_) = table.of_kind("previous", 1)
     assert first.head == (3, 7)
     for kind in table.kinds:
-        for row in table.rows(kind, 2):
+        for row in table.of_kind(kind, 2):
             assert row.labelled
             assert row.score.require_controls().command == "again"
             assert [effect.ablation for effect in row.effects] == ["mean ablation", "zero ablation"]
@@ -44,14 +46,14 @@ def test_every_label_has_its_score_and_its_ablation_with_controls(table: HeadTab
                 assert untouched.value == 0.0
             asked = "nats of loss on the second copy" if "induction" in kind or kind == "previous" else "text"
             assert asked in row.effects[0].units
-    assert not all(row.labelled for row in table.rows("duplicate", labelled=False))
+    assert not all(row.labelled for row in table.of_kind("duplicate", labelled=False))
     with pytest.raises(CutawayError, match="no score"):
-        table.rows("nonsense")
+        table.of_kind("nonsense")
 
 
 def test_the_previous_token_heads_of_atlas_are_causes(table: HeadTable) -> None:
     """L5H2 carries the second copy: alone it costs more than any head without the label."""
-    effect = next(row for row in table.rows("previous") if row.head == (5, 2)).effects[0]
+    effect = next(row for row in table.of_kind("previous") if row.head == (5, 2)).effects[0]
     assert effect.value > 0.5 > effect.controls[0].value  # of four sequences, too few for an interval above 0
 
 
@@ -94,7 +96,7 @@ def test_a_random_model_has_nothing_to_say(llama: LanguageModel) -> None:
     assert not table.induces
     assert table.verdicts()[0].startswith("No induction")
     assert table.behaviour("induction") is None
-    assert table.rows("induction") == []
+    assert table.of_kind("induction") == []
     assert "Δ" not in str(table)
     with pytest.raises(CutawayError, match="needle"):
         head_table(llama, needle="x")
@@ -114,7 +116,7 @@ def test_webtext_induction_heads_are_causes(shared) -> None:
         cutaway.load(shared / "models" / "webtext-gpt2"), n=6, length=32, ablations=("mean",), ablation_length=10
     )
     assert table.induces
-    rows = {row.head: row for row in table.rows("induction")}
+    rows = {row.head: row for row in table.of_kind("induction")}
     assert {(3, 1), (3, 2), (3, 3), (3, 4)} <= set(rows)
     for head in ((3, 1), (3, 2), (3, 3)):
         effect = rows[head].effects[0]

@@ -123,7 +123,7 @@ def test_scores_and_controls_are_their_definitions(tiny: LanguageModel) -> None:
                 assert scores.control[layer, head].item() == pytest.approx(hand.control(), abs=1e-6), kind
                 assert scores.uniform is not None
                 assert scores.uniform[layer].item() == pytest.approx(even, abs=1e-9), kind
-                assert n <= scores.rows <= sum(map(len, rows))
+                assert n <= scores.destinations <= sum(map(len, rows))
 
 
 # Planted heads ------------------------------------------------------------------------------------------------------
@@ -282,7 +282,7 @@ def test_stories(shared: Path) -> None:
     previous = table.kinds["previous (text)"].heads()
     assert (3, 6) in previous
     assert (1, 3) in previous
-    assert table.kinds["induction (text)"].rows > 500
+    assert table.kinds["induction (text)"].destinations > 500
     assert table.kinds["induction"].heads() == []
 
 

@@ -10,7 +10,7 @@ from sklearn.neural_network import MLPClassifier
 from sklearn.preprocessing import StandardScaler
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.observe.probes.fit import (
+from cutaway.observe.probes.fitting import (
     Scorer,
     Weights,
     accuracy_hits,

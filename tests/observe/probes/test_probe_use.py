@@ -7,9 +7,9 @@ import torch
 from cutaway.artifacts.errors import CutawayError
 from cutaway.model.language_model import LanguageModel
 from cutaway.observe.probes.data import probe_data, read_site
-from cutaway.observe.probes.fit import choose
+from cutaway.observe.probes.fitting import choose
 from cutaway.observe.probes.sweep import Probe, ProbeSweep, probe_sweep
-from cutaway.observe.probes.use import ACTIONS, Answers, Editor, Use, answer_tokens, use, use_in_folds
+from cutaway.observe.probes.usage import ACTIONS, Answers, Editor, ProbeUse, answer_tokens, use_in_folds, use_probe
 
 A, B = 20, 30
 SITE = "blocks.2.resid_post"  # the last layer of the small models
@@ -29,7 +29,8 @@ def texts(llama: LanguageModel) -> list[list[int]]:
 
 
 def sweep_of(lm: LanguageModel, texts: list[list[int]], labels: list[str], **options: object) -> ProbeSweep:
-    return probe_sweep(lm, texts, labels, sites=SITE, n_folds=3, draws=1, with_untrained=False, **options)  # type: ignore[arg-type]
+    data = probe_data(lm, texts, labels, **options)  # type: ignore[arg-type]
+    return probe_sweep(lm, data, sites=SITE, n_folds=3, draws=1, with_untrained=False)
 
 
 @pytest.fixture(scope="module")
@@ -77,8 +78,8 @@ def test_the_edits_are_those_of_a_raw_hook(llama: LanguageModel, causal: ProbeSw
 
 def test_a_planted_cause_moves_the_answers(llama: LanguageModel, causal: ProbeSweep) -> None:
     found = use_in_folds(llama, causal, SITE, difference, own=False)
-    by_action = {row.action: row for row in found.rows}
-    for row in found.rows:
+    by_action = {row.action: row for row in found.actions}
+    for row in found.actions:
         down = row.action != "steer +"
         assert (row.effect.value < 0) == down
         assert abs(row.effect.value) > 3 * max(abs(r) for r in row.random)
@@ -99,9 +100,9 @@ def test_what_can_only_be_read_moves_nothing(llama: LanguageModel, texts: list[l
     changed = [[text[0], token, *text[2:]] for text, token in zip(texts, second, strict=True)]
     sweep = sweep_of(llama, changed, ["even" if token == 40 else "odd" for token in second], position=1)
     assert sweep.best.effect.value > 0.9
-    found = use(llama, sweep.best.probe, sweep.data, difference, own=False)
-    assert all(row.effect.value == 0.0 for row in found.rows)
-    assert all(row.size[0] > 0 for row in found.rows)
+    found = use_probe(llama, sweep.best.probe, sweep.data, difference, own=False)
+    assert all(row.effect.value == 0.0 for row in found.actions)
+    assert all(row.size[0] > 0 for row in found.actions)
     assert found.verdict.startswith("No edit along the probe")
 
 
@@ -113,16 +114,16 @@ def test_own_answers_and_the_positive_classs_answer_are_the_same_measurement(
     def own(logits: torch.Tensor, rows) -> torch.Tensor:
         return difference(logits, rows) * torch.tensor([signs[r] for r in rows])
 
-    one = use(llama, causal.best.probe, causal.data, difference, own=False)
-    two = use(llama, causal.best.probe, causal.data, own)
-    assert [r.effect.value for r in one.rows] == pytest.approx([r.effect.value for r in two.rows])
+    one = use_probe(llama, causal.best.probe, causal.data, difference, own=False)
+    two = use_probe(llama, causal.best.probe, causal.data, own)
+    assert [r.effect.value for r in one.actions] == pytest.approx([r.effect.value for r in two.actions])
     assert one.before == pytest.approx(two.before)
 
 
 def test_no_text_is_edited_along_a_direction_that_it_helped_to_find(
     llama: LanguageModel, causal: ProbeSweep, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import cutaway.observe.probes.use as module
+    import cutaway.observe.probes.usage as module
 
     seen: list[tuple[set[bytes], set[bytes]]] = []
     real = module._changes
@@ -142,28 +143,28 @@ def test_no_text_is_edited_along_a_direction_that_it_helped_to_find(
 def test_one_head_and_a_mean_over_tokens(llama: LanguageModel, texts: list[list[int]]) -> None:
     labels = ["down", "up"] * 30
     one = probe_sweep(
-        llama, texts, labels, sites="blocks.2.attn.z", head=1, n_folds=3, draws=1, with_untrained=False,
-        position="mean",
+        llama, probe_data(llama, texts, labels, position="mean"), sites="blocks.2.attn.z", head=1, n_folds=3, draws=1,
+        with_untrained=False,
     )  # fmt: skip
-    found = use(llama, one.best.probe, one.data, difference, own=False, draws=2)
-    assert isinstance(found, Use)
+    found = use_probe(llama, one.best.probe, one.data, difference, own=False, draws=2)
+    assert isinstance(found, ProbeUse)
     assert "towards up" in str(found)
     whole = probe_sweep(
-        llama, texts, labels, sites="blocks.2.attn.z", n_folds=3, draws=1, with_untrained=False
+        llama, probe_data(llama, texts, labels), sites="blocks.2.attn.z", n_folds=3, draws=1, with_untrained=False
     )  # fmt: skip
     with pytest.raises(CutawayError, match="name a head"):
-        use(llama, whole.best.probe, whole.data, difference, own=False)
+        use_probe(llama, whole.best.probe, whole.data, difference, own=False)
 
 
 def test_a_probe_of_another_model_and_a_metric_of_the_wrong_shape_are_refused(
     llama: LanguageModel, causal: ProbeSweep
 ) -> None:
-    from cutaway.observe.untrained import untrained
+    from cutaway.observe.random_weights import untrained
 
     with pytest.raises(CutawayError, match="fit it anew"):
-        use(untrained(llama), causal.best.probe, causal.data, difference)
-    with pytest.raises(CutawayError, match="one number a text"):
-        use(llama, causal.best.probe, causal.data, lambda logits, rows: logits)
+        use_probe(untrained(llama), causal.best.probe, causal.data, difference)
+    with pytest.raises(CutawayError, match="one number per text"):
+        use_probe(llama, causal.best.probe, causal.data, lambda logits, rows: logits)
 
 
 def test_a_regression_is_steered_by_its_spread(llama: LanguageModel, texts: list[list[int]]) -> None:
@@ -172,8 +173,8 @@ def test_a_regression_is_steered_by_its_spread(llama: LanguageModel, texts: list
     features = read_site(llama, texts, SITE)[SITE]
     weights, *_ = choose("ridge", features, data.labels, data.groups, None)
     probe = Probe(SITE, None, "last", "ridge", None, weights, llama.identity(), 60)
-    found = use(llama, probe, data, difference)
-    up = next(row for row in found.rows if row.action == "steer +")
+    found = use_probe(llama, probe, data, difference)
+    up = next(row for row in found.actions if row.action == "steer +")
     assert up.effect.value > 3 * max(abs(r) for r in up.random)
     assert found.towards is None
 

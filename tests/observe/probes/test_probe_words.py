@@ -11,7 +11,7 @@ from cutaway.artifacts.errors import CutawayError
 from cutaway.model.language_model import LanguageModel
 from cutaway.observe.probes.controls import bag_of_tokens
 from cutaway.observe.probes.data import collect, probe_data, read_site
-from cutaway.observe.probes.fit import folds
+from cutaway.observe.probes.fitting import folds
 from cutaway.observe.probes.probe import load_probe
 from cutaway.observe.probes.sweep import probe_sweep
 from cutaway.observe.probes.words import word_places
@@ -104,9 +104,7 @@ def test_a_label_of_the_word_is_found_and_kept(atlas: LanguageModel, tmp_path: P
     sentences, labels = drawn(40, 1)
     sweep = probe_sweep(
         atlas,
-        sentences,
-        labels,
-        position="words",
+        probe_data(atlas, sentences, labels, position="words"),
         sites="blocks.0.resid_post",
         n_folds=4,
         draws=2,

@@ -24,10 +24,10 @@ from cutaway.observe.probes.controls import (
     shuffled_labels,
 )
 from cutaway.observe.probes.data import collect, probe_data, read_site, site_width
-from cutaway.observe.probes.fit import CrossValidated, Scorer, folds, probabilities, score
+from cutaway.observe.probes.fitting import CrossValidated, Scorer, folds, probabilities, score
 from cutaway.observe.probes.probe import Probe, fit_calibrator, load_probe
 from cutaway.observe.probes.sweep import ProbeSweep, probe_sweep, reliability
-from cutaway.observe.untrained import cascade, untrained
+from cutaway.observe.random_weights import cascade, untrained
 
 
 def rows(n: int = 60, seed: int = 0, low: int = 4, high: int = 10) -> list[list[int]]:
@@ -67,7 +67,7 @@ def planted(llama: LanguageModel) -> tuple[list[list[int]], list[str]]:
 
 @pytest.fixture(scope="module")
 def sweep(llama: LanguageModel, planted: tuple[list[list[int]], list[str]]) -> ProbeSweep:
-    return probe_sweep(llama, *planted, n_folds=4, draws=4)
+    return probe_sweep(llama, probe_data(llama, *planted), n_folds=4, draws=4)
 
 
 # What is read
@@ -122,7 +122,7 @@ def test_heads_stand_side_by_side_or_alone(llama: LanguageModel) -> None:
         site_width(llama, "blocks.1.attn.z", 4)
     with pytest.raises(CutawayError, match="has no heads"):
         site_width(llama, "blocks.1.resid_post", 0)
-    with pytest.raises(CutawayError, match="one vector a token"):
+    with pytest.raises(CutawayError, match="one vector per token"):
         site_width(llama, "blocks.1.attn.pattern")
 
 
@@ -309,7 +309,7 @@ def test_the_cascade_goes_from_the_top_down(llama: LanguageModel) -> None:
 
 
 def test_a_planted_feature_is_found_and_its_controls_are_at_chance(sweep: ProbeSweep) -> None:
-    row = sweep.row("blocks.1.resid_post")
+    row = sweep.at("blocks.1.resid_post")
     assert row.effect.value > 0.98
     assert row.effect.n == 120
     low, high = row.effect.interval or (0, 0)
@@ -333,7 +333,7 @@ def test_the_figure_is_scikit_learns_on_hand_collected_activations(
     texts, labels = planted
     x = torch.stack([layers[1][-1] for layers in by_hooks(llama, texts)]).double().numpy()
     y = np.array([label == "up" for label in labels]).astype(int)
-    from cutaway.observe.probes.fit import cross_validate
+    from cutaway.observe.probes.fitting import cross_validate
 
     data = probe_data(llama, texts, labels)
     features = collect(llama, data, "blocks.1.resid_post")["blocks.1.resid_post"]
@@ -353,8 +353,8 @@ def test_everything_is_in_the_json_and_the_table(sweep: ProbeSweep) -> None:
     assert found["classes"] == {"low": 60, "up": 60}
     assert found["rows"][1]["effect"]["interval"] is not None
     assert [row["q"] for row in found["rows"]] == list(sweep.q)
-    assert sweep.q == tuple(false_discovery([row.p for row in sweep.rows]))
-    assert sweep.rows[1].p == 0.001
+    assert sweep.q == tuple(false_discovery([row.p for row in sweep.sites]))
+    assert sweep.sites[1].p == 0.001
     text = str(sweep)
     for word in (
         "AUROC",
@@ -371,19 +371,22 @@ def test_everything_is_in_the_json_and_the_table(sweep: ProbeSweep) -> None:
 def test_regression_and_more_classes(llama: LanguageModel, planted: tuple[list[list[int]], list[str]]) -> None:
     texts, _ = planted
     lengths = [float(len(text)) + 0.5 for text in texts]
-    found = probe_sweep(llama, texts, lengths, sites="blocks.0.resid_post", kind="ridge", n_folds=3, draws=2)
+    found = probe_sweep(
+        llama, probe_data(llama, texts, lengths), sites="blocks.0.resid_post", kind="ridge", n_folds=3, draws=2
+    )
     assert found.measure == "R²"
-    controls = {c.name: c.value for c in found.rows[0].effect.controls}
+    controls = {c.name: c.value for c in found.sites[0].effect.controls}
     assert controls["position and length"] > 0.99  # the length itself
     assert controls["shuffled labels"] < 0.1
-    assert found.rows[0].reliability is None
+    assert found.sites[0].reliability is None
     third = [str(len(text) % 3) for text in texts]
     many = probe_sweep(
-        llama, texts, third, sites="blocks.0.resid_post", kind="mass-mean", n_folds=3, draws=2, with_untrained=False
-    )
-    assert many.rows[0].probe.direction("1").shape == (32,)
+        llama, probe_data(llama, texts, third), sites="blocks.0.resid_post", kind="mass-mean", n_folds=3, draws=2,
+        with_untrained=False,
+    )  # fmt: skip
+    assert many.sites[0].probe.direction("1").shape == (32,)
     with pytest.raises(CutawayError, match="name its label"):
-        many.rows[0].probe.direction()
+        many.sites[0].probe.direction()
     assert any("untrained" in note for note in many.notes)
 
 
@@ -418,7 +421,7 @@ def test_reliability_by_hand() -> None:
 def test_a_probe_reads_new_texts_and_comes_back_from_disk(
     llama: LanguageModel, sweep: ProbeSweep, tmp_path: Path
 ) -> None:
-    probe = sweep.row("blocks.1.resid_post").probe
+    probe = sweep.at("blocks.1.resid_post").probe
     texts = rows(10, seed=9)
     read = probe.read(llama, texts)
     assert read.shape == (10, 2)
@@ -435,8 +438,8 @@ def test_a_calibrated_mlp_comes_back_too(llama: LanguageModel, tmp_path: Path) -
     texts = rows(60)
     labels = ["long" if len(t) > 6 else "short" for t in texts]
     found = probe_sweep(
-        llama, texts, labels, sites="blocks.0.resid_post", kind="mlp", n_folds=3, draws=1, with_untrained=False,
-        calibration="isotonic",
+        llama, probe_data(llama, texts, labels), sites="blocks.0.resid_post", kind="mlp", n_folds=3, draws=1,
+        with_untrained=False, calibration="isotonic",
     )  # fmt: skip
     probe = found.best.probe
     again = load_probe(probe.save(tmp_path / "p"))
@@ -448,12 +451,12 @@ def test_a_calibrated_mlp_comes_back_too(llama: LanguageModel, tmp_path: Path) -
 def test_another_model_another_width_and_damage_are_refused(
     llama: LanguageModel, sweep: ProbeSweep, tmp_path: Path
 ) -> None:
-    probe = sweep.rows[0].probe
+    probe = sweep.sites[0].probe
     folder = probe.save(tmp_path / "p")
     with pytest.raises(CutawayError, match="fit it anew for this model"):
         load_probe(folder, untrained(llama))
     narrow = Probe(**{**probe.__dict__, "head": 0, "site": "blocks.0.attn.z"})
-    with pytest.raises(CutawayError, match=r"reads 32 numbers a token, but 'blocks.0.*' has 8"):
+    with pytest.raises(CutawayError, match=r"reads 32 numbers per token, but 'blocks.0.*' has 8"):
         narrow.require_model(llama)
     with pytest.raises(CutawayError, match="does not exist"):
         load_probe(tmp_path / "none")

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 import cutaway
+from cutaway.observe.probes.data import probe_data
 from cutaway.observe.probes.sweep import probe_sweep
 
 
@@ -15,7 +16,8 @@ def test_the_bag_of_tokens_is_no_worse_on_sentiment(shared: Path, position: str)
     lm = cutaway.load(shared / "models" / "webtext-gpt2")
     lines = (shared / "corpora" / "text" / "sst2_dev.tsv").read_text().splitlines()[::2]
     texts, labels = zip(*(line.split("\t") for line in lines), strict=True)
-    found = probe_sweep(lm, list(texts), list(labels), sites="blocks.3.resid_post", position=position, draws=2)
+    data = probe_data(lm, list(texts), list(labels), position=position)
+    found = probe_sweep(lm, data, sites="blocks.3.resid_post", draws=2)
     controls = {c.name.split(" (")[0]: c.value for c in found.best.effect.controls}
     assert 0.55 < found.best.effect.value < 0.85
     assert controls["bag of tokens"] > found.best.effect.value - 0.05

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any, Literal
 
+from cutaway.artifacts.command import recording
 from cutaway.artifacts.errors import CutawayError
 from cutaway.cli.observe.saliency import saliency
 from cutaway.cli.options import Count, ExistingPath, Flag, Page, Seed, Separator
@@ -42,9 +43,9 @@ def attribute(
         One prompt, or several to average over.
     answer
         The token that each prompt goes on with, with its leading space (“ Austin”), or its id (“#422”): one for all
-        prompts or one a prompt (--answer “ A” --answer “ B”); what the model itself says if not given.
+        prompts or one per prompt (--answer “ A” --answer “ B”); what the model itself says if not given.
     wrong
-        The token that it is compared with; one for all prompts or one a prompt. With a single prompt, several are
+        The token that it is compared with; one for all prompts or one per prompt. With a single prompt, several are
         averaged.
     against
         What the answer is compared with where no --wrong is given: nothing, or the mean logit of the vocabulary.
@@ -107,43 +108,42 @@ def attribute(
 
     n = len(prompts)
     if answer and len(answer) not in (1, n):
-        raise CutawayError(f"{len(answer)} answers for {n} prompts: give one --answer, or one a prompt")
+        raise CutawayError(f"{len(answer)} answers for {n} prompts: give one --answer, or one per prompt")
     if wrong and n > 1 and len(wrong) not in (1, n):
-        raise CutawayError(f"{len(wrong)} wrong answers for {n} prompts: give one --wrong, or one a prompt")
+        raise CutawayError(f"{len(wrong)} wrong answers for {n} prompts: give one --wrong, or one per prompt")
     lm = cutaway.load(model, dtype=dtype, device=device)
     beside = None if against == "nothing" else against
     if wrong:
         beside = [wrong] if n == 1 else [[token] for token in (wrong * n if len(wrong) == 1 else wrong)]
-    answers = answer or model_answers(lm, list(prompts), position)
-    answers = answers * n if len(answers) == 1 else answers
-    result = measure(lm, list(prompts), answers, beside, position=position, by=by, controls=controls, seed=seed)
-    means = None if reference is None else _reference(lm, reference, seed, document_separator)
-    ablated = ablate_parts(lm, result, ablate, reference=means, seed=seed) if ablate else []
     command = command_line(
         "attribute", model, *prompts, answer=(answer, None), wrong=(wrong, None), against=(against, "nothing"),
         by=(by, "component"), position=(position, -1), top=(top, 16), ablate=(ablate, 0), reference=(reference, None),
         document_separator=(document_separator, None),
         controls=(controls, 16), seed=(seed, 0), dtype=(dtype, None), device=(device, None),
     )  # fmt: skip
-    data = {"command": command, "method": method, **result.to_json(top if by in ("neuron", "source") else None)}
-    if ablated:
-        data["ablations"] = [
-            {"part": one.part.name, "share": one.part.value, **one.effect.to_json()} for one in ablated
-        ]
-    text = result.table(top)
-    if ablated:
-        lines = ["", f"  {'mean-ablated alone':<34}{'share':>9}{'fall':>9}{'random parts':>14}"]
-        for one in ablated:
-            control = f"{one.effect.controls[0].value:>14.3f}" if one.effect.controls else f"{'':>14}"
-            lines.append(f"  {one.part.name:<34}{one.part.value:>9.3f}{one.effect.value:>9.3f}{control}")
-        text += "\n".join(lines)
+    with recording(command):
+        answers = answer or model_answers(lm, list(prompts), position)
+        answers = answers * n if len(answers) == 1 else answers
+        result = measure(lm, list(prompts), answers, beside, position=position, by=by, controls=controls, seed=seed)
+        means = None if reference is None else _reference(lm, reference, seed, document_separator)
+        ablated = ablate_parts(lm, result, ablate, reference=means, seed=seed) if ablate else ()
+        data = {"command": command, "method": method, **result.to_json(top if by in ("neuron", "source") else None)}
+        if ablated:
+            data["ablations"] = ablated.to_json()
+        text = result.table(top)
+        if ablated:
+            lines = ["", f"  {'mean-ablated alone':<34}{'share':>9}{'fall':>9}{'random parts':>14}"]
+            for one in ablated:
+                control = f"{one.effect.controls[0].value:>14.3f}" if one.effect.controls else f"{'':>14}"
+                lines.append(f"  {one.part.name:<34}{one.part.value:>9.3f}{one.effect.value:>9.3f}{control}")
+            text += "\n".join(lines)
 
-    def page() -> str:
-        lead = f"{lm.name}, {compared(result)}, after “{prompts[0]}”, by {by}."
-        sections = attribution_sections(result, ablated, top)
-        return page_html(title="Direct logit attribution", sections=sections, lead=lead, command=command)
+        def page() -> str:
+            lead = f"{lm.name}, {compared(result)}, after “{prompts[0]}”, by {by}."
+            sections = attribution_sections(result, ablated, top)
+            return page_html(title="Direct logit attribution", sections=sections, lead=lead, command=command)
 
-    deliver(text=text, data=data, page=page, as_json=json, html=html)
+        deliver(text=text, data=data, page=page, as_json=json, html=html)
 
 
 def _reference(lm: Any, path: Path, seed: int, document_separator: str | None) -> list[list[int]]:

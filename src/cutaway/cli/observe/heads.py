@@ -7,20 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter, validators
 
+from cutaway.artifacts.command import recording
 from cutaway.artifacts.errors import CutawayError
-from cutaway.artifacts.results import interval_text
 from cutaway.cli.options import Count, Flag, ModuleFile, Page, Seed, Separator, model_and_prompt, opened
 from cutaway.cli.output import command_line, deliver
 
 if TYPE_CHECKING:
-    from markupsafe import Markup
-    from torch import Tensor
-
-    from cutaway.draw.scale import Scale
     from cutaway.model.language_model import LanguageModel
-    from cutaway.observe.heads.attention_view import AttentionView
-    from cutaway.observe.heads.circuits import Composition
-    from cutaway.observe.heads.table import HeadTable
+    from cutaway.observe.heads.circuit_results import Composition
 
 Kind = Literal[
     "previous",
@@ -103,10 +97,12 @@ def heads(
         Write a page: the table, a map of the heads for each kind and each ablation, and the prompt's attention.
     """
     from cutaway.artifacts.files import plain
+    from cutaway.draw.page import page_html
     from cutaway.observe.heads.attention_view import attention_view
-    from cutaway.observe.heads.circuits import Composition, composition
+    from cutaway.observe.heads.circuits import composition
     from cutaway.observe.heads.kinds import ON_TEXT
     from cutaway.observe.heads.table import head_table
+    from cutaway.observe.heads.view import lead, table_sections
 
     model, prompt = model_and_prompt(model, prompt, module)
     if "retrieval" in kind and needle is None:
@@ -126,34 +122,38 @@ def heads(
         document_separator=(document_separator, None), sequences=(sequences, 8), length=(length, None), seed=(seed, 0),
         module=(module, None), dtype=(dtype, None), device=(device, None),
     )  # fmt: skip
-    table = head_table(
-        lm,
-        prompt,
-        needle=needle,
-        on=text,
-        n=sequences,
-        length=length,
-        ablations=ablations[ablate],  # type: ignore[arg-type]
-        seed=seed,
-        command=command,
-    )
-    composed: Composition | None = None
-    try:
-        composed = composition(lm)
-        about = str(composed)
-    except CutawayError as error:  # latent attention has no such circuits
-        about = f"composition is not measured: {error}"
-    kinds = [one for one in table.kinds if not kind or one.removesuffix(ON_TEXT) in kind]
-    text = f"{table.text(kinds, top)}\n\n{about}"
-    deliver(
-        text=text,
-        data=plain(
-            {**table.to_json(), "composition": None if composed is None else composed.to_json(), "command": command}
-        ),
-        page=lambda: _page(table, composed, view, kinds, top, command),
-        as_json=json,
-        html=html,
-    )
+    with recording(command):
+        table = head_table(
+            lm,
+            prompt,
+            needle=needle,
+            on=text,
+            n=sequences,
+            length=length,
+            ablations=ablations[ablate],  # type: ignore[arg-type]
+            seed=seed,
+        )
+        composed: Composition | None = None
+        try:
+            composed = composition(lm)
+            about = str(composed)
+        except CutawayError as error:  # latent attention has no such circuits
+            about = f"composition is not measured: {error}"
+        kinds = [one for one in table.kinds if not kind or one.removesuffix(ON_TEXT) in kind]
+
+        def page() -> str:
+            title = f"Attention heads of {table.model}"
+            sections = table_sections(table, kinds, top, view, composed)
+            return page_html(title=title, sections=sections, lead=lead(table), command=command)
+
+        measured = {"composition": None if composed is None else composed.to_json(), "command": command}
+        deliver(
+            text=f"{table.text(kinds, top)}\n\n{about}",
+            data=plain({**table.to_json(), **measured}),
+            page=page,
+            as_json=json,
+            html=html,
+        )
 
 
 def _is_file(item: str) -> bool:
@@ -189,129 +189,3 @@ def _text_rows(
         else:
             found.append(lm.tokens(item).row_ids(0))
     return found
-
-
-def _page(
-    table: "HeadTable",
-    composed: "Composition | None",
-    view: "AttentionView | None",
-    kinds: Sequence[str],
-    top: int,
-    command: str,
-) -> str:
-    from dataclasses import replace
-
-    from cutaway.draw.page import page_html
-    from cutaway.draw.scale import Scale
-    from cutaway.observe.heads.kinds import meaning
-    from cutaway.observe.heads.table import LABEL_RULE
-
-    sections = [
-        (
-            "Labelled heads",
-            f"{' '.join(table.verdicts())} {LABEL_RULE} Δ is the rise of the loss in nats without that head alone: on "
-            "the second copy for kinds of repetition, else on the prompt where there is one. Other heads: the same "
-            "ablation of each head without the label. A pattern is not a cause, and heads that stand in for each other "
-            "cost little alone.",
-            _labelled(table, kinds, top),
-        )
-    ]
-    if view is not None:
-        first = next((rows[0].head for kind in ("induction", "previous") if (rows := table.rows(kind, 1))), view.start)
-        shown = replace(view, start=first if first in view.heads else view.start)
-        sections.append(("Attention", "Choose a head below; point at a token.", shown.html()))
-    for kind in kinds:
-        scores = table.kinds[kind]
-        what = f"{meaning(kind)}. Control: {scores.control_name}. Labelled heads are outlined."
-        scale = Scale(-1.0, 1.0, True) if kind == "copying" else Scale(0.0, 1.0)
-        sections.append((f"{kind} heads", what, _map(table, scores.score, scores.units, kind, scale, scores.heads())))
-    changes = [effects for by in table.effects.values() for effects in by.values()]
-    for behaviour, by in table.effects.items():
-        for effects in by.values():
-            heading = f"{effects.ablation.capitalize()} ablation: {behaviour}"
-            what = f"Change in {effects.units} when that head alone is ablated, mean over {len(effects.base)} rows."
-            same = [e.mean for e in changes if e.units == effects.units]
-            reach = max(float(mean[~mean.isnan()].abs().max()) for mean in same) or 1.0
-            sections.append((heading, what, _map(table, effects.mean, "nats", heading, Scale(-reach, reach, True))))
-    if composed is not None:
-        sections.append(_composition_section(composed))
-    lead = (
-        f"{table.model}: {table.n_layers} layers of {table.n_heads} heads, read on "
-        f"{table.repetition.n} random sequences that come twice"
-        + (f", and on {_sequences(table)} of text." if table.on_text else ".")
-    )
-    return page_html(title=f"Attention heads of {table.model}", sections=sections, lead=lead, command=command)
-
-
-def _sequences(table: "HeadTable") -> str:
-    from cutaway.observe.heads.kinds import ON_TEXT
-
-    n = next(scores.n for kind, scores in table.kinds.items() if kind.endswith(ON_TEXT))
-    return f"{n} sequence{'s' if n > 1 else ''}"
-
-
-def _labelled(table: "HeadTable", kinds: Sequence[str], top: int) -> "Markup":
-    """Scores beside their controls, and ablations beside theirs."""
-    from markupsafe import Markup
-
-    from cutaway.draw.panels import table_html
-    from cutaway.observe.heads.report import name
-    from cutaway.observe.heads.table import numbers, q_text
-
-    found = [row for kind in kinds for row in table.rows(kind, top)]
-    if not found:
-        return Markup("<p>No head is above its control.</p>")
-    columns = ["kind", "head", "score", "its control", "q"]
-    for effect in found[0].effects:
-        columns += [f"Δ {effect.ablation.removesuffix(' ablation')}", "other heads"]
-    cells = []
-    for row in found:
-        control = row.score.controls[0]
-        line = [row.kind, name(row.head)]
-        line += [numbers(row.score.value, row.score.interval), numbers(control.value, control.interval)]
-        line += [q_text(row.q)]
-        for effect in row.effects:
-            others = effect.require_controls().controls[0]
-            line += [numbers(effect.value, effect.interval, 3), numbers(others.value, None, 3)]
-        cells.append(line)
-    return table_html(columns=columns, rows=cells, title="Labelled heads", align=["left"] * len(columns))
-
-
-def _map(
-    table: "HeadTable", values: "Tensor", units: str, title: str, scale: "Scale", marks: Sequence[tuple[int, int]] = ()
-) -> "Markup":
-    """Layer × head, a cell a head, with its scale."""
-    from cutaway.draw.heatmap import heatmap_svg
-
-    drawn = heatmap_svg(
-        rows=[f"layer {i}" for i in range(table.n_layers)],
-        columns=[f"head {i}" for i in range(table.n_heads)],
-        values=values.tolist(),
-        title=title,
-        units=units,
-        diverging=scale.diverging,
-        marks=marks,
-        scale=scale,
-    )
-    return drawn + scale.legend(units)
-
-
-def _composition_section(composed: "Composition") -> "tuple[str, str, Markup]":
-    from cutaway.draw.panels import table_html
-    from cutaway.observe.heads.circuits import COMPOSITIONS
-    from cutaway.observe.heads.report import name
-
-    rows = [
-        [kind.upper(), name(writer), name(reader), round(value, 3), round(value - composed.baseline, 3)]
-        for kind in COMPOSITIONS
-        if kind not in composed.left_out
-        for writer, reader, value in composed.top(kind)
-    ]
-    left_out = "".join(f" {kind.upper()} is not measured: {why}." for kind, why in composed.left_out.items())
-    text = (
-        "How much of what a later head reads (as query, key or value) an earlier one writes, by their weights alone. "
-        f"Random heads of these shapes score {composed.baseline:.3f} "
-        f"{interval_text(composed.baseline_interval)}.{left_out}"
-    )
-    columns = ("input", "writer", "reader", "score", "above random")
-    return "Composition", text, table_html(columns=columns, rows=rows, title="Composition scores")

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any, Literal
 
+from cutaway.artifacts.command import recording
 from cutaway.artifacts.errors import CutawayError
 from cutaway.cli.options import Count, Flag, ModuleFile, Page, Seed, Separator, model_and_prompt, opened
 from cutaway.cli.output import command_line, deliver
@@ -119,50 +120,49 @@ def lens(
         optimizer=(optimizer, "sgd"), learning_rate=(learning_rate, None), held_out=(held_out, 64), seed=(seed, 0),
         module=(module, None), dtype=(dtype, None), device=(device, None),
     )  # fmt: skip
-    evaluation = translators = None
-    data: dict[str, Any] = {"model": lm.name, "command": command}
-    texts: list[str] = []
-    if tuned is not None:
-        translators = load_tuned_lens(tuned)
-        translators.check(lm)
-    if train is not None:
-        assert out is not None
-        options = {
-            "steps": steps,
-            "tokens_per_step": tokens_per_step,
-            "optimizer": optimizer,
-            "learning_rate": learning_rate,
-            "seed": seed,
-        }
-        translators, evaluation = _train(
-            lm, train, out, options, context, held_out, overwrite, command, document_separator
-        )
-        data["evaluation"] = evaluation.to_json()
-        texts.append(f"{evaluation}\n  lens: {out}")
-    plain = read = None
-    if prompt is not None:
-        follow = [single_token(lm, token, "target") for token in target or ()]
-        sites = ["blocks.0.resid_pre", "blocks.*.resid_mid", "blocks.*.resid_post"] if mid else None
-        if not follow:
-            at = position[-1] if position else -1
-            answer = logit_lens(lm, prompt, 1, positions=at)
-            follow = [int(answer.top_ids[-1, 0, 0, 0])]
-        options = {"positions": position, "follow": follow}
-        plain = logit_lens(lm, prompt, top, sites=sites, **options)
-        data["logit_lens"] = plain.to_json()
-        texts.append(plain.table())
-        if translators is not None:
-            read = logit_lens(lm, prompt, top, tuned=translators, **options)
-            data["tuned_lens"] = read.to_json()
-            texts.append(read.table())
+    with recording(command):
+        evaluation = translators = None
+        data: dict[str, Any] = {"model": lm.name, "command": command}
+        texts: list[str] = []
+        if tuned is not None:
+            translators = load_tuned_lens(tuned)
+            translators.check(lm)
+        if train is not None:
+            assert out is not None
+            options = {
+                "steps": steps,
+                "tokens_per_step": tokens_per_step,
+                "optimizer": optimizer,
+                "learning_rate": learning_rate,
+                "seed": seed,
+            }
+            translators, evaluation = _train(lm, train, out, options, context, held_out, overwrite, document_separator)
+            data["evaluation"] = evaluation.to_json()
+            texts.append(f"{evaluation}\n  lens: {out}")
+        plain = read = None
+        if prompt is not None:
+            follow = [single_token(lm, token, "target") for token in target or ()]
+            sites = ["blocks.0.resid_pre", "blocks.*.resid_mid", "blocks.*.resid_post"] if mid else None
+            if not follow:
+                at = position[-1] if position else -1
+                answer = logit_lens(lm, prompt, 1, positions=at)
+                follow = [int(answer.top_ids[-1, 0, 0, 0])]
+            options = {"positions": position, "follow": follow}
+            plain = logit_lens(lm, prompt, top, sites=sites, **options)
+            data["logit_lens"] = plain.to_json()
+            texts.append(plain.table())
+            if translators is not None:
+                read = logit_lens(lm, prompt, top, tuned=translators, **options)
+                data["tuned_lens"] = read.to_json()
+                texts.append(read.table())
 
-    def page() -> str:
-        sections = lens_sections(plain, read) if plain is not None else []
-        sections += [evaluation_section(evaluation)] if evaluation is not None else []
-        lead = f"{lm.name}: “{prompt}”" if prompt is not None else f"{lm.name}: a tuned lens"
-        return page_html(title="Lens", sections=sections, lead=lead, command=command)
+        def page() -> str:
+            sections = lens_sections(plain, read) if plain is not None else []
+            sections += [evaluation_section(evaluation)] if evaluation is not None else []
+            lead = f"{lm.name}: “{prompt}”" if prompt is not None else f"{lm.name}: a tuned lens"
+            return page_html(title="Lens", sections=sections, lead=lead, command=command)
 
-    deliver(text="\n\n".join(texts), data=data, page=page, as_json=json, html=html)
+        deliver(text="\n\n".join(texts), data=data, page=page, as_json=json, html=html)
 
 
 def _train(
@@ -173,7 +173,6 @@ def _train(
     context: int,
     held_out: int,
     overwrite: bool,
-    command: str,
     document_separator: str | None,
 ) -> tuple[Any, Any]:
     """Train in a run folder (which resumes and keeps others out), judge on held-out rows, write the lens."""
@@ -206,7 +205,7 @@ def _train(
     ) as folder:
         lens = train_tuned_lens(lm, split.train, config, folder=folder.path)
         evaluation = evaluate_lens(lm, lens, split.held_out)
-        save_tuned_lens(lens, folder.path, evaluation=evaluation, command=command)
+        save_tuned_lens(lens, folder.path, evaluation=evaluation)
     return lens, evaluation
 
 

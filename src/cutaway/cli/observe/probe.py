@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
+from cutaway.artifacts.command import recording
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.files import check_folder
-from cutaway.artifacts.results import interval_text
 from cutaway.cli.options import Count, Flag, Page, Seed
 from cutaway.cli.output import command_line, deliver
 from cutaway.data.labelled.rows import read_rows
@@ -16,8 +16,6 @@ from cutaway.data.labelled.words import without_rare
 
 if TYPE_CHECKING:
     from cutaway.observe.probes.data import ProbeData
-    from cutaway.observe.probes.sweep import ProbeSweep
-    from cutaway.observe.probes.use import Use
 
 
 def probe(
@@ -126,9 +124,11 @@ def probe(
     where = "words" if of_words else place(position, rows, data)
 
     import cutaway
+    from cutaway.draw.page import page_html
     from cutaway.observe.probes.data import probe_data
     from cutaway.observe.probes.sweep import probe_sweep
-    from cutaway.observe.probes.use import answer_tokens, use_in_folds
+    from cutaway.observe.probes.usage import answer_tokens, use_in_folds
+    from cutaway.observe.probes.view import sweep_sections, use_section
 
     command = command_line(
         "probe",
@@ -156,44 +156,61 @@ def probe(
     labels = [row["labels" if of_words else "label"] for row in rows]
     groups = column(rows, "group", data)
     numbers = True if regression else None
-    metric = chosen = None
-    if use:  # what is asked for is checked before anything is fitted
+    with recording(command):
         examples = probe_data(lm, texts, labels, position=where, groups=groups, regression=numbers)
-        metric = answer_tokens(lm, texts, *answers(rows, examples, answer, wrong, data))
-        if kind == "mlp":
-            raise CutawayError("An MLP probe has no one direction to use; take a linear kind.")
-        chosen = lm.sites().resolve(use_site) if use_site else None
-        if chosen is not None and chosen not in sites:
-            raise CutawayError(f"--use-site {chosen} is not among the sites that are probed; name it with --site too.")
-    sweep = probe_sweep(
-        lm,
-        texts,
-        labels,
-        sites=sites,
-        head=head,
-        kind=kind,
-        position=where,
-        groups=groups,
-        regression=numbers,
-        n_folds=folds,
-        draws=draws,
-        calibration=calibrate,
-        seed=seed,
-        command=command,
-    )
-    used = None
-    if metric is not None:
-        used = use_in_folds(lm, sweep, chosen or sweep.best.site, metric, seed=seed, command=command)
-    if save is not None:
-        sweep.best.probe.save(save, command=command)
-    text = str(sweep) + ("" if used is None else f"\n\n{used}")
-    text += "" if save is None else f"\n\nprobe: {save} ({sweep.best.site})"
-    deliver(
-        text=text,
-        data={"model": lm.name, "sweep": sweep.to_json(), "use": None if used is None else used.to_json()},
-        page=lambda: probe_page(lm.name, data.name, sweep, used, command),
-        as_json=json,
-        html=html,
+        metric = chosen = None
+        if use:  # what is asked for is checked before anything is fitted
+            metric = answer_tokens(lm, texts, *answers(rows, examples, answer, wrong, data))
+            if kind == "mlp":
+                raise CutawayError("An MLP probe has no one direction to use; take a linear kind.")
+            chosen = lm.sites().resolve(use_site) if use_site else None
+            if chosen is not None and chosen not in sites:
+                raise CutawayError(
+                    f"--use-site {chosen} is not among the sites that are probed; name it with --site too."
+                )
+        sweep = probe_sweep(
+            lm,
+            examples,
+            sites=sites,
+            head=head,
+            kind=kind,
+            n_folds=folds,
+            draws=draws,
+            calibration=calibrate,
+            seed=seed,
+        )
+        used = None
+        if metric is not None:
+            used = use_in_folds(lm, sweep, chosen or sweep.best.site, metric, seed=seed)
+        if save is not None:
+            sweep.best.probe.save(save)
+        text = str(sweep) + ("" if used is None else f"\n\n{used}")
+        text += "" if save is None else f"\n\nprobe: {save} ({sweep.best.site})"
+
+        def page() -> str:
+            return page_html(
+                title=f"A {sweep.kind} probe in {lm.name}",
+                lead=_lead(data.name, sweep.data),
+                sections=[*sweep_sections(sweep), *([] if used is None else [use_section(used)])],
+                command=command,
+            )
+
+        deliver(
+            text=text,
+            data={"model": lm.name, "sweep": sweep.to_json(), "use": None if used is None else used.to_json()},
+            page=page,
+            as_json=json,
+            html=html,
+        )
+
+
+def _lead(source: str, examples: "ProbeData") -> str:
+    """What was read, for the head of the page."""
+    balance = ", ".join(f"{name}: {n}" for name, n in examples.balance().items())
+    return (
+        f"{len(examples)} examples of {source} in {examples.n_groups} groups"
+        + (f" ({balance})" if balance else "")
+        + f", read at the position rule “{examples.rule}”. A probe shows what can be read, not what the model uses."
     )
 
 
@@ -241,156 +258,3 @@ def answers(
     by_text = dict(zip(examples.row.tolist(), examples.labels.tolist(), strict=True))
     positive = [by_text.get(i) == 1 for i in range(len(rows))]
     return [answer if p else wrong for p in positive], [wrong if p else answer for p in positive]
-
-
-# Page ---------------------------------------------------------------------------------------------------------------
-
-
-def probe_page(model: str, source: str, sweep: "ProbeSweep", used: "Use | None", command: str | None) -> str:
-    """Scores by layer beside the controls, the table, the reliability of the best probe, and its use."""
-    from markupsafe import Markup
-
-    from cutaway.artifacts.statistics import wilson_interval
-    from cutaway.draw.charts import effect_html, line_legend, line_svg
-    from cutaway.draw.page import page_html
-    from cutaway.draw.panels import table_html
-
-    best = sweep.best
-    low, high = sweep.picked.interval or (float("nan"), float("nan"))
-    note = (
-        f"Out of fold, {sweep.folds} folds, no group on both sides; intervals are over groups. With the site chosen "
-        f"inside each fold: {sweep.picked.value:.3f} {interval_text((low, high))}. "
-    )
-    sections: list[tuple[str, str, Markup]] = []
-    if len(sweep.rows) > 1:
-        series = layer_series(sweep)
-        drawing = line_svg(series=series, title=f"{sweep.measure} by site", x_label="layer", y_label=sweep.measure)
-        sections.append((f"{sweep.measure} by site", note, Markup(drawing) + line_legend(series)))
-        note = "It was chosen by this score, so it flatters itself a little. "
-    sections += [
-        (f"{best.site} beside its controls", note, effect_html(best.effect.to_json())),
-        ("Every figure", table_note(sweep), table_html(**table(sweep), title="probes by site")),
-    ]
-    if best.reliability is not None:
-        bins = best.reliability.bins
-        drawn: list[Any] = [
-            {"name": "stated and true alike", "x": [0.0, 1.0], "y": [0.0, 1.0], "control": True},
-            {
-                "name": best.site,
-                "x": [b[0] for b in bins],
-                "y": [b[1] for b in bins],
-                "low": [wilson_interval(round(share * n), n)[0] for _, share, n in bins],
-                "high": [wilson_interval(round(share * n), n)[1] for _, share, n in bins],
-            },
-        ]
-        sections.append(
-            (
-                "Do its probabilities mean what they say?",
-                f"The best probe, out of fold. Expected calibration error {best.reliability.ece:.3f}, Brier score "
-                f"{best.reliability.brier:.3f}; examples in the bins: {', '.join(str(b[2]) for b in bins)}. The band "
-                "is a 95 % interval.",
-                Markup(
-                    line_svg(
-                        series=drawn,
-                        title="reliability",
-                        x_label="probability that the probe states",
-                        y_label="share that was so",
-                    )
-                )
-                + line_legend(drawn),
-            )
-        )
-    if used is not None:
-        drawings = Markup("").join(
-            Markup("<h3>{}</h3>").format(action_title(row.action, used.towards)) + effect_html(row.effect.to_json())
-            for row in used.rows
-        )
-        sections.append(
-            (
-                f"Does the model use it? Edits along the probe at {used.site}",
-                f"{used.verdict} Each text was edited along a direction fitted without it. Ablations: change of each "
-                f"text's own {used.rows[0].effect.units} ({used.before:.3g} before). Steering by one gap between the "
-                f"classes' means: change towards the answer of {used.towards or 'high values'}. "
-                f"Cosine between the probe and the mean difference: {used.cosine:.2f}.",
-                drawings,
-            )
-        )
-    balance = ", ".join(f"{name}: {n}" for name, n in sweep.data.balance().items())
-    return page_html(
-        title=f"A {sweep.kind} probe in {model}",
-        lead=f"{len(sweep.data)} examples of {source} in {sweep.data.n_groups} groups"
-        + (f" ({balance})" if balance else "")
-        + f", read at the position rule “{sweep.data.rule}”. A probe shows what can be read, not what the model uses.",
-        sections=sections,
-        command=command,
-    )
-
-
-def action_title(action: str, towards: str | None) -> str:
-    """An action as a heading."""
-    goal = towards or "high values"
-    return {
-        "ablate": "ablate: no component along it",
-        "ablate, mean": "ablate: its component set to the mean",
-        "steer +": f"steer towards {goal}",
-        "steer −": f"steer away from {goal}",
-    }[action]
-
-
-def layer_series(sweep: "ProbeSweep") -> list[Any]:
-    """The curves of the page: the probe, what differs by site beside it, and flat lines for the rest."""
-    layers = [row.layer for row in sweep.rows]
-    known = [layer for layer in layers if layer is not None]
-    x = [float(v) for v in known] if len(set(known)) == len(layers) else [float(i) for i in range(len(layers))]
-    ends = [row.effect.interval or (None, None) for row in sweep.rows]
-    series: list[Any] = [
-        {
-            "name": f"{sweep.kind} probe",
-            "x": x,
-            "y": [row.effect.value for row in sweep.rows],
-            "low": [end[0] for end in ends],
-            "high": [end[1] for end in ends],
-        }
-    ]
-    for i, control in enumerate(sweep.rows[0].effect.controls):
-        values = [row.effect.controls[i].value for row in sweep.rows]
-        series.append({"name": control.name, "x": x, "y": values, "control": True})
-    return series
-
-
-def table(sweep: "ProbeSweep") -> dict[str, Any]:
-    """Columns and rows of every figure, as `table_html` takes them."""
-    columns = ["site", sweep.measure, "95 % interval", "q"]
-    first = sweep.rows[0]
-    columns += ["accuracy"] if first.accuracy else []
-    # those that are the same for every site stand beside the best one
-    varying = [
-        i
-        for i, control in enumerate(first.effect.controls)
-        if len(sweep.rows) == 1 or any(row.effect.controls[i] != control for row in sweep.rows)
-    ]
-    columns += [first.effect.controls[i].name.split(" (")[0] for i in varying]
-    columns += ["folds by row"] + (["selectivity"] if first.selectivity is not None else [])
-    columns += ["ECE", "Brier"] if first.reliability else []
-    rows = []
-    for row, q in zip(sweep.rows, sweep.q, strict=True):
-        cells = [row.site, f"{row.effect.value:.3f}", interval_text(row.effect.interval, to=True)]
-        cells.append("–" if q != q else f"{q:.3f}")
-        cells += [f"{row.accuracy.value:.3f}"] if row.accuracy else []
-        cells += [f"{row.effect.controls[i].value:.3f}" for i in varying]
-        cells += [f"{row.row_folds:.3f}"] + ([f"{row.selectivity:.3f}"] if row.selectivity is not None else [])
-        cells += [f"{row.reliability.ece:.3f}", f"{row.reliability.brier:.3f}"] if row.reliability else []
-        rows.append(cells)
-    return {"columns": columns, "rows": rows}
-
-
-def table_note(sweep: "ProbeSweep") -> str:
-    """What stands over the table."""
-    parts = [
-        "“folds by row” deals single rows into folds, so that a group stands on both sides: its excess is what leaks. "
-        "Selectivity is that minus the control task. q: of all sites above shuffled labels as surely, the share that "
-        "is expected to be chance."
-    ]
-    if sweep.rows[0].accuracy:
-        parts.append(f"The majority class has accuracy {sweep.rows[0].accuracy.controls[0].value:.3f}.")
-    return " ".join([*parts, *(f"Note: {note}." for note in sweep.notes)])

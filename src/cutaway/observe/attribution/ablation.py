@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, overload
 
 import torch
+from markupsafe import Markup
 from torch import Tensor
 
-from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.errors import CutawayError, NotSupported
 from cutaway.artifacts.results import Control, Effect
 from cutaway.artifacts.statistics import bootstrap_interval
+from cutaway.draw.page import sections_html
+from cutaway.draw.result import Result
 from cutaway.model.edits import edits
 from cutaway.model.edits.edits import Edit
 from cutaway.model.forward.run import Run
-from cutaway.model.language_model import LanguageModel
+from cutaway.model.language_model import Inputs, LanguageModel
 from cutaway.model.tokens import Tokens
 from cutaway.observe.attribution.attribution import Attribution, Part
+from cutaway.observe.summaries import block, ends, with_interval
 
 _SITES = {
     "embedding": "embed",
@@ -29,27 +34,95 @@ _SITES = {
 
 
 @dataclass(frozen=True)
-class Ablated:
+class AblatedPart:
     """A part, and the mean fall of the logit difference (before a softcap) when it is mean-ablated."""
 
     part: Part
+    """The part, with its direct share."""
     effect: Effect
+    """The fall, beside that for parts of the same kind with smaller shares."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class PartAblations(Result, Sequence[AblatedPart]):
+    """What the answer really loses without each of the largest parts: a sequence of `AblatedPart`."""
+
+    title: ClassVar[str] = "Shares and what is lost without them"
+
+    model: str
+    """The model's name."""
+    parts: tuple[AblatedPart, ...]
+    """The parts, largest share first."""
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __iter__(self) -> Iterator[AblatedPart]:
+        return iter(self.parts)
+
+    @overload
+    def __getitem__(self, index: int) -> AblatedPart: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[AblatedPart, ...]: ...
+    def __getitem__(self, index: int | slice) -> AblatedPart | tuple[AblatedPart, ...]:
+        return self.parts[index]
+
+    def summary(self) -> str:
+        """Direct share and fall of the first ten parts."""
+        lines = [f"{self.model}: direct share, and fall when mean-ablated alone"]
+        for one in self.parts[:10]:
+            fall = with_interval(one.effect.value, one.effect.interval, 3)
+            beside = f"  random parts {one.effect.controls[0].value:.3f}" if one.effect.controls else ""
+            lines.append(f"  {one.part.name:<18}{one.part.value:>8.3f}   fall {fall}{beside}")
+        return block(lines)
+
+    def to_json(self) -> list[dict[str, Any]]:
+        return [{"part": one.part.name, "share": one.part.value, **one.effect.to_json()} for one in self.parts]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per part: direct share, fall with its interval, and the control."""
+        return [
+            {"part": one.part.name, "share": one.part.value, "fall": one.effect.value, **ends(one.effect.interval)}
+            | {"control": one.effect.controls[0].value if one.effect.controls else None, "n": one.effect.n}
+            for one in self.parts
+        ]
+
+    def drawing(self) -> Markup:
+        """The table of shares and falls."""
+        from cutaway.observe.attribution.view import ablations_section
+
+        return sections_html([ablations_section(self.parts)] if self.parts else [])
 
 
 def ablate_parts(
-    lm: LanguageModel, result: Attribution, k: int = 8, *, reference: Any = None, seed: int = 0
-) -> list[Ablated]:
-    """Mean-ablate each of the k parts with the largest shares, alone, at the attributed position.
+    lm: LanguageModel, result: Attribution, k: int = 8, *, reference: Inputs | None = None, seed: int = 0
+) -> PartAblations:
+    """Mean-ablate each of the parts with the largest shares, alone, at the attributed position.
 
-    The mean is over the real tokens of `reference` (texts, ids or Tokens; by default the prompts themselves), each
-    row's first token left out, as its values are unlike any other's. An effect is the fall of the logit difference; it
-    stands beside the falls for up to k parts of the same kind, drawn by `seed` from those with smaller shares. Biases
-    are constants and cannot be mean-ablated, so they are passed over.
+    An effect is the fall of the logit difference; it stands beside the falls for up to k parts of the same kind, drawn
+    from those with smaller shares. Biases are constants and cannot be mean-ablated, so they are passed over.
 
-    Raises CutawayError for an attribution by source, whose parts are no values that an edit can replace alone.
+    Args:
+        lm: the model.
+        result: an attribution of this model.
+        k: how many parts.
+        reference: texts, ids or Tokens over whose real tokens the mean is taken, each row's first left out, as its
+            values are unlike any other's; the prompts themselves if None.
+        seed: of the parts drawn as controls.
+
+    Returns:
+        The parts, largest share first, each with its effect.
+
+    Raises:
+        NotSupported: an attribution by source, whose parts are no values that an edit can replace alone.
+        CutawayError: a prompt of one token, which has no mean without its first.
+
+    Example:
+        >>> shares = attribute(lm, prompt, " Austin", " Sacramento", by="head")
+        >>> ablate_parts(lm, shares, 3)
     """
     if result.by == "source":
-        raise CutawayError(
+        raise NotSupported(
             "An attribution by source has no ablation: what one head reads from one position is not a value of its "
             "own. Attribute by head to ablate."
         )
@@ -80,8 +153,8 @@ def ablate_parts(
             ablation=f"mean ablation at the attributed position, mean over {where} without their first tokens",
             units="logit difference",
         )
-        ablated.append(Ablated(part, effect))
-    return ablated
+        ablated.append(AblatedPart(part, effect))
+    return PartAblations(lm.name, tuple(ablated))
 
 
 def _draw(result: Attribution, numbers: list[int], kind: str, k: int, seed: int) -> list[Part]:

@@ -3,22 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.model.language_model import LanguageModel
+from cutaway.model.language_model import Inputs, LanguageModel
 from cutaway.model.naming import single_token
 from cutaway.model.tokens import Tokens
 
 Wrong = list[int] | Literal["mean"] | None
 """Tokens whose mean logit is subtracted, the mean over the vocabulary, or nothing."""
+Answer = str | int | Sequence[str | int]
+"""A token (an id, "#422", or the text by which one token continues the prompt), or one per prompt."""
+WrongAnswer = str | int | Sequence[str | int | Sequence[str | int] | None] | None
+"""What an answer is compared with: None, a token, several (their mean), "mean" (over the vocabulary), or one of these
+per prompt."""
 
 
-def model_answers(lm: LanguageModel, inputs: Any, position: int = -1) -> list[int]:
-    """The token that the model itself finds most probable after a position of each prompt."""
+def model_answers(lm: LanguageModel, inputs: Inputs, position: int = -1) -> list[int]:
+    """The token that the model itself finds most probable after a position of each prompt.
+
+    Args:
+        lm: the model.
+        inputs: one prompt or several.
+        position: counted from each prompt's first real token, -1 is the last.
+
+    Returns:
+        One id per prompt.
+    """
     if position == -1:
         return lm.run(inputs, logits="last").last_logits.argmax(-1).tolist()
     run = lm.run(inputs, logits="all")
@@ -33,20 +47,22 @@ def prompt_ids(tokens: Tokens, positions: Sequence[int]) -> list[list[int]]:
     ]
 
 
-def answer_ids(lm: LanguageModel, answer: Any, prompts: Sequence[Sequence[int]]) -> list[int]:
-    """One token a prompt (its ids), from one answer or one a prompt, each as the prompt's continuation."""
+def answer_ids(lm: LanguageModel, answer: Answer, prompts: Sequence[Sequence[int]]) -> list[int]:
+    """One token per prompt (its ids), from one answer or one per prompt, each as the prompt's continuation."""
     given = [answer] * len(prompts) if isinstance(answer, str | int) else list(answer)
     if len(given) != len(prompts):
-        raise CutawayError(f"{len(given)} answers for {len(prompts)} prompts; give one, or one a prompt.")
+        raise CutawayError(f"{len(given)} answers for {len(prompts)} prompts; give one, or one per prompt.")
     return [single_token(lm, one, after=prompt) for one, prompt in zip(given, prompts, strict=True)]
 
 
-def wrong_ids(lm: LanguageModel, wrong: Any, prompts: Sequence[Sequence[int]]) -> list[Wrong]:
-    """What each prompt's answer is compared with, from one rule for all prompts (their ids) or one a prompt."""
+def wrong_ids(lm: LanguageModel, wrong: WrongAnswer, prompts: Sequence[Sequence[int]]) -> list[Wrong]:
+    """What each prompt's answer is compared with, from one rule for all prompts (their ids) or one per prompt."""
 
-    def one(value: Any, prompt: Sequence[int]) -> Wrong:
-        if value is None or (isinstance(value, str) and value == "mean"):
-            return value
+    def one(value: str | int | Sequence[str | int] | None, prompt: Sequence[int]) -> Wrong:
+        if value is None:
+            return None
+        if isinstance(value, str) and value == "mean":
+            return "mean"
         tokens = [value] if isinstance(value, str | int) else list(value)
         if not tokens:
             raise CutawayError("The list of wrong answers is empty; leave wrong out to attribute the answer's logit.")
@@ -56,10 +72,10 @@ def wrong_ids(lm: LanguageModel, wrong: Any, prompts: Sequence[Sequence[int]]) -
         return [one(wrong, prompt) for prompt in prompts]
     given = list(wrong)
     if len(prompts) == 1 and not any(isinstance(value, list | tuple) for value in given):
-        return [one(given, prompts[0])]
+        return [one(given, prompts[0])]  # type: ignore[arg-type]
     if len(given) != len(prompts):
         raise CutawayError(
-            f"{len(given)} wrong answers for {len(prompts)} prompts; give one, or one (or a list of them) a prompt."
+            f"{len(given)} wrong answers for {len(prompts)} prompts; give one, or one (or a list of them) per prompt."
         )
     return [one(value, prompt) for value, prompt in zip(given, prompts, strict=True)]
 

@@ -13,28 +13,37 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from markupsafe import Markup
 from torch import Tensor
 
-from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.errors import CutawayError, NotSupported
 from cutaway.artifacts.results import Control, Effect, interval_text
 from cutaway.artifacts.statistics import bootstrap_interval
-from cutaway.model.language_model import LanguageModel
+from cutaway.draw.page import sections_html
+from cutaway.draw.result import Result
+from cutaway.model.language_model import Inputs, LanguageModel
 from cutaway.model.tokens import Tokens
-from cutaway.observe.attribution.answers import Wrong, answer_ids, differences, in_words, prompt_ids, wrong_ids
+from cutaway.observe.attribution.answers import (
+    Answer,
+    Wrong,
+    WrongAnswer,
+    answer_ids,
+    differences,
+    in_words,
+    prompt_ids,
+    wrong_ids,
+)
 from cutaway.observe.attribution.parts import (
     GRANULARITIES,
     By,
     Group,
     difference_directions,
-    dla_sum_error,
-    dla_sum_errors,
     split_difference,
 )
-
-__all__ = ["Attribution", "Part", "attribute", "dla_sum_error", "dla_sum_errors"]
+from cutaway.observe.summaries import block, ends, with_interval
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 6e-3}
 """How far the parts may miss the logit difference, relative to the largest part."""
@@ -47,45 +56,88 @@ NOT_A_CAUSE = (
 
 @dataclass(frozen=True)
 class Part:
-    """One part's share, the mean over the prompts, with its interval (None for one prompt).
-
-    `control` is the mean |share| of the same part for random token pairs whose direction is as long as ΔU, and
-    `control_range` the middle 95 % of it. `kind`, `layer` and `index` say where in the model it is.
-    """
+    """One part's share of a logit difference."""
 
     name: str
+    """What the part is called, such as "L3H7"."""
     kind: str
+    """What it is, such as "head" or "MLP"."""
     layer: int | None
+    """Its layer, None for embeddings and final biases."""
     index: int
+    """Its number among the parts of its kind in its layer."""
     value: float
+    """Mean share over the prompts, in logits."""
     interval: tuple[float, float] | None
+    """Its 95 % interval over prompts, None for one prompt."""
     control: float
+    """Mean |share| of the same part for random token pairs whose direction is as long as ΔU."""
     control_range: tuple[float, float]
+    """The middle 95 % of these."""
 
 
-@dataclass(frozen=True, eq=False)
-class Attribution:
-    """The shares of a logit difference, prompt by prompt.
+@dataclass(frozen=True, eq=False, repr=False)
+class Attribution(Result):
+    """The shares of a logit difference, prompt by prompt. `print` writes the table, `repr` a summary of it."""
 
-    `total` float64 [b] is the model's own difference before a softcap, `total_capped` after it; `position` the token
-    position of each row; `answers` and `wrong` what was compared, in words. `notes` say what could not be split.
-    """
+    title: ClassVar[str] = "Direct logit attribution"
 
     model: str
+    """The model's name."""
     by: By
+    """How finely it was split."""
     tokens: Tokens
+    """The b prompts."""
     position: tuple[int, ...]
+    """The position of each prompt whose next token is the answer."""
     answers: tuple[str, ...]
+    """The answers, as text."""
     wrong: tuple[str, ...]
+    """What they were compared with, in words."""
     answer_ids: tuple[int, ...]
+    """The answers' ids."""
     wrong_ids: tuple[Wrong, ...]
+    """What they were compared with, as ids."""
     groups: tuple[Group, ...]
+    """The parts, by kind and layer."""
     total: Tensor
+    """The model's own difference before a softcap, float64 [b]."""
     total_capped: Tensor
+    """The same after the softcap [b]."""
     softcap: float | None
+    """The model's final softcap, if it has one."""
     n_controls: int
+    """How many random token pairs."""
     seed: int
+    """Of these."""
     notes: tuple[str, ...] = ()
+    """What could not be split."""
+
+    def summary(self) -> str:
+        """The largest parts beside random token pairs, and the model's own difference."""
+        head, what = _headline(self).split(": ", 1)
+        lines = [head, f"  {what}"]
+        for part in self.top(7):
+            share = with_interval(part.value, part.interval, 3)
+            lines.append(f"  {part.name:<24}{share:<24} random pairs {part.control:.3f}")
+        n = self.values.shape[1]
+        lines.append(f"  sum of {n:,} parts {float(self.values.sum(1).mean()):.3f}")
+        lines.append(f"  the model {float(self.total.mean()):.3f}, largest error {float(self.error.abs().max()):.1e}")
+        return block(lines)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per part, largest first: share, interval, control."""
+        return [
+            {"part": part.name, "kind": part.kind, "layer": part.layer, "index": part.index, "share": part.value}
+            | {**ends(part.interval), "control": part.control, **ends(part.control_range, "control_")}
+            for part in self.top()
+        ]
+
+    def drawing(self) -> Markup:
+        """The largest shares with their controls, and layer by layer."""
+        from cutaway.observe.attribution.view import attribution_sections
+
+        return sections_html(attribution_sections(self))
 
     @property
     def values(self) -> Tensor:
@@ -109,7 +161,14 @@ class Attribution:
         return [group.name(i) for group in self.groups for i in range(group.values.shape[-1])]
 
     def difference(self, logits: Tensor) -> Tensor:
-        """The attributed logit difference in other logits at the same place, [b, V] -> [b]."""
+        """The attributed logit difference in other logits at the same place.
+
+        Args:
+            logits: [b, V].
+
+        Returns:
+            [b].
+        """
         return differences(logits, self.answer_ids, self.wrong_ids)
 
     def ranked(self) -> list[int]:
@@ -117,7 +176,11 @@ class Attribution:
         return self.values.mean(0).abs().argsort(descending=True, stable=True).tolist()
 
     def locate(self, number: int) -> tuple[Group, int]:
-        """The group of a part of `values`, and its index in it."""
+        """The group of a part, and its index in it.
+
+        Args:
+            number: in the order of `values`.
+        """
         for group in self.groups:
             n = group.values.shape[-1]
             if number < n:
@@ -126,7 +189,11 @@ class Attribution:
         raise IndexError(number)
 
     def part(self, number: int) -> Part:
-        """Part `number` of `values`, with its interval and control."""
+        """A part with its interval and control.
+
+        Args:
+            number: in the order of `values`.
+        """
         group, index = self.locate(number)
         shares = group.values[:, :, index]
         random = shares[:, 1:].mean(0).abs()
@@ -144,11 +211,25 @@ class Attribution:
         )
 
     def top(self, k: int | None = None) -> list[Part]:
-        """The k parts with the largest mean share over the prompts by size, largest first; all without k."""
+        """The parts with the largest mean share over the prompts by size, largest first.
+
+        Args:
+            k: how many; all if None.
+        """
         return [self.part(number) for number in self.ranked()[:k]]
 
     def by_layer(self, kind: str) -> Tensor:
-        """Mean shares of a kind that every layer has equally many of, such as "head": [layers, n]."""
+        """Mean shares of a kind that every layer has equally many of.
+
+        Args:
+            kind: such as "head".
+
+        Returns:
+            [layers, n].
+
+        Raises:
+            CutawayError: not every layer has such parts.
+        """
         found = [group.values[:, 0].mean(0) for group in self.groups if group.kind == kind]
         if not found or len({len(values) for values in found}) > 1:
             raise CutawayError(f"This attribution by {self.by} has no “{kind}” parts in every layer.")
@@ -162,8 +243,12 @@ class Attribution:
         width = self.tokens.ids.shape[1]
         return torch.stack([values.unflatten(-1, (-1, width)).sum(1) for values in found]).sum(0)
 
-    def effect(self, part: Part, command: str | None = None) -> Effect:
-        """A part as a result beside its control."""
+    def effect(self, part: Part) -> Effect:
+        """A part as a result beside its control.
+
+        Args:
+            part: one of this attribution.
+        """
         return Effect(
             name=f"direct share of {part.name}",
             value=part.value,
@@ -179,11 +264,14 @@ class Attribution:
             ),
             ablation="none",
             units="logit difference",
-            command=command,
         )
 
     def to_json(self, top: int | None = None) -> dict[str, Any]:
-        """Totals, errors, and the `top` parts (all without it), each with interval and control."""
+        """Totals, errors, and parts, each with interval and control.
+
+        Args:
+            top: how many parts; all if None.
+        """
         parts = self.top(top)
         data: dict[str, Any] = {
             "model": self.model,
@@ -213,7 +301,11 @@ class Attribution:
         return self.table()
 
     def table(self, k: int = 16) -> str:
-        """The k largest parts as text, with what is left over, the sum and its error."""
+        """The largest parts as text, with what is left over, the sum and its error.
+
+        Args:
+            k: how many parts.
+        """
         parts, n = self.top(k), len(self.total)
         lines = [_headline(self)]
         lines.append(f"  {'part':<34}{'share':>9}{'95 % interval':>20}{'random pairs':>14}")
@@ -248,9 +340,9 @@ def _headline(result: Attribution) -> str:
 
 def attribute(
     lm: LanguageModel,
-    inputs: Any,
-    answer: str | int | Sequence[str | int],
-    wrong: Any = None,
+    inputs: Inputs,
+    answer: Answer,
+    wrong: WrongAnswer = None,
     *,
     position: int | Sequence[int] = -1,
     by: By = "component",
@@ -260,19 +352,33 @@ def attribute(
 ) -> Attribution:
     """Split the logit difference answer - wrong at one position of each prompt into the parts that wrote it.
 
-    Parameters:
-        inputs: a prompt, or b of them (text, ids, Tokens).
-        answer: a token, or one a prompt: an id (422, "#422"), or the text by which one token continues the prompt.
-        wrong: None (the answer's logit alone), a token, several tokens (their mean), one of these a prompt, or "mean"
+    Direct logit attribution, the final norm's scale frozen (Elhage et al. 2021, "A mathematical framework for
+    transformer circuits"). The parts sum to the model's own difference before a softcap; that is checked in every call.
+
+    Args:
+        lm: the model.
+        inputs: a prompt, or b of them: text, ids, Tokens.
+        answer: a token, or one per prompt: an id (422, "#422"), or the text by which one token continues the prompt.
+        wrong: None (the answer's logit alone), a token, several tokens (their mean), one of these per prompt, or "mean"
             (the mean over the vocabulary). A text that happens to be "mean" can be given by its id.
-        position: token position whose next token is predicted, counted from each row's first real token; or one a row.
+        position: token position whose next token is predicted, counted from each prompt's first real token; or one per
+            prompt.
         by: "component" (embeddings, each attention and MLP, biases), "head", "neuron" (attention whole), or "source"
             (each head's result split over the positions that it reads).
         controls: number of random token pairs that the same parts are measured with, their direction as long as ΔU.
+        seed: of the random pairs.
+        bos: whether a beginning-of-text token stands before each text; the tokenizer's own habit if None.
 
-    Raises CutawayError: an answer that is not one token, a position outside a prompt, logits that are NaN, a
-    granularity whose sites the model lacks, and parts that do not sum to the model's logit difference within
-    `TOLERANCE` (the model does something that its sites do not account for).
+    Returns:
+        The shares of every part and prompt.
+
+    Raises:
+        NotSupported: a granularity whose sites the model lacks, and parts that do not sum to the model's logit
+            difference (the model does something that its sites do not account for).
+        CutawayError: an answer that is not one token, a position outside a prompt, logits that are NaN.
+
+    Example:
+        >>> attribute(cutaway.load("atlas"), "The capital of the state containing Dallas is", " Austin", by="head")
     """
     if by not in GRANULARITIES:
         raise CutawayError(f"by={by!r} is not one of {', '.join(GRANULARITIES)}.")
@@ -281,7 +387,7 @@ def attribute(
     tokens = lm.tokens(inputs, bos=bos)
     positions = [position] * len(tokens) if isinstance(position, int) else [int(p) for p in position]
     if len(positions) != len(tokens):
-        raise CutawayError(f"{len(positions)} positions for {len(tokens)} prompts; give one, or one a prompt.")
+        raise CutawayError(f"{len(positions)} positions for {len(tokens)} prompts; give one, or one per prompt.")
     columns = torch.tensor([tokens.column(row, place) for row, place in enumerate(positions)])
     before = prompt_ids(tokens, positions)
     answers, wrongs = answer_ids(lm, answer, before), wrong_ids(lm, wrong, before)
@@ -308,7 +414,7 @@ def attribute(
     )
     allowed = TOLERANCE.get(lm.dtype, 4e-2)
     if not attribution.relative_error <= min(10 * allowed, 0.1):  # NaN is refused too
-        raise CutawayError(
+        raise NotSupported(
             f"The parts by {by} of {lm.name} miss its logit difference by {attribution.relative_error:.1e} of their "
             f"size (allowed {allowed:.0e}): the model adds something that its sites do not account for, so its "
             f"attribution is not shown. `cutaway check {lm.name}` says where."

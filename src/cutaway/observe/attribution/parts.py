@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.errors import CutawayError, NotSupported
 from cutaway.model.architecture.norms import Norm
 from cutaway.model.architecture.parts import weight_matrix
 from cutaway.model.architecture.wrapped import bias_of
@@ -88,7 +88,7 @@ def split_difference(
     `directions` and `biases` are what `difference_directions` gives. `edits` are in force during the run;
     `final_scale` [b, 1] freezes the final norm at another run's divisor, and then the parts sum to the difference that
     this divisor would give. Layers without the sites that `by` needs stay
-    whole, and a note says so. Raises CutawayError when no layer has them, and when the logits are not finite.
+    whole, and a note says so. Raises NotSupported when no layer has them, CutawayError when logits are not finite.
     """
     family = lm.family
     split = splittable_layers(lm, by)
@@ -139,14 +139,14 @@ def split_difference(
 
 
 def _notes(lm: LanguageModel, by: By, split: set[int]) -> list[str]:
-    """Which layers could not be split; CutawayError when none can."""
+    """Which layers could not be split; NotSupported when none can."""
     whole = [layer for layer in range(lm.n_layers) if layer not in split]
     if by == "component" or not whole:
         return []
     if not split:
         absent = _absent(lm)
         site = next(name for n in _NEEDED[by] if absent[name := f"blocks.0.{n}"] is not None)
-        raise CutawayError(f"{lm.name} cannot be attributed by {by}: it has no '{site}' ({absent[site]}).")
+        raise NotSupported(f"{lm.name} cannot be attributed by {by}: it has no '{site}' ({absent[site]}).")
     module = "MLP" if by == "neuron" else "attention"
     return [f"the {module} of layers {', '.join(map(str, whole))} has no {by}s to split it by, and is left whole"]
 

@@ -9,23 +9,25 @@ from markupsafe import Markup
 from cutaway.artifacts.results import interval_text
 from cutaway.draw.charts import Bar, bars_html
 from cutaway.draw.heatmap import heatmap_scale, heatmap_svg
+from cutaway.draw.page import Section
 from cutaway.draw.panels import figures_html, table_html
 from cutaway.draw.tokens import TokenRow, tokens_html, tokens_scale
-from cutaway.observe.attribution.ablation import Ablated
+from cutaway.observe.attribution.ablation import AblatedPart
 from cutaway.observe.attribution.attribution import NOT_A_CAUSE, Attribution
 
-Section = tuple[str, str, Markup]
 _SHOWN = 20
 
 
-def attribution_sections(result: Attribution, ablated: Sequence[Ablated] = (), shown: int = _SHOWN) -> list[Section]:
+def attribution_sections(
+    result: Attribution, ablated: Sequence[AblatedPart] = (), shown: int = _SHOWN
+) -> list[Section]:
     """Totals, the largest parts with their controls, layer by layer drawings, and measured ablations."""
     sections = [_totals(result), _parts(result, shown)]
     sections += _layers(result)
     if result.by == "source":
         sections.append(_sources(result))
     if ablated:
-        sections.append(_ablations(ablated))
+        sections.append(ablations_section(ablated))
     return sections
 
 
@@ -152,7 +154,8 @@ def _by_layer_and_source(result: Attribution) -> Markup:
     )
 
 
-def _ablations(ablated: Sequence[Ablated]) -> Section:
+def ablations_section(ablated: Sequence[AblatedPart]) -> Section:
+    """Shares beside the measured falls, as a table."""
     rows = []
     for one in ablated:
         effect = one.effect

@@ -1,37 +1,47 @@
 """What is lost without each head: every head ablated alone, many of them in one batch.
 
 A pattern is not a cause. The heads of one layer are ablated in the rows of one batch (`rows=`) that resumes at their
-layer, so that the layers below are not run again and a model takes a few forwards a layer instead of one a head.
+layer, so that the layers below are not run again and a model takes a few forwards per layer instead of one per head.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from markupsafe import Markup
 from torch import Tensor
 
-from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.errors import CutawayError, NoSuchSite
 from cutaway.artifacts.progress import Progress
 from cutaway.artifacts.results import Control, Effect
 from cutaway.artifacts.statistics import bootstrap_interval, false_discovery, paired_t_p
+from cutaway.draw.page import sections_html
+from cutaway.draw.result import Result
 from cutaway.model.edits.edits import Edit, mean, zero
 from cutaway.model.forward.run import Run
 from cutaway.model.language_model import Inputs, LanguageModel
 from cutaway.model.tokens import Tokens, next_tokens
 from cutaway.observe.heads.kinds import attention_layers, ratio_interval
-from cutaway.observe.heads.report import Ablation, Head, name, second_half_loss
+from cutaway.observe.heads.report import Ablation, Head, RunMetric, name, second_half_loss
+from cutaway.observe.summaries import block, ends, with_interval
 
-Metric = Callable[[Run], Tensor]
 BATCH_BYTES = 256 * 2**20
 """What one batch may hold of logits and of one layer's patterns."""
 
 
 def text_loss(run: Run) -> Tensor:
-    """Mean next-token loss in nats of each row [b], over its real tokens but the first."""
+    """Mean next-token loss in nats of each row, over its real tokens but the first.
+
+    Args:
+        run: with the logits of every token.
+
+    Returns:
+        [b].
+    """
     logits = run.all_logits
     ids, mask = run.tokens.ids.to(logits.device), run.tokens.mask.to(logits.device)
     log_p = logits[:, :-1].float().log_softmax(-1)
@@ -40,18 +50,53 @@ def text_loss(run: Run) -> Tensor:
     return ((loss * counted).sum(-1) / counted.sum(-1).clamp(min=1)).cpu()
 
 
-@dataclass(frozen=True, eq=False)
-class HeadEffects:
-    """How much a metric changes when each head alone is ablated.
+@dataclass(frozen=True, eq=False, repr=False)
+class HeadEffects(Result):
+    """How much a metric changes when each head alone is ablated."""
 
-    `change` is [L, H, b], each row's change (NaN: not measured); `base` [b] is the metric of the untouched model.
-    """
+    title: ClassVar[str] = "What is lost without each head"
 
     model: str
+    """The model's name."""
     change: Tensor
+    """Each row's change [L, H, b]; NaN where a head was not ablated."""
     base: Tensor
+    """The metric of the untouched model [b]."""
     ablation: str
+    """"mean" or "zero"."""
     units: str
+    """The metric's units."""
+
+    def summary(self) -> str:
+        """The eight heads whose ablation changes the metric by the largest mean."""
+        kept = sorted(self._measured(), key=lambda head: -abs(self.mean[head].item()))[:8]
+        control = self.others([h for h in self._measured() if h not in kept], "mean of the other heads")
+        lines = [
+            f"{self.ablation} ablation of each head of {self.model}, alone, on {len(self.base)} rows",
+            f"  change in {self.units}; {self.base.mean().item():.3f} untouched",
+        ]
+        for head in kept:
+            effect = self.effect(head, None)
+            lines.append(f"  {name(head):<7}{with_interval(effect.value, effect.interval, 3)}")
+        return block([*lines, *([] if control is None else [f"  {control.name}: {control.value:.3f}"])])
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per head that was ablated: mean change, 95 % interval over rows, q."""
+        effects = {head: self.effect(head, None) for head in self._measured()}
+        return [
+            {"layer": head[0], "head": head[1], "ablation": self.ablation, "change": effect.value}
+            | {**ends(effect.interval), "q": self.q[head].item(), "n": effect.n, "units": self.units}
+            for head, effect in effects.items()
+        ]
+
+    def drawing(self) -> Markup:
+        """A map of the heads."""
+        from cutaway.observe.heads.view import effects_section
+
+        return sections_html([effects_section(self)])
+
+    def _measured(self) -> list[Head]:
+        return [(i, j) for i, j in (~self.mean.isnan()).nonzero().tolist()]
 
     @cached_property
     def intervals(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -69,15 +114,28 @@ class HeadEffects:
         return torch.from_numpy(false_discovery(paired_t_p(self.change.double().numpy())))
 
     def others(self, heads: Sequence[Head], label: str) -> Control | None:
-        """The same ablation of other heads, each alone: their mean, with an interval over heads."""
+        """The same ablation of other heads, each alone: their mean, with an interval over heads.
+
+        Args:
+            heads: (layer, head) pairs.
+            label: the control's name.
+
+        Returns:
+            The control, None where none of these heads was ablated.
+        """
         values = [v for v in (self.mean[head].item() for head in heads) if v == v]
         if not values:
             return None
         interval = bootstrap_interval(values) if len(values) > 1 else None
         return Control(label, sum(values) / len(values), interval, len(values))
 
-    def effect(self, head: Head, others: Control | None, command: str | None = None) -> Effect:
-        """One head's effect beside that of other heads (see `others`)."""
+    def effect(self, head: Head, others: Control | None) -> Effect:
+        """One head's effect beside that of other heads.
+
+        Args:
+            head: (layer, head).
+            others: what `others` gives.
+        """
         value, low, high = (part[head].item() for part in self.intervals)
         untouched = Control("not ablated", 0.0, None, len(self.base))
         return Effect(
@@ -88,7 +146,6 @@ class HeadEffects:
             controls=(untouched,) if others is None else (others, untouched),
             ablation=f"{self.ablation} ablation",
             units=self.units,
-            command=command,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -106,27 +163,39 @@ class HeadEffects:
 def ablate_each_head(
     lm: LanguageModel,
     inputs: Inputs,
-    metric: Metric = second_half_loss,
+    metric: RunMetric = second_half_loss,
     *,
     ablations: Sequence[Ablation] = ("mean", "zero"),
     heads: Sequence[Head] | None = None,
     units: str = "nats of loss on the second copy",
     batch_bytes: int = BATCH_BYTES,
 ) -> dict[str, HeadEffects]:
-    """The change of `metric(run) -> [b]` when each head (of `heads`, default all) alone is ablated.
+    """The change of a metric when each head alone is ablated.
 
-    "mean" puts the head's mean z over the real tokens of `inputs` in its place, "zero" puts zero. The metric sees runs
-    of exactly these prompts, with their logits. Several heads of a layer share a batch, as many as `batch_bytes`
-    allows; the result is that of one forward a head, but for the kernels' rounding.
+    Several heads of a layer share a batch; the result is that of one forward per head, but for the kernels' rounding.
 
-    Raises CutawayError for a head that the model has not, and a metric that is not one number a row.
+    Args:
+        lm: the model.
+        inputs: the prompts.
+        metric: a run of exactly these prompts, with their logits, to one number per row [b].
+        ablations: "mean" puts the head's mean z over the real tokens of `inputs` in its place, "zero" puts zero.
+        heads: (layer, head) pairs; all if None.
+        units: of the metric.
+        batch_bytes: what one batch may hold of logits and of one layer's patterns.
+
+    Returns:
+        The effects, by ablation.
+
+    Raises:
+        NoSuchSite: a head that the model has not.
+        CutawayError: a metric that is not one number per row.
     """
     tokens = lm.tokens(inputs)
     layers, _ = attention_layers(lm)
     chosen = [(layer, head) for layer in layers for head in range(lm.n_heads)] if heads is None else list(heads)
     for layer, head in chosen:
         if layer not in layers or not 0 <= head < lm.n_heads:
-            raise CutawayError(
+            raise NoSuchSite(
                 f"{lm.name} has no head {name((layer, head))}; it has {lm.n_heads} in each of the layers {layers}."
             )
     base = lm.run(tokens, capture=["blocks.*.resid_pre", "blocks.*.attn.z"], logits="all")
@@ -172,7 +241,7 @@ def _tiled(run: Run, site: str, times: int) -> Run:
     return replace(run, tokens=tokens, logits=None, values={site: run[site].repeat(times, 1, 1)})
 
 
-def _measured(metric: Metric, run: Run) -> Tensor:
+def _measured(metric: RunMetric, run: Run) -> Tensor:
     values = metric(run)
     if not isinstance(values, Tensor) or values.shape != (len(run.tokens),):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise CutawayError("The metric of an ablation returns one number for each row of the run, as a tensor.")

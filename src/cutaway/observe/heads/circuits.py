@@ -19,27 +19,28 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from cutaway.artifacts.errors import CutawayError
-from cutaway.artifacts.results import interval_text
+from cutaway.artifacts.errors import CutawayError, NoSuchSite, NotSupported
 from cutaway.model.architecture.norms import Norm
 from cutaway.model.architecture.wrapped import embedding_rows
 from cutaway.model.language_model import LanguageModel
+from cutaway.observe.heads.circuit_results import CircuitTokens, Composition, CopyingScores, TokenPair
 from cutaway.observe.heads.kinds import attention_layers
 from cutaway.observe.heads.report import Head, name
 
 Part = Literal["qk", "ov"]
-COMPOSITIONS = ("q", "k", "v")
 
 
 @dataclass(frozen=True, eq=False)
 class Factored:
-    """The product left @ right [..., m, n] of rank at most r, kept as left [..., m, r] and right [..., r, n].
+    """The product left @ right [..., m, n] of rank at most r, kept as its factors.
 
     Everything is computed in float64 from the factors. Leading dimensions broadcast.
     """
 
     left: Tensor
+    """[..., m, r]."""
     right: Tensor
+    """[..., r, n]."""
 
     def __post_init__(self) -> None:
         if self.left.ndim < 2 or self.right.ndim < 2 or self.left.shape[-1] != self.right.shape[-2]:
@@ -50,6 +51,7 @@ class Factored:
 
     @property
     def shape(self) -> torch.Size:
+        """Of the product."""
         batch = torch.broadcast_shapes(self.left.shape[:-2], self.right.shape[:-2])
         return torch.Size((*batch, self.left.shape[-2], self.right.shape[-1]))
 
@@ -134,7 +136,7 @@ def _after(norm: Norm | None, written: Tensor) -> Tensor:
 
 def _check(lm: LanguageModel, layer: int) -> None:
     if not 0 <= layer < lm.n_layers:
-        raise CutawayError(f"{lm.name} has no layer {layer}; its layers are 0 to {lm.n_layers - 1}.")
+        raise NoSuchSite(f"{lm.name} has no layer {layer}; its layers are 0 to {lm.n_layers - 1}.")
     lm.sites().resolve(f"blocks.{layer}.attn.pattern")  # raises with the reason where a layer has no heads
 
 
@@ -152,14 +154,30 @@ def output_map(lm: LanguageModel, layer: int, *, final: bool = True) -> Tensor:
 
 
 def qk_circuit(lm: LanguageModel, layer: int, *, norms: bool = True, raw: bool = False) -> Factored:
-    """W_Q W_K^T of every head of a layer: [H, d, d], destination first. Grouped keys are repeated for their queries.
+    """W_Q W_K^T of every head of a layer (Elhage et al. 2021). Grouped keys are repeated for their queries.
 
-    What it leaves out: `qk_ignores`. A model with QK-norm divides queries and keys in between and multiplies them by
-    gains, so that this product is not what it compares: refused with CutawayError unless `raw=True`.
+    What it leaves out: `qk_ignores`.
+
+    Args:
+        lm: the model.
+        layer: number of the layer.
+        norms: fold the linear part of the norm before attention in.
+        raw: give the bare product also where queries and keys are normalised before they meet (QK-norm), so that it is
+            not what the model compares.
+
+    Returns:
+        [H, d, d], destination first, as factors.
+
+    Raises:
+        NoSuchSite: no such layer, or one without heads.
+        NotSupported: a model with QK-norm, unless `raw`.
+
+    Example:
+        >>> qk_circuit(cutaway.load("atlas"), 7)[3].singular_values()
     """
     _check(lm, layer)
     if getattr(lm.family, "qk_norm", False) and not raw:
-        raise CutawayError(
+        raise NotSupported(
             f"{lm.name} normalises queries and keys before they meet (QK-norm), so W_Q W_K^T is not what it compares; "
             "read attn.scores, or give raw=True to see the bare product."
         )
@@ -169,7 +187,11 @@ def qk_circuit(lm: LanguageModel, layer: int, *, norms: bool = True, raw: bool =
 
 
 def qk_ignores(lm: LanguageModel) -> tuple[str, ...]:
-    """What the QK circuit of a model leaves out, as plain words."""
+    """What the QK circuit of a model leaves out, as plain words.
+
+    Args:
+        lm: the model.
+    """
     ignored = ["the norm's divisor", "biases", "the scale 1/√d_head"]
     reason = next((site.absent for site in lm.sites() if site.name == "pos_embed"), None)
     if reason is not None:
@@ -180,7 +202,19 @@ def qk_ignores(lm: LanguageModel) -> tuple[str, ...]:
 
 
 def ov_circuit(lm: LanguageModel, layer: int, *, norms: bool = True) -> Factored:
-    """W_V W_O of every head of a layer: [H, d, d], source first. Grouped values are repeated for their queries."""
+    """W_V W_O of every head of a layer (Elhage et al. 2021). Grouped values are repeated for their queries.
+
+    Args:
+        lm: the model.
+        layer: number of the layer.
+        norms: fold the linear parts of the norms before and after attention in.
+
+    Returns:
+        [H, d, d], source first, as factors.
+
+    Raises:
+        NoSuchSite: no such layer, or one without heads.
+    """
     _check(lm, layer)
     w_v = _before(lm.family.layers[layer].ln1 if norms else None, lm.w_v(layer).double())
     w_o = output_map(lm, layer, final=False) if norms else lm.w_o(layer).double()
@@ -205,28 +239,21 @@ def _unembedding_by_embedding(lm: LanguageModel, norms: bool, chunk: int = 16384
     return _before(lm.family.ln_final, total) if norms else total
 
 
-@dataclass(frozen=True, eq=False)
-class CopyingScores:
-    """Σλ / Σ|λ| over the eigenvalues of each head's full OV circuit [L, H] (NaN: a layer without heads).
-
-    `chance` is the mean and `chance_interval` the 95 % range of the same score of `draws` random heads: Gaussian W_V
-    and W_O of the same shapes between the same embedding and unembedding. `p` [L, H] is two-sided, by how many random
-    heads have a score as high or as low.
-    """
-
-    score: Tensor
-    chance: float
-    chance_interval: tuple[float, float]
-    draws: int
-    p: Tensor
-
-
 def copying_scores(lm: LanguageModel, *, norms: bool = True, draws: int = 200, seed: int = 0) -> CopyingScores:
     """How far each head raises the very tokens it reads: Σλ / Σ|λ| of W_E W_V W_O W_U (Elhage et al. 2021).
 
     1 when every eigenvalue is positive (copying: name movers, induction), -1 when all are negative (copy suppression).
     The [V, V] circuit has the eigenvalues of a [d_head, d_head] product and zeros, so it is never formed. It reads the
     bare embedding: a head deep in a model reads streams that other layers wrote, and this says nothing of those.
+
+    Args:
+        lm: the model.
+        norms: fold the linear parts of the norms in.
+        draws: how many random heads.
+        seed: of the random heads.
+
+    Returns:
+        The score of every head, beside random heads.
     """
     layers, _ = attention_layers(lm)
     between = _unembedding_by_embedding(lm, norms)
@@ -249,7 +276,7 @@ def copying_scores(lm: LanguageModel, *, norms: bool = True, draws: int = 200, s
     above = (random >= score[..., None]).sum(-1)
     tail = torch.minimum(above, (random <= score[..., None]).sum(-1))
     p = torch.where(score.isnan(), torch.nan, (2 * (tail + 1) / (draws + 1)).clamp(max=1.0).double())
-    return CopyingScores(score, random.mean().item(), (low, high), draws, p)
+    return CopyingScores(lm.name, score, random.mean().item(), (low, high), draws, p)
 
 
 def _balance(matrices: Tensor) -> Tensor:
@@ -265,74 +292,6 @@ def _gaussian(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 # Composition --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, eq=False)
-class Composition:
-    """Composition scores between heads: `q`, `k`, `v` are [L, H, L, H], writer first, NaN unless it is in an earlier
-    layer.
-
-    A score is ‖A B‖ / (‖A‖ ‖B‖) (Frobenius) with A the writer's OV circuit and B what the reader does with it.
-    `baseline` is the mean score of `draws` pairs of random heads of the same shapes, `baseline_interval` their 95 %
-    range: a score means what it has above that. `left_out` names what is not measured, with the reason.
-    """
-
-    model: str
-    q: Tensor | None
-    k: Tensor | None
-    v: Tensor
-    baseline: float
-    baseline_interval: tuple[float, float]
-    draws: int
-    left_out: dict[str, str]
-
-    def above(self, kind: str) -> Tensor:
-        """A kind's scores less the baseline [L, H, L, H]."""
-        return self._of(kind) - self.baseline
-
-    def _of(self, kind: str) -> Tensor:
-        if kind not in COMPOSITIONS:
-            raise CutawayError(f"no composition is called {kind!r}; there are q, k and v")
-        if kind in self.left_out:
-            raise CutawayError(f"{kind.upper()}-composition of {self.model} is not measured: {self.left_out[kind]}.")
-        return getattr(self, kind)
-
-    def top(self, kind: str, k: int = 5) -> list[tuple[Head, Head, float]]:
-        """The k pairs (writer, reader) with the largest score."""
-        scores = self._of(kind)
-        values, flat = scores.nan_to_num(-1.0).flatten().topk(min(k, scores.numel()))
-        heads = scores.shape[1]
-        found = []
-        for value, index in zip(values.tolist(), flat.tolist(), strict=True):
-            if value >= 0:
-                writer, reader = divmod(index, scores.shape[0] * heads)
-                found.append((divmod(writer, heads), divmod(reader, heads), value))
-        return found
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "model": self.model,
-            "baseline": self.baseline,
-            "baseline_interval": list(self.baseline_interval),
-            "draws": self.draws,
-            "left_out": self.left_out,
-            "top": {
-                kind: [[name(a), name(b), value] for a, b, value in self.top(kind, 20)]
-                for kind in COMPOSITIONS
-                if kind not in self.left_out
-            },
-        }
-
-    def __str__(self) -> str:
-        low, high = self.baseline_interval
-        lines = [f"composition in {self.model}; random heads {self.baseline:.3f} {interval_text((low, high))}"]
-        for kind in COMPOSITIONS:
-            if kind in self.left_out:
-                lines.append(f"  {kind.upper()}  not measured: {self.left_out[kind]}")
-            else:
-                pairs = "  ".join(f"{name(a)}→{name(b)} {value:.3f}" for a, b, value in self.top(kind))
-                lines.append(f"  {kind.upper()}  {pairs}")
-        return "\n".join(lines)
-
-
 def composition(
     lm: LanguageModel, *, norms: bool = True, raw: bool = False, draws: int = 64, seed: int = 0
 ) -> Composition:
@@ -341,6 +300,16 @@ def composition(
     With OV₁ the writer's circuit and QK₂, OV₂ the reader's: Q is ‖OV₁ QK₂‖, K is ‖QK₂ OV₁^T‖, V is ‖OV₁ OV₂‖, each
     over the product of both norms. With QK-norm only V is measured, unless `raw=True`. It is a statement about weights:
     positions, the norms' divisors and everything the layers between them do are not in it.
+
+    Args:
+        lm: the model.
+        norms: fold the linear parts of the norms in.
+        raw: measure the bare weights also where queries and keys are normalised before they meet.
+        draws: how many pairs of random heads.
+        seed: of the random heads.
+
+    Returns:
+        The scores of every pair of heads, beside random pairs.
     """
     layers, _ = attention_layers(lm)
     left_out: dict[str, str] = {}
@@ -391,17 +360,6 @@ def composition_scores(first: Factored, second: Factored) -> Tensor:
 # Which tokens -------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class TokenPair:
-    """A cell of a head's circuit between tokens: (`source` → `target`). OV: reading `source` raises `target`'s logit.
-    QK: `source` is the destination's token and `target` the token it looks for.
-    """
-
-    source: str
-    target: str
-    value: float
-
-
 def circuit_tokens(
     lm: LanguageModel,
     head: Head,
@@ -412,19 +370,35 @@ def circuit_tokens(
     norms: bool = True,
     raw: bool = False,
     chunk: int = 1024,
-) -> list[TokenPair]:
+) -> CircuitTokens:
     """The largest cells of a head's circuit between tokens, largest first.
 
     "ov": E W_V W_O U^T, "qk": E W_Q W_K^T E^T, with each embedding divided as the head's norm divides (`norms`). With
     `tokens` (a text or ids) the k largest of each of these tokens' rows, in their order; else the k largest of all.
-    [chunk, V] at a time. A value is the target's logit (its score) above the mean of all targets, up to the
-    norms' divisors downstream and for bare embeddings: what other layers add is not seen. For "qk" see `qk_ignores`.
+    A value is the target's logit (its score) above the mean of all targets, up to the norms' divisors downstream and
+    for bare embeddings: what other layers add is not seen. For "qk" see `qk_ignores`.
 
-    Raises CutawayError: no such head, QK-norm (unless raw), an unknown part.
+    Args:
+        lm: the model.
+        head: (layer, head).
+        part: "ov" or "qk".
+        tokens: a text or ids; the whole vocabulary if None.
+        k: how many cells, of each token's row with `tokens`.
+        norms: fold the linear parts of the norms in.
+        raw: give the bare product also of a model with QK-norm.
+        chunk: how many rows of [vocabulary] are held at a time.
+
+    Returns:
+        The cells.
+
+    Raises:
+        NoSuchSite: no such head.
+        NotSupported: a model with QK-norm, unless `raw`.
+        CutawayError: an unknown part.
     """
     layer, index = head
     if not 0 <= index < lm.n_heads:
-        raise CutawayError(f"{lm.name} has no head {name(head)}; it has {lm.n_layers} × {lm.n_heads}.")
+        raise NoSuchSite(f"{lm.name} has no head {name(head)}; it has {lm.n_layers} × {lm.n_heads}.")
     if part == "ov":
         circuit = ov_circuit(lm, layer, norms=norms)[index]
     elif part == "qk":
@@ -463,7 +437,8 @@ def circuit_tokens(
                      zip(ids, values.tolist(), targets.tolist(), strict=True)
                      for v, target in zip(row, hits, strict=True)]  # fmt: skip
     sources, targets = lm.token_strings([s for _, s, _ in best]), lm.token_strings([t for _, _, t in best])
-    return [TokenPair(s, t, v) for (v, _, _), s, t in zip(best, sources, targets, strict=True)]
+    pairs = [TokenPair(s, t, v) for (v, _, _), s, t in zip(best, sources, targets, strict=True)]
+    return CircuitTokens(lm.name, (layer, index), part, tuple(pairs))
 
 
 def _read_embedding(lm: LanguageModel, layer: int, ids: Sequence[int]) -> Tensor:

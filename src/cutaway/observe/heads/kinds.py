@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from markupsafe import Markup
 from torch import Tensor
 
-from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.errors import NotSupported
 from cutaway.artifacts.results import Control, Effect
 from cutaway.artifacts.statistics import false_discovery, paired_t_p, ratio_intervals
+from cutaway.draw.page import sections_html
+from cutaway.draw.result import Result
 from cutaway.model.language_model import LanguageModel
 from cutaway.observe.heads.report import Head, name
+from cutaway.observe.summaries import block, with_interval
 
 MEANINGS: dict[str, str] = {
     "previous": "attention to the token before",
@@ -28,14 +32,14 @@ MEANINGS: dict[str, str] = {
 }
 ON_TEXT = " (text)"
 """Ends the name of a kind that is scored on the user's text instead of random tokens."""
-LEAST: dict[str, float] = {
+THRESHOLDS: dict[str, float] = {
     "relative-position": 0.5,
     "absolute-position": 0.5,
     "induction-copying": 0.05,
     "copying": 0.5,
 }
 """The least score that carries a label (0.1 where it is not here), beside the rule that it be above its control."""
-LEAST_SHARE = 0.1
+THRESHOLD = 0.1
 
 
 def meaning(kind: str) -> str:
@@ -44,33 +48,83 @@ def meaning(kind: str) -> str:
     return f"{said}, on the text" if kind.endswith(ON_TEXT) else said
 
 
-@dataclass(frozen=True, eq=False)
-class KindScores:
+@dataclass(frozen=True, eq=False, repr=False)
+class KindScores(Result):
     """One kind of score for every head, and the same head's control.
 
-    `score` is [L, H], the mean over `n` sequences, with its 95 % interval over sequences `low`, `high`;
-    `control`, `control_low`, `control_high` likewise (`control_name` says of what). NaN: the layer has no such value,
-    or no row has its target in sight. `rows` is the number of destinations that counted, over all sequences, `uniform`
-    [L] what attention spread evenly over all that is in sight would score (None where that makes no sense). `margin` is
-    how far above its control a score must be to carry the label: 0 on random tokens, where nothing else explains it.
-    `p` [L, H] is that of the score against its control, two-sided (Student's t over sequences); None where there is
-    none.
+    NaN: the layer has no such value, or no row has its target in sight.
     """
 
+    title: ClassVar[str] = "Attention heads of one kind"
+
     kind: str
+    """The kind; it ends in " (text)" where it was read on the user's text."""
     score: Tensor
+    """Mean over the sequences [L, H]."""
     low: Tensor
+    """Lower end of its 95 % interval over sequences [L, H]."""
     high: Tensor
+    """Upper end [L, H]."""
     control: Tensor
+    """The same head's score where the kind says nothing [L, H]."""
     control_low: Tensor
+    """Lower end of the control's interval [L, H]."""
     control_high: Tensor
+    """Upper end [L, H]."""
     control_name: str
+    """What the control is."""
     n: int
-    rows: int
+    """How many sequences."""
+    destinations: int
+    """How many tokens had a target, over all sequences."""
     uniform: Tensor | None = None
+    """What attention spread evenly over all that is in sight would score [L]; None where that makes no sense."""
     units: str = "share of attention"
+    """The score's units."""
     margin: float = 0.0
+    """How far above its control a score must be to carry the label: 0 on random tokens, where nothing else explains
+    it."""
     p: Tensor | None = None
+    """p of the score against its control [L, H], two-sided (Student's t over sequences); None where there is none."""
+
+    def summary(self) -> str:
+        """The five strongest heads beside their controls."""
+        kept = [head for head, _ in self.top(5)]
+        labelled = len(self.heads())
+        lines = [
+            f"{self.kind}: {meaning(self.kind)}",
+            f"  {self.n} sequences, {self.destinations:,} tokens with a target; control: {self.control_name}",
+            f"  labelled: {labelled} of {self.score.numel()} heads",
+        ]
+        for head in kept:
+            effect, q = self.effect(head), self.q_of(head)
+            control = effect.controls[0]
+            said = "" if q != q else f", q {q:.2g}"
+            lines.append(
+                f"  {name(head):<7}{with_interval(effect.value, effect.interval):<20} control "
+                f"{with_interval(control.value, control.interval)}{said}"
+            )
+        return block(lines)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per head: score and control with their intervals, p, q, and whether it carries the label."""
+        carries, q = self.labelled(), self.q
+        grids = ("score", "low", "high", "control", "control_low", "control_high")
+        layers, heads = self.score.shape
+        return [
+            {"kind": self.kind, "layer": i, "head": j}
+            | {grid: _known(getattr(self, grid)[i, j].item()) for grid in grids}
+            | {"p": None if self.p is None else _known(self.p[i, j].item())}
+            | {"q": None if q is None else _known(q[i, j].item()), "labelled": bool(carries[i, j])}
+            for i in range(layers)
+            for j in range(heads)
+        ]
+
+    def drawing(self) -> Markup:
+        """A map of the heads, the labelled ones outlined."""
+        from cutaway.observe.heads.view import kind_section
+
+        return sections_html([kind_section(self)])
 
     @property
     def q(self) -> Tensor | None:
@@ -78,13 +132,17 @@ class KindScores:
         return None if self.p is None else torch.from_numpy(false_discovery(self.p.numpy()))
 
     def q_of(self, head: Head) -> float:
-        """`q` of one head; NaN where there is none."""
+        """`q` of one head; NaN where there is none.
+
+        Args:
+            head: (layer, head).
+        """
         return float("nan") if self.q is None else self.q[head].item()
 
     @property
-    def least(self) -> float:
+    def threshold(self) -> float:
         """The least score that carries the label."""
-        return LEAST.get(self.kind, LEAST_SHARE)
+        return THRESHOLDS.get(self.kind, THRESHOLD)
 
     @property
     def judged(self) -> bool:
@@ -92,12 +150,12 @@ class KindScores:
         return not bool(self.low.isnan().all())
 
     def labelled(self) -> Tensor:
-        """Which heads carry the label [L, H]: the score is at least `least`, and the lower end of its interval lies
+        """Which heads carry the label [L, H]: the score is at least `threshold`, and the lower end of its interval lies
         above the upper end of its control's; and by `margin` above the control. A score without an interval (one
         sequence) labels nothing.
         """
         apart = (self.low > self.control_high) & (self.score - self.control >= self.margin)
-        return (self.score >= self.least) & apart
+        return (self.score >= self.threshold) & apart
 
     def heads(self) -> list[Head]:
         """The labelled heads, largest score first."""
@@ -105,13 +163,24 @@ class KindScores:
         return [head for head, _ in self.top(self.score.numel()) if bool(chosen[head])]
 
     def top(self, k: int = 3) -> list[tuple[Head, float]]:
-        """The k heads with the largest score; heads without one are left out."""
+        """The heads with the largest score, largest first; heads without one are left out.
+
+        Args:
+            k: how many.
+
+        Returns:
+            ((layer, head), score), k of them at most.
+        """
         values, flat = self.score.nan_to_num(-torch.inf).flatten().sort(descending=True, stable=True)
         kept = [(i, v) for i, v in zip(flat.tolist(), values.tolist(), strict=True) if v > -torch.inf][:k]
         return [(divmod(i, self.score.shape[1]), v) for i, v in kept]
 
-    def effect(self, head: Head, command: str | None = None) -> Effect:
-        """One head's score as a value with its evidence."""
+    def effect(self, head: Head) -> Effect:
+        """One head's score as a value with its evidence.
+
+        Args:
+            head: (layer, head).
+        """
         controls = [
             Control(
                 self.control_name,
@@ -130,7 +199,6 @@ class KindScores:
             controls=tuple(controls),
             ablation="none",
             units=self.units,
-            command=command,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -141,8 +209,8 @@ class KindScores:
             "meaning": meaning(self.kind),
             "units": self.units,
             "n": self.n,
-            "rows": self.rows,
-            "least": self.least,
+            "rows": self.destinations,
+            "least": self.threshold,
             "margin": self.margin,
             "control_name": self.control_name,
             **{grid: _lists(getattr(self, grid)) for grid in grids},
@@ -154,7 +222,7 @@ class KindScores:
 
     def __str__(self) -> str:
         best = "  ".join(f"{name(head)} {value:.2f}" for head, value in self.top())
-        return f"{self.kind}: {best} ({self.n} sequences, {self.rows} rows; control: {self.control_name})"
+        return f"{self.kind}: {best} ({self.n} sequences, {self.destinations} rows; control: {self.control_name})"
 
 
 def _pair(low: Tensor, high: Tensor) -> tuple[float, float] | None:
@@ -165,13 +233,17 @@ def _lists(values: Tensor) -> Any:
     """A tensor as nested lists, NaN as None."""
     if values.ndim > 1:
         return [_lists(row) for row in values]
-    return [None if value != value else value for value in values.tolist()]
+    return [_known(value) for value in values.tolist()]
+
+
+def _known(value: float) -> float | None:
+    return None if value != value else value
 
 
 def attention_layers(lm: LanguageModel, *sites: str) -> tuple[list[int], dict[int, str]]:
     """Layers that have these sites of attention (by default "pattern" and "z"), and why the others lack them.
 
-    Raises CutawayError when no layer has them.
+    Raises NotSupported when no layer has them.
     """
     needed = {f"blocks.{{l}}.attn.{site}" for site in sites or ("pattern", "z")}
     absent = {
@@ -181,7 +253,7 @@ def attention_layers(lm: LanguageModel, *sites: str) -> tuple[list[int], dict[in
     }
     layers = [layer for layer in range(lm.n_layers) if layer not in absent]
     if not layers:
-        raise CutawayError(f"{lm.name} has no attention heads to read in any layer: {next(iter(absent.values()))}.")
+        raise NotSupported(f"{lm.name} has no attention heads to read in any layer: {next(iter(absent.values()))}.")
     return layers, absent
 
 
@@ -227,7 +299,7 @@ class Sums:
         return KindScores(
             kind, score, low, high, control, control_low, control_high, control_name,
             n=len(self.above),
-            rows=int(rows.sum(0).max()),
+            destinations=int(rows.sum(0).max()),
             uniform=self.uniform.sum(0) / rows.sum(0) if even else None,
             units=units,
             margin=margin,

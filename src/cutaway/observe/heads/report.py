@@ -8,47 +8,70 @@ the score, and the effect of ablating as many random heads beside that.
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
+from markupsafe import Markup
 from torch import Tensor
 
-from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.errors import CutawayError, NoSuchSite
 from cutaway.artifacts.results import Control, Effect, interval_text
 from cutaway.artifacts.statistics import bootstrap_interval
 from cutaway.data.tasks.tasks import ordinary_tokens
+from cutaway.draw.page import sections_html
+from cutaway.draw.result import Result
 from cutaway.model.edits.edits import Edit, mean, zero
 from cutaway.model.forward.run import Run
 from cutaway.model.language_model import LanguageModel
 from cutaway.model.tokens import Tokens
+from cutaway.observe.summaries import block
 
 Head = tuple[int, int]
+"""(layer, head), both from 0."""
 Ablation = Literal["zero", "mean"]
+"""What stands in a head's place: zero, or its mean over the prompts."""
 KINDS = ("previous", "duplicate", "induction")
-Loss = Callable[[Run], Tensor]
+RunMetric = Callable[[Run], Tensor]
+"""A run with its logits to one number per row [b]."""
 
 
-@dataclass(frozen=True)
-class HeadScores:
-    """Mean attention [L, H] of each head, on n rows of a repeated random sequence of T tokens.
+@dataclass(frozen=True, eq=False, repr=False)
+class HeadScores(Result):
+    """Mean attention of each head, on n rows of a repeated random sequence of T tokens (Olsson et al. 2022)."""
 
-    `previous`: from token i to i-1. `duplicate`: in the second copy, to the same token in the first. `induction`: in
-    the second copy, to the token *after* the same token in the first (prefix matching). `first_loss` and `second_loss`
-    are the model's mean loss in nats on the two copies: a model that does induction falls on the second.
-    """
+    title: ClassVar[str] = "Attention heads on repeated random tokens"
 
     model: str
+    """The model's name."""
     previous: Tensor
+    """Attention from token i to i - 1 [L, H]."""
     duplicate: Tensor
+    """In the second copy, attention to the same token in the first [L, H]."""
     induction: Tensor
+    """In the second copy, attention to the token *after* the same token in the first [L, H] (prefix matching)."""
     first_loss: float
+    """Mean loss on the first copy, in nats."""
     second_loss: float
+    """Mean loss on the second copy, in nats: a model that does induction falls here."""
     n: int
+    """How many sequences."""
     length: int
+    """T, the tokens of one copy."""
 
     def top(self, kind: str, k: int = 3) -> list[tuple[Head, float]]:
-        """The k heads with the largest score of a kind ("previous", "duplicate", "induction")."""
+        """The heads with the largest score of a kind, largest first.
+
+        Args:
+            kind: "previous", "duplicate" or "induction".
+            k: how many heads.
+
+        Returns:
+            ((layer, head), score), k of them.
+
+        Raises:
+            CutawayError: an unknown kind.
+        """
         if kind not in KINDS:
             raise CutawayError(f"no head score is called {kind!r}; there are {', '.join(KINDS)}")
         scores: Tensor = getattr(self, kind)
@@ -67,11 +90,26 @@ class HeadScores:
             **{kind: getattr(self, kind).tolist() for kind in KINDS},
         }
 
-    def __str__(self) -> str:
+    def summary(self) -> str:
+        """Losses, and the three strongest heads of each kind."""
         lines = [f"heads of {self.model}: loss {self.first_loss:.2f} on random tokens, {self.second_loss:.2f} repeated"]
         for kind in KINDS:
             lines.append(f"  {kind:<10}" + "  ".join(f"{name(head)} {value:.2f}" for head, value in self.top(kind)))
         return "\n".join(lines)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per head: its three scores."""
+        layers, heads = self.previous.shape
+        return [
+            {"layer": i, "head": j, **{kind: getattr(self, kind)[i, j].item() for kind in KINDS}}
+            for i, j in itertools.product(range(layers), range(heads))
+        ]
+
+    def drawing(self) -> Markup:
+        """A map of the heads per kind."""
+        from cutaway.observe.heads.view import scores_sections
+
+        return sections_html(scores_sections(self))
 
 
 def name(head: Head) -> str:
@@ -80,9 +118,21 @@ def name(head: Head) -> str:
 
 
 def repeated_tokens(lm: LanguageModel, n: int = 8, length: int | None = None, seed: int = 0) -> Tokens:
-    """n rows of `[BOS, r_1 .. r_T, r_1 .. r_T]`; without a BOS token, its place has one more random token.
+    """Rows of `[BOS, r_1 .. r_T, r_1 .. r_T]`; without a BOS token, its place has one more random token.
 
-    No token stands twice in one copy. `length` is T, by default 50 or what context and vocabulary allow.
+    No token stands twice in one copy.
+
+    Args:
+        lm: the model.
+        n: how many rows.
+        length: T; 50, or what context and vocabulary allow, if None.
+        seed: of the random tokens.
+
+    Returns:
+        n rows of 2T + 1 tokens.
+
+    Raises:
+        CutawayError: a length that does not fit the model.
     """
     ordinary = torch.tensor(ordinary_tokens(lm))
     limit = min((lm.context_length - 1) // 2, len(ordinary) - 1)
@@ -110,14 +160,30 @@ def second_half_loss(run: Run) -> Tensor:
     return losses(run)[:, t + 1 :].mean(-1)
 
 
-def head_scores(lm: LanguageModel, n_batch: int = 8, length: int | None = None, seed: int = 0) -> HeadScores:
-    """Previous-token, duplicate-token and induction score of every head."""
-    tokens = repeated_tokens(lm, n_batch, length, seed)
+def head_scores(lm: LanguageModel, n: int = 8, length: int | None = None, seed: int = 0) -> HeadScores:
+    """Previous-token, duplicate-token and induction score of every head, on repeated random tokens.
+
+    Nothing but position and repetition can explain a pattern there (Olsson et al. 2022, "In-context learning and
+    induction heads"). `head_table` puts a control beside each score.
+
+    Args:
+        lm: the model.
+        n: how many random sequences.
+        length: tokens of one copy; 50, or what fits, if None.
+        seed: of the random tokens.
+
+    Returns:
+        The mean scores of every head, and the losses on the two copies.
+
+    Example:
+        >>> head_scores(cutaway.load("atlas"), n=4, length=16)
+    """
+    tokens = repeated_tokens(lm, n, length, seed)
     t = (tokens.ids.shape[1] - 1) // 2
     first, second = 0.0, 0.0
     sums = {kind: torch.zeros(lm.n_layers, lm.n_heads, dtype=torch.float64) for kind in KINDS}
-    for row in range(0, n_batch, 4):  # patterns are [L, b, H, p, p]: a few rows at a time
-        part = tokens[list(range(row, min(row + 4, n_batch)))]
+    for row in range(0, n, 4):  # patterns are [L, b, H, p, p]: a few rows at a time
+        part = tokens[list(range(row, min(row + 4, n)))]
         run = lm.run(part, capture="blocks.*.attn.pattern", logits="all")
         loss = losses(run)
         first += loss[:, :t].mean(-1).sum().item()
@@ -126,8 +192,8 @@ def head_scores(lm: LanguageModel, n_batch: int = 8, length: int | None = None, 
             scored = _pattern_scores(run[f"blocks.{layer}.attn.pattern"].double().cpu(), t)
             for kind in KINDS:
                 sums[kind][layer] += scored[kind].sum(0)
-    means = {kind: (value / n_batch).float() for kind, value in sums.items()}
-    return HeadScores(lm.name, **means, first_loss=first / n_batch, second_loss=second / n_batch, n=n_batch, length=t)
+    means = {kind: (value / n).float() for kind, value in sums.items()}
+    return HeadScores(lm.name, **means, first_loss=first / n, second_loss=second / n, n=n, length=t)
 
 
 def _pattern_scores(pattern: Tensor, t: int) -> dict[str, Tensor]:
@@ -146,7 +212,7 @@ def ablation_edits(lm: LanguageModel, heads: Sequence[Head], means: dict[int, Te
     by_layer: dict[int, list[int]] = {}
     for layer, head in heads:
         if not (0 <= layer < lm.n_layers and 0 <= head < lm.n_heads):
-            raise CutawayError(f"{lm.name} has no head {name((layer, head))}; it has {lm.n_layers} × {lm.n_heads}")
+            raise NoSuchSite(f"{lm.name} has no head {name((layer, head))}; it has {lm.n_layers} × {lm.n_heads}")
         by_layer.setdefault(layer, []).append(head)
     edits = []
     for layer, chosen in sorted(by_layer.items()):
@@ -173,20 +239,35 @@ def ablate_heads(
     lm: LanguageModel,
     heads: Sequence[Head],
     tokens: Tokens | None = None,
-    metric: Loss = second_half_loss,
+    metric: RunMetric = second_half_loss,
     *,
     ablation: Ablation = "mean",
     draws: int = 8,
     seed: int = 0,
     units: str = "nats of loss on the second copy",
-    command: str | None = None,
     without: Sequence[Head] = (),
 ) -> Effect:
-    """How much a metric rises when heads are ablated, beside `draws` random sets of as many other heads.
+    """How much a metric rises when heads are ablated together, beside random sets of as many other heads.
 
-    `metric(run) -> [b]` is one number a row; the effect is its mean change, with an interval over rows. The control is
-    the mean over random sets (never holding these heads, nor `without`), with an interval over sets. "mean" puts each
-    head's mean over `tokens` in its place; "zero" puts zero, which may be far from anything the model ever sees.
+    Args:
+        lm: the model.
+        heads: (layer, head) pairs, ablated together.
+        tokens: what the model runs on; eight rows of `repeated_tokens` if None.
+        metric: a run to one number per row [b]; by default the loss on the second copy.
+        ablation: "mean" puts each head's mean over `tokens` in its place; "zero" puts zero, which may be far from
+            anything the model ever sees.
+        draws: how many random sets of heads.
+        seed: of the random sets.
+        units: of the metric, for the effect.
+        without: heads that no random set holds, besides `heads`.
+
+    Returns:
+        The metric's mean change with an interval over rows; its control is the mean over random sets, with an interval
+        over sets.
+
+    Raises:
+        NoSuchSite: a head that the model has not.
+        CutawayError: too few other heads to draw from.
     """
     data = repeated_tokens(lm) if tokens is None else tokens
     base = lm.run(data, capture="blocks.*.resid_pre", logits="all")
@@ -212,49 +293,76 @@ def ablate_heads(
         ),
         ablation=f"{ablation} ablation",
         units=units,
-        command=command,
     )
 
 
 @dataclass(frozen=True)
 class HeadRow:
-    """One head: its score of a kind, and the rise of the second-copy loss (nats) without it alone."""
+    """One head: its score of a kind, and the rise of the second-copy loss without it alone."""
 
     kind: str
+    """The kind of score."""
     head: Head
+    """(layer, head)."""
     score: float
+    """Mean attention to the kind's targets."""
     zero: float
+    """Rise of the loss in nats when it is zero."""
     mean: float
+    """Rise of the loss in nats when it is at its mean."""
 
 
-@dataclass(frozen=True)
-class HeadReport:
+@dataclass(frozen=True, eq=False, repr=False)
+class HeadReport(Result):
     """Scores and causes in one table: the top heads of each kind alone, and together beside random heads."""
 
+    title: ClassVar[str] = "Attention heads and what is lost without them"
+
     scores: HeadScores
-    rows: tuple[HeadRow, ...]
+    """Scores of every head."""
+    heads: tuple[HeadRow, ...]
+    """The top heads of each kind, ablated alone."""
     effects: tuple[Effect, ...]
+    """The top heads of each kind, ablated together, beside random heads."""
+
+    def summary(self) -> str:
+        """The strongest heads, and what is lost without them."""
+        return block([*str(self.scores).splitlines(), *self._together()])
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per head that was ablated alone."""
+        return [
+            {"kind": r.kind, "layer": r.head[0], "head": r.head[1], "score": r.score, "zero": r.zero, "mean": r.mean}
+            for r in self.heads
+        ]
+
+    def drawing(self) -> Markup:
+        """The maps of the scores, and the effects beside their controls."""
+        from cutaway.observe.heads.view import report_sections
+
+        return sections_html(report_sections(self))
 
     def to_json(self) -> dict[str, Any]:
         return {
             "scores": self.scores.to_json(),
             "rows": [
                 {"kind": r.kind, "head": list(r.head), "score": r.score, "zero": r.zero, "mean": r.mean}
-                for r in self.rows
+                for r in self.heads
             ],
             "effects": [effect.to_json() for effect in self.effects],
         }
 
     def __str__(self) -> str:
         lines = [str(self.scores), f"  {'':<12}{'head':<8}{'score':>7}{'Δloss zero':>12}{'Δloss mean':>12}"]
-        lines += [f"  {r.kind:<12}{name(r.head):<8}{r.score:>7.2f}{r.zero:>12.3f}{r.mean:>12.3f}" for r in self.rows]
-        for effect in self.effects:
-            control = effect.controls[0]
-            lines.append(
-                f"  {effect.name} ({effect.ablation}): {effect.value:.2f} {interval_text(effect.interval, 2)}, "
-                f"{control.name} {control.value:.2f}"
-            )
-        return "\n".join(lines)
+        lines += [f"  {r.kind:<12}{name(r.head):<8}{r.score:>7.2f}{r.zero:>12.3f}{r.mean:>12.3f}" for r in self.heads]
+        return "\n".join([*lines, *self._together()])
+
+    def _together(self) -> list[str]:
+        return [
+            f"  {effect.name} ({effect.ablation}): {effect.value:.2f} {interval_text(effect.interval, 2)}, "
+            f"{effect.controls[0].name} {effect.controls[0].value:.2f}"
+            for effect in self.effects
+        ]
 
 
 def head_report(
@@ -262,19 +370,37 @@ def head_report(
     top: int = 3,
     kinds: Sequence[str] = ("previous", "induction"),
     *,
-    n_batch: int = 8,
+    n: int = 8,
     length: int | None = None,
     draws: int = 8,
     seed: int = 0,
-    command: str | None = None,
 ) -> HeadReport:
-    """Score every head, then ablate the `top` heads of each kind: alone, and together beside random heads.
+    """Score every head, then ablate the top heads of each kind: alone, and together beside random heads.
 
     The ablation is measured on other random sequences than the scores. Random heads exclude the top heads of every
     kind asked for.
+
+    Args:
+        lm: the model.
+        top: how many heads per kind.
+        kinds: of "previous", "duplicate", "induction".
+        n: how many random sequences.
+        length: tokens of one copy; 50, or what fits, if None.
+        draws: how many random sets of heads.
+        seed: of the random tokens and sets.
+
+    Returns:
+        Scores, the heads ablated alone, and ablated together.
+
+    Raises:
+        CutawayError: an unknown kind, or too few other heads to draw from.
+
+    Example:
+        >>> report = head_report(cutaway.load("atlas"), top=2, draws=4)
+        >>> report.effects[0].controls  # what ablating two random heads does
     """
-    scores = head_scores(lm, n_batch, length, seed)
-    tokens = repeated_tokens(lm, n_batch, length, seed + 1)
+    scores = head_scores(lm, n, length, seed)
+    tokens = repeated_tokens(lm, n, length, seed + 1)
     means = head_means(lm, tokens)
     base = lm.run(tokens, capture="blocks.*.resid_pre", logits="all")
     before = second_half_loss(base).mean().item()
@@ -291,9 +417,5 @@ def head_report(
             rows.append(HeadRow(kind, head, score, *alone))
         for ablation in ("zero", "mean"):
             heads = [head for head, _ in chosen]
-            effects.append(
-                ablate_heads(
-                    lm, heads, tokens, ablation=ablation, draws=draws, seed=seed, command=command, without=named
-                )
-            )
+            effects.append(ablate_heads(lm, heads, tokens, ablation=ablation, draws=draws, seed=seed, without=named))
     return HeadReport(scores, tuple(rows), tuple(effects))

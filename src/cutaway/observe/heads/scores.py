@@ -2,7 +2,7 @@
 
 They are read on `[BOS, r_1 .. r_T, r_1 .. r_T]` with random tokens r (Olsson et al. 2022), so that nothing but position
 and repetition can explain a pattern. Layers without softmax attention (linear attention, state spaces) have no pattern
-and are left out, with the reason (`head_kinds.attention_layers`).
+and are left out, with the reason (`kinds.attention_layers`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from cutaway.observe.heads.targets import TARGETS, add, attention_to, in_sight, 
 def repeated_scores(
     lm: LanguageModel, n: int = 8, length: int | None = None, seed: int = 0, tokens: Tokens | None = None
 ) -> dict[str, KindScores]:
-    """Every kind of score but `copying`, on n repeated random sequences of `length` tokens (`repeated_tokens`).
+    """Every kind of score but `copying`, on repeated random sequences (Olsson et al. 2022).
 
     - previous, duplicate, induction, current: mean A[i, i-1]; A[i, i-T], A[i, i-T+1] (i in the second copy); A[i, i].
       Control: the distance, other than these four, at which the same head looks most in the same rows.
@@ -30,7 +30,19 @@ def repeated_scores(
     - relative-, absolute-position: see `position_scores`.
     - induction-copying: see `copied_share`. Control: the mean share of the other tokens.
 
-    Raises CutawayError for fewer than two sequences: position needs others to be foreseen from.
+    Args:
+        lm: the model.
+        n: how many random sequences.
+        length: tokens of one copy; 50, or what fits, if None.
+        seed: of the random tokens.
+        tokens: the sequences themselves (as `repeated_tokens` makes them), in place of `n`, `length` and `seed`.
+
+    Returns:
+        The scores of every head, by kind.
+
+    Raises:
+        NotSupported: a model without attention patterns.
+        CutawayError: fewer than two sequences: position needs others to be foreseen from.
     """
     tokens = repeated_tokens(lm, n, length, seed) if tokens is None else tokens
     n = len(tokens)
@@ -158,7 +170,7 @@ def position_scores(attention: Tensor, seed: int = 0) -> dict[str, KindScores]:
         chance, chance_low, chance_high = ratio_interval(weight - control, weight)
         found[kind] = KindScores(
             kind, score, low, high, chance, chance_low, chance_high, "positions shuffled",
-            n=n, rows=n * (t - 1), units="share of variation",
+            n=n, destinations=n * (t - 1), units="share of variation",
             p=paired_p(weight - left, weight, weight - control, weight),
         )  # fmt: skip
     return found

@@ -125,9 +125,20 @@ def retrieval_scores(
 ) -> KindScores:
     """Attention of every head from each row's last token to the needle.
 
-    `needle` is a text (every token of its every appearance, by character), a bool mask [b, p], or a list of positions
-    for each row; `queries`, bool [b, p], names other destinations than the last token. Rows without a needle before
-    them do not count; raises CutawayError when none is left.
+    Rows without a needle before them do not count.
+
+    Args:
+        lm: the model.
+        inputs: prompts that hold the needle.
+        needle: a text (every token of its every appearance, by character), a bool mask [b, p], or a list of positions
+            for each row.
+        queries: bool [b, p]: other destinations than the last token.
+
+    Returns:
+        The scores of every head.
+
+    Raises:
+        CutawayError: a needle that stands in no prompt before a destination.
     """
     tokens = lm.tokens(inputs)
     mask = needle_mask(tokens, needle)

@@ -16,7 +16,7 @@ from torch import Tensor
 from cutaway.artifacts.errors import CutawayError
 from cutaway.model.language_model import Inputs, LanguageModel
 from cutaway.model.tokens import Tokens
-from cutaway.observe.heads.kinds import LEAST_SHARE, ON_TEXT, KindScores, Sums, attention_layers
+from cutaway.observe.heads.kinds import ON_TEXT, THRESHOLD, KindScores, Sums, attention_layers
 from cutaway.observe.heads.targets import TARGETS, add, attention_to, in_sight, real_cells
 
 OF_REPEATS = ("duplicate", "induction")
@@ -26,7 +26,7 @@ OF_REPEATS = ("duplicate", "induction")
 def text_targets(tokens: Tokens, kind: str) -> Tensor:
     """The cells that a kind of head looks for on text, bool [b, q, k].
 
-    As on random tokens (`head_targets.TARGETS`), but a first token is no duplicate: heads rest there, whatever it is.
+    As on random tokens (`targets.TARGETS`), but a first token is no duplicate: heads rest there, whatever it is.
     """
     target = TARGETS[kind](tokens)
     if kind not in OF_REPEATS:
@@ -43,7 +43,7 @@ def text_kinds(tokens: Tokens) -> tuple[str, ...]:
 def text_scores(lm: LanguageModel, inputs: Inputs, kinds: Sequence[str] | None = None) -> dict[str, KindScores]:
     """Attention of every head to each kind's targets on the user's own text, over tokens that have a target.
 
-    `kinds` are all that the text has targets for if None. A token's targets may be several (it stood in five places
+    A token's targets may be several (it stood in five places
     before): their attention is summed. Every sequence's tokens count alike. The controls:
 
     - previous, current: the other distance at which the head looks most; first: the other column.
@@ -53,7 +53,17 @@ def text_scores(lm: LanguageModel, inputs: Inputs, kinds: Sequence[str] | None =
       count as the mean of the others.
 
     The first token of a sequence is in no control. A label takes a score a tenth above its control (`KindScores`).
-    Raises CutawayError for an unknown kind, and for one that no token of the text has a target of.
+
+    Args:
+        lm: the model.
+        inputs: texts, or rows of token ids.
+        kinds: kinds of score; all that the text has targets for if None.
+
+    Returns:
+        The scores of every head, by kind; their names end in " (text)".
+
+    Raises:
+        CutawayError: an unknown kind, and one that no token of the text has a target of.
     """
     tokens = lm.tokens(inputs)
     kinds = text_kinds(tokens) if kinds is None else tuple(kinds)
@@ -103,7 +113,7 @@ def _scores(kind: str, sums: Sums) -> KindScores:
         "duplicate": "no repeat, but the same distance or place",
         "induction": "no repeat, but the same distance, place or token",
     }.get(kind, "most attended other distance")
-    return sums.scores(kind + ON_TEXT, name, margin=LEAST_SHARE)
+    return sums.scores(kind + ON_TEXT, name, margin=THRESHOLD)
 
 
 class _Controls:

@@ -3,40 +3,79 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from markupsafe import Markup
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.progress import Progress
 from cutaway.artifacts.results import Control, Effect, interval_text
 from cutaway.artifacts.statistics import bootstrap_interval, false_discovery, paired_t_p
+from cutaway.draw.page import sections_html
+from cutaway.draw.result import Result
 from cutaway.model.language_model import LanguageModel
 from cutaway.observe.lens.logit_lens import stream_sites
 from cutaway.observe.lens.tuned_lens import TunedLens, lens_kl, lens_streams
+from cutaway.observe.summaries import block, ends, spread, with_interval
 
 _ROWS_AT_ONCE = 8
 
 
-@dataclass(frozen=True, eq=False)
-class LensEvaluation:
-    """Mean KL(final || lens) in nats of each row, float64 [L, n rows]: of the logit lens and of the tuned lens.
+@dataclass(frozen=True, eq=False, repr=False)
+class LensEvaluation(Result):
+    """Mean KL(final || lens) in nats per row of text: of the tuned lens, beside the logit lens (the control)."""
 
-    `layers` are the L sites before the last layer's output, where both are exact. `constant` [n rows] is the KL of the
-    best that needs no input at all, the mean of the model's answers over all these tokens: a lens above it reads
-    nothing.
-    """
+    title: ClassVar[str] = "A tuned lens on held-out text"
 
     model: str
+    """The model's name."""
     layers: tuple[str, ...]
+    """The L sites before the last layer's output, where both lenses are exact."""
     logit: Tensor
+    """KL of the logit lens, float64 [L, n rows]."""
     tuned: Tensor
+    """KL of the tuned lens, float64 [L, n rows]."""
     constant: Tensor
+    """KL [n rows] of the best that needs no input at all, the mean of the model's answers over all these tokens: a
+    lens above it reads nothing."""
     tokens: int
+    """How many tokens were counted."""
+
+    def summary(self) -> str:
+        """KL of both lenses at eight layers or fewer."""
+        effects = self.effects()
+        lines = [f"KL(final ‖ lens) in nats, {self.model}, {self.logit.shape[1]} held-out rows, {self.tokens:,} tokens"]
+        for i in spread(len(effects), 8):
+            tuned, logit = effects[i], effects[i].controls[0]
+            lines.append(
+                f"  {self.layers[i]:<21} tuned {with_interval(tuned.value, tuned.interval)}, "
+                f"logit lens {with_interval(logit.value, logit.interval)}"
+            )
+        lines.append(f"  mean answer, no input: {float(self.constant.mean()):.2f}")
+        return block(lines)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per layer: KL of both lenses with 95 % intervals, and the q of their difference."""
+        found = []
+        for layer, effect, q in zip(self.layers, self.effects(), self.q, strict=True):
+            control = effect.controls[0]
+            found.append(
+                {"site": layer, "tuned": effect.value, **ends(effect.interval, "tuned_")}
+                | {"logit": control.value, **ends(control.interval, "logit_")}
+                | {"no_input": effect.controls[1].value, "q": q, "n": effect.n}
+            )
+        return found
+
+    def drawing(self) -> Markup:
+        """KL over the layers, with bands, and the table."""
+        from cutaway.observe.lens.view import evaluation_section
+
+        return sections_html([evaluation_section(self)])
 
     def effects(self) -> list[Effect]:
-        """One result a layer: the tuned lens's KL, beside the logit lens's."""
+        """One result per layer: the tuned lens's KL, beside the logit lens's."""
         n = self.logit.shape[1]
         return [
             Effect(
@@ -88,10 +127,20 @@ class LensEvaluation:
 
 
 def evaluate_lens(lm: LanguageModel, lens: TunedLens, rows: Tensor) -> LensEvaluation:
-    """Measure logit lens and tuned lens on rows of token ids [n, p] that the lens was not trained on.
+    """Measure logit lens and tuned lens on text that the lens was not trained on.
 
-    Each row's first token and BOS are left out, as in training. Raises CutawayError for a lens of another model, and
-    for fewer than two rows, which have no interval.
+    Each row's first token and BOS are left out, as in training.
+
+    Args:
+        lm: the model.
+        lens: a tuned lens of this model.
+        rows: token ids [n, p], two rows or more.
+
+    Returns:
+        The KL of both lenses per layer and row.
+
+    Raises:
+        CutawayError: a lens of another model, and fewer than two rows, which have no interval.
     """
     lens.check(lm)
     if len(rows) < 2:

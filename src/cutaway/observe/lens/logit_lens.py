@@ -7,15 +7,20 @@ looks, it does not intervene. With a tuned lens (`tuned_lens.py`) each layer goe
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
+from markupsafe import Markup
 from torch import Tensor
 
-from cutaway.artifacts.errors import CutawayError
-from cutaway.model.language_model import LanguageModel
+from cutaway.artifacts.errors import CutawayError, NotSupported
+from cutaway.draw.page import sections_html
+from cutaway.draw.result import Result
+from cutaway.draw.text import shorten
+from cutaway.model.language_model import Inputs, LanguageModel
 from cutaway.model.naming import continued, single_token
 from cutaway.model.tokens import Tokens, named_token, next_tokens
+from cutaway.observe.summaries import block, spread
 
 _CHUNK_BYTES = 1 << 24
 """Size of one fp32 table of [tokens, vocabulary]; about ten exist at a time."""
@@ -28,39 +33,106 @@ class Translator(Protocol):
     def translate(self, site: str, stream: Tensor) -> Tensor: ...
 
 
-@dataclass(frozen=True, eq=False)
-class LogitLens:
-    """The lens at S sites and n positions of each of b rows.
+@dataclass(frozen=True, eq=False, repr=False)
+class LogitLens(Result):
+    """The lens at S sites and n positions of each of b prompts. `print` writes the table, `repr` a summary of it.
 
-    By default there are S = L+1 sites: "embed", which is what layer 0 receives, and each layer's resid_post.
-
-    `columns` [b, n] are the positions' columns in `tokens` (all of them unless `positions` chose some).
-    `top_ids`, `top_probability` [S, b, n, k]; `target_probability`, `target_rank` (0 is the most probable), `entropy`
-    and `kl` (from this layer's distribution to the final one: KL(final || layer)), in nats, [S, b, n]. `target_ids`
-    [b, n]. `followed_probability` and `followed_rank` [S, b, n, f] are those of the tokens `followed`, at every
-    position. `words` are the texts of the top tokens. Columns of padding, and the last token's target when targets are
-    the next tokens, are NaN (rank -1).
+    By default there are S = L + 1 sites: "embed", which is what layer 0 receives, and each layer's resid_post.
+    Columns of padding, and the last token's target when targets are the next tokens, are NaN (rank -1).
     """
 
+    title: ClassVar[str] = "Logit lens"
+
     model: str
+    """The model's name."""
     name: str
+    """"logit lens", or "tuned lens" where the stream went through translators."""
     layers: tuple[str, ...]
+    """The S sites."""
     tokens: Tokens
+    """The prompts."""
     columns: Tensor
+    """The positions' columns in `tokens` [b, n]: all of them unless `positions` chose some."""
     top_ids: Tensor
+    """The k most probable tokens [S, b, n, k]."""
     top_probability: Tensor
+    """Their probabilities [S, b, n, k]."""
     target_ids: Tensor
+    """The target at each position [b, n], -1 where there is none."""
     target_probability: Tensor
+    """The target's probability [S, b, n]."""
     target_rank: Tensor
+    """The target's rank [S, b, n]; 0 is the most probable token."""
     entropy: Tensor
+    """Entropy in nats [S, b, n]."""
     kl: Tensor
+    """KL(final || layer) in nats [S, b, n]: how far the layer is from the model's own output."""
     followed: tuple[str, ...]
+    """The f tokens that were followed."""
     followed_probability: Tensor
+    """Their probabilities [S, b, n, f]."""
     followed_rank: Tensor
+    """Their ranks [S, b, n, f]."""
     words: Mapping[int, str]
+    """The text of each top token, by id."""
+
+    def summary(self) -> str:
+        """The last position of the first prompt, at eight sites or fewer."""
+        heading, columns, *sites = self._lines(0, followed=0)
+        n = len(self.tokens)
+        about = f"{len(sites)} sites, {self.columns.shape[1]} positions, {n} prompt{'s' if n > 1 else ''}"
+        return block([shorten(heading, 80), f"  {about}", columns, *(sites[i] for i in spread(len(sites), 9))])
+
+    def rows(self, *, prompts: int | None = None, last: bool = False) -> list[dict[str, Any]]:
+        """One row per prompt, site and position: top token, entropy, KL, target, and the tokens followed.
+
+        Args:
+            prompts: only the first so many prompts; all if None.
+            last: only the last position that was read of each prompt.
+        """
+        found = []
+        for row in range(len(self.tokens) if prompts is None else prompts):
+            for i, layer in enumerate(self.layers):
+                for place in self._real(row)[-1 if last else 0 :]:
+                    position = int(self.columns[row, place]) - int(self.tokens.first[row])
+                    at, target = (i, row, place), int(self.target_ids[row, place])
+                    cells = {
+                        "prompt": row,
+                        "site": layer,
+                        "position": position,
+                        "token": self.tokens.strings[row][position],
+                        "top_token": self.words[int(self.top_ids[at][0])],
+                        "top_probability": float(self.top_probability[at][0]),
+                        "entropy": float(self.entropy[at]),
+                        "kl": float(self.kl[at]),
+                        "target_id": None if target < 0 else target,
+                        "target_probability": None if target < 0 else float(self.target_probability[at]),
+                        "target_rank": None if target < 0 else int(self.target_rank[at]),
+                    }
+                    for f, word in enumerate(self.followed):
+                        cells[f"probability of {word!r}"] = float(self.followed_probability[at][f])
+                        cells[f"rank of {word!r}"] = int(self.followed_rank[at][f])
+                    found.append(cells)
+        return found
+
+    def drawing(self) -> Markup:
+        """The first prompt: top tokens by layer and position, curves over the layers, distance to the answer."""
+        from cutaway.observe.lens.view import lens_sections
+
+        return sections_html(lens_sections(self))
 
     def at_last(self, values: Tensor) -> Tensor:
-        """`values` [S, b, n, ...] at each row's last real token [S, b, ...]."""
+        """Values at each prompt's last real token.
+
+        Args:
+            values: one of the tensors of this lens [S, b, n, ...].
+
+        Returns:
+            [S, b, ...].
+
+        Raises:
+            CutawayError: the lens was not read at each prompt's last token.
+        """
         last = self.columns == self.tokens.last.cpu()[:, None]
         if not bool(last.any(1).all()):
             raise CutawayError("This lens was not read at each row's last token; leave positions out, or name -1.")
@@ -71,7 +143,11 @@ class LogitLens:
         return self.tokens.mask[row].cpu()[self.columns[row]].nonzero()[:, 0].tolist()
 
     def to_json(self, row: int = 0) -> dict[str, Any]:
-        """One row as plain data; positions are its real tokens, or those that were chosen."""
+        """One prompt as plain data; positions are its real tokens, or those that were chosen.
+
+        Args:
+            row: number of the prompt.
+        """
         places = self._real(row)
         positions = [int(self.columns[row, place]) - int(self.tokens.first[row]) for place in places]
         words = self.tokens.strings[row]
@@ -107,13 +183,21 @@ class LogitLens:
         return self.table()
 
     def table(self, row: int = 0) -> str:
-        """A row's last position, one line a site: top token, entropy, KL, the target, and the tokens followed."""
+        """A prompt's last position, one line per site: top token, entropy, KL, the target, and the tokens followed.
+
+        Args:
+            row: number of the prompt.
+        """
+        return "\n".join(self._lines(row, len(self.followed)))
+
+    def _lines(self, row: int, followed: int) -> list[str]:
+        """The table of a prompt, with so many of the tokens followed."""
         place = self._real(row)[-1]
         position = int(self.columns[row, place]) - int(self.tokens.first[row])
         words = self.tokens.strings[row]
         where = "the last token" if position == len(words) - 1 else f"position {position} ({words[position]!r})"
         lines = [f"{self.name} of {self.model} at {where} of {''.join(words)!r}"]
-        extra = "".join(f"{word!r:>16}{'rank':>6}" for word in self.followed)
+        extra = "".join(f"{word!r:>16}{'rank':>6}" for word in self.followed[:followed])
         known = int(self.target_ids[row, place]) >= 0
         head = f"{'p(target)':>11}{'rank':>6}" if known else ""
         lines.append(f"  {'':<22}{'top token':<16}{'p':>6}{'entropy':>9}{'KL':>8}{head}{extra}")
@@ -125,16 +209,16 @@ class LogitLens:
             )
             if known:
                 line += f"{self.target_probability[i, row, place]:>11.3f}{int(self.target_rank[i, row, place]):>6}"
-            for f in range(len(self.followed)):
+            for f in range(followed):
                 chance = float(self.followed_probability[i, row, place, f])
                 line += f"{chance:>16.4f}{int(self.followed_rank[i, row, place, f]):>6}"
             lines.append(line)
-        return "\n".join(lines)
+        return lines
 
 
 def logit_lens(
     lm: LanguageModel,
-    inputs: Any,
+    inputs: Inputs,
     k: int = 5,
     targets: Sequence[str | int] | str | int | None = None,
     *,
@@ -144,21 +228,35 @@ def logit_lens(
     tuned: Translator | None = None,
     bos: bool | None = None,
 ) -> LogitLens:
-    """Read the residual stream of every layer through the final norm and the unembedding.
+    """Read the residual stream of every layer through the final norm and the unembedding (nostalgebraist 2020).
 
-    Parameters:
-        targets: one token a row (an id, or a text whose first token is meant), followed at every position; by default
-            each position's target is the token that really comes next.
-        positions: token positions of each row to read (0 is its first real token, -1 its last); all by default.
+    Tables of [some tokens, vocabulary] are held for one layer at a time, beside the model's own logits.
+
+    Args:
+        lm: the model.
+        inputs: one prompt or b of them: text, ids, or Tokens.
+        k: how many of the most probable tokens to keep at each place.
+        targets: one token per prompt (an id, or a text whose first token is meant), followed at every position; by
+            default each position's target is the token that really comes next.
+        positions: token positions of each prompt to read (0 is its first real token, -1 its last); all by default.
         sites: other sites to read in the same way, of the model's width, such as "blocks.*.resid_mid"; what a module
             adds ("blocks.*.mlp.out") is read on its own, with its own statistics.
         follow: tokens whose probability and rank are wanted at every layer and position, besides the target.
         tuned: a tuned lens, whose translators the stream goes through first.
+        bos: whether a beginning-of-text token stands before each text; the tokenizer's own habit if None.
 
-    Tables of [some tokens, vocabulary] are held for one layer at a time, beside the model's own logits.
+    Returns:
+        The lens at S sites, b prompts and n positions. The last layer is the model's own output, bit for bit.
 
-    Raises `CutawayError`: targets and rows differ in number, a target text has no token, a position is outside a row, a
-    site is absent or of another width, a tuned lens of another model, logits that are NaN.
+    Raises:
+        NoSuchSite: a site that the model has not.
+        CutawayError: targets and prompts differ in number, a target text has no token, a position is outside a prompt,
+            a site of another width, a tuned lens of another model, logits that are NaN.
+
+    Example:
+        >>> lm = cutaway.load("atlas")
+        >>> lens = logit_lens(lm, "The capital of the state containing Dallas is", targets=" Austin")
+        >>> lens.at_last(lens.target_rank)  # [layers + 1, 1]
     """
     if k < 1:
         raise CutawayError(f"k={k}: the lens shows at least one top token.")
@@ -258,7 +356,7 @@ def _sites(lm: LanguageModel, sites: str | Sequence[str] | None) -> list[str]:
     names = lm.sites().expand_all(sites)
     for name in names:
         if lm.sites()[name].dims != "b p d":
-            raise CutawayError(f"A lens reads the stream, but '{name}' has the dimensions {lm.sites()[name].dims}.")
+            raise NotSupported(f"A lens reads the stream, but '{name}' has the dimensions {lm.sites()[name].dims}.")
     return names
 
 
@@ -282,7 +380,7 @@ def _target_ids(lm: LanguageModel, tokens: Tokens, targets: Sequence[str | int] 
         return following
     given = [targets] if isinstance(targets, str | int) else list(targets)
     if len(given) != len(ids):
-        raise CutawayError(f"{len(given)} targets for {len(ids)} rows; give one a row")
+        raise CutawayError(f"{len(given)} targets for {len(ids)} rows; give one per row")
     column = torch.tensor([first_token(lm, target) for target in given])
     return torch.where(mask, column[:, None].expand_as(ids), -1)
 

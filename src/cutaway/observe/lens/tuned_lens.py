@@ -1,4 +1,4 @@
-"""Tuned lens: an affine translator a layer, trained so that what it reads is what the model will say (Belrose et al.
+"""Tuned lens: an affine translator per layer, trained so that what it reads is what the model will say (Belrose et al.
 2023, arXiv:2303.08112).
 
 Layer l's stream h becomes h + W_l h + b_l, and then goes through the model's own final norm and unembedding. W and b
@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.errors import BadFile, CutawayError, NotSupported
 from cutaway.artifacts.files import parse_json, write_safetensors
 from cutaway.artifacts.manifest import ModelIdentity, json_hash
 from cutaway.artifacts.progress import Progress
@@ -42,21 +42,28 @@ _CHUNK_BYTES = 1 << 27
 
 @dataclass(frozen=True)
 class TunedLensConfig:
-    """How to train; the defaults are the paper's, but for `tokens_per_step`, which is 2^18 there.
+    """How to train a tuned lens; the defaults are those of Belrose et al. 2023 (https://arxiv.org/abs/2303.08112), but
+    for `tokens_per_step`, which is 2^18 there.
 
-    "sgd" is Nesterov's with the rate 1.0 · (1 - momentum); "adam" is AMSGrad with 1e-3. The rate falls linearly to 0
-    (Adam's rises first, over a fifth of the steps, at most 1000). The gradient of all layers together is clipped to
-    norm 1. `tokens_per_step` is rounded to whole rows.
+    The rate falls linearly to 0 (Adam's rises first, over a fifth of the steps, at most 1000).
     """
 
     steps: int = 250
+    """Steps of the optimiser."""
     tokens_per_step: int = 1 << 14
+    """Tokens per step, rounded to whole rows."""
     optimizer: Literal["sgd", "adam"] = "sgd"
+    """"sgd" with Nesterov momentum and the rate learning_rate · (1 - momentum), or "adam" (AMSGrad)."""
     learning_rate: float | None = None
+    """The highest rate; 1.0 for sgd and 0.001 for adam if None."""
     momentum: float = 0.9
+    """Momentum of sgd, β₁ of adam."""
     weight_decay: float = 1e-3
+    """Weight decay, which pulls towards the logit lens."""
     clip: float = 1.0
+    """Norm to which the gradient of all layers together is clipped."""
     seed: int = 0
+    """Of the order of the rows."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "tokens_per_step", "clip", "rate"):
@@ -68,7 +75,14 @@ class TunedLensConfig:
             raise CutawayError("momentum goes from 0 up to, but not including, 1, and weight_decay from 0 up")
 
     def rows_per_step(self, rows: Tensor) -> int:
-        """How many of these rows [n, p] a step takes. Raises CutawayError where they are fewer."""
+        """How many rows per step.
+
+        Args:
+            rows: token ids [n, p].
+
+        Raises:
+            CutawayError: a step takes more rows than there are.
+        """
         per_step = max(1, round(self.tokens_per_step / rows.shape[1]))
         if len(rows) < per_step:
             raise CutawayError(
@@ -84,31 +98,50 @@ class TunedLensConfig:
         return default if self.learning_rate is None else self.learning_rate
 
     def factor(self, step: int) -> float:
-        """What the rate is multiplied by in a step, counted from 0."""
+        """What the rate is multiplied by in a step.
+
+        Args:
+            step: counted from 0.
+        """
         warmup = min(1000, self.steps // 5) if self.optimizer == "adam" else 0
         if step < warmup:
             return (step + 1) / warmup
         return (self.steps - step) / (self.steps - warmup)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class TunedLens:
-    """Translators of L layers: `weight` [L, d, d] and `bias` [L, d], h ↦ h + weight[l] h + bias[l].
+    """Translators of L layers: h ↦ h + weight[l] h + bias[l] (Belrose et al. 2023, https://arxiv.org/abs/2303.08112).
 
-    Translator l reads the stream that layer l receives; the stream after the last layer needs none. `model` is what it
-    was trained on, where that is known; `unembed_hash` is how the tuned-lens library names a model. `about` is what
-    else the file says: configuration, corpus, evaluation.
+    Translator l reads the stream that layer l receives; the stream after the last layer needs none.
     """
 
     weight: Tensor
+    """[L, d, d]."""
     bias: Tensor
+    """[L, d]."""
     model: ModelIdentity | None
+    """What it was trained on, where that is known."""
     model_name: str
+    """The model's name."""
     unembed_hash: str | None
+    """How the tuned-lens library names a model, None for a lens of our own."""
     about: Mapping[str, Any]
+    """What else the file says: configuration, corpus, losses, evaluation."""
+
+    def __repr__(self) -> str:
+        layers, width = self.bias.shape
+        return f"TunedLens of {self.model_name}: {layers} translators of width {width}"
 
     def check(self, lm: LanguageModel) -> None:
-        """Raise CutawayError unless this lens belongs to the model: its layers, its width, its weights."""
+        """Refuse a model that this lens does not belong to.
+
+        Args:
+            lm: the model.
+
+        Raises:
+            CutawayError: other layers, another width, or other weights.
+        """
         layers, width = self.bias.shape
         if (layers, width) != (lm.n_layers, lm.d_model):
             raise CutawayError(
@@ -128,15 +161,23 @@ class TunedLens:
             )
 
     def translate(self, site: str, stream: Tensor) -> Tensor:
-        """The translated stream [..., d] at a site; after the last layer it stays as it is.
+        """The translated stream; after the last layer it stays as it is.
 
-        Raises CutawayError at a site that has no translator.
+        Args:
+            site: the stream's site, such as "blocks.3.resid_post".
+            stream: [..., d].
+
+        Returns:
+            [..., d], in the stream's dtype.
+
+        Raises:
+            NotSupported: a site that has no translator.
         """
         layers = len(self.bias)
         translator = {f"blocks.{layer}.resid_pre": layer for layer in range(layers)}
         translator |= {f"blocks.{layer}.resid_post": layer + 1 for layer in range(layers)}
         if site not in translator:
-            raise CutawayError(f"A tuned lens has no translator for '{site}': it reads resid_pre and resid_post only.")
+            raise NotSupported(f"A tuned lens has no translator for '{site}': it reads resid_pre and resid_post only.")
         layer = translator[site]
         if layer == layers:
             return stream
@@ -210,7 +251,7 @@ class _Trainer:
         self.history: list[dict[str, float]] = []
 
     def step(self, lm: LanguageModel, rows: Tensor) -> Tensor:
-        """One optimiser step on rows [n, p]; the mean loss a layer [L]."""
+        """One optimiser step on rows [n, p]; the mean loss per layer [L]."""
         config = self.config
         self.weight.grad, self.bias.grad = torch.zeros_like(self.weight), torch.zeros_like(self.bias)
         total = int(counted(rows, lm.bos_id).sum())
@@ -256,7 +297,7 @@ class _Trainer:
         write_safetensors(path, {name: tensor.cpu().clone() for name, tensor in tensors.items()}, record)
 
     def load(self, path: Path, source: str) -> None:
-        """Go on where `save` was called; CutawayError when it is of another configuration, model or corpus."""
+        """Go on where `save` was called; BadFile when it is of another configuration, model or corpus."""
         from safetensors import SafetensorError, safe_open
 
         way_out = f"name another folder, or remove {path} to begin again"
@@ -266,18 +307,18 @@ class _Trainer:
                 # cloned: a tensor inside the file's buffer is aligned otherwise, and products round accordingly
                 tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
-            raise CutawayError(f"{path} is not a readable checkpoint ({error}): {way_out}") from error
+            raise BadFile(f"{path} is not a readable checkpoint ({error}): {way_out}") from error
         if record.get("config") != json.dumps(asdict(self.config)):
-            raise CutawayError(f"{path} is of a training run with another configuration: {way_out}")
+            raise BadFile(f"{path} is of a training run with another configuration: {way_out}")
         if record.get("source") != source:
-            raise CutawayError(f"{path} is of a training run on another model or other text: {way_out}")
+            raise BadFile(f"{path} is of a training run on another model or other text: {way_out}")
         expected = {name: self._shape(name) for name in ("weight", "bias", *(key for key in tensors if "." in key))}
         wrong = [name for name, shape in expected.items() if name not in tensors or tensors[name].shape != shape]
         history = parse_json(record.get("history", ""), f"{path} is damaged, {way_out}: its history")
         if wrong or tensors.keys() != expected.keys() or not record.get("steps_done", "").isdecimal():
-            raise CutawayError(f"{path} is damaged ({wrong[0] if wrong else 'its record'}): {way_out}")
+            raise BadFile(f"{path} is damaged ({wrong[0] if wrong else 'its record'}): {way_out}")
         if not isinstance(history, list) or not all(isinstance(entry, dict) for entry in history):
-            raise CutawayError(f"{path} is damaged (its history): {way_out}")
+            raise BadFile(f"{path} is damaged (its history): {way_out}")
         self.weight.copy_(tensors.pop("weight"))
         self.bias.copy_(tensors.pop("bias"))
         for name, parameter in (("weight", self.weight), ("bias", self.bias)):
@@ -313,13 +354,26 @@ def train_tuned_lens(
     seconds_between_checkpoints: float = 30.0,
     after_step: Callable[[int], None] | None = None,
 ) -> TunedLens:
-    """Train translators for all layers on rows of token ids [n, p], such as `token_rows` makes.
+    """Train translators for all layers (Belrose et al. 2023, https://arxiv.org/abs/2303.08112).
 
-    Rows are shuffled anew in each pass; the batch of a step depends on its number and the seed alone. With a `folder`
-    the state is written there every so many seconds and on Ctrl-C, and a run that was stopped goes on where it was and
-    ends with the same bits. `after_step` is called with the number of steps done. Tokens counted are all but each
-    row's first and BOS. Raises CutawayError when the rows are fewer than a step takes, when a loss is not finite, or
-    when the folder holds another run.
+    Rows are shuffled anew in each pass; the batch of a step depends on its number and the seed alone. Tokens counted
+    are all but each row's first and BOS.
+
+    Args:
+        lm: the model, in evaluation mode; it is not changed.
+        rows: token ids [n, p], such as `token_rows` makes.
+        config: how to train; the paper's choice if None.
+        folder: where the state is kept, so that a run that was stopped goes on where it was and ends with the same
+            bits; nowhere if None.
+        seconds_between_checkpoints: how often the state is written into the folder, besides on Ctrl-C.
+        after_step: called with the number of steps done.
+
+    Returns:
+        The translators of all layers.
+
+    Raises:
+        BadFile: the folder holds another run, or a damaged one.
+        CutawayError: the rows are fewer than a step takes, or a loss is not finite.
     """
     config = config or TunedLensConfig()
     rows = rows.to(lm.device)
@@ -344,7 +398,7 @@ def train_tuned_lens(
                 losses = trainer.step(lm, rows[_batch(len(rows), per_step, step, config.seed).to(rows.device)])
                 if step % every == 0 or step == config.steps - 1:
                     trainer.history.append({"step": step, "kl": float(losses.mean())})
-                progress.advance(per_step * rows.shape[1], note=f"KL {float(losses.mean()):.3f} a layer")
+                progress.advance(per_step * rows.shape[1], note=f"KL {float(losses.mean()):.3f} per layer")
                 if path is not None and time.monotonic() - saved >= seconds_between_checkpoints:
                     trainer.save(path, source)
                     saved = time.monotonic()

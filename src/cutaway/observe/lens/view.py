@@ -11,13 +11,13 @@ from markupsafe import Markup
 from cutaway.artifacts.results import Control, Effect
 from cutaway.draw.charts import Series, line_legend, line_svg
 from cutaway.draw.heatmap import heatmap_scale, heatmap_svg
+from cutaway.draw.page import Section
 from cutaway.draw.panels import table_html
 from cutaway.draw.text import interval, visible
 from cutaway.draw.tokens import LENS_SCALE, lens_html
 from cutaway.observe.lens.evaluation import LensEvaluation
 from cutaway.observe.lens.logit_lens import LogitLens
 
-Section = tuple[str, str, Markup]
 _WIDEST = 40
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from cutaway.artifacts.results import Control
 from cutaway.artifacts.statistics import bootstrap_interval, ratio_intervals, wilson_interval
 from cutaway.observe.probes.data import ProbeData
-from cutaway.observe.probes.fit import CrossValidated, Kind, Scorer, Split, cross_validate
+from cutaway.observe.probes.fitting import CrossValidated, Fold, ProbeKind, Scorer, cross_validate
 
 RESAMPLES = 1000
 
@@ -35,7 +35,7 @@ def shuffled_labels(labels: np.ndarray, groups: np.ndarray, generator: np.random
 
 
 def control_types(data: ProbeData) -> tuple[np.ndarray, str] | None:
-    """The types of the control task, a number an example, and what they are; None where no type comes twice.
+    """The types of the control task, a number per example, and what they are; None where no type comes twice.
 
     Groups that the caller named, else the token that is read.
     """
@@ -49,7 +49,7 @@ def control_types(data: ProbeData) -> tuple[np.ndarray, str] | None:
 
 
 def control_labels(types: np.ndarray, labels: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """One random label a type, drawn as often as it occurs among the examples; every class is drawn."""
+    """One random label per type, drawn as often as it occurs among the examples; every class is drawn."""
     wanted = np.unique(labels)
     n_types = int(types.max()) + 1
     for _ in range(1000):
@@ -91,7 +91,7 @@ def position_features(data: ProbeData) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Measured:
+class ScoredFolds:
     """A cross-validated score with its interval over groups."""
 
     value: float
@@ -145,30 +145,30 @@ def mean_interval(values: np.ndarray, groups: np.ndarray, seed: int, *, share: b
 
 
 def measure(
-    kind: Kind,
+    kind: ProbeKind,
     features: Any,
     labels: np.ndarray,
     groups: np.ndarray,
     n_classes: int | None,
-    splits: list[Split],
+    splits: list[Fold],
     *,
     strength: float | None = None,
     seed: int = 0,
     interval: bool = True,
-) -> Measured:
+) -> ScoredFolds:
     """Cross-validate, score, and put an interval around it."""
     cv = cross_validate(kind, features, labels, groups, n_classes, splits, strength=strength, seed=seed)
     scorer = Scorer(labels, cv.scores, cv.fold, cv.baseline, n_classes)
     nothing = (float("nan"), float("nan"))
-    return Measured(scorer(), group_interval(scorer, groups, seed) if interval else nothing, cv)
+    return ScoredFolds(scorer(), group_interval(scorer, groups, seed) if interval else nothing, cv)
 
 
-def baseline_kind(n_classes: int | None) -> Kind:
+def baseline_kind(n_classes: int | None) -> ProbeKind:
     """The probe that baselines without the model are fitted with."""
     return "ridge" if n_classes is None else "logistic"
 
 
-def text_baselines(data: ProbeData, splits: list[Split], seed: int = 0) -> tuple[Control, ...]:
+def text_baselines(data: ProbeData, splits: list[Fold], seed: int = 0) -> tuple[Control, ...]:
     """Bag of tokens, and position and length: what the texts give away without a model."""
     n_classes = None if data.classes is None else len(data.classes)
     found = []
@@ -179,10 +179,10 @@ def text_baselines(data: ProbeData, splits: list[Split], seed: int = 0) -> tuple
 
 
 def shuffled_control(
-    kind: Kind,
+    kind: ProbeKind,
     features: np.ndarray,
     data: ProbeData,
-    splits: list[Split],
+    splits: list[Fold],
     strength: float | None,
     draws: int,
     seed: int,
@@ -200,17 +200,17 @@ def shuffled_control(
 
 
 def control_task(
-    kind: Kind,
+    kind: ProbeKind,
     features: np.ndarray,
     data: ProbeData,
     types: np.ndarray,
     what: str,
-    row_splits: list[Split],
+    row_splits: list[Fold],
     strength: float | None,
     draws: int,
     seed: int,
 ) -> Control:
-    """The score on random labels a type, with types on both sides of a fold and the real labels' regularisation."""
+    """The score on random labels per type, with types on both sides of a fold and the real labels' regularisation."""
     n_classes = None if data.classes is None else len(data.classes)
     generator = np.random.default_rng(seed + 2)
     alone = np.arange(len(data))

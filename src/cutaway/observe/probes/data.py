@@ -1,10 +1,10 @@
-"""What a probe is fitted on: one vector an example, read from the model at sites, with labels and groups.
+"""What a probe is fitted on: one vector per example, read from the model at sites, with labels and groups.
 
 A *position rule* says where each text is read:
 
     "last"         its last token
     "mean"         the mean over its tokens, a beginning-of-text left out (its norm dwarfs the others)
-    "every"        every token is an example of its own; labels are a list a text, None where a token has no label
+    "every"        every token is an example of its own; labels are a list per text, None where a token has no label
     "words"        each text is a list of words, and each word an example, read at its last token; labels are a list a
                    text, None where a word has no label
     "match:TEXT"   the last token of TEXT, at its last occurrence
@@ -24,36 +24,47 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.errors import CutawayError, NotSupported, TooLarge
 from cutaway.artifacts.progress import Progress
 from cutaway.model.forward.run import capture_bytes
-from cutaway.model.language_model import LanguageModel
+from cutaway.model.language_model import Inputs, LanguageModel
 from cutaway.model.tokens import Tokens
 from cutaway.observe.probes.words import joined, sentences_of, word_examples, word_places
 
 Position = str | int | Sequence[int] | Sequence[str]
+"""A position rule: see the module."""
+Label = str | int | float | bool | None
+Texts = Inputs | Sequence[Sequence[str]]
+"""Texts, rows of token ids, Tokens; lists of words with the position rule "words"."""
 MEMORY = 4 * 2**30
 _BYTES_A_FORWARD = 1 << 27
 _ROWS_A_FORWARD = 64
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ProbeData:
-    """Examples for a probe: n of them, from the texts `tokens`.
-
-    `row` [n] is the text of an example, `at` [n] its token position there (-1: the mean over the text's tokens).
-    `labels` [n] are class numbers into `classes`, or float64 targets where `classes` is None. `groups` [n] are group
-    numbers; `named_groups` says whether the caller named them. `rule` is the position rule in words.
-    """
+    """Examples for a probe: n of them."""
 
     tokens: Tokens
+    """The texts."""
     row: np.ndarray
+    """The text of each example [n]."""
     at: np.ndarray
+    """Its token position there [n]; -1: the mean over the text's tokens."""
     labels: np.ndarray
+    """Class numbers into `classes`, or float64 targets where `classes` is None [n]."""
     classes: tuple[str, ...] | None
+    """The classes, sorted; None for a regression."""
     groups: np.ndarray
+    """Group numbers [n]: no group stands on both sides of a fold."""
     named_groups: bool
+    """Whether the caller named the groups."""
     rule: str
+    """The position rule, in words."""
+
+    def __repr__(self) -> str:
+        what = "numbers" if self.classes is None else ", ".join(f"{k} {n}" for k, n in self.balance().items())
+        return f"ProbeData: {len(self)} examples in {self.n_groups} groups, position rule '{self.rule}' ({what})"
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -83,25 +94,42 @@ class ProbeData:
 
 def probe_data(
     lm: LanguageModel,
-    texts: Any,
-    labels: Sequence[Any],
+    texts: Texts,
+    labels: Sequence[Label] | Sequence[Sequence[Label]],
     *,
     position: Position = "last",
-    groups: Sequence[Any] | None = None,
+    groups: Sequence[str | int] | None = None,
     regression: bool | None = None,
     bos: bool | None = None,
 ) -> ProbeData:
-    """Texts (or rows of token ids, or Tokens) with a label each, as examples for a probe.
+    """Texts with a label each, as examples for a probe.
 
-    Numbers that are not whole, or more than 20 different whole numbers, are targets of a regression unless
-    `regression=False`; anything else names classes, in sorted order (the last of two is the positive one).
+    Args:
+        lm: the model whose tokens are read.
+        texts: n texts, rows of token ids, or Tokens; lists of words with the position rule "words".
+        labels: one per text; a list of one per token with "every", per word with "words" (None: no example). Numbers
+            that are not whole, or more than 20 different whole numbers, are targets of a regression; anything else
+            names classes, in sorted order (the last of two is the positive one).
+        position: where each text is read: "last", "mean", "every", "words", "match:TEXT", a number from the start or
+            (negative) the end, or one number or text to match per text.
+        groups: one per text; what must not stand on both sides of a fold. Equal texts are always one group.
+        regression: labels are numbers to predict (True) or names (False), whatever they look like.
+        bos: whether a beginning-of-text token stands before each text; the tokenizer's own habit if None.
 
-    Raises CutawayError: numbers of texts, labels and groups that differ, a label that is missing or NaN, one class
-    only, a position outside its text, labels that do not fit the tokens of a text (rule "every") or its words
-    ("words").
+    Returns:
+        The examples.
+
+    Raises:
+        CutawayError: numbers of texts, labels and groups that differ, a label that is missing or NaN, one class only, a
+            position outside its text, labels that do not fit the tokens of a text (rule "every") or its words
+            ("words").
+
+    Example:
+        >>> probe_data(lm, ["Dallas is in", "Boston is in"], ["South", "North"])
     """
     sentences = sentences_of(texts) if position == "words" else None
-    tokens = lm.tokens(texts if sentences is None else joined(sentences), bos=bos)
+    plain: Any = texts if sentences is None else joined(sentences)
+    tokens = lm.tokens(plain, bos=bos)
     n = len(tokens)
     for what, given in (("labels", labels), ("groups", groups)):
         if given is not None and len(given) != n:
@@ -136,7 +164,7 @@ def _places(tokens: Tokens, labels: Sequence[Any], position: Position) -> tuple[
         for i, given in enumerate(labels):
             if isinstance(given, str) or not hasattr(given, "__len__") or len(given) != lengths[i]:
                 raise CutawayError(
-                    f"Position rule 'every' needs a list of {lengths[i]} labels for text {i}, one a token "
+                    f"Position rule 'every' needs a list of {lengths[i]} labels for text {i}, one per token "
                     f"({'|'.join(tokens.strings[i])}); got {given!r}."
                 )
             where += [(i, p, label) for p, label in enumerate(given) if label is not None]
@@ -238,12 +266,12 @@ def _groups(tokens: Tokens, groups: Sequence[Any] | None) -> np.ndarray:
 
 
 def site_width(lm: LanguageModel, site: str, head: int | None = None) -> int:
-    """Numbers that a probe reads at one token of a site. Raises CutawayError where a site has no vector a token."""
+    """Numbers that a probe reads at one token of a site. Raises NotSupported where a site has no vector per token."""
     entry = lm.sites()[site]
     dims = entry.dims.split()
     if dims[:2] != ["b", "p"]:
-        raise CutawayError(
-            f"A probe reads one vector a token; '{entry.name}' is [{', '.join(dims)}]. Name a site such as "
+        raise NotSupported(
+            f"A probe reads one vector per token; '{entry.name}' is [{', '.join(dims)}]. Name a site such as "
             "'blocks.*.resid_post'."
         )
     sizes = [int(size) for size in entry.shape[2:]]
@@ -262,7 +290,7 @@ def _flat(value: Tensor, head: int | None) -> Tensor:
 
 
 def read_site(
-    lm: LanguageModel, texts: Any, sites: str | Sequence[str], *, position: Position = "last", head: int | None = None
+    lm: LanguageModel, texts: Texts, sites: str | Sequence[str], *, position: Position = "last", head: int | None = None
 ) -> dict[str, np.ndarray]:
     """What a probe would read of texts without labels: {site: float32 [examples, width]}. See `collect`."""
     if position == "words":
@@ -271,7 +299,7 @@ def read_site(
         places = word_places(lm, tokens, sentences)
         row, at = np.repeat(np.arange(len(places)), [len(some) for some in places]), np.concatenate(places)
     else:
-        tokens = lm.tokens(texts)
+        tokens = lm.tokens(texts)  # type: ignore[arg-type]
         blank = [[0] * int(n) if position == "every" else 0 for n in tokens.lengths]
         row, at, _, rule = _places(tokens, blank, position)
     nothing = np.zeros(len(at))
@@ -285,13 +313,13 @@ def collect(
 
     Each forward stops after the last site. `head` picks one head where a site has heads; otherwise they stand side by
     side. Raises CutawayError for an unknown or absent site, one without a vector a token, activations that are not
-    finite, and more than 4 GiB.
+    finite; TooLarge for more than 4 GiB.
     """
     names = lm.sites().expand_all(sites)
     widths = {name: site_width(lm, name, head) for name in names}
     needed = 4 * len(data) * sum(widths.values())
     if needed > MEMORY:
-        raise CutawayError(
+        raise TooLarge(
             f"The probes' inputs would hold {needed / 2**30:.1f} GiB, above {MEMORY / 2**30:.0f} GiB; name fewer sites "
             "or give fewer examples."
         )

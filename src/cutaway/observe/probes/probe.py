@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.command import current_command
+from cutaway.artifacts.errors import BadFile, CutawayError, NotSupported
 from cutaway.artifacts.files import read_json, take_folder, write_json, write_safetensors
 from cutaway.artifacts.manifest import Manifest, ModelIdentity, file_hash
 from cutaway.model.language_model import LanguageModel
-from cutaway.observe.probes.data import Position, read_site, site_width
-from cutaway.observe.probes.fit import Weights, probabilities
+from cutaway.observe.probes.data import Position, Texts, read_site, site_width
+from cutaway.observe.probes.fitting import Weights, probabilities
 
 Calibration = Literal["platt", "isotonic"]
 _FORMAT = 1
@@ -58,36 +59,67 @@ def fit_calibrator(kind: Calibration, scores: np.ndarray, labels: np.ndarray) ->
     raise CutawayError(f"There is no calibration {kind!r}; use 'platt' or 'isotonic'.")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Probe:
     """A probe that can be used on new texts, saved, and turned into a direction.
 
-    `classes` is None for a regression. With two classes the score's sign decides for the second one, the positive.
-    `rule` is the position rule it was fitted with.
+    With two classes the score's sign decides for the second one, the positive.
     """
 
     site: str
+    """Where it reads."""
     head: int | None
+    """One head of the site; None: all of it."""
     rule: str
+    """The position rule it was fitted with."""
     kind: str
+    """The kind of probe."""
     classes: tuple[str, ...] | None
+    """The classes, sorted; None for a regression."""
     weights: Weights
+    """The fitted function, in the site's own space."""
     model: ModelIdentity
+    """The model it was fitted on."""
     n: int
+    """How many examples it was fitted on."""
     calibrator: Calibrator | None = None
+    """From a score to a probability; None: the probe's own."""
+
+    def __repr__(self) -> str:
+        of = "numbers" if self.classes is None else ", ".join(self.classes)
+        head = "" if self.head is None else f", head {self.head}"
+        return f"{self.kind} probe of {of} at {self.site}{head} ({self.model.id}, {self.n} examples)"
 
     @property
     def width(self) -> int:
+        """Numbers that it reads per token."""
         return self.weights.matrices[0].shape[0]
 
-    def scores(self, features: Any) -> np.ndarray:
-        """Scores [n, columns] of vectors [n, width]; for a regression the predicted values in one column."""
+    def scores(self, features: Tensor | np.ndarray) -> np.ndarray:
+        """Scores; for a regression the predicted values.
+
+        Args:
+            features: vectors [n, width].
+
+        Returns:
+            [n, 1] for two classes and for a regression, [n, classes] for more.
+        """
         return self.weights(features.detach().cpu().numpy() if isinstance(features, Tensor) else features)
 
-    def probabilities(self, features: Any) -> np.ndarray:
-        """Probabilities [n, classes] of vectors [n, width], calibrated where the probe has a calibrator."""
+    def probabilities(self, features: Tensor | np.ndarray) -> np.ndarray:
+        """Probabilities, calibrated where the probe has a calibrator.
+
+        Args:
+            features: vectors [n, width].
+
+        Returns:
+            [n, classes].
+
+        Raises:
+            NotSupported: a regression.
+        """
         if self.classes is None:
-            raise CutawayError("A regression has no probabilities; use scores.")
+            raise NotSupported("A regression has no probabilities; use scores.")
         scores = self.scores(features)
         if self.calibrator is None:
             return probabilities(scores)
@@ -95,14 +127,21 @@ class Probe:
         return np.stack([1 - positive, positive], 1)
 
     def direction(self, label: str | None = None) -> Tensor:
-        """Along which the score rises, float32 [width], in the site's own space; not normalised.
+        """Along which the score rises, in the site's own space; not normalised.
 
-        For two classes towards the second one, unless `label` names the other. For more classes `label` is needed: the
-        weights of that class minus the mean over all. Raises CutawayError for an MLP, whose direction differs from
-        point to point, and for an unknown label.
+        Args:
+            label: towards which class; the second of two if None. For more classes it is needed: the weights of that
+                class minus the mean over all.
+
+        Returns:
+            float32 [width].
+
+        Raises:
+            NotSupported: an MLP, whose direction differs from point to point.
+            CutawayError: an unknown label.
         """
         if not self.weights.linear:
-            raise CutawayError("An MLP probe has no one direction; use a linear kind (logistic, mass-mean, ridge).")
+            raise NotSupported("An MLP probe has no one direction; use a linear kind (logistic, mass-mean, ridge).")
         matrix = self.weights.matrices[0]
         names = self.classes
         if label is not None and (names is None or label not in names):
@@ -114,11 +153,20 @@ class Probe:
             raise CutawayError(f"A probe of {matrix.shape[1]} classes has a direction for each; name its label.")
         return torch.from_numpy(matrix[:, names.index(label)] - matrix.mean(1)).float()
 
-    def read(self, lm: LanguageModel, texts: Any, *, position: Position | None = None) -> np.ndarray:
-        """Probabilities [n, classes] (or predicted values [n, 1]) of new texts.
+    def read(self, lm: LanguageModel, texts: Texts, *, position: Position | None = None) -> np.ndarray:
+        """Probabilities (or predicted values) of new texts.
 
-        `position` is needed where the probe was fitted at positions given text by text. Raises CutawayError for
-        another model than the one it was fitted on.
+        Args:
+            lm: the model that the probe was fitted on.
+            texts: n texts, or lists of words for a probe of words.
+            position: where to read; the probe's own rule if None. Needed where it was fitted at positions given text by
+                text.
+
+        Returns:
+            [n, classes], or [n, 1] for a regression.
+
+        Raises:
+            CutawayError: another model, or no position where one is needed.
         """
         self.require_model(lm)
         if position is None and self.rule in ("given", "every"):
@@ -130,7 +178,14 @@ class Probe:
         return self.scores(features) if self.classes is None else self.probabilities(features)
 
     def require_model(self, lm: LanguageModel) -> None:
-        """Raises CutawayError unless `lm` is the model that the probe was fitted on."""
+        """Refuse another model than the one that the probe was fitted on.
+
+        Args:
+            lm: the model.
+
+        Raises:
+            CutawayError: other weights, or another width.
+        """
         found = lm.identity()
         if found.weight_hash != self.model.weight_hash:
             raise CutawayError(
@@ -139,10 +194,20 @@ class Probe:
             )
         width = site_width(lm, self.site, self.head)
         if width != self.width:
-            raise CutawayError(f"The probe reads {self.width} numbers a token, but '{self.site}' has {width}.")
+            raise CutawayError(f"The probe reads {self.width} numbers per token, but '{self.site}' has {width}.")
 
-    def save(self, folder: str | Path, *, command: str | None = None) -> Path:
-        """Write `probe.safetensors` (weights) and `probe.json` (what they are, with a manifest)."""
+    def save(self, folder: str | Path) -> Path:
+        """Write `probe.safetensors` (weights) and `probe.json` (what they are, with a manifest).
+
+        Args:
+            folder: a new folder, or one that holds a probe.
+
+        Returns:
+            The folder.
+
+        Raises:
+            CutawayError: the folder holds something else.
+        """
         folder = take_folder(Path(folder), "probe", FILES)
         tensors = {f"matrix.{i}": m for i, m in enumerate(self.weights.matrices)}
         tensors |= {f"bias.{i}": b for i, b in enumerate(self.weights.biases)}
@@ -164,7 +229,7 @@ class Probe:
             "calibrator": None if self.calibrator is None else self.calibrator.kind,
             "tensors": file_hash(file),
         }
-        manifest = Manifest.create("probe", model=self.model, configuration=about, command=command)
+        manifest = Manifest.create("probe", model=self.model, configuration=about, command=current_command())
         write_json(folder / "probe.json", {"format": _FORMAT, **about, "manifest": manifest.to_json()})
         return folder
 
@@ -196,9 +261,15 @@ def _probe_from(about: dict[str, Any], tensors: dict[str, np.ndarray]) -> Probe:
 
 
 def load_probe(folder: str | Path, lm: LanguageModel | None = None) -> Probe:
-    """The probe that `Probe.save` wrote; with `lm`, checked to belong to that model.
+    """The probe that `Probe.save` wrote.
 
-    Raises CutawayError when it is absent, damaged, of another format, or of another model or width.
+    Args:
+        folder: where it was saved.
+        lm: a model that it must belong to; not checked if None.
+
+    Raises:
+        BadFile: damaged, or of another format.
+        CutawayError: absent, or of another model or width.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
@@ -206,18 +277,18 @@ def load_probe(folder: str | Path, lm: LanguageModel | None = None) -> Probe:
     folder = Path(folder)
     about = read_json(folder / "probe.json")
     if not isinstance(about, dict) or about.get("format") != _FORMAT:
-        raise CutawayError(f"{folder / 'probe.json'} is no probe that this version of cutaway reads.")
+        raise BadFile(f"{folder / 'probe.json'} is no probe that this version of cutaway reads.")
     file = folder / "probe.safetensors"
     try:
         tensors = load_file(file)
     except (OSError, SafetensorError) as error:
-        raise CutawayError(f"{file} could not be read: {error}") from error
+        raise BadFile(f"{file} could not be read: {error}") from error
     if file_hash(file) != about.get("tensors"):
-        raise CutawayError(f"{file} is not the file that probe.json describes; save the probe again.")
+        raise BadFile(f"{file} is not the file that probe.json describes; save the probe again.")
     try:
         probe = _probe_from(about, tensors)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CutawayError(f"{folder / 'probe.json'} is damaged ({error}); save the probe again.") from error
+        raise BadFile(f"{folder / 'probe.json'} is damaged ({error}); save the probe again.") from error
     if lm is not None:
         probe.require_model(lm)
     return probe

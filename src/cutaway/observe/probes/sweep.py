@@ -1,26 +1,24 @@
 """Probes: can this be read off the model, where, and how much of it would show without the model?
 
 `probe_sweep` reads every named site in one pass, cross-validates a probe at each, and puts every figure beside its
-controls (`probe_controls`). A probe is a detector, not a cause: `probe_use.use` edits along its direction and
+controls (`controls.py`). A probe is a detector, not a cause: `usage.use_probe` edits along its direction and
 says what the model's answers do.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.progress import Progress
-from cutaway.artifacts.results import Control, Effect, interval_text
-from cutaway.artifacts.statistics import false_discovery
+from cutaway.artifacts.results import Control, Effect
 from cutaway.model.language_model import LanguageModel
 from cutaway.model.sites import layer_of
 from cutaway.observe.probes.controls import (
-    Measured,
+    ScoredFolds,
     chance_p,
     control_task,
     control_types,
@@ -30,10 +28,10 @@ from cutaway.observe.probes.controls import (
     shuffled_control,
     text_baselines,
 )
-from cutaway.observe.probes.data import Position, ProbeData, collect, probe_data
-from cutaway.observe.probes.fit import (
+from cutaway.observe.probes.data import ProbeData, collect
+from cutaway.observe.probes.fitting import (
     CrossValidated,
-    Kind,
+    ProbeKind,
     Scorer,
     accuracy_hits,
     check_folds,
@@ -42,28 +40,11 @@ from cutaway.observe.probes.fit import (
     folds,
     probabilities,
 )
-from cutaway.observe.probes.probe import Calibration, Probe, describe, fit_calibrator
-from cutaway.observe.untrained import untrained
+from cutaway.observe.probes.probe import Calibration, Probe, fit_calibrator
+from cutaway.observe.probes.results import ProbeSweep, Reliability, SiteProbe
+from cutaway.observe.random_weights import untrained
 
 _UNTRAINED_LIMIT = 2_000_000_000
-
-
-@dataclass(frozen=True)
-class Reliability:
-    """How well probabilities mean what they say, out of fold.
-
-    `bins` are (mean probability, share that were right, n) of ten equal bins: of the positive class for two classes,
-    of the most probable class for more. `ece` is Σ n_b/n |share − mean|, `brier` the mean squared error of the
-    probabilities (summed over classes for more than two). `method` is the calibration, None for the probe's own.
-    """
-
-    bins: tuple[tuple[float, float, int], ...]
-    ece: float
-    brier: float
-    method: str | None
-
-    def to_json(self) -> dict[str, Any]:
-        return {"bins": [list(b) for b in self.bins], "ece": self.ece, "brier": self.brier, "method": self.method}
 
 
 def reliability(chances: np.ndarray, labels: np.ndarray, method: str | None = None, n_bins: int = 10) -> Reliability:
@@ -98,164 +79,50 @@ def calibrated(cv: CrossValidated, method: Calibration | None) -> np.ndarray:
     return found
 
 
-@dataclass(frozen=True)
-class ProbeRow:
-    """One site: the score (AUROC or R²) and accuracy beside their controls, and the probe fitted on all examples.
-
-    `row_folds` is the same score when single examples are dealt into folds, whatever their group: what leaks between
-    the texts of a group is its excess. `selectivity` is `row_folds` minus the control task, None without one. `p` is
-    that of the score against labels dealt out anew; `ProbeSweep.q` counts the sites.
-    """
-
-    site: str
-    layer: int | None
-    effect: Effect
-    accuracy: Effect | None
-    reliability: Reliability | None
-    row_folds: float
-    selectivity: float | None
-    probe: Probe
-    p: float = float("nan")
-
-    def control(self, name: str) -> Control | None:
-        """The control whose name begins so."""
-        return next((c for c in self.effect.controls if c.name.startswith(name)), None)
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "site": self.site,
-            "layer": self.layer,
-            "effect": self.effect.to_json(),
-            "accuracy": None if self.accuracy is None else self.accuracy.to_json(),
-            "reliability": None if self.reliability is None else self.reliability.to_json(),
-            "row_folds": self.row_folds,
-            "selectivity": self.selectivity,
-            "p": None if self.p != self.p else self.p,
-            "probe": describe(self.probe),
-        }
-
-
-@dataclass(frozen=True)
-class ProbeSweep:
-    """A probe at every site asked for. `picked` is the score when the site is chosen inside each training fold, which
-    the best row's is not: it was looked at to be chosen. `notes` say what was left out, and why.
-    """
-
-    rows: tuple[ProbeRow, ...]
-    picked: Effect
-    data: ProbeData
-    folds: int
-    kind: Kind
-    seed: int
-    notes: tuple[str, ...]
-
-    @property
-    def measure(self) -> str:
-        return self.rows[0].effect.units
-
-    @property
-    def best(self) -> ProbeRow:
-        """The row with the highest score."""
-        return max(self.rows, key=lambda row: np.nan_to_num(row.effect.value, nan=-np.inf))
-
-    @property
-    def q(self) -> tuple[float, ...]:
-        """For each row: the rate of false discoveries among all sites with a p as small."""
-        return tuple(false_discovery([row.p for row in self.rows]).tolist())
-
-    def row(self, site: str) -> ProbeRow:
-        """The row of a site."""
-        for row in self.rows:
-            if row.site == site:
-                return row
-        raise CutawayError(f"The sweep has no site '{site}'; it has {', '.join(r.site for r in self.rows)}.")
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "kind": self.kind,
-            "measure": self.measure,
-            "position": self.data.rule,
-            "n": len(self.data),
-            "groups": self.data.n_groups,
-            "folds": self.folds,
-            "classes": self.data.balance(),
-            "rows": [{**row.to_json(), "q": None if q != q else q} for row, q in zip(self.rows, self.q, strict=True)],
-            "picked": self.picked.to_json(),
-            "best": self.best.site,
-            "notes": list(self.notes),
-        }
-
-    def __str__(self) -> str:
-        balance = ", ".join(f"{name} {n}" for name, n in self.data.balance().items())
-        groups = self.data.n_groups
-        lines = [
-            f"{self.kind} probe at the position rule '{self.data.rule}': {len(self.data)} examples in {groups} groups"
-            + (f" ({balance})" if balance else "")
-            + f", {self.folds} folds without a group on both sides"
-        ]
-        width = max(len(row.site) for row in self.rows)
-        heads = [f"{'site':<{width}}", f"{self.measure:>6}  {'95 % interval':<15}", f"{'q':>6}"]
-        heads += [f"{'accuracy':>8}"] if self.rows[0].accuracy else []
-        names = [c.name for c in self.rows[0].effect.controls]
-        short = [n for n in _SHORT if any(name.startswith(n) for name in names)]
-        heads += [f"{_SHORT[n]:>9}" for n in short]
-        heads += [f"{'selective':>9}"] if self.rows[0].selectivity is not None else []
-        heads += [f"{'ECE':>5}  {'Brier':>5}"] if self.rows[0].reliability else []
-        lines.append("  ".join(heads))
-        for row, q in zip(self.rows, self.q, strict=True):
-            cells = [f"{row.site:<{width}}", f"{row.effect.value:>6.3f}  {interval_text(row.effect.interval):<15}"]
-            cells.append(f"{'–' if q != q else f'{q:.3f}':>6}")
-            cells += [f"{row.accuracy.value:>8.3f}"] if row.accuracy else []
-            for n in short:
-                found = row.control(n)
-                cells.append(f"{found.value:>9.3f}" if found else " " * 9)
-            cells += [f"{row.selectivity:>9.3f}"] if row.selectivity is not None else []
-            cells += [f"{row.reliability.ece:>5.3f}  {row.reliability.brier:>5.3f}"] if row.reliability else []
-            lines.append("  ".join(cells))
-        lines.append(f"site chosen inside each fold: {self.picked.value:.3f} {interval_text(self.picked.interval)}")
-        for control in self.rows[0].effect.controls:
-            if not any(control.name.startswith(n) for n in short):
-                lines.append(f"{control.name}: {control.value:.3f} {interval_text(control.interval)}")
-        if self.rows[0].accuracy:
-            lines.append(f"majority class: accuracy {self.rows[0].accuracy.controls[0].value:.3f}")
-        lines.append("q: of all sites above shuffled labels as surely, the share that is expected to be chance")
-        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
-
-
-# controls that differ from site to site, and how the table heads them
-_SHORT = {"shuffled labels": "shuffled", "control task": "ctrl task", "untrained model": "untrained"}
-
-
 def probe_sweep(
     lm: LanguageModel,
-    texts: Any,
-    labels: Sequence[Any],
+    data: ProbeData,
     *,
     sites: str | Sequence[str] = "blocks.*.resid_post",
     head: int | None = None,
-    kind: Kind = "logistic",
-    position: Position = "last",
-    groups: Sequence[Any] | None = None,
-    regression: bool | None = None,
+    kind: ProbeKind = "logistic",
     n_folds: int = 5,
     draws: int = 10,
     with_untrained: bool = True,
     calibration: Calibration | None = None,
-    bos: bool | None = None,
     seed: int = 0,
-    command: str | None = None,
 ) -> ProbeSweep:
     """Fit and judge a probe at every site, from one pass over the texts.
 
-    `texts`, `labels`, `position`, `groups`, `regression` are those of `probe_data`; `kind` is one of `probe_fit.KINDS`;
-    `head` picks one head of sites that have heads. The score is AUROC (macro, one class against the rest, for more
-    than two classes) or R², always out of fold, with a 95 % interval over groups. `draws` is how often labels
-    are shuffled and control tasks drawn. `calibration` is fitted inside each training fold.
+    The score is AUROC (macro, one class against the rest, for more than two classes) or R², always out of fold, with a
+    95 % interval over groups. Beside it stand shuffled labels, a control task (Hewitt & Liang 2019,
+    https://arxiv.org/abs/1909.03368), the bag of tokens, positions, the embedding, and an untrained model.
 
-    Raises CutawayError: what `probe_data` and `collect` raise, too few examples for the folds, a kind that does not fit
-    the labels.
+    Args:
+        lm: the model.
+        data: texts with their labels and groups, as `probe_data` makes them.
+        sites: where to read; a wildcard names several.
+        head: one head of sites that have heads; all of them side by side if None.
+        kind: "logistic", "mass-mean", "mass-mean-whitened", "ridge" or "mlp"; the last two predict numbers too.
+        n_folds: parts that the groups are dealt into, three or more.
+        draws: how often labels are shuffled and control tasks drawn.
+        with_untrained: also fit on the same architecture with new random weights.
+        calibration: "platt" or "isotonic", fitted inside each training fold, for two classes; None leaves the probe's
+            own probabilities.
+        seed: of folds, draws and untrained weights.
+
+    Returns:
+        The probes, beside their controls.
+
+    Raises:
+        NoSuchSite: a site that the model has not.
+        TooLarge: activations of more than 4 GiB.
+        CutawayError: too few examples for the folds, a kind that does not fit the labels.
+
+    Example:
+        >>> data = probe_data(lm, texts, labels, groups=groups)
+        >>> probe_sweep(lm, data, sites="blocks.*.resid_post").best.site
     """
-    data = probe_data(lm, texts, labels, position=position, groups=groups, regression=regression, bos=bos)
     check_kind(kind, data.regression)
     check_folds(data.labels, data.groups, data.classes, n_folds)
     n_classes = None if data.classes is None else len(data.classes)
@@ -276,7 +143,7 @@ def probe_sweep(
     types = control_types(data)
     if types is None:
         notes.append("no control task: no token or group comes twice, so it would be the shuffled labels")
-    measured: dict[str, Measured] = {}
+    measured: dict[str, ScoredFolds] = {}
     rows = []
     with Progress("fitting probes", len(names), unit="sites") as progress:
         for name in names:
@@ -298,15 +165,13 @@ def probe_sweep(
                 controls.append(Control("untrained model", other.value, other.interval, len(data)))
             rows.append(_row(data, probe, done, (*controls, *fixed), leaky, selectivity, calibration, seed))
             progress.advance(note=f"{name} {rows[-1].effect.units} {done.value:.3f}")
-    if command is not None:
-        rows = [_with_command(row, command) for row in rows]
-    picked = _picked(data, measured, rows, n_classes, seed, command)
+    picked = _picked(data, measured, rows, n_classes, seed)
     return ProbeSweep(tuple(rows), picked, data, n_folds, kind, seed, tuple(notes))
 
 
 def _other(
-    found: dict[str, np.ndarray], kind: Kind, data: ProbeData, splits: list[Any], seed: int
-) -> dict[str, Measured]:
+    found: dict[str, np.ndarray], kind: ProbeKind, data: ProbeData, splits: list[Any], seed: int
+) -> dict[str, ScoredFolds]:
     n_classes = None if data.classes is None else len(data.classes)
     return {name: measure(kind, x, data.labels, data.groups, n_classes, splits, seed=seed) for name, x in found.items()}
 
@@ -335,7 +200,7 @@ def _probe(
     data: ProbeData,
     name: str,
     head: int | None,
-    kind: Kind,
+    kind: ProbeKind,
     x: np.ndarray,
     calibration: Calibration | None,
     seed: int,
@@ -350,13 +215,13 @@ def _probe(
 def _row(
     data: ProbeData,
     probe: Probe,
-    done: Measured,
+    done: ScoredFolds,
     controls: tuple[Control, ...],
     leaky: float,
     selectivity: float | None,
     calibration: Calibration | None,
     seed: int,
-) -> ProbeRow:
+) -> SiteProbe:
     kind, name = probe.kind, probe.site
     n_classes = None if data.classes is None else len(data.classes)
     judged = done.cv.fold >= 0
@@ -380,16 +245,15 @@ def _row(
         )
         quality = reliability(calibrated(done.cv, calibration)[judged], data.labels[judged], calibration)
     p = chance_p(done.cv, data.labels, data.groups, seed=seed)
-    return ProbeRow(name, layer_of(name), effect, accuracy, quality, leaky, selectivity, probe, p)
+    return SiteProbe(name, layer_of(name), effect, accuracy, quality, leaky, selectivity, probe, p)
 
 
 def _picked(
     data: ProbeData,
-    measured: dict[str, Measured],
-    rows: list[ProbeRow],
+    measured: dict[str, ScoredFolds],
+    rows: list[SiteProbe],
     n_classes: int | None,
     seed: int,
-    command: str | None,
 ) -> Effect:
     """The score when each fold uses the site that its inner folds like best."""
     sites = list(measured)
@@ -410,12 +274,4 @@ def _picked(
         best.effect.controls,
         "none",
         best.effect.units,
-        command,
     )
-
-
-def _with_command(row: ProbeRow, command: str) -> ProbeRow:
-    from dataclasses import replace
-
-    accuracy = None if row.accuracy is None else replace(row.accuracy, command=command)
-    return replace(row, effect=replace(row.effect, command=command), accuracy=accuracy)

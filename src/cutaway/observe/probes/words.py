@@ -84,7 +84,7 @@ def word_examples(
     for i, (places, given) in enumerate(zip(word_places(lm, tokens, sentences), labels, strict=True)):
         if isinstance(given, str) or not hasattr(given, "__len__") or len(given) != len(places):
             raise CutawayError(
-                f"Position rule 'words' needs a list of {len(places)} labels for text {i}, one a word; got {given!r}."
+                f"Position rule 'words' needs a list of {len(places)} labels for text {i}, one per word; got {given!r}."
             )
         where += [(i, p, label) for p, label in zip(places, given, strict=True) if label is not None]
     found = np.array([(i, p) for i, p, _ in where], dtype=np.int64).reshape(-1, 2)

@@ -24,9 +24,9 @@ import numpy as np
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.ranking import Ranking
 
-Kind = Literal["logistic", "mass-mean", "mass-mean-whitened", "ridge", "mlp"]
-KINDS: tuple[str, ...] = get_args(Kind)
-Split = tuple[np.ndarray, np.ndarray]
+ProbeKind = Literal["logistic", "mass-mean", "mass-mean-whitened", "ridge", "mlp"]
+KINDS: tuple[str, ...] = get_args(ProbeKind)
+Fold = tuple[np.ndarray, np.ndarray]
 
 # regularisation strengths to choose from, strongest first: C of logistic, alpha of ridge (a share of n) and of the MLP
 _GRID: dict[str, tuple[float, ...]] = {
@@ -42,7 +42,7 @@ _HIDDEN = 32
 class Weights:
     """A fitted function: `matrices` [in, out] with `biases` [out], rectified in between; linear when there is one.
 
-    The output has one column for two classes (its sign decides) and for a regression, one a class for more.
+    The output has one column for two classes (its sign decides) and for a regression, one per class for more.
     `chosen` is the regularisation that the inner folds chose, None where there is none.
     """
 
@@ -73,7 +73,9 @@ def check_kind(kind: str, regression: bool) -> None:
         raise CutawayError(f"The labels are numbers, which a {kind} probe does not predict; use ridge or mlp.")
 
 
-def fold_back(matrix: np.ndarray, bias: np.ndarray, mean: np.ndarray, scale: np.ndarray) -> Split:
+def fold_back(
+    matrix: np.ndarray, bias: np.ndarray, mean: np.ndarray, scale: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Weights [in, out] and bias [out] on standardised inputs (x − mean) / scale, as weights and bias on x."""
     own = matrix / scale[:, None]
     return own, bias - mean @ own
@@ -90,7 +92,7 @@ def probabilities(scores: np.ndarray) -> np.ndarray:
 
 
 def fit(
-    kind: Kind, features: Any, labels: np.ndarray, n_classes: int | None, strength: float | None, seed: int = 0
+    kind: ProbeKind, features: Any, labels: np.ndarray, n_classes: int | None, strength: float | None, seed: int = 0
 ) -> Weights:
     """One fit with a given regularisation. `n_classes` is None for a regression; `features` [n, width] may be sparse
     for logistic and ridge (then nothing is standardised)."""
@@ -160,7 +162,7 @@ def _mass_mean(features: Any, labels: np.ndarray, n_classes: int, whiten: bool) 
 # Folds --------------------------------------------------------------------------------------------------------------
 
 
-def folds(labels: np.ndarray, groups: np.ndarray, n: int, *, regression: bool, seed: int = 0) -> list[Split]:
+def folds(labels: np.ndarray, groups: np.ndarray, n: int, *, regression: bool, seed: int = 0) -> list[Fold]:
     """n (train, test) pairs of example numbers; no group stands in both, classes are spread evenly (for classes)."""
     from sklearn.model_selection import GroupKFold, StratifiedGroupKFold
 
@@ -216,7 +218,7 @@ class CrossValidated:
 
 
 def choose(
-    kind: Kind,
+    kind: ProbeKind,
     features: Any,
     labels: np.ndarray,
     groups: np.ndarray,
@@ -269,12 +271,12 @@ def _loss(kind: str, scores: np.ndarray, labels: np.ndarray, n_classes: int | No
 
 
 def cross_validate(
-    kind: Kind,
+    kind: ProbeKind,
     features: Any,
     labels: np.ndarray,
     groups: np.ndarray,
     n_classes: int | None,
-    splits: Sequence[Split],
+    splits: Sequence[Fold],
     *,
     strength: float | None = None,
     seed: int = 0,

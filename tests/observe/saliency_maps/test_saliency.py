@@ -7,17 +7,17 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.model.language_model import LanguageModel, attach
-from cutaway.observe.saliency.methods import (
+from cutaway.observe.saliency_maps.methods import (
     METHODS,
     NOT_SHOWN,
-    attribute,
     baseline_vector,
     gradient_x_input,
     integrated_gradients,
     occlusion,
     question,
+    saliency_map,
 )
-from cutaway.observe.saliency.report import deletion, rank_correlation, saliency
+from cutaway.observe.saliency_maps.report import SaliencyChecks, deletion, rank_correlation, saliency
 
 IDS = [5, 17, 60, 5, 33, 90]
 A, B = 20, 30
@@ -130,7 +130,7 @@ def test_a_token_that_no_answer_can_see_gets_nothing_and_the_only_one_gets_all()
             block.get_parameter("attn.c_proj.weight").zero_()
     lm = attach(model)
     for method in METHODS:
-        found = attribute(lm, question(lm, IDS, A, B), method, baseline="mean", steps=32)
+        found = saliency_map(lm, question(lm, IDS, A, B), method, baseline="mean", steps=32)
         np.testing.assert_allclose(found.values[:-1], 0.0, atol=1e-6)
         assert abs(found.values[-1]) > 1e-3
 
@@ -172,7 +172,7 @@ def test_rank_correlation_is_spearmans_and_says_when_it_is_none() -> None:
 
 def test_the_checks_leave_the_model_alone_and_stand_beside_each_map(wide: LanguageModel) -> None:
     before = {name: value.clone() for name, value in wide.hf.state_dict().items()}
-    found = saliency(wide, [IDS, IDS[::-1]], A, B, baseline="mean", steps=16, seeds=2, draws=5)
+    found = saliency(wide, [IDS, IDS[::-1]], A, B, baseline="mean", steps=16, checks=SaliencyChecks(draws=5))
     assert all(torch.equal(value, before[name]) for name, value in wide.hf.state_dict().items())
     assert all(not module._forward_hooks for module in wide.hf.modules())
     for report in found.methods:
@@ -188,19 +188,19 @@ def test_the_checks_leave_the_model_alone_and_stand_beside_each_map(wide: Langua
 
 def test_sanity_is_one_where_training_changed_nothing(wide: LanguageModel) -> None:
     """A model that is its own untrained one: every stage correlates perfectly. The check can say that a map is bad."""
-    from cutaway.observe.untrained import untrained
+    from cutaway.observe.random_weights import untrained
 
     fresh = untrained(wide, 0)
-    found = saliency(fresh, [IDS], A, B, methods=["gradient-x-input", "occlusion"], seeds=1, draws=2)
+    found = saliency(fresh, [IDS], A, B, methods=["gradient-x-input", "occlusion"], checks=SaliencyChecks(1, 2))
     assert all(stage.signed == pytest.approx(1.0) for one in found.methods for stage in one.stages)
-    other = saliency(wide, [IDS], A, B, methods=["occlusion"], seeds=2, draws=2)
+    other = saliency(wide, [IDS], A, B, methods=["occlusion"], checks=SaliencyChecks(2, 2))
     assert abs(other.methods[0].stages[-1].signed) < 0.9
 
 
 def test_deleting_what_matters_costs_more_than_deleting_at_random(wide: LanguageModel) -> None:
     asked = [question(wide, ids, A, B) for ids in (IDS, IDS[::-1], [3, 9, 44, 61, 70, 12])]
     maps = [occlusion(wide, one) for one in asked]
-    found = deletion(wide, asked, maps, share=0.2, draws=30)  # one token: the very one that costs most
+    found = deletion(wide, asked, maps, SaliencyChecks(share=0.2, draws=30))  # one token: the very one that costs most
     assert found.value == pytest.approx(np.mean([m.values.max() for m in maps]))
     assert found.value > found.controls[0].value
     assert found.n == 3

@@ -6,7 +6,7 @@
     occlusion              f(x) − f(x with the token replaced, or taken out) (Zeiler & Fergus 2014)
 
 f is an answer's logit, or its difference to a wrong answer's, at the last token. Each method stands beside the
-randomised-weights check of Adebayo et al. 2018 (`saliency_checks`): a map that an untrained model gives as well is not
+randomised-weights check of Adebayo et al. 2018 (`report.py`): a map that an untrained model gives as well is not
 about what the model has learned.
 """
 
@@ -14,18 +14,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import torch
+from markupsafe import Markup
 from torch import Tensor
 
-from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.errors import CutawayError, NotSupported
+from cutaway.draw.page import sections_html
+from cutaway.draw.result import Result
 from cutaway.model.edits.edits import set as put
-from cutaway.model.language_model import LanguageModel
+from cutaway.model.language_model import Inputs, LanguageModel
 from cutaway.model.naming import single_token
 from cutaway.model.tokens import Tokens
-from cutaway.observe.attribution.answers import Wrong, differences, in_words, wrong_ids
+from cutaway.observe.attribution.answers import Wrong, WrongAnswer, differences, in_words, wrong_ids
+from cutaway.observe.summaries import block, sentence
 
 Method = Literal["gradient-x-input", "integrated-gradients", "occlusion"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -51,22 +55,47 @@ NOT_SHOWN: dict[str, str] = {
 }
 
 
-@dataclass(frozen=True, eq=False)
-class TokenAttribution:
-    """What each token of one prompt adds to the metric, float64 [positions], in logits.
+@dataclass(frozen=True, eq=False, repr=False)
+class TokenAttribution(Result):
+    """What each token of one prompt adds to the metric. `print` writes every token, `repr` the largest."""
 
-    `value` is the metric of the prompt, `baseline_value` that of the baseline (integrated gradients only), `steps` the
-    points of its integral. `what` says what is attributed.
-    """
+    title: ClassVar[str] = "What each token adds to an answer"
 
     method: Method
+    """The method."""
     baseline: Baseline | None
+    """What stands in for a token, where the method has that."""
     tokens: tuple[str, ...]
+    """The p tokens of the prompt."""
     values: np.ndarray
+    """In logits, float64 [p]."""
     value: float
+    """The metric of the prompt, in logits."""
     baseline_value: float | None
+    """The metric of the baseline (integrated gradients only)."""
     steps: int | None
+    """Points of the integral (integrated gradients only)."""
     what: str
+    """What is attributed, in words."""
+
+    def summary(self) -> str:
+        """The metric, and the tokens that add most to it."""
+        first, _, rest = str(self).partition("\n")
+        words, _, gap = rest.partition("\n")
+        return block([first, *sentence(words.strip(), 6), *([gap] if gap else [])])
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per token."""
+        return [
+            {"position": i, "token": token, "value": float(value), "method": self.method, "baseline": self.baseline}
+            for i, (token, value) in enumerate(zip(self.tokens, self.values, strict=True))
+        ]
+
+    def drawing(self) -> Markup:
+        """The tokens, tinted by what they add."""
+        from cutaway.observe.saliency_maps.view import map_section
+
+        return sections_html([map_section([self], self.method, NOT_SHOWN[self.method])])
 
     @property
     def gap(self) -> float | None:
@@ -100,24 +129,44 @@ class Question:
     """One prompt and what is asked of it: the answer's token, and what its logit is compared with."""
 
     ids: tuple[int, ...]
+    """The prompt's ids."""
     tokens: tuple[str, ...]
+    """Its tokens."""
     answer: int
+    """The answer's id."""
     wrong: Wrong
+    """What its logit is compared with."""
     what: str
+    """What is asked, in words."""
 
     def metric(self, logits: Tensor) -> Tensor:
-        """The metric of rows of this prompt (or of edited ones), [b], from logits [b, V] at the last token."""
+        """The metric of rows of this prompt, or of edited ones.
+
+        Args:
+            logits: at the last token [b, V].
+
+        Returns:
+            [b], in logits.
+        """
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         wrongs: list[Wrong] = [self.wrong] * len(logits)
         return differences(wide, [self.answer] * len(logits), wrongs)
 
 
 def question(
-    lm: LanguageModel, prompt: Any, answer: str | int, wrong: Any = None, *, bos: bool | None = None
+    lm: LanguageModel, prompt: Inputs, answer: str | int, wrong: WrongAnswer = None, *, bos: bool | None = None
 ) -> Question:
-    """A prompt (text or ids) with its answer and what that is compared with: tokens, "mean", or nothing.
+    """A prompt with its answer and what that is compared with.
 
-    Raises CutawayError: more than one prompt, an answer that is not one token, an answer that is its own wrong one.
+    Args:
+        lm: the model.
+        prompt: one text, or its ids.
+        answer: one token: an id, "#422", or the text by which one token continues the prompt.
+        wrong: a token, several (their mean), "mean" (over the vocabulary), or None: the answer's logit alone.
+        bos: whether a beginning-of-text token stands before the text; the tokenizer's own habit if None.
+
+    Raises:
+        CutawayError: more than one prompt, an answer that is not one token, an answer that is its own wrong one.
     """
     tokens = lm.tokens(prompt, bos=bos)
     if len(tokens) != 1:
@@ -135,10 +184,21 @@ def question(
     return Question(tuple(tokens.row_ids(0)), tuple(tokens.strings[0]), right, other, what)
 
 
-def attribute(
+def saliency_map(
     lm: LanguageModel, asked: Question, method: Method, *, baseline: Baseline = "mean", steps: int | None = None
 ) -> TokenAttribution:
-    """One method on one question; `baseline` and `steps` where the method has them."""
+    """One method on one question.
+
+    Args:
+        lm: the model.
+        asked: what `question` gives.
+        method: "gradient-x-input", "integrated-gradients" or "occlusion".
+        baseline: what stands in for a token: "zero", "pad", "mean", or (occlusion alone) "delete".
+        steps: points of the integral; as many as it needs if None.
+
+    Raises:
+        CutawayError: an unknown method or baseline.
+    """
     if method == "gradient-x-input":
         return gradient_x_input(lm, asked)
     if method == "integrated-gradients":
@@ -154,7 +214,7 @@ def baseline_vector(lm: LanguageModel, baseline: Baseline) -> Tensor:
         return torch.zeros(lm.d_model, dtype=lm.dtype, device=lm.device)
     if baseline == "pad":
         if lm.pad_id is None:
-            raise CutawayError(f"{lm.name} has no padding token; take the baseline mean or zero.")
+            raise NotSupported(f"{lm.name} has no padding token; take the baseline mean or zero.")
         return lm.run([[lm.pad_id]], capture="embed", logits=None)["embed"][0, 0]
     if baseline == "mean":
         total = torch.zeros(lm.d_model, dtype=torch.float64, device=lm.device)
@@ -168,7 +228,12 @@ def baseline_vector(lm: LanguageModel, baseline: Baseline) -> Tensor:
 
 
 def gradient_x_input(lm: LanguageModel, asked: Question) -> TokenAttribution:
-    """Σ_d x_d ∂f/∂x_d a token: first-order effect of scaling its embedding."""
+    """Σ_d x_d ∂f/∂x_d per token: first-order effect of scaling its embedding.
+
+    Args:
+        lm: the model.
+        asked: what `question` gives.
+    """
     embeddings, slopes, values = _gradients(lm, asked, None)
     found = (embeddings.double() * slopes.double()).sum(-1)[0]
     return TokenAttribution(
@@ -179,10 +244,20 @@ def gradient_x_input(lm: LanguageModel, asked: Question) -> TokenAttribution:
 def integrated_gradients(
     lm: LanguageModel, asked: Question, *, baseline: Baseline = "mean", steps: int | None = None
 ) -> TokenAttribution:
-    """The gradient integrated from a baseline to the prompt, by Gauss-Legendre quadrature with `steps` points.
+    """The gradient integrated from a baseline to the prompt (Sundararajan et al. 2017, https://arxiv.org/abs/1703.01365).
 
-    Without `steps` they are doubled from 32 until the sum over tokens is within 1 % of f(x) − f(x'), or 1,024 are
-    reached; `gap` says what is left. Every token's embedding starts at the baseline, a beginning-of-text's too.
+    By Gauss-Legendre quadrature; `gap` says how far the sum is off. Every token's embedding starts at the baseline, a
+    beginning-of-text's too.
+
+    Args:
+        lm: the model.
+        asked: what `question` gives.
+        baseline: "zero", "pad" or "mean".
+        steps: points of the integral, 1 to 4096; if None they are doubled from 32 until the sum over tokens is within
+            1 % of f(x) − f(x'), or 1,024 are reached.
+
+    Raises:
+        CutawayError: too many steps, or an unknown baseline.
     """
     if steps is not None and not 1 <= steps <= MOST_STEPS:
         raise CutawayError(f"steps is {steps}; the integral takes 1 to {MOST_STEPS}.")
@@ -219,9 +294,17 @@ def integrated_gradients(
 
 
 def occlusion(lm: LanguageModel, asked: Question, *, replace: Baseline = "mean") -> TokenAttribution:
-    """How far the metric falls when one token is replaced by a baseline embedding, or deleted, token by token.
+    """How far the metric falls when one token is replaced or deleted, token by token (Zeiler & Fergus 2014).
 
     A deleted last token makes the one before it the last.
+
+    Args:
+        lm: the model.
+        asked: what `question` gives.
+        replace: what stands in for a token: "zero", "pad", "mean", or "delete".
+
+    Raises:
+        CutawayError: a prompt of one token with "delete", or an unknown baseline.
     """
     n = len(asked.ids)
     if replace == "delete":

@@ -1,6 +1,6 @@
 """Does the model use what a probe reads? Edit along the probe's direction and look at the answers.
 
-A probe is a detector: that something can be read does not say that anything reads it. `use` removes the probe's
+A probe is a detector: that something can be read does not say that anything reads it. `use_probe` removes the probe's
 direction at the site and tokens where the probe reads, and steers along it, and reports what the answers do, beside
 random directions and the difference of the class means, in edits of the same size.
 
@@ -18,15 +18,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.errors import CutawayError, NotSupported
 from cutaway.artifacts.progress import Progress
-from cutaway.artifacts.results import Control, Effect, interval_text
+from cutaway.artifacts.results import Control, Effect
 from cutaway.artifacts.statistics import bootstrap_interval
 from cutaway.model import naming
 from cutaway.model.edits.edits import add
@@ -35,11 +34,11 @@ from cutaway.model.language_model import LanguageModel
 from cutaway.model.sites import layer_of
 from cutaway.observe.probes.controls import mean_interval
 from cutaway.observe.probes.data import ProbeData, collect
-from cutaway.observe.probes.fit import choose, folds
+from cutaway.observe.probes.fitting import choose, folds
 from cutaway.observe.probes.probe import Probe
-from cutaway.observe.probes.sweep import ProbeSweep
+from cutaway.observe.probes.results import ProbeSweep, ProbeUse, UseAction
 
-Metric = Callable[[Tensor, Sequence[int]], Tensor]
+AnswerMetric = Callable[[Tensor, Sequence[int]], Tensor]
 """(logits [b, V] at the last token, which texts these are) -> one number a text [b]."""
 
 ACTIONS = ("ablate", "ablate, mean", "steer +", "steer −")
@@ -72,10 +71,20 @@ class Answers:
 def answer_tokens(
     lm: LanguageModel, texts: Sequence[str], answers: Sequence[str], wrong: Sequence[str] | None = None
 ) -> Answers:
-    """Answers as they follow each text, as the model's tokenizer reads them: the first token of each; "#422" is an id.
+    """Answers as they follow each text, as the model's tokenizer reads them: the first token of each.
 
-    Raises CutawayError when a text and its answer merge at the seam and no token continues it so, or when an answer and
-    its wrong one begin with the same token.
+    Args:
+        lm: the model.
+        texts: the n texts.
+        answers: one per text, with its leading space; "#422" is an id.
+        wrong: one per text; without them the answer's probability is measured instead of a logit difference.
+
+    Returns:
+        A metric for `use_probe` and `use_in_folds`.
+
+    Raises:
+        CutawayError: a text and its answer merge at the seam and no token continues it so, or an answer and its wrong
+            one begin with the same token.
     """
     whole = _ids(lm, texts)
 
@@ -102,80 +111,11 @@ def _ids(lm: LanguageModel, texts: Sequence[str]) -> list[list[int]]:
     return [tokens.row_ids(i) for i in range(len(tokens))]
 
 
-@dataclass(frozen=True)
-class UseRow:
-    """One action along the probe's direction. `random` are the least and the greatest mean change of the random
-    directions, `size` the mean |Δ| of a touched value: the probe's, the mean difference's, the random directions'."""
-
-    action: str
-    effect: Effect
-    random: tuple[float, float]
-    size: tuple[float, float, float]
-
-
-@dataclass(frozen=True)
-class Use:
-    """What editing along a probe's direction does to the answers.
-
-    Ablations: mean change of each text's own answer metric, so negative means that the model needed the direction.
-    Steering: mean change towards the positive class's answer. `before` is the unedited mean of the own-answer metric,
-    `cosine` that between the probe's direction and the mean difference, `gap` the norm g of a steering step, `towards`
-    the positive class (None for a regression).
-    """
-
-    site: str
-    rows: tuple[UseRow, ...]
-    before: float
-    gap: float
-    cosine: float
-    n: int
-    towards: str | None
-    verdict: str
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "site": self.site,
-            "before": self.before,
-            "gap": self.gap,
-            "cosine_with_mean_difference": self.cosine,
-            "n": self.n,
-            "towards": self.towards,
-            "verdict": self.verdict,
-            "rows": [
-                {
-                    "action": r.action,
-                    "effect": r.effect.to_json(),
-                    "random_range": list(r.random),
-                    "size": list(r.size),
-                }
-                for r in self.rows
-            ],
-        }
-
-    def __str__(self) -> str:
-        units = self.rows[0].effect.units
-        lines = [
-            f"use at {self.site}, towards {self.towards or 'high values'}: {self.n} texts, {units} before "
-            f"{self.before:.3g}; a step is {self.gap:.3g} long; "
-            f"cosine with the mean difference {self.cosine:.2f}",
-            f"{'action':<13}  {'change':>7}  {'95 % interval':<18}  {'mean diff.':>10}  {'random':>7}  "
-            f"{'|Δ| probe/mean diff./random'}",
-        ]
-        for row in self.rows:
-            mass, chance = row.effect.controls[:2]
-            sizes = " / ".join(f"{s:.2g}" for s in row.size)
-            lines.append(
-                f"{row.action:<13}  {row.effect.value:>7.3f}  {interval_text(row.effect.interval):<18}  "
-                f"{mass.value:>10.3f}  {chance.value:>7.3f}  {sizes}"
-            )
-        return "\n".join([*lines, self.verdict])
-
-
-def use(
+def use_probe(
     lm: LanguageModel,
     probe: Probe,
     data: ProbeData,
-    metric: Metric,
+    metric: AnswerMetric,
     *,
     fitted_on: ProbeData | None = None,
     label: str | None = None,
@@ -183,43 +123,74 @@ def use(
     units: str | None = None,
     draws: int = 5,
     seed: int = 0,
-    command: str | None = None,
-) -> Use:
-    """Edit along the probe's direction where it reads, on the texts of `data`, and measure the answers.
+) -> ProbeUse:
+    """Edit along the probe's direction where it reads, and measure the answers.
 
-    `metric` gives each text's number, high when the model gives the text's *own* answer (`answer_tokens`); with
-    `own=False` it is high for the positive class's answer whatever the text. `label` is the positive class (default:
-    the second of two; needed for more than two). `fitted_on` are the examples that the probe was fitted on, from which
-    class means are taken (default: `data`); edit other texts than these where you can, as `use_in_folds` does.
-    `draws` random directions stand beside, of the same size.
+    Edit other texts than those that the probe was fitted on where you can, as `use_in_folds` does.
 
-    Raises CutawayError: an MLP probe (it has no one direction), another model, heads side by side at a site where an
-    edit takes one vector a head.
+    Args:
+        lm: the model that the probe was fitted on.
+        probe: a linear probe.
+        data: the texts that are edited.
+        metric: (logits [b, V] at the last token, which texts these are) to one number per text [b], such as
+            `answer_tokens` makes.
+        fitted_on: the examples that the probe was fitted on, from which class means are taken; `data` if None.
+        label: the positive class; the second of two if None, needed for more.
+        own: the metric is high when the model gives the text's *own* answer; False: for the positive class's answer,
+            whatever the text.
+        units: of the metric; its attribute `units` if None.
+        draws: how many random directions of the same size stand beside.
+        seed: of these.
+
+    Returns:
+        The effects of two ablations and two steps.
+
+    Raises:
+        NotSupported: an MLP probe, which has no one direction, or heads side by side at a site where an edit takes one
+            vector per head.
+        CutawayError: another model, or a metric that is not one number per text.
     """
     reference = data if fitted_on is None else fitted_on
     features = collect(lm, reference, probe.site, head=probe.head)[probe.site]
     part = _changes(lm, probe, data, metric, features, reference.labels, label, own, draws, seed)
-    return _use([part], metric, units, probe.site, _towards(probe, label), seed, command)
+    return _use([part], metric, units, probe.site, _towards(probe, label), seed)
 
 
 def use_in_folds(
     lm: LanguageModel,
     sweep: ProbeSweep,
     site: str,
-    metric: Metric,
+    metric: AnswerMetric,
     *,
     label: str | None = None,
     own: bool = True,
     units: str | None = None,
     draws: int = 5,
     seed: int = 0,
-    command: str | None = None,
-) -> Use:
-    """`use` of a sweep's probe at a site, each text edited along a direction fitted without its fold.
+) -> ProbeUse:
+    """`use_probe` of a sweep's probe at a site, each text edited along a direction fitted without its fold.
 
     So no text, and no group, helped to find the direction that it is edited along.
+
+    Args:
+        lm: the model.
+        sweep: of this model.
+        site: one of the sweep's sites.
+        metric: as `use_probe` takes it.
+        label: the positive class; the second of two if None, needed for more.
+        own: the metric is high when the model gives the text's own answer; False: for the positive class's.
+        units: of the metric; its attribute `units` if None.
+        draws: how many random directions of the same size stand beside.
+        seed: of these.
+
+    Returns:
+        The effects of two ablations and two steps.
+
+    Raises:
+        NoSuchSite: the sweep has no such site.
+        NotSupported: MLP probes, which have no one direction.
     """
-    data, probe = sweep.data, sweep.row(site).probe
+    data, probe = sweep.data, sweep.at(site).probe
     features = collect(lm, data, site, head=probe.head)[site]
     n_classes = None if data.classes is None else len(data.classes)
     parts = []
@@ -233,7 +204,7 @@ def use_in_folds(
         parts.append(
             _changes(lm, fitted, data.only(test), metric, features[train], data.labels[train], label, own, draws, seed)
         )
-    return _use(parts, metric, units, site, _towards(probe, label), seed, command)
+    return _use(parts, metric, units, site, _towards(probe, label), seed)
 
 
 @dataclass(frozen=True)
@@ -252,7 +223,7 @@ def _changes(
     lm: LanguageModel,
     probe: Probe,
     data: ProbeData,
-    metric: Metric,
+    metric: AnswerMetric,
     features: np.ndarray,
     labels: np.ndarray,
     label: str | None,
@@ -334,8 +305,8 @@ class Editor:
         self.lm, self.probe = lm, probe
         self.rows = sorted(set(data.row.tolist()))
         if len(lm.sites()[probe.site].dims.split()) > 3 and probe.head is None:
-            raise CutawayError(
-                f"An edit of '{probe.site}' takes one vector a head; name a head to use the probe, or probe a site "
+            raise NotSupported(
+                f"An edit of '{probe.site}' takes one vector per head; name a head to use the probe, or probe a site "
                 "without heads."
             )
         self._at: dict[int, list[int]] = {}
@@ -351,12 +322,12 @@ class Editor:
             tokens = lm.tokens([data.tokens.row_ids(r) for r in chosen])
             self._batches.append((chosen, lm.run(tokens, capture=[*below, probe.site], logits="last")))
 
-    def measure(self, metric: Metric) -> np.ndarray:
+    def measure(self, metric: AnswerMetric) -> np.ndarray:
         """The metric of every text without an edit, in the order of `rows`."""
         return self._collect(metric, [base for _, base in self._batches])
 
     def edited(
-        self, metric: Metric, action: str, source: Tensor, vector: Tensor, gap: float, centre: float
+        self, metric: AnswerMetric, action: str, source: Tensor, vector: Tensor, gap: float, centre: float
     ) -> tuple[np.ndarray, float]:
         """The metric under an action along the unit `vector`, and the mean |Δ| of the values at the probe's tokens.
 
@@ -389,13 +360,13 @@ class Editor:
         first, length = int(base.tokens.first[row]), int(base.tokens.lengths[row])
         return [first + p for p in (range(length) if min(at) < 0 else at)]
 
-    def _collect(self, metric: Metric, runs: list[Run]) -> np.ndarray:
+    def _collect(self, metric: AnswerMetric, runs: list[Run]) -> np.ndarray:
         found: dict[int, float] = {}
         for (chosen, _), run in zip(self._batches, runs, strict=True):
             values = torch.as_tensor(metric(run.last_logits, chosen)).detach().double().cpu().numpy()
             if values.shape != (len(chosen),):
                 raise CutawayError(
-                    f"The metric gave {list(values.shape)} for {len(chosen)} texts; it should give one number a text."
+                    f"The metric gave {list(values.shape)} for {len(chosen)} texts; it should give one number per text."
                 )
             found |= dict(zip(chosen, values.tolist(), strict=True))
         return np.array([found[r] for r in self.rows])
@@ -403,13 +374,12 @@ class Editor:
 
 def _use(
     parts: list[_Part],
-    metric: Metric,
+    metric: AnswerMetric,
     units: str | None,
     site: str,
     towards: str | None,
     seed: int,
-    command: str | None,
-) -> Use:
+) -> ProbeUse:
     groups = np.unique(np.concatenate([part.groups for part in parts]), return_inverse=True)[1]
     before = np.concatenate([part.before for part in parts])
     sizes = np.array([len(part.before) for part in parts], dtype=float)
@@ -439,14 +409,13 @@ def _use(
             ),
             ablation={"ablate": "projected out", "ablate, mean": "component set to its mean"}.get(action, "added"),
             units=units or getattr(metric, "units", "metric"),
-            command=command,
         ).require_controls()  # fmt: skip
         moved = [
             float(np.average([np.mean([p.size[action, n] for n in which]) for p in parts], weights=sizes))
             for which in (["probe"], ["mass"], names)
         ]
-        rows.append(UseRow(action, effect, (min(drawn), max(drawn)), (moved[0], moved[1], moved[2])))
-    return Use(
+        rows.append(UseAction(action, effect, (min(drawn), max(drawn)), (moved[0], moved[1], moved[2])))
+    return ProbeUse(
         site,
         tuple(rows),
         float(before.mean()),
@@ -458,7 +427,7 @@ def _use(
     )
 
 
-def _verdict(rows: list[UseRow], usual: float) -> str:
+def _verdict(rows: list[UseAction], usual: float) -> str:
     """One sentence: which actions do more than any random direction, in the direction that a used one would.
 
     A change below a fiftieth of the metric's usual size counts as none, however narrow its interval.

@@ -10,16 +10,25 @@ from collections.abc import Iterator
 
 import torch
 
-from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.errors import CutawayError, NotSupported
 from cutaway.model.language_model import LanguageModel, attach
 from cutaway.model.own.module import OwnModel
 
 
 def untrained(lm: LanguageModel, seed: int = 0) -> LanguageModel:
-    """A model of the same class and configuration as `lm`, initialised as its family initialises, from `seed`.
+    """A model of the same class and configuration, with new random weights.
 
-    A model of the user's own is initialised by its modules' `reset_parameters`. Raises CutawayError when the class
-    cannot be built from its configuration (quantised weights, adapters), or where nothing initialises a weight.
+    Args:
+        lm: the model, which is not changed. One of the user's own is initialised by its modules' `reset_parameters`,
+            others as their family initialises.
+        seed: of the weights.
+
+    Returns:
+        The new model, with the same tokenizer.
+
+    Raises:
+        NotSupported: a class that cannot be built from its configuration (quantised weights, adapters), or a weight
+            that nothing initialises.
     """
     try:
         with torch.random.fork_rng(devices=[]):
@@ -28,7 +37,7 @@ def untrained(lm: LanguageModel, seed: int = 0) -> LanguageModel:
         fresh.to(device=lm.device, dtype=lm.dtype)  # pyright: ignore[reportCallIssue]
         fresh.eval()
     except Exception as error:  # whatever the class's own constructor raises
-        raise CutawayError(f"{lm.name} cannot be built anew from its configuration: {error}") from error
+        raise NotSupported(f"{lm.name} cannot be built anew from its configuration: {error}") from error
     return attach(fresh, lm.tokenizer, name=f"{lm.name}, untrained ({seed})")
 
 

@@ -12,28 +12,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
+from markupsafe import Markup
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.progress import Progress
 from cutaway.artifacts.results import Control, Effect
 from cutaway.artifacts.statistics import bootstrap_interval
+from cutaway.draw.page import sections_html
+from cutaway.draw.result import Result
 from cutaway.model.language_model import LanguageModel
-from cutaway.observe.saliency.methods import (
+from cutaway.observe.attribution.answers import Answer, WrongAnswer
+from cutaway.observe.random_weights import cascade
+from cutaway.observe.saliency_maps.methods import (
     METHODS,
     NOT_SHOWN,
     Baseline,
     Method,
     Question,
     TokenAttribution,
-    attribute,
     baseline_vector,
     occluded,
     question,
+    saliency_map,
 )
-from cutaway.observe.untrained import cascade
+from cutaway.observe.summaries import block, with_interval
 
 
 def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
@@ -48,13 +53,16 @@ def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class Stage:
-    """Correlation of maps before and after some weights were made random: signed, and of magnitudes alone; means over
-    prompts and seeds, with an interval over prompts."""
+    """Rank correlation of maps before and after some weights were made random, mean over prompts and seeds."""
 
     randomised: str
+    """What was made random."""
     signed: float
+    """Of the maps."""
     magnitude: float
+    """Of their magnitudes alone."""
     interval: tuple[float, float]
+    """95 % interval of `signed` over prompts."""
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -66,14 +74,33 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class SaliencyChecks:
+    """How the maps are checked."""
+
+    untrained_models: int = 2
+    """How many untrained models each map is compared with."""
+    draws: int = 20
+    """How many random sets of tokens stand beside the deletion of the top ones."""
+    share: float = 0.25
+    """The share of a prompt's tokens that is deleted."""
+    seed: int = 0
+    """Of untrained weights and random tokens."""
+
+
+@dataclass(frozen=True)
 class MethodReport:
-    """One method: its maps, its stages of randomisation (the last is everything), and its deletion test."""
+    """One method: its maps and their checks."""
 
     method: Method
+    """The method."""
     maps: tuple[TokenAttribution, ...]
+    """One map per prompt."""
     stages: tuple[Stage, ...]
+    """Stages of randomisation; the last is everything."""
     deletion: Effect
+    """How far the metric falls without the top tokens, beside as many random ones."""
     not_shown: str
+    """What the method does not show."""
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -85,13 +112,42 @@ class MethodReport:
         }
 
 
-@dataclass(frozen=True)
-class SaliencyReport:
-    """Maps of several methods on the same prompts. `agreement[a, b]` is the mean rank correlation of two methods."""
+@dataclass(frozen=True, eq=False, repr=False)
+class SaliencyReport(Result):
+    """Maps of several methods on the same prompts, with their checks. `print` writes all of it, `repr` the checks."""
+
+    title: ClassVar[str] = "Saliency"
 
     methods: tuple[MethodReport, ...]
+    """One report per method."""
     agreement: dict[tuple[str, str], float]
+    """Mean rank correlation of two methods' maps."""
     model: str
+    """The model's name."""
+
+    def summary(self) -> str:
+        """Each method's checks, and how far the methods agree."""
+        n = len(self.methods[0].maps)
+        lines = [f"saliency, {self.model}, {n} prompt{'s' if n > 1 else ''}: {self.methods[0].maps[0].what}"]
+        for one in self.methods:
+            fall, control = one.deletion, one.deletion.controls[0]
+            lines += [
+                f"  {one.method}: with untrained weights rank correlation {one.stages[-1].signed:+.2f}",
+                f"    {fall.name} {with_interval(fall.value, fall.interval)}, random tokens {control.value:.2f}",
+            ]
+        return block([*lines, *(f"  {a} and {b}: {value:+.2f}" for (a, b), value in self.agreement.items())])
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per method, prompt and token."""
+        return [
+            {"prompt": i, **row} for one in self.methods for i, found in enumerate(one.maps) for row in found.rows()
+        ]
+
+    def drawing(self) -> Markup:
+        """The tokens tinted method by method, with the checks and the agreement."""
+        from cutaway.observe.saliency_maps.view import saliency_sections
+
+        return sections_html(saliency_sections(self))
 
     def to_json(self) -> dict[str, Any]:
         pairs = [{"methods": list(pair), "rank_correlation": value} for pair, value in self.agreement.items()]
@@ -114,28 +170,42 @@ class SaliencyReport:
 
 def saliency(
     lm: LanguageModel,
-    prompts: str | Sequence[Any],
-    answer: str | int | Sequence[str | int],
-    wrong: Any = None,
+    prompts: str | Sequence[str] | Sequence[Sequence[int]],
+    answer: Answer,
+    wrong: WrongAnswer = None,
     *,
     methods: Sequence[Method] = METHODS,
     baseline: Baseline = "mean",
     steps: int | None = None,
-    seeds: int = 2,
-    draws: int = 20,
-    share: float = 0.25,
-    seed: int = 0,
-    command: str | None = None,
+    checks: SaliencyChecks | None = None,
 ) -> SaliencyReport:
-    """Maps of every method on every prompt (texts, or rows of token ids), with the checks beside them.
+    """How much each token of a prompt matters to an answer, by the classical methods, with their checks beside them.
 
-    The model is never changed.
-    `answer` and `wrong` are for all prompts, or lists with one for each; `baseline` is integrated gradients' and
-    occlusion's ("delete" for occlusion alone); `seeds` is how many untrained models are compared, `draws` how many
-    random sets of tokens stand beside the deletion of the top `share` of tokens.
+    Gradient × input, integrated gradients (Sundararajan et al. 2017, https://arxiv.org/abs/1703.01365) and occlusion;
+    the randomised-weights check of Adebayo et al. 2018 (https://arxiv.org/abs/1810.03292), a deletion test, and the
+    agreement of the methods. The model is never changed.
 
-    Raises CutawayError: an answer that is not one token, an unknown method, a model that cannot be built anew.
+    Args:
+        lm: the model.
+        prompts: texts, or rows of token ids.
+        answer: one token for all prompts, or one per prompt.
+        wrong: a token whose logit is subtracted, likewise; "mean" is the mean over the vocabulary, None nothing.
+        methods: some of "gradient-x-input", "integrated-gradients", "occlusion".
+        baseline: of integrated gradients and occlusion: "zero", "pad", "mean", or (occlusion alone) "delete".
+        steps: points of the integral; as many as it needs, from 32 to 1024, if None.
+        checks: how many untrained models, random draws, ...; the defaults of `SaliencyChecks` if None.
+
+    Returns:
+        Maps and checks per method.
+
+    Raises:
+        NotSupported: a model that cannot be built anew with random weights.
+        CutawayError: an answer that is not one token, an unknown method.
+
+    Example:
+        >>> saliency(cutaway.load("atlas"), "The capital of the state containing Dallas is", " Austin", steps=64)
     """
+    checks = checks or SaliencyChecks()
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not methods or any(method not in METHODS for method in methods):
         unknown = ", ".join(repr(m) for m in methods if m not in METHODS)
@@ -149,15 +219,15 @@ def saliency(
         for text, a, w in zip(texts, _each(answer, len(texts)), _each(wrong, len(texts)), strict=True)
     ]
     maps: dict[Method, list[TokenAttribution]] = {
-        m: [attribute(lm, one, m, baseline=baseline, steps=steps) for one in asked] for m in methods
+        m: [saliency_map(lm, one, m, baseline=baseline, steps=steps) for one in asked] for m in methods
     }
-    stages = _sanity(lm, asked, maps, baseline, steps, seeds, seed)
+    stages = _sanity(lm, asked, maps, baseline, steps, checks)
     reports = [
         MethodReport(
             method,
             tuple(maps[method]),
             tuple(stages[method]),
-            deletion(lm, asked, maps[method], share=share, draws=draws, seed=seed, command=command),
+            deletion(lm, asked, maps[method], checks),
             NOT_SHOWN[method],
         )
         for method in methods
@@ -170,7 +240,7 @@ def saliency(
     return SaliencyReport(tuple(reports), agreement, lm.name)
 
 
-def _each(value: Any, n: int) -> list[Any]:
+def _each(value: Answer | WrongAnswer, n: int) -> list[Any]:
     if value is None or isinstance(value, (str, int)):
         return [value] * n
     given = list(value)
@@ -190,19 +260,20 @@ def _sanity(
     maps: dict[Method, list[TokenAttribution]],
     baseline: Baseline,
     steps: int | None,
-    seeds: int,
-    seed: int,
+    checks: SaliencyChecks,
 ) -> dict[Method, list[Stage]]:
     """Every method's correlation with its own maps, stage by stage of the cascade."""
     signed: dict[tuple[Method, str], list[list[float]]] = {}
     magnitude: dict[tuple[Method, str], list[list[float]]] = {}
     with Progress("randomising weights", None, unit="models") as progress:
-        for draw in range(seeds):
-            for stage, model in cascade(lm, seed + draw):
+        for draw in range(checks.untrained_models):
+            for stage, model in cascade(lm, checks.seed + draw):
                 for method, trained in maps.items():
                     # what the integral needed in the trained model is enough to compare ranks by
                     points = max((t.steps or 32 for t in trained), default=32) if steps is None else steps
-                    found = [attribute(model, one, method, baseline=baseline, steps=min(points, 128)) for one in asked]
+                    found = [
+                        saliency_map(model, one, method, baseline=baseline, steps=min(points, 128)) for one in asked
+                    ]
                     pairs = list(zip(trained, found, strict=True))
                     signed.setdefault((method, stage), []).append(
                         [rank_correlation(a.values, b.values) for a, b in pairs]
@@ -238,18 +309,16 @@ def deletion(
     lm: LanguageModel,
     asked: Sequence[Question],
     maps: Sequence[TokenAttribution],
-    *,
-    share: float = 0.25,
-    draws: int = 20,
-    seed: int = 0,
-    command: str | None = None,
+    checks: SaliencyChecks,
 ) -> Effect:
-    """How far the metric falls when the top `share` of tokens of each map get the mean embedding, all at once.
+    """How far the metric falls when the top share of tokens of each map get the mean embedding, all at once (the
+    comprehensiveness of DeYoung et al. 2020).
 
-    The control replaces as many random tokens, `draws` times. A beginning-of-text is neither ranked nor drawn.
+    The control replaces as many random tokens, several times. A beginning-of-text is neither ranked nor drawn.
     """
+    share, draws = checks.share, checks.draws
     vector = baseline_vector(lm, "mean")
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(checks.seed)
     falls, control = [], []
     for one, found in zip(asked, maps, strict=True):
         places = [i for i, token in enumerate(one.ids) if not (i == 0 and token == lm.bos_id)]
@@ -275,5 +344,4 @@ def deletion(
         ),
         ablation="embedding replaced by the mean embedding",
         units="logits",
-        command=command,
     ).require_controls()
