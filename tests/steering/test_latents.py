@@ -72,9 +72,9 @@ def test_dose_curve_is_the_probability_of_the_concept(tiny: LanguageModel, dicti
         expected = run.logits[:, 0].softmax(-1)[:, [8, 9]].sum(-1).mean().item()
         assert dose.effect.value == pytest.approx(expected, rel=1e-4)
         assert {control.n for control in dose.effect.require_controls().controls} == {3}
-        assert dose.price is not None
+        assert dose.side_effects is not None
     assert 3 not in found.random_latents
-    assert found.doses[0].price.kl < found.doses[1].price.kl  # type: ignore[union-attr]
+    assert found.doses[0].side_effects.kl < found.doses[1].side_effects.kl  # type: ignore[union-attr]
     assert "P(the concept)" in str(found)
 
 

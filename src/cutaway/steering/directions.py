@@ -4,7 +4,7 @@ A direction is read at one site and one position of contrasting prompts. Three e
 
 - `ablate`: project it out of everything that is written to the stream. Its zero need not be the negative class.
 - `clamp_to_negative`: from its layer on, let the stream's projection not exceed the negative class's mean.
-- `push`: add a multiple of it at its own layer.
+- `add_direction`: add a multiple of it at its own layer.
 """
 
 from collections.abc import Iterator, Sequence
@@ -197,7 +197,7 @@ def _layer(site: str) -> int:
     return int(parts[1])
 
 
-def ablate(lm: LanguageModel, direction: Direction) -> list[Edit]:
+def ablate_direction(lm: LanguageModel, direction: Direction) -> list[Edit]:
     """Project the direction out of everything that is written to the stream: embedding, attention, MLPs."""
     sites = ("blocks.0.resid_pre", "blocks.*.attn.out", "blocks.*.mlp.out")
     return [project_out(site, direction.unit) for site in sites]
@@ -210,6 +210,6 @@ def clamp_to_negative(lm: LanguageModel, direction: Direction) -> list[Edit]:
     return [clamp(sites, direction.unit, maximum=direction.negative_projection)]
 
 
-def push(direction: Direction, scale: float) -> list[Edit]:
+def add_direction(direction: Direction, scale: float) -> list[Edit]:
     """Add `scale` times the direction at its own site, at every token."""
     return [add(direction.site, direction.vector, scale=scale)]

@@ -19,7 +19,7 @@ from cutaway.dictionaries.dictionary import BatchTopK, Dictionary, Gated, JumpRe
 from cutaway.model.edits.edits import Edit, clamp_latent
 from cutaway.model.language_model import LanguageModel
 from cutaway.model.tokens import Tokens
-from cutaway.steering.price import Price, prices
+from cutaway.steering.side_effects import SideEffects, side_effects_of_each
 
 
 def latent_edit(dictionary: Dictionary, latent: int, value: float, **where: Any) -> Edit:
@@ -62,7 +62,7 @@ def similar_latents(density: Tensor, latent: int, k: int, seed: int = 0, without
     banned = {latent, *without}
     live = [i for i in (density > 0).nonzero()[:, 0].tolist() if i not in banned]
     if len(live) < k:
-        raise CutawayError(f"only {len(live)} other latents fire, too few to draw {k} as a control")
+        raise CutawayError(f"only {len(live)} other latents are active, too few to draw {k} as a control")
     at = float(density[latent].clamp(min=float(density[density > 0].min())).log())
     nearest = sorted(live, key=lambda i: abs(float(density[i].log()) - at))[: max(50, k)]
     return [nearest[i] for i in np.random.default_rng(seed).choice(len(nearest), size=k, replace=False)]
@@ -73,14 +73,14 @@ class Dose:
     """One dose: the latent held at `value` (`multiple` × its maximum in the corpus).
 
     `effect` is the concept's next-token probability, mean over prompts, beside unsteered and random latents at the same
-    value. `price` is on neutral text.
+    value. `side_effects` are on neutral text.
     """
 
     multiple: float
     value: float
     effect: Effect
-    price: Price | None
-    random_price: float | None
+    side_effects: SideEffects | None
+    random_kl: float | None
     text: str
     random_text: str
 
@@ -89,8 +89,8 @@ class Dose:
             "multiple": self.multiple,
             "value": self.value,
             "effect": self.effect.to_json(),
-            "price": None if self.price is None else self.price.to_json(),
-            "random_price": self.random_price,
+            "side_effects": None if self.side_effects is None else self.side_effects.to_json(),
+            "random_kl": self.random_kl,
             "text": self.text,
             "random_text": self.random_text,
         }
@@ -129,7 +129,7 @@ class LatentSteering:
     def __str__(self) -> str:
         lines = [f"latent {self.latent} clamped, P({self.concept}) over {len(self.prompts)} prompts"]
         for dose in self.doses:
-            cost = "" if dose.price is None else f", KL {dose.price.kl:.2f} (random {dose.random_price:.2f})"
+            cost = "" if dose.side_effects is None else f", KL {dose.side_effects.kl:.2f} (random {dose.random_kl:.2f})"
             controls = ", ".join(f"{c.name} {c.value:.3f}" for c in dose.effect.controls)
             ends = interval_text(dose.effect.interval)
             lines.append(f"  ×{dose.multiple:<4g} {dose.effect.value:.3f} {ends} ({controls}){cost}")
@@ -163,8 +163,8 @@ def steer_latent(
 
     `concept_ids` are the first tokens of the concept's names; their probabilities at each prompt's end are summed.
     `density` [F] gives the control: `draws` random latents of like density, clamped to the same value. Every dose also
-    has its price on `neutral` text (clamped at every token) and a greedy continuation of the first prompt. `positions`,
-    a list for each prompt, clamps only there, for instance at a noun that may stand for the concept; by default every
+    has its side effects on `neutral` text (clamped at every token) and a greedy continuation of the first prompt.
+    `positions`, a list for each prompt, clamps only there, for instance at a noun that may stand for the concept; by default every
     token is clamped, new ones too.
     """
     tokens = lm.tokens(prompts)
@@ -209,15 +209,15 @@ def steer_latent(
         costs = (
             []
             if neutral is None
-            else prices(lm, neutral, [latent_edit(dictionary, i, value) for i in (latent, *others[:2])])
+            else side_effects_of_each(lm, neutral, [latent_edit(dictionary, i, value) for i in (latent, *others[:2])])
         )
         doses.append(
             Dose(
                 multiple=multiple,
                 value=value,
                 effect=effect,
-                price=costs[0] if costs else None,
-                random_price=float(np.mean([cost.kl for cost in costs[1:]])) if costs else None,
+                side_effects=costs[0] if costs else None,
+                random_kl=float(np.mean([cost.kl for cost in costs[1:]])) if costs else None,
                 text=say(latent, value),
                 random_text=say(others[0], value),
             )

@@ -1,8 +1,8 @@
-"""Openings of refusals and answers; anything else is neither."""
+"""First words of refusals and answers; anything else is neither."""
 
 import pytest
 
-from cutaway.steering.judge import refusal
+from cutaway.steering.replies import refusal
 
 
 @pytest.mark.parametrize(

@@ -17,14 +17,21 @@ from cutaway.model.edits.edits import Edit
 from cutaway.model.forward.run import Run
 from cutaway.model.language_model import LanguageModel
 from cutaway.model.tokens import Tokens
-from cutaway.steering.directions import Direction, Directions, ablate, clamp_to_negative, describe, push
-from cutaway.steering.judge import Judge, refusal
+from cutaway.steering.directions import (
+    Direction,
+    Directions,
+    ablate_direction,
+    add_direction,
+    clamp_to_negative,
+    describe,
+)
+from cutaway.steering.replies import Judge, refusal
 
 Method = Callable[[LanguageModel, Direction], list[Edit]]
 
 
 @dataclass(frozen=True)
-class Openings:
+class ReplyTokens:
     """First tokens of the model's own replies: `marked` (such as refusals) and `plain` (such as answers)."""
 
     marked: Tensor
@@ -36,7 +43,7 @@ class Openings:
         return z[:, self.marked.to(z.device)].logsumexp(-1) - z[:, self.plain.to(z.device)].logsumexp(-1)
 
 
-def openings(
+def reply_tokens(
     lm: LanguageModel,
     positive: Tokens,
     negative: Tokens,
@@ -45,7 +52,7 @@ def openings(
     marked: str = "refused",
     plain: str = "answered",
     max_new_tokens: int = 6,
-) -> Openings:
+) -> ReplyTokens:
     """Read off unsteered replies with which tokens the model opens a `marked` and a `plain` reply.
 
     Raises `CutawayError` when it makes no marked reply to the positive prompts, or no plain one to the negative.
@@ -62,7 +69,7 @@ def openings(
         raise CutawayError(
             f"{lm.name} opens “{marked}” and “{plain}” replies with the same tokens; judge whole replies"
         )
-    return Openings(torch.tensor(sorted(sets[0] - both)), torch.tensor(sorted(sets[1] - both)))
+    return ReplyTokens(torch.tensor(sorted(sets[0] - both)), torch.tensor(sorted(sets[1] - both)))
 
 
 @dataclass(frozen=True)
@@ -127,7 +134,7 @@ class Selection:
         return "\n".join(lines)
 
 
-REMOVING: dict[str, Method] = {"ablate": ablate, "clamp": clamp_to_negative}
+REMOVING: dict[str, Method] = {"ablate": ablate_direction, "clamp": clamp_to_negative}
 
 
 def select_direction(
@@ -135,7 +142,7 @@ def select_direction(
     directions: Directions,
     positive: Any,
     negative: Any,
-    words: Openings | None = None,
+    words: ReplyTokens | None = None,
     *,
     scales: Sequence[float] = (1.0, 2.0),
     max_kl: float = 0.5,
@@ -149,7 +156,7 @@ def select_direction(
     depth on are listed but not chosen: so near the unembedding an edit just writes the answer's logits.
     """
     plus, minus = lm.tokens(positive), lm.tokens(negative)
-    words = openings(lm, plus, minus) if words is None else words
+    words = reply_tokens(lm, plus, minus) if words is None else words
     # the stream of the unedited runs is where every edited run of a later layer can start
     base_plus, base_minus = (lm.run(side, capture="blocks.*.resid_pre", logits="last") for side in (plus, minus))
     found: list[Candidate] = []
@@ -159,7 +166,7 @@ def select_direction(
             found.append(_candidate(lm, direction, name, edits, base_plus, words, base_minus))
         for scale in scales:
             name = f"add ×{scale:g}"
-            found.append(_candidate(lm, direction, name, push(direction, scale), base_minus, words, base_plus))
+            found.append(_candidate(lm, direction, name, add_direction(direction, scale), base_minus, words, base_plus))
     early = [c for c in found if c.direction.layer < max_depth * lm.n_layers] or found
     removing = [c for c in early if c.method in REMOVING]
     gentle = [c for c in removing if c.kl <= max_kl and c.score < 0]
@@ -180,7 +187,7 @@ def _candidate(
     method: str,
     edits: Sequence[Edit],
     prompts: Run,
-    words: Openings,
+    words: ReplyTokens,
     bystanders: Run,
 ) -> Candidate:
     scores = words.score(_edited(lm, prompts, edits))

@@ -1,4 +1,4 @@
-"""Judging what a model said. A rule on openings is crude and says so: text that fits neither rule is "other"."""
+"""Judging what a model said. A rule on first words is crude and says so: text that fits neither rule is "other"."""
 
 import re
 from collections.abc import Callable

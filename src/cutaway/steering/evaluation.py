@@ -1,4 +1,4 @@
-"""Does steering work? Reply rates on held-out prompts, beside unsteered replies and random directions; the price."""
+"""Does steering work? Reply rates on held-out prompts, beside unsteered replies and random directions; side effects."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,8 +10,8 @@ from cutaway.model.edits.edits import Edit
 from cutaway.model.language_model import LanguageModel
 from cutaway.model.tokens import Tokens
 from cutaway.steering.directions import Direction
-from cutaway.steering.judge import Judge, refusal
-from cutaway.steering.price import Price, prices
+from cutaway.steering.replies import Judge, refusal
+from cutaway.steering.side_effects import SideEffects, side_effects_of_each
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,8 @@ def judged(
 class SteeringResult:
     """One way of steering on n held-out prompts: replies steered, unsteered, and under random directions.
 
-    `random` has one `Replies` a seed. `price` and `random_price` are on neutral text (None when none was given).
+    `random` has one `Replies` a seed. `side_effects` and `random_side_effects` are on neutral text (None
+    without any).
     `effects[label]` is the rate of a label with its Wilson interval, beside the unsteered and the random rate.
     """
 
@@ -69,8 +70,8 @@ class SteeringResult:
     steered: Replies
     unsteered: Replies
     random: tuple[Replies, ...]
-    price: Price | None
-    random_price: tuple[Price, ...]
+    side_effects: SideEffects | None
+    random_side_effects: tuple[SideEffects, ...]
     effects: Mapping[str, Effect]
 
     def to_json(self) -> dict[str, Any]:
@@ -80,8 +81,8 @@ class SteeringResult:
             "steered": self.steered.to_json(),
             "unsteered": self.unsteered.to_json(),
             "random": [replies.to_json() for replies in self.random],
-            "price": None if self.price is None else self.price.to_json(),
-            "random_price": [p.to_json() for p in self.random_price],
+            "side_effects": None if self.side_effects is None else self.side_effects.to_json(),
+            "random_side_effects": [p.to_json() for p in self.random_side_effects],
             "effects": {label: effect.to_json() for label, effect in self.effects.items()},
         }
 
@@ -92,9 +93,9 @@ class SteeringResult:
             lines.append(
                 f"  {label}: {effect.value:.2f} {interval_text(effect.interval, 2)} of {effect.n} ({controls})"
             )
-        if self.price is not None:
-            dull = sum(p.kl for p in self.random_price) / max(1, len(self.random_price))
-            lines.append(f"  price on neutral text: {self.price}; random directions {dull:.3f}")
+        if self.side_effects is not None:
+            kl = sum(p.kl for p in self.random_side_effects) / max(1, len(self.random_side_effects))
+            lines.append(f"  side effects on neutral text: {self.side_effects}; random directions {kl:.3f}")
         return "\n".join(lines)
 
 
@@ -115,8 +116,8 @@ def evaluate_steering(
 ) -> SteeringResult:
     """Steer held-out prompts with `apply(direction)`, and with random directions of the same norm in its place.
 
-    `neutral` is text (or token rows) on which the edit should do nothing: the price is measured there. Pass `unsteered`
-    to use replies that were generated before. Rates have Wilson intervals; the random directions' replies are pooled,
+    `neutral` is text (or token rows) on which the edit should do nothing: side effects are measured there.
+    Pass `unsteered` to use replies that were generated before. Rates have Wilson intervals; the random directions' replies are pooled,
     so their interval does not know that one direction's replies resemble each other.
     """
     tokens = lm.tokens(prompts)
@@ -124,7 +125,7 @@ def evaluate_steering(
     steered = judged(lm, tokens, apply(direction), judge, max_new_tokens=max_new_tokens)
     drawn = [direction.random(seed) for seed in seeds]
     random = tuple(judged(lm, tokens, apply(other), judge, max_new_tokens=max_new_tokens) for other in drawn)
-    costs = [] if neutral is None else prices(lm, neutral, [apply(each) for each in (direction, *drawn)])
+    costs = [] if neutral is None else side_effects_of_each(lm, neutral, [apply(each) for each in (direction, *drawn)])
     effects = {}
     for label in labels:
         pooled, total = sum(replies.counts.get(label, 0) for replies in random), sum(replies.n for replies in random)
@@ -152,7 +153,7 @@ def evaluate_steering(
         steered=steered,
         unsteered=plain,
         random=random,
-        price=costs[0] if costs else None,
-        random_price=tuple(costs[1:]),
+        side_effects=costs[0] if costs else None,
+        random_side_effects=tuple(costs[1:]),
         effects=effects,
     )

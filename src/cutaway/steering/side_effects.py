@@ -11,7 +11,7 @@ from cutaway.model.tokens import Tokens, next_tokens
 
 
 @dataclass(frozen=True)
-class Price:
+class SideEffects:
     """KL(unedited || edited) in nats a token: the mean over rows of each row's mean, with its 95 % interval over rows.
 
     `loss`, `loss_edited` are the next-token loss before and after, over `n_tokens` predictions.
@@ -38,15 +38,15 @@ class Price:
         return f"KL {self.kl:.3f} nats a token (loss {self.loss:.3f} to {self.loss_edited:.3f}, n {self.n_tokens})"
 
 
-def price(lm: LanguageModel, text: Any, edits: Edit | Sequence[Edit], *, batch_rows: int = 16) -> Price:
+def side_effects_of(lm: LanguageModel, text: Any, edits: Edit | Sequence[Edit], *, batch_rows: int = 16) -> SideEffects:
     """Run neutral text with and without the edits. `text`: texts, ids or `Tokens`, of at least two tokens a row."""
-    return prices(lm, text, [edits], batch_rows=batch_rows)[0]
+    return side_effects_of_each(lm, text, [edits], batch_rows=batch_rows)[0]
 
 
-def prices(
+def side_effects_of_each(
     lm: LanguageModel, text: Any, choices: Sequence[Edit | Sequence[Edit]], *, batch_rows: int = 16
-) -> list[Price]:
-    """The price of several sets of edits on the same text; the unedited run is made once."""
+) -> list[SideEffects]:
+    """Side effects of several sets of edits on the same text; the unedited run is made once."""
     tokens: Tokens = lm.tokens(text)
     kls: list[list[float]] = [[] for _ in choices]
     after = [0.0] * len(choices)
@@ -69,7 +69,7 @@ def prices(
             kls[i] += ((kl * mask).sum(1) / mask.sum(1)).tolist()
             after[i] -= q[:, :-1].gather(-1, following)[..., 0][both].sum().item()
     return [
-        Price(
+        SideEffects(
             kl=sum(of) / len(of),
             interval=bootstrap_interval(of),
             loss=before / max(1, count),
