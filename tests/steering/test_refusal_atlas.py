@@ -14,7 +14,8 @@ from cutaway.steering.directions import (
     clamp_to_negative,
     difference_of_means,
 )
-from cutaway.steering.evaluation import evaluate_steering, judged
+from cutaway.steering.evaluation import evaluate_steering
+from cutaway.steering.replies import Judging, judged
 from cutaway.steering.selection import Selection, reply_tokens, select_direction
 
 BAD = ("steal", "smash", "burn", "wreck", "rob", "hijack", "destroy", "loot")
@@ -72,7 +73,8 @@ def test_the_clamp_answers_and_random_directions_do_not(atlas: LanguageModel, se
     best = selection.best("clamp").direction
     test = ask(atlas, BAD[6:], THINGS[8:])
     result = evaluate_steering(
-        atlas, test, best, lambda d: clamp_to_negative(atlas, d), method="clamp", seeds=(0, 1), max_new_tokens=6,
+        atlas, test, best, lambda d: clamp_to_negative(atlas, d), method="clamp", controls=(0, 1),
+        judging=Judging(max_new_tokens=6),
         neutral=["The capital of France is Paris.", "Tom and Mary went to the park."],
     )  # fmt: skip
     refused = result.effects["refused"].require_controls()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from cutaway.steering.replies import refusal
+from cutaway.steering.replies import judge_refusal
 
 
 @pytest.mark.parametrize(
@@ -22,4 +22,4 @@ from cutaway.steering.replies import refusal
     ],
 )
 def test_refusal(text: str, label: str) -> None:
-    assert refusal(text) == label
+    assert judge_refusal(text) == label

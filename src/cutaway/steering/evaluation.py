@@ -4,66 +4,34 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from markupsafe import Markup
+
 from cutaway.artifacts.results import Control, Effect, interval_text
 from cutaway.artifacts.statistics import wilson_interval
+from cutaway.draw.result import Result
 from cutaway.model.edits.edits import Edit
-from cutaway.model.language_model import LanguageModel
-from cutaway.model.tokens import Tokens
+from cutaway.model.language_model import Inputs, LanguageModel
 from cutaway.steering.directions import Direction
-from cutaway.steering.replies import Judge, refusal
+from cutaway.steering.replies import Judging, Replies, judged
 from cutaway.steering.side_effects import SideEffects, side_effects_of_each
 
 
-@dataclass(frozen=True)
-class Replies:
-    """Replies to n prompts, judged: `counts[label]`, and the texts in the prompts' order."""
+@dataclass(frozen=True, repr=False)
+class SteeringResult(Result):
+    """One way of steering on n held-out prompts: replies steered, unsteered, and under control directions.
 
-    counts: Mapping[str, int]
-    texts: tuple[str, ...]
-    labels: tuple[str, ...]
-
-    @property
-    def n(self) -> int:
-        return len(self.labels)
-
-    def rate(self, label: str) -> float:
-        """Share of replies judged so."""
-        return self.counts.get(label, 0) / self.n
-
-    def interval(self, label: str) -> tuple[float, float]:
-        """95 % Wilson interval of the rate."""
-        return wilson_interval(self.counts.get(label, 0), self.n)
-
-    def to_json(self) -> dict[str, Any]:
-        return {"n": self.n, "counts": dict(self.counts), "texts": list(self.texts), "labels": list(self.labels)}
-
-
-def judged(
-    lm: LanguageModel,
-    prompts: Tokens,
-    edits: Sequence[Edit] = (),
-    judge: Judge = refusal,
-    *,
-    max_new_tokens: int = 16,
-    batch_rows: int = 64,
-) -> Replies:
-    """Generate greedy replies under edits and judge them."""
-    texts: list[str] = []
-    for first in range(0, len(prompts.ids), batch_rows):
-        part = prompts[list(range(first, min(first + batch_rows, len(prompts.ids))))]
-        texts += lm.generate(part, max_new_tokens=max_new_tokens, edits=edits).texts
-    labels = tuple(judge(text) for text in texts)
-    return Replies({label: labels.count(label) for label in sorted(set(labels))}, tuple(texts), labels)
-
-
-@dataclass(frozen=True)
-class SteeringResult:
-    """One way of steering on n held-out prompts: replies steered, unsteered, and under random directions.
-
-    `random` has one `Replies` a seed. `side_effects` and `random_side_effects` are on neutral text (None
-    without any).
-    `effects[label]` is the rate of a label with its Wilson interval, beside the unsteered and the random rate.
+    Attributes:
+        method: What was done, in words.
+        direction: The direction that steers.
+        steered: Replies under the edits.
+        unsteered: Replies of the model as it is.
+        random: Replies under the same edits along each control direction.
+        side_effects: On neutral text; None without any.
+        random_side_effects: Those of each control direction.
+        effects: For each label its rate with the Wilson interval, beside the unsteered and the random rate.
     """
+
+    title = "Steering"
 
     method: str
     direction: Direction
@@ -75,6 +43,7 @@ class SteeringResult:
     effects: Mapping[str, Effect]
 
     def to_json(self) -> dict[str, Any]:
+        """Everything that was measured, as plain data."""
         return {
             "method": self.method,
             "direction": self.direction.to_json(),
@@ -82,11 +51,29 @@ class SteeringResult:
             "unsteered": self.unsteered.to_json(),
             "random": [replies.to_json() for replies in self.random],
             "side_effects": None if self.side_effects is None else self.side_effects.to_json(),
-            "random_side_effects": [p.to_json() for p in self.random_side_effects],
+            "random_side_effects": [one.to_json() for one in self.random_side_effects],
             "effects": {label: effect.to_json() for label, effect in self.effects.items()},
         }
 
-    def __str__(self) -> str:
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per label."""
+        return [
+            {
+                "method": self.method,
+                "label": label,
+                "rate": effect.value,
+                "low": (effect.interval or (None, None))[0],
+                "high": (effect.interval or (None, None))[1],
+                "n": effect.n,
+                "unsteered": effect.controls[0].value,
+                "random": effect.controls[1].value,
+                "kl": None if self.side_effects is None else self.side_effects.kl,
+            }
+            for label, effect in self.effects.items()
+        ]
+
+    def summary(self) -> str:
+        """The rate of each label beside its controls, and the side effects."""
         lines = [f"{self.method}, {self.direction}"]
         for label, effect in self.effects.items():
             controls = ", ".join(f"{c.name} {c.value:.2f}" for c in effect.controls)
@@ -94,41 +81,66 @@ class SteeringResult:
                 f"  {label}: {effect.value:.2f} {interval_text(effect.interval, 2)} of {effect.n} ({controls})"
             )
         if self.side_effects is not None:
-            kl = sum(p.kl for p in self.random_side_effects) / max(1, len(self.random_side_effects))
+            kl = sum(one.kl for one in self.random_side_effects) / max(1, len(self.random_side_effects))
             lines.append(f"  side effects on neutral text: {self.side_effects}; random directions {kl:.3f}")
         return "\n".join(lines)
+
+    def drawing(self) -> Markup:
+        """The rate of each label beside its controls."""
+        from cutaway.draw.charts import effect_html
+
+        return Markup("").join(effect_html(effect.to_json()) for effect in self.effects.values())
+
+    def __str__(self) -> str:
+        return self.summary()
 
 
 def evaluate_steering(
     lm: LanguageModel,
-    prompts: Any,
+    prompts: Inputs,
     direction: Direction,
     apply: Callable[[Direction], Sequence[Edit]],
     *,
     method: str,
-    judge: Judge = refusal,
-    labels: Sequence[str] = ("refused", "answered"),
-    neutral: Any = None,
-    seeds: Sequence[int] = (0, 1, 2),
-    max_new_tokens: int = 16,
+    judging: Judging | None = None,
+    neutral: Inputs | None = None,
+    controls: Sequence[int | Direction] = (0, 1, 2),
     unsteered: Replies | None = None,
-    command: str | None = None,
 ) -> SteeringResult:
-    """Steer held-out prompts with `apply(direction)`, and with random directions of the same norm in its place.
+    """Steer held-out prompts along a direction, and along random directions of the same norm in its place.
 
-    `neutral` is text (or token rows) on which the edit should do nothing: side effects are measured there.
-    Pass `unsteered` to use replies that were generated before. Rates have Wilson intervals; the random directions' replies are pooled,
-    so their interval does not know that one direction's replies resemble each other.
+    Args:
+        lm: The model.
+        prompts: Prompts that neither gave the direction nor chose it; for chats `lm.chat_tokens(...)`.
+        direction: The direction.
+        apply: From a direction to the edits, such as `lambda d: clamp_to_negative(lm, d)`.
+        method: What is done, in words.
+        judging: How replies are made and judged; refusals by their first words by default.
+        neutral: Text (or token rows) on which the edit should do nothing: side effects are measured there.
+        controls: Seeds of random directions of the same norm, or directions that stand in its place.
+        unsteered: Replies that were generated before.
+
+    Returns:
+        Rates with Wilson intervals. The control directions' replies are pooled, so their interval does not know that
+        one direction's replies resemble each other.
+
+    Example:
+        >>> evaluate_steering(lm, prompts, d, lambda d: add_direction(d, 2.0), method="added twice")
     """
+    how = Judging() if judging is None else judging
     tokens = lm.tokens(prompts)
-    plain = judged(lm, tokens, (), judge, max_new_tokens=max_new_tokens) if unsteered is None else unsteered
-    steered = judged(lm, tokens, apply(direction), judge, max_new_tokens=max_new_tokens)
-    drawn = [direction.random(seed) for seed in seeds]
-    random = tuple(judged(lm, tokens, apply(other), judge, max_new_tokens=max_new_tokens) for other in drawn)
+
+    def replies(edits: Sequence[Edit]) -> Replies:
+        return judged(lm, tokens, edits, how.judge, max_new_tokens=how.max_new_tokens)
+
+    plain = replies(()) if unsteered is None else unsteered
+    steered = replies(apply(direction))
+    drawn = [direction.random(one) if isinstance(one, int) else one for one in controls]
+    random = tuple(replies(apply(other)) for other in drawn)
     costs = [] if neutral is None else side_effects_of_each(lm, neutral, [apply(each) for each in (direction, *drawn)])
     effects = {}
-    for label in labels:
-        pooled, total = sum(replies.counts.get(label, 0) for replies in random), sum(replies.n for replies in random)
+    for label in how.labels:
+        pooled, total = sum(some.counts.get(label, 0) for some in random), sum(some.n for some in random)
         effects[label] = Effect(
             name=f"{method}: {label}",
             value=steered.rate(label),
@@ -137,7 +149,7 @@ def evaluate_steering(
             controls=(
                 Control("unsteered", plain.rate(label), plain.interval(label), plain.n),
                 Control(
-                    f"{len(seeds)} random directions of the same norm",
+                    f"{len(drawn)} random directions of the same norm",
                     pooled / max(1, total),
                     wilson_interval(pooled, total),
                     total,
@@ -145,7 +157,6 @@ def evaluate_steering(
             ),
             ablation=method,
             units="share of replies",
-            command=command,
         )
     return SteeringResult(
         method=method,

@@ -1,20 +1,29 @@
-"""What an edit costs where it should do nothing: the change of the next-token distribution on neutral text."""
+"""What an edit changes where it should do nothing: the next-token distribution on neutral text."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from cutaway.artifacts.statistics import bootstrap_interval
 from cutaway.model.edits.edits import Edit
-from cutaway.model.language_model import LanguageModel
-from cutaway.model.tokens import Tokens, next_tokens
+from cutaway.model.language_model import Inputs, LanguageModel
+from cutaway.model.tokens import next_tokens
 
 
 @dataclass(frozen=True)
 class SideEffects:
-    """KL(unedited || edited) in nats a token: the mean over rows of each row's mean, with its 95 % interval over rows.
+    """How far an edit moves the predictions on neutral text.
 
-    `loss`, `loss_edited` are the next-token loss before and after, over `n_tokens` predictions.
+    Attributes:
+        kl: KL(unedited || edited) in nats per token, the mean over rows of each row's mean.
+        interval: Its 95 % interval over rows (bootstrap).
+        loss: Next-token loss before the edit, nats per token.
+        loss_edited: The same after it.
+        n_tokens: Predictions that the losses are the mean of.
+        n_rows: Rows of text.
+        kl_per_token: The KL as the mean over all tokens of all rows, so that long rows weigh more.
     """
 
     kl: float
@@ -23,8 +32,10 @@ class SideEffects:
     loss_edited: float
     n_tokens: int
     n_rows: int
+    kl_per_token: float
 
     def to_json(self) -> dict[str, Any]:
+        """The figures as plain data."""
         return {
             "kl": self.kl,
             "interval": list(self.interval),
@@ -32,42 +43,69 @@ class SideEffects:
             "loss_edited": self.loss_edited,
             "n_tokens": self.n_tokens,
             "n_rows": self.n_rows,
+            "kl_per_token": self.kl_per_token,
         }
 
     def __str__(self) -> str:
-        return f"KL {self.kl:.3f} nats a token (loss {self.loss:.3f} to {self.loss_edited:.3f}, n {self.n_tokens})"
+        return f"KL {self.kl:.3f} nats per token (loss {self.loss:.3f} to {self.loss_edited:.3f}, n {self.n_tokens})"
 
 
-def side_effects_of(lm: LanguageModel, text: Any, edits: Edit | Sequence[Edit], *, batch_rows: int = 16) -> SideEffects:
-    """Run neutral text with and without the edits. `text`: texts, ids or `Tokens`, of at least two tokens a row."""
+def side_effects_of(
+    lm: LanguageModel, text: Inputs, edits: Edit | Sequence[Edit], *, batch_rows: int | None = 16
+) -> SideEffects:
+    """Run neutral text with and without the edits.
+
+    Args:
+        lm: The model.
+        text: Texts, ids or `Tokens`, of at least two tokens per row.
+        edits: What is done to the model.
+        batch_rows: Rows per run; None for all at once, which edits of single rows (`rows=`) need.
+
+    Example:
+        >>> side_effects_of(lm, ["The capital of France is Paris."], add_direction(direction, 2.0))
+    """
     return side_effects_of_each(lm, text, [edits], batch_rows=batch_rows)[0]
 
 
 def side_effects_of_each(
-    lm: LanguageModel, text: Any, choices: Sequence[Edit | Sequence[Edit]], *, batch_rows: int = 16
+    lm: LanguageModel,
+    text: Inputs,
+    choices: Sequence[Edit | Sequence[Edit]],
+    *,
+    where: Tensor | None = None,
+    batch_rows: int | None = 16,
 ) -> list[SideEffects]:
-    """Side effects of several sets of edits on the same text; the unedited run is made once."""
-    tokens: Tokens = lm.tokens(text)
+    """Side effects of several sets of edits on the same text; the unedited run is made once.
+
+    Args:
+        lm: The model.
+        text: Texts, ids or `Tokens`, of at least two tokens per row.
+        choices: The sets of edits.
+        where: Mask [b, p] of the tokens whose predictions count; every real token by default.
+        batch_rows: Rows per run; None for all at once, which edits of single rows (`rows=`) need.
+    """
+    tokens = lm.tokens(text)
+    chosen = tokens.mask if where is None else where.to(tokens.mask.device) & tokens.mask
     kls: list[list[float]] = [[] for _ in choices]
-    after = [0.0] * len(choices)
+    total, after = [0.0] * len(choices), [0.0] * len(choices)
     before, count = 0.0, 0
-    for first in range(0, len(tokens), batch_rows):
-        part = tokens[list(range(first, min(first + batch_rows, len(tokens))))]
-        plain = lm.run(part, logits="all").logits
-        assert plain is not None
-        p = plain.float().log_softmax(-1)
-        mask = part.mask.to(p)
+    step = batch_rows or len(tokens)
+    for first in range(0, len(tokens), step):
+        rows = list(range(first, min(first + step, len(tokens))))
+        part, mask = tokens[rows], chosen[rows][:, : tokens[rows].ids.shape[1]]
+        p = _log_probabilities(lm, part, ())
+        weight = mask.to(p)
         following, both = next_tokens(part.ids, part.mask, lm.d_vocab)
-        following = following[..., None]
+        following, both = following[..., None], both & mask[:, :-1]
         before -= p[:, :-1].gather(-1, following)[..., 0][both].sum().item()
         count += int(both.sum())
         for i, edits in enumerate(choices):
-            edited = lm.run(part, edits=edits, logits="all").logits
-            assert edited is not None
-            q = edited.float().log_softmax(-1)
-            kl = (p.exp() * (p - q)).sum(-1)
-            kls[i] += ((kl * mask).sum(1) / mask.sum(1)).tolist()
+            q = _log_probabilities(lm, part, edits)
+            kl = (p.exp() * (p - q)).sum(-1) * weight
+            kls[i] += (kl.sum(1) / weight.sum(1))[mask.any(1)].tolist()
+            total[i] += kl.double().sum().item()
             after[i] -= q[:, :-1].gather(-1, following)[..., 0][both].sum().item()
+    n = max(1, int(chosen.sum()))
     return [
         SideEffects(
             kl=sum(of) / len(of),
@@ -76,6 +114,13 @@ def side_effects_of_each(
             loss_edited=loss / max(1, count),
             n_tokens=count,
             n_rows=len(of),
+            kl_per_token=summed / n,
         )
-        for of, loss in zip(kls, after, strict=True)
+        for of, loss, summed in zip(kls, after, total, strict=True)
     ]
+
+
+def _log_probabilities(lm: LanguageModel, part: Inputs, edits: Edit | Sequence[Edit]) -> Tensor:
+    logits = lm.run(part, edits=edits, logits="all").logits
+    assert logits is not None
+    return logits.float().log_softmax(-1)

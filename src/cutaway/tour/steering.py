@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from cutaway.artifacts.command import recording
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.files import write_safetensors
 from cutaway.artifacts.results import Control, Effect, interval_text
@@ -23,8 +24,9 @@ from cutaway.steering.directions import (
     describe,
     difference_of_means,
 )
-from cutaway.steering.evaluation import SteeringResult, evaluate_steering, judged
-from cutaway.steering.latents import LatentSteering, steer_latent
+from cutaway.steering.evaluation import SteeringResult, evaluate_steering
+from cutaway.steering.latents import Concept, Doses, LatentSteering, SimilarLatents, steer_latent
+from cutaway.steering.replies import Judging, judged
 from cutaway.steering.selection import Selection, select_direction
 from cutaway.steering.side_effects import side_effects_of
 from cutaway.subjects.world.items.items import item_sets
@@ -94,17 +96,17 @@ def _refusal(tour: Tour, prompts: dict[str, Tokens], refused: float, answered: f
     results: list[tuple[str, str, SteeringResult]] = []
     for method, kind, words, apply in tests:
         best = choice.best(method).direction
-        result = evaluate_steering(
-            lm,
-            prompts[f"{kind} test"],
-            best,
-            apply,
-            method=f"{kind} requests, direction {words}",
-            neutral=neutral,
-            max_new_tokens=12,
-            seeds=(0, 1),
-            command=command,
-        )
+        with recording(command):
+            result = evaluate_steering(
+                lm,
+                prompts[f"{kind} test"],
+                best,
+                apply,
+                method=f"{kind} requests, direction {words}",
+                neutral=neutral,
+                judging=Judging(max_new_tokens=12),
+                controls=(0, 1),
+            )
         results.append((kind, words, result))
     vectors = {f"{kind} {words}": r.direction.vector for kind, words, r in results}
     write_safetensors(tour.folder.path / "directions.safetensors", vectors)
@@ -368,19 +370,17 @@ def clamping(tour: Tour) -> page.Section:
     match, words, prompts = picked
     ids = [int(lm.tokens(f" {word}", bos=False).ids[0, 0]) for word in words]
     try:
-        result = steer_latent(
-            lm,
-            learned,
-            match.latent,
-            list(prompts),
-            ids,
-            maximum=match.maximum,
-            density=density,
-            concept=" or ".join(words[:3]),
-            neutral=neutral_rows(tour, n=8),
-            seed=tour.seed,
-            command=about["command"],
-        )
+        with recording(about["command"]):
+            result = steer_latent(
+                lm,
+                learned,
+                match.latent,
+                list(prompts),
+                Concept(tuple(ids), " or ".join(words[:3])),
+                doses=Doses(match.maximum),
+                controls=SimilarLatents(density, seed=tour.seed),
+                neutral=neutral_rows(tour, n=8),
+            )
     except CutawayError as error:
         return page.Section(**about, status="not shown", note=f"not shown: {error}")
     return _clamping(about, match, words, result)
