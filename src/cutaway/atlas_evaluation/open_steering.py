@@ -19,8 +19,8 @@ import torch
 import cutaway.model.edits.edits as edit
 from cutaway.artifacts.errors import CutawayError
 from cutaway.atlas_evaluation.causal_checks import Rate, rate
-from cutaway.atlas_evaluation.refusal_checks import prices
 from cutaway.atlas_evaluation.scoring import as_dicts
+from cutaway.steering.side_effects import side_effects_of_each
 from cutaway.subjects.world.chats.chat import Message, render
 from cutaway.subjects.world.facts import LANDMARKS
 
@@ -245,7 +245,7 @@ def open_steering(
         for unit in _random_units(N_UNRELATED, lm.d_model, seed + 1)
     ]
     edits = [in_turn(some, len(neutral), dose) for some in (handles, at_random)]
-    price, random_price = prices(lm, neutral, edits)
+    price, random_price = _costs(lm, neutral, edits)
     return OpenSteering(
         setting=setting,
         dose=dose,
@@ -282,10 +282,15 @@ def collapse(
 ) -> Collapse:
     """Clamp each handle to `COLLAPSE_DOSE` times its value, prompts and texts in turn: what is left of the grammar?"""
     texts = spoken_replies(lm, prompts, handles, COLLAPSE_DOSE)
-    (price,) = prices(lm, neutral, [in_turn(handles, len(neutral), COLLAPSE_DOSE)])
+    (price,) = _costs(lm, neutral, [in_turn(handles, len(neutral), COLLAPSE_DOSE)])
     return Collapse(kind, len(handles), rate([grammatical(text) for text in texts]), price)
 
 
 def _random_units(n: int, d: int, seed: int) -> "Tensor":
     drawn = torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
     return torch.nn.functional.normalize(drawn, dim=-1)
+
+
+def _costs(lm: "LanguageModel", neutral: Sequence[str], edits: "Sequence[Sequence[Edit]]") -> list[float]:
+    """KL in nats per token; the rows that the edits name are those of one batch."""
+    return [one.kl_per_token for one in side_effects_of_each(lm, list(neutral), edits, batch_rows=None)]

@@ -130,9 +130,7 @@ class Directions(Result):
 
     def summary(self) -> str:
         """How many there are, and for each position the layer whose projection separates best."""
-        lines = [
-            f"{len(self)} directions, n {sum(self.items[0].n)} prompts; the best of each position by AUROC"
-        ]
+        lines = [f"{len(self)} directions, n {sum(self.items[0].n)} prompts; the best of each position by AUROC"]
         for position in dict.fromkeys(item.position for item in self.items):
             lines.append(f"  {max((i for i in self.items if i.position == position), key=lambda i: i.auroc)}")
         return "\n".join(lines[:12])
