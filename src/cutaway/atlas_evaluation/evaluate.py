@@ -20,6 +20,7 @@ from cutaway.atlas_evaluation.landmark_checks import LandmarkChecks, landmark_ch
 from cutaway.atlas_evaluation.open_steering import OpenSteering, open_steering
 from cutaway.atlas_evaluation.refusal_checks import Chat, RefusalChecks, refusal_checks
 from cutaway.atlas_evaluation.scoring import Scores, repeat_losses, score, text_losses, world_losses
+from cutaway.data.corpus.python_library import standard_library
 from cutaway.observe.untrained import untrained
 from cutaway.subjects.atlas.text import world_text
 from cutaway.subjects.world import held_out as held
@@ -28,7 +29,6 @@ from cutaway.subjects.world.corpus import PARTS, WORLD_VERSION, documents
 from cutaway.subjects.world.facts import actions, read_toml
 from cutaway.subjects.world.items.items import Item, ItemSet, from_sentence, item_sets, take
 from cutaway.subjects.world.items.new_wording import outside_ioi_set, outside_relation_sets
-from cutaway.subjects.world.real_text import held_out_document, standard_library
 from cutaway.subjects.world.statements import tasks
 
 if TYPE_CHECKING:
@@ -256,7 +256,9 @@ def held_out_texts(n: int) -> dict[str, list[str]]:
     for part in PARTS:
         stream = documents(part, "evaluation", 10**9)
         out[f"world/{part}"] = [text for _, text in zip(range(n), stream, strict=False)]
-    out["standard library"] = [document.text for document in standard_library() if held_out_document(document.name)][:n]
+    out["standard library"] = [
+        document.text for document in standard_library() if held.held_out_document(document.name)
+    ][:n]
     return out
 
 

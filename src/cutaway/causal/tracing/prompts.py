@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.files import has_lone_surrogate
+from cutaway.data.tasks.registry import world_facts
 from cutaway.model.language_model import LanguageModel
 from cutaway.model.naming import answer_tokens, prompt_and
 from cutaway.model.tokens import Tokens
@@ -52,10 +53,7 @@ class FactPrompt:
 
 def landmark_facts() -> list[FactPrompt]:
     """In which city the landmarks of atlas's world are, which are those of ours."""
-    from cutaway.subjects.world.facts import LANDMARKS
-
-    prompt = "The {} is in the city of"
-    return [FactPrompt(prompt.format(one.name), one.name, f" {one.city}") for one in LANDMARKS]
+    return [FactPrompt(*fact) for fact in world_facts()]
 
 
 def subject_span(tokens: Tokens, row: int, subject: str, prompt: str) -> tuple[int, int]:

@@ -74,11 +74,11 @@ def tasks(
     from cutaway.causal.competence import try_task
     from cutaway.causal.competence_view import competence_page, competence_text
     from cutaway.data.tasks.files import refuse_other_pairs, write_pairs
-    from cutaway.subjects.world.items.pairs import ALL_TASKS, known_task
+    from cutaway.data.tasks.registry import all_tasks, known_task
 
     if write is not None:
         refuse_other_pairs(write)
-    chosen = ALL_TASKS if task is None else tuple(known_task(name) for name in task)
+    chosen = all_tasks() if task is None else tuple(known_task(name) for name in task)
     splits: dict[str, tuple[Split, ...]] = {
         "search": ("search",), "held-out": ("held_out",), "both": ("search", "held_out")
     }  # fmt: skip
