@@ -39,8 +39,7 @@ from cutaway.atlas_evaluation.scoring import Scores, as_dicts, repeat_losses, sc
 from cutaway.cli import subjects as command
 from cutaway.observe.untrained import untrained
 from cutaway.steering.directions import ablate_direction, clamp_to_negative, difference_of_means
-from cutaway.subjects.atlas import atlas_folder
-from cutaway.subjects.atlas.shipped import read_manifest
+from cutaway.subjects.atlas.shipped import atlas_folder, read_manifest
 from cutaway.subjects.world import held_out
 from cutaway.subjects.world.corpus import WORLD_VERSION
 from cutaway.subjects.world.items.items import Item, ItemSet, item_sets

@@ -5,8 +5,8 @@ its last token, minus that of the other landmarks. Sixteen landmarks, chosen by 
 training prompts; the others are judged on held-out ones. Too much of anything makes any model break down: `collapse`
 shows that on directions that have nothing to do with landmarks.
 
-`cutaway.subjects` knows no dictionaries, so latents come as handles too: the decoder row as the direction, the maximum
-activation as the value.
+Latents of dictionaries come as handles too (`HandleSets`): the decoder row as the direction, the maximum activation as
+the value.
 """
 
 import zlib
@@ -122,6 +122,25 @@ class OpenSteering:
     examples: list[Example] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class HandleSets:
+    """Handles by setting, in place of the landmarks' own.
+
+    Attributes:
+        candidates: One per landmark, named as it is; `landmark_handles` by default.
+        others: The control's, at least as many as landmarks are judged; random directions with the values of the
+            landmarks' handles by default.
+        unrelated: Handles for `collapse`, by kind, beside random directions.
+    """
+
+    candidates: Mapping[str, Sequence[Handle]] | None = None
+    others: Mapping[str, Sequence[Handle]] | None = None
+    unrelated: Mapping[str, Sequence[Handle]] | None = None
+
+
+_LANDMARKS_OWN = HandleSets()
+
+
 def chosen_and_judged(names: Sequence[str] | None = None) -> tuple[list[str], list[str]]:
     """Landmarks (all of the world, or those given) that choose and that are judged, by the CRC-32 of their names.
 
@@ -196,22 +215,17 @@ def open_steering(
     neutral: Sequence[str],
     named: Named,
     grammatical: Grammatical,
-    candidates: Mapping[str, Sequence[Handle]] | None = None,
-    others: Mapping[str, Sequence[Handle]] | None = None,
-    unrelated: Mapping[str, Sequence[Handle]] | None = None,
+    handles: HandleSets = _LANDMARKS_OWN,
     doses: Sequence[float] = DOSES,
     seed: int = 0,
 ) -> OpenSteering:
     """Choose setting and dose on `prompts`, measure on `held_out`, the price on the texts `neutral`.
 
     The choice goes by the share that names the landmark in a grammatical reply, then by the share that names it.
-
-    `candidates` are handles by setting, one a landmark, named as it is (`landmark_handles`); `others` are the control's
-    handles by setting, at least as many as landmarks are judged (default: random directions with the values of the
-    landmarks' handles); `unrelated` are handles for `collapse`, by kind, beside random directions. Prompt i gets
-    landmark i's handle, again from the first where there are more prompts.
+    Prompt i gets landmark i's handle, again from the first where there are more prompts.
     """
-    settings = landmark_handles(lm) if candidates is None else candidates
+    settings = landmark_handles(lm) if handles.candidates is None else handles.candidates
+    others = handles.others
     choosing, judged = chosen_and_judged([handle.name for handle in next(iter(settings.values()))])
 
     def of(setting: str, names: Sequence[str]) -> list[Handle]:
@@ -229,22 +243,22 @@ def open_steering(
         ((setting, dose) for setting in settings for dose in doses),
         key=lambda one: (*_shares(tried[one[0]][doses.index(one[1])]), -one[1]),
     )
-    handles = of(setting, judged)
+    own = of(setting, judged)
     at_random = (
-        list(others[setting][: len(handles)])
+        list(others[setting][: len(own)])
         if others is not None
         else [
             Handle(one.name, one.layer, unit, one.value, one.site)
-            for one, unit in zip(handles, _random_units(len(handles), lm.d_model, seed), strict=True)
+            for one, unit in zip(own, _random_units(len(own), lm.d_model, seed), strict=True)
         ]
     )
-    said = spoken_replies(lm, held_out, handles, dose)
-    largest = max(handles, key=lambda handle: abs(handle.value))
+    said = spoken_replies(lm, held_out, own, dose)
+    largest = max(own, key=lambda handle: abs(handle.value))
     far = [
         Handle("random", largest.layer, unit, largest.value, largest.site)
         for unit in _random_units(N_UNRELATED, lm.d_model, seed + 1)
     ]
-    edits = [in_turn(some, len(neutral), dose) for some in (handles, at_random)]
+    edits = [in_turn(some, len(neutral), dose) for some in (own, at_random)]
     price, random_price = _costs(lm, neutral, edits)
     return OpenSteering(
         setting=setting,
@@ -260,7 +274,7 @@ def open_steering(
         control=OpenSteering.control if others is None else "handles of no landmark, own values",
         collapse=[
             collapse(lm, kind, some, held_out, neutral, grammatical)
-            for kind, some in {"random directions": far, **(unrelated or {})}.items()
+            for kind, some in {"random directions": far, **(handles.unrelated or {})}.items()
         ],
         examples=[
             Example(judged[i % len(judged)], held_out[i][-1].content, text) for i, text in enumerate(said[:N_UNRELATED])

@@ -13,7 +13,7 @@ app = App(name="subjects", help="Make, judge and read the models whose world we 
 _N_QUICK = 24
 
 
-@app.command
+@app.command(show=False)  # for maintainers: CONTRIBUTING.md
 def train(
     subject: Literal["atlas"],
     /,
