@@ -77,7 +77,7 @@ def work(method: str, l0: int, seed: int, samples: int, rate: float | None) -> d
         start = time.perf_counter()
         scores = linear_ceiling(generator, steps=max(1, min(samples // BATCH, 4000)), batch=BATCH).to_json()
         return {"scores": scores, "seconds": time.perf_counter() - start, "samples_hash": fingerprint(generator)}
-    from cutaway.subjects.superposition.scores import random_code
+    from cutaway.subjects.superposition.scores import random_code, score_dictionary
 
     if method == "random directions":
         directions, code = random_code(WIDTH, l0, generator, seed + 1)

@@ -16,6 +16,7 @@ from cutaway.subjects.superposition.scores import (
     cosines,
     nearest,
     random_code,
+    score_dictionary,
     score_rows,
     uniqueness,
 )
