@@ -152,7 +152,7 @@ def test_setting_and_dose_are_chosen_on_some_landmarks_and_judged_on_others(lm, 
         ("random directions", 10, 0.0)
     ]
     assert found.examples[1].reply == f"We saw the {judged[1]}."
-    assert found.price > 0
+    assert found.kl > 0
 
 
 def test_handles_of_a_dictionary_take_the_place_of_directions(lm, made_up):

