@@ -19,6 +19,7 @@ import torch
 import cutaway.model.edits.edits as edit
 from cutaway.artifacts.errors import CutawayError
 from cutaway.atlas_evaluation.causal_checks import Rate, rate
+from cutaway.atlas_evaluation.landmark_checks import landmark_directions
 from cutaway.atlas_evaluation.scoring import as_dicts
 from cutaway.steering.side_effects import side_effects_of_each
 from cutaway.subjects.world.chats.chat import Message, render
@@ -156,25 +157,13 @@ def chosen_and_judged(names: Sequence[str] | None = None) -> tuple[list[str], li
 def landmark_handles(lm: "LanguageModel", sites: Sequence[str] = SITES) -> dict[str, list[Handle]]:
     """A handle of every landmark at each site and layer, by setting ("resid_post L3")."""
     names = [landmark.name for landmark in LANDMARKS]
-    rows = torch.arange(len(names))
-    out = {}
-    totals = {site: torch.zeros(lm.n_layers, len(names), lm.d_model) for site in sites}
-    for wording in WORDINGS:
-        run = lm.run(
-            [wording.format(x=name) for name in names], capture=[f"blocks.*.{site}" for site in sites], logits=None
-        )
-        for site in sites:
-            totals[site] += run.stack(f"blocks.*.{site}").float().cpu()[:, rows, run.tokens.last.cpu()]
-    for site, total in totals.items():
-        means = total / len(WORDINGS)
-        rest = (means.sum(1, keepdim=True) - means) / (len(names) - 1)
-        units = torch.nn.functional.normalize(means - rest, dim=-1)
-        values = (means * units).sum(-1)
-        for layer in range(lm.n_layers):
-            out[f"{site} L{layer}"] = [
-                Handle(name, layer, units[layer, i], float(values[layer, i]), site) for i, name in enumerate(names)
-            ]
-    return out
+    return {
+        f"{site} L{layer}": [
+            Handle(name, layer, units[layer, i], float(values[layer, i]), site) for i, name in enumerate(names)
+        ]
+        for site, (units, values) in landmark_directions(lm, WORDINGS, sites).items()
+        for layer in range(lm.n_layers)
+    }
 
 
 def in_turn(handles: Sequence[Handle], n: int, dose: float) -> "list[Edit]":
