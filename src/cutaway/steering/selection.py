@@ -178,18 +178,19 @@ class Selection(Result):
 
     def drawing(self) -> Markup:
         """A heat map of the log-odds under each candidate, direction by method."""
-        from cutaway.draw.heatmap import heatmap_svg
+        from cutaway.draw.heatmap import heatmap_scale, heatmap_svg
 
         methods = list(dict.fromkeys(one.method for one in self.candidates))
         places: dict[tuple[int, Position], dict[str, float]] = {}
         for one in self.candidates:
             places.setdefault((one.direction.layer, one.direction.position), {})[one.method] = one.score
+        values = [[scores.get(method) for method in methods] for scores in places.values()]
         return heatmap_svg(
             rows=[f"layer {layer}, {describe(position)}" for layer, position in places],
             columns=methods,
-            values=[[scores.get(method) for method in methods] for scores in places.values()],
+            values=values,
             title="Log-odds of a marked first token",
-            diverging=True,
+            scale=heatmap_scale(values, True),
         )
 
     def __str__(self) -> str:
