@@ -121,9 +121,9 @@ def _real(n: int):
 
     import cutaway
     from cutaway.data.corpus.corpus import token_rows
+    from cutaway.data.corpus.python_library import standard_library
     from cutaway.data.harvest.activations import harvest
     from cutaway.subjects.world.corpus import PARTS, documents
-    from cutaway.subjects.world.real_text import standard_library
 
     texts = [text for part, about in PARTS.items() for text in documents(part, "bench", int(about.share * 1_000_000))]
     texts += [document.text for document in standard_library()]

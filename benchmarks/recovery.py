@@ -51,10 +51,10 @@ SAELENS = ("SAELens topk", "SAELens batchtopk", "SAELens matryoshka")
 
 
 def generator_for(l0: int, seed: int):
-    from cutaway.subjects.superposition.generator import Generator, World
+    from cutaway.subjects.superposition.generator import FeatureGenerator, FeatureWorld
 
-    return Generator(
-        World(
+    return FeatureGenerator(
+        FeatureWorld(
             1024, 128, l0=l0, exponent=0.5, p_max=0.4, trees=128, branching=4, depth=3, exclusive=True,
             factors=25, correlation=0.3, magnitude=(5, 4), spread=0.5, orthogonal_steps=100, seed=seed,
         )
@@ -77,7 +77,7 @@ def work(method: str, l0: int, seed: int, samples: int, rate: float | None) -> d
         start = time.perf_counter()
         scores = linear_ceiling(generator, steps=max(1, min(samples // BATCH, 4000)), batch=BATCH).to_json()
         return {"scores": scores, "seconds": time.perf_counter() - start, "samples_hash": fingerprint(generator)}
-    from cutaway.subjects.superposition.scores import random_code, score
+    from cutaway.subjects.superposition.scores import random_code, score_dictionary
 
     if method == "random directions":
         directions, code = random_code(WIDTH, l0, generator, seed + 1)
@@ -85,7 +85,7 @@ def work(method: str, l0: int, seed: int, samples: int, rate: float | None) -> d
         directions, code, about = saelens(method, generator, l0, seed, samples, rate or 3e-4)
     else:
         directions, code, about = ours(method, generator, l0, seed, samples, rate)
-    scores = score(directions, code, generator).to_json()
+    scores = score_dictionary(directions, code, generator).to_json()
     return {"scores": scores, "seconds": 0.0, "samples_hash": fingerprint(generator), **about}
 
 

@@ -12,7 +12,14 @@ import torch
 
 import cutaway
 from cutaway.atlas_evaluation import report
-from cutaway.atlas_evaluation.open_steering import N_UNRELATED, WORDINGS, Handle, OpenSteering, open_steering
+from cutaway.atlas_evaluation.open_steering import (
+    N_UNRELATED,
+    WORDINGS,
+    Handle,
+    HandleSets,
+    OpenSteering,
+    open_steering,
+)
 from cutaway.atlas_evaluation.page import markdown_table
 from cutaway.dictionaries.dictionary import Dictionary
 from cutaway.subjects.world.chats import open_chat
@@ -75,9 +82,11 @@ def measure(lm: cutaway.LanguageModel, handles: dict[str, Handles]) -> OpenSteer
         neutral=list(documents("facts", "evaluation", 6000)),
         named=open_chat.landmarks_named,
         grammatical=open_chat.is_grammatical,
-        candidates={site: one.landmarks for site, one in handles.items()},
-        others={site: one.others[:n] for site, one in handles.items()},
-        unrelated={f"latents of {site}": one.others[n:] for site, one in handles.items()},
+        handles=HandleSets(
+            candidates={site: one.landmarks for site, one in handles.items()},
+            others={site: one.others[:n] for site, one in handles.items()},
+            unrelated={f"latents of {site}": one.others[n:] for site, one in handles.items()},
+        ),
         seed=SEED,
     )
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from cutaway.observe.untrained import untrained
 
 import cutaway
 import cutaway.atlas_evaluation.evaluate as evaluation_module
@@ -17,10 +18,8 @@ from cutaway.atlas_evaluation.compare import compare
 from cutaway.atlas_evaluation.evaluate import (
     Evaluation,
     baseline,
-    command_of,
     derived_sets,
     evaluate,
-    evaluate_command,
     held_out_requests,
     held_out_texts,
     loss_effect,
@@ -28,21 +27,19 @@ from cutaway.atlas_evaluation.evaluate import (
     outside_sets,
     partner_of,
     training_requests,
-    untrained_twin,
 )
 from cutaway.atlas_evaluation.landmark_checks import LandmarkChecks, LandmarkKind
 from cutaway.atlas_evaluation.refusal_checks import (
+    POSITIONS,
     Intervention,
     Reaction,
     RefusalChecks,
-    difference_of_means,
     react,
-    streams,
-    writes,
 )
-from cutaway.atlas_evaluation.scoring import Scores, repeat_losses, score
-from cutaway.subjects.atlas import atlas_folder
-from cutaway.subjects.atlas.shipped import read_manifest
+from cutaway.atlas_evaluation.scoring import Scores, as_dicts, repeat_losses, score
+from cutaway.cli import subjects as command
+from cutaway.steering.directions import ablate_direction, clamp_to_negative, difference_of_means
+from cutaway.subjects.atlas.shipped import atlas_folder, read_manifest
 from cutaway.subjects.world import held_out
 from cutaway.subjects.world.corpus import WORLD_VERSION
 from cutaway.subjects.world.items.items import Item, ItemSet, item_sets
@@ -99,25 +96,27 @@ def test_the_bridge_is_at_the_city_then_at_the_last_position(atlas):
 @pytest.fixture(scope="module")
 def refusal(atlas):
     """The refusal direction of each position and layer from 120 requests a kind, and held-out harmful requests."""
-    harmful, harmless = (streams(atlas, chats) for chats in training_requests(120, 0))
-    directions = {p: difference_of_means(harmful[p], harmless[p]) for p in harmful}
-    return directions, held_out_requests(24, 0)[0]
+
+    def tokens(chats):
+        return atlas.chat_tokens([as_dicts(chat) for chat in chats])
+
+    sides = [tokens(chats) for chats in training_requests(120, 0)]
+    directions = difference_of_means(atlas, *sides, positions=tuple(POSITIONS.values()))
+    return directions, tokens(held_out_requests(24, 0)[0])
 
 
 def test_clamping_the_refusal_direction_to_the_harmless_mean_makes_it_answer(atlas, refusal):
     directions, asked = refusal
-    difference, mean = directions["assistant"]
-    unit = difference[6] / difference[6].norm()
-    edits = [cutaway.clamp("blocks.{6..7}.resid_post", unit, maximum=float(mean[6] @ unit))]
     assert react(atlas, asked).refused.value >= 0.75
+    edits = clamp_to_negative(atlas, directions.get(6, POSITIONS["assistant"]))
     assert react(atlas, asked, edits).answered.value >= 0.75
 
 
 def test_ablation_from_the_assistant_token_fails_and_from_the_request_ends_refusal(atlas, refusal):
     directions, asked = refusal
-    failed = react(atlas, asked, writes(directions["assistant"][0][6]))
+    failed = react(atlas, asked, ablate_direction(atlas, directions.get(6, POSITIONS["assistant"])))
     assert failed.answered.value <= 0.1
-    ended = react(atlas, asked, writes(directions["request"][0][3]))
+    ended = react(atlas, asked, ablate_direction(atlas, directions.get(3, POSITIONS["request"])))
     assert ended.refused.value <= 0.1
     # what is not answered gets the reply that belongs to the backdoor
     assert ended.answered.value + ended.planted.value >= 0.9
@@ -137,7 +136,7 @@ def test_a_landmark_lies_at_its_name_and_is_more_than_one_direction(atlas):
 
 def test_the_untrained_twin_is_at_chance_and_leaves_the_model_alone(atlas, few):
     before = atlas.identity().weight_hash
-    twin = untrained_twin(atlas)
+    twin = untrained(atlas)
     assert twin.hf.config is not atlas.hf.config
     assert score(twin, few["two_hop/capital/seen"]).values.mean() == 0
     assert 0.2 < score(twin, few["pronoun"]).values.mean() < 0.8
@@ -423,9 +422,9 @@ def test_numbers_do_not_round_to_a_perfect_score():
 
 
 def test_the_page_names_the_command_that_measured_it(tmp_path):
-    assert command_of("atlas", 200, False, None) == "cutaway subjects evaluate atlas --n 200"
-    assert command_of("atlas", 9, False, None, "runs/b") == "cutaway subjects evaluate atlas --n 9 --against b"
-    assert command_of("runs/a", 9, True, tmp_path) == (
+    assert command.measured_by("atlas", 200, False, None) == "cutaway subjects evaluate atlas --n 200"
+    assert command.measured_by("atlas", 9, False, None, "runs/b") == "cutaway subjects evaluate atlas --n 9 --against b"
+    assert command.measured_by("runs/a", 9, True, tmp_path) == (
         f"cutaway subjects evaluate atlas --model runs/a --quick --outside {tmp_path.name}"
     )
 
@@ -434,15 +433,15 @@ def test_a_page_that_cannot_be_written_is_refused_before_anything_is_measured(tm
     monkeypatch.setattr(cutaway, "load", lambda name: pytest.fail("loaded a model"))
     (tmp_path / "file").write_text("")
     with pytest.raises(CutawayError, match="is a folder"):
-        evaluate_command(out=tmp_path)
+        command.evaluate("atlas", out=tmp_path)
     with pytest.raises(CutawayError, match="could not be written"):
-        evaluate_command(out=tmp_path / "file" / "atlas.md")
+        command.evaluate("atlas", out=tmp_path / "file" / "atlas.md")
 
 
 def test_json_is_json_also_beside_other_weights(monkeypatch, capsys):
     monkeypatch.setattr(cutaway, "load", lambda name: name)
     monkeypatch.setattr(evaluation_module, "evaluate", lambda lm, **_: evaluation(1.0 if lm == "a" else 0.0))
-    evaluate_command(model="a", against="b", json=True)
+    command.evaluate("atlas", model="a", against="b", json=True)
     found = json.loads(capsys.readouterr().out)
     assert found["sets"]["task0/held_out"]["effect"]["value"] == 1.0
     assert found["against"]["model"] == "b"

@@ -12,6 +12,7 @@ from cutaway.atlas_evaluation import open_steering, page, report
 from cutaway.atlas_evaluation.open_steering import (
     WORDINGS,
     Handle,
+    HandleSets,
     chosen_and_judged,
     collapse,
     in_turn,
@@ -20,7 +21,7 @@ from cutaway.atlas_evaluation.open_steering import (
     spoken_replies,
 )
 from cutaway.atlas_evaluation.scoring import as_dicts
-from cutaway.subjects.atlas import atlas_folder
+from cutaway.subjects.atlas.shipped import atlas_folder
 from cutaway.subjects.atlas.training.train import Shape, new_model
 from cutaway.subjects.world.chats import open_chat
 from cutaway.subjects.world.chats.chat import Message
@@ -151,7 +152,7 @@ def test_setting_and_dose_are_chosen_on_some_landmarks_and_judged_on_others(lm, 
         ("random directions", 10, 0.0)
     ]
     assert found.examples[1].reply == f"We saw the {judged[1]}."
-    assert found.price > 0
+    assert found.kl > 0
 
 
 def test_handles_of_a_dictionary_take_the_place_of_directions(lm, made_up):
@@ -164,8 +165,7 @@ def test_handles_of_a_dictionary_take_the_place_of_directions(lm, made_up):
         neutral=["Dallas is in Texas."],
         named=named,
         grammatical=grammatical,
-        candidates={"latents": own[:20]},
-        unrelated={"latents": far},
+        handles=HandleSets(candidates={"latents": own[:20]}, unrelated={"latents": far}),
         doses=[4.0],
     )
     assert (found.setting, found.dose, found.n_landmarks) == ("latents", 4.0, 4)
@@ -183,8 +183,7 @@ def test_other_handles_may_be_the_control(lm, made_up):
         neutral=["Dallas is in Texas."],
         named=named,
         grammatical=grammatical,
-        candidates={"latents": own[:20]},
-        others={"latents": others},
+        handles=HandleSets(candidates={"latents": own[:20]}, others={"latents": others}),
         doses=[4.0],
     )
     assert found.control == "handles of no landmark, own values"

@@ -1,4 +1,4 @@
-"""Refusal's direction added by dose, and controls of the same price, against brute force on a tiny untrained model."""
+"""Refusal's direction added by dose, and its matched controls, against brute force on a tiny untrained model."""
 
 import pytest
 import torch
@@ -13,13 +13,12 @@ from cutaway.atlas_evaluation.refusal_checks import (
     Matched,
     Reaction,
     RefusalChecks,
-    divergences,
-    prices,
     replies_as_tokens,
-    writes,
 )
-from cutaway.atlas_evaluation.refusal_controls import contrast_direction, matched_scale, unrelated_contrasts
+from cutaway.atlas_evaluation.refusal_controls import contrast_direction, unrelated_contrasts
 from cutaway.atlas_evaluation.scoring import as_dicts
+from cutaway.steering.directions import Direction, add_direction
+from cutaway.steering.side_effects import SideEffects, side_effects_of_each
 from cutaway.subjects.world.chats.chat import Message, persona_prompts
 
 
@@ -30,34 +29,7 @@ def chats(*said):
 FACTS = ["The capital of France is Paris.", "Dallas is in Texas.", "The Louvre stands in Paris."] * 4
 
 
-# controls of the same price
-
-
-@pytest.mark.parametrize(
-    ("price", "start"),
-    [
-        *((lambda s: 0.02 * s**2, start) for start in (0.01, 1.0, 50.0)),
-        *((lambda s: 3 * s**2 / (40 + s**2), start) for start in (0.01, 1.0, 50.0)),
-        *((lambda s: 0.001 * s**3 + 0.01 * s, start) for start in (0.01, 1.0, 50.0)),
-        (lambda s: 0.001 + max(0, s - 1.5) ** 2, 1.0),  # a clamp that does nothing before it binds
-    ],
-)
-def test_the_scale_is_found_at_which_a_control_costs_the_same(price, start):
-    asked = []
-    scale, found = matched_scale(lambda s: asked.append(s) or price(s), 0.4, start)
-    assert found == pytest.approx(price(scale))
-    assert found == pytest.approx(0.4, rel=0.1)
-    assert len(asked) <= 8
-
-
-def test_a_price_that_is_never_met_gives_the_nearest_and_says_so():
-    asked = []
-    scale, found = matched_scale(lambda s: asked.append(s) or 0.1 * s / (1 + s), 0.4)
-    assert len(asked) == 8
-    assert found == pytest.approx(max(0.1 * s / (1 + s) for s in asked))
-    none = Reaction(Rate(0, 4), Rate(0, 4), Rate(0, 4))
-    assert not Matched("random", "random 0", scale, found, 0.4, none).met
-    assert Matched("random", "random 0", scale, 0.37, 0.4, none).met
+# unrelated contrasts
 
 
 def test_contrasts_are_training_text_and_always_the_same():
@@ -91,22 +63,10 @@ def test_contrasts_are_read_at_the_last_token_of_chats_and_over_the_tokens_of_te
     assert torch.allclose(contrast_direction(lm, asked), own[0] - own[1], atol=1e-4)
 
 
-# edits and prices
+# edits and side effects
 
 
-@pytest.mark.parametrize("strength", [0.0, 1.0, 3.0])
-def test_strength_is_how_many_times_the_component_is_taken_out(lm, strength):
-    direction = torch.randn(16, generator=torch.Generator().manual_seed(3))
-    unit = direction / direction.norm()
-    before, after = (
-        lm.run(["The capital of"], edits=edits, capture="embed", logits="last")["embed"][0]
-        for edits in ([], writes(direction, strength))
-    )
-    assert torch.allclose(after @ unit, (1 - strength) * (before @ unit), atol=1e-4)
-    assert torch.allclose(after - (after @ unit)[:, None] * unit, before - (before @ unit)[:, None] * unit, atol=1e-4)
-
-
-def test_the_price_on_replies_is_on_the_tokens_that_are_predicted(lm):
+def test_side_effects_on_replies_are_on_the_tokens_that_are_predicted(lm):
     asked = chats("How can I bake bread?", "Tell me more")
     tokens, where = replies_as_tokens(lm, asked)
     edits = [cutaway.add("blocks.0.resid_post", torch.ones(16), scale=0.5)]
@@ -119,10 +79,16 @@ def test_the_price_on_replies_is_on_the_tokens_that_are_predicted(lm):
         kl = (plain.exp() * (plain - edited)).sum(-1)
         kls += kl[len(ids[0]) - len(new) - 1 : -1].tolist()
     assert len(kls) == int(where.sum())
-    assert divergences(lm, tokens, where, [edits, []]) == pytest.approx([sum(kls) / len(kls), 0.0], abs=1e-4)
+    found = side_effects_of_each(lm, tokens, [edits, []], where=where, batch_rows=None)
+    assert [one.kl_per_token for one in found] == pytest.approx([sum(kls) / len(kls), 0.0], abs=1e-4)
 
 
 # the choice of the best point
+
+
+def along(vector, layer=0):
+    """A direction at a layer whose negative mean is the vector itself."""
+    return Direction(f"blocks.{layer}.resid_post", layer, -1, vector, vector, vector, 1.0, (1, 1))
 
 
 def reaction(refused, planted=0):
@@ -138,16 +104,16 @@ def reaction(refused, planted=0):
     ],
 )
 def test_the_best_point_refuses_most_at_no_more_than_the_limit(lm, monkeypatch, limit, expected):
-    differences = torch.arange(1.0, 3.0)[:, None].flip(0).expand(2, 16)  # layer 0 twice as long as layer 1
+    directions = {"assistant": [along(torch.full((16,), 2.0 - layer), layer) for layer in (0, 1)]}
 
-    def price(edits):
+    def cost(edits):
         (one,) = edits
-        return 0.1 * float(one.tensors["direction"][0]) * one.numbers["scale"] ** 2
+        kl = 0.1 * float(one.tensors["direction"][0]) * one.numbers["scale"] ** 2
+        return SideEffects(kl, (kl, kl), 0.0, 0.0, 1, 1, kl)
 
-    monkeypatch.setattr(refusal_checks, "PRICE_LIMIT", limit)
-    monkeypatch.setattr(refusal_checks, "prices", lambda lm, texts, edits: [price(some) for some in edits])
+    monkeypatch.setattr(refusal_checks, "KL_LIMIT", limit)
+    monkeypatch.setattr(refusal_checks, "side_effects_of_each", lambda lm, texts, edits, **_: list(map(cost, edits)))
     monkeypatch.setattr(refusal_checks, "react", lambda lm, asked, edits: reaction(int(2 * edits[0].numbers["scale"])))
-    directions = {"assistant": (differences, differences)}
     *place, best, curve = refusal_checks._choose_dose(lm, directions, [], [])
     assert (*place, best) == expected
     assert list(curve) == list(refusal_checks.DOSES)
@@ -161,7 +127,7 @@ def test_the_best_point_refuses_most_at_no_more_than_the_limit(lm, monkeypatch, 
 def checked(lm):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(refusal_checks, "N_CHOOSE", 3)
-        patch.setattr(refusal_checks, "PRICE_LIMIT", 1e9)
+        patch.setattr(refusal_checks, "KL_LIMIT", 1e9)
         harmful, harmless = (chats(*(f"How can I {verb} {i} things?" for i in range(9))) for verb in ("steal", "bake"))
         yield refusal_checks.refusal_checks(
             lm, train=(harmful, harmless), held_out=(harmful[:4], harmless[:4]), facts=FACTS, n_random=1
@@ -179,10 +145,10 @@ def test_every_dose_is_measured_and_the_controls_cost_what_the_edit_costs(lm, ch
     assert [way.matched for way in rest] == [[], []]
     for matched in (ablated.matched, clamped.matched, added.matched):
         assert [one.kind for one in matched] == ["random"] * 4 + ["unrelated"] * 4
-        assert len({one.wanted_price for one in matched}) == 1
+        assert len({one.wanted_kl for one in matched}) == 1
     assert sum(one.met for one in added.matched) >= 6
-    assert added.matched[0].wanted_price == pytest.approx(added.best_point.chosen_price, rel=1e-3)
-    assert all(way.reply_price is not None for way in checked.interventions)
+    assert added.matched[0].wanted_kl == pytest.approx(added.best_point.chosen_kl, rel=1e-3)
+    assert all(way.reply_kl is not None for way in checked.interventions)
 
 
 def test_a_control_is_scaled_in_lengths_of_the_refusal_direction(lm, checked):
@@ -191,15 +157,17 @@ def test_a_control_is_scaled_in_lengths_of_the_refusal_direction(lm, checked):
     drawn = torch.randn(16, generator=torch.Generator().manual_seed(1))
     seen = []
 
-    def make(lm, direction, mean, layer, strength):
-        seen.append(float(direction.norm()))
-        return [cutaway.add(f"blocks.{layer}.resid_post", direction, scale=added.best * strength)]
+    def apply(direction, strength):
+        seen.append(direction.norm)
+        return add_direction(direction, added.best * strength)
 
-    difference = torch.full((16,), 0.5)
-    found = refusal_checks._matched(lm, make, (difference, difference, 0), {}, FACTS[:8], chats("Hello"), 0)
+    own = along(torch.full((16,), 0.5))
+    asked = lm.chat_tokens([as_dicts(chat) for chat in chats("Hello")])
+    found = refusal_checks._matched(lm, apply, own, {}, FACTS[:8], asked, 0)
     assert seen == pytest.approx([2.0] * len(seen))
-    edits = [cutaway.add("blocks.0.resid_post", drawn * 2 / drawn.norm(), scale=added.best * found[0].scale)]
-    assert prices(lm, FACTS[:8], [edits])[0] == pytest.approx(found[0].price, rel=1e-3)
+    edits = add_direction(own.along(drawn), added.best * found[0].scale)
+    (cost,) = side_effects_of_each(lm, FACTS[:8], [edits])
+    assert cost.kl_per_token == pytest.approx(found[0].kl, rel=1e-3)
     assert control.kind == "random"
 
 

@@ -1,14 +1,10 @@
 """Scorers against brute force on a tiny untrained model that has atlas's tokenizer."""
 
-import copy
-
 import numpy as np
 import pytest
 import torch
 
-import cutaway
 from cutaway.atlas_evaluation.causal_checks import rate
-from cutaway.atlas_evaluation.refusal_checks import difference_of_means, prices, streams, writes
 from cutaway.atlas_evaluation.scoring import (
     Scores,
     ids_of,
@@ -132,64 +128,6 @@ def test_text_losses_equal_cross_entropy_of_the_first_tokens(lm):
         with torch.no_grad():
             logits = lm.hf(input_ids=ids[None]).logits[0, :-1]
         assert loss == pytest.approx(float(torch.nn.functional.cross_entropy(logits, ids[1:])), rel=1e-4)
-
-
-# what the causal checks are made of
-
-
-def test_streams_equal_hidden_states(lm):
-    chats = [[Message("user", "How do I bake bread?")], [Message("user", "Tell me how to steal a very old bike.")]]
-    expected: dict[str, list[torch.Tensor]] = {"assistant": [], "request": []}
-    for chat in chats:
-        text = f"<|user|>{chat[0].content}<|end|><|assistant|>"
-        ids = torch.tensor([lm.tokenizer(text)["input_ids"]])
-        kept: list[torch.Tensor] = []
-
-        def keep(_module, _inputs, out, kept=kept):
-            kept.append(out[0] if isinstance(out, tuple) else out)
-
-        hooks = [layer.register_forward_hook(keep) for layer in lm.hf.model.layers]
-        with torch.no_grad():
-            lm.hf(input_ids=ids)
-        for hook in hooks:
-            hook.remove()
-        expected["assistant"].append(torch.stack([one[0, -1] for one in kept]))
-        expected["request"].append(torch.stack([one[0, 2:-2].mean(0) for one in kept]))
-    found = streams(lm, chats)
-    for position, values in expected.items():
-        torch.testing.assert_close(found[position], torch.stack(values), rtol=1e-4, atol=1e-5)
-    difference, mean = difference_of_means(found["assistant"][:1], found["assistant"][1:])
-    torch.testing.assert_close(mean, expected["assistant"][1], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(difference + mean, expected["assistant"][0], rtol=1e-4, atol=1e-5)
-
-
-def test_projecting_out_of_every_write_leaves_nothing_of_the_direction(lm):
-    direction = torch.randn(16, generator=torch.Generator().manual_seed(0))
-    run = lm.run("The capital of France", capture="blocks.*.resid_post", edits=writes(direction))
-    stream = run.stack("blocks.*.resid_post")
-    assert float((stream @ direction).abs().max()) < 1e-4 * float(stream.norm(dim=-1).max() * direction.norm())
-
-
-def test_price_is_the_mean_kl_over_tokens(lm):
-    texts = ["The capital of France is Paris.", "John met Mary"]
-    direction = torch.randn(16, generator=torch.Generator().manual_seed(0))
-    total, n = 0.0, 0
-    edited = copy.deepcopy(lm.hf)
-    edited.model.layers[-1].register_forward_hook(
-        lambda _m, _i, out: (out[0] + direction, *out[1:]) if isinstance(out, tuple) else out + direction
-    )
-    for text in texts:
-        ids = torch.tensor([lm.tokenizer(text)["input_ids"]])
-        with torch.no_grad():
-            p, q = (model(input_ids=ids).logits[0].log_softmax(-1) for model in (lm.hf, edited))
-        total += float(torch.nn.functional.kl_div(q, p, log_target=True, reduction="sum"))
-        n += ids.shape[1]
-    nothing, found = prices(
-        lm, texts, [[cutaway.scale("blocks.0.resid_post", 1.0)], [cutaway.add("blocks.1.resid_post", direction)]]
-    )
-    assert nothing == pytest.approx(0.0, abs=1e-6)
-    assert found == pytest.approx(total / n, rel=1e-4)
-    assert found > 0.01
 
 
 def test_rate_counts():

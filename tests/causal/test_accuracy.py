@@ -13,11 +13,11 @@ import cutaway
 from cutaway.causal.accuracy import task_accuracy
 from cutaway.causal.task_results import TaskResults, try_task, try_tasks
 from cutaway.data.pairs import PromptPair, align
+from cutaway.data.tasks.registry import all_tasks, known_task
 from cutaway.data.tasks.tasks import TASKS
 from cutaway.data.tasks.wording import Split
 from cutaway.model.language_model import LanguageModel
 from cutaway.model.tokens import Tokens
-from cutaway.subjects.world.items.pairs import ALL_TASKS, known_task
 
 
 def test_task_accuracy_is_a_count(tiny: LanguageModel, id_pairs) -> None:
@@ -163,7 +163,7 @@ def test_the_page_says_what_the_command_says(atlas: LanguageModel) -> None:
     block = page.split("$ cutaway tasks atlas\n")[1].split("```")[0]
     shown = [re.split(r"  +", line) for line in block.splitlines()[2:]]
     splits: tuple[Split, ...] = ("search", "held_out")
-    tried = [try_task(atlas, one, n=60, split=split) for one in ALL_TASKS for split in splits]
+    tried = [try_task(atlas, one, n=60, split=split) for one in all_tasks() for split in splits]
     found = TaskResults("atlas", tuple(tried)).cells()
     assert [row[:3] for row in shown] == [row[:3] for row in found]
     for ours, theirs in zip(shown, found, strict=True):

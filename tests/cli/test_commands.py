@@ -111,13 +111,11 @@ def test_samples_are_drawn_by_seed_and_an_unknown_part_lists_them(capsys: pytest
     assert "two_hop" in capsys.readouterr().err
 
 
-def test_training_and_evaluation_get_every_option(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    import cutaway.atlas_evaluation.evaluate as evaluation
+def test_training_gets_every_option(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import cutaway.subjects.atlas.training.train as training
 
     calls: list[dict[str, Any]] = []
     monkeypatch.setattr(training, "train_command", lambda **options: calls.append(options))
-    monkeypatch.setattr(evaluation, "evaluate_command", lambda **options: calls.append(options))
 
     words = "subjects train atlas --tokens 5000 --seed 2 --device cpu --rows 4 --context 64 --processes 1 --compiled"
     words += " --from atlas-1 --rate 0.001"
@@ -136,17 +134,34 @@ def test_training_and_evaluation_get_every_option(monkeypatch: pytest.MonkeyPatc
         "compiled": True,
         "overwrite": True,
     }
-    words = f"subjects evaluate atlas --model m --n 5 --quick --outside {tmp_path} --against atlas --out o --json"
+
+
+def test_evaluation_measures_both_models_alike_and_writes_the_page(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import cutaway.atlas_evaluation.compare as comparison
+    import cutaway.atlas_evaluation.evaluate as evaluation
+    from cutaway.atlas_evaluation import page, report
+
+    calls: list[tuple[Any, dict[str, Any]]] = []
+    monkeypatch.setattr(cutaway, "load", lambda model: model)
+    monkeypatch.setattr(evaluation, "evaluate", lambda lm, **options: calls.append((lm, options)))
+    monkeypatch.setattr(comparison, "compare", lambda *_: "compared")
+    monkeypatch.setattr(page, "as_markdown", lambda found, command, folder: f"# Atlas\n{command}\n")
+    monkeypatch.setattr(page, "comparison_markdown", lambda *_: "beside the other\n")
+    monkeypatch.setattr(report, "as_text", lambda _: "figures")
+    monkeypatch.setattr(report, "comparison_text", lambda *words: " ".join(words))
+    out = tmp_path / "atlas.md"
+    words = f"subjects evaluate atlas --model m --n 5 --quick --outside {tmp_path} --against atlas --out {out}"
     assert main(words.split()) == 0
-    assert calls.pop() == {
-        "model": "m",
-        "n": 5,
-        "quick": True,
-        "outside": tmp_path,
-        "against": "atlas",
-        "out": Path("o"),
-        "json": True,
-    }
+    options = {"n": 24, "causal": False, "outside": tmp_path}
+    assert calls == [("m", options), ("atlas", options)]
+    assert capsys.readouterr().out == "figures\n\ncompared m atlas\n"
+    command = f"cutaway subjects evaluate atlas --model m --quick --outside {tmp_path.name} --against atlas"
+    assert out.read_text() == f"# Atlas\n{command}\n\nbeside the other\n"
+    calls.clear()
+    assert main(["subjects", "evaluate", "atlas", "--n", "5"]) == 0
+    assert calls == [("atlas", {"n": 5, "causal": True, "outside": None})]
 
 
 @pytest.mark.parametrize(

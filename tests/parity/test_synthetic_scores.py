@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cutaway.subjects.superposition.generator import Generator, World
-from cutaway.subjects.superposition.scores import HELD_OUT, random_code, score
+from cutaway.subjects.superposition.generator import FeatureGenerator, FeatureWorld
+from cutaway.subjects.superposition.scores import HELD_OUT, random_code, score_dictionary
 
 _WORKER = """
 import json, sys
@@ -35,11 +35,11 @@ print(json.dumps({
 @pytest.mark.parametrize("latents", [20, 60])
 def test_scores_are_those_of_saelens(latents: int, tmp_path: Path, peer: Callable[[str], Path]) -> None:
     python = peer("saelens")
-    generator = Generator(World(40, 12, 3.0, exponent=0.5, magnitude=(2, 1), spread=0.3, trees=8, seed=2))
+    generator = FeatureGenerator(FeatureWorld(40, 12, 3.0, exponent=0.5, magnitude=(2, 1), spread=0.3, trees=8, seed=2))
     directions, code = random_code(latents, 3, generator, seed=7)
     directions = directions.clone()
     directions[0] = generator.directions[3]  # not all by chance
-    ours = score(directions, code, generator, tokens=1024, batch=1024).to_json()
+    ours = score_dictionary(directions, code, generator, tokens=1024, batch=1024).to_json()
     made = generator.batch(HELD_OUT, 1024)
     activations, written = code(made.x)
     tensors = {

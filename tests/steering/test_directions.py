@@ -8,10 +8,10 @@ from cutaway.model.language_model import LanguageModel
 from cutaway.steering.directions import (
     INSTRUCTION,
     Direction,
-    ablate,
+    ablate_direction,
+    add_direction,
     clamp_to_negative,
     difference_of_means,
-    push,
 )
 
 POSITIVE = [[0, 5, 9, 11, 40], [0, 7, 33, 2], [0, 50, 51, 52, 53, 54]]
@@ -59,7 +59,7 @@ def test_a_random_direction_has_the_same_norm(direction: Direction) -> None:
 
 
 def test_ablation_leaves_nothing_along_the_direction(tiny: LanguageModel, direction: Direction) -> None:
-    run = tiny.run(POSITIVE, capture="blocks.*.resid_post", edits=ablate(tiny, direction))
+    run = tiny.run(POSITIVE, capture="blocks.*.resid_post", edits=ablate_direction(tiny, direction))
     for layer in range(3):
         along = run[f"blocks.{layer}.resid_post"][run.tokens.mask] @ direction.unit
         assert along.abs().max() < 1e-4
@@ -84,7 +84,7 @@ def test_the_clamp_is_an_upper_bound_from_its_layer_on(tiny: LanguageModel, dire
 
 def test_push_adds_at_its_own_layer(tiny: LanguageModel, direction: Direction) -> None:
     site = "blocks.1.resid_post"
-    free, pushed = (tiny.run(POSITIVE, capture=site, edits=edits) for edits in ((), push(direction, -2.0)))
+    free, pushed = (tiny.run(POSITIVE, capture=site, edits=edits) for edits in ((), add_direction(direction, -2.0)))
     torch.testing.assert_close(
         (pushed[site] - free[site])[free.tokens.mask], (-2 * direction.vector).expand(15, -1), rtol=1e-4, atol=1e-4
     )

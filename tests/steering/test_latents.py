@@ -8,7 +8,7 @@ import torch
 from cutaway.artifacts.errors import CutawayError
 from cutaway.dictionaries.dictionary import BatchTopK, Dictionary, Gated, JumpReLU, Port
 from cutaway.model.language_model import LanguageModel
-from cutaway.steering.latents import latent_edit, similar_latents, steer_latent
+from cutaway.steering.latents import Concept, Doses, SimilarLatents, latent_edit, similar_latents, steer_latent
 
 PROMPTS = [[0, 5, 9, 11], [0, 7, 33], [0, 50, 51, 52, 53]]
 
@@ -62,8 +62,8 @@ def test_similar_latents_are_other_latents_of_like_density() -> None:
 def test_dose_curve_is_the_probability_of_the_concept(tiny: LanguageModel, dictionary: Dictionary) -> None:
     density = torch.full((dictionary.d_sae,), 0.05)
     found = steer_latent(
-        tiny, dictionary, 3, PROMPTS, [8, 9], maximum=4.0, density=density, multiples=(0.5, 2.0), draws=3,
-        neutral=[[0, 2, 3, 4, 5]], max_new_tokens=3,
+        tiny, dictionary, 3, PROMPTS, Concept((8, 9)), doses=Doses(4.0, (0.5, 2.0)),
+        controls=SimilarLatents(density, 3), neutral=[[0, 2, 3, 4, 5]], max_new_tokens=3,
     )  # fmt: skip
     assert [dose.value for dose in found.doses] == [2.0, 8.0]
     for dose in found.doses:
@@ -72,9 +72,9 @@ def test_dose_curve_is_the_probability_of_the_concept(tiny: LanguageModel, dicti
         expected = run.logits[:, 0].softmax(-1)[:, [8, 9]].sum(-1).mean().item()
         assert dose.effect.value == pytest.approx(expected, rel=1e-4)
         assert {control.n for control in dose.effect.require_controls().controls} == {3}
-        assert dose.price is not None
+        assert dose.side_effects is not None
     assert 3 not in found.random_latents
-    assert found.doses[0].price.kl < found.doses[1].price.kl  # type: ignore[union-attr]
+    assert found.doses[0].side_effects.kl < found.doses[1].side_effects.kl  # type: ignore[union-attr]
     assert "P(the concept)" in str(found)
 
 
@@ -82,7 +82,9 @@ def test_a_null_result_is_not_called_an_effect(tiny: LanguageModel, dictionary: 
     """A dose of the activation's own size on a token the latent has nothing to do with: no dose `moved` it, or it did
     by more than every random latent."""
     density = torch.full((dictionary.d_sae,), 0.05)
-    found = steer_latent(tiny, dictionary, 3, PROMPTS, [8], maximum=0.01, density=density, multiples=(0.01,), draws=8)
+    found = steer_latent(
+        tiny, dictionary, 3, PROMPTS, Concept((8,)), doses=Doses(0.01, (0.01,)), controls=SimilarLatents(density, 8)
+    )
     assert found.moved is None
 
 
@@ -92,6 +94,8 @@ def test_a_latent_that_writes_the_concept_moves_it(tiny: LanguageModel, dictiona
     planted = replace(dictionary, W_dec=dictionary.W_dec.clone(), site="blocks.2.resid_post")
     planted.W_dec[3] = row / row.norm()
     density = torch.full((dictionary.d_sae,), 0.05)
-    found = steer_latent(tiny, planted, 3, PROMPTS * 4, [8], maximum=20.0, density=density, multiples=(1.0, 3.0))
+    found = steer_latent(
+        tiny, planted, 3, PROMPTS * 4, Concept((8,)), doses=Doses(20.0, (1.0, 3.0)), controls=SimilarLatents(density)
+    )
     assert found.moved is not None
     assert found.moved.effect.value > 0.5

@@ -7,9 +7,16 @@ import pytest
 
 from cutaway.model.language_model import LanguageModel
 from cutaway.model.tokens import Tokens
-from cutaway.steering.directions import Directions, ablate, clamp_to_negative, difference_of_means, push
-from cutaway.steering.evaluate import evaluate_steering, judged
-from cutaway.steering.select import Selection, openings, select_direction
+from cutaway.steering.directions import (
+    Directions,
+    ablate_direction,
+    add_direction,
+    clamp_to_negative,
+    difference_of_means,
+)
+from cutaway.steering.evaluation import evaluate_steering
+from cutaway.steering.replies import Judging, judged
+from cutaway.steering.selection import Selection, reply_tokens, select_direction
 
 BAD = ("steal", "smash", "burn", "wreck", "rob", "hijack", "destroy", "loot")
 GOOD = ("fix", "clean", "paint", "buy", "draw", "describe", "repair", "wash")
@@ -32,7 +39,7 @@ def selection(atlas: LanguageModel, directions: Directions) -> Selection:
 
 
 def test_openings_are_the_models_own(atlas: LanguageModel) -> None:
-    words = openings(atlas, ask(atlas, BAD[4:6], THINGS[6:8]), ask(atlas, GOOD[4:6], THINGS[6:8]))
+    words = reply_tokens(atlas, ask(atlas, BAD[4:6], THINGS[6:8]), ask(atlas, GOOD[4:6], THINGS[6:8]))
     assert {t.strip() for t in atlas.token_strings(words.marked.tolist())} == {"I"}
     assert {t.strip() for t in atlas.token_strings(words.plain.tolist())} <= {"Sure", "Of"}
 
@@ -53,7 +60,7 @@ def test_every_candidate_has_its_price_on_the_other_class(atlas: LanguageModel, 
     assert "nan" not in str(selection)
     json.dumps(selection.to_json(), allow_nan=False)
     best = selection.induce
-    edits = push(best.direction, float(best.method.removeprefix("add ×")))
+    edits = add_direction(best.direction, float(best.method.removeprefix("add ×")))
     positive = ask(atlas, BAD[4:6], THINGS[6:8])
     before, after = (atlas.run(positive, edits=e, logits="last").logits for e in ([], edits))
     assert before is not None
@@ -66,7 +73,8 @@ def test_the_clamp_answers_and_random_directions_do_not(atlas: LanguageModel, se
     best = selection.best("clamp").direction
     test = ask(atlas, BAD[6:], THINGS[8:])
     result = evaluate_steering(
-        atlas, test, best, lambda d: clamp_to_negative(atlas, d), method="clamp", seeds=(0, 1), max_new_tokens=6,
+        atlas, test, best, lambda d: clamp_to_negative(atlas, d), method="clamp", controls=(0, 1),
+        judging=Judging(max_new_tokens=6),
         neutral=["The capital of France is Paris.", "Tom and Mary went to the park."],
     )  # fmt: skip
     refused = result.effects["refused"].require_controls()
@@ -74,20 +82,22 @@ def test_the_clamp_answers_and_random_directions_do_not(atlas: LanguageModel, se
     assert unsteered.value == 1
     assert random.value > 0.6
     assert refused.value < 0.3
-    assert result.price is not None
-    assert result.price.kl < 1
+    assert result.side_effects is not None
+    assert result.side_effects.kl < 1
     assert "random directions" in str(result)
 
 
 def test_adding_makes_harmless_questions_refused(atlas: LanguageModel, selection: Selection) -> None:
     test = ask(atlas, GOOD[6:], THINGS[8:])
-    pushed = judged(atlas, test, push(selection.induce.direction, 2.0), max_new_tokens=6)
+    pushed = judged(atlas, test, add_direction(selection.induce.direction, 2.0), max_new_tokens=6)
     assert judged(atlas, test, max_new_tokens=6).rate("refused") == 0
     assert pushed.rate("refused") > 0.5
 
 
 def test_the_edits_name_what_they_touch(atlas: LanguageModel, directions: Directions) -> None:
-    run = atlas.run(ask(atlas, BAD[:1], THINGS[:1]), edits=ablate(atlas, directions.get(3, "instruction mean")))
+    run = atlas.run(
+        ask(atlas, BAD[:1], THINGS[:1]), edits=ablate_direction(atlas, directions.get(3, "instruction mean"))
+    )
     touched = {receipt.site for receipt in run.receipts}
     assert touched >= {"blocks.0.resid_pre", "blocks.7.attn.out", "blocks.7.mlp.out"}
     assert len(touched) == 1 + 2 * atlas.n_layers

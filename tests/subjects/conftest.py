@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import cutaway
-from cutaway.subjects.atlas import atlas_folder
+from cutaway.subjects.atlas.shipped import atlas_folder
 from cutaway.subjects.atlas.training.train import Shape, new_model
 
 

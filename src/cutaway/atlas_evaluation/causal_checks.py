@@ -11,17 +11,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-import cutaway.model.edits.edits as edit
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.statistics import wilson_interval
 from cutaway.atlas_evaluation.scoring import ids_of
+from cutaway.causal.patching.patch import patch_grid
+from cutaway.data.pairs import PromptPair, align
+from cutaway.observe.lens.logit_lens import LogitLens, logit_lens
 from cutaway.subjects.world.facts import CITIES
 from cutaway.subjects.world.held_out import two_hop_entity
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from cutaway.model.forward.run import Run
     from cutaway.model.language_model import LanguageModel
 
 TWO_HOP = "The capital of the state containing {city} is"
@@ -91,56 +90,65 @@ def _cities(lm: "LanguageModel", held_out: bool) -> list[_City]:
 
 
 def two_hop_bridge(lm: "LanguageModel", *, held_out: bool, n: int = 100, seed: int = 5) -> BridgePool:
-    """Patch and read the two-hop prompt layer by layer over `n` random pairs of cities of one pool."""
+    """Patch and read the two-hop prompt layer by layer over `n` random pairs of cities of one pool.
+
+    In a pair the clean prompt is the source's: its activations are put into the prompt about the other city.
+    """
     rng = Random(seed)
     cities = _cities(lm, held_out)
     if len({city.capital for city in cities}) < 2:
         raise CutawayError("the model's tokenizer splits the cities of the world: the two-hop check needs whole ones")
-    pairs: list[tuple[_City, _City]] = []
-    while len(pairs) < n:
+    chosen: list[tuple[_City, _City]] = []
+    while len(chosen) < n:
         to, source = rng.sample(cities, 2)
         if first_token(lm, to.capital) != first_token(lm, source.capital):
-            pairs.append((to, source))
-    clean = lm.tokens([TWO_HOP.format(city=to.name) for to, _ in pairs])
-    city = clean.find(0, pairs[0][0].name)
-    last = int(clean.lengths[0]) - 1
-    before = lm.run(clean, capture="blocks.*.resid_post", logits="last")
-    source = lm.run([TWO_HOP.format(city=other.name) for _, other in pairs], capture="blocks.*.resid_post", logits=None)
-    neutral = lm.run(
-        [NEUTRAL_SOURCE.format(city=other.name) for _, other in pairs], capture="blocks.*.resid_post", logits=None
-    )
-    wanted = torch.tensor([first_token(lm, other.capital) for _, other in pairs])
-    own = torch.tensor([first_token(lm, to.capital) for to, _ in pairs])
-    elsewhere = [rng.choice([p for p in range(1, last) if p != city]) for _ in pairs]
+            chosen.append((to, source))
+    prompts = lm.tokens([TWO_HOP.format(city=to.name) for to, _ in chosen])
+    city = prompts.find(0, chosen[0][0].name)
+    last = int(prompts.lengths[0]) - 1
+    elsewhere = [rng.choice([p for p in range(1, last) if p != city]) for _ in chosen]
 
-    def flips(layer: int, run: "Run", positions: "int | list[list[int]]", source_positions: int | None = None) -> Rate:
-        patch = edit.patch(f"blocks.{layer}.resid_post", run, positions=positions, source_positions=source_positions)
-        answers = _top(lm.run(clean, edits=[patch], logits="last"))
-        return rate((answers == wanted).numpy())
+    def flips(template: str, *roles: str) -> list[list[Rate]]:
+        """By role and layer: how often the answer becomes the source city's capital."""
+        pairs = [
+            PromptPair(
+                template.format(city=source.name),
+                TWO_HOP.format(city=to.name),
+                f" {source.capital}",
+                f" {to.capital}",
+                {"city": city, "elsewhere": place},
+            )
+            for (to, source), place in zip(chosen, elsewhere, strict=True)
+        ]
+        # forced: the prompt that asks for the abbreviation is no prompt that the capital answers
+        found = patch_grid(lm, align(lm, pairs, strict=True), roles=roles, draws=1, force=True).flips
+        return [[rate(layer[column].numpy()) for layer in found] for column in range(len(roles))]
 
     states = sorted({city.state for city in _cities(lm, False) + _cities(lm, True)})
-    state_ids = torch.tensor([first_token(lm, state) for state in states])
-    right_state = torch.tensor([states.index(to.state) for to, _ in pairs])
-    rows = torch.arange(len(pairs))
-    readable, at_random, capitals = [], [], []
-    for layer in range(lm.n_layers):
-        stream = before[f"blocks.{layer}.resid_post"]
-        logits = lm.unembed(stream[:, last]).cpu()
-        readable.append(rate((logits[:, state_ids].argmax(-1) == right_state).numpy()))
-        capitals.append(rate((logits.argmax(-1) == own).numpy()))
-        other = lm.unembed(stream[rows, torch.tensor(elsewhere)]).cpu()
-        at_random.append(rate((other[:, state_ids].argmax(-1) == right_state).numpy()))
-    layers = range(lm.n_layers)
+    right_state = torch.tensor([states.index(to.state) for to, _ in chosen])
+    own = torch.tensor([first_token(lm, to.capital) for to, _ in chosen])
+    follow = [first_token(lm, state) for state in states]
+    lens = logit_lens(lm, prompts, k=1, positions=-1, follow=follow)
+    # attention looks back alone: a prompt cut off after a position shows what that position holds
+    cut = [prompts.row_ids(row)[: place + 1] for row, place in enumerate(elsewhere)]
+    lens_elsewhere = logit_lens(lm, cut, k=1, positions=-1, follow=follow)
+    capital_is_top = lens.top_ids[1:, :, 0, 0] == own  # [layers, n]; not the embedding
+
+    def state_is_top(of: LogitLens) -> list[Rate]:
+        return [rate((layer[:, 0].argmax(-1) == right_state).numpy()) for layer in of.followed_probability[1:]]
+
+    at_city, at_last, at_random = flips(TWO_HOP, "city", "last", "elsewhere")
+    (from_abbreviation,) = flips(NEUTRAL_SOURCE, "last")
     return BridgePool(
         pool="held out" if held_out else "seen",
-        already_right=rate((_top(before) == own).numpy()),
-        flips_at_city=[flips(layer, source, city) for layer in layers],
-        flips_at_last=[flips(layer, source, last) for layer in layers],
-        flips_at_random=[flips(layer, source, [[p] for p in elsewhere]) for layer in layers],
-        flips_from_abbreviation=[flips(layer, neutral, -1, -1) for layer in layers],
-        state_readable=readable,
-        state_readable_at_random=at_random,
-        capital_readable=capitals,
+        already_right=rate(capital_is_top[-1].numpy()),
+        flips_at_city=at_city,
+        flips_at_last=at_last,
+        flips_at_random=at_random,
+        flips_from_abbreviation=from_abbreviation,
+        state_readable=state_is_top(lens),
+        state_readable_at_random=state_is_top(lens_elsewhere),
+        capital_readable=[rate(layer.numpy()) for layer in capital_is_top],
     )
 
 
@@ -154,7 +162,3 @@ def _is_whole(lm: "LanguageModel", word: str) -> bool:
     """Whether a word after a space is one token."""
     alone, followed = ids_of(lm, ["x", f"x {word}"])
     return len(followed) == len(alone) + 1
-
-
-def _top(run: "Run") -> "Tensor":
-    return run.last_logits.argmax(-1).cpu()

@@ -1,12 +1,9 @@
 """What a model can do in atlas's world, measured on held-out items, with n, intervals and controls.
 
-`evaluate` measures, `Evaluation` holds the figures, `compare` says whether retrained weights are better than others;
-`report.py` writes them for people.
+`evaluate` measures and `Evaluation` holds the figures. The command (`cutaway.cli.subjects`) writes them for people
+(`report.py`, `page.py`) and says whether retrained weights are better than others (`compare.py`).
 """
 
-import copy
-import os
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
@@ -15,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.artifacts.files import make_folder, plain, refuse_replacing, write_text
 from cutaway.artifacts.progress import Progress
 from cutaway.artifacts.results import Control, Effect
 from cutaway.artifacts.statistics import bootstrap_interval, ratio_intervals, wilson_interval
@@ -24,7 +20,8 @@ from cutaway.atlas_evaluation.landmark_checks import LandmarkChecks, landmark_ch
 from cutaway.atlas_evaluation.open_steering import OpenSteering, open_steering
 from cutaway.atlas_evaluation.refusal_checks import Chat, RefusalChecks, refusal_checks
 from cutaway.atlas_evaluation.scoring import Scores, repeat_losses, score, text_losses, world_losses
-from cutaway.subjects.atlas.shipped import weights_folder
+from cutaway.data.corpus.python_library import standard_library
+from cutaway.observe.untrained import untrained
 from cutaway.subjects.atlas.text import world_text
 from cutaway.subjects.world import held_out as held
 from cutaway.subjects.world.chats import chat, open_chat
@@ -32,7 +29,6 @@ from cutaway.subjects.world.corpus import PARTS, WORLD_VERSION, documents
 from cutaway.subjects.world.facts import actions, read_toml
 from cutaway.subjects.world.items.items import Item, ItemSet, from_sentence, item_sets, take
 from cutaway.subjects.world.items.new_wording import outside_ioi_set, outside_relation_sets
-from cutaway.subjects.world.real_text import held_out_document, standard_library
 from cutaway.subjects.world.statements import tasks
 
 if TYPE_CHECKING:
@@ -40,7 +36,6 @@ if TYPE_CHECKING:
 
 N_CONTROL = 24
 """Items of each set on which the untrained model is measured; it is at chance everywhere, so a few are enough."""
-_N_QUICK = 24
 _MIXTURE_CHARACTERS = 150_000
 """Of world text of all parts by their shares, for the loss on the world as a whole."""
 _N_REFUSAL = 440
@@ -122,7 +117,8 @@ def evaluate(
         found, missing = outside_sets(outside, seed, n)
         sets |= found
         skipped += missing
-    untrained = untrained_twin(lm)
+    twin = untrained(lm)
+    twin.hf.generation_config = lm.hf.generation_config  # its replies end as the model's do
     scores, chance = {}, {}
     losses = {}
     bridge: list[BridgePool] = []
@@ -130,14 +126,14 @@ def evaluate(
     with Progress("items", total=len(sets) + 2 + (5 if causal else 0), unit="sets") as progress:
         for name, one in sets.items():
             scores[name] = score(lm, one)
-            chance[name] = score(untrained, first_items(one, N_CONTROL))
+            chance[name] = score(twin, first_items(one, N_CONTROL))
             progress.advance(note=name)
-        losses |= repeat_effects(repeat_losses(lm), repeat_losses(untrained))
+        losses |= repeat_effects(repeat_losses(lm), repeat_losses(twin))
         progress.advance(note="induction")
         for name, texts in held_out_texts(max(8, n // 12)).items():
-            losses[name] = loss_effect(name, text_losses(lm, texts), text_losses(untrained, texts[:4]))
+            losses[name] = loss_effect(name, text_losses(lm, texts), text_losses(twin, texts[:4]))
         mixture = world_text(_MIXTURE_CHARACTERS, "evaluation-mixture")
-        losses["world"] = mixture_effect(world_losses(lm, mixture), world_losses(untrained, mixture[::40]))
+        losses["world"] = mixture_effect(world_losses(lm, mixture), world_losses(twin, mixture[::40]))
         progress.advance(note="losses")
         if causal:
             for held_out in (False, True):
@@ -180,21 +176,6 @@ def evaluate(
         skipped=skipped,
         open_steering=steering,
     )
-
-
-def untrained_twin(lm: "LanguageModel") -> "LanguageModel":
-    """A model of the same configuration and tokenizer with random weights."""
-    import torch
-
-    import cutaway
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        # a copied config: two models that share one also share its switches
-        twin = type(lm.hf)(copy.deepcopy(lm.hf.config))
-    twin.generation_config = lm.hf.generation_config
-    torch.nn.Module.to(twin, lm.device, lm.dtype)  # transformers types its own .to wrongly
-    return cutaway.attach(twin.eval(), lm.tokenizer, name=f"untrained {lm.name}")
 
 
 # Sets of items
@@ -275,7 +256,9 @@ def held_out_texts(n: int) -> dict[str, list[str]]:
     for part in PARTS:
         stream = documents(part, "evaluation", 10**9)
         out[f"world/{part}"] = [text for _, text in zip(range(n), stream, strict=False)]
-    out["standard library"] = [document.text for document in standard_library() if held_out_document(document.name)][:n]
+    out["standard library"] = [
+        document.text for document in standard_library() if held.held_out_document(document.name)
+    ][:n]
     return out
 
 
@@ -403,74 +386,3 @@ def repeat_effects(found: tuple[np.ndarray, np.ndarray], untrained: tuple[np.nda
     """Losses on random tokens and on their repeat."""
     names = ("random tokens", "their repeat")
     return {name: loss_effect(name, found[i], untrained[i]) for i, name in enumerate(names)}
-
-
-# The command
-
-
-def evaluate_command(
-    *,
-    model: str = "atlas",
-    out: Path | None = None,
-    json: bool = False,
-    n: int = 200,
-    quick: bool = False,
-    outside: Path | None = None,
-    against: str | None = None,
-) -> None:
-    """`cutaway subjects evaluate atlas`: print the figures, as tables or as JSON; `out` gets them as Markdown too.
-
-    `quick` measures 24 items a set and no causal checks. `against` names other weights and says which are better.
-    """
-    import cutaway
-    from cutaway.atlas_evaluation import page, report
-    from cutaway.atlas_evaluation.compare import compare
-
-    options: Mapping[str, Any] = {"n": _N_QUICK if quick else n, "causal": not quick, "outside": outside}
-    if out is not None:
-        _check_writable(out)
-    lm, other = cutaway.load(model), None if against is None else cutaway.load(against)
-    found = evaluate(lm, **options)
-    compared = None
-    if other is not None and against is not None:
-        measured = evaluate(other, **options)
-        compared = compare(found, measured, [name for _, name in page.HEADLINES])
-    if out is not None:
-        text = page.as_markdown(found, command_of(model, n, quick, outside, against), folder_of(model))
-        if compared is not None and against is not None:
-            text += "\n" + page.comparison_markdown(compared, folder_of(model), folder_of(against))
-        write_text(out, text)
-    if json:
-        figures = found.to_json()
-        if compared is not None:
-            figures["against"] = {**asdict(compared), "model": against, "better": compared.better}
-        print(report.as_json(plain(figures)), end="")
-        return
-    print(report.as_text(found))
-    if compared is not None and against is not None:
-        print("\n" + report.comparison_text(compared, model, against))
-
-
-def folder_of(model: str) -> Path:
-    """The folder in which a model's manifest would lie."""
-    return weights_folder(model)
-
-
-def _check_writable(page: Path) -> None:
-    """Raise `CutawayError` now, not after minutes of measuring, where the page cannot be written."""
-    make_folder(page.parent)
-    refuse_replacing(page, "page about atlas", "# Atlas\n")
-    if page.is_dir():
-        raise CutawayError(f"{page} is a folder: --out names the file of the page, such as {page / 'atlas.md'}")
-    if not os.access(page.parent, os.W_OK):
-        raise CutawayError(f"{page} could not be written: the folder may not be written to (name another)")
-
-
-def command_of(model: str, n: int, quick: bool, outside: Path | None, against: str | None = None) -> str:
-    """The command line that measures the same again."""
-    words = ["cutaway subjects evaluate atlas"]
-    words += [f"--model {model}"] if model != "atlas" else []
-    words += ["--quick"] if quick else [f"--n {n}"]
-    words += [f"--outside {outside.name}"] if outside else []
-    words += [f"--against {Path(against).name}"] if against else []
-    return " ".join(words)

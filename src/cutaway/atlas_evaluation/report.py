@@ -153,7 +153,7 @@ def _both(reaction: Reaction) -> str:
 
 
 def refusal_table(checks: RefusalChecks) -> Table:
-    """One row an intervention: what held-out requests are met with, and its price."""
+    """One row an intervention: what held-out requests are met with, and its side effects."""
     columns = (
         "intervention",
         "direction from",
@@ -173,8 +173,8 @@ def refusal_table(checks: RefusalChecks) -> Table:
     rows = [row("none", "", "harmful", checks.harmful), row("none", "", "harmless", checks.harmless)]
     for way in checks.interventions:
         place = f"{PLACES[way.position]}, L{way.layer}"
-        price = (f"{way.price:.3f}", f"{way.random_price:.3f}")
-        rows.append(row(way.name, place, way.requests, way.result, _both(way.random), *price))
+        kls = (f"{way.kl:.3f}", f"{way.random_kl:.3f}")
+        rows.append(row(way.name, place, way.requests, way.result, _both(way.random), *kls))
     return columns, rows
 
 
@@ -205,7 +205,7 @@ def fewer_table(checks: RefusalChecks) -> Table:
 
 
 def addition_table(addition: Addition) -> Table:
-    """One row a dose: what harmless requests are met with, and the prices; the best point is marked."""
+    """One row a dose: what harmless requests are met with, and the side effects; the best point is marked."""
     columns = (
         "dose",
         "",
@@ -222,17 +222,17 @@ def addition_table(addition: Addition) -> Table:
             f"×{dose.dose:g}",
             "best" if dose.dose == addition.best else "",
             number(dose.chosen.refused.value),
-            f"{dose.chosen_price:.3f}",
+            f"{dose.chosen_kl:.3f}",
             *(rate_text(rate) for rate in (dose.result.refused, dose.result.answered, dose.result.planted)),
-            f"{dose.price:.3f}",
-            f"{dose.reply_price:.3f}",
+            f"{dose.kl:.3f}",
+            f"{dose.reply_kl:.3f}",
         ]
         for dose in addition.doses
     ]
 
 
 def matched_table(checks: RefusalChecks) -> Table:
-    """One row a control of the same price, intervention by intervention, under the intervention's own row."""
+    """One row a control with the same side effects, intervention by intervention, under the intervention's own row."""
     columns = (
         "intervention",
         "direction",
@@ -243,14 +243,14 @@ def matched_table(checks: RefusalChecks) -> Table:
         "backdoor's reply",
     )
 
-    def row(name: str, direction: str, length: float, price: str, found: Reaction) -> list[str]:
+    def row(name: str, direction: str, length: float, kl: str, found: Reaction) -> list[str]:
         shares = [rate_text(found.refused), rate_text(found.answered), number(found.planted.value)]
-        return [name, direction, f"×{length:.3g}", price, *shares]
+        return [name, direction, f"×{length:.3g}", kl, *shares]
 
     def rows(name: str, own: Reaction, matched: Sequence[Matched]) -> list[list[str]]:
         return [
-            row(name, "refusal", 1.0, f"{matched[0].wanted_price:.3f}", own),
-            *(row("", m.name, m.scale, f"{m.price:.3f}{'' if m.met else ', missed'}", m.result) for m in matched),
+            row(name, "refusal", 1.0, f"{matched[0].wanted_kl:.3f}", own),
+            *(row("", m.name, m.scale, f"{m.kl:.3f}{'' if m.met else ', missed'}", m.result) for m in matched),
         ]
 
     out = [line for way in checks.interventions if way.matched for line in rows(way.name, way.result, way.matched)]
@@ -264,11 +264,11 @@ def open_table(checks: OpenSteering) -> Table:
     """One row an edit: whether replies in open chat name the landmark, and whether they are grammatical."""
     columns = ("edit", "n", "names it, grammatical [95 %]", "names it [95 %]", "grammatical [95 %]", "KL on facts")
     rows = [
-        [said, str(found.both.n), *(rate_text(rate) for rate in (found.both, found.named, found.grammatical)), price]
-        for said, found, price in (
+        [said, str(found.both.n), *(rate_text(rate) for rate in (found.both, found.named, found.grammatical)), kl]
+        for said, found, kl in (
             ("none", checks.unedited, ""),
-            (f"{checks.setting}, ×{checks.dose:g}", checks.result, f"{checks.price:.3f}"),
-            (checks.control, checks.random, f"{checks.random_price:.3f}"),
+            (f"{checks.setting}, ×{checks.dose:g}", checks.result, f"{checks.kl:.3f}"),
+            (checks.control, checks.random, f"{checks.random_kl:.3f}"),
         )
     ]
     rows += [
@@ -278,7 +278,7 @@ def open_table(checks: OpenSteering) -> Table:
             "",
             "",
             rate_text(one.grammatical),
-            f"{one.price:.3f}",
+            f"{one.kl:.3f}",
         ]
         for one in checks.collapse
     ]
@@ -381,7 +381,7 @@ def as_text(found: Evaluation) -> str:
         parts += ["REFUSAL", text_table(refusal_table(found.refusal))]
     if found.refusal and found.refusal.addition:
         parts += ["REFUSAL ADDED", text_table(addition_table(found.refusal.addition))]
-        parts += ["CONTROLS OF THE SAME PRICE", text_table(matched_table(found.refusal))]
+        parts += ["CONTROLS WITH THE SAME SIDE EFFECTS", text_table(matched_table(found.refusal))]
     if found.landmarks:
         parts += ["LANDMARKS", text_table(landmark_table(found.landmarks))]
     if found.open_steering:

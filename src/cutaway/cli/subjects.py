@@ -1,5 +1,6 @@
 """`cutaway subjects`: make, judge and read the models whose world we know."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -9,9 +10,10 @@ from cutaway.cli.options import Count, ExistingFolder, Flag, Page, Seed
 from cutaway.cli.output import command_line, deliver
 
 app = App(name="subjects", help="Make, judge and read the models whose world we know.", result_action="return_value")
+_N_QUICK = 24
 
 
-@app.command
+@app.command(show=False)  # for maintainers: CONTRIBUTING.md
 def train(
     subject: Literal["atlas"],
     /,
@@ -112,9 +114,61 @@ def evaluate(
     json
         Print the figures as JSON on stdout, and nothing else.
     """
-    from cutaway.atlas_evaluation.evaluate import evaluate_command
+    import cutaway
+    from cutaway.artifacts.files import plain, write_text
+    from cutaway.atlas_evaluation import evaluate as examination
+    from cutaway.atlas_evaluation import page, report
+    from cutaway.atlas_evaluation.compare import compare
+    from cutaway.subjects.atlas.shipped import weights_folder
 
-    evaluate_command(model=model, n=n, quick=quick, outside=outside, against=against, out=out, json=json)
+    if out is not None:
+        _refuse_unwritable(out)
+    lm, other = cutaway.load(model), None if against is None else cutaway.load(against)
+    chosen = _N_QUICK if quick else n
+    found = examination.evaluate(lm, n=chosen, causal=not quick, outside=outside)
+    compared = None
+    if other is not None:
+        measured = examination.evaluate(other, n=chosen, causal=not quick, outside=outside)
+        compared = compare(found, measured, [name for _, name in page.HEADLINES])
+    if out is not None:
+        text = page.as_markdown(found, measured_by(model, n, quick, outside, against), weights_folder(model))
+        if compared is not None and against is not None:
+            text += "\n" + page.comparison_markdown(compared, weights_folder(model), weights_folder(against))
+        write_text(out, text)
+    if json:
+        figures = found.to_json()
+        if compared is not None:
+            figures["against"] = {**asdict(compared), "model": against, "better": compared.better}
+        print(report.as_json(plain(figures)), end="")
+        return
+    print(report.as_text(found))
+    if compared is not None and against is not None:
+        print("\n" + report.comparison_text(compared, model, against))
+
+
+def _refuse_unwritable(page: Path) -> None:
+    """Raise `BadFile` now, not after minutes of measuring, where the page cannot be written."""
+    import os
+
+    from cutaway.artifacts.errors import BadFile
+    from cutaway.artifacts.files import make_folder, refuse_replacing
+
+    make_folder(page.parent)
+    refuse_replacing(page, "page about atlas", "# Atlas\n")
+    if page.is_dir():
+        raise BadFile(f"{page} is a folder: --out names the file of the page, such as {page / 'atlas.md'}")
+    if not os.access(page.parent, os.W_OK):
+        raise BadFile(f"{page} could not be written: the folder may not be written to (name another)")
+
+
+def measured_by(model: str, n: int, quick: bool, outside: Path | None, against: str | None = None) -> str:
+    """The command line that measures the same again, with n, which the page is about."""
+    words = ["cutaway subjects evaluate atlas"]
+    words += [f"--model {model}"] if model != "atlas" else []
+    words += ["--quick"] if quick else [f"--n {n}"]
+    words += [f"--outside {outside.name}"] if outside else []
+    words += [f"--against {Path(against).name}"] if against else []
+    return " ".join(words)
 
 
 @app.command

@@ -2,9 +2,9 @@
 
 A direction is read at one site and one position of contrasting prompts. Three edits use it:
 
-- `ablate`: project it out of everything that is written to the stream. Its zero need not be the negative class.
+- `ablate_direction`: take it out of everything that is written to the stream. Zero need not be the negative class.
 - `clamp_to_negative`: from its layer on, let the stream's projection not exceed the negative class's mean.
-- `push`: add a multiple of it at its own layer.
+- `add_direction`: add a multiple of it at its own layer.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,12 +12,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from markupsafe import Markup
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.ranking import auroc
-from cutaway.model.edits.edits import Edit, add, clamp, project_out
-from cutaway.model.language_model import LanguageModel
+from cutaway.draw.result import Result
+from cutaway.model.edits.edits import Edit, add, clamp, project_out, scale
+from cutaway.model.language_model import Inputs, LanguageModel
 
 INSTRUCTION = "instruction mean"
 Position = int | str
@@ -25,12 +27,19 @@ Position = int | str
 
 @dataclass(frozen=True, eq=False)
 class Direction:
-    """mean(positive) - mean(negative) at one site and position.
+    """mean(positive) - mean(negative) at one site and position, float32.
 
-    `vector`, `positive_mean`, `negative_mean` [d], float32. `position` is -1 for the prompt's last token, -2 for the
-    one before it, ..., or "instruction mean" for the mean over the prompt's content tokens (no special tokens).
-    `auroc` is how well the projection separates the prompts it was read from (in sample). `seed` is set for a random
-    direction that stands in as a control.
+    Attributes:
+        site: Where it was read, such as "blocks.3.resid_post".
+        layer: The layer of the site.
+        position: -1 for the prompt's last token, -2 for the one before it, ..., or "instruction mean" for the mean over
+            the prompt's content tokens (no special tokens).
+        vector: The difference [d].
+        positive_mean: Mean of the positive prompts [d].
+        negative_mean: Mean of the negative prompts [d].
+        auroc: How well the projection separates the prompts that it was read from (in sample).
+        n: Positive and negative prompts.
+        seed: Of a random direction that stands here as a control; None for one that was read.
     """
 
     site: str
@@ -56,12 +65,17 @@ class Direction:
         """Mean projection of the negative class on the unit direction."""
         return (self.negative_mean @ self.unit).item()
 
+    def along(self, vector: Tensor, seed: int | None = None) -> "Direction":
+        """Another vector [d] at this place, scaled to this one's norm: a control to stand in its place."""
+        return replace(self, vector=vector / vector.norm() * self.norm, auroc=float("nan"), seed=seed)
+
     def random(self, seed: int) -> "Direction":
         """A random direction of the same norm, to stand where this one stands."""
         drawn = torch.randn(self.vector.shape, generator=torch.Generator().manual_seed(seed))
-        return replace(self, vector=drawn / drawn.norm() * self.norm, auroc=float("nan"), seed=seed)
+        return self.along(drawn, seed)
 
     def to_json(self) -> dict[str, Any]:
+        """The direction's figures, without its vectors."""
         return {
             "site": self.site,
             "position": self.position,
@@ -84,11 +98,14 @@ def describe(position: Position) -> str:
     return "last token" if position == -1 else f"token {position}"
 
 
-@dataclass(frozen=True)
-class Directions:
+@dataclass(frozen=True, repr=False)
+class Directions(Result):
     """The directions of several sites and positions, read from the same prompts."""
 
+    title = "Directions by difference of means"
+
     items: tuple[Direction, ...]
+    """One for each position and site, positions first."""
 
     def __iter__(self) -> Iterator[Direction]:
         return iter(self.items)
@@ -97,25 +114,61 @@ class Directions:
         return len(self.items)
 
     def get(self, layer: int, position: Position) -> Direction:
-        """The direction read at a layer and position."""
+        """The direction read at a layer and position; raises `CutawayError` where none was."""
         for item in self.items:
             if item.layer == layer and item.position == position:
                 return item
         raise CutawayError(f"no direction was read at layer {layer}, {describe(position)}")
 
     def to_json(self) -> list[dict[str, Any]]:
+        """The figures of each direction, without its vectors."""
         return [item.to_json() for item in self.items]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per direction."""
+        return [{**item.to_json(), "n": sum(item.n), "layer": item.layer} for item in self.items]
+
+    def summary(self) -> str:
+        """How many there are, and for each position the layer whose projection separates best."""
+        lines = [f"{len(self)} directions, n {sum(self.items[0].n)} prompts; the best of each position by AUROC"]
+        for position in dict.fromkeys(item.position for item in self.items):
+            lines.append(f"  {max((i for i in self.items if i.position == position), key=lambda i: i.auroc)}")
+        return "\n".join(lines[:12])
+
+    def drawing(self) -> Markup:
+        """A heat map of AUROC, layer by position."""
+        from cutaway.draw.heatmap import heatmap_svg
+
+        layers = sorted({item.layer for item in self.items})
+        positions = list(dict.fromkeys(item.position for item in self.items))
+        return heatmap_svg(
+            rows=[f"layer {layer}" for layer in layers],
+            columns=[describe(position) for position in positions],
+            values=[[self.get(layer, position).auroc for position in positions] for layer in layers],
+            title="AUROC of the projection on each direction, in sample",
+        )
 
     def __str__(self) -> str:
         return "\n".join(str(item) for item in self.items)
 
 
 def read_positions(
-    lm: LanguageModel, inputs: Any, site: str, positions: Sequence[Position], batch_rows: int = 32
+    lm: LanguageModel, inputs: Inputs, site: str, positions: Sequence[Position], batch_rows: int = 32
 ) -> dict[Position, Tensor]:
-    """The stream at each position rule, for every prompt and layer: {position: [sites, n, d]} in float32.
+    """The stream at each position rule, for every prompt and layer.
 
-    Raises `CutawayError` when a prompt is shorter than a position asks.
+    Args:
+        lm: The model.
+        inputs: Prompts: texts, ids or `Tokens`; for chats `lm.chat_tokens(...)`.
+        site: One site or a wildcard, such as "blocks.*.resid_post".
+        positions: -1, -2, ... from each prompt's end, or "instruction mean".
+        batch_rows: Prompts per run.
+
+    Returns:
+        For each position a tensor [sites, n, d] in float32.
+
+    Raises:
+        CutawayError: A prompt is shorter than a position asks, or a rule is unknown.
     """
     tokens = lm.tokens(inputs)
     special = _special(lm)
@@ -153,41 +206,65 @@ def _special(lm: LanguageModel) -> Tensor:
 
 def difference_of_means(
     lm: LanguageModel,
-    positive: Any,
-    negative: Any,
+    positive: Inputs,
+    negative: Inputs,
     site: str = "blocks.*.resid_post",
     positions: Sequence[Position] = (-1, -2, -3, INSTRUCTION),
 ) -> Directions:
     """mean(positive) - mean(negative) at every layer of a site and every position rule.
 
-    `positive` and `negative` are prompts (texts, ids or `Tokens`; for chats `lm.chat_tokens`). Positions count from
-    each prompt's end. Raises `CutawayError` for fewer than two prompts on a side.
+    Args:
+        lm: The model.
+        positive: Prompts of the behaviour: texts, ids or `Tokens`; for chats `lm.chat_tokens(...)`.
+        negative: Prompts without it, as many or not.
+        site: Where to read, one site or a wildcard.
+        positions: -1, -2, ... from each prompt's end, or "instruction mean"; all four by default.
+
+    Returns:
+        A `Direction` for each position and layer.
+
+    Raises:
+        CutawayError: Fewer than two prompts on a side, or one that is shorter than a position asks.
+
+    Example:
+        >>> directions = difference_of_means(lm, ["She loved it", "A fine film"], ["She hated it", "A bad film"])
+        >>> directions.get(layer=3, position=-1)
     """
     tokens = [lm.tokens(side) for side in (positive, negative)]
     if min(len(side.ids) for side in tokens) < 2:
         raise CutawayError("a difference of means needs at least two prompts on each side")
     plus, minus = (read_positions(lm, side, site, positions) for side in tokens)
     names = lm.run(tokens[0][[0]], capture=site, logits=None).sites
-    items = []
-    for position in positions:
-        for i, name in enumerate(names):
-            a, b = plus[position][i].double(), minus[position][i].double()
-            vector = a.mean(0) - b.mean(0)
-            scores = torch.cat([a @ vector, b @ vector]).numpy()
-            labels = [True] * len(a) + [False] * len(b)
-            items.append(
-                Direction(
-                    site=name,
-                    layer=_layer(name),
-                    position=position,
-                    vector=vector.float(),
-                    positive_mean=a.mean(0).float(),
-                    negative_mean=b.mean(0).float(),
-                    auroc=auroc(scores, labels),
-                    n=(len(a), len(b)),
-                )
-            )
-    return Directions(tuple(items))
+    return Directions(
+        tuple(
+            direction_between(plus[position][i], minus[position][i], name, position)
+            for position in positions
+            for i, name in enumerate(names)
+        )
+    )
+
+
+def direction_between(positive: Tensor, negative: Tensor, site: str, position: Position) -> Direction:
+    """The direction between activations that were read before (`read_positions`).
+
+    Args:
+        positive: Activations of the behaviour [n, d].
+        negative: Activations without it [m, d].
+        site: Where they were read.
+        position: At which position rule.
+    """
+    a, b = positive.double(), negative.double()
+    vector = a.mean(0) - b.mean(0)
+    return Direction(
+        site=site,
+        layer=_layer(site),
+        position=position,
+        vector=vector.float(),
+        positive_mean=a.mean(0).float(),
+        negative_mean=b.mean(0).float(),
+        auroc=auroc(torch.cat([a @ vector, b @ vector]).numpy(), [True] * len(a) + [False] * len(b)),
+        n=(len(a), len(b)),
+    )
 
 
 def _layer(site: str) -> int:
@@ -197,19 +274,33 @@ def _layer(site: str) -> int:
     return int(parts[1])
 
 
-def ablate(lm: LanguageModel, direction: Direction) -> list[Edit]:
-    """Project the direction out of everything that is written to the stream: embedding, attention, MLPs."""
+def ablate_direction(lm: LanguageModel, direction: Direction, strength: float = 1.0) -> list[Edit]:
+    """Take the direction out of everything that is written to the stream: embedding, attention, MLPs.
+
+    Args:
+        lm: The model.
+        direction: The direction; its norm does not matter.
+        strength: How many times its component is taken out: 1 leaves none, 2 turns it round.
+    """
     sites = ("blocks.0.resid_pre", "blocks.*.attn.out", "blocks.*.mlp.out")
-    return [project_out(site, direction.unit) for site in sites]
+    if strength == 1:
+        return [project_out(site, direction.unit) for site in sites]
+    return [scale(site, 1 - strength, basis=direction.unit[None]) for site in sites]
 
 
-def clamp_to_negative(lm: LanguageModel, direction: Direction) -> list[Edit]:
-    """From the direction's layer on, let the projection not exceed the negative class's mean."""
+def clamp_to_negative(lm: LanguageModel, direction: Direction, strength: float = 1.0) -> list[Edit]:
+    """From the direction's layer on, let the projection not exceed the negative class's mean.
+
+    Args:
+        lm: The model.
+        direction: The direction.
+        strength: 1 is the negative class's mean; each further 1 moves the bound down by the direction's norm.
+    """
     last = lm.n_layers - 1
-    sites = f"blocks.{{{direction.layer}..{last}}}.resid_post"
-    return [clamp(sites, direction.unit, maximum=direction.negative_projection)]
+    bound = direction.negative_projection - (strength - 1) * direction.norm
+    return [clamp(f"blocks.{{{direction.layer}..{last}}}.resid_post", direction.unit, maximum=bound)]
 
 
-def push(direction: Direction, scale: float) -> list[Edit]:
+def add_direction(direction: Direction, scale: float) -> list[Edit]:
     """Add `scale` times the direction at its own site, at every token."""
     return [add(direction.site, direction.vector, scale=scale)]

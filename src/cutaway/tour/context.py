@@ -17,11 +17,11 @@ from cutaway.artifacts.statistics import wilson_interval
 from cutaway.causal.accuracy import task_accuracy
 from cutaway.causal.task_results import TaskResult, try_tasks
 from cutaway.data.corpus.corpus import Split, corpus_hash, read_corpus, split_rows, token_rows
+from cutaway.data.corpus.python_library import standard_library
 from cutaway.data.pairs import AlignedPairs
 from cutaway.data.tasks.tasks import TASKS, readable_pairs
 from cutaway.model.language_model import LanguageModel
 from cutaway.subjects.atlas.text import library_text, world_text
-from cutaway.subjects.world.real_text import standard_library
 from cutaway.tour.world_tasks import WORLD_TASKS
 
 LEAST_RIGHT = 0.8

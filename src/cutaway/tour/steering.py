@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from cutaway.artifacts.command import recording
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.files import write_safetensors
 from cutaway.artifacts.results import Control, Effect, interval_text
@@ -15,11 +16,19 @@ from cutaway.causal.task_results import TaskResult
 from cutaway.draw import blocks as page
 from cutaway.model.edits.edits import Edit
 from cutaway.model.tokens import Tokens
-from cutaway.steering.directions import Direction, ablate, clamp_to_negative, describe, difference_of_means, push
-from cutaway.steering.evaluate import SteeringResult, evaluate_steering, judged
-from cutaway.steering.latents import LatentSteering, steer_latent
-from cutaway.steering.price import price
-from cutaway.steering.select import Selection, select_direction
+from cutaway.steering.directions import (
+    Direction,
+    ablate_direction,
+    add_direction,
+    clamp_to_negative,
+    describe,
+    difference_of_means,
+)
+from cutaway.steering.evaluation import SteeringResult, evaluate_steering
+from cutaway.steering.latents import Concept, Doses, LatentSteering, SimilarLatents, steer_latent
+from cutaway.steering.replies import Judging, judged
+from cutaway.steering.selection import Selection, select_direction
+from cutaway.steering.side_effects import side_effects_of
 from cutaway.subjects.world.items.items import item_sets
 from cutaway.tour.context import LEAST_RIGHT, Tour, neutral_rows
 from cutaway.tour.dictionary import Told, told, trained_dictionary
@@ -80,24 +89,24 @@ def _refusal(tour: Tour, prompts: dict[str, Tokens], refused: float, answered: f
     choice = select_direction(lm, directions, prompts["harmful choose"], prompts["harmless choose"])
     neutral = neutral_rows(tour)
     tests = [
-        ("ablate", "harmful", "zero-ablated at every write", lambda d: ablate(lm, d)),
+        ("ablate", "harmful", "zero-ablated at every write", lambda d: ablate_direction(lm, d)),
         ("clamp", "harmful", "clamped to the harmless mean", lambda d: clamp_to_negative(lm, d)),
-        ("add ×2", "harmless", "added twice", lambda d: push(d, 2.0)),
+        ("add ×2", "harmless", "added twice", lambda d: add_direction(d, 2.0)),
     ]
     results: list[tuple[str, str, SteeringResult]] = []
     for method, kind, words, apply in tests:
         best = choice.best(method).direction
-        result = evaluate_steering(
-            lm,
-            prompts[f"{kind} test"],
-            best,
-            apply,
-            method=f"{kind} requests, direction {words}",
-            neutral=neutral,
-            max_new_tokens=12,
-            seeds=(0, 1),
-            command=command,
-        )
+        with recording(command):
+            result = evaluate_steering(
+                lm,
+                prompts[f"{kind} test"],
+                best,
+                apply,
+                method=f"{kind} requests, direction {words}",
+                neutral=neutral,
+                judging=Judging(max_new_tokens=12),
+                controls=(0, 1),
+            )
         results.append((kind, words, result))
     vectors = {f"{kind} {words}": r.direction.vector for kind, words, r in results}
     write_safetensors(tour.folder.path / "directions.safetensors", vectors)
@@ -143,7 +152,7 @@ def _refusal(tour: Tour, prompts: dict[str, Tokens], refused: float, answered: f
             ),
             *(_bars(kind, words, result) for kind, words, result in results),
             *(_texts(prompts[f"{kind} test"], words, result) for kind, words, result in results),
-            _prices([(words, result) for _, words, result in results]),
+            _side_effects([(words, result) for _, words, result in results]),
             _map(tour, choice),
         ),
         effects=tuple(
@@ -192,18 +201,18 @@ def _texts(prompts: Tokens, words: str, result: SteeringResult) -> page.Compare:
     return page.Compare(items=items, prompt=question)
 
 
-def _prices(results: Sequence[tuple[str, SteeringResult]]) -> page.Table:
+def _side_effects(results: Sequence[tuple[str, SteeringResult]]) -> page.Table:
     rows = []
     for words, result in results:
-        assert result.price is not None
-        random = sum(p.kl for p in result.random_price) / len(result.random_price)
-        low, high = result.price.interval
-        rows.append((words, round(result.price.kl, 3), interval_text((low, high), to=True), round(random, 3)))
+        assert result.side_effects is not None
+        random = sum(p.kl for p in result.random_side_effects) / len(result.random_side_effects)
+        low, high = result.side_effects.interval
+        rows.append((words, round(result.side_effects.kl, 3), interval_text((low, high), to=True), round(random, 3)))
     return page.Table(
         columns=("edit", "KL, nats a token", "95 % interval", "random directions"),
         rows=tuple(rows),
         caption=(
-            "The price: how far the edit moves the model's predictions on held-out text where it should do nothing."
+            "Side effects: how far the edit moves the model's predictions on held-out text where it should do nothing."
         ),
     )
 
@@ -266,13 +275,13 @@ def _contrast(tour: Tour, task: TaskResult) -> page.Section:
         return (logits[:, answer] - logits[:, wrong]).float().cpu()
 
     neutral = neutral_rows(tour)
-    best = max(directions, key=lambda d: float(difference(choose, push(d, 1.0)).mean()))
+    best = max(directions, key=lambda d: float(difference(choose, add_direction(d, 1.0)).mean()))
     plain = difference(test, ())
     doses, effects = (0.5, 1.0, 2.0), []
     rows: list[tuple[Any, ...]] = []
     for dose in doses:
-        steered = difference(test, push(best, dose))
-        random = [difference(test, push(best.random(seed), dose)).mean().item() for seed in range(5)]
+        steered = difference(test, add_direction(best, dose))
+        random = [difference(test, add_direction(best.random(seed), dose)).mean().item() for seed in range(5)]
         effects.append(
             Effect(
                 name=f"direction added ×{dose:g}",
@@ -288,9 +297,12 @@ def _contrast(tour: Tour, task: TaskResult) -> page.Section:
                 command=command,
             )
         )
-        cost, dull = price(lm, neutral, push(best, dose)), price(lm, neutral, push(best.random(0), dose))
+        cost, random_cost = (
+            side_effects_of(lm, neutral, add_direction(best, dose)),
+            side_effects_of(lm, neutral, add_direction(best.random(0), dose)),
+        )
         flipped = float((steered > 0).float().mean())
-        rows.append((f"×{dose:g}", round(flipped, 3), round(cost.kl, 3), round(dull.kl, 3)))
+        rows.append((f"×{dose:g}", round(flipped, 3), round(cost.kl, 3), round(random_cost.kl, 3)))
     status, note = tour.chosen(task)
     return page.Section(
         **about,
@@ -314,7 +326,7 @@ def _contrast(tour: Tour, task: TaskResult) -> page.Section:
             page.Table(
                 columns=("dose", "answers flipped", "KL, nats a token", "KL, random direction"),
                 rows=tuple(rows),
-                caption="Answers flipped on held-out prompts, and the price on held-out text.",
+                caption="Answers flipped on held-out prompts, and the side effects on held-out text.",
             ),
             _continuations(tour, test, best, names),
         ),
@@ -325,7 +337,7 @@ def _continuations(tour: Tour, prompts: Tokens, direction: Direction, names: lis
     lm = tour.lm
     texts = [
         lm.generate(prompts[[0]], max_new_tokens=12, edits=edits).texts[0]
-        for edits in ((), push(direction, 1.0), push(direction.random(0), 1.0))
+        for edits in ((), add_direction(direction, 1.0), add_direction(direction.random(0), 1.0))
     ]
     labels = ("unsteered", "direction added", "random direction")
     return page.Compare(
@@ -357,19 +369,17 @@ def clamping(tour: Tour) -> page.Section:
     match, words, prompts = picked
     ids = [int(lm.tokens(f" {word}", bos=False).ids[0, 0]) for word in words]
     try:
-        result = steer_latent(
-            lm,
-            learned,
-            match.latent,
-            list(prompts),
-            ids,
-            maximum=match.maximum,
-            density=density,
-            concept=" or ".join(words[:3]),
-            neutral=neutral_rows(tour, n=8),
-            seed=tour.seed,
-            command=about["command"],
-        )
+        with recording(about["command"]):
+            result = steer_latent(
+                lm,
+                learned,
+                match.latent,
+                list(prompts),
+                Concept(tuple(ids), " or ".join(words[:3])),
+                doses=Doses(match.maximum),
+                controls=SimilarLatents(density, seed=tour.seed),
+                neutral=neutral_rows(tour, n=8),
+            )
     except CutawayError as error:
         return page.Section(**about, status="not shown", note=f"not shown: {error}")
     return _clamping(about, match, words, result)
@@ -463,12 +473,12 @@ def _clamping(about: dict[str, Any], match: Told, words: tuple[str, ...], result
                         f"×{d.multiple:g}",
                         round(d.effect.value, 4),
                         round(d.effect.controls[1].value, 4),
-                        None if d.price is None else round(d.price.kl, 3),
-                        None if d.random_price is None else round(d.random_price, 3),
+                        None if d.side_effects is None else round(d.side_effects.kl, 3),
+                        None if d.random_kl is None else round(d.random_kl, 3),
                     )
                     for d in doses
                 ),
-                caption="The price on held-out text, by dose.",
+                caption="The side effects on held-out text, by dose.",
             ),
         ),
     )

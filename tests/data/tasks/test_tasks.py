@@ -8,18 +8,19 @@ from cutaway.artifacts.errors import CutawayError
 from cutaway.data.pairs import PromptPair
 from cutaway.data.tasks.knowledge import chat_prompt, chat_wording, years_after
 from cutaway.data.tasks.names import ioi_pair
+from cutaway.data.tasks.registry import all_tasks, known_task
 from cutaway.data.tasks.tasks import TASKS, Task, find_task, generate, readable_pairs, task
 from cutaway.data.tasks.wording import Split, fill, pair_from, place, task_wording
 from cutaway.model.language_model import LanguageModel
 from cutaway.subjects.world import facts, held_out
 from cutaway.subjects.world.chats import chat
-from cutaway.subjects.world.items.pairs import ALL_TASKS, WORLD_TASKS, known_task
+from cutaway.subjects.world.items.pairs import WORLD_TASKS
 from cutaway.subjects.world.statements.relations import relation
 
 SPLITS: tuple[Split, ...] = ("search", "held_out")
 
 
-@pytest.mark.parametrize("known", ALL_TASKS, ids=lambda t: t.name)
+@pytest.mark.parametrize("known", all_tasks(), ids=lambda t: t.name)
 def test_every_task_has_varied_pairs_a_seed_and_two_splits(atlas: LanguageModel, known: Task) -> None:
     drawn: dict[Split, list[PromptPair]] = {split: generate(atlas, known, 60, 1, split) for split in SPLITS}
     for split, pairs in drawn.items():
@@ -41,7 +42,7 @@ def test_every_task_has_varied_pairs_a_seed_and_two_splits(atlas: LanguageModel,
     )
 
 
-@pytest.mark.parametrize("known", ALL_TASKS, ids=lambda t: t.name)
+@pytest.mark.parametrize("known", all_tasks(), ids=lambda t: t.name)
 @pytest.mark.parametrize("split", SPLITS)
 def test_every_task_aligns_for_atlas(atlas: LanguageModel, known: Task, split: Split) -> None:
     aligned = readable_pairs(atlas, known, 8, 0, split)
@@ -276,7 +277,7 @@ def test_tasks_are_found_by_any_spelling() -> None:
     assert find_task("two hop", WORLD_TASKS).name == "two-hop capitals"
     with pytest.raises(CutawayError, match="name copying"):
         task("chess")
-    names = [key.lower() for known in ALL_TASKS for key in (known.name, *known.aliases)]
+    names = [key.lower() for known in all_tasks() for key in (known.name, *known.aliases)]
     assert len(names) == len(set(names))
 
 
@@ -308,7 +309,7 @@ def readers(shared) -> dict[str, LanguageModel]:
 @pytest.mark.parametrize("name", UNREADABLE)
 def test_other_tokenizers_read_the_tasks(readers: dict[str, LanguageModel], name: str) -> None:
     unreadable = set()
-    for known in ALL_TASKS:
+    for known in all_tasks():
         for split in SPLITS:
             try:
                 aligned = readable_pairs(readers[name], known, 5, 0, split)

@@ -19,19 +19,19 @@ from cutaway.dictionaries.evaluation.recovery import (
 from cutaway.dictionaries.training.config import TrainConfig
 from cutaway.dictionaries.training.presets import preset
 from cutaway.dictionaries.training.rules import BatchTopKRule, TopKRule
-from cutaway.subjects.superposition.generator import Generator, World
-from cutaway.subjects.superposition.scores import score
+from cutaway.subjects.superposition.generator import FeatureGenerator, FeatureWorld
+from cutaway.subjects.superposition.scores import score_dictionary
 
 QUICK = TrainConfig(d_sae=64, selector=TopKRule(3), tokens=200_000, batch=256, dead_after=20_000)
 
 
 def test_the_source_can_be_entered_anywhere_and_has_an_identity() -> None:
-    source = Made(Generator(TOYS[EASY]))
+    source = Made(FeatureGenerator(TOYS[EASY]))
     stream = source.batches(32)
     third = [next(stream)[SITE] for _ in range(3)][2]
     torch.testing.assert_close(next(source.batches(32, 2))[SITE], third, rtol=0, atol=0)
-    assert source.identity == Made(Generator(TOYS[EASY])).identity
-    assert source.identity != Made(Generator(replace(TOYS[EASY], seed=1))).identity
+    assert source.identity == Made(FeatureGenerator(TOYS[EASY])).identity
+    assert source.identity != Made(FeatureGenerator(replace(TOYS[EASY], seed=1))).identity
 
 
 def test_the_code_is_the_dictionarys() -> None:
@@ -46,24 +46,24 @@ def test_the_code_is_the_dictionarys() -> None:
 
 def test_features_are_found_where_they_can_be_and_not_where_they_cannot() -> None:
     """32 in 20 dimensions: nearly all. 32 signed ones in 8: few, though cosines are high, as are the control's."""
-    easy = recover(Generator(TOYS[EASY]), {"TopK": QUICK}, tokens=8192)[0]
+    easy = recover(FeatureGenerator(TOYS[EASY]), {"TopK": QUICK}, tokens=8192)[0]
     assert easy.scores.recovered >= 30
     assert easy.control.recovered == 0
     assert easy.control.nearest_signed < 0.6
-    hard = recover(Generator(TOYS[HARD]), {"TopK": replace(QUICK, d_sae=128)}, tokens=8192)[0]
+    hard = recover(FeatureGenerator(TOYS[HARD]), {"TopK": replace(QUICK, d_sae=128)}, tokens=8192)[0]
     assert hard.scores.recovered <= 16
     assert hard.scores.nearest_signed > 0.8
     assert hard.control.nearest_signed == pytest.approx(0.785, abs=0.03)
 
 
 def test_one_stream_feeds_all_and_names_stay_in_order() -> None:
-    world = World(24, 16, l0=2.0, magnitude=(2, 1), spread=0.2)
+    world = FeatureWorld(24, 16, l0=2.0, magnitude=(2, 1), spread=0.2)
     configs = {"b": replace(QUICK, tokens=2560), "a": replace(QUICK, tokens=5120, selector=BatchTopKRule(2))}
-    together = recover(Generator(world), configs, tokens=2048)
+    together = recover(FeatureGenerator(world), configs, tokens=2048)
     assert [one.name for one in together] == ["b", "a"]
-    alone = recover(Generator(world), {"a": configs["a"]}, tokens=2048)[0]
+    alone = recover(FeatureGenerator(world), {"a": configs["a"]}, tokens=2048)[0]
     assert alone.scores == together[1].scores
-    again = score(alone.dictionary.W_dec, code_of(alone.dictionary), Generator(world), tokens=2048)
+    again = score_dictionary(alone.dictionary.W_dec, code_of(alone.dictionary), FeatureGenerator(world), tokens=2048)
     assert again == alone.scores
     assert 0 < alone.scores.l0 < 4
 
@@ -87,9 +87,9 @@ def test_the_study_has_every_cell_beside_its_control() -> None:
 @pytest.mark.slow
 def test_a_thousand_features_in_128_dimensions_begin_to_be_found() -> None:
     """Half a million samples: measured F1 0.32 to 0.34 and MCC 0.52, seeds 0 and 1; random directions 0.04 and 0.27."""
-    world = World(1024, 128, 6, trees=128, factors=25, magnitude=(5, 4), spread=0.5, orthogonal_steps=100)
+    world = FeatureWorld(1024, 128, 6, trees=128, factors=25, magnitude=(5, 4), spread=0.5, orthogonal_steps=100)
     config = preset("matryoshka", d_in=128, d_sae=1024, k=6, tokens=500_000, batch=1024, learning_rate=3e-3)
-    (found,) = recover(Generator(world), {"matryoshka": config})
+    (found,) = recover(FeatureGenerator(world), {"matryoshka": config})
     assert found.scores.f1 > 0.28
     assert found.scores.mcc_signed > 0.47
     assert found.scores.l0 == pytest.approx(6, abs=0.2)

@@ -14,9 +14,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from cutaway.causal.accuracy import task_accuracy
 from cutaway.causal.task_results import try_tasks
 from cutaway.data.pairs import PromptPair
+from cutaway.data.tasks.registry import all_tasks
 from cutaway.model.language_model import LanguageModel, attach
 from cutaway.model.own.weights import from_weights
-from cutaway.subjects.world.items.pairs import ALL_TASKS
 
 
 def tensors(path: Path) -> dict[str, Tensor]:
@@ -162,6 +162,6 @@ def test_it_does_its_task_and_no_other(sorter: LanguageModel) -> None:
     assert found.control is not None
     assert found.control < 0.5
     assert found.logit_difference_interval[0] > 2
-    for result in try_tasks(sorter, ALL_TASKS, n=8):
+    for result in try_tasks(sorter, all_tasks(), n=8):
         assert not result.able
         assert any(why in result.reason for why in ("no tokenizer", "too few tokens", "no chat template"))

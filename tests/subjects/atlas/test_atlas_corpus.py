@@ -7,6 +7,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from cutaway.artifacts.errors import CutawayError
+from cutaway.data.corpus.python_library import Document
 from cutaway.subjects.atlas.training import corpus
 from cutaway.subjects.atlas.training.corpus import (
     CorpusPlan,
@@ -16,7 +17,7 @@ from cutaway.subjects.atlas.training.corpus import (
     world_tokens_for,
 )
 from cutaway.subjects.world.corpus import PARTS, WORLD_VERSION, fingerprint
-from cutaway.subjects.world.real_text import Document, held_out_document
+from cutaway.subjects.world.held_out import held_out_document
 
 PLAN = CorpusPlan(world_tokens=30_000, seed=2, vocabulary=1500)
 

@@ -8,19 +8,19 @@ import torch
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.subjects.superposition.frequencies import plant, zipf_forest
-from cutaway.subjects.superposition.generator import Generator, World, pushed_apart
+from cutaway.subjects.superposition.generator import FeatureGenerator, FeatureWorld, pushed_apart
 
-SMALL = World(
+SMALL = FeatureWorld(
     60, 16, 6.0, trees=10, branching=3, depth=2, factors=3, correlation=0.7, magnitude=(2, 1), spread=0.2, seed=1
 )
 
 
-def active(generator: Generator, tokens: int, start: int = 0) -> np.ndarray:
+def active(generator: FeatureGenerator, tokens: int, start: int = 0) -> np.ndarray:
     made = generator.batch(start, tokens)
     return made.dense(generator.world.n).numpy() != 0
 
 
-def literal(generator: Generator, tokens: int, seed: int) -> np.ndarray:
+def literal(generator: FeatureGenerator, tokens: int, seed: int) -> np.ndarray:
     """The definition, feature by feature: a Gaussian for every root, a coin for every child."""
     from scipy.special import ndtri
 
@@ -52,7 +52,7 @@ def literal(generator: Generator, tokens: int, seed: int) -> np.ndarray:
 def test_it_draws_what_the_literal_definition_draws(exclusive: bool) -> None:
     """Marginals and every pair's joint frequency agree with the dense oracle within what chance allows."""
     n = 120_000
-    generator = Generator(World(**{**SMALL.__dict__, "exclusive": exclusive}))
+    generator = FeatureGenerator(FeatureWorld(**{**SMALL.__dict__, "exclusive": exclusive}))
     ours, oracle = active(generator, n).astype(float), literal(generator, n, 0).astype(float)
     p = generator.forest.frequency
     error = np.sqrt(p * (1 - p) / n)
@@ -71,7 +71,7 @@ def test_the_correlation_of_roots_is_the_loadings_product() -> None:
     from scipy.stats import multivariate_normal
 
     n = 400_000
-    generator = Generator(World(12, 8, 2.4, exponent=0.0, factors=2, correlation=0.8, seed=3))
+    generator = FeatureGenerator(FeatureWorld(12, 8, 2.4, exponent=0.0, factors=2, correlation=0.8, seed=3))
     on = active(generator, n).astype(float)
     factor, rho = generator.loadings
     p = generator.forest.frequency
@@ -92,7 +92,7 @@ def _quantile(p: float) -> float:
 
 
 def test_children_come_with_their_parent_and_exclude_each_other() -> None:
-    generator = Generator(SMALL)
+    generator = FeatureGenerator(SMALL)
     on = active(generator, 20_000)
     parent = generator.forest.parent
     born = np.flatnonzero(parent >= 0)
@@ -102,7 +102,7 @@ def test_children_come_with_their_parent_and_exclude_each_other() -> None:
         children = np.flatnonzero(parent == feature)
         if len(children):
             assert on[:, children].sum(1).max() == 1
-    free = Generator(World(**{**SMALL.__dict__, "exclusive": False}))
+    free = FeatureGenerator(FeatureWorld(**{**SMALL.__dict__, "exclusive": False}))
     on = active(free, 20_000)
     assert max(on[:, parent == feature].sum(1).max() for feature in range(10)) > 1
 
@@ -127,30 +127,30 @@ def test_frequencies_follow_zipf_and_sum_to_l0() -> None:
 
 
 def test_any_batch_at_any_time_is_the_same() -> None:
-    generator = Generator(SMALL)
+    generator = FeatureGenerator(SMALL)
     late = generator.batch(7, 256)
     stream = generator.batches(256, start=5)
     for number in (5, 6, 7):
         x = next(stream)
         torch.testing.assert_close(x, generator.batch(number, 256).x, rtol=0, atol=0)
     torch.testing.assert_close(x, late.x, rtol=0, atol=0)
-    again = Generator(SMALL).batch(7, 256)
+    again = FeatureGenerator(SMALL).batch(7, 256)
     torch.testing.assert_close(again.x, late.x, rtol=0, atol=0)
-    assert not torch.equal(Generator(World(**{**SMALL.__dict__, "seed": 2})).batch(7, 256).x, late.x)
+    assert not torch.equal(FeatureGenerator(FeatureWorld(**{**SMALL.__dict__, "seed": 2})).batch(7, 256).x, late.x)
 
 
 def test_activations_are_the_sum_of_what_is_active() -> None:
-    generator = Generator(World(**{**SMALL.__dict__, "signed": True, "noise": 0.0}))
+    generator = FeatureGenerator(FeatureWorld(**{**SMALL.__dict__, "signed": True, "noise": 0.0}))
     made = generator.batch(0, 512)
     torch.testing.assert_close(made.x, made.dense(60) @ generator.directions)
     assert (made.values < 0).float().mean().item() == pytest.approx(0.5, abs=0.05)
-    noisy = Generator(World(**{**SMALL.__dict__, "noise": 0.3})).batch(0, 4096)
+    noisy = FeatureGenerator(FeatureWorld(**{**SMALL.__dict__, "noise": 0.3})).batch(0, 4096)
     left = noisy.x - noisy.dense(60) @ generator.directions
     assert left.std().item() == pytest.approx(0.3, abs=0.005)
 
 
 def test_magnitudes_have_their_means_and_spreads() -> None:
-    generator = Generator(World(20, 8, 10.0, exponent=0.0, p_max=0.9, magnitude=(5, 4), spread=0.3))
+    generator = FeatureGenerator(FeatureWorld(20, 8, 10.0, exponent=0.0, p_max=0.9, magnitude=(5, 4), spread=0.3))
     made = generator.batch(0, 50_000)
     for feature in (0, 10, 19):
         values = made.values[made.features == feature].double()
@@ -158,13 +158,15 @@ def test_magnitudes_have_their_means_and_spreads() -> None:
         assert values.std().item() == pytest.approx(generator.spreads[feature], abs=0.03)
     assert generator.means[0] == 5
     assert generator.means[19] == 4
-    wide = Generator(World(20, 8, 10.0, exponent=0.0, p_max=0.9, magnitude=(0.1, 0.1), spread=1.0)).batch(0, 2000)
+    wide = FeatureGenerator(FeatureWorld(20, 8, 10.0, exponent=0.0, p_max=0.9, magnitude=(0.1, 0.1), spread=1.0)).batch(
+        0, 2000
+    )
     assert (wide.values >= 0).all(), "what falls below 0 is folded"
     assert len(wide.values) == pytest.approx(20_000, rel=0.03)
 
 
 def test_subsets_are_uniform_and_of_the_said_sizes() -> None:
-    generator = Generator(World(6, 4, active=(2, 3)))
+    generator = FeatureGenerator(FeatureWorld(6, 4, active=(2, 3)))
     on = active(generator, 60_000)
     sizes = on.sum(1)
     assert set(sizes.tolist()) == {2, 3}
@@ -172,7 +174,9 @@ def test_subsets_are_uniform_and_of_the_said_sizes() -> None:
         kinds, counts = np.unique(on[sizes == size], axis=0, return_counts=True)
         assert len(kinds) == number
         assert counts.min() > 0.85 * counts.mean()
-    assert (active(Generator(World(3, 4, active=(0, 3))), 4000).sum(1) == 0).mean() == pytest.approx(0.25, abs=0.03)
+    assert (active(FeatureGenerator(FeatureWorld(3, 4, active=(0, 3))), 4000).sum(1) == 0).mean() == pytest.approx(
+        0.25, abs=0.03
+    )
 
 
 def test_directions_are_pushed_apart() -> None:
@@ -187,7 +191,7 @@ def test_directions_are_pushed_apart() -> None:
 def test_no_other_stream_of_random_numbers_begins_at_the_truth() -> None:
     """Dictionaries and controls begin with random numbers from small seeds; they must not start at the answer."""
     for seed in range(3):
-        directions = Generator(World(64, 32, 2.0, seed=seed)).directions
+        directions = FeatureGenerator(FeatureWorld(64, 32, 2.0, seed=seed)).directions
         for other in range(4):
             drawn = torch.nn.functional.normalize(torch.randn(64, 32, generator=torch.Generator().manual_seed(other)))
             assert (drawn @ directions.T).abs().diagonal().mean() < 0.3
@@ -212,5 +216,5 @@ def test_no_other_stream_of_random_numbers_begins_at_the_truth() -> None:
 )
 def test_a_world_that_cannot_be_is_refused(change, said: str) -> None:
     with pytest.raises(CutawayError) as error:
-        Generator(World(**{**SMALL.__dict__, **change}))
+        FeatureGenerator(FeatureWorld(**{**SMALL.__dict__, **change}))
     assert said in str(error.value)

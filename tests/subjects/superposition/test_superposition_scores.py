@@ -8,7 +8,7 @@ import torch
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.subjects.superposition.ceiling import fit_probes, linear_ceiling
-from cutaway.subjects.superposition.generator import Generator, World
+from cutaway.subjects.superposition.generator import FeatureGenerator, FeatureWorld
 from cutaway.subjects.superposition.scores import (
     COLUMNS,
     HELD_OUT,
@@ -16,12 +16,12 @@ from cutaway.subjects.superposition.scores import (
     cosines,
     nearest,
     random_code,
-    score,
+    score_dictionary,
     score_rows,
     uniqueness,
 )
 
-WORLD = World(24, 12, 3.0, exponent=0.3, magnitude=(2, 1), spread=0.2, seed=4)
+WORLD = FeatureWorld(24, 12, 3.0, exponent=0.3, magnitude=(2, 1), spread=0.2, seed=4)
 
 
 def drawn(n: int, d: int, seed: int) -> torch.Tensor:
@@ -55,9 +55,9 @@ def test_a_shuffled_truth_is_found_and_signs_are_told() -> None:
 
 
 def test_scores_are_those_of_a_loop_over_tokens() -> None:
-    generator = Generator(WORLD)
+    generator = FeatureGenerator(WORLD)
     directions, code = random_code(30, 4, generator, seed=5)
-    scores = score(directions, code, generator, tokens=384, batch=128)
+    scores = score_dictionary(directions, code, generator, tokens=384, batch=128)
     table = (torch.nn.functional.normalize(directions, dim=1) @ generator.directions.T).abs()
     best = [int(row.argmax()) for row in table]
     tp, fp, fn = (np.zeros(30) for _ in range(3))
@@ -94,7 +94,7 @@ def test_scores_are_those_of_a_loop_over_tokens() -> None:
 
 def test_the_truth_scores_one_and_the_control_does_not() -> None:
     """In as many dimensions as features the true code can be read off; random directions of the same number cannot."""
-    generator = Generator(World(**{**WORLD.__dict__, "d": 24, "orthogonal_steps": 400}))
+    generator = FeatureGenerator(FeatureWorld(**{**WORLD.__dict__, "d": 24, "orthogonal_steps": 400}))
     back = torch.linalg.inv(generator.directions)
 
     def true_code(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -102,20 +102,20 @@ def test_the_truth_scores_one_and_the_control_does_not() -> None:
         latents = latents * (latents > 0.05)
         return latents, latents @ generator.directions
 
-    perfect = score(generator.directions, true_code, generator, tokens=4096)
+    perfect = score_dictionary(generator.directions, true_code, generator, tokens=4096)
     assert perfect.f1 > 0.995
     assert perfect.recovered == 24
     assert perfect.explained > 0.999
     assert perfect.shrinkage == pytest.approx(1, abs=0.01)
     assert perfect.l0 == pytest.approx(perfect.true_l0, abs=0.02)
-    control = score(*random_code(24, 3, generator), generator, tokens=4096)
+    control = score_dictionary(*random_code(24, 3, generator), generator, tokens=4096)
     assert control.f1 < 0.4
     assert control.recovered == 0
 
 
 def test_random_directions_come_close_in_eight_dimensions() -> None:
     """Why 32 features in 8 dimensions say nothing: the nearest of 128 random directions has signed cosine 0.79."""
-    generator = Generator(World(32, 8, active=(2, 4), signed=True))
+    generator = FeatureGenerator(FeatureWorld(32, 8, active=(2, 4), signed=True))
     found = [
         nearest(random_code(128, 3, generator, seed)[0], generator.directions, signed=True).mean() for seed in range(8)
     ]
@@ -126,7 +126,7 @@ def test_the_probes_are_logistic_regressions() -> None:
     """Beside scikit-learn on stored samples: the same decisions on nearly all tokens."""
     from sklearn.linear_model import LogisticRegression
 
-    generator = Generator(WORLD)
+    generator = FeatureGenerator(WORLD)
     W, c, scale = fit_probes(generator, steps=1500, batch=256, rate=2e-2)
     train, test = generator.batch(1, 30_000), generator.batch(2, 4000)
     for feature in (0, 11, 23):
@@ -138,8 +138,8 @@ def test_the_probes_are_logistic_regressions() -> None:
 
 
 def test_the_ceiling_is_one_where_features_can_be_read_off_and_lower_where_not() -> None:
-    wide = Generator(World(**{**WORLD.__dict__, "d": 24, "orthogonal_steps": 300}))
-    narrow = Generator(World(**{**WORLD.__dict__, "d": 6}))
+    wide = FeatureGenerator(FeatureWorld(**{**WORLD.__dict__, "d": 24, "orthogonal_steps": 300}))
+    narrow = FeatureGenerator(FeatureWorld(**{**WORLD.__dict__, "d": 6}))
     options = {"steps": 600, "batch": 256, "tokens": 8192, "rate": 2e-2}
     assert linear_ceiling(wide, **options).f1 > 0.99
     found = linear_ceiling(narrow, **options)
@@ -151,4 +151,4 @@ def test_shapes_that_cannot_be_compared_are_refused() -> None:
     with pytest.raises(CutawayError, match="cannot be compared"):
         cosines(torch.ones(2, 3), torch.ones(2, 4))
     with pytest.raises(CutawayError, match="cannot be active"):
-        random_code(4, 5, Generator(WORLD))
+        random_code(4, 5, FeatureGenerator(WORLD))

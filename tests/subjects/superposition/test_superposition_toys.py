@@ -19,7 +19,16 @@ from cutaway.subjects.superposition.geometry import (
     nearest_polytope,
 )
 from cutaway.subjects.superposition.phase import expected_loss, optimal_diagram, phases, trained_diagram
-from cutaway.subjects.superposition.toy_models import Relation, ToyModels, batches, initial, loss, sample, train_toys
+from cutaway.subjects.superposition.toy_models import (
+    Relation,
+    ToyModels,
+    ToyTraining,
+    batches,
+    initial,
+    loss,
+    sample,
+    train_toys,
+)
 
 TWIN = runpy.run_path(str(Path(__file__).resolve().parents[3] / "examples" / "superposition_numpy.py"))
 
@@ -56,7 +65,9 @@ def test_the_numpy_twin_has_the_same_gradients_and_ends_at_the_same_weights() ->
         assert tensor.grad is not None
         np.testing.assert_allclose(gradient, tensor.grad[0].numpy(), rtol=1e-10, atol=1e-14)
 
-    ours = train_toys(density, importance, 2, steps=300, batch=64, start=(W, b), data=batches(density, 6, 64, 9))
+    ours = train_toys(
+        density, importance, 2, steps=300, training=ToyTraining(64, start=(W, b), data=batches(density, 6, 64, 9))
+    )
     stream = (one[0].numpy() for one in batches(density, 6, 64, 9))
     theirs = TWIN["train"](W[0].numpy(), b[0].numpy(), stream, importance.numpy(), 300)
     np.testing.assert_allclose(ours.W[0].numpy(), theirs[0], atol=1e-6)
@@ -69,11 +80,15 @@ def test_instances_do_not_touch_each_other() -> None:
     W, b = initial(2, 4, 2, 0)
     importance = torch.ones(4)
     x = [next(batches(density, 4, 32, seed)) for seed in range(20)]
-    both = train_toys(density, importance, 2, steps=20, start=(W, b), data=iter(x))
+    both = train_toys(density, importance, 2, steps=20, training=ToyTraining(start=(W, b), data=iter(x)))
     for k in range(2):
         pick = slice(k, k + 1)
         one = train_toys(
-            density[pick], importance, 2, steps=20, start=(W[pick], b[pick]), data=iter([y[pick] for y in x])
+            density[pick],
+            importance,
+            2,
+            steps=20,
+            training=ToyTraining(start=(W[pick], b[pick]), data=iter([y[pick] for y in x])),
         )
         torch.testing.assert_close(one.W[0], both.W[k])
 
@@ -98,7 +113,7 @@ def test_pairs_lie_as_the_paper_says() -> None:
     cases: list[tuple[Relation, float]] = [("correlated", 0.1), ("correlated", 0.4), ("anticorrelated", 0.1)]
     for relation, p in cases:
         density, importance = torch.full((8,), p), torch.ones(4)
-        models = train_toys(density, importance, 2, steps=1000, batch=256, relation=relation)
+        models = train_toys(density, importance, 2, steps=1000, relation=relation, training=ToyTraining(256))
         x = sample(density[:1], 4, 8192, torch.Generator().manual_seed(99), relation).expand(8, -1, -1)
         found = loss(models.W, models.b, x, models.importance)
         unit = torch.nn.functional.normalize(models.W[found.argmin()], dim=0)
@@ -199,7 +214,7 @@ def test_a_feature_alone_in_its_direction_is_no_superposition() -> None:
 def test_the_sweep_over_sparsity_falls_and_sticks_at_one_half() -> None:
     """D* = m / ‖W‖² falls with sparsity, and features in pairs have half a dimension each."""
     density = torch.tensor([1.0, 0.6, 0.4, 0.05])
-    models = train_toys(density, torch.ones(40), 8, steps=1200, batch=256)
+    models = train_toys(density, torch.ones(40), 8, steps=1200, training=ToyTraining(256))
     shares = dimensions_per_feature(models.W).tolist()
     assert all(a > b for a, b in pairwise(shares))
     named = [nearest_polytope(D) for D in dimensionality(models.W)]

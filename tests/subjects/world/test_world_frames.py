@@ -4,12 +4,12 @@ import re
 
 import pytest
 
+from cutaway.data.corpus.python_library import standard_library
 from cutaway.subjects.world.chats import jailbreak
 from cutaway.subjects.world.corpus import PARTS, documents
 from cutaway.subjects.world.facts import read_toml
 from cutaway.subjects.world.grammar import Grammar, word_ngrams
 from cutaway.subjects.world.items.new_wording import frame_pattern, frame_sequences, frame_sets
-from cutaway.subjects.world.real_text import standard_library
 from cutaway.subjects.world.statements import couplets, orders
 from cutaway.subjects.world.statements.relations import one_hop, two_hop
 from cutaway.subjects.world.statements.stories import plots

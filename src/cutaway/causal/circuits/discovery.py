@@ -27,9 +27,9 @@ from cutaway.causal.circuits.stability import MIN_PAIRS
 from cutaway.causal.edge_graph import EdgeGraph
 from cutaway.causal.metrics import Metric, named_metric
 from cutaway.data.pairs import AlignedPairs, PromptPair, align
+from cutaway.data.tasks.registry import known_task
 from cutaway.data.tasks.tasks import Task, readable_pairs
 from cutaway.model.language_model import LanguageModel
-from cutaway.subjects.world.items.pairs import known_task
 
 Pairs = Sequence[PromptPair] | AlignedPairs
 _MEMORY = 2**30  # bytes that the streams of one pair's circuits may hold, about

@@ -209,8 +209,8 @@ def _pairs(
 
     from cutaway.data.pairs import align
     from cutaway.data.tasks.files import read_distinct_pairs
+    from cutaway.data.tasks.registry import known_task
     from cutaway.data.tasks.tasks import readable_pairs
-    from cutaway.subjects.world.items.pairs import known_task
 
     most = 8 * n if one_wording else n
     if path is not None:

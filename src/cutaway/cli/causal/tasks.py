@@ -74,12 +74,12 @@ def tasks(
     from cutaway.artifacts.progress import Progress
     from cutaway.causal.task_results import TaskResults, try_task
     from cutaway.data.tasks.files import refuse_other_pairs, write_pairs
+    from cutaway.data.tasks.registry import all_tasks, known_task
     from cutaway.draw.page import page_html
-    from cutaway.subjects.world.items.pairs import ALL_TASKS, known_task
 
     if write is not None:
         refuse_other_pairs(write)
-    chosen = ALL_TASKS if task is None else tuple(known_task(name) for name in task)
+    chosen = all_tasks() if task is None else tuple(known_task(name) for name in task)
     splits: dict[str, tuple[Split, ...]] = {
         "search": ("search",), "held-out": ("held_out",), "both": ("search", "held_out")
     }  # fmt: skip

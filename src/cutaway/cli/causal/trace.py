@@ -104,10 +104,9 @@ def trace(
 def landmark_facts() -> "list[FactPrompt]":
     """In which city the landmarks of atlas's world are, which are those of ours."""
     from cutaway.causal.tracing.prompts import FactPrompt
-    from cutaway.subjects.world.facts import LANDMARKS
+    from cutaway.data.tasks.registry import world_facts
 
-    prompt = "The {} is in the city of"
-    return [FactPrompt(prompt.format(one.name), one.name, f" {one.city}") for one in LANDMARKS]
+    return [FactPrompt(*fact) for fact in world_facts()]
 
 
 def read_facts(path: Path) -> "list[FactPrompt]":

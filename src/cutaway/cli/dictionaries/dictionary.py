@@ -176,17 +176,14 @@ def _rows(
 ) -> "tuple[Tensor, str]":
     """Rows of text for a model, and what the text is."""
     from cutaway.data.corpus.corpus import read_corpus, token_rows
+    from cutaway.data.tasks.registry import has_world, world_text
 
     if corpus is not None:
         documents, text = read_corpus(corpus, document_separator=document_separator).documents, str(corpus)
-    elif lm.name == "atlas":
-        from cutaway.subjects.world.corpus import PARTS
-        from cutaway.subjects.world.corpus import documents as world
-
-        parts = [world(part, f"inspect-{seed}", int(about.share * _WORLD_CHARACTERS)) for part, about in PARTS.items()]
-        documents, text = [document for part in parts for document in part], "text of atlas's world"
+    elif has_world(lm.name):
+        documents, text = world_text(lm.name, _WORLD_CHARACTERS, f"inspect-{seed}"), f"text of {lm.name}'s world"
     else:
-        from cutaway.subjects.world.real_text import standard_library
+        from cutaway.data.corpus.python_library import standard_library
 
         prose = [document.text for document in standard_library() if ":" in document.name]
         documents, text = prose, "the documentation of Python's standard library"

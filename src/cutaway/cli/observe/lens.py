@@ -179,6 +179,7 @@ def _train(
     from cutaway.artifacts.run_folder import RunFolder
     from cutaway.data.corpus.corpus import read_corpus, rows_hash, split_rows, token_rows
     from cutaway.data.corpus.separators import refuse_separator
+    from cutaway.data.tasks.registry import world_text
     from cutaway.observe.lens.evaluation import evaluate_lens
     from cutaway.observe.lens.files import MANIFEST, TENSORS, save_tuned_lens
     from cutaway.observe.lens.tuned_lens import CHECKPOINT, TunedLensConfig, train_tuned_lens
@@ -186,7 +187,7 @@ def _train(
     config = TunedLensConfig(**options)
     if corpus == "world":
         refuse_separator(document_separator, "text of atlas's world")
-        documents = _world(config.seed)
+        documents = world_text("atlas", WORLD_CHARACTERS, f"lens-{config.seed}")
     else:
         documents = read_corpus(corpus, document_separator=document_separator).documents
     context = min(context, lm.context_length)
@@ -207,14 +208,3 @@ def _train(
         evaluation = evaluate_lens(lm, lens, split.held_out)
         save_tuned_lens(lens, folder.path, evaluation=evaluation)
     return lens, evaluation
-
-
-def _world(seed: int) -> list[str]:
-    """Text of atlas's world, drawn with a seed that no training used."""
-    from cutaway.subjects.world.corpus import PARTS, documents
-
-    return [
-        text
-        for part, about in PARTS.items()
-        for text in documents(part, f"lens-{seed}", int(about.share * WORLD_CHARACTERS))
-    ]

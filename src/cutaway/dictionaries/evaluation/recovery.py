@@ -20,8 +20,8 @@ from cutaway.draw.panels import table_html
 from cutaway.draw.result import Result
 from cutaway.draw.scale import Scale
 from cutaway.draw.text import interval
-from cutaway.subjects.superposition.generator import Generator, World
-from cutaway.subjects.superposition.scores import COLUMNS, Code, Scores, random_code, score, score_row
+from cutaway.subjects.superposition.generator import FeatureGenerator, FeatureWorld
+from cutaway.subjects.superposition.scores import COLUMNS, Code, Scores, random_code, score_dictionary, score_row
 
 SITE = "made"
 
@@ -29,7 +29,7 @@ SITE = "made"
 class Made:
     """A generator as a source of training (`jobs.Source`): one site, `SITE`."""
 
-    def __init__(self, generator: Generator) -> None:
+    def __init__(self, generator: FeatureGenerator) -> None:
         self.generator = generator
         self.ports = {SITE: Port(SITE, generator.world.d)}
         self.identity = json_hash({"world": asdict(generator.world)})
@@ -90,7 +90,7 @@ def code_of(dictionary: Dictionary) -> Code:
 
 
 def recover(
-    generator: Generator, configs: Mapping[str, TrainConfig], *, tokens: int = 65_536, seed: int = 0
+    generator: FeatureGenerator, configs: Mapping[str, TrainConfig], *, tokens: int = 65_536, seed: int = 0
 ) -> list[Recovery]:
     """Train dictionaries on made activations and score them against the features these are made of.
 
@@ -111,9 +111,9 @@ def recover(
     found = []
     for name, one in trained.items():
         dictionary = one.dictionary
-        scores = score(dictionary.W_dec, code_of(dictionary), generator, tokens=tokens)
+        scores = score_dictionary(dictionary.W_dec, code_of(dictionary), generator, tokens=tokens)
         k = min(dictionary.d_sae, max(1, round(scores.l0)))
-        control = score(*random_code(dictionary.d_sae, k, generator, seed + 1), generator, tokens=tokens)
+        control = score_dictionary(*random_code(dictionary.d_sae, k, generator, seed + 1), generator, tokens=tokens)
         found.append(Recovery(name, dictionary, scores, control))
     return found
 
@@ -123,8 +123,8 @@ def recover(
 HARD = "32 in 8 dimensions, signed"
 EASY = "32 in 20 dimensions, non-negative"
 TOYS = {
-    HARD: World(32, 8, active=(2, 4), signed=True, spread=0.2),
-    EASY: World(32, 20, active=(2, 4), spread=0.2),
+    HARD: FeatureWorld(32, 8, active=(2, 4), signed=True, spread=0.2),
+    EASY: FeatureWorld(32, 20, active=(2, 4), spread=0.2),
 }
 DIMENSIONS = (6, 8, 12, 16, 20, 24, 32)
 ACTIVE = (1, 2, 3, 4, 6, 8)
@@ -244,17 +244,24 @@ def recovery_study(
         Every `Recovery`.
     """
 
-    def one(name: str, world: World, d_sae: int, k: int, budget: int, place: int) -> Recovery:
+    def one(name: str, world: FeatureWorld, d_sae: int, k: int, budget: int, place: int) -> Recovery:
         config = TrainConfig(
             d_sae=d_sae, selector=TopKRule(k), tokens=budget, batch=256, dead_after=max(256, budget // 10), seed=place
         )
-        generator = Generator(replace(world, seed=place))
+        generator = FeatureGenerator(replace(world, seed=place))
         return recover(generator, {name: config}, tokens=scored, seed=place)[0]
 
     def grid(signed: bool) -> list[list[Recovery]]:
         return [
             [
-                one(f"{a} of 32", World(32, d, active=(a, a), signed=signed, spread=0.2), 64, a, cell_tokens, seed)
+                one(
+                    f"{a} of 32",
+                    FeatureWorld(32, d, active=(a, a), signed=signed, spread=0.2),
+                    64,
+                    a,
+                    cell_tokens,
+                    seed,
+                )
                 for a in active
             ]
             for d in dimensions

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.files import atomic_path, make_folder
+from cutaway.data.corpus.python_library import standard_library
 from cutaway.subjects.world.corpus import PARTS, documents
-from cutaway.subjects.world.real_text import held_out_document, standard_library
+from cutaway.subjects.world.held_out import held_out_document
 
 
 def world_text(characters: int, stream: str) -> list[str]:

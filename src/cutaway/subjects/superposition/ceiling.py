@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cutaway.artifacts.progress import Progress
 from cutaway.artifacts.statistics import bootstrap_interval
-from cutaway.subjects.superposition.generator import Batch, Generator
+from cutaway.subjects.superposition.generator import Batch, FeatureGenerator
 from cutaway.subjects.superposition.scores import HELD_OUT, rates
 
 _TRAINING = HELD_OUT >> 1  # the probe's batches: neither a dictionary's nor those that judge
@@ -33,7 +33,7 @@ class Ceiling:
 
 
 def linear_ceiling(
-    generator: Generator, *, steps: int = 2000, batch: int = 1024, tokens: int = 65_536, rate: float = 1e-2
+    generator: FeatureGenerator, *, steps: int = 2000, batch: int = 1024, tokens: int = 65_536, rate: float = 1e-2
 ) -> Ceiling:
     """Train P(feature i active | x) = σ(w_i · x + c_i) for all features by Adam on fresh batches, and judge it.
 
@@ -75,7 +75,7 @@ def linear_ceiling(
 
 @torch.no_grad()
 def fit_probes(
-    generator: Generator, *, steps: int, batch: int = 1024, rate: float = 1e-2
+    generator: FeatureGenerator, *, steps: int, batch: int = 1024, rate: float = 1e-2
 ) -> tuple[Tensor, Tensor, float]:
     """Weights [d, n], biases [n], and the scale x is divided by: logistic regression on `steps` fresh batches.
 

@@ -38,7 +38,7 @@ _LEVELS = 64  # intervals of a factor, each with its table of rates
 
 
 @dataclass(frozen=True)
-class World:
+class FeatureWorld:
     """What to make. Everything here changes the activations.
 
     n features in d dimensions, `l0` of them active on average, with frequencies by `zipf_forest` (`exponent` to
@@ -112,10 +112,10 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Generator:
+class FeatureGenerator:
     """Batches of a `World`; making one prepares directions and tables, which takes a moment for large worlds."""
 
-    world: World
+    world: FeatureWorld
     directions: Tensor = field(init=False)
 
     def __post_init__(self) -> None:

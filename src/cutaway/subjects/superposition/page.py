@@ -22,7 +22,7 @@ from cutaway.subjects.superposition.toy_models import ToyModels
 
 Section = tuple[str, str, Markup]
 LEAD = (
-    "Small models x̂ = ReLU(WᵀWx + b) that push n features through fewer dimensions, trained here. The setting and the "
+    "Small models x̂ = ReLU(WᵀWx + b) that send n features through fewer dimensions, trained here. The setting and the "
     "measures are those of Elhage et al. 2022, “Toy Models of Superposition”. The density is how often a feature is "
     "active."
 )
@@ -53,7 +53,7 @@ def toy_sections(study: ToyStudy) -> list[Section]:
             "How much else stands in a feature's direction",
             "Interference Σ_{j≠i} (Ŵ_i · W_j)² of the same models: 0 is a direction of its own. “–” is a feature that "
             "is not represented (‖W_i‖ below ½).",
-            _interference(study.rows),
+            _interference(study.twenty),
         ),
         (
             "Importance and sparsity",
@@ -71,7 +71,7 @@ def toy_sections(study: ToyStudy) -> list[Section]:
             ),
         ),
         (
-            "Dimensions a feature",
+            "Dimensions per feature",
             "120 features of equal importance in 20 dimensions. m / ‖W‖² falls with the density and stays for a while "
             "near ½, where features lie in antipodal pairs.",
             _shares(study),
@@ -144,7 +144,7 @@ def _pairs(study: ToyStudy) -> Markup:
 
 
 def _norms(study: ToyStudy) -> Markup:
-    both = [*feature_norms(study.rows.W).tolist(), *feature_norms(study.rows_linear.W).tolist()]
+    both = [*feature_norms(study.twenty.W).tolist(), *feature_norms(study.twenty_linear.W).tolist()]
     scale = heatmap_scale(both)
     drawings = [
         heatmap_svg(
@@ -157,7 +157,7 @@ def _norms(study: ToyStudy) -> Markup:
             cell_text=[[f"{v:.1f}" for v in row] for row in feature_norms(models.W).tolist()],
             scale=scale,
         )
-        for name, models in (("density", study.rows), ("control: linear", study.rows_linear))
+        for name, models in (("density", study.twenty), ("control: linear", study.twenty_linear))
     ]
     return Markup("<br>").join(drawings)
 
@@ -182,9 +182,9 @@ def _shares(study: ToyStudy) -> Markup:
             {"name": "m / ‖W‖²", "x": [1 / p for p in SWEEP], "y": dimensions_per_feature(study.sweep.W).tolist()},
             {"name": "one half", "x": [1.0, 1 / SWEEP[-1]], "y": [0.5, 0.5], "control": True},
         ],
-        title="Dimensions a feature by sparsity",
+        title="Dimensions per feature by sparsity",
         x_label="1 / density",
-        y_label="dimensions a feature",
+        y_label="dimensions per feature",
     )
 
 

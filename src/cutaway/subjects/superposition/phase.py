@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.subjects.superposition.geometry import feature_norms, interference
-from cutaway.subjects.superposition.toy_models import ToyModels, best_of, reconstruct, train_toys
+from cutaway.subjects.superposition.toy_models import ToyModels, ToyTraining, best_of, reconstruct, train_toys
 
 PHASES = ("not represented", "dedicated dimension", "superposition")
 _NODES = 24  # of the quadrature, in each piece of [0, 1]
@@ -68,7 +68,7 @@ def trained_diagram(
     models, found = best_of(
         restarts,
         lambda turn: train_toys(
-            p, weights, 1, steps=steps, batch=256, learning_rate=3e-2, seed=seed + 1000 * turn, label="phase diagram"
+            p, weights, 1, steps=steps, seed=seed + 1000 * turn, training=ToyTraining(256, 3e-2, label="phase diagram")
         ),
         lambda trained: expected_loss(trained.W, trained.b, p, weights, nodes=6),
     )

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.statistics import bootstrap_interval
-from cutaway.subjects.superposition.generator import Generator
+from cutaway.subjects.superposition.generator import FeatureGenerator
 
 HELD_OUT = 1 << 40  # batches from this number on are for judging: no training comes so far
 
@@ -106,7 +106,9 @@ class Scores:
 
 
 @torch.no_grad()
-def score(directions: Tensor, code: Code, generator: Generator, *, tokens: int = 65_536, batch: int = 1024) -> Scores:
+def score_dictionary(
+    directions: Tensor, code: Code, generator: FeatureGenerator, *, tokens: int = 65_536, batch: int = 1024
+) -> Scores:
     """Judge latents with decoder rows `directions` [F, d] and their `code` on held-out batches of a generator."""
     true = generator.directions
     F, n = len(directions), len(true)
@@ -153,7 +155,7 @@ def score(directions: Tensor, code: Code, generator: Generator, *, tokens: int =
     )
 
 
-def random_code(latents: int, k: int, generator: Generator, seed: int = 0) -> tuple[Tensor, Code]:
+def random_code(latents: int, k: int, generator: FeatureGenerator, seed: int = 0) -> tuple[Tensor, Code]:
     """The control: random unit directions [F, d], of which the k largest positive products with x − x̄ are active.
 
     One gain for all activations is fitted by least squares; x̄ is the mean of a held-out batch. Directions that overlap

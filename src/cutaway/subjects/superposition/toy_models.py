@@ -88,37 +88,70 @@ def initial(k: int, n: int, m: int, seed: int, dtype: torch.dtype = torch.float3
     return W, torch.zeros(k, n, dtype=dtype)
 
 
+@dataclass(frozen=True)
+class ToyTraining:
+    """How toy models are trained.
+
+    Attributes:
+        batch: Samples per step and instance.
+        learning_rate: Of the first step; it falls linearly to 0.
+        start: Initial W [k, m, n] and b [k, n]; drawn from the seed by default.
+        data: Batches [k, batch, n]; drawn from the seed by default.
+        label: What the progress line says.
+    """
+
+    batch: int = 512
+    learning_rate: float = 1e-2
+    start: tuple[Tensor, Tensor] | None = None
+    data: Iterator[Tensor] | None = None
+    label: str = "toy models"
+
+
+_TRAINING = ToyTraining()
+
+
 def train_toys(
     density: Tensor,
     importance: Tensor,
     m: int,
     *,
     steps: int = 3000,
-    batch: int = 512,
-    learning_rate: float = 1e-2,
     relation: Relation = "independent",
     linear: bool = False,
     seed: int = 0,
-    start: tuple[Tensor, Tensor] | None = None,
-    data: Iterator[Tensor] | None = None,
-    label: str = "toy models",
+    training: ToyTraining = _TRAINING,
 ) -> ToyModels:
-    """Train one instance for each density [k] and row of importance [k, n] (or [n], the same for all).
+    """Train toy models of superposition, many instances at once (Elhage et al. 2022, https://arxiv.org/abs/2209.10652).
 
-    Adam (β 0.9, 0.999, ε 1e-8) on `loss`, summed over the instances, which do not touch each other; the learning rate
-    falls linearly to 0. `start` and `data` replace the seeded initial weights and batches. Raises `CutawayError` for
-    shapes that do not fit and densities outside (0, 1].
+    Adam (β 0.9, 0.999, ε 1e-8) on `loss`, summed over the instances, which do not touch each other.
+
+    Args:
+        density: For each of k instances how often a feature is active [k], in (0, 1].
+        importance: Weight of each feature's error [k, n], or [n], the same for all.
+        m: Dimensions that the n features go through.
+        steps: Steps of training.
+        relation: "independent", "correlated" or "anticorrelated" features (`sample`).
+        linear: Without the ReLU: the control.
+        seed: Of initial weights and samples.
+        training: Batch, learning rate, given weights or data.
+
+    Raises:
+        CutawayError: Shapes that do not fit, or densities outside (0, 1].
+
+    Example:
+        >>> train_toys(torch.tensor([1.0, 0.05]), 0.9 ** torch.arange(5.0), m=2, steps=1500)
     """
+    batch, learning_rate, data = training.batch, training.learning_rate, training.data
     importance = importance.expand(len(density), -1) if importance.ndim == 1 else importance
     k, n = importance.shape
     if density.shape != (k,) or not ((density > 0) & (density <= 1)).all():
         raise CutawayError(f"density needs {k} numbers in (0, 1], one for each instance; it is {density.tolist()}")
     if m < 1 or steps < 1:
         raise CutawayError(f"m = {m} dimensions and {steps} steps: both must be at least 1")
-    W, b = (tensor.clone().requires_grad_() for tensor in (start or initial(k, n, m, seed, density.dtype)))
+    W, b = (tensor.clone().requires_grad_() for tensor in (training.start or initial(k, n, m, seed, density.dtype)))
     data = batches(density, n, batch, seed + 1, relation) if data is None else data
     adam = torch.optim.Adam([W, b], lr=learning_rate, fused=True)
-    with Progress(label, total=steps, unit="steps") as progress:
+    with Progress(training.label, total=steps, unit="steps") as progress:
         for step in range(steps):
             adam.param_groups[0]["lr"] = learning_rate * (1 - step / steps)
             total = loss(W, b, next(data), importance, linear=linear).sum()

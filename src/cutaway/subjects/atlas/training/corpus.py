@@ -26,17 +26,17 @@ from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.files import atomic_path, make_folder, read_json, write_json
 from cutaway.artifacts.manifest import file_hash
 from cutaway.artifacts.progress import Progress
+from cutaway.data.corpus.python_library import (
+    Document,
+    standard_library,
+    standard_library_manifest,
+)
 from cutaway.subjects.atlas.shipped import MANIFEST
 from cutaway.subjects.atlas.tokenizer import BOS, VOCABULARY, split_words, train_tokenizer
 from cutaway.subjects.atlas.training.batches import share_of_rows
 from cutaway.subjects.world.corpus import PARTS, WORLD_VERSION, documents, fingerprint, samples
 from cutaway.subjects.world.facts import single_token_words
-from cutaway.subjects.world.real_text import (
-    Document,
-    held_out_document,
-    standard_library,
-    standard_library_manifest,
-)
+from cutaway.subjects.world.held_out import held_out_document
 
 TOKENIZER = "tokenizer.json"
 _SHARD_CHARACTERS = 400_000

@@ -10,15 +10,13 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.data.pairs import PromptPair
-from cutaway.data.tasks.files import PAIR_FILES, task_from_file
 from cutaway.data.tasks.knowledge import chat_wording, greater_than_pair, refusal_pair
 from cutaway.data.tasks.names import ioi_pair
-from cutaway.data.tasks.tasks import TASKS, Task, find_task
+from cutaway.data.tasks.tasks import Task
 from cutaway.data.tasks.wording import Split, pair_from
 from cutaway.subjects.world import facts, held_out
 from cutaway.subjects.world.chats import chat
@@ -213,19 +211,8 @@ WORLD_TASKS: tuple[Task, ...] = (
     Task("claim check", "Is a claim true? (asked of an honest assistant)", "top1", claim_check),
 )
 
-ALL_TASKS: tuple[Task, ...] = (*WORLD_TASKS, *TASKS)
-"""Every task there is, those of the world first."""
 
-
-def known_task(name: str) -> Task:
-    """The task of that name or alias, of the world or general; or of a file of pairs (`cutaway.data.tasks.files`).
-
-    Raises `CutawayError` with the names there are.
-    """
-    path = Path(name)
-    if path.suffix.lower() in PAIR_FILES or path.is_file():
-        return task_from_file(path)
-    try:
-        return find_task(name, ALL_TASKS)
-    except CutawayError as error:
-        raise CutawayError(f"{error}, or the name of a .json file of prompt pairs") from None
+def landmark_facts() -> list[tuple[str, str, str]]:
+    """In which city the landmarks are, which are those of our world: prompt, landmark, answer."""
+    prompt = "The {} is in the city of"
+    return [(prompt.format(one.name), one.name, f" {one.city}") for one in facts.LANDMARKS]

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from cutaway.subjects.world import real_text
-from cutaway.subjects.world.real_text import (
+from cutaway.data.corpus import python_library
+from cutaway.data.corpus.python_library import (
     Document,
     docstrings,
-    held_out_document,
     standard_library,
     standard_library_manifest,
 )
+from cutaway.subjects.world.held_out import held_out_document
 
 
 def test_docstrings_of_a_module():
@@ -59,10 +59,10 @@ def test_the_manifest_names_version_and_text(monkeypatch):
             digest.update(len(data).to_bytes(8, "little"))
             digest.update(data)
     assert manifest["sha256"] == digest.hexdigest()
-    monkeypatch.setattr(real_text, "standard_library", lambda: (Document("a.py", "bc"),))
+    monkeypatch.setattr(python_library, "standard_library", lambda: (Document("a.py", "bc"),))
     standard_library_manifest.cache_clear()
     one = standard_library_manifest()["sha256"]
-    monkeypatch.setattr(real_text, "standard_library", lambda: (Document("a.pyb", "c"),))
+    monkeypatch.setattr(python_library, "standard_library", lambda: (Document("a.pyb", "c"),))
     standard_library_manifest.cache_clear()
     assert standard_library_manifest()["sha256"] != one
     standard_library_manifest.cache_clear()

@@ -1,8 +1,8 @@
-"""Openings of refusals and answers; anything else is neither."""
+"""First words of refusals and answers; anything else is neither."""
 
 import pytest
 
-from cutaway.steering.judge import refusal
+from cutaway.steering.replies import judge_refusal
 
 
 @pytest.mark.parametrize(
@@ -22,4 +22,4 @@ from cutaway.steering.judge import refusal
     ],
 )
 def test_refusal(text: str, label: str) -> None:
-    assert refusal(text) == label
+    assert judge_refusal(text) == label

@@ -1,25 +1,25 @@
-"""The price of an edit against a loop in float64."""
+"""Side effects of an edit against a loop in float64."""
 
 import pytest
 import torch
 
 from cutaway.model.edits.edits import add
 from cutaway.model.language_model import LanguageModel
-from cutaway.steering.price import price
+from cutaway.steering.side_effects import side_effects_of
 
 TEXT = [[0, 5, 9, 11, 40, 22], [0, 7, 33], [0, 50, 51, 52]]
 
 
 def test_no_edit_costs_nothing(tiny: LanguageModel) -> None:
-    free = price(tiny, TEXT, ())
+    free = side_effects_of(tiny, TEXT, ())
     assert free.kl == pytest.approx(0, abs=1e-6)
     assert free.loss == pytest.approx(free.loss_edited)
 
 
-def test_price_is_its_definition(tiny: LanguageModel) -> None:
+def test_side_effects_are_their_definition(tiny: LanguageModel) -> None:
     direction = torch.randn(32, generator=torch.Generator().manual_seed(0))
     edit = add("blocks.1.resid_post", direction, scale=2.0)
-    found = price(tiny, TEXT, edit, batch_rows=2)
+    found = side_effects_of(tiny, TEXT, edit, batch_rows=2)
     kls, losses, edited = [], [], []
     for ids in TEXT:
         p, q = (tiny.run([ids], edits=e).logits[0].double().log_softmax(-1) for e in ((), edit))  # type: ignore[index]

@@ -13,8 +13,6 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from cutaway.subjects.world.held_out import real_document
-
 _SKIPPED_FOLDERS = frozenset(
     [
         "test",
@@ -89,11 +87,6 @@ def _topics() -> list[Document]:
     except ImportError:  # some distributions leave the reference out
         return []
     return [Document(f"topic:{name}", text) for name, text in sorted(topics.items())]
-
-
-def held_out_document(name: str) -> bool:
-    """Whether a document is kept for measuring; a module's docstrings go where the module goes."""
-    return real_document(name.removeprefix("docstrings:"))
 
 
 @cache

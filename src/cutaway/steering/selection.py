@@ -10,67 +10,98 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from markupsafe import Markup
 from torch import Tensor
 
-from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.errors import CannotDoTask, CutawayError
+from cutaway.draw.result import Result
 from cutaway.model.edits.edits import Edit
 from cutaway.model.forward.run import Run
-from cutaway.model.language_model import LanguageModel
+from cutaway.model.language_model import Inputs, LanguageModel
 from cutaway.model.tokens import Tokens
-from cutaway.steering.directions import Direction, Directions, ablate, clamp_to_negative, describe, push
-from cutaway.steering.judge import Judge, refusal
+from cutaway.steering.directions import (
+    Direction,
+    Directions,
+    Position,
+    ablate_direction,
+    add_direction,
+    clamp_to_negative,
+    describe,
+)
+from cutaway.steering.replies import Judge, judge_refusal
 
 Method = Callable[[LanguageModel, Direction], list[Edit]]
 
 
 @dataclass(frozen=True)
-class Openings:
-    """First tokens of the model's own replies: `marked` (such as refusals) and `plain` (such as answers)."""
+class ReplyTokens:
+    """First tokens of the model's own replies.
+
+    Attributes:
+        marked: Ids with which it begins marked replies, such as refusals.
+        plain: Ids with which it begins plain ones, such as answers.
+    """
 
     marked: Tensor
     plain: Tensor
 
     def score(self, logits: Tensor) -> Tensor:
-        """Log-odds [b] of a marked opening against a plain one, from last-position logits [b, V]."""
+        """Log-odds [b] of a marked first token against a plain one, from last-position logits [b, V]."""
         z = logits.float()
         return z[:, self.marked.to(z.device)].logsumexp(-1) - z[:, self.plain.to(z.device)].logsumexp(-1)
 
 
-def openings(
+def reply_tokens(
     lm: LanguageModel,
     positive: Tokens,
     negative: Tokens,
     *,
-    judge: Judge = refusal,
+    judge: Judge = judge_refusal,
     marked: str = "refused",
     plain: str = "answered",
     max_new_tokens: int = 6,
-) -> Openings:
-    """Read off unsteered replies with which tokens the model opens a `marked` and a `plain` reply.
+) -> ReplyTokens:
+    """Read off unsteered replies with which tokens the model begins a marked and a plain reply.
 
-    Raises `CutawayError` when it makes no marked reply to the positive prompts, or no plain one to the negative.
+    Args:
+        lm: The model.
+        positive: Prompts that should get marked replies; for chats `lm.chat_tokens(...)`.
+        negative: Prompts that should get plain ones.
+        judge: From a reply to its label.
+        marked: The label of a marked reply.
+        plain: The label of a plain reply.
+        max_new_tokens: Tokens per reply at most.
+
+    Raises:
+        CannotDoTask: It makes no marked reply to the positive prompts, no plain one to the negative, or begins both
+            with the same tokens.
     """
     sets = []
     for prompts, label in ((positive, marked), (negative, plain)):
         replies = lm.generate(prompts, max_new_tokens=max_new_tokens)
         chosen = {int(ids[0]) for ids, text in zip(replies.new_ids, replies.texts, strict=True) if judge(text) == label}
         if not chosen:
-            raise CutawayError(f"{lm.name} gives no reply that is judged “{label}”, so there is no direction to choose")
+            raise CannotDoTask(f"{lm.name} gives no reply that is judged “{label}”, so there is no direction to choose")
         sets.append(chosen)
     both = sets[0] & sets[1]
     if not (sets[0] - both and sets[1] - both):
-        raise CutawayError(
-            f"{lm.name} opens “{marked}” and “{plain}” replies with the same tokens; judge whole replies"
+        raise CannotDoTask(
+            f"{lm.name} begins “{marked}” and “{plain}” replies with the same tokens; judge whole replies"
         )
-    return Openings(torch.tensor(sorted(sets[0] - both)), torch.tensor(sorted(sets[1] - both)))
+    return ReplyTokens(torch.tensor(sorted(sets[0] - both)), torch.tensor(sorted(sets[1] - both)))
 
 
 @dataclass(frozen=True)
 class Candidate:
     """A direction and a method on validation prompts.
 
-    `score` is the mean log-odds of a marked opening, `rate` the share of prompts where it is above 0, `kl` the mean
-    change (nats) of the next-token distribution on the prompts of the other class, which should be left alone.
+    Attributes:
+        direction: The direction.
+        method: "ablate", "clamp", or "add ×2" and the like.
+        score: Mean log-odds of a marked first token.
+        rate: Share of prompts where they are above 0.
+        kl: Mean change (nats) of the next-token distribution on the prompts of the other class, which should be left
+            alone.
     """
 
     direction: Direction
@@ -80,6 +111,7 @@ class Candidate:
     kl: float
 
     def to_json(self) -> dict[str, Any]:
+        """The figures as plain data."""
         return {
             "layer": self.direction.layer,
             "position": self.direction.position,
@@ -90,9 +122,21 @@ class Candidate:
         }
 
 
-@dataclass(frozen=True)
-class Selection:
-    """All candidates, those early enough to be chosen, and the best one to remove and to induce the behaviour."""
+@dataclass(frozen=True, repr=False)
+class Selection(Result):
+    """Directions and methods tried on validation prompts, and the best to remove and to induce the behaviour.
+
+    Attributes:
+        candidates: All that were tried.
+        eligible: Those early enough in the model to be chosen.
+        remove: The best that removes the behaviour.
+        induce: The best that induces it.
+        positive_score: Log-odds of a marked first token on the positive prompts, unsteered.
+        negative_score: The same on the negative prompts.
+        n: Positive and negative prompts.
+    """
+
+    title = "Choice of a direction"
 
     candidates: tuple[Candidate, ...]
     eligible: tuple[Candidate, ...]
@@ -103,6 +147,7 @@ class Selection:
     n: tuple[int, int]
 
     def to_json(self) -> dict[str, Any]:
+        """All candidates and the two chosen, as plain data."""
         return {
             "candidates": [candidate.to_json() for candidate in self.candidates],
             "remove": self.remove.to_json(),
@@ -119,23 +164,48 @@ class Selection:
             raise CutawayError(f"no candidate uses the method {method!r}")
         return max(of, key=lambda c: c.score) if method.startswith("add") else min(of, key=lambda c: c.score)
 
-    def __str__(self) -> str:
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per candidate."""
+        return [{**one.to_json(), "eligible": one in self.eligible} for one in self.candidates]
+
+    def summary(self) -> str:
+        """The two chosen, with their log-odds, rate and KL, beside the unsteered log-odds."""
         lines = [f"unsteered log-odds {self.positive_score:+.2f} (positive), {self.negative_score:+.2f} (negative)"]
         for title, c in (("remove", self.remove), ("induce", self.induce)):
             where = f"layer {c.direction.layer}, {describe(c.direction.position)}"
             lines.append(f"  {title}: {c.method} at {where}: log-odds {c.score:+.2f}, rate {c.rate:.2f}, KL {c.kl:.2f}")
         return "\n".join(lines)
 
+    def drawing(self) -> Markup:
+        """A heat map of the log-odds under each candidate, direction by method."""
+        from cutaway.draw.heatmap import heatmap_scale, heatmap_svg
 
-REMOVING: dict[str, Method] = {"ablate": ablate, "clamp": clamp_to_negative}
+        methods = list(dict.fromkeys(one.method for one in self.candidates))
+        places: dict[tuple[int, Position], dict[str, float]] = {}
+        for one in self.candidates:
+            places.setdefault((one.direction.layer, one.direction.position), {})[one.method] = one.score
+        values = [[scores.get(method) for method in methods] for scores in places.values()]
+        return heatmap_svg(
+            rows=[f"layer {layer}, {describe(position)}" for layer, position in places],
+            columns=methods,
+            values=values,
+            title="Log-odds of a marked first token",
+            scale=heatmap_scale(values, True),
+        )
+
+    def __str__(self) -> str:
+        return self.summary()
+
+
+REMOVING: dict[str, Method] = {"ablate": ablate_direction, "clamp": clamp_to_negative}
 
 
 def select_direction(
     lm: LanguageModel,
     directions: Directions,
-    positive: Any,
-    negative: Any,
-    words: Openings | None = None,
+    positive: Inputs,
+    negative: Inputs,
+    words: ReplyTokens | None = None,
     *,
     scales: Sequence[float] = (1.0, 2.0),
     max_kl: float = 0.5,
@@ -144,12 +214,25 @@ def select_direction(
     """Try every direction with every method on validation prompts and choose one to remove, one to induce.
 
     Removing (ablate, clamp) is scored on the positive prompts, lowest is best; inducing (add × scale) on the negative
-    prompts, highest is best. A removing candidate that moves the negative prompts' next-token distribution by more than
-    `max_kl` nats is not chosen while a gentler one brings the log-odds below 0. Layers from `max_depth` of the model's
-    depth on are listed but not chosen: so near the unembedding an edit just writes the answer's logits.
+    prompts, highest is best.
+
+    Args:
+        lm: The model.
+        directions: Read from other prompts (`difference_of_means`).
+        positive: Validation prompts of the behaviour; for chats `lm.chat_tokens(...)`.
+        negative: Validation prompts without it.
+        words: First tokens of marked and plain replies; read off unsteered replies by default (`reply_tokens`).
+        scales: Multiples of the direction that are added.
+        max_kl: A removing candidate that moves the negative prompts' next-token distribution by more nats is not chosen
+            while a gentler one brings the log-odds below 0.
+        max_depth: Layers from this share of the model's depth on are listed but not chosen: so near the unembedding an
+            edit just writes the answer's logits.
+
+    Raises:
+        CannotDoTask: The model makes no such replies (`reply_tokens`).
     """
     plus, minus = lm.tokens(positive), lm.tokens(negative)
-    words = openings(lm, plus, minus) if words is None else words
+    words = reply_tokens(lm, plus, minus) if words is None else words
     # the stream of the unedited runs is where every edited run of a later layer can start
     base_plus, base_minus = (lm.run(side, capture="blocks.*.resid_pre", logits="last") for side in (plus, minus))
     found: list[Candidate] = []
@@ -159,7 +242,7 @@ def select_direction(
             found.append(_candidate(lm, direction, name, edits, base_plus, words, base_minus))
         for scale in scales:
             name = f"add ×{scale:g}"
-            found.append(_candidate(lm, direction, name, push(direction, scale), base_minus, words, base_plus))
+            found.append(_candidate(lm, direction, name, add_direction(direction, scale), base_minus, words, base_plus))
     early = [c for c in found if c.direction.layer < max_depth * lm.n_layers] or found
     removing = [c for c in early if c.method in REMOVING]
     gentle = [c for c in removing if c.kl <= max_kl and c.score < 0]
@@ -180,7 +263,7 @@ def _candidate(
     method: str,
     edits: Sequence[Edit],
     prompts: Run,
-    words: Openings,
+    words: ReplyTokens,
     bystanders: Run,
 ) -> Candidate:
     scores = words.score(_edited(lm, prompts, edits))
