@@ -1,6 +1,7 @@
 """The package as users get it: light to import, whole when installed, its floors in order."""
 
 import ast
+import inspect
 import shutil
 import subprocess
 import sys
@@ -16,11 +17,33 @@ import cutaway
 ROOT = Path(__file__).resolve().parent.parent
 
 
+FACES = sorted(path.parent for path in (ROOT / "src" / "cutaway").rglob("__init__.pyi"))
+"""Packages that hand on names from the modules below them."""
+
+
+def package_of(folder: Path) -> str:
+    return ".".join(folder.relative_to(ROOT / "src").parts)
+
+
+def handed_on(folder: Path) -> dict[str, str]:
+    """Each name that a package's stub hands on, and the module that it comes from."""
+    found = {}
+    for node in ast.parse((folder / "__init__.pyi").read_text()).body:
+        if isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                assert alias.asname == alias.name, f"{alias.name} is private to a stub that does not say it twice"
+                found[alias.name] = ".".join(filter(None, (package_of(folder), node.module)))
+    return found
+
+
 def test_importing_the_package_loads_nothing_heavy() -> None:
     code = """
         import sys
         import cutaway
         cutaway.CutawayError, cutaway.__version__, dir(cutaway)
+        from cutaway import causal, data, dictionaries, features, model, observe, steering, subjects, tour
+        for package in (causal, data, dictionaries, features, model, observe, steering, subjects, tour):
+            dir(package)
         from cutaway.artifacts import errors, files, manifest, progress, results, run_folder, statistics
         print(*sorted({"torch", "transformers", "numpy", "scipy", "sklearn", "pyarrow", "rich"} & sys.modules.keys()))
     """
@@ -28,22 +51,32 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
     assert done.stdout.strip() == ""
 
 
-def test_the_public_names_are_the_same_for_people_the_interpreter_and_the_type_checker() -> None:
-    source = ast.parse(Path(cutaway.__file__).read_text())
-    guard = next(node for node in source.body if isinstance(node, ast.If))
-    typed = {alias.name: node.module for node in guard.body if isinstance(node, ast.ImportFrom) for alias in node.names}
-    assert sorted(typed) == cutaway.__all__
-    assert typed == cutaway._HOME_OF
-    assert set(cutaway.__all__) < set(dir(cutaway))
-    with pytest.raises(AttributeError, match="has no attribute 'lode'"):
-        cutaway.lode  # noqa: B018
+def test_a_bare_import_offers_the_packages() -> None:
+    code = """
+        import cutaway
+        print(cutaway.dictionaries.load.__name__, cutaway.observe.__name__, cutaway.causal.__name__)
+        print(cutaway.model.load is cutaway.load)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
+    assert done.stdout == "load cutaway.observe cutaway.causal\nTrue\n"
+    with pytest.raises(AttributeError, match="lode"):
+        cutaway.lode  # noqa: B018  # pyright: ignore[reportAttributeAccessIssue]
 
 
-@pytest.mark.parametrize("name", cutaway.__all__)
-def test_every_public_name_is_what_its_module_defines(name: str) -> None:
-    value = getattr(cutaway, name)
-    assert value is getattr(import_module(cutaway._HOME_OF[name]), name)
-    assert value.__doc__
+@pytest.mark.parametrize("folder", FACES, ids=package_of)
+def test_a_package_hands_on_what_its_modules_define(folder: Path) -> None:
+    package, typed = import_module(package_of(folder)), handed_on(folder)
+    assert sorted(typed) == sorted(package.__all__)
+    assert set(typed) <= set(dir(package))
+    below = {path.stem for path in folder.iterdir() if path.suffix == ".py" or path.is_dir()}
+    for name, home in typed.items():
+        value = getattr(package, name)
+        if home == package_of(folder):  # a package below this one
+            assert value is import_module(f"{home}.{name}")
+        else:
+            assert value is getattr(import_module(home), name)
+            assert name not in below, f"{name} is a module of {home} too"
+        assert value.__doc__ or not (inspect.isclass(value) or inspect.isfunction(value)), name
 
 
 @pytest.fixture

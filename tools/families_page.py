@@ -35,7 +35,7 @@ class Parity:
 
     @property
     def passed(self) -> bool:
-        from cutaway.model.selftest.identities import TOLERANCE
+        from cutaway.model.selftest.result import TOLERANCE
 
         allowed = {str(dtype).removeprefix("torch."): value for dtype, value in TOLERANCE.items()}
         exact = all(residual <= allowed[dtype] for dtype, residual in self.residuals.items())
@@ -76,9 +76,9 @@ def measure(family: str) -> Parity:
         logits = lm.run(tokens).logits
         equal = equal and logits is not None and torch.equal(plain, logits)
         test = lm.selftest()
-        residuals[name] = max(row.residual for row in test.rows)
+        residuals[name] = max(row.residual for row in test.checks)
         if dtype == torch.float32:
-            checks, dla, model_class = len(test.rows), dla_sum_error(lm), type(lm.hf).__name__
+            checks, dla, model_class = len(test.checks), dla_sum_error(lm), type(lm.hf).__name__
     return Parity(family, model_class, equal, residuals, checks, dla)
 
 
@@ -93,7 +93,7 @@ COLUMNS = ("family", "class", "logits bit-equal", "residual fp32", "bf16", "fp16
 
 def page() -> str:
     """docs/parity.md."""
-    from cutaway.model.selftest.identities import TOLERANCE
+    from cutaway.model.selftest.result import TOLERANCE
 
     allowed = {str(dtype).removeprefix("torch."): f"{value:.0e}" for dtype, value in TOLERANCE.items()}
     found = [measure(family) for family in families()]

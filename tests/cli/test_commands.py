@@ -37,7 +37,7 @@ def test_check_json_is_the_whole_table(atlas: LanguageModel, capsys: pytest.Capt
     assert found["passed"] is True
     assert found["card"]["d_model"] == 256
     assert len(found["card"]["weights"].removeprefix("sha256 ")) == 64
-    assert len(found["rows"]) == len(atlas.selftest().rows)
+    assert len(found["rows"]) == len(atlas.selftest().checks)
     assert all(row["residual"] <= row["tolerance"] and row["ok"] for row in found["rows"])
     assert {row["layer"] for row in found["rows"]} >= set(range(8))
 
@@ -47,8 +47,8 @@ def test_check_leaves_a_page(atlas: LanguageModel, tmp_path: Path, capsys: pytes
     assert main(["check", "atlas", "--html", str(page)]) == 0
     text = page.read_text(encoding="utf-8")
     test = atlas.selftest()
-    assert f"all {len(test.rows)} checks pass" in text
-    assert all(escape(row.check) in text for row in test.rows)
+    assert f"all {len(test.checks)} checks pass" in text
+    assert all(escape(row.check) in text for row in test.checks)
     assert "cutaway check atlas" in text
     assert str(page) in capsys.readouterr().out
     assert main(["check", "atlas", "--html", str(tmp_path)]) == 2
@@ -59,7 +59,7 @@ def test_check_says_with_its_exit_code_that_a_check_failed(
     atlas: LanguageModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sound = atlas.selftest()
-    broken = replace(sound, rows=(replace(sound.rows[0], residual=0.5), *sound.rows[1:]))
+    broken = replace(sound, checks=(replace(sound.checks[0], residual=0.5), *sound.checks[1:]))
     monkeypatch.setattr(atlas, "selftest", lambda: broken, raising=False)
     assert main(["check", "atlas"]) == 1
     assert "FAILS" in capsys.readouterr().out

@@ -122,7 +122,10 @@ WRONG: dict[str, tuple[Callable[[LanguageModel], Any], str]] = {
     ),
     "sparse function": (lambda lm: lm.run(IDS, edits=cutaway.function(SITE, lambda x: x.to_sparse())), "sparse"),
     "complex metric": (lambda lm: lm.run(IDS, capture=SITE, grad=lambda x: x.sum() * 1j), "is complex"),
-    "beams": (lambda lm: lm.generate(IDS, max_new_tokens=2, num_beams=10**6), "more than the 97 tokens"),
+    "beams": (
+        lambda lm: lm.generate(IDS, max_new_tokens=2, decoding=cutaway.Decoding(num_beams=10**6)),
+        "more than the 97 tokens",
+    ),
     **{
         f"device {name}": (
             lambda _, name=name: cutaway.load("atlas", device=name),

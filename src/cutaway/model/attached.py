@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from cutaway.artifacts.manifest import ModelIdentity
 from cutaway.model.architecture.families import Family
 from cutaway.model.architecture.ropes import Ropes
-from cutaway.model.edits.edits import Edit
+from cutaway.model.edits.edit import Edit
 from cutaway.model.forward.run import Run
 from cutaway.model.sites import SiteTable
 from cutaway.model.tokens import Tokens

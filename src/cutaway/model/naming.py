@@ -23,11 +23,23 @@ _ANCHORS = ("\n", "a", ".", "1")
 
 
 def single_token(lm: LanguageModel, text: str | int, what: str = "answer", after: Sequence[int] | None = None) -> int:
-    """The id of the one token that reads `text` behind the tokens `after` (a prompt; without, inside a line).
+    """The id of the one token that reads as a text.
 
-    `text` may also be an id: a number, or "#422"; the text "#422" is written "\\#422".
-    Raises CutawayError: a text that is no token there, several tokens (it says which), one of several equal tokens (it
-    lists them), unknown to the tokenizer, or an id outside the vocabulary.
+    Args:
+        lm: the model.
+        text: the text, or an id: a number, or "#422"; the text "#422" is written "\\#422".
+        what: what the errors call it.
+        after: ids of the prompt behind which it stands. Default: inside a line.
+
+    Returns:
+        The id.
+
+    Raises:
+        CutawayError: a text that is no token there, several tokens (it says which), one of several equal tokens (it
+            lists them), unknown to the tokenizer, or an id outside the vocabulary.
+
+    Example:
+        cutaway.model.single_token(lm, " Austin")
     """
     named = named_token(text) if isinstance(text, str) else int(text)
     if isinstance(named, int):

@@ -7,17 +7,23 @@ name. TransformerLens spellings resolve when looking up and are never stored.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.errors import NoSuchSite
 from cutaway.model.aliases import ALIASES, BEFORE_A_NORM
 
 
 @dataclass(frozen=True)
 class SiteKind:
-    """A row of the contract. `name` has `{l}` where a layer number goes."""
+    """A row of the contract.
+
+    Attributes:
+        name: with `{l}` where a layer's number goes, and `{e}` where an expert's does.
+        dims: its dimensions, such as "b p d".
+        meaning: what it is.
+    """
 
     name: str
     dims: str
@@ -25,10 +31,12 @@ class SiteKind:
 
     @property
     def per_layer(self) -> bool:
+        """Whether each layer has one."""
         return "{l}" in self.name
 
     @property
     def has_heads(self) -> bool:
+        """Whether a dimension counts heads."""
         return " H" in self.dims or " KV" in self.dims
 
 
@@ -87,7 +95,15 @@ _EXPERT = re.compile(r"(?<=\.experts\.)(\d+|\*|\{\d+\.\.\d+\})(?=\.)")
 
 @dataclass(frozen=True)
 class Site:
-    """One site of one model. `absent` is None, or the reason why this model has no such tensor."""
+    """One site of one model.
+
+    Attributes:
+        name: its name, such as "blocks.3.attn.z".
+        kind: the row of the contract.
+        layer: its layer; None for those outside the layers.
+        shape: sizes of its dimensions, with the letters b, p, q, k where a run decides.
+        absent: None, or the reason why this model has no such tensor.
+    """
 
     name: str
     kind: SiteKind
@@ -97,10 +113,12 @@ class Site:
 
     @property
     def dims(self) -> str:
+        """Its dimensions, such as "b p d"."""
         return self.kind.dims
 
     @property
     def meaning(self) -> str:
+        """What it is."""
         return self.kind.meaning
 
 
@@ -132,20 +150,33 @@ class SiteTable(Sequence[Site]):
         return [site.name for site in self._sites if site.absent is None]
 
     def resolve(self, name: str) -> str:
-        """The canonical name of one site that this model has. Raises CutawayError with the reason otherwise."""
+        """The canonical name of one site that this model has.
+
+        Args:
+            name: a name, ours or TransformerLens'.
+
+        Raises:
+            NoSuchSite: no such site, with the reason or the names that are near.
+        """
         names = self.expand(name)
         if len(names) != 1:
-            raise CutawayError(f"'{name}' names {len(names)} sites where one is needed; name a single layer.")
+            raise NoSuchSite(f"'{name}' names {len(names)} sites where one is needed; name a single layer.")
         return names[0]
 
     def expand(self, pattern: str) -> list[str]:
         """Canonical names that a name or wildcard stands for (`blocks.*.mlp.out`, `blocks.{3..7}.attn.z`).
 
-        A wildcard skips layers that lack the site and raises when every layer does; a plain name that is absent
-        raises.
+        Args:
+            pattern: a name or wildcard. A wildcard skips layers that lack the site.
+
+        Returns:
+            Names, in the order of the forward pass.
+
+        Raises:
+            NoSuchSite: a plain name that is absent, or a wildcard of which every layer lacks the site.
         """
         if not isinstance(pattern, str):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise CutawayError(f"A site is named by text such as 'blocks.3.resid_post'; got {pattern!r}.")
+            raise NoSuchSite(f"A site is named by text such as 'blocks.3.resid_post'; got {pattern!r}.")
         match = _LAYER.match(pattern)
         if match is None:
             return [self._require(self._meant(pattern), pattern)]
@@ -177,7 +208,7 @@ class SiteTable(Sequence[Site]):
         """Our template for a spelling of TransformerLens, which this model decides; any other as it is."""
         if BEFORE_A_NORM.get(template) in self._present:
             ours = ALIASES[template][0]
-            raise CutawayError(
+            raise NoSuchSite(
                 f"'{template}' is what the module returns, before a norm; this model has no site there. What is added "
                 f"to the stream, after the norm, is '{ours}'."
             )
@@ -189,7 +220,7 @@ class SiteTable(Sequence[Site]):
         patterns = [patterns] if isinstance(patterns, str) else patterns
         patterns = list(patterns) if isinstance(patterns, Iterable) else [patterns]
         if not all(isinstance(pattern, str) for pattern in patterns):
-            raise CutawayError(f"Sites are named by text such as 'blocks.3.resid_post'; got {patterns!r}.")
+            raise NoSuchSite(f"Sites are named by text such as 'blocks.3.resid_post'; got {patterns!r}.")
         names = {name for pattern in patterns for name in self.expand(pattern)}
         return sorted(names, key=self.order)
 
@@ -198,10 +229,10 @@ class SiteTable(Sequence[Site]):
         if site is None:
             raise self._unknown(asked)
         if site.absent is not None:
-            raise CutawayError(f"This model has no site '{asked}': {site.absent}.")
+            raise NoSuchSite(f"This model has no site '{asked}': {site.absent}.")
         return name
 
-    def _unknown(self, asked: str) -> CutawayError:
+    def _unknown(self, asked: str) -> NoSuchSite:
         import difflib
 
         layer = re.match(r"blocks\.(\d+|\*|\{[^}]*\})\.", asked)
@@ -215,7 +246,7 @@ class SiteTable(Sequence[Site]):
             for name in close
         ]
         hint = f"; did you mean {' or '.join(map(repr, names))}?" if names else "; `lm.sites()` lists them."
-        return CutawayError(f"There is no site '{asked}'{hint}")
+        return NoSuchSite(f"There is no site '{asked}'{hint}")
 
     def __repr__(self) -> str:
         lines = [f"{'site':<28} {'dims':<9} {'shape':<22} meaning, or why absent"]
@@ -229,18 +260,39 @@ class SiteTable(Sequence[Site]):
         return "\n".join(lines)
 
 
+def site_table(
+    n_layers: int, sizes: Callable[[str, int], Mapping[str, int]], absent: Callable[[str, int], str | None]
+) -> SiteTable:
+    """Every site of a model, from the sizes of a site's dimensions and why it is absent, both by template and layer."""
+    kinds = list(KINDS.values())
+    inside = [kind for kind in kinds if kind.per_layer]
+    first = kinds.index(inside[0])
+    order = [(kind, None) for kind in kinds[:first]]
+    order += [(kind, layer) for layer in range(n_layers) for kind in inside]
+    order += [(kind, None) for kind in kinds[first + len(inside) :]]
+    sites = []
+    for kind, layer in order:
+        name = kind.name if layer is None else kind.name.replace("{l}", str(layer))
+        size = sizes(kind.name, layer or 0)
+        shape = tuple(size.get(part, part) for part in kind.dims.split())
+        why = absent(kind.name, layer or 0)
+        experts = range(size["E"] if why is None else 1) if "{e}" in name else (0,)
+        sites += [Site(name.replace("{e}", str(e)), kind, layer, shape, why) for e in experts]
+    return SiteTable(sites, n_layers)
+
+
 def _numbers(which: str, n: int, pattern: str, what: str) -> Sequence[int]:
     """What stands where a layer or an expert is numbered: `*`, `{3..7}` or one number below n."""
     if which == "*":
         return range(n)
     ends = which[1:-1].split("..") if which.startswith("{") else [which, which]
     if max(map(len, ends)) > 9:
-        raise CutawayError(f"'{pattern[:40]}…' asks for a {what} of far too high a number; the last is {n - 1}.")
+        raise NoSuchSite(f"'{pattern[:40]}…' asks for a {what} of far too high a number; the last is {n - 1}.")
     low, high = int(ends[0]), int(ends[1])
     if low > high:
-        raise CutawayError(f"'{pattern}' counts downwards; write the lower {what} first.")
+        raise NoSuchSite(f"'{pattern}' counts downwards; write the lower {what} first.")
     if high >= n:
-        raise CutawayError(f"'{pattern}' asks for {what} {high}, but this model's {what}s are 0 to {n - 1}.")
+        raise NoSuchSite(f"'{pattern}' asks for {what} {high}, but this model's {what}s are 0 to {n - 1}.")
     return range(low, high + 1)
 
 

@@ -24,13 +24,21 @@ Strings = tuple[tuple[str, ...], ...]
 
 @dataclass(frozen=True, eq=False)
 class Tokens:
-    """A padded batch of token ids.
+    """A padded batch of token ids, as `lm.tokens(...)` makes it.
 
-    `ids` is int64 [b, p]; `mask` is bool [b, p], True on real tokens, which are contiguous in each row. Rows are
-    padded on the right unless the caller made them otherwise. A *position* counts a row's real tokens from 0, or back
-    from -1; a *column* is an index into `ids`. `spelling` has each row's tokens as text, or is a function that makes
-    them when they are first asked for; a byte of a character that is split over tokens is a surrogate there, as
-    Python's "surrogateescape" writes it, so that the tokens of a row joined are its text.
+    A *position* counts a row's real tokens from 0, or back from -1; a *column* is an index into `ids`. Rows are padded
+    on the right unless the caller made them otherwise.
+
+    Attributes:
+        ids: int64 [b, p].
+        mask: bool [b, p], True on real tokens, which are contiguous in each row.
+        spelling: each row's tokens as text, or a function that makes them when they are first asked for; a byte of a
+            character that is split over tokens is a surrogate there, as Python's "surrogateescape" writes it, so that
+            the tokens of a row joined are its text.
+
+    Example:
+        tokens = lm.tokens("The capital of the state containing Dallas is")
+        tokens.strings[0], tokens.find(0, " Dallas")
     """
 
     ids: Tensor
@@ -111,7 +119,18 @@ class Tokens:
         return self.ids.shape[0]
 
     def column(self, row: int, position: int) -> int:
-        """The column of a row's position (0 is its first real token, -1 its last)."""
+        """The column of a row's position.
+
+        Args:
+            row: the row.
+            position: 0 is its first real token, -1 its last.
+
+        Returns:
+            An index into `ids[row]`.
+
+        Raises:
+            CutawayError: no such row or position.
+        """
         self._check_row(row)
         length = int(self.lengths[row])
         index = position + length if position < 0 else position
@@ -120,7 +139,7 @@ class Tokens:
         return int(self.first[row]) + index
 
     def row_ids(self, row: int) -> list[int]:
-        """The real token ids of a row."""
+        """The real token ids of a row, as a list."""
         return self.ids[row][self.mask[row]].tolist()
 
     def text(self, row: int) -> str:
@@ -132,9 +151,17 @@ class Tokens:
         return _rejoined("".join(self.spelled[row]))
 
     def covering(self, row: int, start: int, stop: int) -> tuple[int, int]:
-        """First and last position of the tokens that spell the characters [start, stop) of `text(row)`.
+        """First and last position of the tokens that spell some characters of `text(row)`.
 
-        A character that is split over tokens belongs to all of them. `start` is less than `stop`.
+        A character that is split over tokens belongs to all of them.
+
+        Args:
+            row: the row.
+            start: the first character.
+            stop: the character behind the last, above `start`.
+
+        Returns:
+            The two positions.
         """
         text = self._text(row)
         ends = list(itertools.accumulate(_size(string) for string in self.spelled[row]))
@@ -142,7 +169,19 @@ class Tokens:
         return bisect.bisect_right(ends, first), bisect.bisect_left(ends, last)
 
     def find(self, row: int, text: str, occurrence: int = -1) -> int:
-        """Position of the last token of `text` in a row: its `occurrence`-th appearance (-1 is the last one)."""
+        """Position of the last token of a text in a row.
+
+        Args:
+            row: the row.
+            text: the text, or one token's id as in "#422".
+            occurrence: which appearance, counted from 0, or from -1 for the last.
+
+        Returns:
+            The position.
+
+        Raises:
+            CutawayError: the row does not have it so often.
+        """
         found = self.find_all(row, text)
         if not found or not -len(found) <= occurrence < len(found):
             raise CutawayError(
@@ -152,10 +191,15 @@ class Tokens:
         return found[occurrence]
 
     def find_all(self, row: int, text: str) -> list[int]:
-        """Position of the last token of each appearance of `text` in a row, overlapping ones included.
+        """Position of the last token of each appearance of a text in a row, overlapping ones included.
 
-        `text` is sought in the row's characters, so one that is split over several tokens is found, at the last of
-        them. A text that is one token's id, as in "#422", is that token.
+        Args:
+            row: the row.
+            text: sought in the row's characters, so one that is split over several tokens is found, at the last of
+                them. One token's id, as in "#422", is that token.
+
+        Returns:
+            The positions, in order; none where it does not appear.
         """
         named = named_token(text)
         if isinstance(named, int):
@@ -174,11 +218,16 @@ class Tokens:
         return Tokens(self.ids[chosen], self.mask[chosen], lambda: tuple(self.spelled[i] for i in chosen))
 
     def repeat(self, n: int) -> Tokens:
-        """Each row n times, one after another (row 0 n times, then row 1)."""
+        """Each row several times, one after another (row 0 n times, then row 1).
+
+        Args:
+            n: how often.
+        """
         rows = [row for row in range(len(self)) for _ in range(n)]
         return self[rows]
 
     def to(self, device: torch.device | str) -> Tokens:
+        """The same tokens on another device."""
         if self.ids.device == torch.device(device):
             return self
         return Tokens(self.ids.to(device), self.mask.to(device), self.spelling)

@@ -285,7 +285,7 @@ def ablate_direction(lm: LanguageModel, direction: Direction, strength: float = 
     sites = ("blocks.0.resid_pre", "blocks.*.attn.out", "blocks.*.mlp.out")
     if strength == 1:
         return [project_out(site, direction.unit) for site in sites]
-    return [scale(site, 1 - strength, basis=direction.unit[None]) for site in sites]
+    return [scale(site, 1 - strength).within(direction.unit[None]) for site in sites]
 
 
 def clamp_to_negative(lm: LanguageModel, direction: Direction, strength: float = 1.0) -> list[Edit]:

@@ -13,10 +13,10 @@ import torch
 from markupsafe import Markup
 from torch import Tensor
 
-from cutaway.artifacts.errors import CutawayError, NotSupported
+from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.results import Control, Effect, interval_text
 from cutaway.artifacts.statistics import bootstrap_interval
-from cutaway.dictionaries.dictionary import BatchTopK, Dictionary, Gated, JumpReLU
+from cutaway.dictionaries.dictionary import Dictionary
 from cutaway.draw.result import Result
 from cutaway.model.edits.edits import Edit, clamp_latent
 from cutaway.model.language_model import Inputs, LanguageModel
@@ -40,32 +40,7 @@ def latent_edit(dictionary: Dictionary, latent: int, value: float, **where: Any)
         NotSupported: A dictionary that does not write where it reads, or whose activation is another function of one
             token's pre-activation.
     """
-    if dictionary.kind != "sae":
-        sites = ", ".join(port.site for port in dictionary.outputs)
-        raise NotSupported(
-            f"a latent of a {dictionary.kind} is not read where it is written, so it cannot be clamped there: add its "
-            f"decoder to {sites} instead"
-        )
-    if dictionary.input_norm or isinstance(dictionary.selector, Gated):
-        why = f"input_norm '{dictionary.input_norm}'" if dictionary.input_norm else "a gate"
-        raise NotSupported(
-            f"a latent of a dictionary with {why} cannot be clamped by one edit: add its decoder instead"
-        )
-    selector, threshold = dictionary.selector, 0.0
-    if isinstance(selector, BatchTopK):
-        threshold = selector.threshold
-    elif isinstance(selector, JumpReLU):
-        threshold = float(selector.threshold[latent])
-    return clamp_latent(
-        dictionary.site,
-        encoder=dictionary.W_enc[:, latent],
-        bias=float(dictionary.b_enc[latent]),
-        decoder=dictionary.W_dec[latent],
-        value=value,
-        offset=dictionary.b_dec if dictionary.subtract_b_dec else None,
-        threshold=threshold,
-        **where,
-    )
+    return clamp_latent(dictionary, latent, value, **where)
 
 
 def similar_latents(density: Tensor, latent: int, k: int, seed: int = 0, without: Sequence[int] = ()) -> list[int]:

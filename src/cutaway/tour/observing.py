@@ -9,7 +9,7 @@ from cutaway.artifacts.command import recording
 from cutaway.artifacts.results import Control, Effect
 from cutaway.artifacts.statistics import bootstrap_interval
 from cutaway.draw import blocks as page
-from cutaway.model.selftest.identities import SelfTest as ModelSelfTest
+from cutaway.model.selftest.result import SelfTest as ModelSelfTest
 from cutaway.observe.heads.kinds import KindScores
 from cutaway.observe.heads.report import head_report, name
 from cutaway.observe.heads.scores import repeated_scores
@@ -41,9 +41,9 @@ def card(tour: Tour, test: ModelSelfTest) -> page.Card:
         parameters=lm.n_parameters,
         context=lm.context_length,
         selftest=page.SelfTest(
-            passed=sum(row.ok for row in test.rows),
-            total=len(test.rows),
-            detail=f"largest error {max(row.residual for row in test.rows):.1e} of the values' scale",
+            passed=sum(row.ok for row in test.checks),
+            total=len(test.checks),
+            detail=f"largest error {max(row.residual for row in test.checks):.1e} of the values' scale",
         ),
     )
 
@@ -56,13 +56,13 @@ _DESCRIPTION = (
 
 def selftest(tour: Tour, test: ModelSelfTest) -> page.Section:
     """Does the model add up the way the library reads it?"""
-    names = list(dict.fromkeys(row.check for row in test.rows))
+    names = list(dict.fromkeys(row.check for row in test.checks))
     rows = []
     for check in names:
-        found = [row for row in test.rows if row.check == check]
+        found = [row for row in test.checks if row.check == check]
         worst = max(found, key=lambda row: row.residual)
         rows.append((check, len(found), f"{worst.residual:.1e}", f"{worst.tolerance:.0e}", all(r.ok for r in found)))
-    passed = sum(row.ok for row in test.rows)
+    passed = sum(row.ok for row in test.checks)
     return page.Section(
         id="selftest",
         title="Self-test",
@@ -75,10 +75,10 @@ def selftest(tour: Tour, test: ModelSelfTest) -> page.Section:
         blocks=(
             page.Figures(
                 items=(
-                    page.Figure(label="checks passed", value=f"{passed} of {len(test.rows)}", detail="every layer"),
+                    page.Figure(label="checks passed", value=f"{passed} of {len(test.checks)}", detail="every layer"),
                     page.Figure(
                         label="largest error",
-                        value=f"{max(row.residual for row in test.rows):.1e}",
+                        value=f"{max(row.residual for row in test.checks):.1e}",
                         detail="relative to the scale of the values compared",
                     ),
                 )

@@ -18,7 +18,7 @@ from cutaway.artifacts.progress import Progress
 from cutaway.artifacts.run_folder import RunFolder
 from cutaway.draw.blocks import Card, Section, Table, TourResult
 from cutaway.model.language_model import LanguageModel, load
-from cutaway.model.selftest.identities import SelfTest
+from cutaway.model.selftest.result import SelfTest
 from cutaway.tour import dictionary as name
 from cutaway.tour import observing as look
 from cutaway.tour import patching as cause

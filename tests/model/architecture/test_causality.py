@@ -83,13 +83,13 @@ def test_a_cache_is_refused_and_without_one_the_text_is_right(lm: LanguageModel)
     rows = random_rows((9, 6))
     for call in (
         lambda: lm.generate(rows, max_new_tokens=3),
-        lambda: lm.generate(rows, max_new_tokens=3, num_beams=2),
+        lambda: lm.generate(rows, max_new_tokens=3, decoding=cutaway.Decoding(num_beams=2)),
         lambda: list(lm.generate_stream(rows, max_new_tokens=3)),
     ):
         with pytest.raises(CutawayError, match=r"Attention in ahead is not causal.*use_cache=False"):
             call()
     edit = cutaway.scale("blocks.0.attn.out", 2.0, phase="new")
-    made = lm.generate(rows, max_new_tokens=4, capture=SITE, use_cache=False, edits=edit)
+    made = lm.generate(rows, max_new_tokens=4, capture=SITE, edits=edit, decoding=cutaway.Decoding(use_cache=False))
     for row, ids in enumerate(rows):
         whole = list(ids)
         for _ in range(4):

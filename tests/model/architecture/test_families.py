@@ -53,7 +53,7 @@ def test_the_bed_holds_what_is_attached_without_a_self_test() -> None:
 def test_the_self_test_passes(lm: LanguageModel) -> None:
     test = lm.selftest()
     assert test.passed, str(test)
-    checked = {(row.check, row.layer) for row in test.rows}
+    checked = {(row.check, row.layer) for row in test.checks}
     for site in lm.sites():
         if site.absent is None:
             short = site.name.removeprefix(f"blocks.{site.layer}.")
@@ -146,7 +146,10 @@ def _has(lm: LanguageModel, name: str) -> bool:
 
 def test_generation_with_a_cache_is_generation_without(lm: LanguageModel) -> None:
     edit = cutaway.scale("blocks.1.mlp.out", 0.5)
-    made = [lm.generate([*ROWS], max_new_tokens=4, edits=edit, use_cache=cached).new_ids for cached in (True, False)]
+    made = [
+        lm.generate([*ROWS], max_new_tokens=4, edits=edit, decoding=cutaway.Decoding(use_cache=cached)).new_ids
+        for cached in (True, False)
+    ]
     assert made[0] == made[1]
 
 

@@ -129,7 +129,7 @@ def test_rows_on_one_side_are_what_they_are_alone_and_others_are_refused(lm: Lan
         lambda: lm.run(mixed, edits=edit),
         lambda: lm.sweep(mixed, [edit], lambda logits, _: logits[:, 0]),
         lambda: lm.generate(mixed, max_new_tokens=1),
-        lambda: lm.generate(mixed, max_new_tokens=1, use_cache=False),
+        lambda: lm.generate(mixed, max_new_tokens=1, decoding=cutaway.Decoding(use_cache=False)),
         lambda: list(lm.generate_stream(mixed, max_new_tokens=1)),
     ):
         with pytest.raises(CutawayError, match=words):
@@ -162,8 +162,10 @@ def test_a_generation_past_the_limit_is_that_of_the_whole_text_at_every_step(
         rows, new = random_rows((12, 12), seed=1), 10
         d = torch.linspace(-1, 3, lm.d_model)
         edits = [cutaway.add("blocks.0.resid_post", d, phase="new")] if edited else []
-        made = lm.generate(rows, max_new_tokens=new, edits=edits, capture=SITE, use_cache=use_cache)
-        plain = lm.generate(rows, max_new_tokens=new, edits=edits, use_cache=use_cache)
+        made = lm.generate(
+            rows, max_new_tokens=new, edits=edits, capture=SITE, decoding=cutaway.Decoding(use_cache=use_cache)
+        )
+        plain = lm.generate(rows, max_new_tokens=new, edits=edits, decoding=cutaway.Decoding(use_cache=use_cache))
         assert plain.new_ids == made.new_ids
         for row, ids in enumerate(rows):
             whole = list(ids)
@@ -188,7 +190,9 @@ def test_generations_that_would_slip_are_refused_with_what_still_fits(
     with pytest.raises(CutawayError, match=r"use_cache=False$|use_cache=False\."):
         keeping.generate(random_rows((LIMIT,)), max_new_tokens=1, capture=SITE)
     kept = keeping.generate(prompt, max_new_tokens=5)
-    assert kept.new_ids == keeping.generate(prompt, max_new_tokens=5, use_cache=False).new_ids
+    assert (
+        kept.new_ids == keeping.generate(prompt, max_new_tokens=5, decoding=cutaway.Decoding(use_cache=False)).new_ids
+    )
     made = keeping.generate(prompt, max_new_tokens=4, capture=SITE)
     right = stream(keeping, made.tokens.row_ids(0))[0]
     torch.testing.assert_close(made[SITE][0], right, atol=1e-4, rtol=1e-4)
@@ -198,7 +202,7 @@ def test_generations_that_would_slip_are_refused_with_what_still_fits(
     for lm in (rereading, keeping):
         for use_cache in (True, False):
             with pytest.raises(CutawayError, match=r"9 and 12 tokens would not get there together.*at most 5 new"):
-                lm.generate(apart, max_new_tokens=6, use_cache=use_cache)
+                lm.generate(apart, max_new_tokens=6, decoding=cutaway.Decoding(use_cache=use_cache))
         texts = lm.generate(apart, max_new_tokens=5).new_ids
         assert texts == tuple(lm.generate(row, max_new_tokens=5).new_ids[0] for row in apart)
 
@@ -208,7 +212,9 @@ def test_beams_and_samples_past_the_limit(rereading: LanguageModel) -> None:
     choices: list[dict[str, Any]] = [{"num_beams": 3}, {"temperature": 1.0, "num_return_sequences": 3}]
     for options in choices:
         cached, whole = (
-            rereading.generate(prompt, max_new_tokens=8, use_cache=use_cache, **options).new_ids
+            rereading.generate(
+                prompt, max_new_tokens=8, **options, decoding=cutaway.Decoding(use_cache=use_cache)
+            ).new_ids
             for use_cache in (True, False)
         )
         assert cached == whole
@@ -250,4 +256,4 @@ def test_the_self_test_says_so_and_fails_where_nobody_knows(lm: LanguageModel) -
     rotary.forward = turns
     unknown = attach(plain).selftest()
     assert [row.check for row in unknown.failures()] == ["a row of a batch without an edit = the row alone"]
-    assert len(unknown.rows) == len(known.rows)
+    assert len(unknown.checks) == len(known.checks)

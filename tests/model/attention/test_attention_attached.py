@@ -43,6 +43,7 @@ def test_cached_generation_is_uncached_generation_under_edits(name: str) -> None
         cutaway.scale("blocks.0.attn.scores", 3.0, rows=1),
     ):
         texts = [
-            lm.generate(rows, edits=edit, max_new_tokens=6, use_cache=use_cache).new_ids for use_cache in (True, False)
+            lm.generate(rows, edits=edit, max_new_tokens=6, decoding=cutaway.Decoding(use_cache=use_cache)).new_ids
+            for use_cache in (True, False)
         ]
         assert texts[0] == texts[1]

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from one_latent import one_latent
 from safetensors.torch import load_file, save_file
 from test_edit_kinds import SITE, Z, batch, cases, small
 from tiny import D, random_rows, tiny_model
@@ -19,7 +20,7 @@ from torch import Tensor
 
 import cutaway
 from cutaway.artifacts.errors import CutawayError
-from cutaway.model.edits.edits import KINDS, Edit
+from cutaway.model.edits.edit import KINDS, Edit
 from cutaway.model.language_model import LanguageModel, attach
 
 
@@ -45,15 +46,15 @@ def one_of_each() -> list[Edit]:
         cutaway.patch("blocks.*.resid_post", source, positions=[0, -1], phase="prompt"),
         cutaway.patch("blocks.1.attn.pattern", source, positions=-1, heads=2, source_rows=[1, 1, 1]),
         cutaway.patch(SITE, torch.randn(3, 11, D), source_positions=slice(0, 2), positions=[1, 2]),
-        cutaway.resample(SITE, source, position_map={0: 3, 2: 3}, rows=0, other_model=True),
+        cutaway.resample(SITE, source, positions={0: 3, 2: 3}, rows=0, other_model=True),
         cutaway.resample(SITE, source, seed=[1, 2, 2**62]),
         cutaway.add("blocks.{0..2}.mlp.out", d, 1 / 3, phase=(2, 5)),
         cutaway.noise("blocks.0.mlp.post", 1e-30, seed=5, neurons=[1, 39], phase="new", positions=[0, 4]),
         cutaway.scale(SITE, -0.0, positions=mask),
         cutaway.project_out(SITE, d, positions=0),
         cutaway.clamp(SITE, d, minimum=-1e30),
-        cutaway.clamp_latent(SITE, encoder=d, bias=-0.3, decoder=d.double(), value=2, offset=d.half()),
-        cutaway.function(SITE, halved, basis=torch.randn(2, D, dtype=torch.float64)),
+        cutaway.clamp_latent(one_latent(SITE, d, -0.3, 2 * d, d / 3, 0.25), 0, 2),
+        cutaway.function(SITE, halved).within(torch.randn(2, D, dtype=torch.float64)),
     ]
 
 

@@ -5,6 +5,7 @@ import torch
 from by_hand_address import Case, expected
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from one_latent import one_latent
 from subject import Subjects, close
 from tiny import HEADS, LENGTHS, D, random_rows, tiny_model
 from torch import Tensor
@@ -87,7 +88,6 @@ def cases(draw: st.DrawFn) -> tuple[Case, Tokens, str]:
         where["neurons"] = neurons
     elif part == "basis":
         basis = vector(width * 2, draw(st.integers(0, 99))).reshape(2, width)
-        where["basis"] = basis
 
     d = vector(width, draw(st.integers(0, 99)))
     inside = d if neurons is None else d[neurons]  # a value is given for what is addressed
@@ -115,11 +115,11 @@ def cases(draw: st.DrawFn) -> tuple[Case, Tokens, str]:
             asked = list(dict.fromkeys(p % shortest for p in by_row[touched[0]]))
             by_row = dict.fromkeys(touched, asked)
             turned = dict(zip(asked, reversed(range(len(asked))), strict=True))
-            edit = cutaway.resample(site, source, position_map=turned, **where)
+            edit = cutaway.resample(site, source, positions=turned, **where)
             value = lambda x, row, p, i: source[row, turned[p]]  # noqa: E731
         else:
             edit, value = cutaway.patch(site, source, **where), lambda x, row, p, i: source[row, p]
-    return Case(edit, lambda row: by_row.get(row, []), value, heads, neurons, basis), tokens, site
+    return Case(edit.within(basis), lambda row: by_row.get(row, []), value, heads, neurons, basis), tokens, site
 
 
 @settings(max_examples=150)
@@ -166,9 +166,7 @@ def test_a_clamped_latent_is_read_less_its_offset_and_above_its_threshold() -> N
     positive = h[tokens.mask & (h > 0)].sort().values
     middle = len(positive) // 2
     for threshold in (0.0, float(positive[middle - 1 : middle + 1].mean())):  # between two values: none rounds over it
-        edit = cutaway.clamp_latent(
-            SITE, encoder=encoder, bias=0.2, decoder=decoder, value=0.7, offset=offset, threshold=threshold
-        )
+        edit = cutaway.clamp_latent(one_latent(SITE, encoder, 0.2, decoder, offset, threshold), 0, 0.7)
         activation = h * (h > threshold)
         assert bool((activation > 0).any())
         run = lm.run(tokens, edits=edit, capture=SITE)
@@ -330,12 +328,11 @@ def test_resampling_by_a_map() -> None:
     rows = random_rows((5, 5), seed=2)
     source = small().run(random_rows((7, 6), seed=3), capture=SITE)
     maps = [{0: 6, 3: -1}, {4: 0, 1: 1}]
-    run = small().run(rows, edits=cutaway.resample(SITE, source, position_map=maps), capture=SITE)
-    for row, (position_map, length) in enumerate(zip(maps, (7, 6), strict=True)):
-        for to, of in position_map.items():
+    run = small().run(rows, edits=cutaway.resample(SITE, source, positions=maps), capture=SITE)
+    for row, (moved, length) in enumerate(zip(maps, (7, 6), strict=True)):
+        for to, of in moved.items():
             assert torch.equal(run[SITE][row, to], source[SITE][row, of % length])
-    pairs = cutaway.resample(SITE, source, position_map=[(0, 2), (1, 2)], source_rows=[1, 1])
-    assert pairs == cutaway.resample(SITE, source, position_map={0: 2, 1: 2}, source_rows=[1, 1])
+    pairs = cutaway.resample(SITE, source, positions={0: 2, 1: 2}, source_rows=[1, 1])
     run = small().run(rows, edits=pairs, capture=SITE)
     assert torch.equal(run[SITE][:, :2], source[SITE][1, 2].expand(2, 2, -1))
 
@@ -348,20 +345,20 @@ def test_a_patch_within_a_subspace_changes_nothing_beside_it(of_family: Subjects
     lm, basis = subject.lm, vector(3 * D).reshape(3, D)
     other = lm.run(random_rows((11,), seed=4), capture=SITE)
     clean = lm.run(subject.rows[0], capture=SITE)
-    run = lm.run(subject.rows[0], edits=cutaway.patch(SITE, other, basis=basis), capture=SITE)
+    run = lm.run(subject.rows[0], edits=cutaway.patch(SITE, other).within(basis), capture=SITE)
     inside = torch.linalg.pinv(basis.double()) @ basis.double()  # the projection onto the span
     close(run[SITE].double() @ inside, other[SITE].double() @ inside)
     beside = torch.eye(D).double() - inside
     close(run[SITE].double() @ beside, clean[SITE].double() @ beside)
-    both = lm.run(subject.rows[0], edits=cutaway.patch(SITE, other, basis=torch.eye(D)), capture=SITE)
+    both = lm.run(subject.rows[0], edits=cutaway.patch(SITE, other).within(torch.eye(D)), capture=SITE)
     close(both[SITE], other[SITE])
-    gone = lm.run(subject.rows[0], edits=cutaway.zero(SITE, basis=basis[0]), capture=SITE)
+    gone = lm.run(subject.rows[0], edits=cutaway.zero(SITE).within(basis[0]), capture=SITE)
     close(gone[SITE], lm.run(subject.rows[0], edits=cutaway.project_out(SITE, basis[0]), capture=SITE)[SITE])
 
 
 def test_a_basis_that_is_orthonormal_stays_as_it_is() -> None:
-    assert torch.equal(cutaway.zero(SITE, basis=-torch.eye(D)[3:5]).tensors["basis"], -torch.eye(D)[3:5])
-    assert cutaway.zero(SITE, basis=torch.ones(1, D).double()).tensors["basis"].dtype == torch.float64
+    assert torch.equal(cutaway.zero(SITE).within(-torch.eye(D)[3:5]).tensors["basis"], -torch.eye(D)[3:5])
+    assert cutaway.zero(SITE).within(torch.ones(1, D).double()).tensors["basis"].dtype == torch.float64
 
 
 def test_a_function_may_write_into_what_it_is_given(llama: LanguageModel) -> None:
@@ -373,7 +370,7 @@ def test_a_function_may_write_into_what_it_is_given(llama: LanguageModel) -> Non
 
 def test_gradients_pass_through_functions_and_subspaces(llama: LanguageModel) -> None:
     basis = vector(2 * D).reshape(2, D)
-    edits = [cutaway.function(SITE, lambda x: 3 * x), cutaway.scale(SITE, 0.0, basis=basis)]
+    edits = [cutaway.function(SITE, lambda x: 3 * x), cutaway.scale(SITE, 0.0).within(basis)]
     options = {"capture": ["blocks.1.resid_pre"], "grad": lambda logits: logits[:, -1, 3]}
     grads = llama.run([5, 6, 7], edits=edits, **options).grads["blocks.1.resid_pre"]  # type: ignore[arg-type]
     step = 1e-2 * vector(D, 7)
@@ -396,13 +393,12 @@ def test_gradients_pass_through_functions_and_subspaces(llama: LanguageModel) ->
         (lambda: cutaway.zero(SITE, neurons=32), r"neuron 32.*32 \(0 to 31\)"),
         (lambda: cutaway.zero(SITE, neurons=[]), "touch nothing"),
         (lambda: cutaway.zero("blocks.1.attn.pattern", neurons=0), "counts positions"),
-        (lambda: cutaway.zero(SITE, neurons=0, basis=torch.ones(1, D)), "either neurons or a basis"),
-        (lambda: cutaway.zero(SITE, basis=torch.ones(1, 31)), "31 entries.*32 wide"),
-        (lambda: cutaway.zero(Z, basis=torch.ones(2, 8)), "depend on each other"),
-        (lambda: cutaway.zero(SITE, basis=torch.zeros(1, D)), "is zero"),
-        (lambda: cutaway.zero(SITE, basis=torch.ones(2, 3, D)), "the shape"),
-        (lambda: cutaway.zero(SITE, basis=torch.full((1, D), float("nan"))), "NaN"),
-        (lambda: cutaway.zero(SITE, position=3), "has no 'position'"),  # type: ignore[call-arg]
+        (lambda: cutaway.zero(SITE, neurons=0).within(torch.ones(1, D)), "either neurons or a basis"),
+        (lambda: cutaway.zero(SITE).within(torch.ones(1, 31)), "31 entries.*32 wide"),
+        (lambda: cutaway.zero(Z).within(torch.ones(2, 8)), "depend on each other"),
+        (lambda: cutaway.zero(SITE).within(torch.zeros(1, D)), "is zero"),
+        (lambda: cutaway.zero(SITE).within(torch.ones(2, 3, D)), "the shape"),
+        (lambda: cutaway.zero(SITE).within(torch.full((1, D), float("nan"))), "NaN"),
         (lambda: cutaway.zero(SITE, positions=torch.zeros(3, 11, dtype=torch.bool)), "False everywhere"),
         (lambda: cutaway.zero(SITE, positions=torch.ones(11, dtype=torch.bool)), "batch, position"),
         (lambda: cutaway.zero(SITE, positions=torch.ones(2, 11, dtype=torch.bool)), r"\[2, 11\].*\[3, 11\]"),
@@ -424,15 +420,14 @@ def test_gradients_pass_through_functions_and_subspaces(llama: LanguageModel) ->
         (lambda: cutaway.function(SITE, lambda x: x[..., :3]), r"returned a tensor of shape \[22, 3\]"),
         (lambda: cutaway.function(SITE, lambda x: None), "returned a NoneType"),  # type: ignore[arg-type,return-value]
         (lambda: cutaway.function(SITE, lambda x: x / 0), "NaN or infinity"),
-        (lambda: cutaway.resample(SITE, torch.ones(3, 11, D)), "needs a position_map"),
-        (lambda: cutaway.resample(SITE, torch.ones(3, 11, D), position_map={}), "touch nothing"),
-        (lambda: cutaway.resample(SITE, torch.ones(3, 11, D), position_map=3), "dict"),  # type: ignore[arg-type]
-        (lambda: cutaway.resample(SITE, torch.ones(3, 11, D), position_map=[{0: 1}]), "1 lists for 3 rows"),
-        (lambda: cutaway.resample(SITE, torch.ones(3, 11, D), position_map={0: 11}), "Position 11 is outside"),
-        (lambda: cutaway.resample(SITE, torch.ones(3, 11, D), position_map={0: 1}, positions=0), "names the positions"),
+        (lambda: cutaway.resample(SITE, torch.ones(3, 11, D)), r"needs positions=\{to: from\}"),
+        (lambda: cutaway.resample(SITE, torch.ones(3, 11, D), positions={}), "touch nothing"),
+        (lambda: cutaway.resample(SITE, torch.ones(3, 11, D), positions=[{0: 1}]), "1 lists for 3 rows"),
+        (lambda: cutaway.resample(SITE, torch.ones(3, 11, D), positions={0: 11}), "Position 11 is outside"),
         (lambda: cutaway.resample(SITE, torch.ones(3, 11, D), seed=1, source_rows=[0, 1, 2]), "not both"),
         (lambda: cutaway.resample(SITE, torch.ones(1, 11, D), seed=1), "no other row"),
-        (lambda: cutaway.clamp_latent(SITE, encoder=torch.ones(2, D), bias=0, decoder=torch.ones(D), value=1), "one"),
+        (lambda: cutaway.clamp_latent(one_latent(SITE, torch.ones(D), 0, torch.ones(D)), 1, 1.0), "no latent 1"),
+        (lambda: cutaway.zero(3), "or a dictionary; got 3"),  # type: ignore[arg-type]
         (
             lambda: cutaway.patch(SITE, torch.ones(3, 11, D), positions=0, source_positions=cutaway.at_token("x")),
             "has no tokens",

@@ -1,12 +1,14 @@
 """An edited run equals the same change written as a hook by hand, and its receipt says what was touched."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import by_hand_edits as by_hand
 import numpy as np
 import pytest
 import torch
+from one_latent import one_latent
 from subject import Subject, Subjects, close
 from tiny import HEADS, random_rows, tiny_model
 from torch import Tensor
@@ -165,7 +167,8 @@ def test_every_kind_of_edit_equals_its_formula(of_family: Subjects, family: str,
         value = lambda x, row, column: by_hand.clamped(x, d, -0.1, 0.05)  # noqa: E731
     else:
         encoder, offset = vector(width, 2), vector(width, 3, 0.1)
-        edit = cutaway.clamp_latent(site, encoder=encoder, bias=0.2, decoder=d, value=0.7, offset=offset, **where)
+        edit = cutaway.clamp_latent(one_latent(site, encoder, 0.2, d, offset), 0, 0.7, positions=[1, -1])
+        edit = replace(edit, heads=None if heads is None else tuple(heads))
         value = lambda x, row, column: by_hand.latent_clamped(x, encoder, 0.2, d, 0.7, offset)  # noqa: E731
     undone = (family, part, kind) == ("gemma2", "mlp.post", "scale")  # by the norm that follows
     check(subject, tokens, edit, {site: by_hand.in_cells(cells, value, heads=heads)}, moves=not undone)
@@ -390,7 +393,7 @@ SITE = "blocks.1.resid_post"
         (lambda: cutaway.patch(SITE, torch.ones(3, 11, 32), source_rows=[0, 1]), "2 source rows for 3 rows"),
         (lambda: cutaway.patch(SITE, torch.ones(3, 11, 32), source_positions=[0]), "needs positions"),
         (lambda: cutaway.patch(SITE, torch.ones(3, 11, 32), positions=0, source_positions=[0, 1]), "source positions"),
-        (lambda: cutaway.clamp_latent(SITE, encoder=torch.ones(31), bias=0.0, decoder=torch.ones(32), value=1.0), "31"),
+        (lambda: cutaway.clamp_latent(one_latent(SITE, torch.ones(31), 0.0, torch.ones(31)), 0, 1.0), "31"),
         (lambda: cutaway.zero(SITE, rows=[1, 1]), "twice"),
         (lambda: cutaway.zero("blocks.1.attn.z", heads=[1, 1]), "twice"),
     ],

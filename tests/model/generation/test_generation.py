@@ -45,7 +45,7 @@ def test_greedy_is_transformers_own_and_the_argmax_of_a_loop(
 ) -> None:
     prompts = subject.tokens("left")
     ours = subject.lm.generate(prompts, max_new_tokens=NEW)
-    subject.lm.generate(prompts, max_new_tokens=1, temperature=0.5, top_k=3, top_p=0.9)
+    subject.lm.generate(prompts, max_new_tokens=1, temperature=0.5, decoding=cutaway.Decoding(top_k=3, top_p=0.9))
     assert not caplog.records, "a warning of transformers about settings that are ours"
     theirs = subject.hf.generate(  # type: ignore[operator]
         input_ids=prompts.ids,
@@ -107,7 +107,7 @@ def test_edits_by_phase_hold_in_the_cache(subject: Subject) -> None:
             return list(columns(first[row], width))
 
         cached = lm.generate(prompts, max_new_tokens=NEW, edits=edit)
-        uncached = lm.generate(prompts, max_new_tokens=NEW, edits=edit, use_cache=False)
+        uncached = lm.generate(prompts, max_new_tokens=NEW, edits=edit, decoding=cutaway.Decoding(use_cache=False))
         expected = greedy_by_hand(subject, prompts, NEW, {site: (cells, value)})
         assert list(cached.new_ids) == expected, (site, phase)
         assert list(uncached.new_ids) == expected, (site, phase)
@@ -126,7 +126,9 @@ def test_positions_are_resolved_on_the_prompt(subject: Subject) -> None:
     cells = {0: [0, 10], 1: [], 2: [7, 10]}
     expected = greedy_by_hand(subject, prompts, NEW, {site: (lambda row, width: cells[row], value)})
     for use_cache in (True, False):
-        made = subject.lm.generate(prompts, max_new_tokens=NEW, edits=edit, use_cache=use_cache)
+        made = subject.lm.generate(
+            prompts, max_new_tokens=NEW, edits=edit, decoding=cutaway.Decoding(use_cache=use_cache)
+        )
         assert list(made.new_ids) == expected
         assert made.receipts[0].positions == ((0, 10), (0, 3))
         assert made.receipts[0].rows == (0, 2)
@@ -155,7 +157,7 @@ def test_edits_outside_the_layers(subject: Subject, site: str) -> None:
     else:
         expected = greedy_by_hand(subject, prompts, NEW, {site: (cells, value)})
     cached = lm.generate(prompts, max_new_tokens=NEW, edits=edits)
-    uncached = lm.generate(prompts, max_new_tokens=NEW, edits=edits, use_cache=False)
+    uncached = lm.generate(prompts, max_new_tokens=NEW, edits=edits, decoding=cutaway.Decoding(use_cache=False))
     assert cached.new_ids == uncached.new_ids
     assert cached.new_ids != lm.generate(prompts, max_new_tokens=NEW).new_ids
     assert expected is None or list(cached.new_ids) == expected

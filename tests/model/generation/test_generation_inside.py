@@ -69,7 +69,7 @@ def test_a_generation_captures_what_a_run_of_its_tokens_does(subject: Subject, u
     """Every site of two layers and outside them, in a padded batch, beyond a window's width."""
     lm, prompts = subject.lm, subject.tokens("right")
     sites = [s for s in lm.sites().present() if not s.startswith("blocks.0")]
-    made = lm.generate(prompts, max_new_tokens=NEW, capture=sites, use_cache=use_cache)
+    made = lm.generate(prompts, max_new_tokens=NEW, capture=sites, decoding=cutaway.Decoding(use_cache=use_cache))
     assert made.new_ids == lm.generate(prompts, max_new_tokens=NEW).new_ids
     assert made.tokens.ids.shape == (3, 11 + NEW)
     check_inside(lm, made, [], sites, 2e-5)
@@ -89,7 +89,9 @@ def test_captures_of_edited_sites_are_after_the_edit(of_family: Subjects) -> Non
         ]
         sites = [edit.site for edit in edits] + ["blocks.2.resid_post", "blocks.2.attn.pattern", "logits"]
         for use_cache in (True, False):
-            made = lm.generate(prompts, max_new_tokens=NEW, capture=sites, edits=edits, use_cache=use_cache)
+            made = lm.generate(
+                prompts, max_new_tokens=NEW, capture=sites, edits=edits, decoding=cutaway.Decoding(use_cache=use_cache)
+            )
             check_inside(lm, made, edits, sites, 2e-5)
             touched = {r.edit: r.positions for r in made.receipts}
             assert touched[0] == tuple(tuple(range(n, n + NEW)) for n in (11, 7, 4))
@@ -130,7 +132,7 @@ def test_sequences_of_one_prompt_are_captured_each(llama: LanguageModel) -> None
     with pytest.raises(CutawayError, match="This generation did not capture 'embed'"):
         made["embed"]
     with pytest.raises(CutawayError, match=r"above the limit .*limit_bytes"):
-        llama.generate(prompts, capture="blocks.*.mlp.post", limit_bytes=1000)
+        llama.generate(prompts, capture="blocks.*.mlp.post", decoding=cutaway.Decoding(limit_bytes=1000))
     with pytest.raises(CutawayError, match="no site"):
         llama.generate(prompts, capture="blocks.0.nothing")
 
@@ -228,7 +230,7 @@ def test_random_edits_hold_whatever_the_cache_and_the_batch(of_family: Subjects,
     cached = lm.generate(prompts, max_new_tokens=NEW, edits=edits, capture=sites)
     check_inside(lm, cached, edits, sorted(sites, key=lm.sites().order), 5e-5)
     assume(decided(cached))
-    uncached = lm.generate(prompts, max_new_tokens=NEW, edits=edits, use_cache=False)
+    uncached = lm.generate(prompts, max_new_tokens=NEW, edits=edits, decoding=cutaway.Decoding(use_cache=False))
     assert uncached.new_ids == cached.new_ids
     for row, ids in enumerate(subject.rows):
         own = [e for edit in edits for e in alone(edit, row)]
@@ -259,7 +261,9 @@ def test_beams_are_transformers_own(of_family: Subjects) -> None:
     for family in ("llama", "gemma2"):
         subject = of_family(family)
         prompts = subject.tokens("left")
-        ours = subject.lm.generate(prompts, max_new_tokens=NEW, num_beams=3, num_return_sequences=2)
+        ours = subject.lm.generate(
+            prompts, max_new_tokens=NEW, num_return_sequences=2, decoding=cutaway.Decoding(num_beams=3)
+        )
         theirs = subject.hf.generate(  # type: ignore[operator]
             input_ids=prompts.ids,
             attention_mask=prompts.mask.long(),
@@ -276,7 +280,9 @@ def test_beams_are_transformers_own(of_family: Subjects) -> None:
             cutaway.zero("blocks.0.mlp.out", positions=[[0], [1, 2], [3]]),
         ]
         cached, uncached = (
-            subject.lm.generate(prompts, max_new_tokens=NEW, num_beams=3, edits=edits, use_cache=use_cache)
+            subject.lm.generate(
+                prompts, max_new_tokens=NEW, edits=edits, decoding=cutaway.Decoding(num_beams=3, use_cache=use_cache)
+            )
             for use_cache in (True, False)
         )
         assert cached.new_ids == uncached.new_ids
@@ -284,7 +290,10 @@ def test_beams_are_transformers_own(of_family: Subjects) -> None:
         for row, ids in enumerate(subject.rows):
             own = [edits[0], cutaway.zero("blocks.0.mlp.out", positions=[[0], [1, 2], [3]][row])]
             assert (
-                subject.lm.generate(ids, max_new_tokens=NEW, num_beams=3, edits=own).new_ids[0] == cached.new_ids[row]
+                subject.lm.generate(ids, max_new_tokens=NEW, edits=own, decoding=cutaway.Decoding(num_beams=3)).new_ids[
+                    0
+                ]
+                == cached.new_ids[row]
             )
 
 

@@ -1,6 +1,7 @@
 """The self-test holds on every family, and every planted fault makes it fail, naming the layer and the site."""
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from cutaway.artifacts.errors import CutawayError
 from cutaway.model.forward.execution import Execution
 from cutaway.model.forward.hooks import Installer
 from cutaway.model.language_model import LanguageModel, attach
-from cutaway.model.selftest.identities import SelfTest
+from cutaway.model.selftest.result import SelfTest
 
 
 def test_every_family_passes(subject: Subject) -> None:
@@ -21,8 +22,8 @@ def test_every_family_passes(subject: Subject) -> None:
     assert test.passed, str(test)
     assert test.failures() == []
     test.require()
-    checked = {(row.check, row.layer) for row in test.rows}
-    assert len(checked) == len(test.rows)
+    checked = {(row.check, row.layer) for row in test.checks}
+    assert len(checked) == len(test.checks)
     for site in subject.lm.sites():
         if site.absent is None:
             short = site.name.removeprefix(f"blocks.{site.layer}.")
@@ -189,7 +190,7 @@ def test_not_a_number_is_a_failure(of_family: Subjects, monkeypatch: pytest.Monk
     read_wrongly(monkeypatch, "blocks.2.mlp.post", lambda x: x * float("nan"))
     test = subject.lm.selftest()
     assert any(row.layer == 2 and row.residual == float("inf") for row in test.failures())
-    assert all(row.layer in (None, *range(LAYERS)) for row in test.rows)
+    assert all(row.layer in (None, *range(LAYERS)) for row in test.checks)
 
 
 def test_few_forwards_and_captures_of_their_own_rows(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,3 +227,14 @@ def test_weights_that_are_no_numbers_are_named() -> None:
         model.get_parameter("model.layers.1.mlp.up_proj.weight")[0, 0] = float("nan")
     with pytest.raises(CutawayError, match=r"hold NaN or infinity \(first: model.layers.1.mlp.up_proj.weight\)"):
         attach(model).selftest()
+
+
+def test_a_self_test_is_a_result(llama: LanguageModel) -> None:
+    test = llama.selftest()
+    assert len(repr(test).splitlines()) <= 12
+    assert f"all {len(test.checks)} checks pass" in repr(test)
+    assert {row["ok"] for row in test.rows()} == {True}
+    assert test.to_json()["passed"] is True
+    assert "<svg" in test.drawing()
+    broken = replace(test, checks=(replace(test.checks[0], residual=0.5), *test.checks[1:]))
+    assert "FAILS at layer" in repr(broken)

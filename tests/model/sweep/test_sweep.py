@@ -393,3 +393,13 @@ def test_long_sweeps_show_their_progress(
     monkeypatch.delenv("CUTAWAY_QUIET", raising=False)
     llama.sweep([5, 6], cells, two_logits, label="all layers")
     assert "all layers: 3/3" in capfd.readouterr().err
+
+
+def test_a_sweep_is_a_result(llama: LanguageModel) -> None:
+    cells = [cutaway.zero(f"blocks.{layer}.mlp.out") for layer in range(llama.n_layers)]
+    found = llama.sweep([[5, 6, 7], [8, 9, 10]], cells, lambda logits, tokens: logits[:, 5])
+    assert len(repr(found).splitlines()) <= 12
+    assert len(found.rows()) == len(cells) * 2
+    assert found.rows()[3]["value"] == float(found.values[1, 1])
+    assert found.to_json()["cells"] == len(cells)
+    assert "<svg" in found.drawing()

@@ -188,9 +188,9 @@ def interchange(
                 of = [min(p, int(ready.source.lengths[row]) - 1) for p, row in zip(to, origin, strict=True)]
             edits.append(
                 patch(
-                    place.site, run, heads=place.heads, neurons=place.neurons, basis=place.basis,
+                    place.site, run, heads=place.heads, neurons=place.neurons,
                     positions=[[p] for p in to], source_positions=[[p] for p in of], source_rows=origin,
-                )
+                ).within(place.basis)
             )  # fmt: skip
         return edits
 

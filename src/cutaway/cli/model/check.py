@@ -6,7 +6,7 @@ from cutaway.cli.options import Flag, ModuleFile, Page, opened
 from cutaway.cli.output import command_line, deliver
 
 if TYPE_CHECKING:
-    from cutaway.model.selftest.identities import SelfTest
+    from cutaway.model.selftest.result import SelfTest
 
 
 def check(
@@ -41,81 +41,37 @@ def check(
     lm = opened(model, module, dtype=dtype, device=device)
     test = lm.selftest()
     facts = card(lm)
-    rows = [
-        {"check": r.check, "layer": r.layer, "residual": r.residual, "tolerance": r.tolerance, "ok": r.ok}
-        for r in test.rows
-    ]
     width = max(map(len, facts))
     lines = [f"{label:<{width}}  {f'{value:,}' if isinstance(value, int) else value}" for label, value in facts.items()]
     command = command_line("check", model, module=(module, None), dtype=(dtype, None), device=(device, None))
     deliver(
         text="\n".join([*lines, "", str(test)]),
-        data={"card": facts, "passed": test.passed, "rows": rows, "notes": list(test.notes)},
-        page=lambda: _page(test, facts, lm.n_layers, command),
+        data={"card": facts, **test.to_json()},
+        page=lambda: _page(test, facts, command),
         as_json=json,
         html=html,
     )
     return 0 if test.passed else 1
 
 
-def _page(test: "SelfTest", facts: dict[str, str | int], n_layers: int, command: str) -> str:
-    """The card, one line a check, and how far each check is from its tolerance in every layer."""
-    import math
-
-    from cutaway.draw.heatmap import heatmap_svg
+def _page(test: "SelfTest", facts: dict[str, str | int], command: str) -> str:
+    """The card, one line per check, and how far each check is from its tolerance in every layer."""
     from cutaway.draw.page import page_html
     from cutaway.draw.panels import table_html
 
-    names = list(dict.fromkeys(row.check for row in test.rows))
-    number = {name: i + 1 for i, name in enumerate(names)}
-    worst = [max((row for row in test.rows if row.check == name), key=lambda row: row.residual) for name in names]
-    table = table_html(
-        columns=["no.", "check", "worst residual", "allowed", "at layer", "passed"],
-        rows=[
-            [
-                number[row.check],
-                row.check,
-                f"{row.residual:.1e}",
-                f"{row.tolerance:.0e}",
-                "–" if row.layer is None else row.layer,
-                row.ok,
-            ]
-            for row in worst
-        ],
-        title="Checks",
-        align=["right", "left", "right", "right", "right", "left"],
-    )
-    by_layer = [name for name in names if any(row.check == name and row.layer is not None for row in test.rows)]
-    found = {(row.check, row.layer): row for row in test.rows}
-
-    def digits(name: str, layer: int) -> float | None:
-        """How many digits a residual lies within its tolerance; below zero it is beyond."""
-        row = found.get((name, layer))
-        return None if row is None else math.log10(row.tolerance / max(row.residual, row.tolerance * 1e-4))
-
-    drawing = heatmap_svg(
-        rows=[f"no. {number[name]}" for name in by_layer],
-        columns=[str(layer) for layer in range(n_layers)],
-        values=[[digits(name, layer) for layer in range(n_layers)] for name in by_layer],
-        title="Digits within the tolerance, by check and layer",
-        units="digits",
-        column_axis="layer",
-    )
-    failed = len(test.failures())
-    verdict = f"all {len(test.rows)} checks pass" if not failed else f"{failed} of {len(test.rows)} checks FAIL"
     return page_html(
-        title=f"Self-test of {test.model}: {verdict}",
+        title=f"Self-test of {test.model}: {test.verdict}",
         lead=f"{facts['architecture']} in {test.dtype}. Identities between the values at different sites, and the "
         "effect of an edit at every site of every layer, each relative to the scale of the values compared."
         + "".join(f" {note}" for note in test.notes),
         sections=[
             ("The model", "", table_html(columns=["", ""], rows=[[k, v] for k, v in facts.items()], title="Card")),
-            ("Every check", "The layer with the largest residual.", table),
+            ("Every check", "The layer with the largest residual.", test.table()),
             (
                 "By layer",
                 "By its number in the table above, how many digits each residual lies within its tolerance: 0 is at "
                 "the limit, below 0 the check fails, 4 or more is rounding or exact.",
-                drawing,
+                test.by_layer(),
             ),
         ],
         command=command,

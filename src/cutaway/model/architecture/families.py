@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.errors import CutawayError, NotSupported
 from cutaway.model.architecture.layouts import by_groups, by_heads, codegen, in_turn, latent_values
 from cutaway.model.architecture.norms import Norm, probe_norm
 from cutaway.model.architecture.parts import Experts, Family, Layer, Projection, weight_matrix, width_in, width_out
@@ -150,8 +150,8 @@ TRAITS: Mapping[str, Traits] = {
 }
 
 
-def _refuse(model: nn.Module, reason: str) -> CutawayError:
-    return CutawayError(
+def _refuse(model: nn.Module, reason: str) -> NotSupported:
+    return NotSupported(
         f"{type(model).__name__} is not supported: {reason}. docs/parity.md lists the families that are."
     )
 

@@ -20,7 +20,7 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import logging as transformers_logging
 
-from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.errors import BadFile, CutawayError, MissingExtra, NotSupported
 from cutaway.artifacts.files import read_json
 from cutaway.artifacts.manifest import ModelIdentity, json_hash, weight_hash
 from cutaway.model.architecture.wrapped import parameter_of, unwrap
@@ -59,9 +59,9 @@ def _check_folder(folder: Path) -> None:
             f"{folder} is not a model folder: it has no config.json (name a folder written by save_pretrained)."
         )
     if not any(path for pattern in _WEIGHTS for path in folder.glob(pattern)):
-        raise CutawayError(f"{folder} has a config.json but no weights; add model.safetensors.")
+        raise BadFile(f"{folder} has a config.json but no weights; add model.safetensors.")
     if not any(folder.glob("*.safetensors")):
-        raise CutawayError(
+        raise BadFile(
             f"{folder} has weights only as a pickle (.bin), which is not opened; convert them to safetensors."
         )
 
@@ -84,7 +84,7 @@ def load_parts(
     if device_map is not None and device is not None:
         raise CutawayError("device and device_map both say where the model goes; give one of them.")
     if device_map is not None and importlib.util.find_spec("accelerate") is None:
-        raise CutawayError("device_map takes the library accelerate, which is not installed: pip install accelerate")
+        raise MissingExtra("device_map takes the library accelerate, which is not installed: pip install accelerate")
     place = device_named(device)
     if not isinstance(model, (str, os.PathLike)):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise CutawayError(f"A model is named by text or a path; got {model!r} (give cutaway.attach an object).")
@@ -156,15 +156,13 @@ def _with_adapter(folder: Path, name: str, options: dict[str, Any]) -> Parts:
     config = read_json(folder / _ADAPTER)
     base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
     if not isinstance(base, str) or not base:
-        raise CutawayError(f"{folder}/{_ADAPTER} does not name its base model; set base_model_name_or_path.")
+        raise BadFile(f"{folder}/{_ADAPTER} does not name its base model; set base_model_name_or_path.")
     if not any(folder.glob("adapter_model.safetensors")):
-        raise CutawayError(
-            f"{folder} has an {_ADAPTER} but no adapter_model.safetensors; save the adapter as safetensors."
-        )
+        raise BadFile(f"{folder} has an {_ADAPTER} but no adapter_model.safetensors; save the adapter as safetensors.")
     try:
         from peft import PeftModel
     except ImportError as error:
-        raise CutawayError(f"{folder} is an adapter, which takes the library peft: pip install peft") from error
+        raise MissingExtra(f"{folder} is an adapter, which takes the library peft: pip install peft") from error
     hf, tokenizer, _, identify_base = load_parts(base, **options)
     try:
         with _quiet():
@@ -185,13 +183,13 @@ def check_kind(config: Any, name: str) -> None:
     """Raise where a configuration is that of no causal language model."""
     kind = str(getattr(config, "model_type", "") or type(config).__name__)
     if getattr(config, "is_encoder_decoder", False):
-        raise CutawayError(
+        raise NotSupported(
             f"{name} is not supported: it is an encoder-decoder model ({kind}), and cutaway looks into causal language "
             "models, which only decode."
         )
     decodes = getattr(config, "is_decoder", False) or getattr(config, "causal", False)
     if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not decodes:
-        raise CutawayError(
+        raise NotSupported(
             f"{name} is not supported: it is an encoder ({kind}), which reads in both directions and predicts masked "
             "tokens, and cutaway looks into causal language models."
         )
@@ -228,9 +226,7 @@ def _read(
         if "trust_remote_code" in str(error):
             raise _own_code(name) from error
         if local:
-            raise CutawayError(
-                f"{source}/config.json cannot be read as a model's configuration: {_short(error)}"
-            ) from error
+            raise BadFile(f"{source}/config.json cannot be read as a model's configuration: {_short(error)}") from error
         raise CutawayError(
             f"There is no folder '{name}' here, and the hub gave no model of that name ({_short(error)}); check the "
             "name, or the network."
@@ -239,7 +235,7 @@ def _read(
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
             raise _own_code(name)
-        raise CutawayError(
+        raise NotSupported(
             f"{name} is a model of the kind '{config.model_type}', of which transformers has no causal language model."
         )
     try:
@@ -254,20 +250,20 @@ def _read(
         )
     except Exception as error:  # damaged files and unknown classes raise many kinds
         if "ignore_mismatched_sizes" in str(error):
-            raise CutawayError(
+            raise BadFile(
                 f"The weights of {name} have other shapes than its config.json asks for; they belong to another model."
             ) from error
-        raise CutawayError(f"The weights of {name} cannot be loaded: {_short(error)}") from error
+        raise BadFile(f"The weights of {name} cannot be loaded: {_short(error)}") from error
     hf, report = loaded
     missing = sorted(report.get("missing_keys", ()))
     if missing:
-        raise CutawayError(
+        raise BadFile(
             f"The checkpoint {name} lacks {len(missing)} weights (first: {missing[0]}), which would be random; it is "
             "damaged, or not a causal language model."
         )
     dropped = sorted(key for key in report.get("unexpected_keys", ()) if _LAYER.search(key))
     if dropped:
-        raise CutawayError(
+        raise BadFile(
             f"The checkpoint {name} holds {len(dropped)} layer weights that its config.json has no place for (first: "
             f"{dropped[0]}); they belong to a larger model."
         )
@@ -277,7 +273,7 @@ def _read(
         if "trust_remote_code" in str(error):
             raise _own_code(name) from error
         if local and any(path for pattern in _TOKENIZERS for path in Path(source).glob(pattern)):
-            raise CutawayError(f"The tokenizer of {name} cannot be read: {_short(error)}") from error
+            raise BadFile(f"The tokenizer of {name} cannot be read: {_short(error)}") from error
         return hf, None  # no tokenizer files: the model still takes ids
     # without its files transformers makes some families a tokenizer of special tokens alone, which reads no text
     special = {str(token) for token in tokenizer.added_tokens_decoder.values()}

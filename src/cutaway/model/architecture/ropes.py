@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.errors import NotSupported
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,13 @@ class Ropes:
         """
         shortest, longest = (int(end) for end in lengths.aminmax())
         if self.stretches is not None and longest > self.stretches:
-            raise CutawayError(
+            raise NotSupported(
                 f"Above {self.stretches} tokens the rotary angles of {name} (dynamic) depend on the longest text that "
                 f"it read before, so that no run can be repeated; this text has {longest}."
             )
         for limit in self.switches:
             if shortest <= limit < longest:
-                raise CutawayError(
+                raise NotSupported(
                     f"{name} turns texts of more than {limit} tokens by other rotary angles, the whole batch with its "
                     f"longest row: rows of {shortest} and {longest} tokens cannot be run together as each is alone; "
                     f"give those up to {limit} tokens and the longer ones apart."
@@ -74,12 +74,12 @@ class Ropes:
             fewer = f"make at most {spare} new token{'s' if spare > 1 else ''}" if spare > 0 else ""
             start = f"{name} turns texts of more than {limit} tokens by other rotary angles, and"
             if shortest < longest:
-                raise CutawayError(
+                raise NotSupported(
                     f"{start} rows of {shortest} and {longest} tokens would not get there together; continue prompts "
                     f"of one length at a time{f', or {fewer}' if fewer else ''}."
                 )
             if cached and not self.rereads:
-                raise CutawayError(
+                raise NotSupported(
                     f"{start} the keys in a cache would keep the old ones when the {longest} tokens of this prompt "
                     f"have become more; generate with use_cache=False{f', or {fewer}' if fewer else ''}."
                 )

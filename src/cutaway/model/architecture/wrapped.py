@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.errors import CutawayError, NotSupported
 
 _OUTSIDE = {
     "poly": "(POLY) mixes its skills by a task id that comes with each prompt",
@@ -64,7 +64,7 @@ def _inside_peft(model: Any) -> Any:
     for name, configuration in configurations.items() if isinstance(configurations, dict) else ():
         if getattr(configuration, "is_prompt_learning", False) and (not active or name in active):
             kind = getattr(configuration.peft_type, "value", configuration.peft_type)
-            raise CutawayError(
+            raise NotSupported(
                 f"The adapter '{name}' ({kind}) puts trained tokens before the prompt, which the model inside does not "
                 "see; attach the base model, or use adapters of weights such as LoRA."
             )
@@ -76,17 +76,17 @@ def _check_modules(model: nn.Module) -> None:
     for name, module in model.named_modules():
         where = f"its module '{name}'" if name else "the model"
         if "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None:
-            raise CutawayError(
+            raise NotSupported(
                 f"{where} was compiled in place, and compiled code does not call hooks: load the model anew and attach "
                 "it before compiling."
             )
         if (why := _acts_outside(module)) is not None:
-            raise CutawayError(
+            raise NotSupported(
                 f"The adapter at {where} {why}, which cutaway cannot follow: look into the base model (unload() of the "
                 "PEFT model gives it), or use adapters of weights such as LoRA."
             )
         if "FullyShardedDataParallel" in type(module).__name__ or type(module).__name__.startswith("FSDP"):
-            raise CutawayError(
+            raise NotSupported(
                 f"{where} holds only a shard of its weights (FSDP): load the model with device_map instead."
             )
 
@@ -252,7 +252,7 @@ def linear_map(module: nn.Module) -> Tensor:
         assert weight is not None
         return weight if type(module).__name__ == "Conv1D" else weight.T
     if (reason := no_matrix(module)) is not None:
-        raise CutawayError(f"This projection has no weight matrix: {reason}.")
+        raise NotSupported(f"This projection has no weight matrix: {reason}.")
     width = _width_in(module)
     assert width is not None
     with torch.no_grad():

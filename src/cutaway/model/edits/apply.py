@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.model.edits.edits import Edit
+from cutaway.model.edits.edit import Edit
 from cutaway.model.edits.values import registered_function
 
 

@@ -17,10 +17,10 @@ from pydantic import BaseModel, ConfigDict, StrictInt, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.errors import BadFile, CutawayError, NoSuchSite
 from cutaway.artifacts.files import read_json, take_folder, write_json, write_safetensors
 from cutaway.artifacts.manifest import ModelIdentity, json_hash
-from cutaway.model.edits.edits import KINDS, PATCHES, Edit, edit_list
+from cutaway.model.edits.edit import KINDS, PATCHES, Edit, edit_list
 from cutaway.model.edits.positions import AtToken, Columns, Places
 from cutaway.model.edits.source import StoredSource
 from cutaway.model.edits.values import name_of_function, registered_function
@@ -157,7 +157,7 @@ def _places(record: Any) -> Places:
             0 <= c < record.shape[1] for row in record.columns for c in row
         )
         if not good:
-            raise CutawayError("a mask of positions names columns outside its own shape")
+            raise BadFile("a mask of positions names columns outside its own shape")
         return Columns(record.shape, tuple(tuple(row) for row in record.columns))
     if isinstance(record, _Token):
         return AtToken(
@@ -185,7 +185,7 @@ def stored_source(edit: Edit) -> StoredSource:
         return source
     sites = [name for name in source.site_table.expand(edit.site) if name in source]
     if not sites:
-        raise CutawayError(f"The source of '{edit}' did not capture '{edit.site}'; add it to its capture=.")
+        raise NoSuchSite(f"The source of '{edit}' did not capture '{edit.site}'; add it to its capture=.")
     tokens = source.tokens.to("cpu")
     rows = sorted({*edit.source_rows}) if edit.source_rows is not None else list(range(len(tokens)))
     rows = [row for row in rows if 0 <= row < len(tokens)]
@@ -256,8 +256,21 @@ def digest_of(edit: Edit) -> str:
 def save_edits(path: str | Path, edits: Edit | Sequence[Edit]) -> Path:
     """Write edits into a folder as `edits.json` and `edits.safetensors`; `load_edits` gives them back bit for bit.
 
-    A patch from a run keeps the values that it needs, the source's tokens and its model's identity. Raises
-    CutawayError for a function that is not registered by name.
+    A patch from a run keeps the values that it needs, the source's tokens and its model's identity.
+
+    Args:
+        path: a new or empty folder, or one of earlier edits, which are replaced.
+        edits: one edit or several.
+
+    Returns:
+        The folder.
+
+    Raises:
+        NotSupported: an edit of a dictionary's latents.
+        CutawayError: a function that is not registered by name.
+
+    Example:
+        cutaway.save_edits("my-edits", cutaway.zero("blocks.3.mlp.out"))
     """
     folder, found = Path(path), edit_list(edits)
     for edit in found:
@@ -275,8 +288,18 @@ def save_edits(path: str | Path, edits: Edit | Sequence[Edit]) -> Path:
 def load_edits(path: str | Path) -> tuple[Edit, ...]:
     """The edits that `save_edits` wrote into a folder, equal to what they were.
 
-    Raises CutawayError, naming the file: absent, of another format or a newer version, an unknown kind of edit,
-    values that are missing, damaged or of another shape, a function that is not registered here.
+    Args:
+        path: the folder.
+
+    Returns:
+        The edits, in order.
+
+    Raises:
+        BadFile: a file that is absent, of another format or a newer version, an unknown kind of edit, values that are
+            missing, damaged or of another shape, a function that is not registered here.
+
+    Example:
+        lm.run(prompt, edits=cutaway.load_edits("my-edits"))
     """
     folder = Path(path)
     file = folder / "edits.json"
@@ -287,28 +310,28 @@ def load_edits(path: str | Path) -> tuple[Edit, ...]:
         try:
             made.append(_edit_from(record, tensors))
         except CutawayError as error:
-            raise CutawayError(f"Edit {i} of {file} is not usable: {error}") from error
+            raise BadFile(f"Edit {i} of {file} is not usable: {error}") from error
     return tuple(made)
 
 
 def _read_wire(file: Path) -> _File:
     data = read_json(file)
     if not isinstance(data, dict) or data.get("format") != FORMAT:
-        raise CutawayError(f"{file} holds no edits of cutaway; write them with cutaway.save_edits.")
+        raise BadFile(f"{file} holds no edits of cutaway; write them with cutaway.save_edits.")
     if data.get("version") != VERSION:
-        raise CutawayError(
+        raise BadFile(
             f"{file} is of version {data.get('version')!r} of the format, and this cutaway reads version {VERSION}; "
             "use the cutaway that wrote it, or a newer one."
         )
     for i, edit in enumerate(data["edits"] if isinstance(data.get("edits"), list) else []):
         if isinstance(edit, dict) and edit.get("kind") not in KINDS:
-            raise CutawayError(f"Edit {i} of {file} is of an unknown kind, {edit.get('kind')!r}.")
+            raise BadFile(f"Edit {i} of {file} is of an unknown kind, {edit.get('kind')!r}.")
     try:
         return _File.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise CutawayError(f"{file} is damaged at {where}: {first['msg']}") from error
+        raise BadFile(f"{file} is damaged at {where}: {first['msg']}") from error
 
 
 def _records(wire: _File) -> Iterable[_TensorRecord]:
@@ -323,23 +346,23 @@ def _records(wire: _File) -> Iterable[_TensorRecord]:
 def _read_tensors(file: Path, wire: _File) -> dict[str, Tensor]:
     wanted = {record.hash: record for record in _records(wire)}
     if not file.is_file():
-        raise CutawayError(f"{file} does not exist; it holds the values of the edits.json beside it.")
+        raise BadFile(f"{file} does not exist; it holds the values of the edits.json beside it.")
     tensors = {}
     try:
         with safe_open(file, framework="pt") as held:
             names = {*held.keys()}
             for key, record in wanted.items():
                 if key not in names:
-                    raise CutawayError(f"{file} lacks values that the edits.json beside it names; they are no pair.")
+                    raise BadFile(f"{file} lacks values that the edits.json beside it names; they are no pair.")
                 shape = list(held.get_slice(key).get_shape())
                 if shape != record.shape:
-                    raise CutawayError(f"{file} is damaged: values of shape {record.shape} are {shape} there.")
+                    raise BadFile(f"{file} is damaged: values of shape {record.shape} are {shape} there.")
                 tensors[key] = held.get_tensor(key)
     except (SafetensorError, OSError, ValueError) as error:
-        raise CutawayError(f"{file} is damaged or no safetensors file: {error}") from error
+        raise BadFile(f"{file} is damaged or no safetensors file: {error}") from error
     for key, tensor in tensors.items():
         if _tensor_record(tensor).hash != key:
-            raise CutawayError(f"{file} is damaged: values are not those that were written.")
+            raise BadFile(f"{file} is damaged: values are not those that were written.")
     return tensors
 
 
@@ -350,7 +373,7 @@ def _edit_from(record: _Edit, tensors: Mapping[str, Tensor]) -> Edit:
     if record.function is not None:
         registered_function(record.function)
     if (record.source is not None) > (record.kind in PATCHES):
-        raise CutawayError(f"an edit of the kind '{record.kind}' has no source")
+        raise BadFile(f"an edit of the kind '{record.kind}' has no source")
     return Edit(
         kind=record.kind,  # type: ignore[arg-type]
         site=record.site,
@@ -380,8 +403,8 @@ def _source_from(record: _Source, tensors: Mapping[str, Tensor]) -> StoredSource
     good = good and all(0 <= c < width for c in record.columns) and bool(values)
     held = (len(record.rows), len(record.columns))
     if not good or any(tuple(value.shape[:2]) != held for value in values.values()):
-        raise CutawayError("the values of its source do not fit the tokens of the source")
+        raise BadFile("the values of its source do not fit the tokens of the source")
     if record.model is None:
-        raise CutawayError("its source names no model")
+        raise BadFile("its source names no model")
     model = ModelIdentity(**record.model.model_dump())
     return StoredSource(tokens, values, tuple(record.rows), tuple(record.columns), model)

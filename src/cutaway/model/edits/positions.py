@@ -50,6 +50,9 @@ Positions = int | Sequence[int] | Sequence[Sequence[int]] | slice | Tensor | AtT
 """What a caller may give. None: every real token; an int or a list: in each row; a list of lists: row by row; a slice:
 of each row's tokens; a boolean tensor [b, p] in the layout of `lm.tokens(...)`; `at_token(...)`."""
 
+PositionMap = Positions | Mapping[int, int] | Sequence[Mapping[int, int]]
+"""Positions, or {to: from}, one for all rows or a list of one per touched row."""
+
 Places = int | tuple[int, ...] | tuple[tuple[int, ...], ...] | slice | Columns | AtToken | None
 """The same as it is kept."""
 
@@ -60,11 +63,21 @@ def at_token(
     *,
     missing: Literal["error", "skip"] = "error",
 ) -> AtToken:
-    """Positions by what stands there, looked up in each row when the run is made.
+    """Positions by what stands there, looked up in each row when the run is made (of a generation, in the prompt).
 
-    `token` is a text, whose last token is meant (as `Tokens.find` does it), or one or more token ids, of which the
-    last is meant. `occurrence` counts appearances from 0, or back from -1, or is "all". A row without it is an error
-    that names the row, or with `missing="skip"` is left untouched. In a generation the prompt is searched.
+    Args:
+        token: a text, whose last token is meant (as `Tokens.find` does it), or one or more ids, of which the last is.
+        occurrence: which appearance, counted from 0, or back from -1, or "all".
+        missing: a row without it is an error that names the row, or with "skip" is left untouched.
+
+    Returns:
+        What an edit takes as `positions=`.
+
+    Raises:
+        CutawayError: nothing to look for.
+
+    Example:
+        cutaway.zero("blocks.3.mlp.out", positions=cutaway.at_token(" Dallas"))
     """
     if isinstance(token, str):
         text, ids = token, None
@@ -156,25 +169,17 @@ def _columns(mask: Any) -> Columns:
     return Columns((len(rows), mask.shape[1]), chosen)
 
 
-def position_map_places(position_map: Any) -> tuple[Any, Places]:
-    """A position map -> positions and the source positions beside them."""
-    if isinstance(position_map, Mapping):
-        if not position_map:
-            raise NothingEdited("The position map is empty, so it would touch nothing.")
-        pairs = [(whole(to, "position map"), whole(of, "position map")) for to, of in position_map.items()]
-        return tuple(to for to, _ in pairs), tuple(of for _, of in pairs)
-    try:
-        entries = list(position_map)
-        if entries and all(isinstance(entry, Mapping) for entry in entries):
-            rows = [[(whole(to, "position map"), whole(of, "position map")) for to, of in e.items()] for e in entries]
-            return tuple(tuple(to for to, _ in row) for row in rows), tuple(tuple(of for _, of in row) for row in rows)
-        pairs = [(whole(to, "position map"), whole(of, "position map")) for to, of in entries]
-        return tuple(to for to, _ in pairs), tuple(of for _, of in pairs)
-    except (TypeError, ValueError) as error:
-        raise CutawayError(
-            "A position map is a dict {to: from}, a list of pairs, or a list of dicts, one a row; got "
-            f"{position_map!r}."
-        ) from error
+def position_map_places(positions: PositionMap) -> tuple[Any, Places]:
+    """A position map -> positions and the source positions beside them; of plain positions, these and None."""
+    listing = isinstance(positions, Sequence) and not isinstance(positions, str)
+    entries: list[Any] = list(positions) if listing else [positions]  # type: ignore[arg-type]
+    if not entries or not all(isinstance(entry, Mapping) for entry in entries):
+        return positions, None
+    if not listing and not entries[0]:
+        raise NothingEdited("The position map is empty, so it would touch nothing.")
+    rows = [[(whole(to, "position map"), whole(of, "position map")) for to, of in e.items()] for e in entries]
+    to, of = (tuple(tuple(pair[i] for pair in row) for row in rows) for i in (0, 1))
+    return (to, of) if listing else (to[0], of[0])
 
 
 def several(value: int | Sequence[int], what: str) -> tuple[int, ...]:

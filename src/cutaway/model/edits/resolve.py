@@ -14,10 +14,11 @@ from torch import Tensor
 from cutaway.artifacts.errors import CutawayError
 from cutaway.model.attached import Attached
 from cutaway.model.edits.apply import changed
-from cutaway.model.edits.edits import PATCHES, Edit, NothingEdited, edit_list
-from cutaway.model.edits.positions import Places, named, named_new
+from cutaway.model.edits.edit import PATCHES, Edit, edit_list
+from cutaway.model.edits.positions import NothingEdited, Places, named, named_new
 from cutaway.model.edits.source import StoredSource
 from cutaway.model.edits.values import generator, next_key, prefix_keys, row_key, token_noise
+from cutaway.model.latents import flat
 from cutaway.model.sites import Site
 from cutaway.model.tokens import Tokens
 
@@ -62,8 +63,10 @@ class Resolved:
         whole = edit.heads is None and edit.neurons is None
         plain = self.everything and whole and self.value is None and self.source is None and edit.kind != "noise"
         block = x if plain else x[rows, columns]
-        part = block if whole else self._addressed(block)
-        values = self._values(part, block, rows, columns + offset, window[rows, columns], offset + x.shape[1])
+        dictionary, heads = edit.dictionary, self.site.kind.has_heads
+        held = block if dictionary is None else dictionary.encode(flat(block, heads))
+        part = held if whole else self._addressed(held)
+        values = self._values(part, held, rows, columns + offset, window[rows, columns], offset + x.shape[1])
         if self.site.name.endswith(".scores"):
             hidden = part == -torch.inf  # masked cells stay masked, whatever the edit does to the others
             new = changed(edit, part.masked_fill(hidden, 0.0), values).masked_fill(hidden, -torch.inf)
@@ -78,7 +81,7 @@ class Resolved:
             parts = [(after - before).abs().sum(), before.abs().sum(), after.abs().sum(), count, lost]
             self.sums += torch.stack(parts).to(self.sums.device)
         if not whole:
-            replaced = block.clone()
+            replaced = held.clone()
             if edit.neurons is None:
                 replaced[..., list(edit.heads or ()), :] = new
             elif edit.heads is None:
@@ -86,6 +89,10 @@ class Resolved:
             else:
                 replaced[..., torch.tensor(edit.heads)[:, None], torch.tensor(edit.neurons)] = new
             new = replaced
+        if dictionary is not None:  # what the dictionary does not explain stays as it is
+            read = flat(block, heads)
+            moved = dictionary.decode(new, read) - dictionary.decode(held, read)
+            new = (block + moved.to(block).view(block.shape)).to(block.dtype)
         return new if plain else x.index_put((rows, columns), new)
 
     def read(self, ids: Tensor) -> None:
@@ -192,10 +199,11 @@ def _source_values(edit: Edit, site: Site) -> tuple[Tensor, Tokens | None, dict[
         values = source.values[site.name]
         rows = {row: i for i, row in enumerate(source.rows)}
         return values, source.tokens, rows, {column: i for i, column in enumerate(source.columns)}
-    values = edit.tensors["value"] if source is None else source[site.name]
-    if values.ndim != len(site.shape):
+    values = edit.tensors["value"] if source is None else source[edit.dictionary or site.name]  # type: ignore[index]
+    dims = site.dims if edit.dictionary is None else "b p latents"
+    if values.ndim != len(dims.split()):
         raise CutawayError(
-            f"The source of '{edit}' has shape {tuple(values.shape)}, but '{site.name}' has the dimensions {site.dims}."
+            f"The source of '{edit}' has shape {tuple(values.shape)}, but '{site.name}' has the dimensions {dims}."
         )
     if is_grid(site.name):
         values = values.transpose(1, 2)
@@ -374,14 +382,15 @@ def _check_parts(edit: Edit, site: Site) -> None:
             if not 0 <= head < n:
                 kind = "key-value heads" if " KV" in site.dims else "heads"
                 raise CutawayError(f"'{edit}' asks for head {head}, but '{site.name}' has {n} {kind} (0 to {n - 1}).")
-    width = site.shape[-1]
+    width = site.shape[-1] if edit.dictionary is None else edit.dictionary.d_sae
+    unit = "neuron" if edit.dictionary is None else "latent"
     if edit.neurons is not None:
         if not isinstance(width, int):
             raise CutawayError(f"'{edit}' names neurons, but the last dimension of '{site.name}' counts positions.")
         for neuron in edit.neurons:
             if not 0 <= neuron < width:
                 raise CutawayError(
-                    f"'{edit}' asks for neuron {neuron}, but '{site.name}' has {width} (0 to {width - 1})."
+                    f"'{edit}' asks for {unit} {neuron}, but '{site.name}' has {width} (0 to {width - 1})."
                 )
         width = len(edit.neurons)
     basis = edit.tensors.get("basis")

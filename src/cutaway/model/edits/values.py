@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
-
-if TYPE_CHECKING:
-    pass
 
 EditFunction = Callable[[Tensor], Tensor]
 """Values of the addressed tokens [n, ...one token's value] -> as many, of the same shape."""
@@ -24,8 +20,19 @@ _functions: dict[str, EditFunction] = {}
 def register_edit_function(name: str) -> Callable[[EditFunction], EditFunction]:
     """Decorator that gives a function a name, under which edits made from it can be saved and loaded.
 
-    The module that registers it has to be imported where the edit is loaded. Raises CutawayError where another
-    function has the name.
+    Args:
+        name: the name. The module that registers it has to be imported where the edit is loaded.
+
+    Returns:
+        The decorator.
+
+    Raises:
+        CutawayError: another function has the name.
+
+    Example:
+        @cutaway.register_edit_function("halved")
+        def halved(x):
+            return x / 2
     """
 
     def register(function: EditFunction) -> EditFunction:

@@ -10,10 +10,10 @@ from pydantic import BaseModel, ConfigDict, StrictInt, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.errors import BadFile
 from cutaway.artifacts.files import read_json, take_folder, write_json, write_safetensors
 from cutaway.artifacts.manifest import Manifest, ModelIdentity, file_hash, json_hash
-from cutaway.model.edits.edits import Receipt
+from cutaway.model.edits.edit import Receipt
 from cutaway.model.edits.files import FILES as EDIT_FILES
 from cutaway.model.edits.files import FORMAT as EDITS
 from cutaway.model.edits.files import load_edits, save_edits
@@ -80,7 +80,7 @@ def save_run(run: Run, folder: str | Path) -> Path:
     )
     tensors = {"tokens.ids": run.tokens.ids, "tokens.mask": run.tokens.mask}
     tensors |= {} if run.logits is None else {"logits": run.logits}
-    tensors |= {f"value:{name}": value for name, value in run.values.items()}
+    tensors |= {f"value:{name}": value for name, value in run.items()}
     tensors |= {f"grad:{name}": value for name, value in run.grads.items()}
     files = {**dict.fromkeys(("run.json", "run.safetensors"), FORMAT), **dict.fromkeys(EDIT_FILES, EDITS)}
     take_folder(folder, "run", files)
@@ -111,25 +111,37 @@ def _hashes(folder: Path, record: dict[str, Any]) -> dict[str, str]:
 def load_run(folder: str | Path) -> Run:
     """A run that `Run.save` wrote: logits, captures, gradients, tokens, receipts, edits and manifest, bit for bit.
 
-    Its tensors are on the CPU. It serves as the source of patches of the model that it was made with. Raises
-    CutawayError, naming the file: absent, of another format or version, damaged, or changed since it was written.
+    Its tensors are on the CPU. It serves as the source of patches of the model that it was made with.
+
+    Args:
+        folder: the folder that `Run.save` returned.
+
+    Returns:
+        The run.
+
+    Raises:
+        BadFile: a file that is absent, of another format or version, damaged, or changed since it was written.
+
+    Example:
+        lm.run(prompt, capture="blocks.3.resid_post").save("my-run")
+        cutaway.load_run("my-run")["blocks.3.resid_post"]
     """
     folder = Path(folder)
     file = folder / "run.json"
     data = read_json(file)
     if not isinstance(data, dict) or data.get("format") != FORMAT:
-        raise CutawayError(f"{file} holds no run that can be loaded; write it with run.save(folder).")
+        raise BadFile(f"{file} holds no run that can be loaded; write it with run.save(folder).")
     if data.get("version") != VERSION:
-        raise CutawayError(
+        raise BadFile(
             f"{file} is of version {data.get('version')!r} of the format, and this cutaway reads version {VERSION}."
         )
     try:
         record = _File.model_validate(data)
         manifest = Manifest.from_json(record.manifest)
     except (ValidationError, KeyError, TypeError) as error:
-        raise CutawayError(f"{file} is damaged: {str(error).splitlines()[0]}") from error
+        raise BadFile(f"{file} is damaged: {str(error).splitlines()[0]}") from error
     if manifest.model is None:
-        raise CutawayError(f"{file} is damaged: its manifest names no model.")
+        raise BadFile(f"{file} is damaged: its manifest names no model.")
     tensors = _tensors(folder / "run.safetensors", record)
     tokens = Tokens(tensors["tokens.ids"], tensors["tokens.mask"], tuple(tuple(row) for row in record.tokens))
     table = _site_table(record)
@@ -137,11 +149,11 @@ def load_run(folder: str | Path) -> Run:
     edits = load_edits(folder)
     for name, found in _hashes(folder, data).items():
         if record.hashes.get(name) != found:
-            raise CutawayError(f"{folder / name} was changed after it was written; run it again, or restore it.")
+            raise BadFile(f"{folder / name} was changed after it was written; run it again, or restore it.")
     return Run(
         tokens=tokens,
         logits=tensors.get("logits"),
-        values={held.name: tensors[f"value:{held.name}"] for held in record.sites},
+        captured={held.name: tensors[f"value:{held.name}"] for held in record.sites},
         grads=Gradients({k.removeprefix("grad:"): t for k, t in tensors.items() if k.startswith("grad:")}, table),
         receipts=tuple(Receipt(**receipt.model_dump()) for receipt in record.receipts),
         edits=edits,
@@ -157,20 +169,20 @@ def _tensors(file: Path, record: _File) -> dict[str, Tensor]:
         with safe_open(file, framework="pt") as held:
             tensors = {key: held.get_tensor(key) for key in [*held.keys()]}
     except (SafetensorError, OSError, ValueError) as error:
-        raise CutawayError(f"{file} is absent, damaged or no safetensors file: {error}") from error
+        raise BadFile(f"{file} is absent, damaged or no safetensors file: {error}") from error
     needed = ["tokens.ids", "tokens.mask", *(f"value:{held.name}" for held in record.sites)]
     for name in needed:
         if name not in tensors:
-            raise CutawayError(f"{file} lacks '{name}', which the run.json beside it names; they are no pair.")
+            raise BadFile(f"{file} lacks '{name}', which the run.json beside it names; they are no pair.")
     ids = tensors["tokens.ids"]
     if ids.ndim != 2 or len(record.tokens) != len(ids):
-        raise CutawayError(f"{file} is damaged: its tokens are not those of the run.json beside it.")
+        raise BadFile(f"{file} is damaged: its tokens are not those of the run.json beside it.")
     for held in record.sites:
         value = tensors[f"value:{held.name}"]
         sizes = [part if isinstance(part, int) else None for part in held.shape]
         good = value.ndim == len(sizes) and len(value) == len(ids)
         if not good or any(size not in (None, n) for size, n in zip(sizes, value.shape, strict=False)):
-            raise CutawayError(f"{file} is damaged: '{held.name}' has the shape {list(value.shape)}.")
+            raise BadFile(f"{file} is damaged: '{held.name}' has the shape {list(value.shape)}.")
     return tensors
 
 

@@ -6,14 +6,16 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.errors import CutawayError, NoSuchSite, TooLarge
 from cutaway.artifacts.manifest import Manifest, ModelIdentity
-from cutaway.model.edits.edits import Edit, Receipt
+from cutaway.model.edits.edit import Edit, Receipt
+from cutaway.model.familiar import of_run, site_of
+from cutaway.model.latents import Latents, is_dictionary, latent_activations
 from cutaway.model.sites import SiteTable, template_of
 from cutaway.model.tokens import Tokens
 
@@ -21,7 +23,7 @@ CAPTURE_LIMIT = 4 * 2**30  # bytes
 
 
 class Gradients(Mapping[str, Tensor]):
-    """d metric / d site by site name, TransformerLens' spellings included when looking up."""
+    """d metric / d site, a mapping by site name; TransformerLens' spellings find the same."""
 
     def __init__(self, values: Mapping[str, Tensor], table: SiteTable) -> None:
         self._values = values
@@ -30,7 +32,7 @@ class Gradients(Mapping[str, Tensor]):
     def __getitem__(self, site: str) -> Tensor:
         name = site if site in self._values else self._table.resolve(site)
         if name not in self._values:
-            raise CutawayError(f"This run holds no gradient at '{name}'; name it in capture=, with a metric as grad=.")
+            raise NoSuchSite(f"This run holds no gradient at '{name}'; name it in capture=, with a metric as grad=.")
         return self._values[name]
 
     def __contains__(self, site: object) -> bool:
@@ -43,37 +45,107 @@ class Gradients(Mapping[str, Tensor]):
         return len(self._values)
 
 
-class Captured:
-    """Captured values by site name, as a run and a generation hold them."""
+class Captured(Mapping[str, Tensor]):
+    """Captured values by site name, as a run and a generation hold them: a mapping from names to tensors."""
 
     tokens: Tokens
-    values: Mapping[str, Tensor]
+    captured: Mapping[str, Tensor]
     site_table: SiteTable
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            return of_run(self, name)
 
     @property
     def sites(self) -> tuple[str, ...]:
         """Names of the captured sites, in the order of the forward pass."""
-        return tuple(self.values)
+        return tuple(self.captured)
 
-    def __contains__(self, site: str) -> bool:
-        return site in self.values
+    def __hash__(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return id(self)
 
-    def __getitem__(self, site: str) -> Tensor:
-        if site in self.values:
-            return self.values[site]
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def __bool__(self) -> bool:  # also where nothing was captured
+        return True
+
+    def __len__(self) -> int:
+        return len(self.captured)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.captured)
+
+    def __contains__(self, site: object) -> bool:
+        """Whether a site was captured, under our name or TransformerLens'; of a dictionary, the sites that it reads."""
+        if not isinstance(site, str):
+            return is_dictionary(site) and all(port.site in self.captured for port in site.inputs)  # type: ignore[attr-defined]
+        if site in self.captured:
+            return True
+        try:
+            return self.site_table.resolve(site) in self.captured
+        except CutawayError:
+            return False
+
+    def __getitem__(self, site: str | tuple[Any, ...] | Latents) -> Tensor:
+        """A captured value [b, p, ...].
+
+        Args:
+            site: a site's name, or TransformerLens' name of it, long or short ("resid_post", 3); or a dictionary, whose
+                latent activations [b, p, latents] at the captured site are computed.
+
+        Raises:
+            NoSuchSite: a site that was not captured, or that there is not.
+        """
+        if not isinstance(site, str):
+            if is_dictionary(site):
+                return latent_activations(site, self)  # type: ignore[arg-type]
+            if not isinstance(site, tuple) or not site or not isinstance(site[0], str):
+                raise NoSuchSite(f"A site is named by text such as 'blocks.3.resid_post'; got {site!r}.")
+            name, layer, part = (*site, None, None)[:3]
+            if isinstance(layer, int) and layer < 0:
+                layer += self.site_table.n_layers
+            site = site_of(name, layer, part)
+        if site in self.captured:
+            return self.captured[site]
         name = self.site_table.resolve(site)
-        if name not in self.values:
-            held = ", ".join(self.sites[:4]) + (", …" if len(self.values) > 4 else "") if self.values else "nothing"
+        if name not in self.captured:
+            held = ", ".join(self.sites[:4]) + (", …" if len(self) > 4 else "") if self.captured else "nothing"
             what = type(self).__name__.lower()
-            raise CutawayError(f"This {what} did not capture '{name}' (it holds {held}); add it to capture=.")
-        return self.values[name]
+            raise NoSuchSite(f"This {what} did not capture '{name}' (it holds {held}); add it to capture=.")
+        return self.captured[name]
+
+    def get(self, site: Any, default: Any = None) -> Any:
+        """A captured value, or `default` where it was not captured."""
+        return self[site] if site in self else default  # noqa: SIM401
 
     def stack(self, pattern: str) -> Tensor:
-        """The captured values that a wildcard names, stacked by layer: [layers, b, ...]."""
+        """The captured values that a wildcard names, stacked by layer.
+
+        Args:
+            pattern: such as "blocks.*.resid_post".
+
+        Returns:
+            [layers, b, ...].
+
+        Raises:
+            NoSuchSite: a site that was not captured.
+        """
         return torch.stack([self[name] for name in self.site_table.expand(pattern)])
 
     def last(self, site: str) -> Tensor:
-        """A site at each row's last real token: [b, ...]."""
+        """A site at each row's last real token.
+
+        Args:
+            site: the name of a captured site.
+
+        Returns:
+            [b, ...]; at scores and pattern [b, H, k].
+
+        Raises:
+            NoSuchSite: a site that was not captured.
+        """
         value = self[site]
         if template_of(self.site_table.resolve(site)).endswith((".scores", ".pattern")):
             value = value.transpose(1, 2)
@@ -84,15 +156,31 @@ class Captured:
 
 @dataclass(frozen=True, eq=False)
 class Run(Captured):
-    """One forward pass. `run[site]` is a captured value; sites are listed in `run.sites`.
+    """One forward pass, and a mapping from site names to captured values: `run[site]`, `run.items()`, `len(run)`.
 
-    `logits` is [b, p, V], or [b, 1, V] at each row's last real token with logits="last", or None. Values at padded
-    columns are whatever the model computes there: use `tokens.mask`. Captures are copies and alias nothing.
+    Values at padded columns are whatever the model computes there: use `tokens.mask`. Captures are copies and alias
+    nothing.
+
+    Attributes:
+        tokens: what was run, [b, p].
+        logits: [b, p, V], or [b, 1, V] at each row's last real token with logits="last", or None.
+        captured: the captured values by site.
+        grads: d metric / d site for every captured site, with grad=.
+        receipts: what each edit did, one per edit and site.
+        edits: the edits that were applied.
+        site_table: the model's sites.
+        model: the model's name.
+        identity: call it for the model's identity when it was run.
+        manifest: where a run that was loaded came from; else None.
+
+    Example:
+        run = lm.run("The capital of France is", capture="blocks.*.resid_post")
+        {site: value.norm() for site, value in run.items()}
     """
 
     tokens: Tokens
     logits: Tensor | None
-    values: Mapping[str, Tensor] = field(repr=False)
+    captured: Mapping[str, Tensor] = field(repr=False)
     grads: Gradients = field(repr=False)
     receipts: tuple[Receipt, ...]
     edits: tuple[Edit, ...]
@@ -142,7 +230,14 @@ class Run(Captured):
         """Write the run into a folder, from which `cutaway.load_run` reads it: tensors (`run.safetensors`), tokens,
         receipts, hashes and manifest (`run.json`), edits (`edits.json`, `edits.safetensors`).
 
-        Raises CutawayError for an edit by a function that is not registered by name.
+        Args:
+            folder: a new or empty folder, or one of an earlier run, which is replaced.
+
+        Returns:
+            The folder.
+
+        Raises:
+            CutawayError: an edit by a function that is not registered by name.
         """
         from cutaway.model.forward.files import save_run
 
@@ -163,12 +258,12 @@ class Run(Captured):
             likely = ", ".join(f"{name} {p:.2f}" for p, name in zip(top.values.tolist(), names, strict=True))
             lines.append(f"  logits  {list(self.logits.shape)}; next after row 0: {likely}")
         groups: dict[str, list[str]] = {}
-        for name in self.values:
+        for name in self.captured:
             groups.setdefault(template_of(name), []).append(name)
         for template, names in groups.items():
             first = names[0] if len(names) == 1 else f"{template.replace('{l}', '*')} ({len(names)} layers)"
             grad = " + gradient" if names[0] in self.grads else ""
-            lines.append(f"  site    {first} {list(self.values[names[0]].shape)}{grad}")
+            lines.append(f"  site    {first} {list(self.captured[names[0]].shape)}{grad}")
         lines += [f"  edit    {receipt}" for receipt in self.receipts[:6]]
         if len(self.receipts) > 6:
             lines.append(f"  edit    … and {len(self.receipts) - 6} more receipts")
@@ -202,7 +297,7 @@ def check_capture_size(
     needed = capture_bytes(table, names, batch, positions, itemsize, True)
     if needed > limit:
         largest = max(names, key=lambda n: capture_bytes(table, [n], batch, positions, 1, True))
-        raise CutawayError(
+        raise TooLarge(
             f"This capture would hold {needed / 2**30:.2f} GiB, above the limit of {limit / 2**30:.2f} GiB "
             f"(largest: '{largest}'); capture fewer sites, use fewer or shorter prompts, or raise limit_bytes."
         )
@@ -211,12 +306,24 @@ def check_capture_size(
 
 @dataclass(frozen=True, eq=False)
 class Generation(Captured):
-    """What a model wrote. `texts` and `new_ids` hold only what is new, up to the end-of-text token.
+    """What a model wrote, and a mapping from site names to captured values.
 
-    Rows are the prompts, each `num_return_sequences` times in a row. `tokens` is prompt and new tokens together, right
-    padded, and `generation[site]` is a captured value in its columns: [b, prompt + new, ...], or [b, H, prompt + new,
-    prompt + new] at scores and pattern; 0 at padding, -inf in scores. `logprobs` has one number a new token: its
-    log-probability under the model (edits included) at temperature 1; None with beams.
+    Rows are the prompts, each `num_return_sequences` times in a row. A captured value is in the columns of `tokens`:
+    [b, prompt + new, ...], or [b, H, prompt + new, prompt + new] at scores and pattern; 0 at padding, -inf in scores.
+
+    Attributes:
+        texts: what is new, up to the end-of-text token, per row.
+        new_ids: the new ids, per row.
+        prompts: the prompts as tokens.
+        tokens: prompt and new tokens together, right padded.
+        receipts: what each edit did.
+        logprobs: one number per new token: its log-probability under the model (edits included) at temperature 1;
+            None with beams.
+        captured: the captured values by site.
+        edits: the edits that were in force.
+        site_table: the model's sites.
+        model: the model's name.
+        identity: call it for the model's identity when it was run.
     """
 
     texts: tuple[str, ...]
@@ -225,7 +332,7 @@ class Generation(Captured):
     tokens: Tokens
     receipts: tuple[Receipt, ...]
     logprobs: tuple[tuple[float, ...], ...] | None = field(repr=False)
-    values: Mapping[str, Tensor] = field(repr=False)
+    captured: Mapping[str, Tensor] = field(repr=False)
     edits: tuple[Edit, ...]
     site_table: SiteTable = field(repr=False)
     model: str

@@ -105,8 +105,11 @@ def cut(text: str, stop: Sequence[str]) -> str:
 class GenerationStep:
     """One new token of each row, as it is made.
 
-    `ids[row]` is None where the row has ended; `pieces[row]` is the text that became certain with this step (bytes of
-    an unfinished character and the beginnings of a stop text wait). A row's pieces joined are its text.
+    Attributes:
+        step: its number, from 0.
+        ids: the new id of each row, None where the row has ended.
+        pieces: the text of each row that became certain with this step (bytes of an unfinished character and the
+            beginnings of a stop text wait). A row's pieces joined are its text.
     """
 
     step: int

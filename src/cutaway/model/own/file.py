@@ -23,9 +23,21 @@ def load_module(
     """Run the file of "FILE.py:function", call the function, and attach what it returns.
 
     That is a model of transformers, or a module with its description, or these two and a tokenizer. It is put into
-    evaluation mode, and moved to `dtype` and `device` where they are given. The file's folder is searched for what it
-    imports, as Python does for a script. Raises CutawayError: no such file or function, an error inside them, or what
-    `attach` raises.
+    evaluation mode. The file's folder is searched for what it imports, as Python does for a script.
+
+    Args:
+        named: "FILE.py:function".
+        dtype: move it to this type, such as "bfloat16".
+        device: move it there, such as "cuda".
+
+    Returns:
+        The model.
+
+    Raises:
+        CutawayError: no such file or function, an error inside them, or what `attach` raises.
+
+    Example:
+        cutaway.model.load_module("my_model.py:make")
     """
     function = _function(named)
     try:

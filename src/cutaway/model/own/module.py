@@ -31,45 +31,65 @@ PAGE = "docs/your-own-model.md says how a model is described"
 
 @dataclass(frozen=True, kw_only=True)
 class Description:
-    """Where the parts of a module are, as names with dots; those from `attention` on are names inside a block.
+    """Where the parts of a module are, as names with dots, and what else the module does not say.
 
-    Queries, keys and values come from three projections (`q`, `k`, `v`) or from one (`qkv`), which holds all queries,
-    all keys, all values one behind the other, or with `qkv_by_head` those of each head together. A projection is an
-    `nn.Linear`, or what acts like one. What is None is not there: a block without norms reads the stream directly.
-    `mlp` is the module of an MLP; without it `mlp_in` stands for it. With `mlp_gate` the MLP is act(gate) * in.
-
-    `context` is how many tokens the module reads at most. `scale` is what queries times keys are multiplied by; it is
-    only compared with what the module does. `causal`: no token sees a later one. `parallel`: attention and MLP read the
-    same stream. `inputs`: how many ids it reads, where the embedding is no `nn.Embedding`; how many it answers with may
-    be another number, and is the width of `unembed`.
+    Example:
+        description = cutaway.Description(n_heads=4, context=64, blocks="layers", q="attn.q", k="attn.k", v="attn.v")
+        lm = cutaway.attach(module, description=description)
     """
 
     n_heads: int
+    """Attention heads per block."""
     context: int
+    """How many tokens the module reads at most."""
     blocks: str = "blocks"
+    """The list of blocks."""
     embed: str = "embed"
+    """The embedding."""
     unembed: str = "unembed"
+    """The unembedding; its width is how many ids the module answers with."""
     final_norm: str | None = None
+    """The norm before the unembedding; None is none."""
     attention: str = "attn"
+    """The attention module, inside a block; so are all names below."""
     q: str | None = None
+    """The projection of queries, an `nn.Linear` or what acts like one."""
     k: str | None = None
+    """The projection of keys."""
     v: str | None = None
+    """The projection of values."""
     qkv: str | None = None
+    """One projection in place of `q`, `k`, `v`: all queries, all keys, all values one behind the other."""
     output: str = "attn.o"
+    """The output projection."""
     norm1: str | None = None
+    """The norm before attention; None where a block reads the stream directly."""
     norm2: str | None = None
+    """The norm before the MLP."""
     q_norm: str | None = None
+    """A norm of each head's queries."""
     k_norm: str | None = None
+    """A norm of each head's keys."""
     mlp: str | None = "mlp"
+    """The module of the MLP; without it `mlp_in` stands for it."""
     mlp_in: str = "mlp.in"
+    """The projection into the neurons."""
     mlp_gate: str | None = None
+    """The gate's projection; with it the MLP is act(gate) * in."""
     mlp_out: str = "mlp.out"
+    """The projection out of the neurons."""
     n_kv_heads: int | None = None
+    """Key-value heads; None is as many as heads."""
     qkv_by_head: bool = False
+    """Whether `qkv` holds the query, key and value of each head together."""
     scale: float | None = None
+    """What queries times keys are multiplied by; only compared with what the module does."""
     causal: bool = True
+    """Whether no token sees a later one."""
     parallel: bool = False
+    """Whether attention and MLP read the same stream."""
     inputs: int | None = None
+    """How many ids the module reads, where the embedding is no `nn.Embedding`."""
 
     def __post_init__(self) -> None:
         for name in ("n_heads", "context", "n_kv_heads", "inputs"):
@@ -91,6 +111,7 @@ class Description:
 
     @property
     def kv_heads(self) -> int:
+        """Key-value heads per block."""
         return self.n_kv_heads or self.n_heads
 
     @classmethod

@@ -128,12 +128,27 @@ def from_weights(
 ) -> tuple[PlainTransformer, Description]:
     """The model that a dictionary of TransformerLens' weights describes, and its description for `attach`.
 
-    Parameters, as TransformerLens' configuration has them: `act_fn` of the MLPs; `normalization_type` is needed where
-    norms have no weights of their own ("LNPre", "RMSPre"; otherwise it is seen: gains and biases are "LN", gains alone
-    "RMS", neither is no norm); `eps` of the norms; `attn_scale` divides the scores, the square root of the head's width
-    if None; `n_ctx` is needed where there is no W_pos. Weights are copied. A model without MLPs gets some of one neuron
-    that write nothing. Raises CutawayError: a missing or unknown weight, or shapes that do not fit (rotary positions,
-    experts and norms after a part have other names, and are not made here).
+    Weights are copied. A model without MLPs gets some of one neuron that write nothing.
+
+    Args:
+        weights: by TransformerLens' names ("W_E", "blocks.0.attn.W_Q", …), as its `state_dict()` has them.
+        act_fn: activation function of the MLPs.
+        normalization_type: needed where norms have no weights of their own ("LNPre", "RMSPre"). Otherwise it is seen:
+            gains and biases are "LN", gains alone "RMS", neither is no norm.
+        eps: of the norms.
+        attn_scale: divides the scores; None is the square root of the head's width.
+        attention_dir: "causal", or "bidirectional".
+        n_ctx: how many tokens it reads; needed where there is no W_pos.
+
+    Returns:
+        A module and its description, which `cutaway.attach(module, description=description)` takes.
+
+    Raises:
+        CutawayError: a missing or unknown weight, or shapes that do not fit (rotary positions, experts and norms after
+            a part have other names, and are not made here).
+
+    Example:
+        module, description = cutaway.from_weights(torch.load("model.pth"), act_fn="relu")
     """
     named = _named(weights)
     if act_fn not in _ACTIVATIONS:

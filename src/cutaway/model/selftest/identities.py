@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.errors import CutawayError, NotSupported
 from cutaway.model.architecture.norms import probe_norm
 from cutaway.model.architecture.wrapped import bias_of, named_weights, router_parameters
 from cutaway.model.attached import Attached
@@ -35,96 +35,19 @@ from cutaway.model.selftest.edit_cases import (
     projected,
     wide_of,
 )
+from cutaway.model.selftest.result import Checks, SelfTest
 from cutaway.model.tokens import Tokens
 
 if TYPE_CHECKING:
     from cutaway.model.forward.run import Run
 
-# Largest allowed |left - right| relative to the scale of the values compared. Norms, rotary angles and softmaxes of
-# transformers are computed in fp32 even in a float64 model.
-TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 6e-3}
 _LENGTH = 8
-
-
-@dataclass(frozen=True)
-class Check:
-    """One identity at one layer: `residual` is max |left - right| over the scale of the values, `ok` if within
-    tolerance.
-    """
-
-    check: str
-    layer: int | None
-    residual: float
-    tolerance: float
-
-    @property
-    def ok(self) -> bool:
-        return self.residual <= self.tolerance
-
-
-@dataclass(frozen=True)
-class SelfTest:
-    """The result of a self-test; `rows` holds one `Check` an identity and layer, and `notes` what is not wrong but
-    sets limits to what can be asked of the model.
-    """
-
-    model: str
-    dtype: str
-    rows: tuple[Check, ...]
-    notes: tuple[str, ...] = ()
-
-    @property
-    def passed(self) -> bool:
-        return all(row.ok for row in self.rows)
-
-    def failures(self) -> list[Check]:
-        return [row for row in self.rows if not row.ok]
-
-    def require(self) -> None:
-        """Raise CutawayError naming the first failed check and its layer."""
-        for row in self.failures():
-            where = "" if row.layer is None else f" at layer {row.layer}"
-            raise CutawayError(
-                f"{self.model} fails its self-test{where}: {row.check} (residual {row.residual:.2g}, allowed "
-                f"{row.tolerance:.2g}), so results on it would be wrong."
-            )
-
-    def __str__(self) -> str:
-        names = list(dict.fromkeys(row.check for row in self.rows))
-        lines = [f"{'check':<66} {'layers':>6} {'worst':>9} {'allowed':>9}"]
-        for name in names:
-            rows = [row for row in self.rows if row.check == name]
-            worst = max(rows, key=lambda row: row.residual)
-            mark = "" if all(row.ok for row in rows) else f"  FAILS at layer {worst.layer}"
-            lines.append(f"{name:<66} {len(rows):>6} {worst.residual:>9.1e} {worst.tolerance:>9.1e}{mark}")
-        lines += [f"note: {note}" for note in self.notes]
-        verdict = "passed" if self.passed else f"FAILED ({len(self.failures())} of {len(self.rows)})"
-        lines.append(f"self-test of {self.model} in {self.dtype}: {verdict}")
-        return "\n".join(lines)
-
-
-class _Checks:
-    def __init__(self, lm: Attached) -> None:
-        self.tolerance = TOLERANCE.get(lm.dtype, 6e-3)
-        self.rows: list[Check] = []
-
-    def equal(self, check: str, layer: int | None, left: Tensor, right: Tensor, scale: Tensor | None = None) -> None:
-        """Compare; the scale is the largest value compared, or the given one where a difference of large values is
-        taken.
-        """
-        left, right = left.double(), right.double()
-        if not left.numel():  # nothing is left to compare, as where all scores are NaN
-            self.rows.append(Check(check, layer, float("inf"), self.tolerance))
-            return
-        size = max(float(t.abs().max()) for t in ((left, right) if scale is None else (left, right, scale.double())))
-        residual = float((left - right).abs().max()) / max(size, 1e-12)
-        self.rows.append(Check(check, layer, residual if residual == residual else float("inf"), self.tolerance))
 
 
 Equal = Callable[[str, Tensor, Tensor], None]
 
 
-def _identities(lm: Attached, run: Run, layer: int, checks: _Checks) -> None:
+def _identities(lm: Attached, run: Run, layer: int, checks: Checks) -> None:
     parts, family, b = lm.family.layers[layer], lm.family, f"blocks.{layer}"
 
     def at(name: str) -> Tensor:
@@ -310,7 +233,7 @@ def _queries_or_keys(lm: Attached, layer: int, name: str, value: Tensor) -> list
     return found
 
 
-def _ends(lm: Attached, run: Run, checks: _Checks) -> None:
+def _ends(lm: Attached, run: Run, checks: Checks) -> None:
     """Identities before the first layer and after the last."""
     start, final = run["blocks.0.resid_pre"], run[f"blocks.{lm.n_layers - 1}.resid_post"]
     if not lm.family.has_positions:
@@ -366,7 +289,7 @@ def verify(lm: Attached) -> None:
         where = "" if failed[0].layer is None else f" at layer {failed[0].layer}"
         raise _not_supported(
             lm,
-            f"it fails {len(failed)} of {len(test.rows)} checks, the first{where}: {failed[0].check} (residual "
+            f"it fails {len(failed)} of {len(test.checks)} checks, the first{where}: {failed[0].check} (residual "
             f"{failed[0].residual:.2g}, allowed {failed[0].tolerance:.2g})",
         )
 
@@ -374,14 +297,14 @@ def verify(lm: Attached) -> None:
 def _not_supported(lm: Attached, reason: str) -> CutawayError:
     if isinstance(lm.hf, OwnModel):
         return CutawayError(f"{lm.architecture} is not as described: {reason} ({PAGE}).")
-    return CutawayError(f"{lm.architecture} is not supported: {reason}.")
+    return NotSupported(f"{lm.architecture} is not supported: {reason}.")
 
 
 def _selftest(lm: Attached) -> SelfTest:
     generator = torch.Generator().manual_seed(0)
     row = torch.randint(0, lm.d_vocab_in, (1, min(_LENGTH, lm.context_length)), generator=generator)
     tokens = lm.tokens(Tokens(row, torch.ones_like(row, dtype=torch.bool), lm.spelled(row.tolist())))
-    checks = _Checks(lm)
+    checks = Checks(lm.dtype)
     base = lm.run(tokens, capture=lm.sites().present(), limit_bytes=2**62)
     _ends(lm, base, checks)
     if isinstance(lm.hf, OwnModel):  # what its attention is observed by is ours, not the module's author's
@@ -450,7 +373,7 @@ class _Batch:
     observed: Sequence[str]
 
 
-def _edits(lm: Attached, tokens: Tokens, base: Run, checks: _Checks, generator: torch.Generator) -> None:
+def _edits(lm: Attached, tokens: Tokens, base: Run, checks: Checks, generator: torch.Generator) -> None:
     """One forward of a batch of rows: the first without an edit, each other with one."""
     batches: list[_Batch] = []
     ends = ["logits"] if lm.family.ln_final is None else ["ln_final.scale", "ln_final.normalized"]

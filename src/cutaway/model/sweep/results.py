@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
+from markupsafe import Markup
 from torch import Tensor
 
-from cutaway.model.edits.edits import Receipt
+from cutaway.draw.heatmap import heatmap_svg
+from cutaway.draw.result import Result
+from cutaway.model.edits.edit import Receipt
 from cutaway.model.edits.resolve import Resolved
 from cutaway.model.forward.execution import receipts_of
 from cutaway.model.sweep.flops import Flops
@@ -35,14 +39,22 @@ class Batch:
         return f"{len(self.cells)} cells from {where}, column {self.start}" + (", with control" * self.control)
 
 
-@dataclass(frozen=True, eq=False)
-class Sweep:
-    """What a sweep found. `values` [cells, n, ...] are the metric of each cell for each of the n prompts, `base`
-    [n, ...] that of the unedited prompts; cells that were not run yet (`done` is False) hold NaN.
+@dataclass(frozen=True, eq=False, repr=False)
+class Sweep(Result):
+    """What a sweep found; it prints itself.
 
-    `batches` says what ran together and how much of it was taken over, `notes` what could not be and why, `flops` how
-    much arithmetic that was.
+    Attributes:
+        tokens: the n prompts.
+        values: the metric of each cell for each prompt, [cells, n, ...]; NaN for cells that were not run yet.
+        base: that of the unedited prompts, [n, ...].
+        done: whether a cell was run, [cells].
+        batches: what ran together, and how much of it was taken over.
+        notes: what could not be taken over and why.
+        flops: how much arithmetic that was.
+        touched: what each cell's edits touched; see `receipts`.
     """
+
+    title: ClassVar[str] = "Sweep"
 
     tokens: Tokens
     values: Tensor
@@ -54,7 +66,11 @@ class Sweep:
     touched: tuple[tuple[Resolved, ...], ...] = field(repr=False)
 
     def receipts(self, cell: int) -> tuple[Receipt, ...]:
-        """What each edit of a cell really changed."""
+        """What each edit of a cell really changed.
+
+        Args:
+            cell: the cell's number.
+        """
         return receipts_of(self.touched[cell], self.tokens.first)
 
     @property
@@ -62,7 +78,8 @@ class Sweep:
         """Whether any batch took keys and values before its first edited column from the cache."""
         return any(batch.start > 0 for batch in self.batches)
 
-    def __str__(self) -> str:
+    def summary(self) -> str:
+        """What ran together, what was taken over, and how much arithmetic that was."""
         n, done = len(self.values), int(self.done.sum())
         lines = [f"Sweep of {n} cells over {len(self.tokens)} prompts in {len(self.batches)} batches"]
         lines += [f"  only {done} cells are done"] if done < n else []
@@ -71,12 +88,33 @@ class Sweep:
         lines += [f"  {note}" for note in self.notes]
         saved = self.flops.plain / self.flops.run if self.flops.run else 1.0
         lines.append(
-            f"  {self.flops.run / 1e9:.3g} GFLOP, {saved:.1f} times less than one forward a cell; "
+            f"  {self.flops.run / 1e9:.3g} GFLOP, {saved:.1f} times less than one forward per cell; "
             f"{self.flops.share:.0%} of it needed"
         )
         return "\n".join(lines)
 
-    __repr__ = __str__
+    def rows(self) -> list[dict[str, Any]]:
+        """One per cell and prompt: cell, prompt, value (of several numbers, a list) and base; cells that were run."""
+        return [
+            {"cell": i, "prompt": j, "value": self.values[i, j].tolist(), "base": self.base[j].tolist()}
+            for i in self.done.nonzero()[:, 0].tolist()
+            for j in range(len(self.base))
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """`rows`, `notes` and the number of cells."""
+        return {"cells": len(self.values), "rows": self.rows(), "notes": list(self.notes)}
+
+    def drawing(self) -> Markup:
+        """A heatmap of cells by prompts; of several numbers per prompt, the mean."""
+        table = self.values.double().flatten(2).mean(2) if self.values.ndim > 2 else self.values
+        return heatmap_svg(
+            rows=[f"cell {i}" for i in range(len(table))],
+            columns=[f"prompt {j}" for j in range(len(self.base))],
+            values=table.tolist(),
+            title="Metric by cell and prompt",
+            diverging=True,
+        )
 
 
 class SweepInterrupted(KeyboardInterrupt):

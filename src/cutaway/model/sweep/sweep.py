@@ -21,7 +21,7 @@ from torch import Tensor
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.progress import Progress
 from cutaway.model.attached import Attached
-from cutaway.model.edits.edits import Edit
+from cutaway.model.edits.edit import Edit
 from cutaway.model.edits.resolve import Resolved, edits_for, resolve
 from cutaway.model.forward.execution import receipts_of
 from cutaway.model.sites import Site

@@ -238,7 +238,7 @@ def _tiled(run: Run, site: str, times: int) -> Run:
     """The run as if its batch had been given several times over, holding one site: something to resume from."""
     order = list(range(len(run.tokens))) * times
     tokens: Tokens = run.tokens[order]
-    return replace(run, tokens=tokens, logits=None, values={site: run[site].repeat(times, 1, 1)})
+    return replace(run, tokens=tokens, logits=None, captured={site: run[site].repeat(times, 1, 1)})
 
 
 def _measured(metric: RunMetric, run: Run) -> Tensor:
