@@ -197,7 +197,7 @@ class Landing:
         (folder / ".ci").mkdir(parents=True)
         (folder / "tools").mkdir()
         shutil.copy(ROOT / ".ci" / "run", folder / ".ci" / "run")
-        for name in ("skips.py", "check_files.py"):
+        for name in ("skips.py", "check_files.py", "surface.py"):
             shutil.copy(ROOT / "tools" / name, folder / "tools" / name)
         subprocess.run(["git", "init", "-q", str(folder)], check=True)
         self.write("Makefile", (ROOT / "Makefile").read_text().replace("sh tools/environment.sh", "true"))
