@@ -121,7 +121,7 @@ def _real(n: int):
 
     import cutaway
     from cutaway.data.corpus.corpus import token_rows
-    from cutaway.data.harvest.activations import harvest
+    from cutaway.data.harvesting.activations import harvest
     from cutaway.subjects.world.corpus import PARTS, documents
     from cutaway.subjects.world.real_text import standard_library
 

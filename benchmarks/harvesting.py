@@ -14,8 +14,8 @@ from paired import Claim, Row, Subject, judged, relative, same, timed
 from peer_worker import resident
 from torch import Tensor
 
-from cutaway.data.harvest.harvest import Rules, harvest
-from cutaway.data.harvest.store import Store
+from cutaway.data.harvesting.harvest import Rules, harvest
+from cutaway.data.harvesting.store import Store
 from cutaway.model.language_model import LanguageModel
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ import cutaway
 from cutaway.artifacts.files import plain, write_json
 from cutaway.artifacts.manifest import file_hash
 from cutaway.data.corpus.corpus import token_rows
-from cutaway.data.harvest.hardware import bfloat16_is_fast
-from cutaway.data.harvest.harvest import harvest
+from cutaway.data.harvesting.hardware import bfloat16_is_fast
+from cutaway.data.harvesting.harvest import harvest
 from cutaway.dictionaries import load, save
 from cutaway.dictionaries.dictionary import Dictionary
 from cutaway.dictionaries.evaluation.evaluate import Evaluation, evaluate

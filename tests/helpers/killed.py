@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from cutaway.data.harvest.harvest import Rules, harvest
+from cutaway.data.harvesting.harvest import Rules, harvest
 from cutaway.model.language_model import LanguageModel, attach
 
 SITES = ["blocks.1.resid_post", "blocks.0.attn.z"]

@@ -10,7 +10,7 @@ import cutaway
 from cutaway import dictionaries
 from cutaway.cli.main import main
 from cutaway.data.corpus.corpus import read_corpus, token_rows
-from cutaway.data.harvest.activations import harvest
+from cutaway.data.harvesting.activations import harvest
 from cutaway.dictionaries.dictionary import Dictionary, TopK
 from cutaway.model.language_model import LanguageModel
 

@@ -19,8 +19,8 @@ from cutaway.data.corpus.corpus import read_corpus, token_rows
 from cutaway.data.corpus.documents import documents_of
 from cutaway.data.corpus.separators import Marks
 from cutaway.data.corpus.training_rows import training_rows
-from cutaway.data.harvest.harvest import harvest
-from cutaway.data.harvest.store import Store
+from cutaway.data.harvesting.harvest import harvest
+from cutaway.data.harvesting.store import Store
 from cutaway.model.language_model import LanguageModel
 
 STORIES = "One day.\n\nShe ran.\n<|endoftext|>\nHe sat.\n\nThe end.<|endoftext|>\n \n<|endoftext|>\n\nLast."
@@ -197,7 +197,7 @@ def test_other_lines_are_not(capsys: pytest.CaptureFixture[str], texts: list[str
 
 def test_every_way_to_rows_looks(tiny: LanguageModel, capsys: pytest.CaptureFixture[str]) -> None:
     """Of a harvest with two passes too, once."""
-    from cutaway.data.harvest.harvest import Rules
+    from cutaway.data.harvesting.harvest import Rules
 
     texts = [f"w{2 + i % 50} w{3 + i % 50} w4 w5 w6 w7 w8 w9\n<|endoftext|>\nw5 w6 w7 w8" for i in range(20)]
     made = {

@@ -9,7 +9,7 @@ from tiny_llama import tiny_llama
 import cutaway
 from cutaway.artifacts.errors import CutawayError
 from cutaway.data.corpus.corpus import read_corpus, split_rows, token_rows
-from cutaway.data.harvest.activations import as_tokens, counted, harvest
+from cutaway.data.harvesting.activations import as_tokens, counted, harvest
 from cutaway.dictionaries.dictionary import Dictionary, TopK
 from cutaway.dictionaries.evaluation.evaluate import evaluate
 from cutaway.dictionaries.formats.files import load, save

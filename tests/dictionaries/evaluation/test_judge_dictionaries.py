@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError, MissingControls
 from cutaway.artifacts.results import Effect
-from cutaway.data.harvest.activations import harvest
+from cutaway.data.harvesting.activations import harvest
 from cutaway.dictionaries.dictionary import Dictionary, Port, ReLU, TopK
 from cutaway.dictionaries.evaluation.evaluate import evaluate
 from cutaway.dictionaries.evaluation.figures import mean_effect, share_effect, summary, with_seeds

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.data.harvest.activations import counted
-from cutaway.data.harvest.harvest import Rules, harvest
+from cutaway.data.harvesting.activations import counted
+from cutaway.data.harvesting.harvest import Rules, harvest
 from cutaway.dictionaries import load, train
 from cutaway.dictionaries.evaluation.evaluate import evaluate
 from cutaway.dictionaries.training.sources import LiveRows, StoreSource

@@ -90,8 +90,8 @@ def harvest(
         Print what the store holds as JSON on stdout, and nothing else.
     """
     import cutaway
-    from cutaway.data.harvest.harvest import Rules
-    from cutaway.data.harvest.harvest import harvest as run
+    from cutaway.data.harvesting.harvest import Rules
+    from cutaway.data.harvesting.harvest import harvest as run
 
     rules = Rules(
         bos="keep" if keep_bos else "drop", first_position="keep" if keep_first else "drop", high_norm=high_norm

@@ -15,7 +15,7 @@ from torch import Tensor
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.progress import Progress
 from cutaway.artifacts.results import Effect, interval_text
-from cutaway.data.harvest.activations import as_tokens
+from cutaway.data.harvesting.activations import as_tokens
 from cutaway.dictionaries.dictionary import Dictionary, random_dictionary
 from cutaway.dictionaries.evaluation.figures import RECONSTRUCTION, SPLICED, Tables, effect, statistics_of
 from cutaway.dictionaries.evaluation.latents import DENSE

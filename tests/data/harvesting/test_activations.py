@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.data.harvest.activations import counted, harvest, harvest_sites, shuffled_batches
-from cutaway.data.harvest.harvest import Rules
+from cutaway.data.harvesting.activations import counted, harvest, harvest_sites, shuffled_batches
+from cutaway.data.harvesting.harvest import Rules
 from cutaway.model.tokens import Tokens
 
 BOS = 0

@@ -26,9 +26,9 @@ from cutaway.data.corpus.corpus import Tokenizing, rows_hash
 from cutaway.data.corpus.documents import documents_of
 from cutaway.data.corpus.rows import Packing, Reading, RowBatch, given_rows, row_batches, text_rows
 from cutaway.data.corpus.separators import Marks, refuse_separator
-from cutaway.data.harvest.hardware import keep_freed_memory
-from cutaway.data.harvest.journal import Folder, Memory, Written
-from cutaway.data.harvest.store import COLUMNS, DTYPES, Store
+from cutaway.data.harvesting.hardware import keep_freed_memory
+from cutaway.data.harvesting.journal import Folder, Memory, Written
+from cutaway.data.harvesting.store import COLUMNS, DTYPES, Store
 from cutaway.model.tokens import Tokens, pad_rows
 
 _SHARD_BYTES = 1 << 28

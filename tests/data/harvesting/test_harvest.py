@@ -16,10 +16,10 @@ from cutaway.artifacts.errors import CutawayError
 from cutaway.data.corpus.corpus import corpus_hash, rows_hash
 from cutaway.data.corpus.documents import documents_of
 from cutaway.data.corpus.rows import Packing, Reading, text_rows
-from cutaway.data.harvest import harvest as module
-from cutaway.data.harvest import journal
-from cutaway.data.harvest.harvest import Rules, harvest
-from cutaway.data.harvest.store import Activations, Store
+from cutaway.data.harvesting import harvest as module
+from cutaway.data.harvesting import journal
+from cutaway.data.harvesting.harvest import Rules, harvest
+from cutaway.data.harvesting.store import Activations, Store
 from cutaway.model.language_model import LanguageModel, attach
 from cutaway.model.tokens import Tokens
 
@@ -191,7 +191,7 @@ def test_a_folder_of_another_harvest_is_left_alone(
 
 def stop_after(shards: int, monkeypatch: pytest.MonkeyPatch, call: Any) -> None:
     """Run a harvest that is interrupted when it begins to write one shard more."""
-    from cutaway.data.harvest import journal
+    from cutaway.data.harvesting import journal
 
     left, write = shards, journal.write_shard
 
@@ -371,7 +371,7 @@ def test_a_corpus_that_is_refused_leaves_nothing_behind(tiny: LanguageModel, tmp
 
 
 def test_two_writers_do_not_mix(tiny: LanguageModel, tmp_path: Path) -> None:
-    from cutaway.data.harvest.journal import Folder
+    from cutaway.data.harvesting.journal import Folder
 
     plan = module._plan(
         tiny, some_texts(), SITES[0], None, 16, "packed", Rules(), None, "keep", 16, None, "safetensors", "text", ""

@@ -24,7 +24,7 @@ from torch import Tensor
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.files import clear_leftovers, disk_errors, make_folder, parse_json, plain, write_json
 from cutaway.artifacts.manifest import Manifest, file_hash
-from cutaway.data.harvest.store import MANIFEST, Shard, Store, read_manifest, write_shard
+from cutaway.data.harvesting.store import MANIFEST, Shard, Store, read_manifest, write_shard
 
 _SHARD = re.compile(r"^\.?shard-(\d+)\.(safetensors|parquet)(\.[0-9a-f]+\.tmp)?$")
 _LONGEST_SILENCE = 3600.0

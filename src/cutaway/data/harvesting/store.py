@@ -25,7 +25,7 @@ from torch import Tensor
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.files import parquet_errors, read_json, write_parquet, write_safetensors
 from cutaway.artifacts.manifest import Manifest, file_hash
-from cutaway.data.harvest.permutation import Permutation
+from cutaway.data.harvesting.permutation import Permutation
 
 KIND = "activations"
 MANIFEST = "manifest.json"

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.data.harvest.hardware import keep_freed_memory
-from cutaway.data.harvest.harvest import Rules
+from cutaway.data.harvesting.hardware import keep_freed_memory
+from cutaway.data.harvesting.harvest import Rules
 from cutaway.model.tokens import Tokens
 
 _ROWS_A_FORWARD = 16
