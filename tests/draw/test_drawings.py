@@ -46,7 +46,7 @@ HEATMAP = {
 
 
 def test_heatmap_prints_tints_and_tells_every_value():
-    root = parse(heatmap_svg(**HEATMAP, units="nats", diverging=True))
+    root = parse(heatmap_svg(**HEATMAP, units="nats", scale="diverging"))
     cells = classed(root, "cw-cell")
     assert [cell.get("class", "").split()[1] for cell in cells] == [
         "cw-d5",

@@ -37,9 +37,10 @@ from cutaway.draw.blocks import (
     Tokens,
     TourResult,
 )
+from cutaway.draw.fragments import draw_block
 from cutaway.draw.text import visible
 from cutaway.tour.glossary import TERMS, Linker
-from cutaway.tour.page import draw_block, render, write_page
+from cutaway.tour.page import render, write_page
 
 
 @pytest.fixture(scope="module")

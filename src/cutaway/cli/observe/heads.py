@@ -289,7 +289,6 @@ def _map(
         values=values.tolist(),
         title=title,
         units=units,
-        diverging=scale.diverging,
         marks=marks,
         scale=scale,
     )
