@@ -121,7 +121,7 @@ def _real(n: int):
 
     import cutaway
     from cutaway.data.corpus.corpus import token_rows
-    from cutaway.data.harvesting.activations import harvest
+    from cutaway.data.harvesting.activations import read_activations
     from cutaway.subjects.world.corpus import PARTS, documents
     from cutaway.subjects.world.real_text import standard_library
 
@@ -129,7 +129,7 @@ def _real(n: int):
     texts += [document.text for document in standard_library()]
     lm = cutaway.load("atlas")
     rows = token_rows(lm, texts, context=256, seed=0, limit=n // 240)
-    x = harvest(lm, rows, f"blocks.{LAYER}.resid_post")
+    x = read_activations(lm, rows, f"blocks.{LAYER}.resid_post")
     if len(x) < n:
         raise RuntimeError(f"{len(x):,} activations were harvested where {n:,} are needed")
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))

@@ -4,7 +4,7 @@ python examples/harvest_and_probe.py
 """
 
 import cutaway
-from cutaway.data.harvesting.harvest import Rules, harvest
+from cutaway.data import Rules, harvest
 from cutaway.observe.probes.sweep import probe_sweep
 from cutaway.subjects.world.corpus import documents
 from cutaway.subjects.world.facts import CITIES

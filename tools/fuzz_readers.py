@@ -26,7 +26,7 @@ from cutaway.artifacts.run_folder import RunFolder
 from cutaway.cli.causal.trace import read_facts
 from cutaway.cli.observe.probe import answers, column, place
 from cutaway.data.corpus.corpus import corpus_hash, read_corpus
-from cutaway.data.harvesting.harvest import harvest
+from cutaway.data.harvesting.harvest import Storage, harvest
 from cutaway.data.harvesting.journal import Folder
 from cutaway.data.harvesting.store import Store
 from cutaway.data.labelled.rows import read_rows
@@ -199,7 +199,14 @@ def _mend_run_folder(folder: Path) -> None:
 def _store(file_format: Any) -> Callable[[Path], None]:
     def make(folder: Path) -> None:
         sites = [SITE, "blocks.0.attn.z"]
-        harvest(tiny(), TEXTS, sites, out=folder / "store", context=16, shard_tokens=150, file_format=file_format)
+        harvest(
+            tiny(),
+            TEXTS,
+            sites,
+            out=folder / "store",
+            context=16,
+            storage=Storage(shard_tokens=150, file_format=file_format),
+        )
 
     return make
 

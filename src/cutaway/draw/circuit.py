@@ -28,9 +28,13 @@ _PART = {"q": "query", "k": "key", "v": "value"}
 
 
 class CircuitEdge(TypedDict):
-    """`source` and `destination` by name (`embed`, `L0H3`, `L0.mlp`; `L1H2.q`, `L1K0.v`, `L1.mlp`, `logits`).
+    """An edge between two parts of a model.
 
-    `group` is how many heads share a key or value head (`L1K0`): its edges go to the first of them.
+    Attributes:
+        source: By name: `embed`, `L0H3`, `L0.mlp`.
+        destination: By name: `L1H2.q`, `L1K0.v`, `L1.mlp`, `logits`.
+        score: Above 0 where it helps.
+        group: How many heads share a key or value head (`L1K0`): its edges go to the first of them.
     """
 
     source: str
@@ -49,12 +53,18 @@ class _Line:
 
 
 def circuit_svg(*, edges: Sequence[CircuitEdge], title: str, units: str = "", parallel: bool = False) -> Markup:
-    """The drawing; `units` are the scores'. With `parallel` a layer's heads and MLP stand side by side.
+    """A circuit: nodes in layers from the embedding below to the logits above, edges between them.
 
     More than 160 edges are merged: one line for all that leads from one node to another, its parts in the tip.
 
+    Args:
+        edges: The edges with their scores.
+        title: What is seen, for screen readers.
+        units: Of the scores.
+        parallel: Draw a layer's heads and MLP side by side.
+
     Raises:
-        CutawayError: no edges, or a name that is none.
+        CutawayError: No edges, or a name that is none.
     """
     if not edges:
         raise CutawayError("there is nothing to draw: the circuit has no edges")

@@ -16,7 +16,12 @@ _WIDTH = 700
 
 
 def heatmap_scale(values: Sequence[Sequence[float | None]], diverging: bool = False) -> Scale:
-    """The scale that `heatmap_svg` colours by, for its legend."""
+    """The scale that `heatmap_svg` colours by, for its legend.
+
+    Args:
+        values: `values[row][column]`.
+        diverging: Two colours with 0 between them.
+    """
     return scale_for((value for row in values for value in row), diverging)
 
 

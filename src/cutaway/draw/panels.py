@@ -58,7 +58,14 @@ def figure_html(value: float | int | str | None, units: str = "") -> Markup:
 def table_html(
     *, columns: Sequence[str], rows: Sequence[Sequence[Any]], title: str, align: Sequence[str] | None = None
 ) -> Markup:
-    """A table; without `align` a column whose cells are all numbers is right-aligned."""
+    """A table.
+
+    Args:
+        columns: Their names.
+        rows: Cells, row by row: numbers or text.
+        title: What is seen, for screen readers.
+        align: "left" or "right" per column; if None, columns of numbers are right-aligned.
+    """
     sides = align or [_side([row[c] for row in rows]) for c in range(len(columns))]
     css = ["cw-right" if side == "right" else "cw-left" for side in sides]
     heads = "".join(f'<th scope="col" class="{css[c]}">{escape(name)}</th>' for c, name in enumerate(columns))

@@ -44,8 +44,16 @@ def render(result: TourResult) -> str:
     )
 
 
-def write_page(result: TourResult, path: Path) -> None:
-    """Write `render(result)` to `path`, whole or not at all; `CutawayError` as `render`, or when the disk refuses."""
+def write_tour(result: TourResult, path: Path) -> None:
+    """Write a tour's page, whole or not at all.
+
+    Args:
+        result: The tour.
+        path: The file: `index.html`.
+
+    Raises:
+        CutawayError: An effect has no controls, or the disk refuses.
+    """
     write_text(path, render(result))
 
 

@@ -24,7 +24,7 @@ from cutaway.tour import observing as look
 from cutaway.tour import patching as cause
 from cutaway.tour import steering as change
 from cutaway.tour.context import Text, Tour, read_text, split_text
-from cutaway.tour.page import write_page
+from cutaway.tour.page import write_tour
 
 Step = Callable[[Tour], Section]
 STEPS: dict[str, Step] = {
@@ -49,8 +49,8 @@ _FILES = {"dictionary": ("dictionary",), "features": ("latents.parquet",), "stee
 def run_tour(
     model: str = "atlas",
     *,
-    out: Path,
-    corpus: Path | None = None,
+    out: str | Path,
+    corpus: str | Path | None = None,
     document_separator: str | None = None,
     seed: int = 0,
     overwrite: bool = False,
@@ -58,10 +58,24 @@ def run_tour(
 ) -> TourResult:
     """Tour a model and leave a run folder with `index.html` in it.
 
-    `model` is "atlas", a folder or a hub id; `corpus` a text file or a folder of them, and `document_separator` what
-    stands between its documents if not blank lines. With the same arguments an interrupted tour goes on where it
-    stopped. `only` makes one section (see `NAMES`) anew in `out` and returns it alone. Raises `CutawayError` for a
-    model, corpus or folder that cannot be used.
+    With the same arguments an interrupted tour goes on where it stopped.
+
+    Args:
+        model: "atlas", a folder or a hub id.
+        out: The run folder.
+        corpus: A text file or a folder of them, to train the dictionary on; text of atlas's world or Python's standard
+            library if None.
+        document_separator: What stands between the documents of the corpus, if not blank lines.
+        seed: Of everything drawn at random.
+        overwrite: Begin again in a folder that holds another run.
+        only: Make one section anew in `out` and return it alone: selftest, lens, heads, patching, dictionary, features,
+            steering or clamping.
+
+    Returns:
+        The tour, as its page shows it.
+
+    Raises:
+        CutawayError: A model, corpus or folder that cannot be used.
     """
     if only is not None and only not in NAMES:
         raise CutawayError(f"the tour has no section “{only}”; its sections are {', '.join(NAMES)}")
@@ -71,6 +85,7 @@ def run_tour(
         raise CutawayError("a document separator is of a corpus: name the text file or folder too")
     given = None
     if corpus is not None:
+        corpus = Path(corpus)
         given = read_text(corpus, of_atlas=of_atlas, seed=seed, document_separator=document_separator)
     lm = load(model)
     if lm.tokenizer is None:
@@ -89,7 +104,7 @@ def run_tour(
         if only is None:
             write_json(folder.path / "manifest.json", result.manifest)
             write_json(folder.path / "figures.json", result.model_dump(mode="json"))
-            write_page(result, folder.path / "index.html")
+            write_tour(result, folder.path / "index.html")
     return result
 
 

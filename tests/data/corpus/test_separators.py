@@ -106,17 +106,17 @@ def corpus(tmp_path: Path) -> Path:
 
 def test_a_harvest_with_another_separator_is_another(tiny: LanguageModel, corpus: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"out": tmp_path / "h", "context": 16}
-    made = harvest(tiny, corpus, SITE, document_separator="---", **options)
+    made = harvest(tiny, documents_of(corpus, document_separator="---"), SITE, **options)
     assert made.manifest.configuration["document_separator"] == "---"
     by_lists = harvest(tiny, by_hand(corpus.read_text(), "---"), SITE, context=16)
     assert torch.equal(made[:].token, by_lists[:].token)
     assert torch.equal(made[:].document, by_lists[:].document)
-    assert len(harvest(tiny, corpus, SITE, document_separator="---", **options)) == len(made)  # goes on
+    assert len(harvest(tiny, documents_of(corpus, document_separator="---"), SITE, **options)) == len(made)  # goes on
     for other in ("===", None):
         with pytest.raises(CutawayError, match="holds another harvest: its document separator is ---"):
-            harvest(tiny, corpus, SITE, document_separator=other, **options)
-    with pytest.raises(CutawayError, match="of texts"):
-        harvest(tiny, [[2, 3, 4]], SITE, document_separator="---")
+            harvest(tiny, documents_of(corpus, document_separator=other), SITE, **options)
+    with pytest.raises(CutawayError, match="a document is a text"):
+        harvest(tiny, documents_of([[2, 3, 4]], document_separator="---"), SITE)
 
 
 def test_the_commands_take_it(
@@ -208,7 +208,7 @@ def test_every_way_to_rows_looks(tiny: LanguageModel, capsys: pytest.CaptureFixt
     for name, make in made.items():
         make()
         assert capsys.readouterr().err.count("<|endoftext|>'") == 2, name
-    harvest(tiny, texts, SITE, context=8, document_separator="<|endoftext|>")
+    harvest(tiny, documents_of(texts, document_separator="<|endoftext|>"), SITE, context=8)
     assert "endoftext" not in capsys.readouterr().err
 
 

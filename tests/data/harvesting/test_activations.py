@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.data.harvesting.activations import counted, harvest, harvest_sites, shuffled_batches
+from cutaway.data.harvesting.activations import counted, harvest_sites, read_activations, shuffled_batches
 from cutaway.data.harvesting.harvest import Rules
 from cutaway.model.tokens import Tokens
 
@@ -61,7 +61,7 @@ def ids(batches: list[Tensor]) -> list[int]:
 
 def test_first_positions_and_bos_are_left_out() -> None:
     rows = some_rows()
-    found = harvest(Counting(), rows, "s")
+    found = read_activations(Counting(), rows, "s")
     assert found.dtype == torch.float32
     assert found[:, 0].int().tolist() == rows[counted(rows, BOS)].tolist()
     assert BOS not in found[:, 0]
@@ -169,7 +169,7 @@ def test_too_little_text_and_wrong_sites_are_refused() -> None:
             return {site: tokens.ids.float() for site in capture}
 
     with pytest.raises(CutawayError, match=r"one vector a position"):
-        harvest(Scalars(), some_rows(), "s")
+        read_activations(Scalars(), some_rows(), "s")
 
 
 def test_values_that_are_not_finite_are_refused_by_site() -> None:

@@ -90,7 +90,8 @@ def harvest(
         Print what the store holds as JSON on stdout, and nothing else.
     """
     import cutaway
-    from cutaway.data.harvesting.harvest import Rules
+    from cutaway.data.corpus.documents import documents_of
+    from cutaway.data.harvesting.harvest import Rules, Storage
     from cutaway.data.harvesting.harvest import harvest as run
 
     rules = Rules(
@@ -99,22 +100,15 @@ def harvest(
     lm = cutaway.load(model, dtype=dtype, device=device or _own_gpu())
     made = run(
         lm,
-        corpus,
+        documents_of(corpus, field=field, split=split, document_separator=document_separator),
         site,
         out=out,
         tokens=tokens,
         context=context,
         packing=packing,
         rules=rules,
-        dtype=store,
-        heads="flatten" if flatten else "keep",
         batch_rows=batch,
-        shard_tokens=shard_tokens,
-        file_format=format,
-        field=field,
-        split=split,
-        document_separator=document_separator,
-        verify=verify,
+        storage=Storage(store, "flatten" if flatten else "keep", shard_tokens, format, verify),
     )
     if json:
         print_json(

@@ -44,8 +44,21 @@ def as_tokens(rows: Tensor) -> Tokens:
     return Tokens(rows, torch.ones_like(rows, dtype=torch.bool), ((),) * len(rows))
 
 
-def harvest(lm: Running, rows: Tensor, site: str, *, low_precision: bool = False) -> Tensor:
-    """Activations at one site of the positions of rows [n, p] that count, in their order: float32 [m, width]."""
+def read_activations(lm: Running, rows: Tensor, site: str, *, low_precision: bool = False) -> Tensor:
+    """Activations at one site, in memory: of every token but the first of each row and beginning-of-text tokens.
+
+    Args:
+        lm: The model.
+        rows: Token ids without padding [n, p].
+        site: A site with one vector per token; one by head is flattened.
+        low_precision: Let the forward's matrix products run in bfloat16.
+
+    Returns:
+        float32 [m, width], in the order of the tokens.
+
+    Raises:
+        CutawayError: The site has no vector per token, or values that are not finite.
+    """
     return harvest_sites(lm, rows, [site], counted(rows, lm.bos_id), low_precision=low_precision)[site]
 
 
