@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import reference
 import surface
 
 FILES = {
@@ -82,3 +83,48 @@ def test_check_fails_past_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     assert surface.main(["--check"]) == 0
     monkeypatch.setitem(surface.BOUNDS, "lines of the longest file", (10, 10))
     assert surface.main(["--check"]) == 1
+
+
+def test_a_reference_page_says_what_the_docstring_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = '''
+"""Reading."""
+def read(path: "Path", *names: str, deep: bool = False, **options: int) -> dict[str, list[tuple[int, int]]]:
+    """Read a file.
+
+    Two words more.
+
+    Args:
+        path: Where from,
+            at length.
+        names: Which.
+        deep, options: Both: how.
+
+    Returns:
+        What
+        was read.
+
+    Raises:
+        BadFile: It is none.
+
+    Example:
+        >>> read("a")
+        {}
+    """
+'''
+    package = tmp_path / "src" / "cutaway" / "data"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text('"""Data.\n\nAll of it.\n"""\n')
+    (package / "__init__.pyi").write_text("from .files import read as read\n")
+    (package / "files.py").write_text(read.lstrip())
+    monkeypatch.setattr(surface, "SOURCE", tmp_path / "src" / "cutaway")
+    made = reference.pages()
+    assert "| [`cutaway.data`](data.md) | Data. |" in made["README.md"]
+    page = made["data.md"]
+    signature = "read(path: Path, *names: str, deep: bool = False, **options: int)"
+    assert f"## `read`\n\n```pyi\n{signature}" not in page  # it is too long for a line
+    assert "    path: Path,\n    *names: str,\n    deep: bool = False,\n    **options: int,\n) -> dict[str," in page
+    assert "Read a file.\n\nTwo words more.\n\n**Args**\n\n- `path`: Where from, at length.\n- `names`: Which." in page
+    assert (
+        "- `deep, options`: Both: how.\n\n**Returns** What was read.\n\n**Raises**\n\n- `BadFile`: It is none." in page
+    )
+    assert '**Example**\n\n```python no-run\n>>> read("a")\n{}\n```' in page
