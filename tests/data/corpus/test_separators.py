@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -116,7 +116,7 @@ def test_a_harvest_with_another_separator_is_another(tiny: LanguageModel, corpus
         with pytest.raises(CutawayError, match="holds another harvest: its document separator is ---"):
             harvest(tiny, documents_of(corpus, document_separator=other), SITE, **options)
     with pytest.raises(CutawayError, match="a document is a text"):
-        harvest(tiny, documents_of([[2, 3, 4]], document_separator="---"), SITE)
+        harvest(tiny, documents_of(cast(Any, [[2, 3, 4]]), document_separator="---"), SITE)
 
 
 def test_the_commands_take_it(

@@ -91,7 +91,7 @@ def documents_of(
         corpus = corpus[split]
     fingerprint = getattr(corpus, "_fingerprint", None)
     if isinstance(corpus, (list, tuple)) and all(isinstance(text, str) for text in corpus):
-        fingerprint = _hash_texts(corpus)
+        fingerprint = _hash_texts(map(str, corpus))
     if not isinstance(corpus, Iterable) and not callable(corpus):
         raise CutawayError(
             f"A corpus is a path, hub:NAME, rows of token ids, or texts in any iterable; not a {type(corpus).__name__}."

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -245,7 +245,7 @@ def _plan(
     pad = next((i for i in (lm.pad_id, lm.bos_id) if i is not None and i < lm.d_vocab_in), 0)
     given, separator = _given(corpus), None
     if given is None:
-        documents = documents_of(corpus)
+        documents = documents_of(cast(TextSource, corpus))
         separator = documents.separator
         text_rows(lm, documents, context, packing, Reading())  # so that what is wrong shows before any work
         source, fingerprint, total = documents.source, documents.fingerprint, documents.size
