@@ -34,7 +34,7 @@ from cutaway.data.pairs import align
 from cutaway.data.tasks.files import read_distinct_pairs, task_from_file
 from cutaway.dictionaries.training.sources import StoreSource
 from cutaway.observe.probes.data import probe_data
-from cutaway.tour.dictionary import read_told
+from cutaway.tour.dictionary import read_matched
 from cutaway.tour.run import finished_section
 
 # Text
@@ -188,7 +188,7 @@ def _open_tour(path: Path) -> RunFolder:
 def _read_run_folder(folder: Path) -> None:
     with _open_tour(folder / "run") as run:
         finished_section(run, "lens")
-        read_told(run.path / "latents.parquet")
+        read_matched(run.path / "latents.parquet")
 
 
 def _mend_run_folder(folder: Path) -> None:

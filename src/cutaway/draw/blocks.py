@@ -259,7 +259,7 @@ class EffectBlock(_Data):
 
 
 class Example(_Data):
-    """A text in which a latent fires: tokens and its activation at each."""
+    """A text in which a latent is active: tokens and its activation at each."""
 
     tokens: tuple[str, ...]
     values: tuple[Number, ...]

@@ -193,13 +193,13 @@ def _marker(look: str, x: float, y: float) -> str:
 
 
 def _described(series: Sequence[Series]) -> str:
-    told = []
+    described = []
     for one in series:
         ys = [y for y in one["y"] if y is not None and math.isfinite(y)]
         if ys:
             name = one["name"] + (" (control)" if one.get("control") else "")
-            told.append(f"{name}: from {number(ys[0])} to {number(ys[-1])}, highest {number(max(ys))}")
-    return "; ".join(told) + "." if told else "No values."
+            described.append(f"{name}: from {number(ys[0])} to {number(ys[-1])}, highest {number(max(ys))}")
+    return "; ".join(described) + "." if described else "No values."
 
 
 def _known(value: float | None) -> bool:

@@ -91,10 +91,11 @@ def circuit_svg(*, edges: Sequence[CircuitEdge], title: str, units: str = "", pa
         '<tspan class="cw-up">Blue, solid: the answer loses it when it is cut.</tspan> '
         '<tspan class="cw-down">Orange, dashed: the answer gains.</tspan></text>'
     )
-    told = f"{len(edges)} edges between {len(at)} nodes, the largest {_told(max(lines, key=lambda e: abs(e.score)))}."
+    largest = max(lines, key=lambda line: abs(line.score))
+    described = f"{len(edges)} edges between {len(at)} nodes, the largest {_described_edge(largest)}."
     return Markup(
         f'<svg class="cw-circuit {name}" role="img" width="{width}" height="{height}">'
-        f"<title>{escape(title)}</title><desc>{escape(told)}</desc><style>{_focus(name, list(at))}</style>"
+        f"<title>{escape(title)}</title><desc>{escape(described)}</desc><style>{_focus(name, list(at))}</style>"
         f"{key}{drawn}</svg>"
     )
 
@@ -201,7 +202,7 @@ def _edge(line: _Line, at: dict[str, tuple[float, float]], most: float, units: s
     ends = f"{_class('f', line.source)} {_class('t', line.target)}"
     look = f'stroke-width="{width:.2f}" stroke-opacity="{min(0.85, 0.3 + strength):.2f}"'
     return (
-        f'<g class="cw-link {css} {ends}"><title>{escape(_told(line, units))}</title>'
+        f'<g class="cw-link {css} {ends}"><title>{escape(_described_edge(line, units))}</title>'
         f'<path d="{path}" {look}/><path class="cw-hit" d="{path}"/></g>'
     )
 
@@ -212,7 +213,7 @@ def _port(port: str) -> float:
     return sum(places) / len(places) if places else 0.0
 
 
-def _told(line: _Line, units: str = "") -> str:
+def _described_edge(line: _Line, units: str = "") -> str:
     if len(line.parts) == 1:
         part = _PART.get(line.port)
         target = f"{line.target}, {part}" if part else line.target

@@ -118,12 +118,12 @@ def _marked(text: str, highlight: Sequence[str]) -> str:
 def features_html(*, items: Sequence[Mapping[str, Any]], opened: int = 1) -> Markup:
     """Dictionary latents, one folded panel each, the first `opened` of them open.
 
-    An item has id, label, density (share of tokens on which it fires), top_examples (tokens and values), promotes and
-    suppresses (token, value), and where they apply label_note, auroc, concept.
+    An item has id, label, density (share of tokens on which it is active), top_examples (tokens and values), promotes
+    and suppresses (token, value), and where they apply label_note, auroc, concept.
     """
     panels = []
     for place, item in enumerate(items):
-        about = [f"fires on {number(_percent(item['density']), '%')} of tokens"]
+        about = [f"active on {number(_percent(item['density']), '%')} of tokens"]
         if item.get("auroc") is not None:
             concept = f" for {escape(item['concept'])}" if item.get("concept") else ""
             about.append(f"AUROC {number(item['auroc'])}{concept}")

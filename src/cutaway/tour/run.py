@@ -19,22 +19,19 @@ from cutaway.artifacts.run_folder import RunFolder
 from cutaway.draw.blocks import Card, Section, Table, TourResult
 from cutaway.model.language_model import LanguageModel, load
 from cutaway.model.selftest.identities import SelfTest
-from cutaway.tour import dictionary as name
-from cutaway.tour import observing as look
-from cutaway.tour import patching as cause
-from cutaway.tour import steering as change
+from cutaway.tour import dictionary, observing, patching, steering
 from cutaway.tour.context import Text, Tour, read_text, split_text
 from cutaway.tour.page import write_tour
 
 Step = Callable[[Tour], Section]
 STEPS: dict[str, Step] = {
-    "lens": look.lens,
-    "heads": look.heads,
-    "patching": cause.patching,
-    "dictionary": name.dictionary,
-    "features": name.features,
-    "steering": change.steering,
-    "clamping": change.clamping,
+    "lens": observing.lens,
+    "heads": observing.heads,
+    "patching": patching.patching,
+    "dictionary": dictionary.dictionary,
+    "features": dictionary.features,
+    "steering": steering.steering,
+    "clamping": steering.clamping,
 }
 NAMES = ("selftest", *STEPS)
 _NEEDS_DICTIONARY = ("features", "clamping")
@@ -129,11 +126,11 @@ def _run(tour: Tour, only: str | None, started: float, settings: dict[str, Any])
         tested = time.monotonic() - began
         for step in wanted:
             if only in _NEEDS_DICTIONARY:
-                name.require_dictionary(tour)
+                dictionary.require_dictionary(tour)
             progress.advance(0, note=step)
             sections.append(_section(tour, step, test, tested, again=only is not None))
             progress.advance(1)
-    card = look.card(tour, test)
+    card = observing.card(tour, test)
     manifest = Manifest.create(
         "tour",
         model=tour.lm.identity(),
@@ -175,7 +172,7 @@ def _section(tour: Tour, step: str, test: SelfTest, tested: float, *, again: boo
         return saved
     began = time.monotonic()
     if step == "selftest":
-        made = look.selftest(tour, test).model_copy(update={"seconds": tested})
+        made = observing.selftest(tour, test).model_copy(update={"seconds": tested})
     else:
         made = STEPS[step](tour)
         made = made.model_copy(update={"seconds": time.monotonic() - began})

@@ -168,7 +168,7 @@ def test_too_little_text_and_wrong_sites_are_refused() -> None:
         def run(self, tokens: Tokens, *, capture: Sequence[str], logits: str | None) -> dict[str, Tensor]:
             return {site: tokens.ids.float() for site in capture}
 
-    with pytest.raises(CutawayError, match=r"one vector a position"):
+    with pytest.raises(CutawayError, match=r"one vector per position"):
         read_activations(Scalars(), some_rows(), "s")
 
 

@@ -46,7 +46,7 @@ def harvest(
     corpus
         A text file or a folder of them (.txt, .md, .py, .jsonl, .parquet), or hub:NAME for a data set of the hub.
     site
-        A site with one vector a token, such as blocks.3.resid_post, or a wildcard; may be given several times.
+        A site with one vector per token, such as blocks.3.resid_post, or a wildcard; may be given several times.
     out
         The folder: a new one, an empty one, or one that this command began.
     tokens

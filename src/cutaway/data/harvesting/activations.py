@@ -68,7 +68,7 @@ def harvest_sites(
     """Activations at several sites of the positions `keep` (bool [n, p]) of rows [n, p]: by site float32 [m, width].
 
     One forward, which stops after the last of them, gives all; sites by head are flattened. `low_precision` lets the
-    forward's matrix products run in bfloat16. Raises `CutawayError` for a site without one vector a position, and for
+    forward's matrix products run in bfloat16. Raises `CutawayError` for a site without one vector per position, and for
     values that are not finite.
     """
     keep_freed_memory()
@@ -84,7 +84,7 @@ def harvest_sites(
             captured: Tensor = run[site]
             if captured.ndim < 3 or captured.shape[:2] != tokens.ids.shape:
                 raise CutawayError(
-                    f"{site} has shape {list(captured.shape)}: a dictionary needs one vector a position, [b, p, d]"
+                    f"{site} has shape {list(captured.shape)}: a dictionary needs one vector per position, [b, p, d]"
                 )
             kept = captured[keep[part].to(captured.device)].flatten(1)
             n = len(kept)

@@ -316,7 +316,7 @@ def token_shapes(lm: Harvesting, sites: str | Sequence[str]) -> dict[str, tuple[
         if site.dims.split()[:2] != ["b", "p"]:
             raise CutawayError(
                 f"'{name}' is [{site.dims}], a number for each pair of tokens, which grows with the square of the "
-                "context: a harvest keeps sites with one vector a token; capture patterns with lm.run"
+                "context: a harvest keeps sites with one vector per token; capture patterns with lm.run"
             )
         shapes[name] = tuple(int(part) for part in site.shape[2:])
     if not shapes:

@@ -1,4 +1,4 @@
-"""Sentences as lists of words with a label a word (parts of speech, names), from CoNLL-like files and JSON lines."""
+"""Sentences as lists of words with a label per word (parts of speech, names), from CoNLL-like files and JSON lines."""
 
 from __future__ import annotations
 
