@@ -39,7 +39,7 @@ lint: environment ## ruff, pyright, the contract between the floors, what users 
 	$(RUN) ruff format --check .
 	$(RUN) pyright
 	.venv/bin/lint-imports --no-logo
-	.venv/bin/python tools/check_files.py
+	SKIP=ruff-check,ruff-format .venv/bin/pre-commit run --all-files
 	.venv/bin/python tools/surface.py --check
 
 parity: environment ## build the peers' environments (.venvs), run the tests against them
