@@ -14,7 +14,8 @@ from paired import Claim, Row, Subject, judged, relative, same, timed
 from peer_worker import resident
 from torch import Tensor
 
-from cutaway.data.harvesting.harvest import Rules, Storage, harvest
+from cutaway.data.harvesting.harvest import harvest
+from cutaway.data.harvesting.settings import Rules, Storage
 from cutaway.data.harvesting.store import Store
 from cutaway.model.language_model import LanguageModel
 

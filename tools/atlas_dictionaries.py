@@ -17,7 +17,8 @@ from cutaway.artifacts.files import plain, write_json
 from cutaway.artifacts.manifest import file_hash
 from cutaway.data.corpus.corpus import token_rows
 from cutaway.data.harvesting.hardware import bfloat16_is_fast
-from cutaway.data.harvesting.harvest import Storage, harvest
+from cutaway.data.harvesting.harvest import harvest
+from cutaway.data.harvesting.settings import Storage
 from cutaway.dictionaries import load, save
 from cutaway.dictionaries.dictionary import Dictionary
 from cutaway.dictionaries.evaluation.evaluate import Evaluation, evaluate

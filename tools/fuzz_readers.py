@@ -26,8 +26,9 @@ from cutaway.artifacts.run_folder import RunFolder
 from cutaway.cli.causal.trace import read_facts
 from cutaway.cli.observe.probe import answers, column, place
 from cutaway.data.corpus.corpus import corpus_hash, read_corpus
-from cutaway.data.harvesting.harvest import Storage, harvest
+from cutaway.data.harvesting.harvest import harvest
 from cutaway.data.harvesting.journal import Folder
+from cutaway.data.harvesting.settings import Storage
 from cutaway.data.harvesting.store import Store
 from cutaway.data.labelled.rows import read_rows
 from cutaway.data.pairs import align

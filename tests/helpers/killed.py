@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from cutaway.data.harvesting.harvest import Rules, Storage, harvest
+from cutaway.data.harvesting.harvest import harvest
+from cutaway.data.harvesting.settings import Rules, Storage
 from cutaway.model.language_model import LanguageModel, attach
 
 SITES = ["blocks.1.resid_post", "blocks.0.attn.z"]

@@ -6,9 +6,9 @@ from .corpus.corpus import token_rows as token_rows
 from .corpus.documents import Documents as Documents
 from .corpus.documents import documents_of as documents_of
 from .harvesting.activations import read_activations as read_activations
-from .harvesting.harvest import Rules as Rules
-from .harvesting.harvest import Storage as Storage
 from .harvesting.harvest import harvest as harvest
+from .harvesting.settings import Rules as Rules
+from .harvesting.settings import Storage as Storage
 from .harvesting.store import Activations as Activations
 from .harvesting.store import Store as Store
 from .labelled.rows import read_rows as read_rows

@@ -197,7 +197,7 @@ def test_other_lines_are_not(capsys: pytest.CaptureFixture[str], texts: list[str
 
 def test_every_way_to_rows_looks(tiny: LanguageModel, capsys: pytest.CaptureFixture[str]) -> None:
     """Of a harvest with two passes too, once."""
-    from cutaway.data.harvesting.harvest import Rules
+    from cutaway.data.harvesting.settings import Rules
 
     texts = [f"w{2 + i % 50} w{3 + i % 50} w4 w5 w6 w7 w8 w9\n<|endoftext|>\nw5 w6 w7 w8" for i in range(20)]
     made = {

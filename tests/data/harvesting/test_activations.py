@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.data.harvesting.activations import counted, harvest_sites, read_activations, shuffled_batches
-from cutaway.data.harvesting.harvest import Rules
+from cutaway.data.harvesting.settings import Rules
 from cutaway.model.tokens import Tokens
 
 BOS = 0

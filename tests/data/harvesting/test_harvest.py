@@ -19,7 +19,8 @@ from cutaway.data.corpus.documents import documents_of
 from cutaway.data.corpus.rows import Packing, Reading, text_rows
 from cutaway.data.harvesting import harvest as module
 from cutaway.data.harvesting import journal
-from cutaway.data.harvesting.harvest import Rules, Storage, harvest
+from cutaway.data.harvesting.harvest import harvest
+from cutaway.data.harvesting.settings import Rules, Storage
 from cutaway.data.harvesting.store import Activations, Store
 from cutaway.model.language_model import LanguageModel, attach
 from cutaway.model.tokens import Tokens

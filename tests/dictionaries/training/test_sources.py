@@ -14,7 +14,8 @@ from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.data.harvesting.activations import counted
-from cutaway.data.harvesting.harvest import Rules, Storage, harvest
+from cutaway.data.harvesting.harvest import harvest
+from cutaway.data.harvesting.settings import Rules, Storage
 from cutaway.dictionaries import load, train
 from cutaway.dictionaries.evaluation.evaluate import evaluate
 from cutaway.dictionaries.training.sources import LiveRows, StoreSource

@@ -91,8 +91,8 @@ def harvest(
     """
     import cutaway
     from cutaway.data.corpus.documents import documents_of
-    from cutaway.data.harvesting.harvest import Rules, Storage
     from cutaway.data.harvesting.harvest import harvest as run
+    from cutaway.data.harvesting.settings import Rules, Storage
 
     rules = Rules(
         bos="keep" if keep_bos else "drop", first_position="keep" if keep_first else "drop", high_norm=high_norm

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.data.harvesting.hardware import keep_freed_memory
-from cutaway.data.harvesting.harvest import Rules
+from cutaway.data.harvesting.settings import Rules
 from cutaway.model.tokens import Tokens
 
 _ROWS_A_FORWARD = 16

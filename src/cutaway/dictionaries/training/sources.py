@@ -13,7 +13,8 @@ from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.manifest import json_hash
 from cutaway.data.corpus.corpus import rows_hash
 from cutaway.data.harvesting.activations import counted, harvest_sites, shuffled_batches
-from cutaway.data.harvesting.harvest import Rules, token_shapes
+from cutaway.data.harvesting.harvest import token_shapes
+from cutaway.data.harvesting.settings import Rules
 from cutaway.data.harvesting.store import Store
 from cutaway.dictionaries.dictionary import Port
 from cutaway.model.language_model import LanguageModel
