@@ -34,12 +34,13 @@ test-slow: environment ## the slow tests
 fuzz: environment ## spoil every kind of file that is read, 250 times each (minutes); failures go to runs/fuzz
 	.venv/bin/python tools/fuzz.py $(FUZZ_ARGS)
 
-lint: environment ## ruff, pyright and the contract between the floors
+lint: environment ## ruff, pyright, the contract between the floors, what users meet in numbers
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
 	$(RUN) pyright
 	.venv/bin/lint-imports --no-logo
-	.venv/bin/python tools/check_files.py
+	SKIP=ruff-check,ruff-format .venv/bin/pre-commit run --all-files
+	.venv/bin/python tools/surface.py --check
 
 parity: environment ## build the peers' environments (.venvs), run the tests against them
 	.venv/bin/python tools/parity.py $(if $(PEER),--checkout "$(PEER)")

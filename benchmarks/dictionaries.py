@@ -122,14 +122,14 @@ def _real(n: int):
     import cutaway
     from cutaway.data.corpus.corpus import token_rows
     from cutaway.data.corpus.python_library import standard_library
-    from cutaway.data.harvest.activations import harvest
+    from cutaway.data.harvesting.activations import read_activations
     from cutaway.subjects.world.corpus import PARTS, documents
 
     texts = [text for part, about in PARTS.items() for text in documents(part, "bench", int(about.share * 1_000_000))]
     texts += [document.text for document in standard_library()]
     lm = cutaway.load("atlas")
     rows = token_rows(lm, texts, context=256, seed=0, limit=n // 240)
-    x = harvest(lm, rows, f"blocks.{LAYER}.resid_post")
+    x = read_activations(lm, rows, f"blocks.{LAYER}.resid_post")
     if len(x) < n:
         raise RuntimeError(f"{len(x):,} activations were harvested where {n:,} are needed")
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))

@@ -15,7 +15,7 @@ import torch
 from dictionary_peers import Method, Request, Weights
 from torch import Tensor
 
-from cutaway.data.harvest.hardware import keep_freed_memory
+from cutaway.data.harvesting.hardware import keep_freed_memory
 from cutaway.dictionaries.dictionary import Port
 from cutaway.dictionaries.selectors import JumpReLU
 from cutaway.dictionaries.training.config import TrainConfig

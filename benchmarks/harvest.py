@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from cutaway.data.harvest.harvest import Rules, harvest
+from cutaway.data.harvesting.harvest import harvest
+from cutaway.data.harvesting.settings import Rules
 from cutaway.model.language_model import LanguageModel, attach
 
 

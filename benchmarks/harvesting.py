@@ -14,8 +14,9 @@ from paired import Claim, Row, Subject, judged, relative, same, timed
 from peer_worker import resident
 from torch import Tensor
 
-from cutaway.data.harvest.harvest import Rules, harvest
-from cutaway.data.harvest.store import Store
+from cutaway.data.harvesting.harvest import harvest
+from cutaway.data.harvesting.settings import Rules, Storage
+from cutaway.data.harvesting.store import Store
 from cutaway.model.language_model import LanguageModel
 
 if TYPE_CHECKING:
@@ -60,7 +61,9 @@ def speed(bench: Bench) -> Row:
 
     def ours() -> Store:
         folder = bench.models.root / f"harvest-{next(numbers)}"
-        return harvest(lm, rows, site, out=folder, rules=EVERYTHING, batch_rows=ROWS, shard_tokens=1 << 13)
+        return harvest(
+            lm, rows, site, out=folder, rules=EVERYTHING, batch_rows=ROWS, storage=Storage(shard_tokens=1 << 13)
+        )
 
     def into_memory() -> Store:
         return harvest(lm, rows, site, rules=EVERYTHING, batch_rows=ROWS)
@@ -130,7 +133,11 @@ def flat(bench: Bench) -> Row:
     folder = bench.models.root / "flat"
     sites = ["blocks.3.resid_post", "blocks.5.mlp.out"]
     row.seconds["cutaway's harvest"] = [
-        timed(lambda: harvest(watched, rows, sites, out=folder, batch_rows=8, shard_tokens=1 << 13, rules=EVERYTHING))
+        timed(
+            lambda: harvest(
+                watched, rows, sites, out=folder, batch_rows=8, storage=Storage(shard_tokens=1 << 13), rules=EVERYTHING
+            )
+        )
     ]
     seen = np.array(watched.seen[-batches:], dtype=float)
     late = seen[len(seen) // 10 :]  # shards in flight fill their buffers first

@@ -92,7 +92,7 @@ def work(method: str, l0: int, seed: int, samples: int, rate: float | None) -> d
 def ours(method: str, generator: Any, l0: int, seed: int, samples: int, rate: float | None):
     from dataclasses import replace
 
-    from cutaway.data.harvest.hardware import keep_freed_memory
+    from cutaway.data.harvesting.hardware import keep_freed_memory
     from cutaway.dictionaries.evaluation.recovery import SITE, Made, code_of
     from cutaway.dictionaries.training.config import TrainConfig
     from cutaway.dictionaries.training.jobs import Job, train_jobs

@@ -4,9 +4,9 @@ python examples/patch_a_fact.py
 """
 
 import cutaway
-from cutaway.artifacts.results import interval_text
+from cutaway.artifacts import interval_text
 from cutaway.causal import patch_grid
-from cutaway.data.pairs import PromptPair
+from cutaway.data import PromptPair
 
 PROMPT = "The capital of the state containing {} is"
 CAPITALS = {"Dallas": "Austin", "Oakland": "Sacramento", "Tampa": "Tallahassee", "Tucson": "Phoenix"}

@@ -12,6 +12,8 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import yaml
+from identify.identify import tags_from_path
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -197,14 +199,15 @@ class Landing:
         (folder / ".ci").mkdir(parents=True)
         (folder / "tools").mkdir()
         shutil.copy(ROOT / ".ci" / "run", folder / ".ci" / "run")
-        for name in ("skips.py", "check_files.py"):
+        for name in ("skips.py", "surface.py"):
             shutil.copy(ROOT / "tools" / name, folder / "tools" / name)
         subprocess.run(["git", "init", "-q", str(folder)], check=True)
         self.write("Makefile", (ROOT / "Makefile").read_text().replace("sh tools/environment.sh", "true"))
         self.write(
             ".venv/bin/python", f'#!/bin/sh\n[ "$2" = pyright ] && exit 0\nexec "{sys.executable}" "$@"\n', mode=0o755
         )
-        self.write(".venv/bin/lint-imports", "#!/bin/sh\n", mode=0o755)
+        for name in ("lint-imports", "pre-commit"):
+            self.write(f".venv/bin/{name}", "#!/bin/sh\n", mode=0o755)
         self.write("programs/chromium", "#!/bin/sh\n", mode=0o755)
         self.write("ruff.toml", "line-length = 120\n")
         self.write("pytest.ini", "[pytest]\naddopts = -q -p no:cacheprovider\nmarkers =\n  slow: s\n  parity: p\n")
@@ -365,18 +368,26 @@ def test_slow_tests_that_run_out_of_time_are_a_failure(landing: Landing) -> None
     [
         (b"fine\n", ""),
         (b"", ""),
-        (b"a \n", "f:1: white space at the end"),
-        (b"a\r\nb\n", "f:1: carriage return"),
-        (b"a", "f: must end with one newline"),
-        (b"a\n\n", "f: must end with one newline"),
-        (b"a\n<<<<<<< ours\n", "f:2: mark of an unresolved merge"),
+        (b"a \n", "trailing-whitespace"),
+        (b"a\r\nb\n", "line-endings"),
+        (b"a", "end-of-file"),
+        (b"a\n\n", "end-of-file"),
+        (b"a\n<<<<<<< ours\n", "merge-conflict"),
         (b"\0binary ", ""),
-        (b"\0" * 1_000_001, "f: 1,000,001 bytes; 1,000,000 are allowed"),
+        (b"\0" * 1_000_001, "large-files"),
     ],
 )
 def test_what_no_file_may_have(tmp_path: Path, content: bytes, says: str) -> None:
-    (tmp_path / "f").write_bytes(content)
-    command = [sys.executable, str(ROOT / "tools" / "check_files.py"), "f"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.stdout.strip() == says
-    assert done.returncode == (1 if says else 0)
+    """The hooks of .pre-commit-config.yaml, each on the files that it asks for."""
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    file = tmp_path / "f"
+    complains = []
+    (repository,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    for hook in repository["hooks"]:
+        file.write_bytes(content)
+        if "types_or" in hook or not set(hook.get("types", ())) <= tags_from_path(str(file)):
+            continue
+        command = [sys.executable, *hook["entry"].split()[1:], "f"]
+        if subprocess.run(command, cwd=tmp_path, capture_output=True).returncode:
+            complains.append(hook["id"])
+    assert complains == [says] * bool(says)

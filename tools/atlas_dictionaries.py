@@ -17,8 +17,9 @@ from cutaway.artifacts.command import recording
 from cutaway.artifacts.files import plain, write_json
 from cutaway.artifacts.manifest import file_hash
 from cutaway.data.corpus.corpus import token_rows
-from cutaway.data.harvest.hardware import bfloat16_is_fast
-from cutaway.data.harvest.harvest import harvest
+from cutaway.data.harvesting.hardware import bfloat16_is_fast
+from cutaway.data.harvesting.harvest import harvest
+from cutaway.data.harvesting.settings import Storage
 from cutaway.dictionaries import load, save
 from cutaway.dictionaries.dictionary import Dictionary
 from cutaway.dictionaries.evaluation.evaluate import Evaluation, evaluate
@@ -81,7 +82,7 @@ def main() -> None:
     if not corpus.exists():
         write_text(corpus, CHARACTERS, 0)
     if not (options.work / "store" / "manifest.json").exists():
-        harvest(lm, corpus, [*SITES, *ALSO], out=options.work / "store", tokens=TOKENS, dtype="bfloat16")
+        harvest(lm, corpus, [*SITES, *ALSO], out=options.work / "store", tokens=TOKENS, storage=Storage("bfloat16"))
     source = StoreSource(options.work / "store", SITES)
     jobs = {site: Job(configuration(), (site,)) for site in SITES}
     trained = train_jobs(source, jobs, folder=options.work / "training")

@@ -1,4 +1,4 @@
-"""Write the generated pages of docs/ again: the command reference, the site contract, the table of families.
+"""Write the generated pages of docs/ again: commands, the site contract, the table of families, docs/reference/.
 
     python tools/docs.py [--check | --measure]
 
@@ -7,6 +7,7 @@ The table of families is measured, which takes minutes: only with --measure. Wit
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -73,13 +74,27 @@ PAGES = {
     "from-transformerlens.md": from_transformerlens,
     "parity.md": parity,
 }
+REFERENCE = "reference"
+"""The folder of the pages that are made of docstrings (tools/reference.py)."""
 MEASURED = ("parity.md",)  # its numbers differ in the last digit between machines: the tests hold them to tolerances
 
 
 def main(arguments: list[str]) -> int:
     """Write each page, or compare it with what is there."""
     outdated = 0
-    for name, make in PAGES.items():
+    sys.path.insert(0, str(ROOT / "tools"))
+    import reference
+
+    made = {f"{REFERENCE}/{name}": text for name, text in reference.pages().items()}
+    stale = [path for path in (DOCS / REFERENCE).glob("*.md") if f"{REFERENCE}/{path.name}" not in made]
+    for path in stale:
+        print(f"docs/{REFERENCE}/{path.name} is of no package that hands names on")
+        outdated += 1
+        if "--check" not in arguments:
+            path.unlink()
+    (DOCS / REFERENCE).mkdir(exist_ok=True)
+    pages = {**PAGES, **{name: partial(str, text) for name, text in made.items()}}
+    for name, make in pages.items():
         if name in MEASURED and "--measure" not in arguments:
             continue
         path, text = DOCS / name, make().rstrip() + "\n"
@@ -91,7 +106,7 @@ def main(arguments: list[str]) -> int:
         else:
             path.write_text(text)
             print(f"docs/{name} written")
-    return 1 if outdated else 0
+    return 1 if outdated and "--check" in arguments else 0
 
 
 if __name__ == "__main__":

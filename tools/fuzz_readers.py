@@ -26,15 +26,16 @@ from cutaway.artifacts.run_folder import RunFolder
 from cutaway.cli.causal.trace import read_facts
 from cutaway.cli.observe.probe import answers, column, place
 from cutaway.data.corpus.corpus import corpus_hash, read_corpus
-from cutaway.data.harvest.harvest import harvest
-from cutaway.data.harvest.journal import Folder
-from cutaway.data.harvest.store import Store
+from cutaway.data.harvesting.harvest import harvest
+from cutaway.data.harvesting.journal import Folder
+from cutaway.data.harvesting.settings import Storage
+from cutaway.data.harvesting.store import Store
 from cutaway.data.labelled.rows import read_rows
 from cutaway.data.pairs import align
 from cutaway.data.tasks.files import read_distinct_pairs, task_from_file
 from cutaway.dictionaries.training.sources import StoreSource
 from cutaway.observe.probes.data import probe_data
-from cutaway.tour.dictionary import read_told
+from cutaway.tour.dictionary import read_matched
 from cutaway.tour.run import finished_section
 
 # Text
@@ -188,7 +189,7 @@ def _open_tour(path: Path) -> RunFolder:
 def _read_run_folder(folder: Path) -> None:
     with _open_tour(folder / "run") as run:
         finished_section(run, "lens")
-        read_told(run.path / "latents.parquet")
+        read_matched(run.path / "latents.parquet")
 
 
 def _mend_run_folder(folder: Path) -> None:
@@ -199,7 +200,14 @@ def _mend_run_folder(folder: Path) -> None:
 def _store(file_format: Any) -> Callable[[Path], None]:
     def make(folder: Path) -> None:
         sites = [SITE, "blocks.0.attn.z"]
-        harvest(tiny(), TEXTS, sites, out=folder / "store", context=16, shard_tokens=150, file_format=file_format)
+        harvest(
+            tiny(),
+            TEXTS,
+            sites,
+            out=folder / "store",
+            context=16,
+            storage=Storage(shard_tokens=150, file_format=file_format),
+        )
 
     return make
 

@@ -47,3 +47,12 @@ def test_an_effect_without_controls_is_refused() -> None:
     assert issubclass(MissingControls, CutawayError)
     beside = Effect("induction heads", 1.0, 20, None, (Control("random heads", 0.0),), "mean ablation", "nats")
     assert beside.require_controls() is beside
+
+
+def test_an_effect_writes_itself_with_its_evidence() -> None:
+    random = Control("random direction", 0.02, (-0.01, 0.05), 20)
+    effect = Effect("lead", 0.83, 48, (0.79, 0.87), (random, Control("unsteered", 0.0)), "none", "logits")
+    assert effect.figure(2) == "0.83 [0.79, 0.87]"
+    assert effect.text(2) == "0.83 [0.79, 0.87] logits, n 48; random direction 0.02 [-0.01, 0.05]; unsteered 0.00"
+    assert str(effect).startswith("lead: 0.830 [0.790, 0.870] logits, n 48; ")
+    assert Effect("lead", 0.5, 1, None, (), "none", "").text() == "0.500, n 1"

@@ -86,6 +86,13 @@ def test_sign_flip_p_counts_every_pattern(n: int) -> None:
     assert sign_flip_p(np.abs(values) + 0.01) == 2 / 2**n  # all of one sign: only its mirror is as far out
 
 
+@pytest.mark.parametrize("n", [2, 4, 9])
+def test_sign_flip_p_equals_scipy(n: int) -> None:
+    values = np.random.default_rng(n).normal(0.3, 1.0, n)
+    expected = stats.permutation_test((values,), np.mean, permutation_type="samples", n_resamples=10**6)
+    assert sign_flip_p(values) == pytest.approx(expected.pvalue)
+
+
 def test_sign_flip_p_by_drawing_is_near_the_exact_one() -> None:
     values = np.random.default_rng(3).normal(0.35, 1, 16)
     patterns = np.array(list(product((1, -1), repeat=16)))

@@ -22,7 +22,7 @@ from cutaway.cli.causal.trace import read_facts
 from cutaway.cli.main import main
 from cutaway.cli.observe.probe import read_rows
 from cutaway.data.corpus.documents import documents_of
-from cutaway.data.harvest.store import Store
+from cutaway.data.harvesting.store import Store
 from cutaway.data.tasks.files import read_pairs
 from cutaway.dictionaries import load, train
 from cutaway.observe.lens.files import load_tuned_lens

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import cutaway.dictionaries as face
 from cutaway.artifacts.errors import CutawayError
-from cutaway.data.harvest.activations import harvest
+from cutaway.data.harvesting.activations import harvest
 from cutaway.dictionaries import Dictionary, Port, TopK, TrainConfig
 from cutaway.dictionaries.training.recipe import Recipe
 from cutaway.draw.result import Result

@@ -46,7 +46,7 @@ HEATMAP = {
 
 
 def test_heatmap_prints_tints_and_tells_every_value():
-    root = parse(heatmap_svg(**HEATMAP, units="nats", diverging=True))
+    root = parse(heatmap_svg(**HEATMAP, units="nats", scale="diverging"))
     cells = classed(root, "cw-cell")
     assert [cell.get("class", "").split()[1] for cell in cells] == [
         "cw-d5",
@@ -276,7 +276,7 @@ def test_latents_show_what_is_known_and_fold():
     first, second = root.iter("details")
     assert first.get("open") is not None
     assert second.get("open") is None
-    assert words(classed(first, "cw-latent-about")[0]) == "fires on 1.23% of tokens · AUROC 0.9 for Paris"
+    assert words(classed(first, "cw-latent-about")[0]) == "active on 1.23% of tokens · AUROC 0.9 for Paris"
     assert [span.get("class") for span in classed(first, "cw-token-run")[0].findall("span")] == [None, "cw-s10"]
     assert [words(item) for item in first.iter("li")] == ["⏎1.5"]
     assert "none recorded" in words(second)

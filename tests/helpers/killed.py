@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from cutaway.data.harvest.harvest import Rules, harvest
+from cutaway.data.harvesting.harvest import harvest
+from cutaway.data.harvesting.settings import Rules, Storage
 from cutaway.model.language_model import LanguageModel, attach
 
 SITES = ["blocks.1.resid_post", "blocks.0.attn.z"]
@@ -53,7 +54,15 @@ def main(folder: Path, seed: int) -> None:
     rows[:, 0] = 0
 
     def run(name: str) -> None:
-        harvest(lm, rows, SITES, out=folder / name, batch_rows=8, shard_tokens=250, rules=Rules(high_norm=1.5))
+        harvest(
+            lm,
+            rows,
+            SITES,
+            out=folder / name,
+            batch_rows=8,
+            storage=Storage(shard_tokens=250),
+            rules=Rules(high_norm=1.5),
+        )
 
     begun = time.monotonic()
     assert os.waitpid(start(lambda: run("whole")), 0)[1] == 0

@@ -9,7 +9,7 @@ import pytest
 from sample_page import sample
 
 from cutaway.draw.blocks import Figure, Figures, Heatmap, Lens, Section, Table, TourResult
-from cutaway.tour.page import write_page
+from cutaway.tour.page import write_tour
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
@@ -70,8 +70,8 @@ def crowded() -> TourResult:
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("page")
-    write_page(sample(), folder / "sample.html")
-    write_page(crowded(), folder / "crowded.html")
+    write_tour(sample(), folder / "sample.html")
+    write_tour(crowded(), folder / "crowded.html")
     return {path.stem: path for path in folder.glob("*.html")}
 
 

@@ -37,9 +37,10 @@ from cutaway.draw.blocks import (
     Tokens,
     TourResult,
 )
+from cutaway.draw.fragments import draw_block
 from cutaway.draw.text import visible
 from cutaway.tour.glossary import TERMS, Linker
-from cutaway.tour.page import draw_block, render, write_page
+from cutaway.tour.page import render, write_tour
 
 
 @pytest.fixture(scope="module")
@@ -188,12 +189,12 @@ def test_an_effect_without_controls_is_refused(tmp_path, controls):
         TourResult.model_validate({**result.model_dump(), "sections": (*result.sections, section)}),
     ):
         with pytest.raises(CutawayError, match="'lone effect' has no controls"):
-            write_page(refused, tmp_path / "index.html")
+            write_tour(refused, tmp_path / "index.html")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_file_is_what_was_rendered(tmp_path, source):
-    write_page(sample(), tmp_path / "index.html")
+    write_tour(sample(), tmp_path / "index.html")
     assert (tmp_path / "index.html").read_text(encoding="utf-8") == source
     assert render(sample()) == source
 

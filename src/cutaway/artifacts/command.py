@@ -9,7 +9,11 @@ _command: ContextVar[str | None] = ContextVar("command", default=None)
 
 @contextmanager
 def recording(command: str | None) -> Iterator[None]:
-    """Inside, every figure that is made names `command` as its source."""
+    """Inside, every figure that is made names a command line as its source.
+
+    Args:
+        command: The command line; None for none.
+    """
     token = _command.set(command)
     try:
         yield

@@ -22,7 +22,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.errors import BadFile, CutawayError
 
 if TYPE_CHECKING:
     import pyarrow
@@ -117,9 +117,9 @@ def refuse_replacing(path: Path, what: str, mark: str) -> None:
             file.seek(max(0, os.path.getsize(path) - reach))
             ends += file.read(reach)
     except OSError as error:
-        raise CutawayError(f"{path} is there and cannot be read, so it is not replaced; name another file") from error
+        raise BadFile(f"{path} is there and cannot be read, so it is not replaced; name another file") from error
     if ends and mark.encode() not in ends:
-        raise CutawayError(f"{path} exists and is no {what} that cutaway wrote; name another file, or move it")
+        raise BadFile(f"{path} exists and is no {what} that cutaway wrote; name another file, or move it")
 
 
 def check_folder(folder: Path, what: str, files: Mapping[str, str]) -> None:
@@ -129,9 +129,9 @@ def check_folder(folder: Path, what: str, files: Mapping[str, str]) -> None:
     weights.
     """
     if os.path.isfile(folder):
-        raise CutawayError(f"{folder} is a file; name a folder for the {what}")
+        raise BadFile(f"{folder} is a file; name a folder for the {what}")
     if any(os.path.isfile(folder / name) for name in ("config.json", "adapter_config.json")):
-        raise CutawayError(f"{folder} holds a config.json, as a model's folder does; name another for the {what}")
+        raise BadFile(f"{folder} holds a config.json, as a model's folder does; name another for the {what}")
     for name, mark in files.items():
         refuse_replacing(folder / name, what, mark)
 
@@ -268,7 +268,7 @@ def atomic_folder(final: Path) -> Iterator[Path]:
     """
     final = Path(final)
     if len(os.fsencode(final.name)) > _LONGEST_NAME:
-        raise CutawayError(f"{final.name[:60]}… is too long for a folder's name: at most {_LONGEST_NAME} bytes")
+        raise BadFile(f"{final.name[:60]}… is too long for a folder's name: at most {_LONGEST_NAME} bytes")
     with scratch_folder(final) as fresh:
         yield fresh
         for part in sorted(fresh.rglob("*")):
@@ -371,10 +371,10 @@ def read_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise CutawayError(f"{error.filename or path} does not exist") from error
+        raise BadFile(f"{error.filename or path} does not exist") from error
     except OSError as error:
         named = error.filename if isinstance(error.filename, (str, os.PathLike)) else path
-        raise CutawayError(f"{str(named)[:200]} could not be read: {error.strerror or error}") from error
+        raise BadFile(f"{str(named)[:200]} could not be read: {error.strerror or error}") from error
 
 
 def read_bytes(path: Path) -> bytes:
@@ -389,7 +389,7 @@ def read_text(path: Path) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise CutawayError(f"{path} is not UTF-8 text: byte {error.start}; save it as UTF-8") from error
+        raise BadFile(f"{path} is not UTF-8 text: byte {error.start}; save it as UTF-8") from error
 
 
 def parse_json(data: bytes | str, where: str) -> Any:
@@ -397,16 +397,16 @@ def parse_json(data: bytes | str, where: str) -> Any:
     try:
         value = json.loads(data)
     except UnicodeDecodeError as error:
-        raise CutawayError(f"{where} is not JSON: byte {error.start} is not UTF-8") from error
+        raise BadFile(f"{where} is not JSON: byte {error.start} is not UTF-8") from error
     except json.JSONDecodeError as error:
         at = f"line {error.lineno}, column {error.colno}: " if error.lineno > 1 or "line" not in where else ""
-        raise CutawayError(f"{where} is not JSON: {at}{error.msg}") from error
+        raise BadFile(f"{where} is not JSON: {at}{error.msg}") from error
     except RecursionError as error:
-        raise CutawayError(f"{where} is not usable: its JSON is nested too deeply") from error
+        raise BadFile(f"{where} is not usable: its JSON is nested too deeply") from error
     except ValueError as error:  # Python reads whole numbers of up to 4300 digits
-        raise CutawayError(f"{where} is not usable: it holds a number of too many digits") from error
+        raise BadFile(f"{where} is not usable: it holds a number of too many digits") from error
     if _deeper(value, _DEEPEST):
-        raise CutawayError(f"{where} is not usable: its JSON is nested too deeply")
+        raise BadFile(f"{where} is not usable: its JSON is nested too deeply")
     return value
 
 
@@ -470,7 +470,7 @@ def parquet_errors(path: Path) -> Iterator[None]:
         yield
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError, OverflowError) as error:
         said = " ".join(str(error).split())[:200]
-        raise CutawayError(f"{path} cannot be read as Parquet: {said or type(error).__name__}") from error
+        raise BadFile(f"{path} cannot be read as Parquet: {said or type(error).__name__}") from error
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.errors import BadFile
 from cutaway.artifacts.files import plain
 
 _CHUNK = 1 << 20
@@ -23,31 +23,40 @@ _CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """Which model: its name (hub id or folder), the hub revision if there is one, and the hash of its weights."""
+    """Which model."""
 
     id: str
+    """Its name: hub id or folder."""
     revision: str | None
+    """The hub revision, if there is one."""
     weight_hash: str
+    """SHA-256 of its weights."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """The record that lies beside an artifact; make one with `Manifest.create`.
-
-    `kind` says what the artifact is ("dictionary", "tour", "corpus"), `parents` are ids of the manifests it was made
-    from, `created` is UTC in ISO 8601, `command` the command line.
-    """
+    """The record that lies beside an artifact; make one with `Manifest.create`."""
 
     id: str
+    """A hash of all that determines the result: neither the time nor the command line."""
     kind: str
+    """What the artifact is: "dictionary", "tour", "activations"."""
     model: ModelIdentity | None
+    """The model it was made with."""
     corpus_hash: str | None
+    """SHA-256 of the text it was made from."""
     configuration: Mapping[str, Any]
+    """The settings, as plain JSON."""
     seed: int | None
+    """Of everything drawn at random."""
     version: str
+    """Of the code, with the git commit when run from a checkout."""
     parents: tuple[str, ...]
+    """Ids of the manifests it was made from."""
     created: str
+    """UTC in ISO 8601."""
     command: str | None
+    """The command line."""
 
     @classmethod
     def create(
@@ -61,7 +70,17 @@ class Manifest:
         parents: Sequence[str] = (),
         command: str | None = None,
     ) -> "Manifest":
-        """A manifest of something made now by this version of the code. `configuration` must be plain JSON."""
+        """A manifest of something made now by this version of the code.
+
+        Args:
+            kind: What the artifact is.
+            model: The model it was made with.
+            corpus_hash: SHA-256 of the text it was made from.
+            configuration: The settings, as plain JSON; empty if None.
+            seed: Of everything drawn at random.
+            parents: Ids of the manifests it was made from.
+            command: The command line.
+        """
         settings = plain(configuration or {})
         version = code_version()
         return cls(
@@ -91,21 +110,26 @@ class Manifest:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Manifest":
-        """The manifest that `to_json` wrote; `CutawayError` when it is none, or its id does not fit what it says."""
+        """The manifest that `to_json` wrote.
+
+        Args:
+            data: The mapping.
+
+        Raises:
+            BadFile: It is no manifest, or its id does not fit what it says.
+        """
         if not isinstance(data, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise CutawayError("the manifest is damaged: it is not an object")
+            raise BadFile("the manifest is damaged: it is not an object")
         if not isinstance(data.get("model"), (Mapping, type(None))):
-            raise CutawayError("the manifest is damaged: its model is not an object")
+            raise BadFile("the manifest is damaged: its model is not an object")
         try:
             model = None if data["model"] is None else ModelIdentity(**data["model"])
             manifest = cls(**{**data, "model": model, "parents": tuple(data["parents"])})
         except (KeyError, TypeError) as error:
-            raise CutawayError(
-                f"the manifest is damaged: {error.args[0]} is missing, unknown or of another type"
-            ) from error
+            raise BadFile(f"the manifest is damaged: {error.args[0]} is missing, unknown or of another type") from error
         _check_types(manifest)
         if manifest.id != manifest.recomputed_id():
-            raise CutawayError(f"the manifest {manifest.id[:12]} was changed after it was written: its id does not fit")
+            raise BadFile(f"the manifest {manifest.id[:12]} was changed after it was written: its id does not fit")
         return manifest
 
     def recomputed_id(self) -> str:
@@ -127,9 +151,9 @@ def _check_types(manifest: Manifest) -> None:
         texts |= {"model's id": manifest.model.id, "model's weight_hash": manifest.model.weight_hash}
     for name, value in texts.items():
         if not isinstance(value, str):
-            raise CutawayError(f"the manifest is damaged: its {name} is no text")
+            raise BadFile(f"the manifest is damaged: its {name} is no text")
     if not isinstance(manifest.configuration, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise CutawayError("the manifest is damaged: its configuration is not an object")
+        raise BadFile("the manifest is damaged: its configuration is not an object")
 
 
 def manifest_id(
@@ -184,7 +208,7 @@ def weight_hash(weights: Path | Iterable[tuple[str, bytes]]) -> str:
         return file_hash(weights)
     files = sorted(weights.glob("*.safetensors"))
     if not files:
-        raise CutawayError(f"{weights} has no safetensors weights to hash")
+        raise BadFile(f"{weights} has no safetensors weights to hash")
     return json_hash({file.name: file_hash(file) for file in files})
 
 

@@ -16,10 +16,20 @@ Interval = tuple[float, float]
 
 
 def interval_text(interval: Interval | None, decimals: int = 3, *, signed: bool = False, to: bool = False) -> str:
-    """An interval as tables write it: "[0.79, 0.87]", or with `to` "0.79 to 0.87"; "–" where there is none.
+    """An interval as tables write it: "[0.79, 0.87]"; "–" where there is none.
 
-    With as many decimals as it takes for the ends to differ, `decimals` at the least: "[0.997, 1.001]", never
-    "[1.00, 1.00]". Where nothing varied, both ends are the same and it is "[all 1.00]" ("all 1.00").
+    Args:
+        interval: Its ends.
+        decimals: At the least; with as many as it takes for the ends to differ: "[0.997, 1.001]", never "[1.00, 1.00]".
+        signed: Write the sign of positive ends.
+        to: "0.79 to 0.87" in place of brackets.
+
+    Returns:
+        The text; "[all 1.00]" ("all 1.00") where both ends are the same, since nothing varied.
+
+    Example:
+        >>> interval_text((0.9971, 1.0012), 2)
+        '[0.997, 1.001]'
     """
     if interval is None or any(math.isnan(end) for end in interval):
         return "–"
@@ -39,15 +49,24 @@ _MOST_DECIMALS = 9
 
 @dataclass(frozen=True)
 class Control:
-    """What the same measurement gives where no effect is expected: a random direction, shuffled labels, ...
-
-    `interval` is the 95 % interval of `value` over `n` draws or examples, None where there is none.
-    """
+    """What the same measurement gives where no effect is expected: a random direction, shuffled labels, ..."""
 
     name: str
+    """What stands in the place of what was measured."""
     value: float
+    """In the units of the effect."""
     interval: Interval | None = None
+    """The 95 % interval of `value`; None where there is none."""
     n: int | None = None
+    """Over how many draws or examples."""
+
+    def text(self, decimals: int = 3) -> str:
+        """The control in words: "random direction 0.020 [-0.010, 0.050]".
+
+        Args:
+            decimals: Of the value, and at the least of the interval.
+        """
+        return f"{self.name} {_measured(self.value, self.interval, decimals)}"
 
     def to_json(self) -> dict[str, Any]:
         """The control as JSON; a value that is not finite is a string, so that nothing is lost."""
@@ -60,7 +79,11 @@ class Control:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Control":
-        """The control that `to_json` wrote."""
+        """The control that `to_json` wrote.
+
+        Args:
+            data: The mapping.
+        """
         return cls(data["name"], _float(data["value"]), _interval_from(data["interval"]), data["n"])
 
 
@@ -68,49 +91,82 @@ class Control:
 class Choices:
     """The six choices that a causal effect depends on (Miller, Chughtai & Saunders 2024).
 
-    Two effects that differ in one of them are not comparable.
-
-    `granularity`: what is cut, such as "node", "edge", "neuron", "latent"; `component`: which of them, such as
-    "attn.z of every head"; `ablation`: what stands in their place, such as "resample", "mean by position", "zero";
-    `positions`: "all", or the roles or tokens touched; `direction`: what is put where, such as "denoise", "noise",
-    "complement"; `evaluation`: the examples, such as "48 held-out pairs of indirect object, seed 0".
+    Two effects that differ in one of them are not comparable. https://arxiv.org/abs/2407.08734
     """
 
     granularity: str
+    """What is cut, such as "node", "edge", "neuron", "latent"."""
     component: str
+    """Which of them, such as "attn.z of every head"."""
     ablation: str
+    """What stands in their place, such as "resample", "mean by position", "zero"."""
     positions: str
+    """All of them ("all"), or the roles or tokens touched."""
     direction: str
+    """What is put where, such as "denoise", "noise", "complement"."""
     evaluation: str
+    """The examples, such as "48 held-out pairs of indirect object, seed 0"."""
 
     def to_json(self) -> dict[str, str]:
         return asdict(self)
 
     @classmethod
     def from_json(cls, data: Mapping[str, str]) -> "Choices":
-        """The choices that `to_json` wrote."""
+        """The choices that `to_json` wrote.
+
+        Args:
+            data: The mapping.
+        """
         return cls(**data)
 
 
 @dataclass(frozen=True)
 class Effect:
-    """A measured effect and its evidence.
-
-    `value` is in `units` (such as "nats", "logit difference", "probability"), the mean over `n` examples, with its 95 %
-    `interval`; `ablation` names what was done to the model ("mean ablation", "patch from the corrupt run", "none");
-    `command` is the command line that measures it again (the one that is running, else
-    None); `choices` are there where the effect is causal.
-    """
+    """A measured effect and its evidence."""
 
     name: str
+    """What was measured."""
     value: float
+    """The mean over `n` examples."""
     n: int
+    """How many examples."""
     interval: Interval | None
+    """The 95 % interval of `value`; None where there is none."""
     controls: tuple[Control, ...]
+    """What the same measurement gives where no effect is expected."""
     ablation: str
+    """What was done to the model: "mean ablation", "patch from the corrupt run", "none"."""
     units: str
+    """Of the value: "nats", "logit difference", "probability"."""
     command: str | None = field(default_factory=current_command)
+    """The command line that measures it again: the one that is running, else None."""
     choices: Choices | None = None
+    """Where the effect is causal, what it depends on."""
+
+    def figure(self, decimals: int = 3) -> str:
+        """The value with its interval, as a cell of a table: "0.830 [0.790, 0.871]".
+
+        Args:
+            decimals: Of the value, and at the least of the interval.
+        """
+        return _measured(self.value, self.interval, decimals)
+
+    def text(self, decimals: int = 3) -> str:
+        """Value, interval, units, n and controls in one line.
+
+        Args:
+            decimals: Of the values, and at the least of the intervals.
+
+        Example:
+            >>> one = Effect("lead", 0.83, 48, (0.79, 0.87), (Control("random direction", 0.02),), "none", "logits")
+            >>> one.text(2)
+            '0.83 [0.79, 0.87] logits, n 48; random direction 0.02'
+        """
+        controls = "".join(f"; {control.text(decimals)}" for control in self.controls)
+        return f"{self.figure(decimals)} {self.units}".rstrip() + f", n {self.n}{controls}"
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.text()}"
 
     def require_controls(self) -> "Effect":
         """The effect itself; raises `MissingControls` when it stands alone."""
@@ -134,7 +190,11 @@ class Effect:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Effect":
-        """The effect that `to_json` wrote."""
+        """The effect that `to_json` wrote.
+
+        Args:
+            data: The mapping.
+        """
         return cls(
             name=data["name"],
             value=_float(data["value"]),
@@ -146,6 +206,10 @@ class Effect:
             command=data["command"],
             choices=Choices.from_json(data["choices"]) if data.get("choices") else None,
         )
+
+
+def _measured(value: float, interval: Interval | None, decimals: int) -> str:
+    return f"{value:.{decimals}f}" + ("" if interval is None else f" {interval_text(interval, decimals)}")
 
 
 def _number(value: float) -> float | str:

@@ -18,7 +18,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Self
 
-from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.errors import BadFile, CutawayError
 from cutaway.artifacts.files import (
     clear_leftovers,
     disk_errors,
@@ -40,10 +40,15 @@ _STEP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 class RunFolder:
     """An open run folder; use it as a context manager, so that the lock is given back.
 
-    with RunFolder.open(out, command="tour", configuration={"model": model, "seed": 0}) as folder:
-        lens = folder.step("lens")
-        if lens is None:
-            lens = folder.save_step("lens", logit_lens(...))
+    Args:
+        path: The folder.
+        held: What is given back when it is closed.
+
+    Example:
+        with RunFolder.open(out, command="tour", configuration={"model": model, "seed": 0}) as folder:
+            lens = folder.step("lens")
+            if lens is None:
+                lens = folder.save_step("lens", logit_lens(...))
     """
 
     def __init__(self, path: Path, held: contextlib.ExitStack) -> None:
@@ -62,14 +67,19 @@ class RunFolder:
     ) -> "RunFolder":
         """Create a run folder, or go on with one.
 
-        `command` is the verb ("tour"); `configuration` is everything that determines the result: put the hashes of the
-        model and of the corpus into it, not only their paths. `writes` are the names, or patterns of names, that the
-        command writes at the top of the folder; `resume=False` removes what the run wrote there and begins again. What
-        else lies in the folder is the user's and stays.
+        Args:
+            path: The folder.
+            command: The verb: "tour".
+            configuration: Everything that determines the result: put the hashes of the model and of the corpus into it,
+                not only their paths.
+            writes: The names, or patterns of names, that the command writes at the top of the folder.
+            resume: False removes what the run wrote there and begins again. What else lies in the folder is the user's
+                and stays.
 
-        Raises `CutawayError` when the folder holds another command, configuration or release's run; when it holds
-        something that is no run at all; when another process is at work in it; when it cannot be written to; with
-        `resume=False` also when a file under one of the names was not written by the run, or has been changed since.
+        Raises:
+            CutawayError: The folder holds another command's, configuration's or release's run, or something that is no
+                run at all; another process is at work in it; it cannot be written to; with `resume=False` also where a
+                file under one of the names was not written by the run, or has been changed since.
         """
         path = Path(path)
         record = {
@@ -79,7 +89,7 @@ class RunFolder:
             "configuration": plain(configuration),
         }
         if _is_of_someone_else(path):
-            raise CutawayError(f"{path} exists and is not a run folder: name an empty or a new folder")
+            raise BadFile(f"{path} exists and is not a run folder: name an empty or a new folder")
         make_folder(path)
         with contextlib.ExitStack() as held:
             held.callback(_unlock, _acquire(path))
@@ -97,7 +107,11 @@ class RunFolder:
     def step(self, name: str) -> Any | None:
         """What the step saved when it finished, None if it has not.
 
-        Raises `CutawayError` where it, or a file that the step wrote, is not what it was then.
+        Args:
+            name: The step's.
+
+        Raises:
+            BadFile: It, or a file that the step wrote, is not what it was then.
         """
         file = self._step_file(name)
         hashes = file.with_suffix(".sha256")
@@ -107,22 +121,28 @@ class RunFolder:
             return read_json(file)
         recorded = read_json(hashes)
         if not isinstance(recorded, dict) or file.relative_to(self.path).as_posix() not in recorded:
-            raise CutawayError(f"{hashes} is damaged: {_AGAIN}")
+            raise BadFile(f"{hashes} is damaged: {_AGAIN}")
         if any(".." in Path(part).parts or os.path.isabs(part) or "\0" in part for part in recorded):
-            raise CutawayError(f"{hashes} is damaged: it names files outside the folder: {_AGAIN}")
+            raise BadFile(f"{hashes} is damaged: it names files outside the folder: {_AGAIN}")
         for part, known in recorded.items():
             there = self.path / part
             if not there.is_file():
-                raise CutawayError(f"{there} is missing, which a finished step wrote: {_AGAIN}")
+                raise BadFile(f"{there} is missing, which a finished step wrote: {_AGAIN}")
             if file_hash(there) != known:
-                raise CutawayError(f"{there} was changed after it was written: {_AGAIN}")
+                raise BadFile(f"{there} was changed after it was written: {_AGAIN}")
         return read_json(file)
 
-    def save_step(self, name: str, payload: Any, files: Collection[str] = ()) -> Any:
-        """Record that the step finished with `payload`, and return it as `step` will: through JSON and back.
+    def save_step(self, name: str, payload: object, files: Collection[str] = ()) -> Any:
+        """Record that a step finished.
 
-        Anything but None; what is not plain JSON goes through `files.plain`. `files` are what the step wrote into the
-        folder, files or folders of them: `step` refuses them when they have been changed.
+        Args:
+            name: The step's.
+            payload: Its result: anything but None; what is not plain JSON is made so where that can be done.
+            files: What the step wrote into the folder, files or folders of them: `step` refuses them when they have
+                been changed.
+
+        Returns:
+            The payload as `step` will give it: through JSON and back.
         """
         if payload is None:
             raise ValueError(f"step {name!r}: None would read as a step that has not finished")
@@ -135,7 +155,11 @@ class RunFolder:
         return read_json(file)
 
     def file(self, *parts: str) -> Path:
-        """A path inside the folder; the folders above it are made."""
+        """A path inside the folder; the folders above it are made.
+
+        Args:
+            parts: Of the path.
+        """
         path = self.path.joinpath(*parts)
         make_folder(path.parent)
         return path
@@ -143,16 +167,24 @@ class RunFolder:
     def take(self, name: str) -> Path:
         """Have a folder in the run's, all of which counts as written by the run: another program fills it.
 
-        Raises `CutawayError` where there is one already that the run did not take.
+        Args:
+            name: The folder's.
+
+        Raises:
+            BadFile: There is one already that the run did not take.
         """
         path, known = self.path / name, _written(self.path)
         if path.exists() and known and f"{name}/" not in known:  # nothing is known of a run of an earlier version
-            raise CutawayError(f"{path} is there and not of this run: move it, or name another folder")
+            raise BadFile(f"{path} is there and not of this run: move it, or name another folder")
         _append(self.path, {"path": f"{name}/"})
         return path
 
     def discard(self, name: str) -> None:
-        """Remove a folder, or a file, that the run wrote and does not need any more; what is not the run's stays."""
+        """Remove a folder, or a file, that the run wrote and does not need any more; what is not the run's stays.
+
+        Args:
+            name: The folder's or file's.
+        """
         with disk_errors(self.path / name):
             files, strange = _sorted_out(self.path, [self.path / name])
             _remove(self.path / name, files)
@@ -302,7 +334,7 @@ def _clear(path: Path, writes: Collection[str]) -> None:
         ]
         files, others = _sorted_out(path, entries)
         if others:
-            raise CutawayError(
+            raise BadFile(
                 f"{others[0]} was not written by the run in {path}, or has been changed since: move it, or name "
                 "another folder"
             )

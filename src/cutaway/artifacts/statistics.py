@@ -26,12 +26,20 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """Studentised bootstrap interval of a statistic of independent examples (`mean_intervals` says how it is made).
 
-    `values` is [n] or [n, ...], one example a row; rows are drawn with replacement. `statistic` takes such an array and
-    returns one number (default: the mean) that changes smoothly with the examples: a ratio, a correlation, an AUROC,
-    no median. How much each example moves it is fitted to the resamples; for more than a quarter as many examples as
-    resamples, for which that is no fit, the interval is that of percentiles. `bounds` are the least and the largest
-    value that the statistic can have. Fewer than two examples have no interval: (nan, nan). The same seed gives the
-    same interval.
+    How much each example moves the statistic is fitted to the resamples; for more than a quarter as many examples as
+    resamples, for which that is no fit, the interval is that of percentiles.
+
+    Args:
+        values: [n] or [n, ...], one example per row; rows are drawn with replacement.
+        statistic: Takes such an array and returns one number that changes smoothly with the examples: a ratio, a
+            correlation, an AUROC, no median. None: the mean.
+        level: In how many cases the interval should hold the truth.
+        n_resamples: How many resamples.
+        seed: The same seed gives the same interval.
+        bounds: The smallest and the largest value that the statistic can have.
+
+    Returns:
+        Both ends; (nan, nan) below two examples.
     """
     import numpy as np
 
@@ -60,7 +68,7 @@ def bootstrap_weights(n: int, n_resamples: int = 2000, seed: int = 0) -> "np.nda
 
 
 def mean_intervals(values: "ArrayLike", n_resamples: int = 2000, seed: int = 0, *, level: float = 0.95) -> "np.ndarray":
-    """Intervals of many means over the same n examples: [..., n] -> float64 [2, ...]; NaN below two examples.
+    """Intervals of many means over the same n examples.
 
     The mean, less and more so many standard errors: as many as the mean of a resample is off by, in standard errors of
     that resample (the studentised bootstrap), which is more on the side of a skew. Each side is 0.9 to 2.5 times as
@@ -68,6 +76,15 @@ def mean_intervals(values: "ArrayLike", n_resamples: int = 2000, seed: int = 0, 
     to 0.97 of cases, for skewed values too, but for heavy skew among few examples (0.90 of 8 lognormal values with a
     deviation of 1 in the logarithm); `tests/artifacts/test_intervals.py` has the figures. Values that are all the same
     have an interval of width 0; of shares of yes and no take `wilson_interval`.
+
+    Args:
+        values: [..., n].
+        n_resamples: How many resamples.
+        seed: Of the resamples.
+        level: In how many cases an interval should hold the truth.
+
+    Returns:
+        float64 [2, ...]; NaN below two examples.
     """
     import numpy as np
 
@@ -78,10 +95,20 @@ def mean_intervals(values: "ArrayLike", n_resamples: int = 2000, seed: int = 0, 
 def ratio_intervals(
     above: "ArrayLike", below: "ArrayLike", n_resamples: int = 2000, seed: int = 0, *, level: float = 0.95
 ) -> "np.ndarray":
-    """Intervals of ratios of sums over n examples, Σ above / Σ below: [..., n] each -> float64 [2, ...].
+    """Intervals of ratios of sums over n examples, Σ above / Σ below.
 
     Made as those of means are, with the standard error of a ratio (each example's `above` less the ratio times its
-    `below`). NaN below two examples, and where Σ below is 0 or a value is not finite.
+    `below`).
+
+    Args:
+        above: Numerators [..., n].
+        below: Denominators [..., n].
+        n_resamples: How many resamples.
+        seed: Of the resamples.
+        level: In how many cases an interval should hold the truth.
+
+    Returns:
+        float64 [2, ...]; NaN below two examples, and where Σ below is 0 or a value is not finite.
     """
     import numpy as np
 
@@ -191,9 +218,15 @@ def _studentised(
 
 
 def median_interval(values: "ArrayLike", *, level: float = 0.95) -> tuple[float, float]:
-    """Interval of a median between two of the values in order (Thompson 1936): in `level` of cases or more it holds it.
+    """Interval of a median between two of the values in order (Thompson 1936).
 
-    Of fewer than 6 values not even the least and the largest do so for 0.95; it is these two then. NaN without values.
+    Args:
+        values: [n].
+        level: In so many cases or more it holds the median. Of fewer than 6 values not even the smallest and the
+            largest do so for 0.95; it is these two then.
+
+    Returns:
+        Both ends; NaN without values.
     """
     import numpy as np
     from scipy.stats import binom
@@ -211,7 +244,20 @@ def median_interval(values: "ArrayLike", *, level: float = 0.95) -> tuple[float,
 def wilson_interval(successes: int, n: int, *, level: float = 0.95) -> tuple[float, float]:
     """Wilson's score interval of a proportion (Wilson 1927): right also near 0 and 1, where the normal one is not.
 
-    Without examples nothing is known: (0, 1). Raises `ValueError` unless 0 <= successes <= n.
+    Args:
+        successes: How many examples are successes.
+        n: How many examples.
+        level: In how many cases the interval should hold the truth.
+
+    Returns:
+        Both ends; without examples nothing is known: (0, 1).
+
+    Raises:
+        ValueError: Unless 0 <= successes <= n.
+
+    Example:
+        >>> "%.3f to %.3f" % wilson_interval(19, 20)
+        '0.764 to 0.991'
     """
     if not 0 <= successes <= n:
         raise ValueError(f"{successes} successes of {n}")
@@ -233,10 +279,17 @@ def wilson_interval(successes: int, n: int, *, level: float = 0.95) -> tuple[flo
 def sign_flip_p(differences: "ArrayLike", *, n_draws: int = 9999, seed: int = 0) -> float:
     """Two-sided p of a mean difference of paired examples, by flipping signs (Fisher's randomisation test).
 
-    `differences` [n]: under the null hypothesis each is as likely to have the other sign. Up to 2^n = 16,384 sign
-    patterns (n = 14) are all counted, the observed one among them, so that p is exact; beyond, `n_draws` random ones
-    are, with one added to both counts (Phipson & Smyth 2010), since a p of 0 cannot be had by sampling. NaN without
-    examples. The smallest p of n examples is 2 / 2^n: below 6 examples nothing reaches 0.05.
+    Up to 2^n = 16,384 sign patterns (n = 14) are all counted, the observed one among them, so that p is exact; beyond,
+    random ones are, with one added to both counts (Phipson & Smyth 2010), since a p of 0 cannot be had by sampling. The
+    smallest p of n examples is 2 / 2^n: below 6 examples nothing reaches 0.05.
+
+    Args:
+        differences: [n]; under the null hypothesis each is as likely to have the other sign.
+        n_draws: How many random patterns.
+        seed: Of the patterns.
+
+    Returns:
+        p; NaN without examples.
     """
     import numpy as np
 
@@ -324,10 +377,16 @@ def sign_flip_p_of_each(differences: "ArrayLike", *, n_draws: int = 9999, seed: 
 
 
 def paired_t_p(differences: "ArrayLike") -> "np.ndarray":
-    """Two-sided p of Student's t test of each mean difference, [..., n] -> float64 [...].
+    """Two-sided p of Student's t test of each mean difference.
 
-    For scans of few examples: that of sign flips is 2 / 2^n at the least, too coarse to correct for many tests. Where
-    all differences are the same it is 1 if they are 0, else 0. NaN below two examples and where a value is NaN.
+    For scans of few examples: that of sign flips is 2 / 2^n at the least, too coarse to correct for many tests.
+
+    Args:
+        differences: [..., n].
+
+    Returns:
+        float64 [...]; where all differences are the same 1 if they are 0, else 0. NaN below two examples and where a
+        value is NaN.
     """
     import numpy as np
     from scipy.special import stdtr
@@ -343,11 +402,16 @@ def paired_t_p(differences: "ArrayLike") -> "np.ndarray":
 
 
 def false_discovery(p: "ArrayLike") -> "np.ndarray":
-    """q of each p: the least rate of false discoveries at which it is still one (Benjamini & Hochberg 1995).
+    """q of each p: the smallest rate of false discoveries at which it is still one (Benjamini & Hochberg 1995).
 
     Of all tests with q at most 0.05, one in twenty is expected to be false, for tests that are independent or lean the
-    same way. `p` of any shape -> float64 of that shape: the least p' · tests / (tests with at most p') of all p' >= p.
-    NaN is no test: it stays NaN and does not count.
+    same way. It is the smallest p' · tests / (tests with at most p') of all p' >= p.
+
+    Args:
+        p: Of any shape; NaN is no test: it stays NaN and does not count.
+
+    Returns:
+        float64 of the shape of `p`.
     """
     import numpy as np
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.data.harvest.activations import counted
+from cutaway.data.harvesting.activations import counted
 from cutaway.model.language_model import LanguageModel
 
 _BATCH_ROWS = 16

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.progress import Progress
-from cutaway.data.harvest.activations import as_tokens, counted
-from cutaway.data.harvest.hardware import keep_freed_memory
+from cutaway.data.harvesting.activations import as_tokens, counted
+from cutaway.data.harvesting.hardware import keep_freed_memory
 from cutaway.dictionaries.dictionary import Dictionary, Port
 from cutaway.model.edits import edits
 from cutaway.model.forward.run import Run

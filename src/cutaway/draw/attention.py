@@ -26,7 +26,13 @@ _INKS = {False: ("#ffffff", "#17212b", "#52606c", "#e2e1da"), True: ("#181e23", 
 
 
 class Pattern(TypedDict):
-    """One head's attention: p × p bytes, row by row."""
+    """One head's attention.
+
+    Attributes:
+        layer: Its layer.
+        head: Its number there.
+        values: p × p bytes, row by row: where token i looks, 255 is all of its attention.
+    """
 
     layer: int
     head: int
@@ -39,8 +45,16 @@ def attention_html(
     """Small multiples of all patterns; with its script, a head to choose and a text whose tokens show where they look
     and who looks at them, by pointer or keyboard.
 
-    It needs the style sheet of `draw.style`. `start` is the (layer, head) that is shown first. Raises CutawayError for
-    no pattern, or one that does not have a byte for each pair of tokens.
+    It needs the style sheet of `draw.style`.
+
+    Args:
+        tokens: The text.
+        patterns: One or more heads.
+        title: What is seen, for screen readers.
+        start: The (layer, head) that is shown first; the first pattern if None.
+
+    Raises:
+        CutawayError: No pattern, or one that does not have a byte for each pair of tokens.
     """
     _check(tokens, patterns)
     first = start if start is not None else (patterns[0]["layer"], patterns[0]["head"])
@@ -76,7 +90,17 @@ def attention_html(
 
 
 def attention_svg(*, tokens: Sequence[str], patterns: Sequence[Pattern], title: str, dark: bool = False) -> str:
-    """A whole SVG document: one pattern with its tokens, or a grid of all, layer by layer. Colours are in it."""
+    """A whole SVG document: one pattern with its tokens, or a grid of all, layer by layer. Colours are in it.
+
+    Args:
+        tokens: The text.
+        patterns: One or more heads.
+        title: Written above.
+        dark: For a dark page.
+
+    Raises:
+        CutawayError: As `attention_html`.
+    """
     _check(tokens, patterns)
     draw = _one_svg if len(patterns) == 1 else _grid_svg
     return draw(tokens, patterns, title, dark)

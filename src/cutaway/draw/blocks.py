@@ -62,7 +62,15 @@ class Text(_Data):
 
 
 class Figure(_Data):
-    """One number with its name: `value` may also be a short string ("L3H7"). A `control` is drawn as one."""
+    """One number with its name.
+
+    Attributes:
+        label: Its name.
+        value: The number, or a short text ("L3H7").
+        units: Of the value.
+        detail: Small, below.
+        control: Drawn as a control.
+    """
 
     label: str
     value: Value
@@ -72,7 +80,12 @@ class Figure(_Data):
 
 
 class Figures(_Data):
-    """Stat tiles. The first figure of a section's first `figures` block is also its line in "In short"."""
+    """Stat tiles. The first figure of a section's first `figures` block is also its line in "In short".
+
+    Attributes:
+        kind: "figures".
+        items: The tiles.
+    """
 
     kind: Literal["figures"] = "figures"
     items: tuple[Figure, ...] = Field(min_length=1)
@@ -234,14 +247,19 @@ class Compare(_Data):
 
 
 class EffectBlock(_Data):
-    """An effect drawn beside each of its controls on one scale. Without controls the page refuses to be drawn."""
+    """An effect drawn beside each of its controls on one scale. Without controls the page refuses to be drawn.
+
+    Attributes:
+        kind: "effect".
+        effect: A `cutaway.artifacts.Effect`, or its JSON.
+    """
 
     kind: Literal["effect"] = "effect"
     effect: EffectJson
 
 
 class Example(_Data):
-    """A text in which a latent fires: tokens and its activation at each."""
+    """A text in which a latent is active: tokens and its activation at each."""
 
     tokens: tuple[str, ...]
     values: tuple[Number, ...]
@@ -287,10 +305,18 @@ Block = Annotated[
 class Section(_Data):
     """One step of the tour.
 
-    `question` is what a newcomer asks; `lead` answers in two plain sentences; `note` is one honest line: limits, a
-    null result, why a fallback was used, or "not shown: right on 3 of 20". `command` makes the figures again.
-    `effects` are the section's effects as JSON, each with its controls; those that no `effect` block draws are drawn
-    after the blocks. `seconds` is how long the step took.
+    Attributes:
+        id: Lower case, such as "lens": the page's anchor.
+        title: Its heading.
+        question: What a newcomer asks.
+        lead: The answer in two plain sentences.
+        status: "shown"; "fallback": the model was not good enough at the first choice of task; "not shown".
+        note: One honest line: limits, a null result, why a fallback was used, or "not shown: right on 3 of 20".
+        blocks: What is drawn.
+        command: Makes the figures again.
+        effects: The section's effects as JSON, each with its controls; those that no block draws are drawn after the
+            blocks.
+        seconds: How long the step took.
     """
 
     id: str = Field(pattern=r"^[a-z][a-z0-9-]*$")
@@ -314,7 +340,13 @@ class Section(_Data):
 
 
 class SelfTest(_Data):
-    """The algebra that the model was checked against: `passed` of `total` checks, the worst error in `detail`."""
+    """The algebra that the model was checked against.
+
+    Attributes:
+        passed: How many checks held.
+        total: Of how many.
+        detail: The worst error, in words.
+    """
 
     passed: int
     total: int
@@ -322,15 +354,30 @@ class SelfTest(_Data):
 
 
 class Fact(_Data):
+    """A fact of a model's architecture.
+
+    Attributes:
+        label: "layers", "width", "heads".
+        value: A number or a short text.
+        units: Of the value.
+    """
+
     label: str
     value: Value
     units: str = ""
 
 
 class Card(_Data):
-    """The model's card: `identity` is where it came from (hub id, folder or "shipped"), with its weight hash.
+    """The model's card.
 
-    `facts` are of its architecture (layers, width, heads, vocabulary, ...); `context` is in tokens.
+    Attributes:
+        name: The model's.
+        identity: Where it came from (hub id, folder or "shipped"), with its weight hash.
+        description: A line about it.
+        facts: Of its architecture: layers, width, heads, vocabulary.
+        parameters: How many.
+        context: How many tokens it reads.
+        selftest: The checks that it passed.
     """
 
     name: str
@@ -345,8 +392,15 @@ class Card(_Data):
 class TourResult(_Data):
     """A whole tour: everything that `index.html` shows, and `--json` prints.
 
-    `manifest` is the run's manifest as JSON (id, model and weight hash, corpus hash, seed, ...); `created` is an
-    ISO 8601 time; `configuration` holds what the user asked for (model, corpus, seed, ...).
+    Attributes:
+        title: Of the page.
+        card: The model's.
+        sections: In the order of the page.
+        manifest: The run's manifest as JSON: id, model and weight hash, corpus hash, seed.
+        version: Of cutaway.
+        created: ISO 8601.
+        total_seconds: How long the tour took.
+        configuration: What the user asked for: model, corpus, seed.
     """
 
     title: str

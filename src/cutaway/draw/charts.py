@@ -6,14 +6,22 @@ from typing import Any, NotRequired, TypedDict
 
 from markupsafe import Markup
 
-from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.errors import MissingControls
 from cutaway.draw.text import escape, interval, number, short
 
 Numbers = Sequence[float | None]
 
 
 class Series(TypedDict):
-    """One curve: `low` and `high` bound its interval point by point."""
+    """One curve.
+
+    Attributes:
+        name: In the legend.
+        x: Places along the axis.
+        y: Values; None breaks the curve.
+        low, high: Ends of the interval, point by point.
+        control: Drawn grey and dashed.
+    """
 
     name: str
     x: Sequence[float]
@@ -24,6 +32,15 @@ class Series(TypedDict):
 
 
 class Bar(TypedDict):
+    """One bar.
+
+    Attributes:
+        label: Beside it.
+        value: Its length from zero.
+        low, high: Ends of the interval.
+        control: Drawn hatched.
+    """
+
     label: str
     value: float | None
     low: NotRequired[float | None]
@@ -44,7 +61,14 @@ def line_svg(
     """Curves on one pair of axes; a missing value breaks its curve, an interval is a band around it.
 
     It scales with the box it stands in. Colours and marker shapes follow the order of the series; `line_legend`
-    names them. With `log_x` equal steps to the right are equal factors, and every x is above 0.
+    names them.
+
+    Args:
+        series: The curves.
+        title: What is seen, for screen readers.
+        x_label: Below the axis.
+        y_label: Above the axis.
+        log_x: Equal steps to the right are equal factors; every x is above 0 then.
     """
     along = math.log10 if log_x else float
     xs = axis_range(along(x) for one in series for x in one["x"])
@@ -93,7 +117,11 @@ def line_svg(
 
 
 def line_legend(series: Sequence[Series]) -> Markup:
-    """The names of `line_svg`'s curves, each with its stroke and marker; controls say so."""
+    """The names of `line_svg`'s curves, each with its stroke and marker; controls say so.
+
+    Args:
+        series: The curves, in the same order.
+    """
     items = []
     for one, look in zip(series, _looks(series), strict=True):
         word = ' <em class="cw-tag">control</em>' if one.get("control") else ""
@@ -165,13 +193,13 @@ def _marker(look: str, x: float, y: float) -> str:
 
 
 def _described(series: Sequence[Series]) -> str:
-    told = []
+    described = []
     for one in series:
         ys = [y for y in one["y"] if y is not None and math.isfinite(y)]
         if ys:
             name = one["name"] + (" (control)" if one.get("control") else "")
-            told.append(f"{name}: from {number(ys[0])} to {number(ys[-1])}, highest {number(max(ys))}")
-    return "; ".join(told) + "." if told else "No values."
+            described.append(f"{name}: from {number(ys[0])} to {number(ys[-1])}, highest {number(max(ys))}")
+    return "; ".join(described) + "." if described else "No values."
 
 
 def _known(value: float | None) -> bool:
@@ -214,7 +242,12 @@ def _log_ticks(low: float, high: float) -> list[float]:
 
 
 def bars_html(*, items: Sequence[Bar], units: str = "") -> Markup:
-    """Horizontal bars from zero on one scale, each with its label and number in text; controls are hatched."""
+    """Horizontal bars from zero on one scale, each with its label and number in text; controls are hatched.
+
+    Args:
+        items: The bars.
+        units: Of the values.
+    """
     unit = units if short(units) else ""
     place = _percent(x for item in items for x in (0.0, item["value"], item.get("low"), item.get("high")))
     rows = []
@@ -235,15 +268,16 @@ def bars_html(*, items: Sequence[Bar], units: str = "") -> Markup:
 def effect_html(effect: Mapping[str, Any]) -> Markup:
     """An effect and each of its controls on one scale, as points with their intervals.
 
-    `effect` is `cutaway.artifacts.results.Effect` as JSON: name, value, n, interval, controls (each with name, value,
-    n, interval), ablation, units.
+    Args:
+        effect: `cutaway.artifacts.Effect` as JSON: name, value, n, interval, controls (each with name, value, n,
+            interval), ablation, units.
 
     Raises:
-        CutawayError: the effect has no controls: it is not a result yet, and is not drawn as one.
+        MissingControls: The effect has no controls: it is not a result yet, and is not drawn as one.
     """
     controls = effect.get("controls")
     if not controls:
-        raise CutawayError(
+        raise MissingControls(
             f"the effect {effect.get('name') or '(without a name)'!r} has no controls, so it cannot be shown as a "
             "result; measure it on a control too (a random direction, a random position, shuffled labels)"
         )

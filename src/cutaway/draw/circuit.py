@@ -28,9 +28,13 @@ _PART = {"q": "query", "k": "key", "v": "value"}
 
 
 class CircuitEdge(TypedDict):
-    """`source` and `destination` by name (`embed`, `L0H3`, `L0.mlp`; `L1H2.q`, `L1K0.v`, `L1.mlp`, `logits`).
+    """An edge between two parts of a model.
 
-    `group` is how many heads share a key or value head (`L1K0`): its edges go to the first of them.
+    Attributes:
+        source: By name: `embed`, `L0H3`, `L0.mlp`.
+        destination: By name: `L1H2.q`, `L1K0.v`, `L1.mlp`, `logits`.
+        score: Above 0 where it helps.
+        group: How many heads share a key or value head (`L1K0`): its edges go to the first of them.
     """
 
     source: str
@@ -49,12 +53,18 @@ class _Line:
 
 
 def circuit_svg(*, edges: Sequence[CircuitEdge], title: str, units: str = "", parallel: bool = False) -> Markup:
-    """The drawing; `units` are the scores'. With `parallel` a layer's heads and MLP stand side by side.
+    """A circuit: nodes in layers from the embedding below to the logits above, edges between them.
 
     More than 160 edges are merged: one line for all that leads from one node to another, its parts in the tip.
 
+    Args:
+        edges: The edges with their scores.
+        title: What is seen, for screen readers.
+        units: Of the scores.
+        parallel: Draw a layer's heads and MLP side by side.
+
     Raises:
-        CutawayError: no edges, or a name that is none.
+        CutawayError: No edges, or a name that is none.
     """
     if not edges:
         raise CutawayError("there is nothing to draw: the circuit has no edges")
@@ -81,10 +91,11 @@ def circuit_svg(*, edges: Sequence[CircuitEdge], title: str, units: str = "", pa
         '<tspan class="cw-up">Blue, solid: the answer loses it when it is cut.</tspan> '
         '<tspan class="cw-down">Orange, dashed: the answer gains.</tspan></text>'
     )
-    told = f"{len(edges)} edges between {len(at)} nodes, the largest {_told(max(lines, key=lambda e: abs(e.score)))}."
+    largest = max(lines, key=lambda line: abs(line.score))
+    described = f"{len(edges)} edges between {len(at)} nodes, the largest {_described_edge(largest)}."
     return Markup(
         f'<svg class="cw-circuit {name}" role="img" width="{width}" height="{height}">'
-        f"<title>{escape(title)}</title><desc>{escape(told)}</desc><style>{_focus(name, list(at))}</style>"
+        f"<title>{escape(title)}</title><desc>{escape(described)}</desc><style>{_focus(name, list(at))}</style>"
         f"{key}{drawn}</svg>"
     )
 
@@ -191,7 +202,7 @@ def _edge(line: _Line, at: dict[str, tuple[float, float]], most: float, units: s
     ends = f"{_class('f', line.source)} {_class('t', line.target)}"
     look = f'stroke-width="{width:.2f}" stroke-opacity="{min(0.85, 0.3 + strength):.2f}"'
     return (
-        f'<g class="cw-link {css} {ends}"><title>{escape(_told(line, units))}</title>'
+        f'<g class="cw-link {css} {ends}"><title>{escape(_described_edge(line, units))}</title>'
         f'<path d="{path}" {look}/><path class="cw-hit" d="{path}"/></g>'
     )
 
@@ -202,7 +213,7 @@ def _port(port: str) -> float:
     return sum(places) / len(places) if places else 0.0
 
 
-def _told(line: _Line, units: str = "") -> str:
+def _described_edge(line: _Line, units: str = "") -> str:
     if len(line.parts) == 1:
         part = _PART.get(line.port)
         target = f"{line.target}, {part}" if part else line.target

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 from markupsafe import Markup
 
@@ -15,7 +16,12 @@ _WIDTH = 700
 
 
 def heatmap_scale(values: Sequence[Sequence[float | None]], diverging: bool = False) -> Scale:
-    """The scale that `heatmap_svg` colours by, for its legend."""
+    """The scale that `heatmap_svg` colours by, for its legend.
+
+    Args:
+        values: `values[row][column]`.
+        diverging: Two colours with 0 between them.
+    """
     return scale_for((value for row in values for value in row), diverging)
 
 
@@ -26,21 +32,33 @@ def heatmap_svg(
     values: Sequence[Sequence[float | None]],
     title: str,
     units: str = "",
-    diverging: bool = False,
     cell_text: Sequence[Sequence[str]] | None = None,
     row_axis: str = "",
     column_axis: str = "",
     marks: Sequence[tuple[int, int]] = (),
-    scale: Scale | None = None,
+    scale: Scale | Literal["diverging"] | None = None,
 ) -> Markup:
-    """An SVG grid of `values[row][column]`, each cell printed and tinted; `None` is an empty cell with "–".
+    """An SVG grid of numbers, each cell printed and tinted, with a tooltip of its row, column and value.
 
-    `marks` are (row, column) cells to outline; `scale` colours several heatmaps alike. Every cell has a tooltip with
-    its row, column and value; the description names the extremes. At most 700 px wide where the columns allow it; the
-    cells never get narrower than their text, so a wide grid belongs in a box that scrolls.
+    At most 700 px wide where the columns allow it; the cells never get narrower than their text, so a wide grid belongs
+    in a box that scrolls. The description names the extremes.
+
+    Args:
+        rows: Labels of the rows.
+        columns: Labels of the columns.
+        values: `values[row][column]`; None, or a number that is not finite, is an empty cell with "–".
+        title: What is seen, for screen readers.
+        units: Of the values, in the tooltips.
+        cell_text: What is printed in the cells; the values if None.
+        row_axis: What the rows are, written along the left side.
+        column_axis: What the columns are, written on top.
+        marks: Cells to outline, (row, column) each.
+        scale: What the cells are coloured by, such as one scale for several heatmaps; "diverging" is two colours with
+            0 between them, None one colour from the smallest to the largest value.
     """
     values = [[None if value is None or not math.isfinite(value) else value for value in row] for row in values]
-    scale = heatmap_scale(values, diverging) if scale is None else scale
+    if not isinstance(scale, Scale):
+        scale = heatmap_scale(values, diverging=scale == "diverging")
     printed = cell_text if cell_text is not None else _cells(values)
     row_names, column_names = [label(row) for row in rows], [label(column) for column in columns]
     short_names = [shorten(name, _LABEL) for name in column_names]

@@ -30,7 +30,15 @@ _FOOT = '<p class="page-foot">cutaway '
 
 
 def write_page(path: Path, html: str) -> None:
-    """Write what `page_html` returned; `CutawayError` where the file is there and is no such page."""
+    """Write what `page_html` returned.
+
+    Args:
+        path: The file.
+        html: The page.
+
+    Raises:
+        BadFile: The file is there and is no such page.
+    """
     refuse_no_page(path)
     write_text(path, html)
 
@@ -59,8 +67,11 @@ def page_html(
 ) -> str:
     """A whole HTML document.
 
-    `sections` are (heading, text under it, drawing); `lead` says under the title what is seen and where it comes from,
-    `command` is the command line that makes the page again.
+    Args:
+        title: Of the page.
+        sections: (heading, text under it, drawing) each.
+        lead: Under the title: what is seen and where it comes from.
+        command: The command line that makes the page again.
     """
     made = f" Made by <code>{escape(command)}</code>." if command else ""
     return (

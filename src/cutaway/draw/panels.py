@@ -58,7 +58,14 @@ def figure_html(value: float | int | str | None, units: str = "") -> Markup:
 def table_html(
     *, columns: Sequence[str], rows: Sequence[Sequence[Any]], title: str, align: Sequence[str] | None = None
 ) -> Markup:
-    """A table; without `align` a column whose cells are all numbers is right-aligned."""
+    """A table.
+
+    Args:
+        columns: Their names.
+        rows: Cells, row by row: numbers or text.
+        title: What is seen, for screen readers.
+        align: "left" or "right" per column; if None, columns of numbers are right-aligned.
+    """
     sides = align or [_side([row[c] for row in rows]) for c in range(len(columns))]
     css = ["cw-right" if side == "right" else "cw-left" for side in sides]
     heads = "".join(f'<th scope="col" class="{css[c]}">{escape(name)}</th>' for c, name in enumerate(columns))
@@ -111,12 +118,12 @@ def _marked(text: str, highlight: Sequence[str]) -> str:
 def features_html(*, items: Sequence[Mapping[str, Any]], opened: int = 1) -> Markup:
     """Dictionary latents, one folded panel each, the first `opened` of them open.
 
-    An item has id, label, density (share of tokens on which it fires), top_examples (tokens and values), promotes and
-    suppresses (token, value), and where they apply label_note, auroc, concept.
+    An item has id, label, density (share of tokens on which it is active), top_examples (tokens and values), promotes
+    and suppresses (token, value), and where they apply label_note, auroc, concept.
     """
     panels = []
     for place, item in enumerate(items):
-        about = [f"fires on {number(_percent(item['density']), '%')} of tokens"]
+        about = [f"active on {number(_percent(item['density']), '%')} of tokens"]
         if item.get("auroc") is not None:
             concept = f" for {escape(item['concept'])}" if item.get("concept") else ""
             about.append(f"AUROC {number(item['auroc'])}{concept}")

@@ -20,10 +20,10 @@ def arrows_svg(
     longer arrows are cut by its frame.
     """
     middle, scale = _SIDE / 2, (_SIDE / 2 - 4) / reach
-    told = "; ".join(f"{name} has length {number(math.hypot(*v))}" for name, v in zip(names, vectors, strict=True))
+    described = "; ".join(f"{name} has length {number(math.hypot(*v))}" for name, v in zip(names, vectors, strict=True))
     parts = [
         f'<svg class="cw-plane" role="img" width="{_SIDE}" height="{_SIDE}" viewBox="0 0 {_SIDE} {_SIDE}">',
-        f"<title>{escape(title)}</title><desc>{escape(told)}.</desc>",
+        f"<title>{escape(title)}</title><desc>{escape(described)}.</desc>",
         f'<rect x="0.5" y="0.5" width="{_SIDE - 1}" height="{_SIDE - 1}"/>',
         f'<circle class="cw-unit" cx="{middle}" cy="{middle}" r="{scale:.1f}"/>',
     ]
@@ -66,14 +66,14 @@ def points_svg(
         return _HEIGHT - _BOTTOM - (y - low) / (high - low) * (_HEIGHT - _TOP - _BOTTOM)
 
     known = [[y for y in column if y is not None and math.isfinite(y)] for column in columns]
-    told = "; ".join(
+    described = "; ".join(
         f"{name}: {len(ys)} points from {number(min(ys))} to {number(max(ys))}"
         for name, ys in zip(names, known, strict=True)
         if ys
     )
     parts = [
         f'<svg class="cw-line cw-points" role="img" viewBox="0 0 {_WIDTH} {_HEIGHT}">',
-        f"<title>{escape(title)}</title><desc>{escape(told or 'No values')}.</desc>",
+        f"<title>{escape(title)}</title><desc>{escape(described or 'No values')}.</desc>",
     ]
     for tick in ticks:
         parts.append(f'<text x="{_LEFT - 8}" y="{py(tick) + 5:.1f}" text-anchor="end">{number(tick)}</text>')

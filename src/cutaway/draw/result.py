@@ -69,10 +69,17 @@ class Result(ABC):
         return pandas.DataFrame([dict(row) for row in self.rows()])
 
     def save(self, path: str | Path) -> Path:
-        """Write the result as what the path's suffix names, and return the path.
+        """Write the result as what the path's suffix names.
 
-        .json is `to_json()`, .csv and .parquet are `rows()`, .svg is the drawing's (first) picture, .html a page that
-        needs no network. Raises `BadFile` for another suffix, or where a page would replace a file that is none.
+        Args:
+            path: .json is `to_json()`, .csv and .parquet are `rows()`, .svg is the drawing's (first) picture, .html a
+                page that needs no network.
+
+        Returns:
+            The path.
+
+        Raises:
+            BadFile: Another suffix, or a file is there that is no such result.
         """
         path = Path(path)
         suffix = path.suffix.lower()

@@ -18,14 +18,21 @@ STEPS = 11
 
 @dataclass(frozen=True)
 class Scale:
-    """Numbers from `low` to `high` as one of eleven steps; a diverging scale is symmetric about zero."""
+    """Numbers as one of eleven steps of colour."""
 
     low: float
+    """The number of the first step."""
     high: float
+    """The number of the last step."""
     diverging: bool = False
+    """Two colours, symmetric about zero."""
 
     def css(self, value: float | None) -> str:
-        """The CSS class of a value; values outside the range take the nearest step."""
+        """The CSS class of a value.
+
+        Args:
+            value: A number outside the range takes the nearest step; None is a missing value.
+        """
         if value is None or math.isnan(value):
             return "cw-na"
         span = self.high - self.low
@@ -34,7 +41,11 @@ class Scale:
         return f"cw-{'d' if self.diverging else 's'}{step}"
 
     def legend(self, units: str = "") -> Markup:
-        """A strip of the eleven steps with the numbers at its ends (and at zero when diverging)."""
+        """A strip of the eleven steps with the numbers at its ends (and at zero when diverging).
+
+        Args:
+            units: Behind the strip.
+        """
         letter = "d" if self.diverging else "s"
         steps = "".join(f'<i class="cw-{letter}{step}"></i>' for step in range(STEPS))
         ends = [number(self.low), number(self.high)]

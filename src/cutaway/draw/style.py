@@ -11,5 +11,9 @@ def stylesheet() -> str:
 
 
 def standalone(drawing: Markup) -> Markup:
-    """A drawing with its style sheet, for a notebook's `display(HTML(...))`."""
+    """A drawing with its style sheet, for a notebook's `display(HTML(...))`.
+
+    Args:
+        drawing: What a function of `cutaway.draw` returned.
+    """
     return Markup(f"<style>{stylesheet()}</style><div>{drawing}</div>")

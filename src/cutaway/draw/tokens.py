@@ -19,13 +19,23 @@ class TokenRow(TypedDict):
 
 
 def tokens_scale(rows: Sequence[TokenRow]) -> Scale:
-    """The scale of `tokens_html`, over all rows: diverging when any value is negative."""
+    """The scale of `tokens_html`, over all rows: diverging when any value is negative.
+
+    Args:
+        rows: The texts.
+    """
     values = [value for row in rows for value in row["values"]]
     return scale_for(values, diverging=any(value is not None and value < 0 for value in values))
 
 
 def tokens_html(*, rows: Sequence[TokenRow], units: str = "", scale: Scale | None = None) -> Markup:
-    """Texts token by token, whitespace and invisible characters shown, each token tinted by its value."""
+    """Texts token by token, whitespace and invisible characters shown, each token tinted by its value.
+
+    Args:
+        rows: The texts: `tokens` and `values`, perhaps `label` above and `detail` below.
+        units: Of the values, in the tooltips.
+        scale: What the tokens are tinted by; one over all rows if None.
+    """
     scale = scale or tokens_scale(rows)
     parts = []
     for row in rows:
@@ -61,7 +71,14 @@ def lens_html(
 ) -> Markup:
     """A logit-lens grid as a table: each cell has the top token at that layer and position, and its probability.
 
-    The colour is the probability on a scale from 0 to 1 (`LENS_SCALE`).
+    The colour is the probability on a scale from 0 to 1.
+
+    Args:
+        layers: Labels of the rows.
+        tokens: The prompt's tokens, one per column.
+        top: The most probable token, `top[layer][position]`.
+        probability: Its probability.
+        title: What is seen, for screen readers.
     """
     heads = "".join(f'<th scope="col" title="{escape(visible(token))}">{_short(token)}</th>' for token in tokens)
     body = []

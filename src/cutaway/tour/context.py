@@ -16,7 +16,7 @@ from cutaway.artifacts.run_folder import RunFolder
 from cutaway.artifacts.statistics import wilson_interval
 from cutaway.causal.accuracy import task_accuracy
 from cutaway.causal.task_results import TaskResult, try_tasks
-from cutaway.data.corpus.corpus import Split, corpus_hash, read_corpus, split_rows, token_rows
+from cutaway.data.corpus.corpus import RowSplit, corpus_hash, read_corpus, split_rows, token_rows
 from cutaway.data.corpus.python_library import standard_library
 from cutaway.data.pairs import AlignedPairs
 from cutaway.data.tasks.tasks import TASKS, readable_pairs
@@ -56,7 +56,7 @@ def read_text(corpus: Path | None, *, of_atlas: bool, seed: int, document_separa
     return Text((*world, *real), description, corpus_hash([*world, *real]))
 
 
-def split_text(lm: LanguageModel, text: Text, seed: int) -> Split:
+def split_text(lm: LanguageModel, text: Text, seed: int) -> RowSplit:
     """Token rows of the text: three quarters to learn from, the rest to judge on and to look for features in."""
     rows = token_rows(lm, text.documents, min(_CONTEXT, lm.context_length), seed, limit=12_000)
     return split_rows(rows, max(1, len(rows) // 4), seed)
@@ -70,7 +70,7 @@ class Tour:
     model: str
     folder: RunFolder
     text: Text
-    rows: Split
+    rows: RowSplit
     corpus: Path | None
     seed: int
     document_separator: str | None = None

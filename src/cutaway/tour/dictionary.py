@@ -107,7 +107,7 @@ def dictionary(tour: Tour) -> page.Section:
                         units="share",
                         detail="of what zeros in its place would cost",
                     ),
-                    page.Figure(label="active a token (L0)", value=effects["l0"].value, detail=f"k is {_k(config)}"),
+                    page.Figure(label="active per token (L0)", value=effects["l0"].value, detail=f"k is {_k(config)}"),
                     page.Figure(
                         label="dead latents", value=judged.dead, units="share", detail="never active on held-out text"
                     ),
@@ -152,7 +152,7 @@ def concepts(tour: Tour) -> dict[str, tuple[str, ...]]:
 def study_rows(tour: Tour) -> Tensor:
     """Held-out rows in which latents are looked at; on atlas those that mention a landmark come first.
 
-    A landmark makes up one token in ten thousand, and its latent can be told only where it is mentioned.
+    A landmark makes up one token in ten thousand, and its latent can be found only where it is mentioned.
     """
     rows = tour.rows.held_out
     if tour.of_atlas:
@@ -271,7 +271,7 @@ _LANDMARKS_FIRST = " Rows that mention a landmark were taken first, so landmarks
 
 
 def _shown(found: list[ConceptMatch]) -> list[ConceptMatch]:
-    """The best told entities for half of the examples; a landmark among them where one is told."""
+    """The best matched entities for half of the examples; a landmark among them where one is."""
     best = found[: _SHOWN // 2]
     landmarks = [m for m in found if m.concept in LANDMARKS]
     if landmarks and not any(m.concept in LANDMARKS for m in best):
@@ -306,7 +306,7 @@ def _write_table(tour: Tour, examples: FeatureExamples, found: list[ConceptMatch
 
 
 @dataclass(frozen=True)
-class Told:
+class Matched:
     """A known entity and the latent that tells it best, with its density and maximum: a row of latents.parquet."""
 
     concept: str
@@ -317,9 +317,9 @@ class Told:
     maximum: float
 
 
-def told(tour: Tour) -> tuple[list[Told], Tensor]:
+def matched(tour: Tour) -> tuple[list[Matched], Tensor]:
     """What the features step has found, best first, and every latent's density [F]."""
-    return read_told(tour.folder.path / "latents.parquet")
+    return read_matched(tour.folder.path / "latents.parquet")
 
 
 class _Record(BaseModel):
@@ -332,8 +332,8 @@ class _Record(BaseModel):
     density: float
 
 
-def read_told(path: Path) -> tuple[list[Told], Tensor]:
-    """What `told` returns, of a file; `CutawayError` where it is absent, damaged or of another kind."""
+def read_matched(path: Path) -> tuple[list[Matched], Tensor]:
+    """What `matched` returns, of a file; `CutawayError` where it is absent, damaged or of another kind."""
     if not path.is_file():
         raise CutawayError(f"{path} does not exist: run the tour, or `--only features` first")
     with parquet_errors(path):
@@ -341,7 +341,7 @@ def read_told(path: Path) -> tuple[list[Told], Tensor]:
     try:
         records = [_Record.model_validate(row) for row in rows]
         found = [
-            Told(concept, record.latent, auroc, precision, recall, record.maximum)
+            Matched(concept, record.latent, auroc, precision, recall, record.maximum)
             for record in records
             for concept, auroc, precision, recall in zip(
                 record.concepts, record.auroc, record.precision, record.recall, strict=True

@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,24 +10,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from cutaway.artifacts.files import write_text
-from cutaway.draw import charts, heatmap, panels, tokens
-from cutaway.draw.blocks import (
-    Bars,
-    Block,
-    Compare,
-    EffectBlock,
-    EffectJson,
-    Features,
-    Figures,
-    Heatmap,
-    Lens,
-    Line,
-    Section,
-    Table,
-    Text,
-    Tokens,
-    TourResult,
-)
+from cutaway.draw import charts, panels
+from cutaway.draw.blocks import EffectBlock, EffectJson, Figures, Section, TourResult
+from cutaway.draw.fragments import draw_block
 from cutaway.draw.stack import stack_svg
 from cutaway.draw.style import stylesheet
 from cutaway.draw.text import compact, escape, interval, number, short
@@ -60,78 +44,17 @@ def render(result: TourResult) -> str:
     )
 
 
-def write_page(result: TourResult, path: Path) -> None:
-    """Write `render(result)` to `path`, whole or not at all; `CutawayError` as `render`, or when the disk refuses."""
-    write_text(path, render(result))
+def write_tour(result: TourResult, path: Path) -> None:
+    """Write a tour's page, whole or not at all.
 
-
-def draw_block(block: Block, link: Callable[[str], Markup] = lambda text: Markup(escape(text))) -> Markup:
-    """One block as an HTML fragment: its drawing, legend and caption. `link` turns prose into HTML.
+    Args:
+        result: The tour.
+        path: The file: `index.html`.
 
     Raises:
-        CutawayError: the block is an effect without controls.
+        CutawayError: An effect has no controls, or the disk refuses.
     """
-    match block:
-        case Text():
-            paragraphs = [part for part in re.split(r"\n\s*\n", block.text) if part.strip()]
-            return Markup("").join(Markup("<p>{}</p>").format(link(part)) for part in paragraphs)
-        case Figures():
-            return panels.figures_html(**_data(block))
-        case EffectBlock():
-            return charts.effect_html(block.effect)
-        case Features():
-            return panels.features_html(**_data(block))
-        case Table():
-            data = _data(block)
-            fold = data.pop("fold")
-            drawn = _wide(panels.table_html(**data, title=block.caption or fold or "Table"), "table")
-            figure = _figure(drawn, link(block.caption))
-            if not fold:
-                return figure
-            return Markup('<details class="fold"><summary>{}</summary>{}</details>').format(
-                Markup(escape(fold)), figure
-            )
-        case Heatmap():
-            # the drawing itself takes the focus: its arrow keys go from cell to cell
-            drawn = Markup('<div class="wide">{}</div>').format(
-                heatmap.heatmap_svg(**_data(block), title=block.caption or "Heatmap")
-            )
-            legend = heatmap.heatmap_scale(block.values, block.diverging).legend(block.units)
-            return _figure(drawn + legend, link(block.caption))
-        case Line():
-            series = _data(block)["series"]
-            drawn = charts.line_svg(
-                series=series, title=block.caption or block.y_label, x_label=block.x_label, y_label=block.y_label
-            )
-            return _figure(charts.line_legend(series) + drawn, link(block.caption))
-        case Bars():
-            return _figure(charts.bars_html(**_data(block)), link(block.caption))
-        case Tokens():
-            data = _data(block)
-            legend = tokens.tokens_scale(data["rows"]).legend(block.units)
-            return _figure(tokens.tokens_html(**data) + legend, link(block.caption))
-        case Lens():
-            drawn = _wide(tokens.lens_html(**_data(block), title=block.caption or "Logit lens"), "logit lens")
-            return _figure(drawn + tokens.LENS_SCALE.legend("probability of the token shown"), link(block.caption))
-        case Compare():
-            return _figure(panels.compare_html(**_data(block)), link(block.caption))
-
-
-def _data(block: Block) -> dict[str, Any]:
-    return block.model_dump(exclude={"kind", "caption"})
-
-
-def _figure(drawn: Markup, caption: Markup) -> Markup:
-    if not caption:
-        return Markup("<figure>{}</figure>").format(drawn)
-    return Markup("<figure>{}<figcaption>{}</figcaption></figure>").format(drawn, caption)
-
-
-def _wide(drawn: Markup, what: str) -> Markup:
-    """A box that scrolls sideways by itself, by keyboard too, so that the page never does."""
-    return Markup('<div class="wide" tabindex="0" role="group" aria-label="{} (scrolls sideways)">{}</div>').format(
-        what, drawn
-    )
+    write_text(path, render(result))
 
 
 def _section(place: int, section: Section, link: Linker) -> dict[str, Any]:

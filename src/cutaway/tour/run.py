@@ -19,22 +19,19 @@ from cutaway.artifacts.run_folder import RunFolder
 from cutaway.draw.blocks import Card, Section, Table, TourResult
 from cutaway.model.language_model import LanguageModel, load
 from cutaway.model.selftest.result import SelfTest
-from cutaway.tour import dictionary as name
-from cutaway.tour import observing as look
-from cutaway.tour import patching as cause
-from cutaway.tour import steering as change
+from cutaway.tour import dictionary, observing, patching, steering
 from cutaway.tour.context import Text, Tour, read_text, split_text
-from cutaway.tour.page import write_page
+from cutaway.tour.page import write_tour
 
 Step = Callable[[Tour], Section]
 STEPS: dict[str, Step] = {
-    "lens": look.lens,
-    "heads": look.heads,
-    "patching": cause.patching,
-    "dictionary": name.dictionary,
-    "features": name.features,
-    "steering": change.steering,
-    "clamping": change.clamping,
+    "lens": observing.lens,
+    "heads": observing.heads,
+    "patching": patching.patching,
+    "dictionary": dictionary.dictionary,
+    "features": dictionary.features,
+    "steering": steering.steering,
+    "clamping": steering.clamping,
 }
 NAMES = ("selftest", *STEPS)
 _NEEDS_DICTIONARY = ("features", "clamping")
@@ -49,8 +46,8 @@ _FILES = {"dictionary": ("dictionary",), "features": ("latents.parquet",), "stee
 def run_tour(
     model: str = "atlas",
     *,
-    out: Path,
-    corpus: Path | None = None,
+    out: str | Path,
+    corpus: str | Path | None = None,
     document_separator: str | None = None,
     seed: int = 0,
     overwrite: bool = False,
@@ -58,10 +55,24 @@ def run_tour(
 ) -> TourResult:
     """Tour a model and leave a run folder with `index.html` in it.
 
-    `model` is "atlas", a folder or a hub id; `corpus` a text file or a folder of them, and `document_separator` what
-    stands between its documents if not blank lines. With the same arguments an interrupted tour goes on where it
-    stopped. `only` makes one section (see `NAMES`) anew in `out` and returns it alone. Raises `CutawayError` for a
-    model, corpus or folder that cannot be used.
+    With the same arguments an interrupted tour goes on where it stopped.
+
+    Args:
+        model: "atlas", a folder or a hub id.
+        out: The run folder.
+        corpus: A text file or a folder of them, to train the dictionary on; text of atlas's world or Python's standard
+            library if None.
+        document_separator: What stands between the documents of the corpus, if not blank lines.
+        seed: Of everything drawn at random.
+        overwrite: Begin again in a folder that holds another run.
+        only: Make one section anew in `out` and return it alone: selftest, lens, heads, patching, dictionary, features,
+            steering or clamping.
+
+    Returns:
+        The tour, as its page shows it.
+
+    Raises:
+        CutawayError: A model, corpus or folder that cannot be used.
     """
     if only is not None and only not in NAMES:
         raise CutawayError(f"the tour has no section “{only}”; its sections are {', '.join(NAMES)}")
@@ -71,6 +82,7 @@ def run_tour(
         raise CutawayError("a document separator is of a corpus: name the text file or folder too")
     given = None
     if corpus is not None:
+        corpus = Path(corpus)
         given = read_text(corpus, of_atlas=of_atlas, seed=seed, document_separator=document_separator)
     lm = load(model)
     if lm.tokenizer is None:
@@ -89,7 +101,7 @@ def run_tour(
         if only is None:
             write_json(folder.path / "manifest.json", result.manifest)
             write_json(folder.path / "figures.json", result.model_dump(mode="json"))
-            write_page(result, folder.path / "index.html")
+            write_tour(result, folder.path / "index.html")
     return result
 
 
@@ -114,11 +126,11 @@ def _run(tour: Tour, only: str | None, started: float, settings: dict[str, Any])
         tested = time.monotonic() - began
         for step in wanted:
             if only in _NEEDS_DICTIONARY:
-                name.require_dictionary(tour)
+                dictionary.require_dictionary(tour)
             progress.advance(0, note=step)
             sections.append(_section(tour, step, test, tested, again=only is not None))
             progress.advance(1)
-    card = look.card(tour, test)
+    card = observing.card(tour, test)
     manifest = Manifest.create(
         "tour",
         model=tour.lm.identity(),
@@ -160,7 +172,7 @@ def _section(tour: Tour, step: str, test: SelfTest, tested: float, *, again: boo
         return saved
     began = time.monotonic()
     if step == "selftest":
-        made = look.selftest(tour, test).model_copy(update={"seconds": tested})
+        made = observing.selftest(tour, test).model_copy(update={"seconds": tested})
     else:
         made = STEPS[step](tour)
         made = made.model_copy(update={"seconds": time.monotonic() - began})

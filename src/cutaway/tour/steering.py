@@ -31,7 +31,7 @@ from cutaway.steering.selection import Selection, select_direction
 from cutaway.steering.side_effects import side_effects_of
 from cutaway.subjects.world.items.items import item_sets
 from cutaway.tour.context import LEAST_RIGHT, Tour, neutral_rows
-from cutaway.tour.dictionary import Told, told, trained_dictionary
+from cutaway.tour.dictionary import Matched, matched, trained_dictionary
 from cutaway.tour.world_tasks import GENERAL_CONCEPTS, LANDMARKS, OPEN_PROMPTS
 
 _TEST = 40
@@ -209,7 +209,7 @@ def _side_effects(results: Sequence[tuple[str, SteeringResult]]) -> page.Table:
         low, high = result.side_effects.interval
         rows.append((words, round(result.side_effects.kl, 3), interval_text((low, high), to=True), round(random, 3)))
     return page.Table(
-        columns=("edit", "KL, nats a token", "95 % interval", "random directions"),
+        columns=("edit", "KL, nats per token", "95 % interval", "random directions"),
         rows=tuple(rows),
         caption=(
             "Side effects: how far the edit moves the model's predictions on held-out text where it should do nothing."
@@ -324,7 +324,7 @@ def _contrast(tour: Tour, task: TaskResult) -> page.Section:
             ),
             *(page.EffectBlock(effect=effect.to_json()) for effect in effects),
             page.Table(
-                columns=("dose", "answers flipped", "KL, nats a token", "KL, random direction"),
+                columns=("dose", "answers flipped", "KL, nats per token", "KL, random direction"),
                 rows=tuple(rows),
                 caption="Answers flipped on held-out prompts, and the side effects on held-out text.",
             ),
@@ -361,10 +361,10 @@ def clamping(tour: Tour) -> page.Section:
         "that fire as often. Watched: the probability of the entity's word on prompts that do not mention it.",
     )
     learned = trained_dictionary(tour)
-    found, density = told(tour)
+    found, density = matched(tour)
     picked = _steerable(found)
     if picked is None:
-        note = "not shown: no entity that could be watched is told by a latent with AUROC of 0.8 or more in this text."
+        note = "not shown: no entity that could be watched has a latent with AUROC of 0.8 or more in this text."
         return page.Section(**about, status="not shown", note=note)
     match, words, prompts = picked
     ids = [int(lm.tokens(f" {word}", bos=False).ids[0, 0]) for word in words]
@@ -385,9 +385,9 @@ def clamping(tour: Tour) -> page.Section:
     return _clamping(about, match, words, result)
 
 
-def _steerable(found: list[Told]) -> tuple[Told, tuple[str, ...], tuple[str, ...]] | None:
-    """The landmark whose latent is its own most (by precision) and its city; else the best told entity that has words
-    which can be watched."""
+def _steerable(found: list[Matched]) -> tuple[Matched, tuple[str, ...], tuple[str, ...]] | None:
+    """The landmark whose latent is its own most (by precision) and its city; else the best matched entity that has
+    words which can be watched."""
     landmarks = [t for t in found if t.concept in LANDMARKS and t.auroc >= _LEAST_AUROC]
     if landmarks:
         best = max(landmarks, key=lambda t: t.precision)
@@ -399,7 +399,7 @@ def _steerable(found: list[Told]) -> tuple[Told, tuple[str, ...], tuple[str, ...
     return usable[0], GENERAL_CONCEPTS[usable[0].concept], prompts
 
 
-def _clamping(about: dict[str, Any], match: Told, words: tuple[str, ...], result: LatentSteering) -> page.Section:
+def _clamping(about: dict[str, Any], match: Matched, words: tuple[str, ...], result: LatentSteering) -> page.Section:
     moved = result.moved
     doses = result.doses
     strongest = max(doses, key=lambda dose: dose.effect.value)
@@ -467,7 +467,7 @@ def _clamping(about: dict[str, Any], match: Told, words: tuple[str, ...], result
                 ),
             ),
             page.Table(
-                columns=("dose", "probability", "random latents", "KL, nats a token", "KL, random latents"),
+                columns=("dose", "probability", "random latents", "KL, nats per token", "KL, random latents"),
                 rows=tuple(
                     (
                         f"×{d.multiple:g}",

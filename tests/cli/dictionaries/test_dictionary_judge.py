@@ -10,7 +10,7 @@ import cutaway
 from cutaway import dictionaries
 from cutaway.cli.main import main
 from cutaway.data.corpus.corpus import read_corpus, token_rows
-from cutaway.data.harvest.activations import harvest
+from cutaway.data.harvesting.activations import read_activations
 from cutaway.dictionaries.dictionary import Dictionary, TopK
 from cutaway.model.language_model import LanguageModel
 
@@ -31,7 +31,7 @@ def saved(tiny: LanguageModel, corpus: Path, tmp_path: Path, monkeypatch: pytest
     """Two seeds with k = 4 and one with k = 8."""
     monkeypatch.setattr(cutaway, "load", lambda *_, **__: tiny)
     monkeypatch.setenv("CUTAWAY_QUIET", "1")
-    x = harvest(tiny, token_rows(tiny, read_corpus(corpus).documents, 16), SITE)
+    x = read_activations(tiny, token_rows(tiny, read_corpus(corpus).documents, 16), SITE)
     mean = x.mean(0)
     found = {}
     for name, seed, k in (("a", 0, 4), ("b", 1, 4), ("wide", 0, 8)):

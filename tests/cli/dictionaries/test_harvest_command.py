@@ -12,7 +12,7 @@ import torch
 
 import cutaway
 from cutaway.cli.main import main
-from cutaway.data.harvest.store import Store
+from cutaway.data.harvesting.store import Store
 from cutaway.model.language_model import LanguageModel
 
 

@@ -14,7 +14,7 @@ import pytest
 
 import cutaway
 from cutaway.cli.main import main
-from cutaway.data.harvest.harvest import harvest
+from cutaway.data.harvesting.harvest import harvest
 from cutaway.dictionaries import load
 from cutaway.dictionaries.training.log import read_log
 from cutaway.model.language_model import LanguageModel

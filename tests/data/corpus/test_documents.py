@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -106,9 +106,9 @@ def test_iterables_of_texts_and_of_records() -> None:
     with pytest.raises(CutawayError, match="no text in 'text'"):
         list(documents_of([{"body": "a"}]))
     with pytest.raises(CutawayError, match="Document 1 of list is int"):
-        list(documents_of(["a", 3]))
+        list(documents_of(cast(Any, ["a", 3])))
     with pytest.raises(CutawayError, match="not a float"):
-        documents_of(0.5)
+        documents_of(cast(Any, 0.5))
 
 
 def test_data_sets(tmp_path: Path) -> None:

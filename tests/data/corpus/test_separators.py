@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,8 +19,8 @@ from cutaway.data.corpus.corpus import read_corpus, token_rows
 from cutaway.data.corpus.documents import documents_of
 from cutaway.data.corpus.separators import Marks
 from cutaway.data.corpus.training_rows import training_rows
-from cutaway.data.harvest.harvest import harvest
-from cutaway.data.harvest.store import Store
+from cutaway.data.harvesting.harvest import harvest
+from cutaway.data.harvesting.store import Store
 from cutaway.model.language_model import LanguageModel
 
 STORIES = "One day.\n\nShe ran.\n<|endoftext|>\nHe sat.\n\nThe end.<|endoftext|>\n \n<|endoftext|>\n\nLast."
@@ -106,17 +106,17 @@ def corpus(tmp_path: Path) -> Path:
 
 def test_a_harvest_with_another_separator_is_another(tiny: LanguageModel, corpus: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"out": tmp_path / "h", "context": 16}
-    made = harvest(tiny, corpus, SITE, document_separator="---", **options)
+    made = harvest(tiny, documents_of(corpus, document_separator="---"), SITE, **options)
     assert made.manifest.configuration["document_separator"] == "---"
     by_lists = harvest(tiny, by_hand(corpus.read_text(), "---"), SITE, context=16)
     assert torch.equal(made[:].token, by_lists[:].token)
     assert torch.equal(made[:].document, by_lists[:].document)
-    assert len(harvest(tiny, corpus, SITE, document_separator="---", **options)) == len(made)  # goes on
+    assert len(harvest(tiny, documents_of(corpus, document_separator="---"), SITE, **options)) == len(made)  # goes on
     for other in ("===", None):
         with pytest.raises(CutawayError, match="holds another harvest: its document separator is ---"):
-            harvest(tiny, corpus, SITE, document_separator=other, **options)
-    with pytest.raises(CutawayError, match="of texts"):
-        harvest(tiny, [[2, 3, 4]], SITE, document_separator="---")
+            harvest(tiny, documents_of(corpus, document_separator=other), SITE, **options)
+    with pytest.raises(CutawayError, match="a document is a text"):
+        harvest(tiny, documents_of(cast(Any, [[2, 3, 4]]), document_separator="---"), SITE)
 
 
 def test_the_commands_take_it(
@@ -197,7 +197,7 @@ def test_other_lines_are_not(capsys: pytest.CaptureFixture[str], texts: list[str
 
 def test_every_way_to_rows_looks(tiny: LanguageModel, capsys: pytest.CaptureFixture[str]) -> None:
     """Of a harvest with two passes too, once."""
-    from cutaway.data.harvest.harvest import Rules
+    from cutaway.data.harvesting.settings import Rules
 
     texts = [f"w{2 + i % 50} w{3 + i % 50} w4 w5 w6 w7 w8 w9\n<|endoftext|>\nw5 w6 w7 w8" for i in range(20)]
     made = {
@@ -208,7 +208,7 @@ def test_every_way_to_rows_looks(tiny: LanguageModel, capsys: pytest.CaptureFixt
     for name, make in made.items():
         make()
         assert capsys.readouterr().err.count("<|endoftext|>'") == 2, name
-    harvest(tiny, texts, SITE, context=8, document_separator="<|endoftext|>")
+    harvest(tiny, documents_of(texts, document_separator="<|endoftext|>"), SITE, context=8)
     assert "endoftext" not in capsys.readouterr().err
 
 

@@ -9,7 +9,7 @@ from tiny_llama import tiny_llama
 import cutaway
 from cutaway.artifacts.errors import CutawayError
 from cutaway.data.corpus.corpus import read_corpus, split_rows, token_rows
-from cutaway.data.harvest.activations import as_tokens, counted, harvest
+from cutaway.data.harvesting.activations import as_tokens, counted, read_activations
 from cutaway.dictionaries.dictionary import Dictionary, TopK
 from cutaway.dictionaries.evaluation.evaluate import evaluate
 from cutaway.dictionaries.formats.files import load, save
@@ -145,7 +145,7 @@ def test_training_on_a_model_resumes_and_names_its_data(lm: LanguageModel, rows:
     assert torch.equal(first.W_enc, again.W_enc)
     assert first.sparsity is not None
     frequency = 10 ** first.sparsity.double()
-    x = harvest(lm, rows, SITE)
+    x = read_activations(lm, rows, SITE)
     assert frequency.sum().item() == pytest.approx(
         (first.encode_sparse(x)[0] > 0).sum(1).double().mean().item(), rel=0.1
     )
@@ -184,5 +184,5 @@ def test_real_models(shared: Path, tmp_path: Path, model: str, text: str | None,
     folder = save(dictionary, tmp_path / "dictionary")
     back = load(folder)
     assert back.selector == TopK(32)
-    x = harvest(lm, split.held_out[:2], site)
+    x = read_activations(lm, split.held_out[:2], site)
     torch.testing.assert_close(back(x), dictionary(x))

@@ -9,7 +9,7 @@ from tiny_llama import hooked, putting, tiny_llama
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.data.harvest.activations import as_tokens
+from cutaway.data.harvesting.activations import as_tokens
 from cutaway.dictionaries.dictionary import BatchTopK, Dictionary, Gated, JumpReLU, Port, ReLU, TopK
 from cutaway.dictionaries.evaluation.evaluate import AFFINE, RANDOM, affine_dictionary, evaluate, measure
 from cutaway.dictionaries.ports import harvest_ports

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError, MissingControls
 from cutaway.artifacts.results import Effect
-from cutaway.data.harvest.activations import harvest
+from cutaway.data.harvesting.activations import read_activations
 from cutaway.dictionaries.dictionary import Dictionary, Port, ReLU, TopK
 from cutaway.dictionaries.evaluation.evaluate import evaluate
 from cutaway.dictionaries.evaluation.figures import mean_effect, share_effect, summary, with_seeds
@@ -36,7 +36,7 @@ def rows() -> Tensor:
 
 def axes(lm: LanguageModel, rows: Tensor, seed: int, k: int = 6) -> Dictionary:
     """Directions of the activations themselves, more of them right than random: centred tokens as latents."""
-    x = harvest(lm, rows, SITE)
+    x = read_activations(lm, rows, SITE)
     mean = x.mean(0)
     picked = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:48]
     decoder = torch.nn.functional.normalize(x[picked] - mean, dim=1)

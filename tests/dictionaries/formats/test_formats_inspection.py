@@ -29,7 +29,7 @@ def rows() -> Tensor:
 
 def values(lm: LanguageModel, rows: Tensor, site: str) -> Tensor:
     """At every position but the first, by the run itself, sites by head flattened."""
-    from cutaway.data.harvest.activations import as_tokens
+    from cutaway.data.harvesting.activations import as_tokens
 
     return lm.run(as_tokens(rows), capture=site)[site][:, 1:].flatten(2).flatten(0, 1)
 

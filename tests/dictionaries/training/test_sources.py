@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.data.harvest.activations import counted
-from cutaway.data.harvest.harvest import Rules, harvest
+from cutaway.data.harvesting.activations import counted
+from cutaway.data.harvesting.harvest import harvest
+from cutaway.data.harvesting.settings import Rules, Storage
 from cutaway.dictionaries import load, train
 from cutaway.dictionaries.evaluation.evaluate import evaluate
 from cutaway.dictionaries.training.sources import LiveRows, StoreSource
@@ -103,7 +104,7 @@ def test_long_vectors_are_left_out_wherever_the_stream_is_entered(tiny: Language
 
 
 def test_a_store_is_gone_through_in_one_order_an_epoch(tiny: LanguageModel, rows: Tensor, tmp_path: Path) -> None:
-    store = harvest(tiny, rows, [STREAM, HEADS], out=tmp_path / "store", shard_tokens=100)
+    store = harvest(tiny, rows, [STREAM, HEADS], out=tmp_path / "store", storage=Storage(shard_tokens=100))
     source = StoreSource(tmp_path / "store", seed=3)
     assert source.ports[HEADS].width == 32
     per_epoch = len(store) // 32

@@ -16,7 +16,7 @@ from cutaway.artifacts.errors import CutawayError
 from cutaway.causal.circuits.discovery import Search, discover
 from cutaway.causal.circuits.evidence import Evaluation
 from cutaway.causal.patching.patch import patch_grid
-from cutaway.data.harvest.harvest import harvest
+from cutaway.data.harvesting.harvest import harvest
 from cutaway.data.pairs import PromptPair
 from cutaway.dictionaries.training.api import train
 from cutaway.model.language_model import LanguageModel, attach

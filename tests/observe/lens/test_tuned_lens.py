@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.manifest import file_hash
-from cutaway.data.harvest.activations import counted
+from cutaway.data.harvesting.activations import counted
 from cutaway.model.language_model import LanguageModel
 from cutaway.observe.lens.evaluation import evaluate_lens
 from cutaway.observe.lens.files import MANIFEST, TENSORS, load_tuned_lens, save_tuned_lens

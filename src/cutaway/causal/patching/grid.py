@@ -394,7 +394,7 @@ class PatchGrid(Result):
         ]
         title = "share of the difference that a patch moves"
         return self._map(
-            values, title, "share", diverging=True, cell_text=cell_text, marks=[max(known)[1:]] if known else []
+            values, title, "share", scale="diverging", cell_text=cell_text, marks=[max(known)[1:]] if known else []
         )
 
     def flip_map(self) -> Markup:

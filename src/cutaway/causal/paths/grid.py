@@ -187,7 +187,7 @@ class PathGrid(Result):
             values=_plain(self.heads(receiver)),
             title=f"share of the {self.metric.replace('_', ' ')} that each head moves through {receiver}",
             units="share of the difference",
-            diverging=True,
+            scale="diverging",
             row_axis="layer",
             column_axis="head",
         )
@@ -258,7 +258,7 @@ class PathGrid(Result):
             values=_plain(self.mean),
             title=f"share of the {self.metric.replace('_', ' ')} that each path moves",
             units="share of the difference",
-            diverging=True,
+            scale="diverging",
             row_axis="sender",
             column_axis="receiver",
         )

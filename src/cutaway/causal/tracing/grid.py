@@ -393,7 +393,6 @@ class CausalTrace(Result):
             values=self._grid(kind),
             title=f"{HEADINGS[kind]}: probability that comes back, by layer and {'token' if single else 'role'}",
             units=_UNITS,
-            diverging=True,
             row_axis="layer",
             column_axis="token restored",
             scale=scale,

@@ -46,7 +46,7 @@ def harvest(
     corpus
         A text file or a folder of them (.txt, .md, .py, .jsonl, .parquet), or hub:NAME for a data set of the hub.
     site
-        A site with one vector a token, such as blocks.3.resid_post, or a wildcard; may be given several times.
+        A site with one vector per token, such as blocks.3.resid_post, or a wildcard; may be given several times.
     out
         The folder: a new one, an empty one, or one that this command began.
     tokens
@@ -90,8 +90,9 @@ def harvest(
         Print what the store holds as JSON on stdout, and nothing else.
     """
     import cutaway
-    from cutaway.data.harvest.harvest import Rules
-    from cutaway.data.harvest.harvest import harvest as run
+    from cutaway.data.corpus.documents import documents_of
+    from cutaway.data.harvesting.harvest import harvest as run
+    from cutaway.data.harvesting.settings import Rules, Storage
 
     rules = Rules(
         bos="keep" if keep_bos else "drop", first_position="keep" if keep_first else "drop", high_norm=high_norm
@@ -99,22 +100,15 @@ def harvest(
     lm = cutaway.load(model, dtype=dtype, device=device or _own_gpu())
     made = run(
         lm,
-        corpus,
+        documents_of(corpus, field=field, split=split, document_separator=document_separator),
         site,
         out=out,
         tokens=tokens,
         context=context,
         packing=packing,
         rules=rules,
-        dtype=store,
-        heads="flatten" if flatten else "keep",
         batch_rows=batch,
-        shard_tokens=shard_tokens,
-        file_format=format,
-        field=field,
-        split=split,
-        document_separator=document_separator,
-        verify=verify,
+        storage=Storage(store, "flatten" if flatten else "keep", shard_tokens, format, verify),
     )
     if json:
         print_json(

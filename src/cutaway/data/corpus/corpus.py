@@ -38,11 +38,14 @@ class Tokenizing(Protocol):
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents in the order of their files, where they came from, and a hash of the documents alone."""
+    """Texts in memory; make one with `read_corpus`."""
 
     documents: tuple[str, ...]
+    """In the order of their files."""
     source: str
+    """The path they were read from."""
     hash: str
+    """SHA-256 of the documents and where each ends; their files and paths do not matter."""
 
     @property
     def characters(self) -> int:
@@ -51,12 +54,21 @@ class Corpus:
 
 
 def read_corpus(path: str | Path, *, document_separator: str | None = None) -> Corpus:
-    """Read a file, or every .txt, .md, .py, .jsonl and .parquet file below a folder (hidden ones left out), as UTF-8.
+    """Read texts into memory, as UTF-8.
 
     Documents of a .txt file are separated by blank lines; each line of a .jsonl file is an object with a `text`, each
-    row of a .parquet file has one; other files are one document. With a `document_separator`, such as `<|endoftext|>`,
-    documents end where it stands instead, in files of every kind. Raises `CutawayError` when the path does not exist, a
-    file is not UTF-8 or not as its suffix says, when there is no text at all, or no separator.
+    row of a .parquet file has one; other files are one document.
+
+    Args:
+        path: A file, or a folder: every .txt, .md, .py, .jsonl and .parquet file below it, hidden ones left out.
+        document_separator: Where documents end instead, in files of every kind, such as "<|endoftext|>".
+
+    Returns:
+        The documents with their hash.
+
+    Raises:
+        CutawayError: The path does not exist; a file is not UTF-8 or not as its suffix says; there is no text at all,
+            or no separator in it.
     """
     found = documents_of(Path(path), document_separator=document_separator)
     documents = tuple(found)
@@ -81,11 +93,28 @@ def rows_hash(rows: Tensor) -> str:
 def token_rows(
     lm: Tokenizing, documents: Sequence[str], context: int, seed: int = 0, limit: int | None = None
 ) -> Tensor:
-    """Rows of `context` tokens, int64 [n, context], no two the same.
+    """Rows of tokens of equal length, no two the same.
 
-    Documents are shuffled by `seed`, joined by the separator (the tokenizer's BOS, or EOS without one) and cut; with a
-    BOS every row begins with it, as rows do in training. What is left over at the end is dropped. At most `limit` rows;
-    only as much text as they need is tokenised. Raises `CutawayError` when the text does not fill one row.
+    Documents are shuffled, joined by the tokenizer's BOS (or EOS without one) and cut; with a BOS every row begins with
+    it, as rows do in training. What is left over at the end is dropped.
+
+    Args:
+        lm: The model, whose tokenizer is used.
+        documents: Texts.
+        context: Tokens per row.
+        seed: Of the shuffle.
+        limit: At most so many rows; only as much text as they need is tokenised. None: all.
+
+    Returns:
+        Token ids, int64 [n, context].
+
+    Raises:
+        CutawayError: The text does not fill one row, or the context is longer than the model's.
+
+    Example:
+        >>> lm = cutaway.load("atlas")
+        >>> token_rows(lm, ["The capital of Texas is Austin."], context=4).shape[1]
+        4
     """
     if context < 2:
         raise CutawayError(f"a context of {context} tokens is too short: it takes at least 2")
@@ -121,24 +150,35 @@ def token_rows(
 
 
 @dataclass(frozen=True)
-class Split:
-    """Rows to train on and rows to judge on; no row is in both."""
+class RowSplit:
+    """Rows of tokens for two purposes; no row is in both."""
 
     train: Tensor
+    """Rows to train on, int64 [n, context]."""
     held_out: Tensor
+    """Rows to judge on, int64 [m, context]."""
 
 
-def split_rows(rows: Tensor, held_out: int, seed: int = 0) -> Split:
-    """Put `held_out` rows of [n, context], drawn by `seed`, aside.
+def split_rows(rows: Tensor, held_out: int, seed: int = 0) -> RowSplit:
+    """Put some rows aside.
 
-    Raises `CutawayError` when no row would be left to train on.
+    Args:
+        rows: Token ids [n, context].
+        held_out: How many rows are put aside.
+        seed: Of the draw.
+
+    Returns:
+        The two parts.
+
+    Raises:
+        CutawayError: No row would be left to train on.
     """
     if not 0 < held_out < len(rows):
         raise CutawayError(
             f"{held_out} rows cannot be held out of {len(rows)}: give a longer corpus, or a shorter context"
         )
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
-    return Split(train=rows[order[held_out:]], held_out=rows[order[:held_out]])
+    return RowSplit(train=rows[order[held_out:]], held_out=rows[order[:held_out]])
 
 
 def _token_stream(lm: Tokenizing, documents: Sequence[str], seed: int) -> Iterator[list[int]]:

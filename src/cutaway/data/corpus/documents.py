@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.errors import BadFile, CutawayError, MissingExtra
 from cutaway.artifacts.files import has_lone_surrogate, parquet_errors, parse_json, read_errors
 from cutaway.data.corpus.separators import check_separator, separated
 
@@ -28,30 +28,51 @@ _PIECE = 1 << 18
 
 @dataclass(frozen=True)
 class Documents:
-    """A stream of texts that can be begun again.
-
-    `source` is its name for people, `fingerprint` changes when the source does (None where nothing cheap tells),
-    `size` what there is to read in bytes, as far as it is known.
-    """
+    """A stream of texts that can be begun again; iterate over it. Make one with `documents_of`."""
 
     begin: Callable[[], Iterator[str]]
+    """Begins the stream anew."""
     source: str
+    """Its name for people."""
     fingerprint: str | None
+    """Changes when the source does; None where nothing cheap tells."""
     size: int | None
+    """What there is to read in bytes, as far as it is known."""
+    separator: str | None = None
+    """Where texts were cut into documents, if at a separator."""
 
     def __iter__(self) -> Iterator[str]:
         return self.begin()
 
 
-def documents_of(
-    corpus: Any, *, field: str = "text", split: str = "train", document_separator: str | None = None
-) -> Documents:
-    """The documents of a path, of `hub:NAME` (or `hub:NAME:CONFIGURATION`), or of an iterable of texts or records.
+TextSource = (
+    str | Path | Documents | Iterable[str | Mapping[str, Any]] | Callable[[], Iterable[str | Mapping[str, Any]]]
+)
+"""Where texts come from: a path, `hub:NAME`, an iterable of texts or records, or a function that returns one."""
 
-    `field` is where a record keeps its text, `split` what is taken of a data set that has several. With a
-    `document_separator` every text is cut there (`separators.separated`): a .txt file there instead of at blank lines,
-    other files, records and texts into several. An iterator that can be gone through only once is taken as it is.
-    Raises `CutawayError` for what is none of these.
+
+def documents_of(
+    corpus: TextSource, *, field: str = "text", split: str = "train", document_separator: str | None = None
+) -> Documents:
+    """The documents of a corpus one after another, without ever holding all of them.
+
+    Args:
+        corpus: A path of a file or folder, `hub:NAME` (or `hub:NAME:CONFIGURATION`), an iterable of texts or records,
+            or a function that returns one. An iterator that can be gone through only once is taken as it is.
+        field: Where a record keeps its text.
+        split: What is taken of a data set that has several.
+        document_separator: Where every text is cut, such as "<|endoftext|>" (wherever it is) or "---" (alone on a
+            line): a .txt file there instead of at blank lines, other files, records and texts into several.
+
+    Returns:
+        The stream.
+
+    Raises:
+        CutawayError: A corpus that is none of these, a path that is not there, a text that cannot be read.
+
+    Example:
+        >>> list(documents_of(["one<|endoftext|>two"], document_separator="<|endoftext|>"))
+        ['one', 'two']
     """
     check_separator(document_separator)
     if document_separator is not None:
@@ -70,7 +91,7 @@ def documents_of(
         corpus = corpus[split]
     fingerprint = getattr(corpus, "_fingerprint", None)
     if isinstance(corpus, (list, tuple)) and all(isinstance(text, str) for text in corpus):
-        fingerprint = _hash_texts(corpus)
+        fingerprint = _hash_texts(map(str, corpus))
     if not isinstance(corpus, Iterable) and not callable(corpus):
         raise CutawayError(
             f"A corpus is a path, hub:NAME, rows of token ids, or texts in any iterable; not a {type(corpus).__name__}."
@@ -96,7 +117,7 @@ def documents_of(
     return Documents(begin, name, None if fingerprint is None else str(fingerprint), None)
 
 
-def _separated(corpus: Any, field: str, split: str, separator: str) -> Documents:
+def _separated(corpus: TextSource, field: str, split: str, separator: str) -> Documents:
     """The same documents, cut where a separator stands; of a file not a paragraph at a time, but the whole."""
     texts: Callable[[], Iterator[Iterable[str]]]
     if isinstance(corpus, (str, Path)) and not str(corpus).startswith(HUB):
@@ -114,7 +135,7 @@ def _separated(corpus: Any, field: str, split: str, separator: str) -> Documents
     def begin() -> Iterator[str]:
         return separated(texts(), separator, plain.source)
 
-    return Documents(begin, plain.source, plain.fingerprint, plain.size)
+    return Documents(begin, plain.source, plain.fingerprint, plain.size, separator)
 
 
 def _whole_texts(file: Path, field: str) -> Iterator[Iterable[str]]:
@@ -143,8 +164,8 @@ def _load_dataset(name: str, split: str) -> Any:
     try:
         import datasets
     except ImportError as error:
-        raise CutawayError(
-            f"Reading '{HUB}{name}' takes the library datasets, which is not installed: pip install datasets"
+        raise MissingExtra(
+            f"Reading '{HUB}{name}' takes the library datasets, which is not installed: pip install 'cutaway[datasets]'"
         ) from error
     path, _, configuration = name.partition(":")
     try:
@@ -166,7 +187,7 @@ def _of_path(path: Path, field: str) -> Documents:
                 empty = False
                 yield text
         if empty:
-            raise CutawayError(f"{path} holds no text: an empty corpus cannot be used")
+            raise BadFile(f"{path} holds no text: an empty corpus cannot be used")
 
     known = all(file.suffix != ".parquet" for file in files)  # which is compressed
     return Documents(begin, str(path), fingerprint, sum(size for _, size in sizes) if known else None)
@@ -179,11 +200,11 @@ def corpus_files(path: Path) -> list[Path]:
         files = sorted(file for file in _below(path) if file.suffix in SUFFIXES and file.is_file()) if folder else []
     if folder:
         if not files:
-            raise CutawayError(f"{path} holds no {', '.join(SUFFIXES)} file: name a folder of texts, or one text file")
+            raise BadFile(f"{path} holds no {', '.join(SUFFIXES)} file: name a folder of texts, or one text file")
         return files
     if there:
         return [path]
-    raise CutawayError(f"{path} does not exist: name a text file or a folder of text files")
+    raise BadFile(f"{path} does not exist: name a text file or a folder of text files")
 
 
 def _below(folder: Path) -> Iterator[Path]:
@@ -272,9 +293,9 @@ def _json_lines(file: Path, field: str) -> Iterator[str]:
                 continue
             record = parse_json(line, f"{file}, line {number},")
             if not isinstance(record, dict) or not isinstance(record.get(field), str):
-                raise CutawayError(f'{file}, line {number}, is not an object with a "{field}"')
+                raise BadFile(f'{file}, line {number}, is not an object with a "{field}"')
             if has_lone_surrogate(record[field]):
-                raise CutawayError(f"{file}, line {number}, holds half of a surrogate pair, which no UTF-8 text can")
+                raise BadFile(f"{file}, line {number}, holds half of a surrogate pair, which no UTF-8 text can")
             yield record[field]
 
 
@@ -284,13 +305,11 @@ def _parquet(file: Path, field: str) -> Iterator[str]:
 
     with parquet_errors(file), pyarrow.parquet.ParquetFile(file) as table:
         if field not in table.schema_arrow.names:
-            raise CutawayError(
-                f"{file} has no column '{field}'; it has {', '.join(table.schema_arrow.names) or 'none'}"
-            )
+            raise BadFile(f"{file} has no column '{field}'; it has {', '.join(table.schema_arrow.names) or 'none'}")
         if not pyarrow.types.is_string(kind := table.schema_arrow.field(field).type) and not (
             pyarrow.types.is_large_string(kind)
         ):
-            raise CutawayError(f"The column '{field}' of {file} holds {kind}, not text")
+            raise BadFile(f"The column '{field}' of {file} holds {kind}, not text")
         for batch in table.iter_batches(batch_size=256, columns=[field]):
             texts = [text for text in batch.column(0).to_pylist() if text is not None]
             yield from texts

@@ -1,13 +1,11 @@
 """Rows of tokens to train on, from any corpus, and no more of it than training takes."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.data.corpus.corpus import Tokenizing, token_rows
-from cutaway.data.corpus.documents import documents_of
+from cutaway.data.corpus.documents import TextSource, documents_of
 from cutaway.data.corpus.rows import Reading, text_rows
 from cutaway.data.corpus.separators import Marks, refuse_separator
 
@@ -16,7 +14,7 @@ _SMALL = 1 << 28  # bytes of text that are held in memory
 
 def training_rows(
     lm: Tokenizing,
-    corpus: Any,
+    corpus: TextSource | Tensor,
     *,
     context: int,
     tokens: int,

@@ -1,4 +1,4 @@
-"""Sentences as lists of words with a label a word (parts of speech, names), from CoNLL-like files and JSON lines."""
+"""Sentences as lists of words with a label per word (parts of speech, names), from CoNLL-like files and JSON lines."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.errors import BadFile
 
 CONLL_FILES = (".conll", ".conllu", ".iob", ".bio")
 _COLUMNS = {".conllu": (2, 4)}  # FORM and UPOS
@@ -40,19 +40,19 @@ def conll_rows(path: Path, content: str, word: str | None = None, label: str | N
         if cells[0] == "-DOCSTART-" or (universal and not cells[0].isdigit()):
             continue
         if len(cells) < max(word_at, label_at):
-            raise CutawayError(
+            raise BadFile(
                 f"{path}, line {number} has {len(cells)} columns, and the label is in column {label_at}, the word in "
                 f"column {word_at}; write WORD<tab>LABEL, with a blank line between sentences"
             )
         if not universal and len(cells) > 2 and chosen[1] is None:
-            raise CutawayError(
+            raise BadFile(
                 f"{path}, line {number} has {len(cells)} columns: say with --label-column which of them, from 1, is "
                 "the label"
             )
         words.append(cells[word_at - 1].strip())
         labels.append(None if cells[label_at - 1].strip() == "_" else cells[label_at - 1].strip())
         if not words[-1] or labels[-1] == "":
-            raise CutawayError(f"{path}, line {number} has no {'label' if words[-1] else 'word'}")
+            raise BadFile(f"{path}, line {number} has no {'label' if words[-1] else 'word'}")
     return rows
 
 
@@ -60,7 +60,7 @@ def _number(path: Path, option: str, given: str | None) -> int | None:
     if given is None:
         return None
     if not given.isdecimal() or int(given) < 1:
-        raise CutawayError(f"{option} {given}: the columns of {path} have no names; give a number, 1 for the first")
+        raise BadFile(f"{option} {given}: the columns of {path} have no names; give a number, 1 for the first")
     return int(given)
 
 
@@ -71,11 +71,11 @@ def words_of(row: Mapping[str, Any], where: str, word: str = "words", label: str
     """
     words, labels = row.get(word), row.get(label)
     if not isinstance(words, list) or not words or not all(isinstance(one, str) and one.strip() for one in words):
-        raise CutawayError(f"{where}: '{word}' is not a list of words")
+        raise BadFile(f"{where}: '{word}' is not a list of words")
     if not isinstance(labels, list) or len(labels) != len(words):
-        raise CutawayError(f"{where}: '{label}' is not a list of {len(words)} labels, one for each of '{word}'")
+        raise BadFile(f"{where}: '{label}' is not a list of {len(words)} labels, one for each of '{word}'")
     if bad := next((one for one in labels if isinstance(one, (list, dict)) or one == "" or one != one), None):
-        raise CutawayError(f"{where}: {bad!r} is no label; give a text, a number, or null for a word without one")
+        raise BadFile(f"{where}: {bad!r} is no label; give a text, a number, or null for a word without one")
     return {**row, "words": words, "labels": labels}
 
 

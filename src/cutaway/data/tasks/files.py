@@ -23,7 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.errors import BadFile, CutawayError
 from cutaway.artifacts.files import has_lone_surrogate, parse_json, read_text, write_text
 from cutaway.data.pairs import Place, PromptPair
 from cutaway.data.tasks.formats import NEEDED, PairFile, csv_pairs, foreign_pairs
@@ -38,10 +38,17 @@ _OPTIONAL = ("positions", "answers", "wrongs", "symmetric", "template")
 
 
 def read_pairs(path: Path | str) -> list[PromptPair]:
-    """The pairs of a file (of both splits: those of the search first); `read_pair_file` keeps them apart.
+    """The pairs of a file, of both splits: those of the search first (`task_from_file` keeps them apart).
 
-    Raises `CutawayError`, in one sentence, for a file that is absent, not of a known form, empty, or wrong in an entry,
-    whose number it gives.
+    Args:
+        path: A file in cutaway's form (.json), or in one of BLiMP, the feature-circuits project, the relations of
+            Hernandez et al. 2023 (https://arxiv.org/abs/2308.09124) or EAP-IG (.csv).
+
+    Returns:
+        The pairs.
+
+    Raises:
+        BadFile: The file is absent, not of a known form, empty, or wrong in an entry, whose number is given.
     """
     found = read_pair_file(path)
     return [*found.pairs, *found.held_out]
@@ -70,14 +77,14 @@ def read_pair_file(path: Path | str) -> PairFile:
     """The pairs of a file with their split and the task's name; raises like `read_pairs`."""
     path = Path(path)
     if os.path.isdir(path):
-        raise CutawayError(f"{path} is a folder; name a file of prompt pairs.")
+        raise BadFile(f"{path} is a folder; name a file of prompt pairs.")
     if not os.path.lexists(path):
-        raise CutawayError(f"there is no file {str(path)[:200]}; name a file of prompt pairs.")
+        raise BadFile(f"there is no file {str(path)[:200]}; name a file of prompt pairs.")
     found = _pairs_of(path, read_text(path))
     for i, pair in enumerate((*found.pairs, *found.held_out)):
         said = (pair.clean, pair.corrupt, pair.answer, pair.wrong, *pair.answers, *pair.wrongs, pair.template)
         if any(isinstance(text, str) and has_lone_surrogate(text) for text in said):
-            raise CutawayError(f"{path}: pair {i} holds half of a surrogate pair, which no UTF-8 text can.")
+            raise BadFile(f"{path}: pair {i} holds half of a surrogate pair, which no UTF-8 text can.")
     return found
 
 
@@ -89,7 +96,7 @@ def _pairs_of(path: Path, text: str) -> PairFile:
     except CutawayError as error:
         data = _json_lines(text)
         if data is None:
-            raise CutawayError(
+            raise BadFile(
                 f"{error}; prompt pairs are a list of objects with clean, corrupt, answer and wrong."
             ) from None
     return foreign_pairs(path, data) or _from_json(path, data)
@@ -105,7 +112,15 @@ def write_pairs(
 ) -> None:
     """Write pairs as JSON that `read_pairs` reads back: a list, or with a name or held-out pairs a task.
 
-    Raises `CutawayError` where a file is there that holds no pairs, or, without `replace`, others.
+    Args:
+        path: The file.
+        pairs: To search with.
+        name: The task's name; the file's if it has held-out pairs and no name is given.
+        held_out: To judge on.
+        replace: False: refuse to replace other pairs.
+
+    Raises:
+        BadFile: A file is there that holds no pairs, or, without `replace`, others.
     """
     plain: Any = [pair.to_json() for pair in pairs]
     if name or held_out:
@@ -114,9 +129,7 @@ def write_pairs(
     refuse_other_pairs(path)
     text = json.dumps(plain, indent=1, ensure_ascii=False) + "\n"
     if not replace and path.is_file() and path.read_bytes() not in (b"", text.encode()):
-        raise CutawayError(
-            f"{path} holds other pairs, which may have been changed by hand; name another file, or move it"
-        )
+        raise BadFile(f"{path} holds other pairs, which may have been changed by hand; name another file, or move it")
     write_text(path, text)
 
 
@@ -126,17 +139,27 @@ def refuse_other_pairs(path: Path) -> None:
         try:
             read_pairs(path)
         except CutawayError as error:
-            raise CutawayError(f"{path} exists and holds no prompt pairs; name another file, or move it") from error
+            raise BadFile(f"{path} exists and holds no prompt pairs; name another file, or move it") from error
 
 
 def task_from_file(path: Path | str) -> Task:
-    """A file's pairs as a task; raises like `read_pairs`, and where a split is asked for that the file has not."""
+    """A file's pairs as a task.
+
+    Args:
+        path: As for `read_pairs`.
+
+    Returns:
+        The task; drawing from it raises `BadFile` for a split that the file has not.
+
+    Raises:
+        BadFile: As for `read_pairs`.
+    """
     found = read_pair_file(path)
 
     def draw(rng: random.Random, _: LanguageModel, split: Split) -> Iterator[PromptPair]:
         pairs = found.pairs if split == "search" else found.held_out
         if not pairs:
-            raise CutawayError(f'{path} has no held-out pairs; give it as {{"pairs": [...], "held_out": [...]}}')
+            raise BadFile(f'{path} has no held-out pairs; give it as {{"pairs": [...], "held_out": [...]}}')
         yield from rng.sample(pairs, len(pairs))
 
     left_out = "; ".join(f"{count} × {reason}" for reason, count in (found.left_out or {}).items())
@@ -152,13 +175,13 @@ def _from_json(path: Path, data: Any) -> PairFile:
     if isinstance(data, dict):
         unknown = sorted(set(data) - {"name", "pairs", "held_out"})
         if "pairs" not in data or unknown:
-            raise CutawayError(
+            raise BadFile(
                 f"{path} has {f'an unknown key {unknown[0]!r}' if unknown else 'no key pairs'}; a task is an object "
                 'with "pairs", and perhaps "name" and "held_out".'
             )
         name = data.get("name", name)
         if not isinstance(name, str) or not name:
-            raise CutawayError(f"{path}: name is {name!r}; it must be a text.")
+            raise BadFile(f"{path}: name is {name!r}; it must be a text.")
         held_out = data.get("held_out", [])
         data = data["pairs"]
         held_out = _entries(path, held_out, "held_out", may_be_empty=True)
@@ -166,15 +189,15 @@ def _from_json(path: Path, data: Any) -> PairFile:
     searched = {(pair.clean, pair.corrupt) for pair in pairs}
     for i, pair in enumerate(held_out):
         if (pair.clean, pair.corrupt) in searched:
-            raise CutawayError(f"{path}: held-out pair {i} is among the pairs of the search, too; take it out of one.")
+            raise BadFile(f"{path}: held-out pair {i} is among the pairs of the search, too; take it out of one.")
     return PairFile(name, pairs, held_out)
 
 
 def _entries(path: Path, data: Any, what: str, *, may_be_empty: bool = False) -> tuple[PromptPair, ...]:
     if not isinstance(data, list):
-        raise CutawayError(f"{path}: {what} is {_kind(data)}; it must be a list of objects.")
+        raise BadFile(f"{path}: {what} is {_kind(data)}; it must be a list of objects.")
     if not data and not may_be_empty:
-        raise CutawayError(f"{path} has no prompt pairs: the list is empty.")
+        raise BadFile(f"{path} has no prompt pairs: the list is empty.")
     label = "pair" if what == "pairs" else "held-out pair"
     return tuple(pair_from_json(entry, f"{path}: {label} {i}") for i, entry in enumerate(data))
 
@@ -182,36 +205,36 @@ def _entries(path: Path, data: Any, what: str, *, may_be_empty: bool = False) ->
 def pair_from_json(data: Any, where: str = "the pair") -> PromptPair:
     """The pair of a JSON object (`PromptPair.to_json`); raises `CutawayError` that begins with `where`."""
     if not isinstance(data, dict):
-        raise CutawayError(f"{where} is {_kind(data)}; a pair is an object with clean, corrupt, answer and wrong.")
+        raise BadFile(f"{where} is {_kind(data)}; a pair is an object with clean, corrupt, answer and wrong.")
     missing = [key for key in NEEDED if key not in data]
     if missing:
-        raise CutawayError(f"{where} has no {missing[0]!r}; a pair needs clean, corrupt, answer and wrong.")
+        raise BadFile(f"{where} has no {missing[0]!r}; a pair needs clean, corrupt, answer and wrong.")
     unknown = [key for key in data if key not in (*NEEDED, *_OPTIONAL)]
     if unknown:
-        raise CutawayError(f"{where} has an unknown key {unknown[0]!r}; known are {', '.join((*NEEDED, *_OPTIONAL))}.")
+        raise BadFile(f"{where} has an unknown key {unknown[0]!r}; known are {', '.join((*NEEDED, *_OPTIONAL))}.")
     ids = isinstance(data["clean"], list)
     for key in ("clean", "corrupt"):
         value = data[key]
         if ids and not (isinstance(value, list) and value and all(_whole(i) and i >= 0 for i in value)):
-            raise CutawayError(f"{where}: {key} is {_kind(value)}; with token ids both prompts are lists of ids.")
+            raise BadFile(f"{where}: {key} is {_kind(value)}; with token ids both prompts are lists of ids.")
         if not ids and not (isinstance(value, str) and value):
-            raise CutawayError(f"{where}: {key} is {_kind(value)}; a prompt is a text.")
+            raise BadFile(f"{where}: {key} is {_kind(value)}; a prompt is a text.")
     for key in ("answer", "wrong"):
         _check_answer(where, key, data[key], ids)
     for key in ("answers", "wrongs"):
         value = data.get(key, [])
         if not isinstance(value, list):
-            raise CutawayError(f"{where}: {key} is {_kind(value)}; it must be a list.")
+            raise BadFile(f"{where}: {key} is {_kind(value)}; it must be a list.")
         for answer in value:
             _check_answer(where, f"an entry of {key}", answer, ids)
     if bool(data.get("answers")) != bool(data.get("wrongs")):
-        raise CutawayError(f"{where} has only one of answers and wrongs; give both or none.")
+        raise BadFile(f"{where} has only one of answers and wrongs; give both or none.")
     if data["answer"] == data["wrong"]:
-        raise CutawayError(f"{where}: answer and wrong are both {data['answer']!r}; they must differ.")
+        raise BadFile(f"{where}: answer and wrong are both {data['answer']!r}; they must differ.")
     if not isinstance(data.get("symmetric", True), bool):
-        raise CutawayError(f"{where}: symmetric is {_kind(data['symmetric'])}; it is true or false.")
+        raise BadFile(f"{where}: symmetric is {_kind(data['symmetric'])}; it is true or false.")
     if not isinstance(data.get("template", ""), str):
-        raise CutawayError(f"{where}: template is {_kind(data['template'])}; it is a text.")
+        raise BadFile(f"{where}: template is {_kind(data['template'])}; it is a text.")
     return PromptPair(
         tuple(data["clean"]) if ids else data["clean"],
         tuple(data["corrupt"]) if ids else data["corrupt"],
@@ -227,14 +250,14 @@ def pair_from_json(data: Any, where: str = "the pair") -> PromptPair:
 
 def _check_answer(where: str, key: str, value: Any, ids: bool) -> None:
     if ids and not (_whole(value) and value >= 0):
-        raise CutawayError(f"{where}: {key} is {_kind(value)}; where prompts are token ids, answers are too.")
+        raise BadFile(f"{where}: {key} is {_kind(value)}; where prompts are token ids, answers are too.")
     if not ids and not (isinstance(value, str) and value):
-        raise CutawayError(f"{where}: {key} is {_kind(value)}; an answer is a text, usually with a space before it.")
+        raise BadFile(f"{where}: {key} is {_kind(value)}; an answer is a text, usually with a space before it.")
 
 
 def _positions(where: str, data: Any) -> dict[str, Place]:
     if not isinstance(data, dict):
-        raise CutawayError(f"{where}: positions is {_kind(data)}; it is an object from role to place.")
+        raise BadFile(f"{where}: positions is {_kind(data)}; it is an object from role to place.")
     positions: dict[str, Place] = {}
     for role, place in data.items():
         if isinstance(place, list) and len(place) == 2 and all(isinstance(text, str) and text for text in place):
@@ -242,7 +265,7 @@ def _positions(where: str, data: Any) -> dict[str, Place]:
         elif (isinstance(place, int) and _whole(place)) or (isinstance(place, str) and place):
             positions[role] = place
         else:
-            raise CutawayError(
+            raise BadFile(
                 f"{where}: the place {role!r} is {_kind(place)}; it is a token position, a text of both prompts, or "
                 "the two texts of clean and corrupt."
             )

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.errors import BadFile
 from cutaway.data.pairs import Place, PromptPair
 from cutaway.data.tasks.knowledge import years_after
 
@@ -75,7 +75,7 @@ def _blimp(path: Path, entries: Sequence[Mapping[str, Any]]) -> PairFile:
             continue
         keys = ("one_prefix_prefix", "one_prefix_word_good", "one_prefix_word_bad")
         if not all(isinstance(entry.get(key), str) and entry[key] for key in keys):
-            raise CutawayError(f"{path}: line {i + 1} has no text under one of {', '.join(keys)}.")
+            raise BadFile(f"{path}: line {i + 1} has no text under one of {', '.join(keys)}.")
         prompt, good, bad = (entry[key] for key in keys)
         template = str(entry.get("UID", path.stem))
         last = _LAST_DETERMINER.search(prompt)
@@ -96,7 +96,7 @@ def _blimp(path: Path, entries: Sequence[Mapping[str, Any]]) -> PairFile:
     if alone:
         left_out["no item of as many words has the same two words the other way round"] = alone
     if not pairs:
-        raise CutawayError(f"{path} has no prompt pairs: {next(iter(left_out))}.")
+        raise BadFile(f"{path} has no prompt pairs: {next(iter(left_out))}.")
     return PairFile(path.stem, tuple(pairs), left_out=left_out)
 
 
@@ -108,27 +108,27 @@ def _relation(path: Path, data: Mapping[str, Any]) -> PairFile:
     """
     samples, templates = data["samples"], data["prompt_templates"]
     if not isinstance(samples, list) or not isinstance(templates, list) or not templates:
-        raise CutawayError(f"{path}: samples and prompt_templates must be lists, and neither empty.")
+        raise BadFile(f"{path}: samples and prompt_templates must be lists, and neither empty.")
     facts: list[tuple[str, str]] = []
     for i, sample in enumerate(samples):
         subject, thing = (sample.get("subject"), sample.get("object")) if isinstance(sample, dict) else (None, None)
         if not (isinstance(subject, str) and subject and isinstance(thing, str) and thing):
-            raise CutawayError(f"{path}: sample {i} has no text under subject and object.")
+            raise BadFile(f"{path}: sample {i} has no text under subject and object.")
         facts.append((subject, thing))
     zero_shot = data.get("prompt_templates_zs", [])
     if not isinstance(zero_shot, list):
-        raise CutawayError(f"{path}: prompt_templates_zs must be a list.")
+        raise BadFile(f"{path}: prompt_templates_zs must be a list.")
     others = [template for template in zero_shot if template not in templates]
     for template in (*templates, *others):
         if not isinstance(template, str) or template.count("{}") != 1:
-            raise CutawayError(f"{path}: the template {template!r} has no single place {{}} for the subject.")
+            raise BadFile(f"{path}: the template {template!r} has no single place {{}} for the subject.")
     pools = ([fact for i, fact in enumerate(facts) if i % 3 != 2], facts[2::3])
     left_out: dict[str, int] = {}
     splits = [
         _facts(pool, chosen, left_out) for pool, chosen in zip(pools, (templates, others or templates), strict=True)
     ]
     if not splits[0]:
-        raise CutawayError(f"{path} has no prompt pairs: {next(iter(left_out), 'it has no samples')}.")
+        raise BadFile(f"{path} has no prompt pairs: {next(iter(left_out), 'it has no samples')}.")
     return PairFile(str(data.get("name") or path.stem), tuple(splits[0]), tuple(splits[1]), left_out)
 
 
@@ -156,7 +156,7 @@ def _agreement(entry: Mapping[str, Any], where: str) -> PromptPair:
     """A subject in both numbers, with the verb after each."""
     wrong = next((key for key in _AGREEMENT if not (isinstance(entry.get(key), str) and entry[key])), None)
     if wrong is not None:
-        raise CutawayError(f"{where} has no text under {wrong!r}.")
+        raise BadFile(f"{where} has no text under {wrong!r}.")
     clean, corrupt = str(entry["clean_prefix"]), str(entry["patch_prefix"])
     before, here, there = _differing_word(clean, corrupt)
     positions = cast(
@@ -188,9 +188,7 @@ def csv_pairs(path: Path, text: str) -> PairFile:
         columns = set(reader.fieldnames or ())
         rows = list(reader)
     except csv.Error as error:
-        raise CutawayError(
-            f"{path} is not CSV: {error} (near line {reader.line_num}); is a quotation mark open?"
-        ) from None
+        raise BadFile(f"{path} is not CSV: {error} (near line {reader.line_num}); is a quotation mark open?") from None
     if set(NEEDED) <= columns:
         read: Callable[[Mapping[str, str]], PromptPair | str] = _own_row
     elif {"clean", "corrupted", "label"} <= columns:
@@ -198,19 +196,19 @@ def csv_pairs(path: Path, text: str) -> PairFile:
     elif {"clean", "corrupted_hard"} <= columns:
         read = _ioi_row
     else:
-        raise CutawayError(
+        raise BadFile(
             f"{path} has the columns {', '.join(sorted(filter(None, columns))) or '(none)'}; prompt pairs need clean, "
             "corrupt, answer and wrong (EAP-IG: clean, corrupted, label; or clean, corrupted, corrupted_hard)."
         )
     if not rows:
-        raise CutawayError(f"{path} has no prompt pairs: it has no row under its header.")
+        raise BadFile(f"{path} has no prompt pairs: it has no row under its header.")
     pairs: list[PromptPair] = []
     for i, row in enumerate(rows):
         if None in row or None in row.values():
-            raise CutawayError(f"{path}: row {i + 1} has another number of columns than the header.")
+            raise BadFile(f"{path}: row {i + 1} has another number of columns than the header.")
         found = read(row)
         if isinstance(found, str):
-            raise CutawayError(f"{path}: row {i + 1}: {found}.")
+            raise BadFile(f"{path}: row {i + 1}: {found}.")
         pairs.append(found)
     return PairFile(path.stem, tuple(pairs))
 

@@ -95,7 +95,7 @@ def question_mark(rng: random.Random, _: LanguageModel, split: Split) -> Iterato
         ask, tell = rng.choice(wording[split])
         fillers = {"noun": rng.choice(nouns), "name": rng.choice(words["names"])}
         roles = {"noun": "noun"}
-        yield _either_way(rng, pair_from(ask, fillers, fillers, "?", ".", roles, corrupt_template=tell))
+        yield _either_way(rng, pair_from((ask, tell), fillers, fillers, "?", ".", roles))
 
 
 def closing_quote(rng: random.Random, _: LanguageModel, split: Split) -> Iterator[PromptPair]:

@@ -31,19 +31,21 @@ __all__ = ["TASKS", "Split", "Task", "find_task", "generate", "ordinary_tokens",
 
 @dataclass(frozen=True)
 class Task:
-    """A task: what is asked, what counts as right ("preferred" over the wrong answer, or "top1"), and its pairs.
-
-    `draw(rng, lm, split)` yields pairs of one split, without end or to the last; only a task made of token ids or of
-    chats looks at the model. `aliases` are other names that it is found by, `note` is what users should know of its
-    pairs.
-    """
+    """What a model is asked, as pairs of a clean and a corrupt prompt."""
 
     name: str
+    """What it is called, such as "indirect object"."""
     question: str
+    """What is asked, in a sentence."""
     criterion: Literal["preferred", "top1"]
+    """What counts as right: the answer above the wrong one, or above all tokens."""
     draw: Callable[[random.Random, LanguageModel, Split], Iterator[PromptPair]]
+    """`draw(rng, lm, split)` yields pairs of one split, without end or to the last; only a task made of token ids or of
+    chats looks at the model."""
     aliases: tuple[str, ...] = ()
+    """Other names that it is found by."""
     note: str = ""
+    """What users should know of its pairs."""
 
 
 TASKS: tuple[Task, ...] = (
@@ -109,9 +111,14 @@ def _key(name: str) -> str:
 
 
 def find_task(name: str, tasks: Sequence[Task] = TASKS) -> Task:
-    """The task of that name or alias, however it is hyphenated and written ("IOI", "subject-verb agreement").
+    """The task of that name or alias among some, however it is hyphenated and written.
 
-    Raises `CutawayError` with the names there are.
+    Args:
+        name: "IOI", "subject-verb agreement".
+        tasks: The tasks; the general ones if not given.
+
+    Raises:
+        CutawayError: With the names there are.
     """
     for known in tasks:
         if _key(name) in {_key(known.name), *map(_key, known.aliases)}:
@@ -120,7 +127,14 @@ def find_task(name: str, tasks: Sequence[Task] = TASKS) -> Task:
 
 
 def task(name: str) -> Task:
-    """The general task of that name; raises `CutawayError` with the names there are."""
+    """The general task of that name.
+
+    Args:
+        name: "indirect object", "IOI"; `TASKS` has all.
+
+    Raises:
+        CutawayError: With the names there are.
+    """
     return find_task(name)
 
 
@@ -140,17 +154,44 @@ def _distinct(lm: LanguageModel, task: Task, seed: int, split: Split) -> Iterato
 
 
 def generate(lm: LanguageModel, task: Task, n: int = 48, seed: int = 0, split: Split = "search") -> list[PromptPair]:
-    """n different pairs of one split of a task (fewer when it has no more); the same seed gives the same pairs.
+    """Different pairs of a task; the same seed gives the same pairs.
 
-    No prompt of one split is in the other. Raises `CutawayError` where the task cannot be asked of the model at all.
+    Args:
+        lm: The model; only a task made of token ids or of chats looks at it.
+        task: The task.
+        n: How many pairs; fewer when the task has no more.
+        seed: Of the draws.
+        split: "search" for finding something, "held_out" for judging it; no prompt of one split is in the other.
+
+    Returns:
+        The pairs, not yet aligned.
+
+    Raises:
+        CutawayError: The task cannot be asked of the model at all.
     """
     return list(itertools.islice(_distinct(lm, task, seed, split), n))
 
 
 def readable_pairs(lm: LanguageModel, task: Task, n: int = 48, seed: int = 0, split: Split = "search") -> AlignedPairs:
-    """n pairs of a task that align for this model's tokenizer, drawn from at most eight times as many.
+    """Pairs of a task that align for this model's tokenizer, drawn from at most eight times as many.
 
-    `refused` holds those drawn on the way that do not align. Raises `CutawayError` when none does.
+    Args:
+        lm: The model.
+        task: The task.
+        n: How many pairs; fewer where fewer align.
+        seed: Of the draws.
+        split: "search" for finding something, "held_out" for judging it.
+
+    Returns:
+        Aligned pairs; `refused` holds those drawn on the way that do not align.
+
+    Raises:
+        CutawayError: None of the pairs aligns.
+
+    Example:
+        >>> lm = cutaway.load("atlas")
+        >>> len(readable_pairs(lm, task("indirect object"), n=8))
+        8
     """
     drawn = generate(lm, task, 8 * n, seed, split)
     if not drawn:

@@ -41,14 +41,13 @@ def place(text: str, end: int, filler: str) -> str:
 
 
 def pair_from(
-    template: str,
+    template: str | tuple[str, str],
     clean: Mapping[str, str],
     corrupt: Mapping[str, str],
     answer: str,
     wrong: str,
     roles: Mapping[str, str] | Mapping[str, tuple[str, int]] | Mapping[str, str | tuple[str, int]],
     *,
-    corrupt_template: str | None = None,
     answers: tuple[str, ...] = (),
     wrongs: tuple[str, ...] = (),
     symmetric: bool = True,
@@ -56,12 +55,28 @@ def pair_from(
 ) -> PromptPair:
     """The pair of a template filled in two ways.
 
-    `roles` gives for each role its slot, or (slot, which appearance); a slot that the template lacks is left out.
-    `corrupt_template` is another template for the corrupt prompt; `name` is what the pair calls its template (the
-    template itself).
+    Args:
+        template: Text with slots, such as "The capital of {state} is"; or two, of the clean and of the corrupt prompt.
+        clean: What stands in the slots of the clean prompt.
+        corrupt: What stands in those of the corrupt one.
+        answer: What continues the clean prompt, with its space.
+        wrong: What continues the corrupt one.
+        roles: For each role its slot, or (slot, which appearance); a slot that the template lacks is left out.
+        answers: All right continuations, where there are several.
+        wrongs: All wrong ones.
+        symmetric: Whether the corrupt prompt has `wrong` as its answer.
+        name: What the pair calls its template; the template itself if empty.
+
+    Returns:
+        The pair, each role with the token at which its filler ends.
+
+    Example:
+        >>> pair_from("{name} is in", {"name": "Rome"}, {"name": "Oslo"}, " Italy", " Norway", {"city": "name"}).corrupt
+        'Oslo is in'
     """
+    template, corrupt_template = (template, template) if isinstance(template, str) else template
     said, ends = fill(template, clean)
-    other, other_ends = fill(corrupt_template or template, corrupt)
+    other, other_ends = fill(corrupt_template, corrupt)
     positions: dict[str, Place] = {}
     for role, named in roles.items():
         slot, nth = named if isinstance(named, tuple) else (named, -1)

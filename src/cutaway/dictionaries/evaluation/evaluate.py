@@ -17,7 +17,7 @@ from torch import Tensor
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.progress import Progress
 from cutaway.artifacts.results import Effect
-from cutaway.data.harvest.activations import as_tokens
+from cutaway.data.harvesting.activations import as_tokens
 from cutaway.dictionaries.dictionary import Dictionary, random_dictionary
 from cutaway.dictionaries.evaluation.figures import (
     RECONSTRUCTION,

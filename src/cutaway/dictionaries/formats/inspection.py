@@ -18,7 +18,7 @@ from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.progress import Progress
 from cutaway.artifacts.results import Control, Effect
 from cutaway.artifacts.statistics import bootstrap_interval
-from cutaway.data.harvest.activations import as_tokens, counted
+from cutaway.data.harvesting.activations import as_tokens, counted
 from cutaway.dictionaries import selectors
 from cutaway.dictionaries.dictionary import BatchTopK, Dictionary, JumpReLU, TopK, random_dictionary
 from cutaway.dictionaries.formats.files import at_site

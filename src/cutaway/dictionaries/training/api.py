@@ -23,8 +23,8 @@ from cutaway.artifacts.manifest import Manifest, ModelIdentity
 from cutaway.artifacts.run_folder import RunFolder
 from cutaway.data.corpus.corpus import split_rows
 from cutaway.data.corpus.training_rows import training_rows
-from cutaway.data.harvest.harvest import Rules
-from cutaway.data.harvest.store import MANIFEST, Store
+from cutaway.data.harvesting.settings import Rules
+from cutaway.data.harvesting.store import MANIFEST, Store
 from cutaway.dictionaries.dictionary import Port
 from cutaway.dictionaries.formats.files import load, save
 from cutaway.dictionaries.training.end_to_end import RowBatches

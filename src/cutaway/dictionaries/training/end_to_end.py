@@ -19,8 +19,8 @@ from torch import Tensor
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.manifest import json_hash
 from cutaway.data.corpus.corpus import rows_hash
-from cutaway.data.harvest.activations import as_tokens, counted
-from cutaway.data.harvest.harvest import Rules
+from cutaway.data.harvesting.activations import as_tokens, counted
+from cutaway.data.harvesting.settings import Rules
 from cutaway.dictionaries.training.config import TrainConfig
 from cutaway.dictionaries.training.jobs import Job, Trained, train_jobs
 from cutaway.dictionaries.training.sources import find_ports

@@ -12,9 +12,10 @@ from torch import Tensor
 from cutaway.artifacts.errors import CutawayError, NoSuchSite
 from cutaway.artifacts.manifest import json_hash
 from cutaway.data.corpus.corpus import rows_hash
-from cutaway.data.harvest.activations import counted, harvest_sites, shuffled_batches
-from cutaway.data.harvest.harvest import Rules, token_shapes
-from cutaway.data.harvest.store import Store
+from cutaway.data.harvesting.activations import counted, harvest_sites, shuffled_batches
+from cutaway.data.harvesting.harvest import token_shapes
+from cutaway.data.harvesting.settings import Rules
+from cutaway.data.harvesting.store import Store
 from cutaway.dictionaries.dictionary import Port
 from cutaway.model.language_model import LanguageModel
 

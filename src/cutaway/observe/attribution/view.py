@@ -107,7 +107,7 @@ def _layers(result: Attribution) -> list[Section]:
         values=values,
         title="direct shares by layer",
         units="logits",
-        diverging=True,
+        scale="diverging",
     )
     legend = heatmap_scale(values, diverging=True).legend("logits")
     about = "Direct shares by layer" + (": every head, and what else writes." if columns else ".")
@@ -150,7 +150,7 @@ def _by_layer_and_source(result: Attribution) -> Markup:
         values=values,
         title="direct share by layer and source token",
         units="logits",
-        diverging=True,
+        scale="diverging",
     )
 
 

@@ -30,7 +30,7 @@ from cutaway.artifacts.files import parse_json, write_safetensors
 from cutaway.artifacts.manifest import ModelIdentity, json_hash
 from cutaway.artifacts.progress import Progress
 from cutaway.data.corpus.corpus import rows_hash
-from cutaway.data.harvest.activations import as_tokens, counted
+from cutaway.data.harvesting.activations import as_tokens, counted
 from cutaway.model.architecture.parts import weight_matrix
 from cutaway.model.language_model import LanguageModel
 from cutaway.observe.lens.logit_lens import stream_sites

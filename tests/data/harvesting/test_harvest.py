@@ -4,9 +4,10 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -16,14 +17,16 @@ from cutaway.artifacts.errors import CutawayError
 from cutaway.data.corpus.corpus import corpus_hash, rows_hash
 from cutaway.data.corpus.documents import documents_of
 from cutaway.data.corpus.rows import Packing, Reading, text_rows
-from cutaway.data.harvest import harvest as module
-from cutaway.data.harvest import journal
-from cutaway.data.harvest.harvest import Rules, harvest
-from cutaway.data.harvest.store import Activations, Store
+from cutaway.data.harvesting import harvest as module
+from cutaway.data.harvesting import journal
+from cutaway.data.harvesting.harvest import harvest
+from cutaway.data.harvesting.settings import Rules, Storage
+from cutaway.data.harvesting.store import Activations, Store
 from cutaway.model.language_model import LanguageModel, attach
 from cutaway.model.tokens import Tokens
 
 SITES = ["blocks.1.resid_post", "blocks.0.attn.z", "blocks.0.mlp.post"]
+SMALL = Storage(shard_tokens=100)
 
 
 def some_texts(n: int = 60, seed: int = 0) -> list[str]:
@@ -61,7 +64,9 @@ def same(store: Store, expected: list[Any], site: str = SITES[0]) -> None:
 @pytest.mark.parametrize("rules", [Rules(), Rules(bos="keep"), Rules(bos="keep", first_position="keep")], ids=str)
 def test_every_token_that_counts_once(tiny: LanguageModel, packing: Packing, rules: Rules) -> None:
     texts = some_texts()
-    store = harvest(tiny, texts, SITES, context=16, packing=packing, rules=rules, batch_rows=5, shard_tokens=70)
+    store = harvest(
+        tiny, texts, SITES, context=16, packing=packing, rules=rules, batch_rows=5, storage=Storage(shard_tokens=70)
+    )
     expected = oracle(tiny, texts, 16, packing, rules)
     same(store, expected)
     assert [shard.rows for shard in store.shards[:-1]] == [70] * (len(store.shards) - 1)
@@ -83,7 +88,7 @@ def test_it_is_what_transformers_computes(tiny: LanguageModel) -> None:
     torch.testing.assert_close(store[:][SITES[0]].view(20, 12, -1), states[2], rtol=1e-5, atol=1e-5)
     assert store.sites == {"blocks.0.attn.z": (4, 8), "blocks.0.mlp.post": (48,), "blocks.1.resid_post": (32,)}
     assert store.manifest.corpus_hash == rows_hash(rows)
-    flat = harvest(tiny, rows, SITES[1], heads="flatten")
+    flat = harvest(tiny, rows, SITES[1], storage=Storage(heads="flatten"))
     assert flat.sites == {"blocks.0.attn.z": (32,)}
     kept = harvest(tiny, rows, SITES[1])
     assert torch.equal(flat[:][SITES[1]], kept[:][SITES[1]].flatten(1))
@@ -102,8 +107,8 @@ def test_padded_rows_lists_and_tensors_are_the_same_rows(tiny: LanguageModel) ->
 @pytest.mark.parametrize("tokens", [1, 69, 70, 71, 140, 500])
 def test_a_limit_takes_the_first_tokens(tiny: LanguageModel, tokens: int) -> None:
     texts = some_texts()
-    whole = harvest(tiny, texts, SITES[0], context=16, shard_tokens=70)
-    part = harvest(tiny, texts, SITES[0], context=16, shard_tokens=70, tokens=tokens)
+    whole = harvest(tiny, texts, SITES[0], context=16, storage=Storage(shard_tokens=70))
+    part = harvest(tiny, texts, SITES[0], context=16, storage=Storage(shard_tokens=70), tokens=tokens)
     assert len(part) == tokens
     assert torch.equal(part[:][SITES[0]], whole[:tokens][SITES[0]])
     counts = part.counts
@@ -114,7 +119,7 @@ def test_high_norms_are_left_out_and_counted(tiny: LanguageModel) -> None:
     texts = some_texts()
     rules = Rules(high_norm=1.2)
     everything = harvest(tiny, texts, SITES, context=16)[:]
-    store = harvest(tiny, texts, SITES, context=16, rules=rules, shard_tokens=70)
+    store = harvest(tiny, texts, SITES, context=16, rules=rules, storage=Storage(shard_tokens=70))
     norms = {site: everything[site].flatten(1).norm(dim=1) for site in SITES}
     limits = {site: 1.2 * float(norm.median()) for site, norm in norms.items()}  # the corpus is shorter than the sample
     assert store.thresholds == pytest.approx(limits, rel=1e-5)
@@ -130,13 +135,15 @@ def test_high_norms_are_left_out_and_counted(tiny: LanguageModel) -> None:
 @pytest.mark.parametrize("file_format", ["safetensors", "parquet"])
 @pytest.mark.parametrize("dtype", ["fp32", "float16", "bfloat16"])
 def test_a_folder_holds_what_memory_holds(tiny: LanguageModel, tmp_path: Path, file_format: Any, dtype: str) -> None:
-    options: dict[str, Any] = {"context": 16, "shard_tokens": 70, "dtype": dtype, "rules": Rules(high_norm=1.5)}
+    storage = Storage(dtype=dtype, shard_tokens=70)
+    stored = replace(storage, file_format=file_format)
+    options: dict[str, Any] = {"context": 16, "rules": Rules(high_norm=1.5)}
     if file_format == "parquet" and dtype == "bfloat16":
         with pytest.raises(CutawayError, match="Parquet has no bfloat16"):
-            harvest(tiny, some_texts(), SITES, out=tmp_path / "a", file_format=file_format, **options)
+            harvest(tiny, some_texts(), SITES, out=tmp_path / "a", storage=stored, **options)
         return
-    memory = harvest(tiny, some_texts(), SITES, **options)
-    store = harvest(tiny, some_texts(), SITES, out=tmp_path / "a", file_format=file_format, **options)
+    memory = harvest(tiny, some_texts(), SITES, storage=storage, **options)
+    store = harvest(tiny, some_texts(), SITES, out=tmp_path / "a", storage=stored, **options)
     again = Store.open(tmp_path / "a", verify=True)
     for place in (store, again):
         assert all(torch.equal(place[:][site], memory[:][site]) for site in SITES)
@@ -164,7 +171,7 @@ def different(tiny: LanguageModel) -> dict[str, tuple[dict[str, Any], str]]:
         "site": ({"sites": SITES[1]}, "its sites is"),
         "rules": ({"rules": Rules(bos="keep")}, "its rules is"),
         "context": ({"context": 12}, "its rows is"),
-        "dtype": ({"dtype": "float16"}, "its dtype is float32, not float16"),
+        "dtype": ({"storage": replace(SMALL, dtype="float16")}, "its dtype is float32, not float16"),
         "limit": ({"tokens": 50}, "its tokens is None, not 50"),
         "batch": ({"batch_rows": 3}, "its batch rows is 16, not 3"),
         "model": ({"lm": other}, "its model is"),
@@ -175,7 +182,7 @@ def different(tiny: LanguageModel) -> dict[str, tuple[dict[str, Any], str]]:
 def test_a_folder_of_another_harvest_is_left_alone(
     tiny: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: bool
 ) -> None:
-    given: dict[str, Any] = {"lm": tiny, "corpus": some_texts(), "sites": SITES[0], "context": 16, "shard_tokens": 100}
+    given: dict[str, Any] = {"lm": tiny, "corpus": some_texts(), "sites": SITES[0], "context": 16, "storage": SMALL}
     out = tmp_path / "a"
     if finished:
         harvest(out=out, **given)
@@ -191,7 +198,7 @@ def test_a_folder_of_another_harvest_is_left_alone(
 
 def stop_after(shards: int, monkeypatch: pytest.MonkeyPatch, call: Any) -> None:
     """Run a harvest that is interrupted when it begins to write one shard more."""
-    from cutaway.data.harvest import journal
+    from cutaway.data.harvesting import journal
 
     left, write = shards, journal.write_shard
 
@@ -211,7 +218,7 @@ def stop_after(shards: int, monkeypatch: pytest.MonkeyPatch, call: Any) -> None:
 def test_an_unfinished_folder_says_so_and_goes_on(
     tiny: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given: dict[str, Any] = {"lm": tiny, "corpus": some_texts(), "sites": SITES, "context": 16, "shard_tokens": 100}
+    given: dict[str, Any] = {"lm": tiny, "corpus": some_texts(), "sites": SITES, "context": 16, "storage": SMALL}
     whole = harvest(out=tmp_path / "whole", **given)
     stop_after(3, monkeypatch, lambda: harvest(out=tmp_path / "cut", **given))
     with pytest.raises(CutawayError, match="not finished; run the same harvest again"):
@@ -258,7 +265,7 @@ def test_a_corpus_that_changed_meanwhile_is_noticed(
 ) -> None:
     """An iterable has no fingerprint; the hash of what was read tells."""
     texts = some_texts()
-    given: dict[str, Any] = {"lm": tiny, "sites": SITES[0], "context": 16, "shard_tokens": 100}
+    given: dict[str, Any] = {"lm": tiny, "sites": SITES[0], "context": 16, "storage": SMALL}
     stop_after(2, monkeypatch, lambda: harvest(corpus=lambda: iter(texts), out=tmp_path / "a", **given))
     with pytest.raises(CutawayError, match=r"not the one that .* was begun with"):
         harvest(corpus=lambda: iter(["w5", *texts]), out=tmp_path / "a", **given)
@@ -269,7 +276,7 @@ def test_a_corpus_that_changed_meanwhile_is_noticed(
 def test_processes_share_the_shards(
     tiny: LanguageModel, tmp_path: Path, world: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given: dict[str, Any] = {"lm": tiny, "corpus": some_texts(), "sites": SITES, "context": 16, "shard_tokens": 100}
+    given: dict[str, Any] = {"lm": tiny, "corpus": some_texts(), "sites": SITES, "context": 16, "storage": SMALL}
     harvest(out=tmp_path / "one", rules=Rules(high_norm=1.3), **given)
     finish = module.Folder.finish
     monkeypatch.setenv("WORLD_SIZE", str(world))
@@ -301,9 +308,9 @@ def test_a_site_that_has_no_vector_a_token_is_refused(tiny: LanguageModel) -> No
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"dtype": "int8"}, "not as 'int8'"),
-        ({"file_format": "csv"}, "not 'csv'"),
-        ({"heads": "drop"}, "heads is 'drop'"),
+        ({"storage": Storage("int8")}, "not as 'int8'"),
+        ({"storage": Storage(file_format=cast(Any, "csv"))}, "not 'csv'"),
+        ({"storage": Storage(heads=cast(Any, "drop"))}, "heads is 'drop'"),
         ({"tokens": 0}, "tokens is 0"),
         ({"batch_rows": 0}, "batch_rows is 0"),
         ({"context": 1000}, "longer than the 64 of tiny"),
@@ -342,7 +349,7 @@ def test_values_that_a_dtype_cannot_hold_are_refused(tiny: LanguageModel, tmp_pa
 
     for out in (None, tmp_path / "a"):
         with pytest.raises(CutawayError, match=r"beyond 6.55e\+04, the largest float16; store bfloat16"):
-            harvest(Loud(tiny, []), some_texts(), SITES[0], context=16, dtype="float16", out=out)  # type: ignore[arg-type]
+            harvest(Loud(tiny, []), some_texts(), SITES[0], context=16, storage=Storage("float16"), out=out)  # type: ignore[arg-type]
     assert not list((tmp_path / "a").glob("shard*"))
 
 
@@ -371,11 +378,9 @@ def test_a_corpus_that_is_refused_leaves_nothing_behind(tiny: LanguageModel, tmp
 
 
 def test_two_writers_do_not_mix(tiny: LanguageModel, tmp_path: Path) -> None:
-    from cutaway.data.harvest.journal import Folder
+    from cutaway.data.harvesting.journal import Folder
 
-    plan = module._plan(
-        tiny, some_texts(), SITES[0], None, 16, "packed", Rules(), None, "keep", 16, None, "safetensors", "text", ""
-    )  # fmt: skip
+    plan = module._plan(tiny, some_texts(), SITES[0], None, (16, "packed", 16), Rules(), Storage())
     with (
         Folder(tmp_path / "a", plan.header, 0, 1),
         pytest.raises(CutawayError, match="another process is writing"),
@@ -400,7 +405,7 @@ def test_a_strange_environment(
 @pytest.fixture(scope="module")
 def saved(tiny: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("stores") / "a"
-    harvest(tiny, some_texts(), SITES, out=folder, context=16, shard_tokens=100)
+    harvest(tiny, some_texts(), SITES, out=folder, context=16, storage=SMALL)
     return folder
 
 
@@ -458,7 +463,9 @@ def test_a_finished_harvest_that_was_changed_is_noticed_when_it_is_asked_for_aga
     tiny: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def again(verify: bool = False) -> Store:
-        return harvest(tiny, some_texts(), SITES[0], out=tmp_path / "s", context=16, shard_tokens=100, verify=verify)
+        return harvest(
+            tiny, some_texts(), SITES[0], out=tmp_path / "s", context=16, storage=replace(SMALL, verify=verify)
+        )
 
     again()
     leftover = tmp_path / "s" / f".manifest.json.{'0' * 24}.tmp"
@@ -597,7 +604,7 @@ def test_memory_is_flat_over_a_thousand_batches(tiny: LanguageModel, tmp_path: P
     limit = 1000 * 8 * 23
     watched: Any = Watched(tiny, [])
     store = harvest(
-        watched, texts, sites, out=tmp_path, context=24, batch_rows=8, tokens=limit, shard_tokens=4096,
+        watched, texts, sites, out=tmp_path, context=24, batch_rows=8, tokens=limit, storage=Storage(shard_tokens=4096),
         rules=Rules(bos="keep"),
     )  # fmt: skip
     assert len(store) == limit

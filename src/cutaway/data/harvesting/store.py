@@ -22,10 +22,10 @@ import torch
 from pydantic import BaseModel, Field, StrictInt, ValidationError
 from torch import Tensor
 
-from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.errors import BadFile, CutawayError, NoSuchSite
 from cutaway.artifacts.files import parquet_errors, read_json, write_parquet, write_safetensors
 from cutaway.artifacts.manifest import Manifest, file_hash
-from cutaway.data.harvest.permutation import Permutation
+from cutaway.data.harvesting.permutation import Permutation
 
 KIND = "activations"
 MANIFEST = "manifest.json"
@@ -43,19 +43,20 @@ _DECODED_BYTES = 1 << 30
 
 @dataclass(frozen=True, eq=False)
 class Activations:
-    """Vectors of n tokens (or of one, without the first dimension) and where each comes from.
-
-    `values[site]` is [n, ...]; `token` the id; `document` the number of the document, `offset` the token's place in it
-    (-1 for a beginning-of-text that was put before a row); `row` the number of the row that the model read and
-    `position` the token's place there.
-    """
+    """Vectors of n tokens (or of one, without the first dimension) and where each comes from; index it by site."""
 
     values: Mapping[str, Tensor]
+    """By site [n, ...]."""
     token: Tensor
+    """Token ids [n]."""
     document: Tensor
+    """Numbers of documents [n]."""
     offset: Tensor
+    """The token's place in its document [n]; -1 for a beginning-of-text that was put before a row."""
     position: Tensor
+    """The token's place in the row that the model read [n]."""
     row: Tensor
+    """Numbers of rows that the model read [n]."""
 
     def __getitem__(self, site: str) -> Tensor:
         return self.values[site]
@@ -99,14 +100,23 @@ def _record(file: Path, info: Mapping[str, Any]) -> _Record:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise CutawayError(f"{file} is damaged at {where}: {first['msg']}; take it from a backup") from error
+        raise BadFile(f"{file} is damaged at {where}: {first['msg']}; take it from a backup") from error
 
 
 class Store:
     """A set of activations that can be read anywhere. Make one with `harvest`, or `Store.open` a folder.
 
-    `sites` maps each site to the shape of one token's value; `counts` says how many tokens were read, and how many each
-    rule left out; `thresholds` are the norms above which a token was left out, where that rule is on.
+    An int gives one token, a slice or a list several (`Activations`); `len` is the number of tokens.
+
+    Args:
+        manifest: Model, corpus, settings.
+        sites: By site, the shape of one token's value.
+        dtype: "float32", "float16" or "bfloat16".
+        counts: How many tokens were read, and how many each rule left out.
+        thresholds: By site, the norm above which a token was left out, where that rule is on.
+        shards: The files, or what stands in their place.
+        read: Gives the tensors of a shard by its number.
+        folder: Where the shards are; None in memory.
     """
 
     def __init__(
@@ -133,10 +143,18 @@ class Store:
 
     @classmethod
     def open(cls, folder: str | Path, *, verify: bool = False) -> "Store":
-        """The finished store in a folder; with `verify` every shard is read and its hash compared.
+        """The finished store in a folder.
 
-        Raises `CutawayError`: no folder, no store or an unfinished one there, a shard that is missing or was cut short;
-        with `verify` also one that was changed.
+        Args:
+            folder: Where `harvest` wrote it.
+            verify: Read every shard and compare its hash.
+
+        Returns:
+            The store; nothing but its manifest is in memory.
+
+        Raises:
+            BadFile: No store or an unfinished one there, a shard that is missing or was cut short; with `verify` also
+                one that was changed.
         """
         folder = Path(folder)
         record = _record(folder / MANIFEST, read_manifest(folder))
@@ -146,7 +164,7 @@ class Store:
             _check_size(folder, shard)
             # Parquet is compressed, but not by so much
             if shard.rows * (width + 28) > shard.bytes * (1 if record.format == "safetensors" else 1000):
-                raise CutawayError(f"{folder / MANIFEST} is damaged: {shard.file} cannot hold {shard.rows:,} tokens")
+                raise BadFile(f"{folder / MANIFEST} is damaged: {shard.file} cannot hold {shard.rows:,} tokens")
         reader = _Reader(folder, shards, record.sites, record.dtype, record.format)
         store = cls(
             manifest=Manifest.from_json(record.manifest),
@@ -163,12 +181,12 @@ class Store:
         return store
 
     def verify(self) -> None:
-        """Read every shard of a store on disk and compare its hash; `CutawayError` names the first that differs."""
+        """Read every shard of a store on disk and compare its hash; `BadFile` names the first that differs."""
         for shard in self.shards if self.folder is not None else ():
             assert self.folder is not None
             _check_size(self.folder, shard)
             if file_hash(self.folder / shard.file) != shard.sha256:
-                raise CutawayError(
+                raise BadFile(
                     f"{self.folder / shard.file} is not what was written: its SHA-256 differs; harvest again into "
                     "another folder, or take it from a backup"
                 )
@@ -191,7 +209,15 @@ class Store:
         return self.take(chosen % max(1, len(self)))
 
     def take(self, index: np.ndarray, sites: Sequence[str] | None = None) -> Activations:
-        """The tokens at these places (int [n], 0 ≤ index < len), in this order, of all or some sites."""
+        """Some tokens in an order of one's own.
+
+        Args:
+            index: Their places, int [n], 0 ≤ index < len.
+            sites: Which sites; all if None.
+
+        Returns:
+            The tokens in the order of `index`.
+        """
         names = self._names(sites)
         out = {name: torch.empty((len(index), *self.sites[name]), dtype=self.dtype) for name in names}
         out |= {name: torch.empty(len(index), dtype=dtype) for name, dtype in COLUMNS.items()}
@@ -217,10 +243,24 @@ class Store:
         shuffle: bool = True,
         drop_last: bool = False,
     ) -> Iterator[Activations]:
-        """All tokens once, `size` at a time, from batch `start` on; the last batch is shorter unless it is dropped.
+        """All tokens once, some at a time; memory is that of a batch.
 
-        The order is one permutation of the whole store that `seed` and `epoch` determine, so batch t depends on t and
-        the arguments alone. Memory is that of a batch.
+        The order is one permutation of the whole store, so batch t depends on t and the arguments alone.
+
+        Args:
+            size: Tokens per batch.
+            sites: Which sites; all if None.
+            seed: Of the order.
+            epoch: Another order of the same seed.
+            start: The batch to begin with.
+            shuffle: False: in the order of the corpus.
+            drop_last: Leave out the last batch where it is shorter.
+
+        Returns:
+            An iterator over batches.
+
+        Raises:
+            CutawayError: The size is below 1, or the store has no such site.
         """
         if size < 1:
             raise CutawayError(f"a batch of {size} tokens is none; give 1 or more")
@@ -234,7 +274,7 @@ class Store:
     def _names(self, sites: Sequence[str] | None) -> list[str]:
         names = list(self.sites) if sites is None else [sites] if isinstance(sites, str) else list(sites)
         if missing := [name for name in names if name not in self.sites]:
-            raise CutawayError(f"the store has no site '{missing[0]}'; it has {', '.join(self.sites)}")
+            raise NoSuchSite(f"the store has no site '{missing[0]}'; it has {', '.join(self.sites)}")
         return names
 
     def __repr__(self) -> str:
@@ -258,26 +298,26 @@ def _map(rows: Activations, change: Callable[[Tensor], Tensor]) -> Activations:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """What `manifest.json` of a finished store says; `CutawayError` when there is none."""
     if not os.path.isdir(folder):  # of os.path, since Path's own raises for names that are too long
-        raise CutawayError(f"{folder} is no folder of activations: there is no such folder")
+        raise BadFile(f"{folder} is no folder of activations: there is no such folder")
     if not (folder / MANIFEST).exists():
         if any(folder.glob("journal-*.jsonl")):
-            raise CutawayError(f"{folder} holds a harvest that is not finished; run the same harvest again to go on")
-        raise CutawayError(f"{folder} is no folder of activations: it has no {MANIFEST}")
+            raise BadFile(f"{folder} holds a harvest that is not finished; run the same harvest again to go on")
+        raise BadFile(f"{folder} is no folder of activations: it has no {MANIFEST}")
     info = read_json(folder / MANIFEST)
     manifest = info.get("manifest") if isinstance(info, dict) else None
     if not isinstance(manifest, dict) or manifest.get("kind") != KIND:
-        raise CutawayError(f"{folder / MANIFEST} describes something else than activations")
+        raise BadFile(f"{folder / MANIFEST} describes something else than activations")
     return info
 
 
 def _check_size(folder: Path, shard: Shard) -> None:
     path = folder / shard.file
     if not path.is_file():
-        raise CutawayError(
+        raise BadFile(
             f"{path} is missing: the manifest lists it; harvest again into another folder, or take it from a backup"
         )
     if (size := path.stat().st_size) != shard.bytes:
-        raise CutawayError(
+        raise BadFile(
             f"{path} has {size:,} bytes instead of {shard.bytes:,}: it was cut short or replaced; harvest again into "
             "another folder, or take it from a backup"
         )
@@ -301,9 +341,9 @@ class _Reader:
         tensors = read_shard(path, self.format, self.sites, self.dtype)
         for name, shape in {**self.sites, **dict.fromkeys(COLUMNS, ())}.items():
             if name not in tensors or tensors[name].shape != (shard.rows, *shape):
-                raise CutawayError(f"{path} does not hold what the manifest says: '{name}' is missing or misshapen")
+                raise BadFile(f"{path} does not hold what the manifest says: '{name}' is missing or misshapen")
             if tensors[name].dtype != COLUMNS.get(name, DTYPES[self.dtype]):
-                raise CutawayError(f"{path} does not hold what the manifest says: '{name}' is {tensors[name].dtype}")
+                raise BadFile(f"{path} does not hold what the manifest says: '{name}' is {tensors[name].dtype}")
         limit = _OPEN_SHARDS if self.format == "safetensors" else max(1, _DECODED_BYTES // max(1, shard.bytes))
         while len(self._kept) >= limit:
             self._kept.popitem(last=False)
@@ -337,7 +377,7 @@ def read_shard(path: Path, file_format: str, sites: Mapping[str, Sequence[int]],
             with safe_open(path, framework="pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
-            raise CutawayError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+            raise BadFile(f"{path} cannot be read: {' '.join(str(error).split())}") from error
     import pyarrow as pa
     import pyarrow.parquet
 
@@ -350,10 +390,10 @@ def read_shard(path: Path, file_format: str, sites: Mapping[str, Sequence[int]],
             kind = column.type.value_type if wide and pa.types.is_fixed_size_list(column.type) else column.type
             number = pa.types.is_floating(kind) if wide else pa.types.is_integer(kind)
             if not number or column.null_count or (name not in sites and name not in COLUMNS):
-                raise CutawayError(f"{path} does not hold what the manifest says: '{name}' is {column.type}")
+                raise BadFile(f"{path} does not hold what the manifest says: '{name}' is {column.type}")
             flat = column.flatten() if wide else column
             values = torch.from_numpy(np.array(flat.to_numpy(zero_copy_only=False)))
             if wide and len(values) != len(column) * int(np.prod(sites[name])):
-                raise CutawayError(f"{path} does not hold what the manifest says: '{name}' is misshapen")
+                raise BadFile(f"{path} does not hold what the manifest says: '{name}' is misshapen")
             found[name] = values.to(DTYPES[dtype]).view(len(column), *sites[name]) if wide else values
     return found

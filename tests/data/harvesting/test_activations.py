@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.data.harvest.activations import counted, harvest, harvest_sites, shuffled_batches
-from cutaway.data.harvest.harvest import Rules
+from cutaway.data.harvesting.activations import counted, harvest_sites, read_activations, shuffled_batches
+from cutaway.data.harvesting.settings import Rules
 from cutaway.model.tokens import Tokens
 
 BOS = 0
@@ -61,7 +61,7 @@ def ids(batches: list[Tensor]) -> list[int]:
 
 def test_first_positions_and_bos_are_left_out() -> None:
     rows = some_rows()
-    found = harvest(Counting(), rows, "s")
+    found = read_activations(Counting(), rows, "s")
     assert found.dtype == torch.float32
     assert found[:, 0].int().tolist() == rows[counted(rows, BOS)].tolist()
     assert BOS not in found[:, 0]
@@ -168,8 +168,8 @@ def test_too_little_text_and_wrong_sites_are_refused() -> None:
         def run(self, tokens: Tokens, *, capture: Sequence[str], logits: str | None) -> dict[str, Tensor]:
             return {site: tokens.ids.float() for site in capture}
 
-    with pytest.raises(CutawayError, match=r"one vector a position"):
-        harvest(Scalars(), some_rows(), "s")
+    with pytest.raises(CutawayError, match=r"one vector per position"):
+        read_activations(Scalars(), some_rows(), "s")
 
 
 def test_values_that_are_not_finite_are_refused_by_site() -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -23,12 +23,13 @@ from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.manifest import Manifest, ModelIdentity, code_version
 from cutaway.artifacts.progress import Progress, duration
 from cutaway.data.corpus.corpus import Tokenizing, rows_hash
-from cutaway.data.corpus.documents import documents_of
+from cutaway.data.corpus.documents import TextSource, documents_of
 from cutaway.data.corpus.rows import Packing, Reading, RowBatch, given_rows, row_batches, text_rows
-from cutaway.data.corpus.separators import Marks, refuse_separator
-from cutaway.data.harvest.hardware import keep_freed_memory
-from cutaway.data.harvest.journal import Folder, Memory, Written
-from cutaway.data.harvest.store import COLUMNS, DTYPES, Store
+from cutaway.data.corpus.separators import Marks
+from cutaway.data.harvesting.hardware import keep_freed_memory
+from cutaway.data.harvesting.journal import Folder, Memory, Written
+from cutaway.data.harvesting.settings import Rules, Storage
+from cutaway.data.harvesting.store import COLUMNS, DTYPES, Store
 from cutaway.model.tokens import Tokens, pad_rows
 
 _SHARD_BYTES = 1 << 28
@@ -55,45 +56,13 @@ class Harvesting(Tokenizing, Protocol):
     def identity(self) -> Callable[[], ModelIdentity]: ...
 
 
-@dataclass(frozen=True)
-class Rules:
-    """Which tokens are kept. Padding never is.
-
-    `first_position` is a row's first token, `bos` the beginning-of-text token wherever it stands (between packed
-    documents too): models park attention there, and its vector is often a hundred times longer than any other.
-    `high_norm` leaves out a token whose vector is longer than that many times the site's median, at any of the sites;
-    the median is that of the first 4,096 tokens of the corpus that the other rules keep.
-    """
-
-    bos: Literal["drop", "keep"] = "drop"
-    first_position: Literal["drop", "keep"] = "drop"
-    high_norm: float | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("bos", "first_position"):
-            if getattr(self, name) not in ("drop", "keep"):
-                raise CutawayError(f"the rule {name} is '{getattr(self, name)}'; it is 'drop' or 'keep'")
-        if self.high_norm is not None and not self.high_norm > 1:
-            raise CutawayError(
-                f"high_norm is {self.high_norm}, a multiple of the median norm; give more than 1, or None"
-            )
-
-    def keep(self, batch: RowBatch, bos_id: int | None) -> tuple[Tensor, dict[str, int]]:
-        """What all rules but `high_norm` keep, bool [b, p], and how many tokens each left out, the first that did."""
-        keep = batch.mask.clone()
-        counts = {"read": int(keep.sum()), "padding": int((~keep).sum()), "first_position": 0, "bos": 0}
-        first = torch.zeros_like(keep)
-        first[:, 0] = True
-        for name, drops in (("first_position", first), ("bos", batch.ids == (-1 if bos_id is None else bos_id))):
-            if getattr(self, name) == "drop":
-                counts[name] = int((keep & drops).sum())
-                keep &= ~drops
-        return keep, counts
+TokenRows = Tensor | Tokens | Sequence[Sequence[int]]
+"""Rows of token ids: int [n, p], lists, or `Tokens` with their mask."""
 
 
 def harvest(
     lm: Harvesting,
-    corpus: Any,
+    corpus: TextSource | TokenRows,
     sites: str | Sequence[str],
     *,
     out: str | Path | None = None,
@@ -101,37 +70,44 @@ def harvest(
     context: int | None = None,
     packing: Packing = "packed",
     rules: Rules | None = None,
-    dtype: str | None = None,
-    heads: Literal["keep", "flatten"] = "keep",
     batch_rows: int = 16,
-    shard_tokens: int | None = None,
-    file_format: Literal["safetensors", "parquet"] = "safetensors",
-    field: str = "text",
-    split: str = "train",
-    document_separator: str | None = None,
-    verify: bool = False,
+    storage: Storage | None = None,
 ) -> Store:
     """Run a corpus through a model up to the last of `sites` and keep what is there at every token that counts.
 
-    `corpus` is a path, `hub:NAME`, texts in any iterable (it may be larger than memory), or rows of token ids (lists,
-    int [n, p], or `Tokens`); see `documents_of`, also for `document_separator`. `sites` names sites or wildcards with
-    one vector a token; by head they are kept as [H, h] or flattened. Texts become rows of `context` tokens (256, or all
-    that a smaller model reads, if None), `packed` or one `document` a row; rows of ids stay as they are. `tokens` ends
-    the harvest after that many tokens that `rules` keep (`high_norm` comes after it). `dtype` is how values are stored:
-    float32, float16, bfloat16, the model's own if None.
+    The same call with the same `out` goes on with an unfinished folder and opens a finished one. Under `torchrun` (RANK
+    and WORLD_SIZE) each process writes its share of the shards, and each returns the whole store when all are done.
 
-    Without `out` the store is in memory. With it the store is that folder; the same call goes on with an unfinished one
-    and opens a finished one, whose hashes are compared up to 1 GiB, or with `verify`. Under `torchrun` (RANK and
-    WORLD_SIZE) each process writes its share of the shards, and each returns the whole store when all are done. Shards
-    hold `shard_tokens` tokens, about 256 MiB if None.
+    Args:
+        lm: The model.
+        corpus: A path, `hub:NAME`, texts in any iterable (it may be larger than memory), or rows of token ids (lists,
+            int [n, p], or `Tokens`), which stay as they are. `documents_of` says how texts are read otherwise: from
+            another field or split, or cut at a separator.
+        sites: Sites or wildcards with one vector per token.
+        out: The folder of the store; None keeps it in memory.
+        tokens: Stop after so many tokens that `rules` keep (`high_norm` comes after it); None reads the whole corpus.
+        context: Tokens per row; None is 256, or all that a smaller model reads.
+        packing: "packed": documents are joined and cut into full rows; "document": each has its own row, and is cut at
+            its end.
+        rules: Which tokens are kept; without the first of a row and the beginning-of-text tokens if None.
+        batch_rows: Rows per forward.
+        storage: How values are stored; as the model computes them if None.
 
-    Raises `CutawayError`: a site that has no vector a token, a folder that holds something else, a corpus that is empty
-    or not the one that the folder was begun with, values that are not finite or do not fit the dtype.
+    Returns:
+        The store, each vector with the token it belongs to.
+
+    Raises:
+        CutawayError: A site without one vector per token; a folder that holds something else; a corpus that is empty or
+            not the one that the folder was begun with; values that are not finite or do not fit the dtype.
+
+    Example:
+        >>> lm = cutaway.load("atlas")
+        >>> store = harvest(lm, ["The capital of France is Paris."], "blocks.3.resid_post")
+        >>> store[0]["blocks.3.resid_post"].shape
+        torch.Size([256])
     """
-    plan = _plan(
-        lm, corpus, sites, tokens, context, packing, rules or Rules(), dtype, heads, batch_rows, shard_tokens,
-        file_format, field, split, document_separator,
-    )  # fmt: skip
+    rows = context, packing, batch_rows
+    plan = _plan(lm, corpus, sites, tokens, rows, rules or Rules(), storage or Storage())
     keep_freed_memory()
     if out is None:
         memory = Memory()
@@ -141,7 +117,7 @@ def harvest(
     with Folder(Path(out), plan.header, rank, world) as folder:
         if not folder.complete:
             _fill(plan, folder, folder.done)
-        return folder.finish(plan.manifest, verify)
+        return folder.finish(plan.manifest, storage is not None and storage.verify)
 
 
 def _place_among_processes() -> tuple[int, int]:
@@ -177,22 +153,16 @@ class _Plan:
 
 def _plan(
     lm: Harvesting,
-    corpus: Any,
+    corpus: TextSource | TokenRows,
     sites: str | Sequence[str],
     tokens: int | None,
-    context: int | None,
-    packing: Packing,
+    rows: tuple[int | None, Packing, int],
     rules: Rules,
-    dtype: str | None,
-    heads: str,
-    batch_rows: int,
-    shard_tokens: int | None,
-    file_format: str,
-    field: str,
-    split: str,
-    document_separator: str | None = None,
+    storage: Storage,
 ) -> _Plan:
-    stored = str(lm.dtype).removeprefix("torch.") if dtype is None else dtype
+    context, packing, batch_rows = rows
+    file_format, heads = storage.file_format, storage.heads
+    stored = str(lm.dtype).removeprefix("torch.") if storage.dtype is None else storage.dtype
     stored = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}.get(stored, stored)
     if stored not in DTYPES:
         raise CutawayError(f"activations are stored as {', '.join(DTYPES)}; not as '{stored}'")
@@ -202,18 +172,19 @@ def _plan(
         raise CutawayError("Parquet has no bfloat16: store float32 or float16, or use safetensors")
     if heads not in ("keep", "flatten"):
         raise CutawayError(f"heads is '{heads}'; it is 'keep' or 'flatten'")
-    for name, number in (("tokens", tokens), ("batch_rows", batch_rows), ("shard_tokens", shard_tokens)):
+    for name, number in (("tokens", tokens), ("batch_rows", batch_rows), ("shard_tokens", storage.shard_tokens)):
         if number is not None and number < 1:
             raise CutawayError(f"{name} is {number}; it must be 1 or more")
     context = min(_CONTEXT, lm.context_length) if context is None else context
     dims = token_shapes(lm, sites)
     shapes = {name: (_product(shape),) if heads == "flatten" else shape for name, shape in dims.items()}
     width = sum(map(_product, shapes.values())) * DTYPES[stored].itemsize
-    size = shard_tokens or max(1024, _SHARD_BYTES // width)
+    size = storage.shard_tokens or max(1024, _SHARD_BYTES // width)
     pad = next((i for i in (lm.pad_id, lm.bos_id) if i is not None and i < lm.d_vocab_in), 0)
-    given = _given(corpus)
+    given, separator = _given(corpus), None
     if given is None:
-        documents = documents_of(corpus, field=field, split=split, document_separator=document_separator)
+        documents = documents_of(cast(TextSource, corpus))
+        separator = documents.separator
         text_rows(lm, documents, context, packing, Reading())  # so that what is wrong shows before any work
         source, fingerprint, total = documents.source, documents.fingerprint, documents.size
 
@@ -221,7 +192,6 @@ def _plan(
             return row_batches(text_rows(lm, documents, context, packing, reading), batch_rows, pad)
     else:
         ids, mask = given
-        refuse_separator(document_separator)
         if bool((ids < 0).any()) or bool((ids >= lm.d_vocab_in).any()):
             raise CutawayError(f"Token ids must be between 0 and {lm.d_vocab_in - 1}, the vocabulary of {lm.name}.")
         source, fingerprint, total = "rows of token ids", rows_hash(ids), None
@@ -234,7 +204,7 @@ def _plan(
         "sites": {name: list(shape) for name, shape in shapes.items()},
         "rules": asdict(rules),
         "rows": {"packing": packing, "context": context} if given is None else {"packing": "given"},
-        "document_separator": document_separator,
+        "document_separator": separator,
         "batch_rows": batch_rows,
         "tokens": tokens,
         "dtype": stored,
@@ -284,7 +254,7 @@ def token_shapes(lm: Harvesting, sites: str | Sequence[str]) -> dict[str, tuple[
         if site.dims.split()[:2] != ["b", "p"]:
             raise CutawayError(
                 f"'{name}' is [{site.dims}], a number for each pair of tokens, which grows with the square of the "
-                "context: a harvest keeps sites with one vector a token; capture patterns with lm.run"
+                "context: a harvest keeps sites with one vector per token; capture patterns with lm.run"
             )
         shapes[name] = tuple(int(part) for part in site.shape[2:])
     if not shapes:

@@ -21,10 +21,10 @@ from typing import IO, Any, Self
 from pydantic import BaseModel, Field, StrictInt
 from torch import Tensor
 
-from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.errors import BadFile, CutawayError
 from cutaway.artifacts.files import clear_leftovers, disk_errors, make_folder, parse_json, plain, write_json
 from cutaway.artifacts.manifest import Manifest, file_hash
-from cutaway.data.harvest.store import MANIFEST, Shard, Store, read_manifest, write_shard
+from cutaway.data.harvesting.store import MANIFEST, Shard, Store, read_manifest, write_shard
 
 _SHARD = re.compile(r"^\.?shard-(\d+)\.(safetensors|parquet)(\.[0-9a-f]+\.tmp)?$")
 _LONGEST_SILENCE = 3600.0
@@ -139,7 +139,7 @@ class Folder:
         if self.path.is_dir() and any(
             not entry.name.startswith(".") for entry in self.path.iterdir() if not self._is_ours(entry)
         ):
-            raise CutawayError(f"{self.path} holds other files; name an empty or a new folder for the activations")
+            raise BadFile(f"{self.path} holds other files; name an empty or a new folder for the activations")
         self._made = not self.path.exists()
         make_folder(self.path)
         with disk_errors(self._journal(self.rank)):
@@ -209,7 +209,7 @@ class Folder:
             written = sum(1 for rank in self._ranks() for _ in self._lines(rank))
             waited, seen = (0.0, written) if written != seen else (waited + 0.2, seen)
             if waited > _LONGEST_SILENCE:
-                raise CutawayError(
+                raise BadFile(
                     f"this process has written its shards into {self.path}, but another has written none for an hour; "
                     "run the same command again to finish"
                 )
@@ -282,7 +282,7 @@ class Folder:
                 raise ValueError
             _LINES[known].model_validate(found)
         except ValueError as error:  # pydantic's too
-            raise CutawayError(f"{self._journal(rank)} is damaged; {again}") from error
+            raise BadFile(f"{self._journal(rank)} is damaged; {again}") from error
         return found
 
     def _take_over(self, rank: int) -> None:
@@ -304,16 +304,16 @@ class Folder:
         parts = {"fingerprint", "source", "settings", "model", "version"}
         whole = isinstance(header, dict) and parts <= header.keys() and isinstance(header["settings"], dict)
         if not whole:
-            raise CutawayError(f"what {self.path} says of its harvest is damaged; name another folder, or delete it")
+            raise BadFile(f"what {self.path} says of its harvest is damaged; name another folder, or delete it")
         if self.header["fingerprint"] != header["fingerprint"]:
-            raise CutawayError(
+            raise BadFile(
                 f"{self.path} was begun with another corpus ({header['source']}), or with this one before it changed; "
                 "name another folder, or delete it"
             )
         asked, there = ({**h["settings"], "model": h["model"], "version": h["version"]} for h in (self.header, header))
         for key in asked:
             if asked[key] != there.get(key):
-                raise CutawayError(
+                raise BadFile(
                     f"{self.path} holds another harvest: its {key.replace('_', ' ')} is {_brief(there.get(key))}, not "
                     f"{_brief(asked[key])}; name another folder, or delete it"
                 )
@@ -334,7 +334,7 @@ class Folder:
         for number, written in self.done.items():
             path = self.path / _shard_name(number, self.header["settings"]["format"])
             if self.mine(number) and (not path.is_file() or path.stat().st_size != written.bytes):
-                raise CutawayError(
+                raise BadFile(
                     f"{path} is missing or was cut short since it was written; delete {self.path} and harvest again"
                 )
 

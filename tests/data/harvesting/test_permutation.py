@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy.stats import chisquare
 
-from cutaway.data.harvest import permutation
-from cutaway.data.harvest.permutation import Permutation
+from cutaway.data.harvesting import permutation
+from cutaway.data.harvesting.permutation import Permutation
 
 
 @pytest.fixture(params=["table", "network"])

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from cutaway.data.harvest.store import Store
+from cutaway.data.harvesting.store import Store
 
 SCRIPT = Path(__file__).parents[2] / "helpers" / "killed.py"
 

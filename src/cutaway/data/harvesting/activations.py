@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.data.harvest.hardware import keep_freed_memory
-from cutaway.data.harvest.harvest import Rules
+from cutaway.data.harvesting.hardware import keep_freed_memory
+from cutaway.data.harvesting.settings import Rules
 from cutaway.model.tokens import Tokens
 
 _ROWS_A_FORWARD = 16
@@ -44,8 +44,21 @@ def as_tokens(rows: Tensor) -> Tokens:
     return Tokens(rows, torch.ones_like(rows, dtype=torch.bool), ((),) * len(rows))
 
 
-def harvest(lm: Running, rows: Tensor, site: str, *, low_precision: bool = False) -> Tensor:
-    """Activations at one site of the positions of rows [n, p] that count, in their order: float32 [m, width]."""
+def read_activations(lm: Running, rows: Tensor, site: str, *, low_precision: bool = False) -> Tensor:
+    """Activations at one site, in memory: of every token but the first of each row and beginning-of-text tokens.
+
+    Args:
+        lm: The model.
+        rows: Token ids without padding [n, p].
+        site: A site with one vector per token; one by head is flattened.
+        low_precision: Let the forward's matrix products run in bfloat16.
+
+    Returns:
+        float32 [m, width], in the order of the tokens.
+
+    Raises:
+        CutawayError: The site has no vector per token, or values that are not finite.
+    """
     return harvest_sites(lm, rows, [site], counted(rows, lm.bos_id), low_precision=low_precision)[site]
 
 
@@ -55,7 +68,7 @@ def harvest_sites(
     """Activations at several sites of the positions `keep` (bool [n, p]) of rows [n, p]: by site float32 [m, width].
 
     One forward, which stops after the last of them, gives all; sites by head are flattened. `low_precision` lets the
-    forward's matrix products run in bfloat16. Raises `CutawayError` for a site without one vector a position, and for
+    forward's matrix products run in bfloat16. Raises `CutawayError` for a site without one vector per position, and for
     values that are not finite.
     """
     keep_freed_memory()
@@ -71,7 +84,7 @@ def harvest_sites(
             captured: Tensor = run[site]
             if captured.ndim < 3 or captured.shape[:2] != tokens.ids.shape:
                 raise CutawayError(
-                    f"{site} has shape {list(captured.shape)}: a dictionary needs one vector a position, [b, p, d]"
+                    f"{site} has shape {list(captured.shape)}: a dictionary needs one vector per position, [b, p, d]"
                 )
             kept = captured[keep[part].to(captured.device)].flatten(1)
             n = len(kept)

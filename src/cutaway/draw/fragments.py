@@ -1,0 +1,100 @@
+"""Blocks of plain data (`cutaway.draw.blocks`) as HTML fragments, each with its legend and caption."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from markupsafe import Markup
+
+from cutaway.draw import charts, heatmap, panels, tokens
+from cutaway.draw.blocks import (
+    Bars,
+    Block,
+    Compare,
+    EffectBlock,
+    Features,
+    Figures,
+    Heatmap,
+    Lens,
+    Line,
+    Table,
+    Text,
+    Tokens,
+)
+from cutaway.draw.text import escape
+
+
+def draw_block(block: Block, link: Callable[[str], Markup] = lambda text: Markup(escape(text))) -> Markup:
+    """One block as an HTML fragment: its drawing, legend and caption.
+
+    Args:
+        block: What is drawn.
+        link: Turns prose into HTML, perhaps with links to a glossary; escapes it and no more if not given.
+
+    Returns:
+        The fragment; its style is that of `cutaway.draw.style`.
+
+    Raises:
+        CutawayError: the block is an effect without controls.
+    """
+    match block:
+        case Text():
+            paragraphs = [part for part in re.split(r"\n\s*\n", block.text) if part.strip()]
+            return Markup("").join(Markup("<p>{}</p>").format(link(part)) for part in paragraphs)
+        case Figures():
+            return panels.figures_html(**_data(block))
+        case EffectBlock():
+            return charts.effect_html(block.effect)
+        case Features():
+            return panels.features_html(**_data(block))
+        case Table():
+            data = _data(block)
+            fold = data.pop("fold")
+            drawn = _wide(panels.table_html(**data, title=block.caption or fold or "Table"), "table")
+            figure = _figure(drawn, link(block.caption))
+            if not fold:
+                return figure
+            return Markup('<details class="fold"><summary>{}</summary>{}</details>').format(
+                Markup(escape(fold)), figure
+            )
+        case Heatmap():
+            # the drawing itself takes the focus: its arrow keys go from cell to cell
+            data = _data(block)
+            scale = heatmap.heatmap_scale(block.values, data.pop("diverging"))
+            drawn = heatmap.heatmap_svg(**data, title=block.caption or "Heatmap", scale=scale)
+            boxed = Markup('<div class="wide">{}</div>').format(drawn)
+            return _figure(boxed + scale.legend(block.units), link(block.caption))
+        case Line():
+            series = _data(block)["series"]
+            drawn = charts.line_svg(
+                series=series, title=block.caption or block.y_label, x_label=block.x_label, y_label=block.y_label
+            )
+            return _figure(charts.line_legend(series) + drawn, link(block.caption))
+        case Bars():
+            return _figure(charts.bars_html(**_data(block)), link(block.caption))
+        case Tokens():
+            data = _data(block)
+            legend = tokens.tokens_scale(data["rows"]).legend(block.units)
+            return _figure(tokens.tokens_html(**data) + legend, link(block.caption))
+        case Lens():
+            drawn = _wide(tokens.lens_html(**_data(block), title=block.caption or "Logit lens"), "logit lens")
+            return _figure(drawn + tokens.LENS_SCALE.legend("probability of the token shown"), link(block.caption))
+        case Compare():
+            return _figure(panels.compare_html(**_data(block)), link(block.caption))
+
+
+def _data(block: Block) -> dict[str, Any]:
+    return block.model_dump(exclude={"kind", "caption"})
+
+
+def _figure(drawn: Markup, caption: Markup) -> Markup:
+    if not caption:
+        return Markup("<figure>{}</figure>").format(drawn)
+    return Markup("<figure>{}<figcaption>{}</figcaption></figure>").format(drawn, caption)
+
+
+def _wide(drawn: Markup, what: str) -> Markup:
+    """A box that scrolls sideways by itself, by keyboard too, so that the page never does."""
+    return Markup('<div class="wide" tabindex="0" role="group" aria-label="{} (scrolls sideways)">{}</div>').format(
+        what, drawn
+    )
