@@ -16,7 +16,12 @@ PROMISED = {
 }
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.py")))
+def test_every_script_has_a_test():
+    own = {path.name[len("test_") :] for path in Path(__file__).parent.glob("test_*.py")}
+    assert {path.name for path in EXAMPLES.glob("*.py")} <= set(PROMISED) | own
+
+
+@pytest.mark.parametrize("name", sorted(PROMISED))
 def test_an_example_runs(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
