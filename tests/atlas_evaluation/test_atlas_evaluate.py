@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from cutaway.observe.untrained import untrained
+from cutaway.observe.random_weights import untrained
 
 import cutaway
 import cutaway.atlas_evaluation.evaluate as evaluation_module

@@ -55,7 +55,7 @@ class LogitEffects(Result):
             cell_text=[[token for token, _ in some] for some in both],
             title=f"Latent {self.latent}: change of logits per unit, direct path",
             units="logit",
-            diverging=True,
+            scale="diverging",
         )
 
 

@@ -113,7 +113,7 @@ class Sweep(Result):
             columns=[f"prompt {j}" for j in range(len(self.base))],
             values=table.tolist(),
             title="Metric by cell and prompt",
-            diverging=True,
+            scale="diverging",
         )
 
 

@@ -20,6 +20,101 @@ Answer = str | int | Sequence[str | int]
 WrongAnswer = str | int | Sequence[str | int | Sequence[str | int] | None] | None
 """What an answer is compared with: None, a token, several (their mean), "mean" (over the vocabulary), or one of these
 per prompt."""
+Answer = str | int | Sequence[str | int]
+"""A token (an id, "#422", or the text by which one token continues the prompt), or one per prompt."""
+WrongAnswer = str | int | Sequence[str | int | Sequence[str | int] | None] | None
+"""What an answer is compared with: None, a token, several (their mean), "mean" (over the vocabulary), or one of these
+per prompt."""
+Answer = str | int | Sequence[str | int]
+"""A token (an id, "#422", or the text by which one token continues the prompt), or one per prompt."""
+WrongAnswer = str | int | Sequence[str | int | Sequence[str | int] | None] | None
+"""What an answer is compared with: None, a token, several (their mean), "mean" (over the vocabulary), or one of these
+per prompt."""
+Answer = str | int | Sequence[str | int]
+"""A token (an id, "#422", or the text by which one token continues the prompt), or one per prompt."""
+WrongAnswer = str | int | Sequence[str | int | Sequence[str | int] | None] | None
+"""What an answer is compared with: None, a token, several (their mean), "mean" (over the vocabulary), or one of these
+per prompt."""
+Answer = str | int | Sequence[str | int]
+"""A token (an id, "#422", or the text by which one token continues the prompt), or one per prompt."""
+WrongAnswer = str | int | Sequence[str | int | Sequence[str | int] | None] | None
+"""What an answer is compared with: None, a token, several (their mean), "mean" (over the vocabulary), or one of these
+per prompt."""
+Answer = str | int | Sequence[str | int]
+"""A token (an id, "#422", or the text by which one token continues the prompt), or one per prompt."""
+WrongAnswer = str | int | Sequence[str | int | Sequence[str | int] | None] | None
+"""What an answer is compared with: None, a token, several (their mean), "mean" (over the vocabulary), or one of these
+per prompt."""
+Answer = str | int | Sequence[str | int]
+"""A token (an id, "#422", or the text by which one token continues the prompt), or one per prompt."""
+WrongAnswer = str | int | Sequence[str | int | Sequence[str | int] | None] | None
+"""What an answer is compared with: None, a token, several (their mean), "mean" (over the vocabulary), or one of these
+per prompt."""
+Answer = str | int | Sequence[str | int]
+"""A token (an id, "#422", or the text by which one token continues the prompt), or one per prompt."""
+WrongAnswer = str | int | Sequence[str | int | Sequence[str | int] | None] | None
+"""What an answer is compared with: None, a token, several (their mean), "mean" (over the vocabulary), or one of these
+per prompt."""
+Answer = str | int | Sequence[str | int]
+"""A token (an id, "#422", or the text by which one token continues the prompt), or one per prompt."""
+WrongAnswer = str | int | Sequence[str | int | Sequence[str | int] | None] | None
+"""What an answer is compared with: None, a token, several (their mean), "mean" (over the vocabulary), or one of these
+per prompt."""
+Answer = str | int | Sequence[str | int]
+"""A token (an id, "#422", or the text by which one token continues the prompt), or one per prompt."""
+WrongAnswer = str | int | Sequence[str | int | Sequence[str | int] | None] | None
+"""What an answer is compared with: None, a token, several (their mean), "mean" (over the vocabulary), or one of these
+per prompt."""
+Answer = str | int | Sequence[str | int]
+"""A token (an id, "#422", or the text by which one token continues the prompt), or one per prompt."""
+WrongAnswer = str | int | Sequence[str | int | Sequence[str | int] | None] | None
+"""What an answer is compared with: None, a token, several (their mean), "mean" (over the vocabulary), or one of these
+per prompt."""
+Answer = str | int | Sequence[str | int]
+"""A token (an id, "#422", or the text by which one token continues the prompt), or one per prompt."""
+WrongAnswer = str | int | Sequence[str | int | Sequence[str | int] | None] | None
+"""What an answer is compared with: None, a token, several (their mean), "mean" (over the vocabulary), or one of these
+per prompt."""
+Answer = str | int | Sequence[str | int]
+"""A token (an id, "#422", or the text by which one token continues the prompt), or one per prompt."""
+WrongAnswer = str | int | Sequence[str | int | Sequence[str | int] | None] | None
+"""What an answer is compared with: None, a token, several (their mean), "mean" (over the vocabulary), or one of these
+per prompt."""
+Answer = str | int | Sequence[str | int]
+"""A token (an id, "#422", or the text by which one token continues the prompt), or one per prompt."""
+WrongAnswer = str | int | Sequence[str | int | Sequence[str | int] | None] | None
+"""What an answer is compared with: None, a token, several (their mean), "mean" (over the vocabulary), or one of these
+per prompt."""
+Answer = str | int | Sequence[str | int]
+"""A token (an id, "#422", or the text by which one token continues the prompt), or one per prompt."""
+WrongAnswer = str | int | Sequence[str | int | Sequence[str | int] | None] | None
+"""What an answer is compared with: None, a token, several (their mean), "mean" (over the vocabulary), or one of these
+per prompt."""
+Answer = str | int | Sequence[str | int]
+"""A token (an id, "#422", or the text by which one token continues the prompt), or one per prompt."""
+WrongAnswer = str | int | Sequence[str | int | Sequence[str | int] | None] | None
+"""What an answer is compared with: None, a token, several (their mean), "mean" (over the vocabulary), or one of these
+per prompt."""
+Answer = str | int | Sequence[str | int]
+"""A token (an id, "#422", or the text by which one token continues the prompt), or one per prompt."""
+WrongAnswer = str | int | Sequence[str | int | Sequence[str | int] | None] | None
+"""What an answer is compared with: None, a token, several (their mean), "mean" (over the vocabulary), or one of these
+per prompt."""
+Answer = str | int | Sequence[str | int]
+"""A token (an id, "#422", or the text by which one token continues the prompt), or one per prompt."""
+WrongAnswer = str | int | Sequence[str | int | Sequence[str | int] | None] | None
+"""What an answer is compared with: None, a token, several (their mean), "mean" (over the vocabulary), or one of these
+per prompt."""
+Answer = str | int | Sequence[str | int]
+"""A token (an id, "#422", or the text by which one token continues the prompt), or one per prompt."""
+WrongAnswer = str | int | Sequence[str | int | Sequence[str | int] | None] | None
+"""What an answer is compared with: None, a token, several (their mean), "mean" (over the vocabulary), or one of these
+per prompt."""
+Answer = str | int | Sequence[str | int]
+"""A token (an id, "#422", or the text by which one token continues the prompt), or one per prompt."""
+WrongAnswer = str | int | Sequence[str | int | Sequence[str | int] | None] | None
+"""What an answer is compared with: None, a token, several (their mean), "mean" (over the vocabulary), or one of these
+per prompt."""
 
 
 def model_answers(lm: LanguageModel, inputs: Inputs, position: int = -1) -> list[int]:

