@@ -21,7 +21,7 @@ from cutaway.atlas_evaluation.open_steering import OpenSteering, open_steering
 from cutaway.atlas_evaluation.refusal_checks import Chat, RefusalChecks, refusal_checks
 from cutaway.atlas_evaluation.scoring import Scores, repeat_losses, score, text_losses, world_losses
 from cutaway.data.corpus.python_library import standard_library
-from cutaway.observe.untrained import untrained
+from cutaway.observe.random_weights import untrained
 from cutaway.subjects.atlas.text import world_text
 from cutaway.subjects.world import held_out as held
 from cutaway.subjects.world.chats import chat, open_chat
