@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from cutaway.observe.random_weights import untrained
 
 import cutaway
 import cutaway.atlas_evaluation.evaluate as evaluation_module
@@ -38,6 +37,7 @@ from cutaway.atlas_evaluation.refusal_checks import (
 )
 from cutaway.atlas_evaluation.scoring import Scores, as_dicts, repeat_losses, score
 from cutaway.cli import subjects as command
+from cutaway.observe.random_weights import untrained
 from cutaway.steering.directions import ablate_direction, clamp_to_negative, difference_of_means
 from cutaway.subjects.atlas.shipped import atlas_folder, read_manifest
 from cutaway.subjects.world import held_out

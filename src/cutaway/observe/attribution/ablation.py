@@ -15,69 +15,12 @@ from cutaway.artifacts.results import Control, Effect
 from cutaway.artifacts.statistics import bootstrap_interval
 from cutaway.draw.page import sections_html
 from cutaway.draw.result import Result
-from cutaway.draw.page import sections_html
-from cutaway.draw.result import Result
-from cutaway.draw.page import sections_html
-from cutaway.draw.result import Result
-from cutaway.draw.page import sections_html
-from cutaway.draw.result import Result
-from cutaway.draw.page import sections_html
-from cutaway.draw.result import Result
-from cutaway.draw.page import sections_html
-from cutaway.draw.result import Result
-from cutaway.draw.page import sections_html
-from cutaway.draw.result import Result
-from cutaway.draw.page import sections_html
-from cutaway.draw.result import Result
-from cutaway.draw.page import sections_html
-from cutaway.draw.result import Result
-from cutaway.draw.page import sections_html
-from cutaway.draw.result import Result
-from cutaway.draw.page import sections_html
-from cutaway.draw.result import Result
-from cutaway.draw.page import sections_html
-from cutaway.draw.result import Result
-from cutaway.draw.page import sections_html
-from cutaway.draw.result import Result
-from cutaway.draw.page import sections_html
-from cutaway.draw.result import Result
-from cutaway.draw.page import sections_html
-from cutaway.draw.result import Result
-from cutaway.draw.page import sections_html
-from cutaway.draw.result import Result
-from cutaway.draw.page import sections_html
-from cutaway.draw.result import Result
-from cutaway.draw.page import sections_html
-from cutaway.draw.result import Result
-from cutaway.draw.page import sections_html
-from cutaway.draw.result import Result
-from cutaway.draw.page import sections_html
-from cutaway.draw.result import Result
 from cutaway.model.edits import edits
 from cutaway.model.edits.edits import Edit
 from cutaway.model.forward.run import Run
 from cutaway.model.language_model import Inputs, LanguageModel
 from cutaway.model.tokens import Tokens
 from cutaway.observe.attribution.attribution import Attribution, Part
-from cutaway.observe.summaries import block, ends, with_interval
-from cutaway.observe.summaries import block, ends, with_interval
-from cutaway.observe.summaries import block, ends, with_interval
-from cutaway.observe.summaries import block, ends, with_interval
-from cutaway.observe.summaries import block, ends, with_interval
-from cutaway.observe.summaries import block, ends, with_interval
-from cutaway.observe.summaries import block, ends, with_interval
-from cutaway.observe.summaries import block, ends, with_interval
-from cutaway.observe.summaries import block, ends, with_interval
-from cutaway.observe.summaries import block, ends, with_interval
-from cutaway.observe.summaries import block, ends, with_interval
-from cutaway.observe.summaries import block, ends, with_interval
-from cutaway.observe.summaries import block, ends, with_interval
-from cutaway.observe.summaries import block, ends, with_interval
-from cutaway.observe.summaries import block, ends, with_interval
-from cutaway.observe.summaries import block, ends, with_interval
-from cutaway.observe.summaries import block, ends, with_interval
-from cutaway.observe.summaries import block, ends, with_interval
-from cutaway.observe.summaries import block, ends, with_interval
 from cutaway.observe.summaries import block, ends, with_interval
 
 _SITES = {

@@ -10,25 +10,6 @@ from cutaway.artifacts.results import interval_text
 from cutaway.draw.charts import Bar, bars_html
 from cutaway.draw.heatmap import heatmap_scale, heatmap_svg
 from cutaway.draw.page import Section
-from cutaway.draw.page import Section
-from cutaway.draw.page import Section
-from cutaway.draw.page import Section
-from cutaway.draw.page import Section
-from cutaway.draw.page import Section
-from cutaway.draw.page import Section
-from cutaway.draw.page import Section
-from cutaway.draw.page import Section
-from cutaway.draw.page import Section
-from cutaway.draw.page import Section
-from cutaway.draw.page import Section
-from cutaway.draw.page import Section
-from cutaway.draw.page import Section
-from cutaway.draw.page import Section
-from cutaway.draw.page import Section
-from cutaway.draw.page import Section
-from cutaway.draw.page import Section
-from cutaway.draw.page import Section
-from cutaway.draw.page import Section
 from cutaway.draw.panels import figures_html, table_html
 from cutaway.draw.tokens import TokenRow, tokens_html, tokens_scale
 from cutaway.observe.attribution.ablation import AblatedPart
