@@ -129,7 +129,7 @@ def _circuit(folder: Path) -> None:
     control = Control("random circuit", 0.1, (0.0, 0.2), 10)
     effect = Effect("faithfulness", 0.5, 10, (0.4, 0.6), (control,), "resample", "share", choices=choices)
     manifest = Manifest.create("circuit", model=tiny().identity(), configuration={"scorer": "x"}, seed=0)
-    evidence = Evidence("10 pairs", (effect,))
+    evidence = Evidence((effect,), "10 pairs")
     Circuit(graph, mask, scores * mask, "a task", "logit_difference", choices, manifest, {"n": 3}, evidence).save(
         folder / "circuit.json"
     )

@@ -114,7 +114,7 @@ def test_the_best_point_refuses_most_at_no_more_than_the_limit(lm, monkeypatch, 
     monkeypatch.setattr(refusal_checks, "KL_LIMIT", limit)
     monkeypatch.setattr(refusal_checks, "side_effects_of_each", lambda lm, texts, edits, **_: list(map(cost, edits)))
     monkeypatch.setattr(refusal_checks, "react", lambda lm, asked, edits: reaction(int(2 * edits[0].numbers["scale"])))
-    *place, best, curve = refusal_checks._choose_dose(lm, directions, [], [])
+    *place, best, curve = refusal_checks._choose_dose(lm, directions, lm.tokens([[1]]), [])
     assert (*place, best) == expected
     assert list(curve) == list(refusal_checks.DOSES)
     assert curve[2.0] == (reaction(4), pytest.approx(0.4 if place[1] == 1 else 0.8))

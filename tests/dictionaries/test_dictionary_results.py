@@ -15,12 +15,12 @@ from torch import Tensor
 
 import cutaway.dictionaries as face
 from cutaway.artifacts.errors import CutawayError
-from cutaway.data.harvesting.activations import harvest
+from cutaway.data.harvesting.activations import read_activations
 from cutaway.dictionaries import Dictionary, Port, TopK, TrainConfig
 from cutaway.dictionaries.training.recipe import Recipe
 from cutaway.draw.result import Result
 from cutaway.model.language_model import LanguageModel
-from cutaway.subjects.superposition.generator import Generator, World
+from cutaway.subjects.superposition.generator import FeatureGenerator, FeatureWorld
 
 SITE = "blocks.1.resid_post"
 
@@ -37,7 +37,7 @@ def rows() -> Tensor:
 
 def axes(lm: LanguageModel, rows: Tensor, seed: int = 0) -> Dictionary:
     """Latents that are centred tokens."""
-    x = harvest(lm, rows, SITE)
+    x = read_activations(lm, rows, SITE)
     picked = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:48]
     decoder = torch.nn.functional.normalize(x[picked] - x.mean(0), dim=1)
     return Dictionary(decoder.T.contiguous() / 2, torch.zeros(48), decoder, x.mean(0), TopK(6), SITE)
@@ -70,9 +70,9 @@ MADE: dict[str, Callable[[LanguageModel, Tensor, Path], Result]] = {
     "stability": lambda lm, rows, _: face.stability([axes(lm, rows), axes(lm, rows, 1)]),
     "sides": lambda *_: _sides(),
     "probing": lambda lm, rows, _: face.sparse_probing(
-        axes(lm, rows), x := harvest(lm, rows, SITE), labels(x), ks=(1, 2), folds=2
+        axes(lm, rows), x := read_activations(lm, rows, SITE), labels(x), ks=(1, 2), folds=2
     ),
-    "absorption": lambda lm, rows, _: face.absorption(axes(lm, rows), x := harvest(lm, rows, SITE), labels(x)),
+    "absorption": lambda lm, rows, _: face.absorption(axes(lm, rows), x := read_activations(lm, rows, SITE), labels(x)),
     "inspect": lambda lm, rows, path: face.inspect(face.save(axes(lm, rows), path / "d"), lm, rows, text="numbers"),
     "inspect files": lambda lm, rows, path: face.inspect(face.save(axes(lm, rows), path / "d")),
     "trained": lambda *_: _trained()["here"],
@@ -82,7 +82,7 @@ MADE: dict[str, Callable[[LanguageModel, Tensor, Path], Result]] = {
         )
     ),
     "recover": lambda *_: face.recover(
-        Generator(World(8, 6, active=(1, 1))),
+        FeatureGenerator(FeatureWorld(8, 6, active=(1, 1))),
         {"topk": TrainConfig(d_sae=8, selector=face.TopKRule(1), tokens=4096, batch=128)},
         tokens=1024,
     )[0],
@@ -118,7 +118,7 @@ def test_a_latent_is_a_view_of_its_rows(lm: LanguageModel, rows: Tensor) -> None
     torch.testing.assert_close(latent.cosines(), cosines)
     cosines[7] = -2
     assert latent.nearest(2)[0] == (int(cosines.argmax()), pytest.approx(float(cosines.max()), abs=1e-6))
-    x = harvest(lm, rows, SITE)
+    x = read_activations(lm, rows, SITE)
     torch.testing.assert_close(latent.activations(x), dictionary.encode(x)[:, 7])
     scaled = replace(dictionary, W_dec=dictionary.W_dec * 2).latent(7)
     assert scaled.top_tokens(lm, 1)[0][1] == pytest.approx(2 * latent.top_tokens(lm, 1)[0][1], rel=1e-4)
@@ -130,7 +130,7 @@ def test_a_latent_is_a_view_of_its_rows(lm: LanguageModel, rows: Tensor) -> None
 
 def test_a_latent_s_examples_are_its_strongest_tokens_of_each_row(lm: LanguageModel, rows: Tensor) -> None:
     dictionary = axes(lm, rows)
-    counts = [float(dictionary.encode(harvest(lm, row[None], SITE))[:, 7].max()) for row in rows]
+    counts = [float(dictionary.encode(read_activations(lm, row[None], SITE))[:, 7].max()) for row in rows]
     found = dictionary.latent(7).top_examples(lm, rows, n=3)
     assert [value for value, _ in found] == pytest.approx(sorted(counts, reverse=True)[: len(found)], rel=1e-4)
     assert all(text.count("[[") == 1 for _, text in found)

@@ -66,11 +66,10 @@ def close(left: Tensor, right: Tensor) -> None:
 def test_a_change_and_a_gradient_go_through_as_autograd_says(norm: Norm) -> None:
     x, change, g = drawn(0), drawn(1), drawn(2)
     wide, scale = norm.divide(x)
-    _, forward = torch.func.jvp(norm.module, (x,), (change,))
-    _, vjp = torch.func.vjp(norm.module, x)
+    forward = torch.func.jvp(norm.module, (x,), (change,))[1]
     close(norm.push(change, scale, wide / scale), forward)
-    close(norm.pull(g, scale, wide / scale), vjp(g)[0])
-    _, in_front = torch.func.jvp(lambda x: norm.divide(x)[0] / norm.divide(x)[1], (x,), (change,))
+    close(norm.pull(g, scale, wide / scale), torch.func.vjp(norm.module, x)[1](g)[0])
+    in_front = torch.func.jvp(lambda x: norm.divide(x)[0] / norm.divide(x)[1], (x,), (change,))[1]
     close(norm.push(change, scale, wide / scale, gain=False), in_front)
 
 
@@ -79,7 +78,7 @@ def test_with_the_divisor_fixed_or_left_out_it_is_linear(norm: Norm) -> None:
     wide, scale = norm.divide(x)
     bias = 0.0 if norm.bias is None else norm.bias.detach()
     close(norm.linear(x) / scale + bias, norm.module(x).detach())
-    _, vjp = torch.func.vjp(lambda x: norm.gain(norm.divide(x)[0] / scale, torch.float64), x)
+    vjp = torch.func.vjp(lambda x: norm.gain(norm.divide(x)[0] / scale, torch.float64), x)[1]
     close(norm.pull(g, scale), vjp(g)[0])
     # pull is the transpose of linear, and of push
     close((norm.linear(x) * g).sum(-1), (x * norm.pull(g)).sum(-1))

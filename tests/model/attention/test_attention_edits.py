@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 import cutaway
 from cutaway.model.attention import adapters
+from cutaway.model.attention.dispatch import check_dispatch
 
 ADAPTED = ("gptj", "codegen", "gpt_neo", "bloom", "mpt", "falcon", "falcon_alibi", "falcon_new", "xglm", "gpt2_upcast")
 DISPATCHED = ("llama", "gpt2", "gemma2", "mistral", "deepseek_v3", "gpt_oss", "granite_swa", "flint")
@@ -301,4 +302,4 @@ def test_flash_modules_have_no_adapter() -> None:
     module = GPTJFlashAttention2(model.config, 0)
     assert adapters.find(module) is None
     with pytest.raises(cutaway.CutawayError, match="GPTJFlashAttention2 does not dispatch"):
-        cutaway.model.attention.dispatch.check_dispatch(model, module)
+        check_dispatch(model, module)

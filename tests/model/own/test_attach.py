@@ -167,8 +167,9 @@ def test_generation_is_the_loop_written_out() -> None:
 def test_lens_heads_patch_circuit_train(own: tuple[nn.Module, LanguageModel], tmp_path: Path) -> None:
     module, lm = own
     pairs = answered_pairs(lm)
-    lens = logit_lens(lm, [list(pairs[0].clean)], 3)
-    wanted = logits_of(module, [list(pairs[0].clean)])[0, -1].log_softmax(-1)
+    ids = [int(one) for one in pairs[0].clean]
+    lens = logit_lens(lm, [ids], 3)
+    wanted = logits_of(module, [ids])[0, -1].log_softmax(-1)
     assert int(lens.top_ids[-1, 0, -1, 0]) == int(wanted.argmax()) == pairs[0].answer
     assert f"#{pairs[0].answer}" in lens.table()
 
@@ -180,7 +181,7 @@ def test_lens_heads_patch_circuit_train(own: tuple[nn.Module, LanguageModel], tm
     if lm.n_layers > 1:
         composition(lm)
 
-    parts = attribute(lm, [list(pairs[0].clean)], pairs[0].answer, pairs[0].wrong, by="head")
+    parts = attribute(lm, [ids], pairs[0].answer, pairs[0].wrong, by="head")
     assert abs(float(parts.total[0]) - sum(float(p.values[0, 0].sum()) for p in parts.groups)) < 1e-3
 
     grid = patch_grid(lm, pairs, over="positions")

@@ -52,7 +52,7 @@ def embedded(lm: LanguageModel, ids: list[int]) -> torch.Tensor:
 
 def test_nothing_to_attribute_to_and_too_fine_an_integral(atlas: LanguageModel) -> None:
     with pytest.raises(CutawayError, match="beginning-of-text alone"):
-        question(atlas, [atlas.bos_id], 5)
+        question(atlas, [atlas.bos_id or 0], 5)
     with pytest.raises(CutawayError, match="takes 1 to 4096"):
         integrated_gradients(atlas, question(atlas, [5, 6], 7), steps=10**8)
     with pytest.raises(CutawayError, match="not valid Unicode"):

@@ -156,25 +156,6 @@ def _by_layer_and_source(result: Attribution) -> Markup:
 
 def ablations_section(ablated: Sequence[AblatedPart]) -> Section:
     """Shares beside the measured falls, as a table."""
-    """Shares beside the measured falls, as a table."""
-    """Shares beside the measured falls, as a table."""
-    """Shares beside the measured falls, as a table."""
-    """Shares beside the measured falls, as a table."""
-    """Shares beside the measured falls, as a table."""
-    """Shares beside the measured falls, as a table."""
-    """Shares beside the measured falls, as a table."""
-    """Shares beside the measured falls, as a table."""
-    """Shares beside the measured falls, as a table."""
-    """Shares beside the measured falls, as a table."""
-    """Shares beside the measured falls, as a table."""
-    """Shares beside the measured falls, as a table."""
-    """Shares beside the measured falls, as a table."""
-    """Shares beside the measured falls, as a table."""
-    """Shares beside the measured falls, as a table."""
-    """Shares beside the measured falls, as a table."""
-    """Shares beside the measured falls, as a table."""
-    """Shares beside the measured falls, as a table."""
-    """Shares beside the measured falls, as a table."""
     rows = []
     for one in ablated:
         effect = one.effect

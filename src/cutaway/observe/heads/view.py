@@ -138,7 +138,6 @@ def head_map(values: Tensor, units: str, title: str, scale: Scale, marks: Sequen
         values=values.tolist(),
         title=title,
         units=units,
-        diverging=scale.diverging,
         marks=marks,
         scale=scale,
     )
