@@ -103,7 +103,7 @@ class Captured(Mapping[str, Tensor]):
                 return latent_activations(site, self)  # type: ignore[arg-type]
             if not isinstance(site, tuple) or not site or not isinstance(site[0], str):
                 raise NoSuchSite(f"A site is named by text such as 'blocks.3.resid_post'; got {site!r}.")
-            name, layer, part = (*site, None, None)[:3]
+            name, layer, part = site[0], *(*site[1:], None, None)[:2]
             if isinstance(layer, int) and layer < 0:
                 layer += self.site_table.n_layers
             site = site_of(name, layer, part)
