@@ -99,11 +99,11 @@ def replacement_run(
         return lm.run(other, capture=names, logits=None)
     if ablation.kind == "noise":
         given = lm.run(own, capture=names, logits=None)
-        return replace(given, values={name: _noisy(lm, given, name, ablation) for name in names})
+        return replace(given, captured={name: _noisy(lm, given, name, ablation) for name in names})
     held = lm.run(own, capture=names[0], logits=None)
     if ablation.kind == "zero":
-        return replace(held, values={name: _zeros(lm, own, name) for name in names})
-    return replace(held, values=_means(lm, pairs, own, names, ablation, reference))
+        return replace(held, captured={name: _zeros(lm, own, name) for name in names})
+    return replace(held, captured=_means(lm, pairs, own, names, ablation, reference))
 
 
 def _is_grid(name: str) -> bool:

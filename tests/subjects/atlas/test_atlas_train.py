@@ -218,7 +218,7 @@ def test_ctrl_c_waits_for_the_step_and_the_same_call_goes_on(tmp_path):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from tests.subjects.test_atlas_train import tiny_batches, trained
+from tests.subjects.atlas.test_atlas_train import tiny_batches, trained
 plain = tiny_batches()
 def dying(step):
     if step == 17:
