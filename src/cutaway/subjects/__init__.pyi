@@ -41,6 +41,7 @@ from .world.items.items import Item as Item
 from .world.items.items import ItemSet as ItemSet
 from .world.items.items import item_sets as item_sets
 from .world.items.pairs import WORLD_TASKS as WORLD_TASKS
+from .world.statements.relations import relation as relation
 
 __all__ = [
     "BOOKS",
@@ -76,6 +77,7 @@ __all__ = [
     "nearest_polytope",
     "optimal_diagram",
     "random_code",
+    "relation",
     "samples",
     "score_dictionary",
     "score_rows",
