@@ -22,7 +22,7 @@ from cutaway.model.architecture.norms import Norm
 from cutaway.model.architecture.parts import Layer, Projection
 from cutaway.model.architecture.wrapped import bias_of
 from cutaway.model.forward.current import Stop
-from cutaway.model.forward.execution import Execution
+from cutaway.model.forward.execution import Execution, Span
 from cutaway.model.forward.hooks import Hooks
 from cutaway.model.language_model import LanguageModel
 from cutaway.model.sweep.shortcuts import Base, run_base
@@ -189,12 +189,9 @@ def forward(
         (),
         (),
         tokens.mask[:, start:],
-        first_layer=first_layer,
-        resumed=stream,
-        last_only=True,
+        span=Span(first_layer, stream, start, last_only=True),
         watch=hooks,
         ungrouped=ungrouped,
-        before=start,
     )
     repeats = lm.n_heads // lm.n_kv_heads if ungrouped else 1
     keep: dict[str, Any] = {"use_cache": False}

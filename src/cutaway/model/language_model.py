@@ -28,7 +28,7 @@ from cutaway.model.edits.edit import Edit
 from cutaway.model.edits.resolve import edits_for, resolve
 from cutaway.model.familiar import understands
 from cutaway.model.forward.current import active
-from cutaway.model.forward.execution import Execution, Form, form_of, one_dtype
+from cutaway.model.forward.execution import Execution, Form, Span, form_of, one_dtype
 from cutaway.model.forward.resume import resume_point
 from cutaway.model.forward.run import CAPTURE_LIMIT, Gradients, Run, check_capture_size
 from cutaway.model.generation.methods import Generates
@@ -53,6 +53,7 @@ class LanguageModel(Weights, Generates):
         hf: the model, as transformers made it; of a module of your own, a wrapper with the module as `hf.module`.
         tokenizer: its tokenizer, or None.
         name: the name it was loaded by.
+        identify: a function that gives the identity of its weights, called when a file or a manifest needs it.
         n_layers: number of layers.
         d_model: width of the residual stream.
         n_heads: attention heads per layer.
@@ -222,11 +223,10 @@ class LanguageModel(Weights, Generates):
             names,
             resolved,
             tokens.mask,
-            stop=logits is None and bool(names) and "logits" not in names,
+            span=Span(
+                first_layer, stream, stop=logits is None and bool(names) and "logits" not in names, last_only=last_only
+            ),
             gradients=grad is not None,
-            first_layer=first_layer,
-            resumed=stream,
-            last_only=last_only,
             watch=self._learn_forms if names and len(self.layer_forms) < self.n_layers else None,
         )
         with torch.enable_grad() if grad is not None else torch.no_grad():

@@ -41,7 +41,7 @@ from cutaway.draw.charts import Bar
 from cutaway.draw.intervals import intervals_svg
 from cutaway.draw.result import Result
 from cutaway.model.edits import edits
-from cutaway.model.forward.execution import Execution
+from cutaway.model.forward.execution import Execution, Span
 from cutaway.model.forward.run import Run
 from cutaway.model.language_model import LanguageModel
 from cutaway.model.sites import layer_of
@@ -94,7 +94,7 @@ def _part(part: Question, inside: list[str], grad_drop: bool, found: Found) -> N
     rotated = sorted({_rotated(site) for site in inside})
     given = lm.run(part.source, capture=list(dict.fromkeys([*names, *rotated])), logits="last")
     captured = lm.sites().expand_all([*names, *patterns, *writes])
-    execution = Execution(lm, captured, (), part.base.mask, gradients=True, last_only=True)
+    execution = Execution(lm, captured, (), part.base.mask, gradients=True, span=Span(last_only=True))
     with torch.enable_grad():
         out = execution.forward(
             lambda: lm.hf(

@@ -39,7 +39,7 @@ from cutaway.draw.panels import table_html
 from cutaway.draw.result import Result
 from cutaway.model.edits import edits
 from cutaway.model.edits.resolve import resolve
-from cutaway.model.forward.execution import Execution
+from cutaway.model.forward.execution import Execution, Span
 from cutaway.model.language_model import LanguageModel
 
 METRIC = -1  # where an edge ends that goes to the metric itself
@@ -383,9 +383,8 @@ def _direct(part: Question, held: Mapping[str, Tensor], read: str | None) -> tup
         resolve(i, edits.set(name, value), lm.sites()[name], tokens) for i, (name, value) in enumerate(held.items())
     ]
     capture = [*held] if read is None else [*held, read]
-    execution = Execution(
-        lm, capture, resolved, tokens.mask, stop=read is not None, gradients=True, last_only=read is None
-    )
+    span = Span(stop=read is not None, last_only=read is None)
+    execution = Execution(lm, capture, resolved, tokens.mask, span=span, gradients=True)
     with torch.enable_grad():
         out = execution.forward(
             lambda: lm.hf(

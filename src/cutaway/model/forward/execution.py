@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -32,6 +33,25 @@ class Removable(Protocol):
     def remove(self) -> None: ...
 
 
+@dataclass(frozen=True, eq=False)
+class Span:
+    """The part of a forward pass that is computed; by default all of it."""
+
+    first_layer: int = 0
+    """The layer it starts in; the layers below it return their input."""
+    stream: Tensor | None = None
+    """The residual stream at the start of that layer [b, p, d]; None is what its input gives."""
+    before: int = 0
+    """Columns in front of those of the mask, in a cache and all of them real."""
+    stop: bool = False
+    """Whether it ends once the last captured value is there."""
+    last_only: bool = False
+    """Whether logits are computed at each row's last real token alone."""
+
+
+_WHOLE = Span()
+
+
 class Execution(Observation):
     """One observed call of a model: the hooks that it needs, what it skips, where it stops."""
 
@@ -42,28 +62,24 @@ class Execution(Observation):
         edits: Sequence[Resolved],
         mask: Tensor,
         *,
-        stop: bool = False,
+        span: Span = _WHOLE,
         gradients: bool = False,
-        first_layer: int = 0,
-        resumed: Tensor | None = None,
-        last_only: bool = False,
         replace: Mapping[nn.Module, Replacement] | None = None,
         watch: Callable[[Execution], Iterable[Removable]] | None = None,
         ungrouped: bool = False,
-        before: int = 0,
     ) -> None:
-        if lm.ropes is not None:  # `before`: columns in front of those of `mask`, in a cache and all of them real
-            lm.ropes.check(lm.name, mask.sum(1) + before)
+        if lm.ropes is not None:
+            lm.ropes.check(lm.name, mask.sum(1) + span.before)
         self.resolved: dict[str, list[Resolved]] = {}
         for edit in edits:
             self.resolved.setdefault(edit.site.name, []).append(edit)
         super().__init__(capture, self.resolved, mask)
         self.lm = lm
-        self.stop = stop
+        self.stop = span.stop
         self.gradients = gradients
-        self.first_layer = first_layer
-        self.resumed = resumed
-        self.last_only = last_only
+        self.first_layer = span.first_layer
+        self.resumed = span.stream
+        self.last_only = span.last_only
         self.replace = dict(replace or {})
         self.watch = watch  # hooks of its owner, behind those of the sites
         self.ungrouped = ungrouped

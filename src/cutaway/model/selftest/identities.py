@@ -21,7 +21,7 @@ from cutaway.model.architecture.norms import probe_norm
 from cutaway.model.architecture.wrapped import bias_of, named_weights, router_parameters
 from cutaway.model.attached import Attached
 from cutaway.model.edits.resolve import resolve
-from cutaway.model.forward.execution import Execution
+from cutaway.model.forward.execution import Execution, Span
 from cutaway.model.own.attention import OwnAttention
 from cutaway.model.own.module import PAGE, OwnModel
 from cutaway.model.selftest.edit_cases import (
@@ -358,7 +358,7 @@ def _beside(lm: Attached, tokens: Tokens, site: str) -> tuple[Tensor, Tensor]:
     mask[0, n:] = False
     places = Tokens(ids, mask, ()).position_ids.clone()
     places[1] += end - width if end < 2**31 else 0  # a context without a limit has no end
-    execution = Execution(lm, (site,), (), mask, stop=True)
+    execution = Execution(lm, (site,), (), mask, span=Span(stop=True))
     execution.forward(lambda: lm.hf(input_ids=ids, attention_mask=mask.long(), position_ids=places, use_cache=False))
     return lm.run(tokens, capture=site, logits=None)[site], execution.values[site][:1, :n]
 
@@ -407,7 +407,7 @@ def _edits(lm: Attached, tokens: Tokens, base: Run, checks: Checks, generator: t
     last_stream = f"blocks.{lm.n_layers - 1}.resid_post"
     kept[last_stream] = slice(0, kept[last_stream].stop)  # the row without an edit as well
     resolved = [resolve(i, edit, table[edit.site], many) for i, edit in enumerate(edits)]
-    execution = Execution(lm, table.expand_all(kept), resolved, many.mask, last_only=True)
+    execution = Execution(lm, table.expand_all(kept), resolved, many.mask, span=Span(last_only=True))
     execution.rows_of = kept
     out = execution.forward(
         lambda: lm.hf(

@@ -21,7 +21,7 @@ from transformers.cache_utils import DynamicLayer
 
 from cutaway.model.attached import Attached
 from cutaway.model.forward.current import Replacement, Stop, active
-from cutaway.model.forward.execution import Execution, Form, form_of, in_form, passing
+from cutaway.model.forward.execution import Execution, Form, Span, form_of, in_form, passing
 from cutaway.model.forward.hooks import on_input, on_output
 from cutaway.model.sites import layer_of, template_of
 from cutaway.model.tokens import Tokens
@@ -308,7 +308,7 @@ def run_from(lm: Attached, base: Base, at: Entry, start: int, times: int, edits:
         (),
         list(edits),
         tokens.mask.repeat(times, 1),
-        first_layer=at.layer,
+        span=Span(first_layer=at.layer),
         replace=base.replacements(lm, at, start, times),
         watch=watch,
     )
@@ -325,6 +325,6 @@ def finish(lm: Attached, base: Base, streams: Tensor) -> Tensor:
     instead[end] = lambda *_args, **_kwargs: in_form(streams, base.forms[end])
     one = base.tokens.ids[:1, :1]
     mask = torch.ones_like(one, dtype=torch.bool)
-    execution = Execution(lm, (), (), mask, first_layer=lm.n_layers, replace=instead)
+    execution = Execution(lm, (), (), mask, span=Span(first_layer=lm.n_layers), replace=instead)
     tokens = Tokens(one, mask, ())
     return execution.forward(lambda: call(lm, tokens, 0, None, len(streams))).logits
