@@ -63,7 +63,12 @@ class Tokens:
 
     @classmethod
     def whole(cls, ids: Tensor, spelling: Strings | Callable[[], Strings]) -> Tokens:
-        """Rows of one length [b, p], neither of them 0: nothing is padded, so there is nothing to check."""
+        """Rows of one length, none of them padded, so that there is nothing to check.
+
+        Args:
+            ids: int64 [b, p], neither of them 0.
+            spelling: each row's tokens as text, or a function that makes them, as the attribute.
+        """
         tokens = object.__new__(cls)
         mask = torch.ones_like(ids, dtype=torch.bool)
         tokens.__dict__.update(ids=ids, mask=mask, spelling=spelling, padded=False)
@@ -139,11 +144,22 @@ class Tokens:
         return int(self.first[row]) + index
 
     def row_ids(self, row: int) -> list[int]:
-        """The real token ids of a row, as a list."""
+        """The real token ids of a row, as a list.
+
+        Args:
+            row: the row.
+        """
         return self.ids[row][self.mask[row]].tolist()
 
     def text(self, row: int) -> str:
-        """A row's real tokens as one text, with "�" for a byte that belongs to no character."""
+        """A row's real tokens as one text, with "�" for a byte that belongs to no character.
+
+        Args:
+            row: the row.
+
+        Raises:
+            CutawayError: no such row.
+        """
         return "".join("�" if _stray(character) else character for character in self._text(row))
 
     def _text(self, row: int) -> str:
@@ -227,7 +243,11 @@ class Tokens:
         return self[rows]
 
     def to(self, device: torch.device | str) -> Tokens:
-        """The same tokens on another device."""
+        """The same tokens on another device.
+
+        Args:
+            device: the device, such as "cpu" or "cuda:0".
+        """
         if self.ids.device == torch.device(device):
             return self
         return Tokens(self.ids.to(device), self.mask.to(device), self.spelling)

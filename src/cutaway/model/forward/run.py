@@ -172,6 +172,8 @@ class Run(Captured):
         model: the model's name.
         identity: call it for the model's identity when it was run.
         manifest: where a run that was loaded came from; else None.
+        strings_of: gives the text of each of some token ids; None without a tokenizer.
+        weights: `LanguageModel.weights_state` when it was run; None of a run that was loaded.
 
     Example:
         run = lm.run("The capital of France is", capture="blocks.*.resid_post")
@@ -187,9 +189,9 @@ class Run(Captured):
     site_table: SiteTable = field(repr=False)
     model: str
     identity: Callable[[], ModelIdentity] = field(repr=False)
-    manifest: Manifest | None = field(default=None, repr=False)  # of a run that was loaded
-    strings_of: Callable[[Tensor], list[str]] | None = field(default=None, repr=False)  # ids to text, with a tokenizer
-    weights: int | None = field(default=None, repr=False)  # LanguageModel.weights_state, None of a run that was loaded
+    manifest: Manifest | None = field(default=None, repr=False)
+    strings_of: Callable[[Tensor], list[str]] | None = field(default=None, repr=False)
+    weights: int | None = field(default=None, repr=False)
 
     @property
     def last_logits(self) -> Tensor:

@@ -116,7 +116,14 @@ class Description:
 
     @classmethod
     def of(cls, given: Description | Mapping[str, Any]) -> Description:
-        """A description as it is, or made of a mapping. Raises CutawayError for an unknown or a missing field."""
+        """A description as it is, or made of a mapping.
+
+        Args:
+            given: a description, or a mapping from its fields' names to their values.
+
+        Raises:
+            CutawayError: an unknown field, or one that is missing.
+        """
         if isinstance(given, Description):
             return given
         if not isinstance(given, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
