@@ -29,14 +29,23 @@ class PromptPair:
 
     Prompts are texts, or tuples of token ids (then the answers are ids too). Answers are texts that follow the prompt
     directly, so they usually begin with a space, or "#422" for the token of this id ("\\#422" is the text "#422").
-    `positions` names places by role: a token position (0 is the first real token, -1 the last), a text that stands in
-    both prompts, or (text in clean, text in corrupt); a text means its last token, at its last occurrence, or, where it
-    begins with "^", in the beginning of the prompt ("^Tom and Tom" is the second Tom). `answers` and `wrongs` are all
-    right and all wrong continuations of the clean
-    prompt where there are several (every later year); empty means `answer` and `wrong` alone. With `symmetric` the
-    corrupt prompt is continued by what is wrong after the clean one; without, it only makes the clean prompt's answer
-    less likely (after the year 01 nearly every year is right). `template` names the wording that pairs share, for means
-    over pairs of one layout.
+
+    Attributes:
+        clean: the prompt that is studied.
+        corrupt: the prompt that differs from it in one respect.
+        answer: what is right after `clean`.
+        wrong: what is wrong after `clean`, and right after `corrupt` where the pair is symmetric.
+        positions: places by role: a token position (0 is the first real token, -1 the last), a text that stands in both
+            prompts, or (text in clean, text in corrupt). A text means its last token, at its last occurrence, or, where
+            it begins with "^", in the beginning of the prompt ("^Tom and Tom" is the second Tom).
+        answers: all right continuations of `clean` where there are several (every later year); empty is `answer` alone.
+        wrongs: all wrong ones; empty is `wrong` alone.
+        template: the wording that pairs share, for means over pairs of one layout; "" where it has no name.
+        symmetric: whether `corrupt` is continued by what is wrong after `clean`. If not, it only makes the answer of
+            `clean` less likely (after the year 01 nearly every year is right).
+
+    Example:
+        PromptPair("The capital of France is", "The capital of Italy is", " Paris", " Rome")
     """
 
     clean: Prompt
@@ -52,7 +61,8 @@ class PromptPair:
     def swapped(self) -> "PromptPair":
         """The same pair with clean and corrupt exchanged, and what is right with what is wrong.
 
-        Raises `CutawayError` for a pair that is not symmetric: what is right after its corrupt prompt is not known.
+        Raises:
+            CutawayError: a pair that is not symmetric: what is right after its corrupt prompt is not known.
         """
         if not self.symmetric:
             raise CutawayError(
@@ -95,13 +105,22 @@ class PromptPair:
 
 @dataclass(frozen=True)
 class AlignedPairs:
-    """Pairs as one model reads them; row i of every field belongs to `pairs[i]`.
+    """Pairs as one model reads them; row i of every field belongs to `pairs[i]`. `align` makes them.
 
-    `answer` and `wrong` are the ids of the first token in which the answers differ [n]. Tokens that both answers
-    share at their start are part of the prompts. `places[role]` are the positions in clean and in corrupt [2, n].
-    `refused` holds the pairs left out, with the reason, and stays with every part of them. `answers` and `wrongs`
-    [n, V] bool are all right and all wrong tokens where a pair names several (a row of a pair that does not holds
-    `answer` and `wrong` alone), else None.
+    Tokens that both answers share at their start are part of the prompts.
+
+    Attributes:
+        pairs: the pairs.
+        clean: the clean prompts, n rows.
+        corrupt: the corrupt prompts, n rows, each as long as its clean one.
+        answer: the right answer's first token that differs from the wrong one's, int64 [n].
+        wrong: the wrong answer's first token that differs from the right one's, int64 [n].
+        places: for each role that all pairs name the positions in clean and in corrupt, int64 [2, n]; "last" is always
+            there.
+        refused: the pairs left out, with the reason; kept by every selection of rows.
+        answers: all right tokens, bool [n, V], where a pair names several (a row of a pair that does not has `answer`
+            alone); else None.
+        wrongs: all wrong tokens, likewise.
     """
 
     pairs: tuple[PromptPair, ...]
@@ -186,7 +205,7 @@ def require_aligned(pairs: object) -> None:
 def align(
     lm: LanguageModel, pairs: Sequence[PromptPair] | AlignedPairs, *, bos: bool | None = None, strict: bool = False
 ) -> AlignedPairs:
-    """Tokenise pairs and leave out those that do not align (with `strict`, raise at the first).
+    """Tokenise pairs and leave out those that do not align.
 
     Pairs that are aligned already are returned as they are, so that whatever takes pairs takes both.
 
@@ -194,7 +213,24 @@ def align(
     either, and, where it names several right and wrong answers, the first token of each tells on which side it is. (One
     of several that the tokenizer would merge with the end of the prompt, as in " 17" and "76", counts as the token that
     it is by itself; Hanna et al. 2023 read years so.)
-    Raises `CutawayError` when no pair is left; the message has the commonest reason.
+
+    Args:
+        lm: the model whose tokenizer reads the pairs.
+        pairs: pairs of texts or of token ids, or pairs that are aligned already.
+        bos: True makes sure that each text starts with one beginning-of-text token, False that none does, None leaves
+            it to the tokenizer.
+        strict: whether the first pair that does not align is an error, instead of being left out.
+
+    Returns:
+        The pairs that align, with those left out in `refused`.
+
+    Raises:
+        CutawayError: no pair is left (the message has the commonest reason), a pair mixes texts and ids, or, with
+            `strict`, one does not align.
+
+    Example:
+        >>> aligned = align(lm, [PromptPair("The capital of France is", "The capital of Italy is", " Paris", " Rome")])
+        >>> aligned.answer, aligned.refusals()
     """
     if isinstance(pairs, AlignedPairs):
         return pairs
