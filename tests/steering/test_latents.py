@@ -7,8 +7,9 @@ import torch
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.dictionaries.dictionary import BatchTopK, Dictionary, Gated, JumpReLU, Port
+from cutaway.model.edits.edits import clamp_latent
 from cutaway.model.language_model import LanguageModel
-from cutaway.steering.latents import Concept, Doses, SimilarLatents, latent_edit, similar_latents, steer_latent
+from cutaway.steering.latents import Concept, Doses, SimilarLatents, similar_latents, steer_latent
 
 PROMPTS = [[0, 5, 9, 11], [0, 7, 33], [0, 50, 51, 52, 53]]
 
@@ -17,7 +18,7 @@ def test_the_clamped_latent_reads_its_value(tiny: LanguageModel, dictionary: Dic
     site = dictionary.site
     free = tiny.run(PROMPTS, capture=site)[site]
     before = dictionary.pre_activations(free)[..., 3].relu()
-    run = tiny.run(PROMPTS, capture=site, edits=latent_edit(dictionary, 3, 2.5))
+    run = tiny.run(PROMPTS, capture=site, edits=clamp_latent(dictionary, 3, 2.5))
     moved = (run[site] - free)[run.tokens.mask]
     expected = (2.5 - before)[run.tokens.mask][:, None] * dictionary.W_dec[3]
     torch.testing.assert_close(moved, expected, rtol=1e-4, atol=1e-4)
@@ -37,15 +38,15 @@ def test_any_selector_with_one_threshold_can_be_clamped_and_others_say_why_not(
         other = replace(other, selector=BatchTopK(4, high) if kind is BatchTopK else JumpReLU(theta))
         before = other.encode(free)[..., 3]
         assert 0 < int((before > 0).sum()) < int((other.pre_activations(free)[..., 3] > 0).sum())
-        run = tiny.run(PROMPTS, capture=site, edits=latent_edit(other, 3, 2.5))
+        run = tiny.run(PROMPTS, capture=site, edits=clamp_latent(other, 3, 2.5))
         expected = (2.5 - before)[run.tokens.mask][:, None] * other.W_dec[3]
         torch.testing.assert_close((run[site] - free)[run.tokens.mask], expected, rtol=1e-4, atol=1e-4)
     gated = replace(dictionary, selector=Gated(torch.zeros(dictionary.d_sae), torch.zeros(dictionary.d_sae)))
     with pytest.raises(CutawayError, match="with a gate cannot be clamped"):
-        latent_edit(gated, 3, 1.0)
+        clamp_latent(gated, 3, 1.0)
     elsewhere = (Port("blocks.1.mlp.out", dictionary.d_out),)
     with pytest.raises(CutawayError, match=r"latent of a transcoder .* add its decoder to blocks.1.mlp.out"):
-        latent_edit(replace(dictionary, writes=elsewhere, subtract_b_dec=False), 3, 1.0)
+        clamp_latent(replace(dictionary, writes=elsewhere, subtract_b_dec=False), 3, 1.0)
 
 
 def test_similar_latents_are_other_latents_of_like_density() -> None:
@@ -67,7 +68,7 @@ def test_dose_curve_is_the_probability_of_the_concept(tiny: LanguageModel, dicti
     )  # fmt: skip
     assert [dose.value for dose in found.doses] == [2.0, 8.0]
     for dose in found.doses:
-        run = tiny.run(PROMPTS, edits=latent_edit(dictionary, 3, dose.value), logits="last")
+        run = tiny.run(PROMPTS, edits=clamp_latent(dictionary, 3, dose.value), logits="last")
         assert run.logits is not None
         expected = run.logits[:, 0].softmax(-1)[:, [8, 9]].sum(-1).mean().item()
         assert dose.effect.value == pytest.approx(expected, rel=1e-4)

@@ -17,7 +17,6 @@ from .latents import Dose as Dose
 from .latents import Doses as Doses
 from .latents import LatentSteering as LatentSteering
 from .latents import SimilarLatents as SimilarLatents
-from .latents import latent_edit as latent_edit
 from .latents import similar_latents as similar_latents
 from .latents import steer_latent as steer_latent
 from .replies import Judging as Judging
@@ -58,7 +57,6 @@ __all__ = [
     "evaluate_steering",
     "judge_refusal",
     "judged",
-    "latent_edit",
     "matched_controls",
     "matched_scale",
     "read_positions",

@@ -24,25 +24,6 @@ from cutaway.model.tokens import Tokens
 from cutaway.steering.side_effects import SideEffects, side_effects_of_each
 
 
-def latent_edit(dictionary: Dictionary, latent: int, value: float, **where: Any) -> Edit:
-    """Clamp one latent of a dictionary to a value.
-
-    The current activation is relu of the pre-activation, 0 below a threshold where the dictionary has any: whether TopK
-    would have kept it is not asked.
-
-    Args:
-        dictionary: The dictionary, of one site.
-        latent: Which latent.
-        value: The activation that it is held at.
-        **where: positions=, rows=, phase= as every edit takes them; every token by default.
-
-    Raises:
-        NotSupported: A dictionary that does not write where it reads, or whose activation is another function of one
-            token's pre-activation.
-    """
-    return clamp_latent(dictionary, latent, value, **where)
-
-
 def similar_latents(density: Tensor, latent: int, k: int, seed: int = 0, without: Sequence[int] = ()) -> list[int]:
     """k random latents out of the 50 whose density is nearest to this one's (on a log scale), never this one.
 
@@ -279,7 +260,7 @@ def steer_latent(
 
     Raises:
         CutawayError: No tokens to watch; too few latents of like density.
-        NotSupported: A dictionary whose latents cannot be clamped (`latent_edit`).
+        NotSupported: A dictionary whose latents cannot be clamped (`cutaway.clamp_latent`).
     """
     tokens = lm.tokens(prompts)
     ids = torch.tensor(sorted(set(concept.ids)))
@@ -293,14 +274,15 @@ def steer_latent(
     measured = []
 
     def say(which: int, value: float) -> str:
-        edit = latent_edit(dictionary, which, value, **at_first)
+        edit = clamp_latent(dictionary, which, value, **at_first)
         return lm.generate(first, max_new_tokens=max_new_tokens, edits=edit).texts[0]
 
     for multiple in doses.multiples:
         value = multiple * doses.maximum
-        steered = _probability(lm, tokens, latent_edit(dictionary, latent, value, **at), ids)
+        steered = _probability(lm, tokens, clamp_latent(dictionary, latent, value, **at), ids)
         control = [
-            _probability(lm, tokens, latent_edit(dictionary, other, value, **at), ids).mean().item() for other in others
+            _probability(lm, tokens, clamp_latent(dictionary, other, value, **at), ids).mean().item()
+            for other in others
         ]
         effect = Effect(
             name=f"latent {latent} at ×{multiple:g}: P({concept.name})",
@@ -322,7 +304,7 @@ def steer_latent(
         costs = (
             []
             if neutral is None
-            else side_effects_of_each(lm, neutral, [latent_edit(dictionary, i, value) for i in (latent, *others[:2])])
+            else side_effects_of_each(lm, neutral, [clamp_latent(dictionary, i, value) for i in (latent, *others[:2])])
         )
         measured.append(
             Dose(
