@@ -229,8 +229,10 @@ def align(
             `strict`, one does not align.
 
     Example:
-        >>> aligned = align(lm, [PromptPair("The capital of France is", "The capital of Italy is", " Paris", " Rome")])
-        >>> aligned.answer, aligned.refusals()
+        >>> lm = cutaway.load("atlas")
+        >>> pair = PromptPair("The capital of France is", "The capital of Italy is", " Paris", " Rome")
+        >>> len(align(lm, [pair]))
+        1
     """
     if isinstance(pairs, AlignedPairs):
         return pairs

@@ -66,11 +66,20 @@ class Direction:
         return (self.negative_mean @ self.unit).item()
 
     def along(self, vector: Tensor, seed: int | None = None) -> "Direction":
-        """Another vector [d] at this place, scaled to this one's norm: a control to stand in its place."""
+        """Another vector at this place, scaled to this one's norm: a control to stand in its place.
+
+        Args:
+            vector: The vector [d]; its own norm does not matter.
+            seed: Of the draw, where the vector is random; None where it is not.
+        """
         return replace(self, vector=vector / vector.norm() * self.norm, auroc=float("nan"), seed=seed)
 
     def random(self, seed: int) -> "Direction":
-        """A random direction of the same norm, to stand where this one stands."""
+        """A random direction of the same norm, to stand where this one stands.
+
+        Args:
+            seed: Of the draw: the same seed gives the same direction.
+        """
         drawn = torch.randn(self.vector.shape, generator=torch.Generator().manual_seed(seed))
         return self.along(drawn, seed)
 
@@ -114,7 +123,15 @@ class Directions(Result):
         return len(self.items)
 
     def get(self, layer: int, position: Position) -> Direction:
-        """The direction read at a layer and position; raises `CutawayError` where none was."""
+        """The direction read at a layer and position.
+
+        Args:
+            layer: The layer of its site, from 0.
+            position: -1 for the prompt's last token, -2, ..., or "instruction mean".
+
+        Raises:
+            CutawayError: None was read there.
+        """
         for item in self.items:
             if item.layer == layer and item.position == position:
                 return item
@@ -227,8 +244,10 @@ def difference_of_means(
         CutawayError: Fewer than two prompts on a side, or one that is shorter than a position asks.
 
     Example:
-        >>> directions = difference_of_means(lm, ["She loved it", "A fine film"], ["She hated it", "A bad film"])
-        >>> directions.get(layer=3, position=-1)
+        >>> lm = cutaway.load("atlas")
+        >>> sides = ["She loved it", "A fine film"], ["She hated it", "A bad film"]
+        >>> difference_of_means(lm, *sides, positions=(-1,)).get(layer=3, position=-1).n
+        (2, 2)
     """
     tokens = [lm.tokens(side) for side in (positive, negative)]
     if min(len(side.ids) for side in tokens) < 2:
@@ -302,5 +321,10 @@ def clamp_to_negative(lm: LanguageModel, direction: Direction, strength: float =
 
 
 def add_direction(direction: Direction, scale: float) -> list[Edit]:
-    """Add `scale` times the direction at its own site, at every token."""
+    """Add a multiple of the direction at its own site, at every token.
+
+    Args:
+        direction: The direction.
+        scale: The multiple, in units of the direction's norm; a negative one goes the other way.
+    """
     return [add(direction.site, direction.vector, scale=scale)]

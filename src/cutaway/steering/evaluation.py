@@ -125,7 +125,12 @@ def evaluate_steering(
         one direction's replies resemble each other.
 
     Example:
-        >>> evaluate_steering(lm, prompts, d, lambda d: add_direction(d, 2.0), method="added twice")
+        >>> lm = cutaway.load("atlas")
+        >>> sides = ["She loved it", "A fine film"], ["She hated it", "A bad film"]
+        >>> direction = difference_of_means(lm, *sides, positions=(-1,)).get(layer=3, position=-1)
+        >>> add = lambda d: add_direction(d, 2.0)
+        >>> evaluate_steering(lm, ["I saw the film and"], direction, add, method="added twice", controls=(0,)).steered.n
+        1
     """
     how = Judging() if judging is None else judging
     tokens = lm.tokens(prompts)

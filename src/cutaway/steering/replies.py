@@ -28,6 +28,13 @@ def judge_refusal(text: str) -> str:
     """ "refused" for the usual first words of a refusal, "answered" for those of an answer, else "other".
 
     A rule on the first words: it does not see whether an answer is any good.
+
+    Args:
+        text: The reply.
+
+    Example:
+        >>> judge_refusal("I'm sorry, but I can't help with that.")
+        'refused'
     """
     if _REFUSES.match(text.strip()):
         return "refused"
@@ -69,11 +76,22 @@ class Replies:
         return len(self.labels)
 
     def rate(self, label: str) -> float:
-        """Share of replies judged so."""
+        """Share of replies judged so.
+
+        Args:
+            label: The label, such as "refused".
+
+        Returns:
+            A number in [0, 1]; 0 for a label that no reply has.
+        """
         return self.counts.get(label, 0) / self.n
 
     def interval(self, label: str) -> tuple[float, float]:
-        """95 % Wilson interval of the rate."""
+        """95 % Wilson interval of the rate.
+
+        Args:
+            label: The label, such as "refused".
+        """
         return wilson_interval(self.counts.get(label, 0), self.n)
 
     def to_json(self) -> dict[str, Any]:

@@ -46,7 +46,14 @@ class ReplyTokens:
     plain: Tensor
 
     def score(self, logits: Tensor) -> Tensor:
-        """Log-odds [b] of a marked first token against a plain one, from last-position logits [b, V]."""
+        """Log-odds of a marked first token against a plain one.
+
+        Args:
+            logits: Logits at the prompts' last tokens [b, V].
+
+        Returns:
+            The log-odds in nats [b].
+        """
         z = logits.float()
         return z[:, self.marked.to(z.device)].logsumexp(-1) - z[:, self.plain.to(z.device)].logsumexp(-1)
 
@@ -158,7 +165,14 @@ class Selection(Result):
         }
 
     def best(self, method: str) -> Candidate:
-        """The best candidate of one method: lowest score for a method that removes, highest for one that adds."""
+        """The best candidate of one method: lowest score for a method that removes, highest for one that adds.
+
+        Args:
+            method: The method: "ablate", "clamp", or "add ×2" and the like.
+
+        Raises:
+            CutawayError: No candidate early enough in the model uses it.
+        """
         of = [candidate for candidate in self.eligible if candidate.method == method]
         if not of:
             raise CutawayError(f"no candidate uses the method {method!r}")

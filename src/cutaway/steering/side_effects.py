@@ -62,7 +62,11 @@ def side_effects_of(
         batch_rows: Rows per run; None for all at once, which edits of single rows (`rows=`) need.
 
     Example:
-        >>> side_effects_of(lm, ["The capital of France is Paris."], add_direction(direction, 2.0))
+        >>> lm = cutaway.load("atlas")
+        >>> sides = ["She loved it", "A fine film"], ["She hated it", "A bad film"]
+        >>> direction = difference_of_means(lm, *sides, positions=(-1,)).get(layer=3, position=-1)
+        >>> side_effects_of(lm, ["The capital of France is Paris."], add_direction(direction, 2.0)).n_rows
+        1
     """
     return side_effects_of_each(lm, text, [edits], batch_rows=batch_rows)[0]
 
