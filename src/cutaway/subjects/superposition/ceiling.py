@@ -18,14 +18,20 @@ _THRESHOLDS = np.linspace(-6, 4, 41)
 
 @dataclass(frozen=True)
 class Ceiling:
-    """Means over features of the probes' scores on held-out tokens; `f1_interval` is a bootstrap over features."""
+    """Means over features of the probes' scores on held-out tokens."""
 
     tokens_trained: int
+    """Tokens that the probes were trained on."""
     tokens: int
+    """Held-out tokens that they were judged on."""
     precision: float
+    """Share of the tokens where a probe says its feature is active on which it is."""
     recall: float
+    """Share of the tokens on which a feature is active where its probe says so."""
     f1: float
+    """Harmonic mean of precision and recall."""
     f1_interval: tuple[float, float]
+    """95 % interval of `f1`, a bootstrap over features."""
 
     def to_json(self) -> dict[str, Any]:
         """The figures as JSON."""
@@ -39,6 +45,16 @@ def linear_ceiling(
 
     The threshold of each probe is the one of 41 that has the highest F1 on `tokens` tokens of its own; F1 is then
     measured on others, the same that judge dictionaries. Features count alike, however rare.
+
+    Args:
+        generator: The activations and their features.
+        steps: Steps of training.
+        batch: Tokens per step.
+        tokens: Tokens that choose the thresholds, and as many others that judge; whole batches, at least one.
+        rate: The learning rate: kept for half of the steps, then it falls linearly to 0.
+
+    Returns:
+        The means over features.
     """
     W, c, scale = fit_probes(generator, steps=steps, batch=batch, rate=rate)
     n = generator.world.n

@@ -41,13 +41,35 @@ _LEVELS = 64  # intervals of a factor, each with its table of rates
 class FeatureWorld:
     """What to make. Everything here changes the activations.
 
-    n features in d dimensions, `l0` of them active on average, with frequencies by `zipf_forest` (`exponent` to
-    `with_children` are its options) and correlations of `factors` factors with loadings ±`correlation`.
-    `active=(lo, hi)` replaces all that: each token has a uniform number of features between the two, any of them.
-    Magnitudes have a mean that falls linearly from `magnitude[0]` (feature 0) to `magnitude[1]` and, for each feature,
-    a standard deviation |N(spread, spread)|; what falls below 0 is turned positive, so that frequencies hold.
-    `signed` gives each a random sign. `noise` is the standard deviation of what is added to every coordinate.
-    Directions are random unit vectors, pushed apart by `orthogonal_steps` steps of descent.
+    Directions are random unit vectors. Frequencies follow Zipf's law over a forest of parents and children, and roots
+    are correlated; `active` replaces all that by a number of features per token, any of them.
+
+    Attributes:
+        n: Features.
+        d: Dimensions of the activations.
+        l0: Features active per token on average; needed unless `active` is given.
+        active: (min, max): each token has a uniform number of active features between the two, any of them; None is
+            frequencies by Zipf's law.
+        exponent: Frequencies fall as rank^-exponent; the rank is the feature's number.
+        p_max: The highest frequency of a root.
+        p_min: The lowest frequency of a root.
+        trees: Roots that have children; 0 is none, so that features are independent but for their factors.
+        branching: Children per parent.
+        depth: Levels of descendants.
+        exclusive: Whether at most one child of a parent is active at a time.
+        with_children: The largest share of a parent's tokens on which its children are active: a child alone or,
+            where they are exclusive, all together.
+        factors: Gaussian factors by which roots are correlated; each root has one. 0 is no correlation.
+        correlation: Size of a root's loading on its factor, with a random sign, in [0, 1): two roots of one factor have
+            the latent correlation ± its square.
+        magnitude: Mean size of an active feature, in units of its direction's length (1): of feature 0 and of the last,
+            linear between.
+        spread: Mean and standard deviation of the normal draw whose absolute value is the standard deviation of a
+            feature's size. Sizes below 0 are turned positive, so that frequencies hold.
+        signed: Whether each size has a random sign.
+        noise: Standard deviation of what is added to every coordinate.
+        orthogonal_steps: Steps of descent by which directions are moved apart; 0 leaves them as they are drawn.
+        seed: Of the directions and of all draws.
     """
 
     n: int
@@ -113,7 +135,17 @@ class Batch:
 
 @dataclass(frozen=True)
 class FeatureGenerator:
-    """Batches of a `World`; making one prepares directions and tables, which takes a moment for large worlds."""
+    """Batches of a `FeatureWorld`; making one prepares directions and tables, which takes a moment for large worlds.
+
+    Attributes:
+        world: What to make.
+        directions: The true direction of each feature, float32 unit vectors [n, d].
+
+    Example:
+        >>> generator = FeatureGenerator(FeatureWorld(n=32, d=8, l0=2.0))
+        >>> generator.batch(0, 4).x.shape
+        torch.Size([4, 8])
+    """
 
     world: FeatureWorld
     directions: Tensor = field(init=False)
@@ -164,7 +196,15 @@ class FeatureGenerator:
         return random.integers(0, self.world.factors, len(roots)), self.world.correlation * signs
 
     def batch(self, number: int, size: int) -> Batch:
-        """Batch `number` of `size` tokens; the same whenever it is asked for."""
+        """One batch of tokens; the same whenever it is asked for.
+
+        Args:
+            number: Which batch, from 0.
+            size: Tokens.
+
+        Returns:
+            The activations [size, d] with the features that they are made of.
+        """
         random = np.random.default_rng(np.random.SeedSequence((self.world.seed, 7, number)))
         token, feature = self._subsets(random, size) if self.world.active else self._active(random, size)
         values = self.means[feature] + self.spreads[feature] * random.standard_normal(len(feature))
@@ -182,7 +222,12 @@ class FeatureGenerator:
         return Batch(x, torch.from_numpy(offsets), features, weights)
 
     def batches(self, size: int, start: int = 0) -> Iterator[Tensor]:
-        """Endless activations [size, d] from batch `start` on: what a trainer eats."""
+        """Endless activations [size, d], one batch after the other, for a training.
+
+        Args:
+            size: Tokens per batch.
+            start: The number of the first batch.
+        """
         number = start
         while True:
             yield self.batch(number, size).x

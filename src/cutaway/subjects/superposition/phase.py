@@ -21,23 +21,44 @@ _NODES = 24  # of the quadrature, in each piece of [0, 1]
 
 @dataclass(frozen=True)
 class PhaseDiagram:
-    """`phase[r][c]` indexes PHASES for feature 2, at `density[r]` and `importance[c]`; `loss` is the expected loss."""
+    """What models do with feature 2 at each density and importance."""
 
     density: tuple[float, ...]
+    """How often a feature is active, one for each row."""
     importance: tuple[float, ...]
+    """Weight of feature 2's error as a multiple of feature 1's, one for each column."""
     phase: Tensor
+    """int64 [rows, columns]: 0 not represented, 1 a dedicated dimension, 2 superposition."""
     loss: Tensor
+    """The expected loss there [rows, columns]."""
 
     def agreement(self, other: "PhaseDiagram") -> float:
-        """Share of cells with the same phase."""
+        """Share of cells with the same phase.
+
+        Args:
+            other: A diagram of the same densities and importances.
+        """
         return (self.phase == other.phase).double().mean().item()
 
 
 def expected_loss(W: Tensor, b: Tensor, density: Tensor, importance: Tensor, *, nodes: int = _NODES) -> Tensor:
-    """E[L] for two features in any number of dimensions, by quadrature: W [k, m, 2], b [k, 2] -> float64 [k].
+    """E[L] for two features in any number of dimensions, by quadrature.
 
     Both features off, one on, or both on, weighted (1−p)², p(1−p), p². Along each axis [0, 1] is split into 8 pieces
     of `nodes` Gauss–Legendre points; the kink of the ReLU costs about 1e-6 of the loss.
+
+    Args:
+        W: Weights of k models [k, m, 2].
+        b: Their biases [k, 2].
+        density: How often a feature is active [k].
+        importance: Weight of each feature's error [k, 2].
+        nodes: Points per piece.
+
+    Returns:
+        The expected loss of each model, float64 [k].
+
+    Raises:
+        CutawayError: Other than two features.
     """
     W, b, density, importance = (tensor.double() for tensor in (W, b, density, importance))
     if W.shape[-1] != 2:
@@ -63,7 +84,15 @@ def expected_loss(W: Tensor, b: Tensor, density: Tensor, importance: Tensor, *, 
 def trained_diagram(
     density: tuple[float, ...], importance: tuple[float, ...], *, steps: int = 1500, restarts: int = 3, seed: int = 0
 ) -> PhaseDiagram:
-    """At every cell the best of `restarts` trained models by expected loss: what does it do with feature 2?"""
+    """The phase diagram of trained models: at every cell the one of several trainings with the lowest expected loss.
+
+    Args:
+        density: How often a feature is active, for each row, in (0, 1].
+        importance: Weight of feature 2's error as a multiple of feature 1's, for each column.
+        steps: Steps of a training.
+        restarts: Trainings per cell.
+        seed: Of initial weights and samples.
+    """
     p, weights = _grid(density, importance)
     models, found = best_of(
         restarts,
@@ -81,6 +110,11 @@ def optimal_diagram(density: tuple[float, ...], importance: tuple[float, ...], *
     Kinds: only feature 1, only feature 2 (the other's output is its mean, so both losses have a closed form up to the
     represented feature's), both antipodal (w, −v). Of the last the scales and biases are searched by descent on the
     quadrature from a grid of starts.
+
+    Args:
+        density: How often a feature is active, for each row, in (0, 1].
+        importance: Weight of feature 2's error as a multiple of feature 1's, for each column.
+        steps: Steps of descent from each start.
     """
     p, weights = _grid(density, importance)
     alone = _alone(p, weights)

@@ -73,13 +73,27 @@ def uniqueness(found: Tensor, true: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of F latents on `tokens` held-out tokens of n features.
+    """How well latents match true features, on held-out tokens.
 
-    `mcc_signed`, `mcc_absolute`: mean cosine after assignment; `recovered`: features assigned a latent with signed
-    cosine above 0.9; `nearest_signed`: mean over features of the highest cosine without assignment (high by chance
-    where latents are many and dimensions few). `precision`, `recall`, `f1`: means over latents, each for the feature of
-    its highest |cosine|, 0 for latents that never fire; `f1_interval`: bootstrap over latents. `explained`: 1 −
-    Σ‖x − x̂‖² / Σ‖x − x̄‖² over all tokens. `shrinkage`: mean of ‖x̂‖ / ‖x‖. `dead`: share of latents that never fired.
+    Attributes:
+        latents: Latents, F.
+        features: True features, n.
+        tokens: Held-out tokens.
+        mcc_signed: Mean signed cosine of latents and features after one-to-one assignment.
+        mcc_absolute: Mean |cosine| after one-to-one assignment.
+        recovered: Features that are assigned a latent with a signed cosine above 0.9.
+        nearest_signed: Mean over features of the highest signed cosine without assignment (high by chance where latents
+            are many and dimensions few).
+        uniqueness: Different features that latents are nearest to by |cosine|, as a share of the latents.
+        precision: Mean over latents, each for the feature of its highest |cosine|; 0 for latents that are never active.
+        recall: Mean over latents, likewise.
+        f1: Mean over latents of the harmonic mean of the two.
+        f1_interval: 95 % interval of `f1`, a bootstrap over latents.
+        explained: Share of the variance that is explained: 1 − Σ‖x − x̂‖² / Σ‖x − x̄‖² over all tokens.
+        shrinkage: Mean of ‖x̂‖ / ‖x‖.
+        dead: Share of latents that are never active.
+        l0: Active latents per token, mean.
+        true_l0: Active features per token, mean.
     """
 
     latents: int
@@ -109,7 +123,21 @@ class Scores:
 def score_dictionary(
     directions: Tensor, code: Code, generator: FeatureGenerator, *, tokens: int = 65_536, batch: int = 1024
 ) -> Scores:
-    """Judge latents with decoder rows `directions` [F, d] and their `code` on held-out batches of a generator."""
+    """Judge latents on held-out batches of a generator.
+
+    Args:
+        directions: The decoder's rows [F, d]; their lengths do not matter.
+        code: A function from activations [B, d] to latent activations [B, F] and the reconstruction [B, d].
+        generator: The activations and their features.
+        tokens: Held-out tokens; whole batches, at least one.
+        batch: Tokens per batch.
+
+    Returns:
+        The scores. Those of `random_code` are the control.
+
+    Raises:
+        CutawayError: Directions of another dimension than the generator's.
+    """
     true = generator.directions
     F, n = len(directions), len(true)
     best = cosines(directions, true).abs().argmax(1)
@@ -160,6 +188,19 @@ def random_code(latents: int, k: int, generator: FeatureGenerator, seed: int = 0
 
     One gain for all activations is fitted by least squares; x̄ is the mean of a held-out batch. Directions that overlap
     would else add up to too much.
+
+    Args:
+        latents: Directions, F.
+        k: Latents active per token at most.
+        generator: The activations that the gain and the mean are taken from.
+        seed: Of the directions.
+
+    Returns:
+        The directions, and the function from activations [B, d] to latent activations [B, F] and the reconstruction
+        [B, d].
+
+    Raises:
+        CutawayError: k is below 1 or above F.
     """
     d = generator.world.d
     if not 1 <= k <= latents:
@@ -184,7 +225,7 @@ def random_code(latents: int, k: int, generator: FeatureGenerator, seed: int = 0
     return directions, code
 
 
-COLUMNS = (
+COLUMNS: tuple[str, ...] = (
     "MCC ±",
     "MCC |·|",
     "recovered",
@@ -220,7 +261,11 @@ def score_row(scores: Scores) -> list[str]:
 
 
 def score_rows(named: Mapping[str, Scores]) -> Sequence[list[str]]:
-    """A table's rows: the name before the cells."""
+    """A table's rows: the name before the cells under COLUMNS.
+
+    Args:
+        named: The scores, each under its row's name.
+    """
     return [[name, *score_row(scores)] for name, scores in named.items()]
 
 

@@ -169,7 +169,13 @@ def pair_cosines(W: Tensor) -> tuple[float, float]:
 
 
 def toy_study(*, seed: int = 0, effort: float = 1.0, cells: int = 13) -> ToyStudy:
-    """Train everything: about a minute on two cores. `effort` scales the steps, `cells` is the side of the diagrams."""
+    """Train all the toy models of the study: about a minute on two cores.
+
+    Args:
+        seed: Of initial weights and samples.
+        effort: Factor on the steps of every training.
+        cells: Rows, and columns, of the phase diagrams.
+    """
 
     def steps(n: int) -> int:
         return max(1, round(n * effort))

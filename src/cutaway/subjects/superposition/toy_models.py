@@ -24,16 +24,25 @@ Relation = Literal["independent", "correlated", "anticorrelated"]
 
 @dataclass(frozen=True, eq=False)
 class ToyModels:
-    """k trained instances: `W` [k, m, n], `b` [k, n]; `density` [k] = 1 − S and `importance` [k, n] are given."""
+    """k trained instances of a toy model, each with n features in m dimensions."""
 
     W: Tensor
+    """Weights [k, m, n]; a column is a feature's direction."""
     b: Tensor
+    """Biases [k, n]."""
     density: Tensor
+    """How often a feature is active [k]: 1 − sparsity."""
     importance: Tensor
+    """Weight of each feature's error in the loss [k, n]."""
     linear: bool = False
+    """Whether the ReLU is left out."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x̂: [k, batch, n] -> [k, batch, n]."""
+        """The reconstruction x̂ [k, batch, n].
+
+        Args:
+            x: Feature values [k, batch, n].
+        """
         return reconstruct(self.W, self.b, x, linear=self.linear)
 
 
@@ -139,7 +148,9 @@ def train_toys(
         CutawayError: Shapes that do not fit, or densities outside (0, 1].
 
     Example:
-        >>> train_toys(torch.tensor([1.0, 0.05]), 0.9 ** torch.arange(5.0), m=2, steps=1500)
+        >>> import torch
+        >>> train_toys(torch.tensor([1.0, 0.05]), 0.9 ** torch.arange(5.0), m=2, steps=10).W.shape
+        torch.Size([2, 2, 5])
     """
     batch, learning_rate, data = training.batch, training.learning_rate, training.data
     importance = importance.expand(len(density), -1) if importance.ndim == 1 else importance
