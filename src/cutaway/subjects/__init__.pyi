@@ -1,9 +1,6 @@
 from .atlas.shipped import atlas_folder as atlas_folder
-from .atlas.shipped import weights_folder as weights_folder
-from .atlas.shipped import write_pair as write_pair
 from .atlas.text import library_text as library_text
 from .atlas.text import world_text as world_text
-from .atlas.text import write_text as write_text
 from .superposition.ceiling import Ceiling as Ceiling
 from .superposition.ceiling import linear_ceiling as linear_ceiling
 from .superposition.generator import FeatureGenerator as FeatureGenerator
@@ -84,8 +81,5 @@ __all__ = [
     "toy_study",
     "train_toys",
     "trained_diagram",
-    "weights_folder",
     "world_text",
-    "write_pair",
-    "write_text",
 ]
