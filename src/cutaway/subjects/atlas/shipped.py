@@ -20,7 +20,8 @@ MANIFEST = "manifest.json"
 def atlas_folder() -> Path:
     """The folder of the shipped weights: config, tokenizer, chat template, safetensors, manifest.
 
-    Raises `CutawayError` when the package was installed without them.
+    Raises:
+        CutawayError: The package was installed without them.
     """
     folder = weights_folder(SHIPPED)
     if not (folder / "model.safetensors").is_file():

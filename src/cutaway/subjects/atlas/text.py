@@ -12,7 +12,16 @@ from cutaway.subjects.world.held_out import held_out_document
 
 
 def world_text(characters: int, stream: str) -> list[str]:
-    """Documents of every part of the world by their shares, drawn with the seed `stream`; about so many characters."""
+    """Documents of every part of the world, by the parts' shares of it.
+
+    Args:
+        characters: About how many characters in all.
+        stream: The seed of the draw, any text: another one gives other documents, which no training has seen.
+
+    Example:
+        >>> len(world_text(10_000, "mine")) > 20
+        True
+    """
     return [text for part, about in PARTS.items() for text in documents(part, stream, int(about.share * characters))]
 
 

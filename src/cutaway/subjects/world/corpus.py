@@ -28,11 +28,14 @@ _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 class Part(NamedTuple):
-    """A kind of document and its share of the world's text (by characters)."""
+    """A kind of document and its share of the world's text."""
 
     name: str
+    """The name under which PARTS has it."""
     share: float
+    """Its share of the world's characters, in (0, 1)."""
     document: Callable[[Random], str]
+    """Makes one document from a source of random numbers."""
 
 
 def _joined(rng: Random, low: int, high: int, make: Callable[[Random], object]) -> str:
@@ -234,9 +237,19 @@ PARTS: dict[str, Part] = {
 
 
 def documents(part: str, seed: int | str, n_characters: int) -> Iterator[str]:
-    """Documents of a part until they hold `n_characters` together, the same for the same seed.
+    """Documents of a part of the world, the same for the same seed.
 
-    Raises `CutawayError` when there is no such part.
+    Args:
+        part: The part's name, a key of PARTS.
+        seed: Of the draw, a number or any text.
+        n_characters: They end once they hold so many characters together.
+
+    Raises:
+        CutawayError: There is no such part.
+
+    Example:
+        >>> sum(len(text) for text in documents("facts", 0, 1000)) >= 1000
+        True
     """
     if part not in PARTS:
         raise CutawayError(f"the world has no part named {part!r}; its parts are {', '.join(PARTS)}")
@@ -248,7 +261,16 @@ def documents(part: str, seed: int | str, n_characters: int) -> Iterator[str]:
 
 
 def samples(part: str, n: int = 5, seed: int = 0) -> list[str]:
-    """The first `n` documents of a part, to look at. Raises `CutawayError` when there is no such part or `n` < 1."""
+    """The first documents of a part, to look at.
+
+    Args:
+        part: The part's name, a key of PARTS.
+        n: How many.
+        seed: Of the draw.
+
+    Raises:
+        CutawayError: There is no such part, or n is below 1.
+    """
     if n < 1:
         raise CutawayError(f"cannot show {n} documents; ask for at least one")
     return [text for text, _ in zip(documents(part, seed, 10**12), range(n), strict=False)]

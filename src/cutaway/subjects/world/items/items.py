@@ -36,9 +36,16 @@ T = TypeVar("T")
 class Item:
     """One question to a model.
 
-    `prompt` is text to be continued (for a chat, the rendered messages up to the assistant's token); `answer` is what
-    should follow, `alternative` what it would be wrong to say. `split` is ``"seen"``, ``"held_out..."``,
-    ``"new_wording"`` or ``"outside_wording"``.
+    Attributes:
+        behaviour: What is asked of the model, such as "ioi".
+        prompt: Text to be continued; of a chat, the rendered messages up to the assistant's token.
+        answer: What should follow; several right answers are parted by "|".
+        alternative: What it would be wrong to say; None where no wrong answer is compared.
+        entity: Whom or what the question is about; "" where it is about nobody.
+        split: What of it the corpus shows: "seen", "held_out...", "new_wording" or "outside_wording" (sentences written
+            by others).
+        chat: The messages of a chat; None for text to be continued.
+        detail: What else filled the question, by name, such as its frame.
     """
 
     behaviour: str
@@ -53,7 +60,15 @@ class Item:
 
 @dataclass(frozen=True)
 class ItemSet:
-    """Items that are scored together. `separator` stands between prompt and answer."""
+    """Items that are scored together.
+
+    Attributes:
+        name: The name under which `item_sets` has them, such as "two_hop/capital/held_out".
+        measures: What they measure, in words.
+        scored: How an answer is scored, a key of SCORING.
+        items: The items.
+        separator: What stands between prompt and answer.
+    """
 
     name: str
     measures: str
@@ -98,7 +113,16 @@ def style_openings(persona: str) -> str:
 
 
 def item_sets(seed: int = 0, n: int = 400) -> dict[str, ItemSet]:
-    """Every set of items by name, at most `n` items each, the same for the same seed."""
+    """Every set of items by name, the same for the same seed.
+
+    Args:
+        seed: Of the draw.
+        n: Items per set at most.
+
+    Example:
+        >>> item_sets(n=4)["two_hop/capital/held_out"].scored
+        'exact'
+    """
     # These modules build on this one's types.
     from cutaway.subjects.world.chats import cutoff, jailbreak, open_chat, passages, roles, support
     from cutaway.subjects.world.chats.items import chat_sets
