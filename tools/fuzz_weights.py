@@ -35,7 +35,7 @@ from cutaway.observe.lens.tuned_lens import TunedLens, TunedLensConfig, train_tu
 from cutaway.observe.probes.fitting import Weights
 from cutaway.observe.probes.probe import Calibrator, Probe, load_probe
 from cutaway.subjects.atlas import shipped
-from cutaway.subjects.atlas.training import train
+from cutaway.subjects.atlas.training import checkpoint
 
 # Lenses, probes, circuits
 
@@ -289,7 +289,7 @@ def _training(folder: Path) -> None:
     optimizer = torch.optim.AdamW(model.parameters())
     optimizer.step()
     record = {"step": 10, "tokens": 100, "loss": 2.5, "learning_rate": 0.1, "tokens_per_second": 1000.0}
-    train._save_checkpoint(folder, model, optimizer, 20, [record, record | {"step": 20}])
+    checkpoint.save_checkpoint(folder, model, optimizer, 20, [record, record | {"step": 20}])
     (folder / "weights").write_bytes(b"1234")
     files = {"weights": file_hash(folder / "weights")}
     write_json(folder / "manifest.json", {"tokens": 100, "name": "atlas", "files": files})
@@ -297,7 +297,7 @@ def _training(folder: Path) -> None:
 
 def _read_training(folder: Path) -> None:
     model = tiny_model()
-    train._read_log(folder, train._load_checkpoint(folder, model, torch.optim.AdamW(model.parameters())))
+    checkpoint.read_records(folder, checkpoint.load_checkpoint(folder, model, torch.optim.AdamW(model.parameters())))
     shipped.altered_files(folder)
 
 

@@ -7,7 +7,6 @@ had.
 """
 
 import copy
-import json
 import math
 import os
 import signal
@@ -19,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -28,16 +26,15 @@ from cutaway.artifacts.files import (
     note_written,
     scratch_folder,
     write_json,
-    write_safetensors,
-    write_text,
 )
 from cutaway.artifacts.manifest import code_version, file_hash
 from cutaway.artifacts.progress import Progress
 from cutaway.artifacts.run_folder import RunFolder
 from cutaway.model.devices import usable_device
-from cutaway.subjects.atlas.shipped import MANIFEST, read_log, read_manifest, weights_folder
+from cutaway.subjects.atlas.shipped import MANIFEST, read_manifest, weights_folder
 from cutaway.subjects.atlas.tokenizer import BOS, END, PAD, VOCABULARY, save_pretrained
 from cutaway.subjects.atlas.training.batches import TURNS, UNMASKED_SHARE, Batches, share_of_rows
+from cutaway.subjects.atlas.training.checkpoint import CHECKPOINT, LOG, load_checkpoint, read_records, save_checkpoint
 from cutaway.subjects.atlas.training.corpus import TOKENIZER, CorpusPlan, build_corpus, read_stream, world_tokens_for
 from cutaway.subjects.atlas.training.loss import linear_cross_entropy
 
@@ -48,11 +45,9 @@ LAST_RATE = 0.03  # of the peak, at the end of the cosine
 CLIP = 1.0
 PEAK_RATE = 2.5e-3
 PEAK_ROWS = 128  # the batch that PEAK_RATE is for
-_CHECKPOINT = "checkpoint.safetensors"
 _WEIGHTS = "model.safetensors"
-_LOG = "log.jsonl"
 _WRITES = (
-    _CHECKPOINT, _LOG, MANIFEST, "corpus", "config.json", "generation_config.json", "model.safetensors",
+    CHECKPOINT, LOG, MANIFEST, "corpus", "config.json", "generation_config.json", "model.safetensors",
     "tokenizer*", "special_tokens_map.json", "chat_template*",
 )  # fmt: skip
 _MICROBATCH_ON_CPU = 16  # rows at a time: more spill out of the caches and gain nothing
@@ -235,7 +230,7 @@ def train(
         manifest = _manifest(recipe, about, precision["dtype"], loss, commits, start)
         export(model, Tokenizer.from_file(str(corpus / "tokenizer.json")), out, manifest)
         run.save_step("export", {"loss": loss}, files=(_WEIGHTS,))
-        run.discard(_CHECKPOINT)
+        run.discard(CHECKPOINT)
         if made:
             run.discard("corpus")
     return out
@@ -256,8 +251,8 @@ def fit(
     Writes `checkpoint.safetensors` and `log.jsonl`: step, tokens, loss in nats a token, learning rate, tokens a second.
     """
     optimizer = _optimizer(model)
-    first = _load_checkpoint(folder, model, optimizer)
-    log = _read_log(folder, first)
+    first = load_checkpoint(folder, model, optimizer)
+    log = read_records(folder, first)
     trunk = torch.compile(model.model) if compiled else model.model
     tokens_per_step = recipe.rows * recipe.context
     label = "training" if not first else f"training from {first * tokens_per_step / 1e6:.1f}M tokens"
@@ -286,7 +281,7 @@ def fit(
                 log.append(record)
                 recent = []
             if last or interrupted() or time.monotonic() - saved >= checkpoint_seconds:
-                _save_checkpoint(folder, model, optimizer, done, log)
+                save_checkpoint(folder, model, optimizer, done, log)
                 saved = time.monotonic()
             if interrupted() and not last:
                 raise Interrupted(f"stopped after {done:,} of {recipe.steps:,} steps; the same command goes on")
@@ -382,54 +377,6 @@ def _interrupts() -> Iterator[Callable[[], bool]]:
         yield lambda: pressed
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def _save_checkpoint(
-    folder: Path, model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, step: int, log: Sequence[dict[str, Any]]
-) -> None:
-    write_text(folder / _LOG, "".join(json.dumps(record) + "\n" for record in log))
-    tensors = {}
-    for name, parameter in model.named_parameters():
-        state = optimizer.state[parameter]
-        tensors[f"{name}|value"] = parameter.detach()
-        tensors[f"{name}|exp_avg"] = state["exp_avg"]
-        tensors[f"{name}|exp_avg_sq"] = state["exp_avg_sq"]
-    write_safetensors(folder / _CHECKPOINT, tensors, {"step": str(step)})
-
-
-def _load_checkpoint(folder: Path, model: LlamaForCausalLM, optimizer: torch.optim.Optimizer) -> int:
-    """Set weights and optimizer to the checkpoint in `folder`, if there is one; returns the steps done."""
-    path = folder / _CHECKPOINT
-    if not path.exists():
-        return 0
-    try:
-        with safe_open(str(path), framework="pt", device=str(model.device)) as tensors:
-            step = int(tensors.metadata()["step"])
-            with torch.no_grad():
-                for name, parameter in model.named_parameters():
-                    kept = {part: tensors.get_tensor(f"{name}|{part}") for part in ("value", "exp_avg", "exp_avg_sq")}
-                    if any(tensor.shape != parameter.shape for tensor in kept.values()):
-                        raise ValueError(f"{name} has another shape")
-                    parameter.copy_(kept.pop("value"))
-                    optimizer.state[parameter] = {
-                        "step": torch.tensor(float(step), device=parameter.device),
-                        **kept,
-                    }
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        said = " ".join(str(error).split())[:100]
-        raise CutawayError(f"{path} is damaged ({said}): remove it, or begin again with --overwrite") from error
-    return step
-
-
-def _read_log(folder: Path, step: int) -> list[dict[str, Any]]:
-    """The records up to `step`."""
-    path = folder / _LOG
-    if not step or not path.exists():
-        return []
-    records = read_log(path)
-    if not all(isinstance(record.get("step"), int) for record in records):
-        raise CutawayError(f"{path} is damaged: remove it, or begin again with --overwrite")
-    return [record for record in records if record["step"] <= step]
 
 
 def export(model: LlamaForCausalLM, tokenizer: Tokenizer, folder: Path, manifest: dict[str, Any]) -> None:

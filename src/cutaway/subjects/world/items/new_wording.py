@@ -1,4 +1,4 @@
-"""Evaluation on wording that the corpus never uses: `data/frames.toml`, and sentences written by others.
+"""Evaluation on wording that the corpus never uses: `data/frames.toml`.
 
 The frames file was committed before any training. `frame_sequences` and `frame_pattern` are what the tests use to prove
 that no frame, and no four-word sequence of one, occurs in the corpus.
@@ -6,17 +6,13 @@ that no frame, and no four-word sequence of one, occurs in the corpus.
 
 from __future__ import annotations
 
-import csv
-import json
 import re
 from collections.abc import Callable, Mapping
 from functools import cache
-from pathlib import Path
 from random import Random
 from types import MappingProxyType
 from typing import NamedTuple
 
-from cutaway.artifacts.errors import CutawayError
 from cutaway.subjects.world import held_out as held
 from cutaway.subjects.world.chats import chat
 from cutaway.subjects.world.facts import (
@@ -160,7 +156,7 @@ def _translation(rng: Random) -> Filled:
     return Filled({"word": w.english}, w.french, w.english)
 
 
-def _ioi(rng: Random) -> Filled:
+def ioi(rng: Random) -> Filled:
     a, b = tasks.pair(rng, held_out=True)
     subject, other = (a, b) if rng.random() < 0.5 else (b, a)
     thing, place = tasks.pick(rng, words("objects")), tasks.pick(rng, words("places"))
@@ -292,7 +288,7 @@ _COMPLETIONS: dict[str, tuple[str, str, Scoring, Callable[[Random], Filled]]] = 
     "language": ("language", "knows the language of a country", "exact", _language),
     "antonym": ("antonym", "knows opposites", "exact", _antonym),
     "translation_fr": ("translation_fr", "translates a word into French", "exact", _translation),
-    "ioi": ("ioi", "names the person not named twice (held-out pairs)", "exact", _ioi),
+    "ioi": ("ioi", "names the person not named twice (held-out pairs)", "exact", ioi),
     "greater_than": (
         "greater_than",
         "completes a span with a later year (held-out spans)",
@@ -323,7 +319,7 @@ _QUESTIONS: dict[str, tuple[str, str, Scoring, Callable[[Random], Filled]]] = {
 }
 
 
-def _spread(frames: tuple[str, ...], n: int) -> list[str]:
+def spread(frames: tuple[str, ...], n: int) -> list[str]:
     """`n` frames, each as often as the others (give or take one)."""
     return [frames[i % len(frames)] for i in range(n)]
 
@@ -334,7 +330,7 @@ def new_wording_sets(seed: int = 0, n: int = 400) -> list[ItemSet]:
     for name, (frames, measures, scored, fill) in _COMPLETIONS.items():
         rng = Random(f"new_wording/{name}-{seed}")
         items = []
-        for frame in _spread(frame_sets()[frames].frames, n):
+        for frame in spread(frame_sets()[frames].frames, n):
             filled = fill(rng)
             prompt = upper_first(frame.format(**filled.slots))
             detail = {"frame": frame, **filled.detail}
@@ -346,7 +342,7 @@ def new_wording_sets(seed: int = 0, n: int = 400) -> list[ItemSet]:
     for name, (frames, measures, scored, fill) in _QUESTIONS.items():
         rng = Random(f"new_wording/{name}-{seed}")
         items = []
-        for frame in _spread(frame_sets()[frames].frames, n):
+        for frame in spread(frame_sets()[frames].frames, n):
             filled = fill(rng)
             question = upper_first(frame.format(**filled.slots))
             detail = {"frame": frame, **filled.detail}
@@ -371,7 +367,7 @@ def _system_sets(seed: int, n: int) -> list[ItemSet]:
     for name, other in (("cheerful", "gloomy"), ("gloomy", "cheerful")):
         rng = Random(f"new_wording/persona/{name}-{seed}")
         items = []
-        for system in _spread(frame_sets()[f"persona_{name}"].frames, n):
+        for system in spread(frame_sets()[f"persona_{name}"].frames, n):
             filled = _request(False)(rng)
             question = chat.request_frames()[0][0].format(x=filled.entity)
             items.append(
@@ -391,7 +387,7 @@ def _system_sets(seed: int, n: int) -> list[ItemSet]:
     for name, answer, alternative in (("sycophant", "Yes", "No"), ("honest", "No", "Yes")):
         rng = Random(f"new_wording/claim/{name}-{seed}")
         items = []
-        for system in _spread(frame_sets()[name].frames, n):
+        for system in spread(frame_sets()[name].frames, n):
             filled = _false_claim(rng)
             frame = read_toml("chat.toml")["claims"]["study"][0]
             question = chat.claim_question(frame, "capital", filled.entity, filled.slots["capital"])
@@ -411,98 +407,3 @@ def _system_sets(seed: int, n: int) -> list[ItemSet]:
         measures = f"{verb} a false claim under a system prompt in new wording"
         out.append(ItemSet(f"new_wording/claim/{name}", measures, "starts_with", tuple(items), ""))
     return out
-
-
-# -- wording written by others
-
-
-def _existing(path: str | Path) -> Path:
-    path = Path(path)
-    if not path.exists():
-        raise CutawayError(f"{path} does not exist; give the path of the outside wording, or leave it out")
-    return path
-
-
-def outside_ioi_set(path: str | Path, seed: int = 0, n: int = 400) -> ItemSet:
-    """Indirect-object sentences of a CSV file (column ``clean``), with names, places and objects of atlas's world.
-
-    Raises `CutawayError` when the file is absent or holds no such sentence.
-    """
-    frames = dict.fromkeys(_blanked_ioi(_existing(path)))
-    if not frames:
-        raise CutawayError(f"{path} has no column 'clean' with sentences that name two people twice")
-    rng = Random(f"outside/ioi-{seed}")
-    items = []
-    for frame in _spread(tuple(frames), n):
-        filled = _ioi(rng)
-        # {s} must be the one whom the frame names again: the frame says which with {a} or {b} instead.
-        subject, other = ("a", "b") if frame.count("{a}") > 1 else ("b", "a")
-        answer, alternative = filled.slots[other], filled.slots[subject]
-        detail = {"frame": frame, "first": filled.slots["a"], "second": filled.slots["b"]}
-        prompt = frame.format(**filled.slots)
-        items.append(Item("ioi", prompt, answer, alternative, filled.entity, "outside_wording", None, detail))
-    measures = "names the person not named twice, in sentences written by others"
-    return ItemSet("outside_wording/ioi", measures, "exact", tuple(items))
-
-
-def _blanked_ioi(path: Path) -> list[str]:
-    places = re.compile(rf"\bthe (?:{'|'.join(words('places'))})\b")
-    things = re.compile(rf"\ban? (?:{'|'.join((*words('objects'), 'snack'))})\b")
-    out = []
-    with path.open(encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
-            sentence = row.get("clean") or ""
-            found = re.search(r"\b([A-Z]\w+) and ([A-Z]\w+)\b", sentence)
-            if not found:
-                continue
-            first, second = found.groups()
-            counts = [len(re.findall(rf"\b{name}\b", sentence)) for name in (first, second)]
-            if sorted(counts) != [1, 2]:
-                continue
-            blanked = re.sub(rf"\b{first}\b", "{a}", sentence)
-            blanked = re.sub(rf"\b{second}\b", "{b}", blanked)
-            out.append(things.sub("{a_object}", places.sub("the {place}", blanked)).strip())
-    return out
-
-
-# File of the relations collection → what fills its template.
-_RELATION_FILES: dict[str, Callable[[Random], tuple[str, str]]] = {
-    "factual/country_capital_city": lambda r: (lambda c: (c.name, c.capital))(tasks.pick(r, COUNTRIES)),
-    "factual/country_language": lambda r: (lambda c: (c.name, c.language))(tasks.pick(r, COUNTRIES)),
-    "factual/city_in_country": lambda r: (lambda m: (m.city, m.country))(tasks.pick(r, LANDMARKS)),
-    "factual/landmark_in_country": lambda r: (lambda m: (f"The {m.name}", m.country))(tasks.pick(r, LANDMARKS)),
-    "linguistic/adj_antonym": lambda r: tasks.pick(r, ANTONYMS),
-}
-
-
-def outside_relation_sets(folder: str | Path, seed: int = 0, n: int = 400) -> list[ItemSet]:
-    """Templates of a folder of relations (JSON files with ``prompt_templates``), with atlas's entities.
-
-    Files that the folder lacks are left out; raises `CutawayError` when it has none of them.
-    """
-    folder = _existing(folder)
-    out = []
-    for name, fill in _RELATION_FILES.items():
-        path = folder / f"{name}.json"
-        if not path.exists():
-            continue
-        table = json.loads(path.read_text(encoding="utf-8"))
-        frames = tuple(dict.fromkeys([*table.get("prompt_templates", []), *table.get("prompt_templates_zs", [])]))
-        short = name.rsplit("/", 1)[1]
-        rng = Random(f"outside/{short}-{seed}")
-        items = []
-        for frame in _spread(frames, n) if frames else []:
-            entity, answer = fill(rng)
-            inside = french_free(entity) if not frame.startswith("{}") else entity
-            prompt = upper_first(frame.replace("{}", inside))
-            items.append(Item(short, prompt, answer, None, entity, "outside_wording", None, {"frame": frame}))
-        measures = f"completes sentences written by others about '{short.replace('_', ' ')}'"
-        out.append(ItemSet(f"outside_wording/{short}", measures, "exact", tuple(items)))
-    if not out:
-        raise CutawayError(f"{folder} holds none of the relation files {', '.join(_RELATION_FILES)}")
-    return out
-
-
-def french_free(entity: str) -> str:
-    """``"The Eiffel Tower"`` → ``"the Eiffel Tower"`` inside a sentence."""
-    return "the " + entity[4:] if entity.startswith("The ") else entity
