@@ -126,12 +126,10 @@ def test_training_gets_every_option(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         "start": "atlas-1",
         "peak": 0.001,
         "seed": 2,
-        "device": "cpu",
         "rows": 4,
         "context": 64,
         "corpus": Path("c"),
-        "processes": 1,
-        "compiled": True,
+        "machine": training.Machine("cpu", 1, True),
         "overwrite": True,
     }
 

@@ -62,7 +62,7 @@ def train(
     overwrite
         Begin again in a folder that holds another training.
     """
-    from cutaway.subjects.atlas.training.train import train_command
+    from cutaway.subjects.atlas.training.train import Machine, train_command
 
     train_command(
         out=out,
@@ -70,12 +70,10 @@ def train(
         start=start,
         peak=rate,
         seed=seed,
-        device=device,
         rows=rows,
         context=context,
         corpus=corpus,
-        processes=processes,
-        compiled=compiled,
+        machine=Machine(device, processes, compiled),
         overwrite=overwrite,
     )
 

@@ -100,6 +100,21 @@ class Recipe:
         return self.highest_rate * warm * (LAST_RATE + (1 - LAST_RATE) * cosine)
 
 
+@dataclass(frozen=True)
+class Machine:
+    """What a training runs on; it does not determine the weights beyond arithmetic."""
+
+    device: str | None = None
+    """Such as "cpu" or "cuda"; None is a GPU if there is one."""
+    processes: int | None = None
+    """How many processes make the corpus; None is one per core."""
+    compiled: bool = False
+    """Whether the model is compiled with torch.compile."""
+
+
+_THIS_MACHINE = Machine()
+
+
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C during training, after the checkpoint was written."""
 
@@ -436,12 +451,10 @@ def train_command(
     start: str | None = None,
     peak: float = PEAK_RATE,
     seed: int = 0,
-    device: str | None = None,
     rows: int | None = None,
     context: int = 256,
     corpus: Path | None = None,
-    processes: int | None = None,
-    compiled: bool = False,
+    machine: Machine = _THIS_MACHINE,
     overwrite: bool = False,
 ) -> None:
     """`cutaway subjects train atlas`: train, say where the weights are and how to judge them.
@@ -452,7 +465,7 @@ def train_command(
     before = None if start is None else weights_folder(start)
     if before is not None and not (before / _WEIGHTS).is_file():
         raise CutawayError(f"{start} holds no {_WEIGHTS}: --from names atlas, atlas-1 or a folder that training left")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = machine.device or ("cuda" if torch.cuda.is_available() else "cpu")
     recipe = Recipe(
         tokens=tokens,
         seed=seed,
@@ -468,8 +481,8 @@ def train_command(
         start=before,
         device=device,
         corpus=corpus,
-        processes=processes,
-        compiled=compiled,
+        processes=machine.processes,
+        compiled=machine.compiled,
         overwrite=overwrite,
     )
     print(f"{folder} holds the trained weights; judge them: cutaway subjects evaluate atlas --model {folder}")
