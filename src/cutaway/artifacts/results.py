@@ -108,6 +108,7 @@ class Choices:
     """The examples, such as "48 held-out pairs of indirect object, seed 0"."""
 
     def to_json(self) -> dict[str, str]:
+        """The choices as plain data."""
         return asdict(self)
 
     @classmethod

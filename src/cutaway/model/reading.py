@@ -165,7 +165,11 @@ class Reads:
         return not bool((inputs[..., :2] == start).all(-1).any())
 
     def spelled(self, rows: list[list[int]]) -> tuple[tuple[str, ...], ...]:
-        """What `Tokens.spelling` is of rows of ids."""
+        """What `Tokens.spelling` is of rows of ids.
+
+        Args:
+            rows: the rows, without padding.
+        """
         return tuple(tuple(token_string(self.tokenizer, i) for i in row) for row in rows)
 
     def _no_such_id(self) -> CutawayError:

@@ -17,7 +17,13 @@ from cutaway.model.reading import Reads
 
 
 class Weights(Reads):
-    """What of a `LanguageModel` speaks of its weights."""
+    """What of a `LanguageModel` speaks of its weights.
+
+    Args:
+        hf: the model, as transformers made it.
+        name: the name it was loaded by.
+        identify: a function that gives the identity of its weights, called when a file or a manifest needs it.
+    """
 
     family: Family
     n_layers: int
@@ -74,7 +80,14 @@ class Weights(Reads):
         return self._states
 
     def identity_at(self, state: int) -> Callable[[], ModelIdentity]:
-        """The identity of what ran in a state, also when the weights have been changed since."""
+        """The identity of what ran in a state, also when the weights have been changed since.
+
+        Args:
+            state: what `weights_state` was then.
+
+        Returns:
+            A function that gives the identity.
+        """
 
         def identify() -> ModelIdentity:
             if state not in self._identities:

@@ -54,10 +54,12 @@ class Direction:
 
     @property
     def norm(self) -> float:
+        """Length of the vector, in units of the stream."""
         return self.vector.norm().item()
 
     @property
     def unit(self) -> Tensor:
+        """The vector scaled to length 1 [d]."""
         return self.vector / self.vector.norm()
 
     @property

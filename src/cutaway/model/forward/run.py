@@ -116,8 +116,13 @@ class Captured(Mapping[str, Tensor]):
             raise NoSuchSite(f"This {what} did not capture '{name}' (it holds {held}); add it to capture=.")
         return self.captured[name]
 
-    def get(self, site: Any, default: Any = None) -> Any:
-        """A captured value, or `default` where it was not captured."""
+    def get(self, site: str | Latents, default: Any = None) -> Any:
+        """A captured value, or another where it was not captured.
+
+        Args:
+            site: a site's name, ours or TransformerLens', or a dictionary.
+            default: what is returned where the site was not captured.
+        """
         return self[site] if site in self else default  # noqa: SIM401
 
     def stack(self, pattern: str) -> Tensor:
