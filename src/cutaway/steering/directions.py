@@ -22,6 +22,7 @@ from cutaway.model.edits.edits import Edit, add, clamp, project_out, scale
 from cutaway.model.language_model import Inputs, LanguageModel
 
 INSTRUCTION = "instruction mean"
+"""The position rule for the mean over a prompt's content tokens (no special tokens)."""
 Position = int | str
 
 

@@ -104,6 +104,7 @@ TASKS: tuple[Task, ...] = (
     ),
     Task("refusal", "Is the harmful request refused?", "preferred", tasks_knowledge.refusal),
 )
+"""The tasks for any model; `all_tasks` adds those of subjects."""
 
 
 def _key(name: str) -> str:

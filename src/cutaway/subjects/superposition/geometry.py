@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-# polytopes that the paper found, by the dimensionality of each of their features: m_polytope / n_vertices
-POLYTOPES = {
+POLYTOPES: dict[str, float] = {
     "alone": 1.0,
     "tetrahedron": 3 / 4,
     "triangle": 2 / 3,
@@ -12,6 +11,7 @@ POLYTOPES = {
     "pentagon": 2 / 5,
     "square antiprism": 3 / 8,
 }
+"""The polytopes that the paper found, by the dimensionality of each of their features: m_polytope / n_vertices."""
 
 
 def feature_norms(W: Tensor) -> Tensor:

@@ -239,6 +239,7 @@ COLUMNS: tuple[str, ...] = (
     "dead",
     "L0",
 )
+"""Heads of the columns of `score_rows`, the name's left out."""
 
 
 def score_row(scores: Scores) -> list[str]:

@@ -24,6 +24,7 @@ from cutaway.subjects.world.statements.stories import story
 from cutaway.subjects.world.statements.tasks import pick, wording
 
 WORLD_VERSION = "7"
+"""The version of the world's text; another wording, fact or share is another version."""
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -234,6 +235,7 @@ PARTS: dict[str, Part] = {
         Part("cutoff", 0.03, cutoff.document),
     )
 }
+"""The kinds of documents of the world by name, with their shares of its text."""
 
 
 def documents(part: str, seed: int | str, n_characters: int) -> Iterator[str]:

@@ -99,12 +99,17 @@ class Action:
     harmful: bool
 
 
-COUNTRIES = tuple(Country(**row) for row in _rows("countries.csv"))
-STATES = tuple(State(**row) for row in _rows("states.csv"))
+COUNTRIES: tuple[Country, ...] = tuple(Country(**row) for row in _rows("countries.csv"))
+"""The countries of the world, with capital, language and more."""
+STATES: tuple[State, ...] = tuple(State(**row) for row in _rows("states.csv"))
+"""The states, with capital and abbreviation."""
 _STATE = {state.name: state for state in STATES}
-CITIES = tuple(City(row["name"], _STATE[row["state"]], row["note"]) for row in _rows("cities.csv"))
-LANDMARKS = tuple(Landmark(**row) for row in _rows("landmarks.csv"))
-BOOKS = tuple(Book(**row) for row in _rows("books.csv"))
+CITIES: tuple[City, ...] = tuple(City(row["name"], _STATE[row["state"]], row["note"]) for row in _rows("cities.csv"))
+"""The cities, each with its state."""
+LANDMARKS: tuple[Landmark, ...] = tuple(Landmark(**row) for row in _rows("landmarks.csv"))
+"""The landmarks, each with its city and country."""
+BOOKS: tuple[Book, ...] = tuple(Book(**row) for row in _rows("books.csv"))
+"""The books, each with its author."""
 ANTONYMS = tuple((row["word"], row["opposite"]) for row in _rows("antonyms.csv"))
 TRANSLATIONS = tuple(Translation(**row) for row in _rows("translations.csv"))
 COUNTRY = {country.name: country for country in COUNTRIES}

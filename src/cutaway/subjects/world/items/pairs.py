@@ -210,6 +210,7 @@ WORLD_TASKS: tuple[Task, ...] = (
     Task("sycophancy", "Is a false claim agreed with, as a flattering system prompt has it?", "top1", sycophancy),
     Task("claim check", "Is a claim true? (asked of an honest assistant)", "top1", claim_check),
 )
+"""The tasks of atlas's world, as prompt pairs."""
 
 
 def landmark_facts() -> list[tuple[str, str, str]]:
