@@ -267,21 +267,21 @@ def steer_latent(
     if len(ids) == 0:
         raise CutawayError("no tokens were given for the concept, so nothing can be watched")
     others = similar_latents(controls.density, latent, controls.draws, controls.seed)
-    at = {} if positions is None else {"positions": [list(row) for row in positions]}
-    at_first = {} if positions is None else {"positions": [list(positions[0])]}
+    at = None if positions is None else [list(row) for row in positions]
+    at_first = None if at is None else at[:1]
     plain = _probability(lm, tokens, (), ids)
     first = tokens[[0]]
     measured = []
 
     def say(which: int, value: float) -> str:
-        edit = clamp_latent(dictionary, which, value, **at_first)
+        edit = clamp_latent(dictionary, which, value, positions=at_first)
         return lm.generate(first, max_new_tokens=max_new_tokens, edits=edit).texts[0]
 
     for multiple in doses.multiples:
         value = multiple * doses.maximum
-        steered = _probability(lm, tokens, clamp_latent(dictionary, latent, value, **at), ids)
+        steered = _probability(lm, tokens, clamp_latent(dictionary, latent, value, positions=at), ids)
         control = [
-            _probability(lm, tokens, clamp_latent(dictionary, other, value, **at), ids).mean().item()
+            _probability(lm, tokens, clamp_latent(dictionary, other, value, positions=at), ids).mean().item()
             for other in others
         ]
         effect = Effect(
