@@ -99,7 +99,11 @@ class Circuit(Result):
         return sorted(found, key=lambda edge: -abs(edge[2]))
 
     def check_model(self, lm: LanguageModel) -> None:
-        """Raise CutawayError unless this is the model that the circuit was found in."""
+        """Raise CutawayError unless this is the model that the circuit was found in.
+
+        Args:
+            lm: The model that the circuit is to be run in.
+        """
         here = self.manifest.model
         there = lm.identity()
         if here is not None and here.weight_hash != there.weight_hash:
@@ -147,6 +151,9 @@ class Circuit(Result):
 
         The file is whole or not there. Raises `BadFile` for another suffix, or where a file is there that is none of
         its kind.
+
+        Args:
+            path: Where to: .json for the file that `load` reads, .html, .svg, ...; folders are made.
         """
         if (path := Path(path)).suffix.lower() == ".json":
             refuse_no_circuit(path)
@@ -154,7 +161,11 @@ class Circuit(Result):
 
     @classmethod
     def load(cls, path: Path | str) -> Circuit:
-        """The circuit of a file; BadFile, in one sentence, for a file that is none or has a defect."""
+        """The circuit of a file; BadFile, in one sentence, for a file that is none or has a defect.
+
+        Args:
+            path: A .json file that `save` wrote.
+        """
         data = read_json(Path(path))
         try:
             return cls.from_json(data)
@@ -163,7 +174,11 @@ class Circuit(Result):
 
     @classmethod
     def from_json(cls, data: Any) -> Circuit:
-        """The circuit that `to_json` wrote, everything checked."""
+        """The circuit that `to_json` wrote, everything checked.
+
+        Args:
+            data: What the file holds, as `json.load` gives it.
+        """
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise BadFile(f'it is not a circuit; one begins with "format": "{FORMAT}".')
         if data.get("schema") != SCHEMA:

@@ -42,10 +42,13 @@ class SearchPairs:
     name: str
     """The task's, or "own pairs"."""
     search: AlignedPairs
+    """The pairs that edges are scored on."""
     held_out: AlignedPairs
+    """The pairs that the circuit is judged on."""
     search_words: str
     """What the search pairs are, in words."""
     held_out_words: str
+    """What the held-out pairs are, in words."""
     criterion: Criterion = "preferred"
     """When the model is right on a pair."""
 

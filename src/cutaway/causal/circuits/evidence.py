@@ -166,7 +166,11 @@ class Evidence(Effects):
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Evidence:
-        """The evidence that `to_json` wrote."""
+        """The evidence that `to_json` wrote.
+
+        Args:
+            data: What a circuit's file holds under "evidence".
+        """
 
         def removals(key: str) -> tuple[Removal, ...]:
             return tuple(Removal.from_json(one) for one in data[key])

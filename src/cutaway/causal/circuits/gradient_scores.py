@@ -83,7 +83,21 @@ def eap(
 ) -> EdgeScores:
     """Edge attribution patching: the source's change times the gradient at the clean prompt.
 
-    Parameters and errors are those of `attribute_edges`. Source: Syed et al. 2023; https://arxiv.org/abs/2310.10348.
+    Args:
+        lm: The model.
+        pairs: n aligned pairs.
+        metric: What is asked of the logits; it must have a gradient.
+        graph: Whose edges are scored; None: `EdgeGraph.of(lm)`.
+        columns: Of a graph with positions: the column that each token of a pair belongs to, int [n, p]
+            (`position_columns`); None: the graph has none.
+        direction: "noise" puts corrupt sources into the clean run, "denoise" clean ones into the corrupt run.
+        keep_pairs: Whether each pair's scores are kept, which takes n times the memory of the mean.
+        batch_tokens: Tokens of one batch, pairs times points; None: as many as about 400 MB hold.
+
+    Raises:
+        CutawayError: As `attribute_edges`.
+
+    Source: Syed et al. 2023; https://arxiv.org/abs/2310.10348.
     """
     return attribute_edges(
         lm, pairs, metric, gradient=GradientAt("eap"), graph=graph, columns=columns, direction=direction,
@@ -106,8 +120,24 @@ def eap_ig(
     """EAP with integrated gradients over inputs.
 
     The gradient is the mean over `steps` points on the line from the corrupt to the clean embeddings, the corrupt end
-    included and the clean end not. The other parameters and errors are those of `attribute_edges`. Source: Hanna et
-    al. 2024; https://arxiv.org/abs/2403.17806.
+    included and the clean end not.
+
+    Args:
+        lm: The model.
+        pairs: n aligned pairs.
+        metric: What is asked of the logits; it must have a gradient.
+        steps: Points on the line, 1 or more.
+        graph: Whose edges are scored; None: `EdgeGraph.of(lm)`.
+        columns: Of a graph with positions: the column that each token of a pair belongs to, int [n, p]
+            (`position_columns`); None: the graph has none.
+        direction: "noise" puts corrupt sources into the clean run, "denoise" clean ones into the corrupt run.
+        keep_pairs: Whether each pair's scores are kept, which takes n times the memory of the mean.
+        batch_tokens: Tokens of one batch, pairs times points; None: as many as about 400 MB hold.
+
+    Raises:
+        CutawayError: As `attribute_edges`, and for no step.
+
+    Source: Hanna et al. 2024; https://arxiv.org/abs/2403.17806.
     """
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise CutawayError(f"Integrated gradients need at least one step; got {steps}.")
@@ -131,7 +161,21 @@ def clean_corrupted(
 ) -> EdgeScores:
     """The mean of the gradients at the clean and at the corrupt prompt.
 
-    Parameters and errors are those of `attribute_edges`. Source: Hanna et al. 2024; https://arxiv.org/abs/2403.17806.
+    Args:
+        lm: The model.
+        pairs: n aligned pairs.
+        metric: What is asked of the logits; it must have a gradient.
+        graph: Whose edges are scored; None: `EdgeGraph.of(lm)`.
+        columns: Of a graph with positions: the column that each token of a pair belongs to, int [n, p]
+            (`position_columns`); None: the graph has none.
+        direction: "noise" puts corrupt sources into the clean run, "denoise" clean ones into the corrupt run.
+        keep_pairs: Whether each pair's scores are kept, which takes n times the memory of the mean.
+        batch_tokens: Tokens of one batch, pairs times points; None: as many as about 400 MB hold.
+
+    Raises:
+        CutawayError: As `attribute_edges`.
+
+    Source: Hanna et al. 2024; https://arxiv.org/abs/2403.17806.
     """
     return attribute_edges(
         lm, pairs, metric, gradient=GradientAt("clean-corrupted", (1.0, 0.0)), graph=graph, columns=columns,
@@ -152,7 +196,21 @@ def relp(
 ) -> EdgeScores:
     """EAP with the rules of layer-wise relevance propagation in the backward pass (see `relp_rules`).
 
-    Parameters and errors are those of `attribute_edges`. Source: Jafari et al. 2025.
+    Args:
+        lm: The model.
+        pairs: n aligned pairs.
+        metric: What is asked of the logits; it must have a gradient.
+        graph: Whose edges are scored; None: `EdgeGraph.of(lm)`.
+        columns: Of a graph with positions: the column that each token of a pair belongs to, int [n, p]
+            (`position_columns`); None: the graph has none.
+        direction: "noise" puts corrupt sources into the clean run, "denoise" clean ones into the corrupt run.
+        keep_pairs: Whether each pair's scores are kept, which takes n times the memory of the mean.
+        batch_tokens: Tokens of one batch, pairs times points; None: as many as about 400 MB hold.
+
+    Raises:
+        CutawayError: As `attribute_edges`.
+
+    Source: Jafari et al. 2025.
     """
     return attribute_edges(
         lm, pairs, metric, gradient=GradientAt("relp", rules="relp"), graph=graph, columns=columns, direction=direction,

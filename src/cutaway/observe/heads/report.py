@@ -155,7 +155,11 @@ def losses(run: Run) -> Tensor:
 
 
 def second_half_loss(run: Run) -> Tensor:
-    """Mean loss of each row [b] on the second copy, from its second token on (the first cannot be foreseen)."""
+    """Mean loss of each row [b] on the second copy, from its second token on (the first cannot be foreseen).
+
+    Args:
+        run: A run on `repeated_tokens`, with all logits.
+    """
     t = (run.tokens.ids.shape[1] - 1) // 2
     return losses(run)[:, t + 1 :].mean(-1)
 
