@@ -132,7 +132,14 @@ def circuit_runner(
 ) -> RunCircuits:
     """A function from masks to `CircuitRuns` on these pairs; very many circuits are run some at a time.
 
-    It is what `completeness` and `minimality` take. Args: those of `run_circuits`.
+    It is what `completeness` and `minimality` take.
+
+    Args:
+        lm: The model.
+        pairs: n aligned pairs.
+        metric: What is asked of the logits.
+        graph: The graph that the masks are of.
+        ablation: What all edges outside a circuit carry, such as "resample" (the pair's corrupt prompt).
     """
 
     def run(masks: Tensor) -> CircuitRuns:

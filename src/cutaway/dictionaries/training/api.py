@@ -30,6 +30,7 @@ from cutaway.dictionaries.formats.files import load, save
 from cutaway.dictionaries.training.end_to_end import RowBatches
 from cutaway.dictionaries.training.jobs import Job, Source, Trained, tokens_used, train_jobs
 from cutaway.dictionaries.training.log import Logs, Tracking, read_log, trackers
+from cutaway.dictionaries.training.parameters import Setting
 from cutaway.dictionaries.training.recipe import Recipe, expand, written_out
 from cutaway.dictionaries.training.sources import LiveRows, StoreSource, Tensors, find_ports
 from cutaway.dictionaries.training.terms import EndToEnd
@@ -53,7 +54,7 @@ def train(
     log: Tracking | Sequence[Tracking] = (),
     seconds_between_checkpoints: float = 30.0,
     resume: bool = True,
-    **settings: Any,
+    **settings: Setting,
 ) -> dict[str, Trained]:
     """Train one dictionary, or a grid of them on one stream of activations.
 

@@ -27,7 +27,7 @@ from cutaway.artifacts.files import plain, read_text
 from cutaway.dictionaries.dictionary import Port
 from cutaway.dictionaries.training.config import TrainConfig
 from cutaway.dictionaries.training.jobs import Job
-from cutaway.dictionaries.training.parameters import Plain
+from cutaway.dictionaries.training.parameters import Plain, Setting
 from cutaway.dictionaries.training.presets import PRESETS, preset
 
 Find = Callable[[str], Mapping[str, Port]]
@@ -157,15 +157,15 @@ class Recipe(Plain):
             raise CutawayError(f"{path} is not TOML: {' '.join(str(error).split())[:200]}") from error
         return cls.of(values, str(path))
 
-    def changed(self, **values: Any) -> "Recipe":
+    def changed(self, **values: Setting) -> "Recipe":
         """The recipe with some values instead; `options` are joined.
 
         Args:
             **values: Fields of a recipe; one that is None stays as it is.
         """
         given = {name: value for name, value in values.items() if value is not None}
-        if "options" in given:
-            given["options"] = {**self.options, **given["options"]}
+        if isinstance(options := given.get("options"), Mapping):
+            given["options"] = {**self.options, **options}
         return Recipe.of({**_shallow(self), **given}, "the options")
 
     def to_toml(self) -> str:
