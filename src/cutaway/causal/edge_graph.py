@@ -36,7 +36,8 @@ class EdgeGraph:
 
     Example:
         >>> graph = EdgeGraph.of(cutaway.load("atlas"))
-        >>> graph.n_edges, graph.edge("embed->L0H1.q")
+        >>> graph.edge("embed->L0H1.q"), len(graph.sources)
+        ((0, 1), 73)
     """
 
     n_layers: int

@@ -250,7 +250,8 @@ class Dictionary:
             CutawayError: there is no such latent.
 
         Example:
-            >>> load("atlas/blocks.3.resid_post").latent(7).nearest(3)
+            >>> len(load("atlas/blocks.3.resid_post").latent(7).nearest(3))
+            3
         """
         if not -self.d_sae <= index < self.d_sae:
             raise CutawayError(f"there is no latent {index}: the dictionary has {self.d_sae:,}, counted from 0")

@@ -239,8 +239,9 @@ def discover(
 
     Example:
         >>> lm = cutaway.load("atlas")
-        >>> circuit = discover(lm, "world indirect object", size=60, n=8, evaluation=Evaluation(deep=False))
-        >>> circuit.evidence.faithfulness.value
+        >>> quick = Evaluation(draws=3, curve_draws=1, deep=False)  # doctest: +SKIP
+        >>> circuit = discover(lm, "world indirect object", size=60, n=8, evaluation=quick)  # doctest: +SKIP
+        >>> circuit.evidence.faithfulness.value  # doctest: +SKIP
     """
     if size is not None and faithfulness is not None:
         raise CutawayError("A circuit has a size or a faithfulness to reach: give one of them.")

@@ -205,7 +205,8 @@ def frontier(judged: Sequence[Point]) -> Frontier:
         MissingControls: a figure has no controls.
 
     Example:
-        >>> frontier([judge(lm, one, rows).point() for one in dictionaries]).save("frontier.svg")
+        >>> frontier([judge(lm, one, rows).point() for one in found]).save("frontier.svg")  # doctest: +SKIP
+        PosixPath('frontier.svg')
     """
     if not judged:
         raise CutawayError("a frontier needs at least one judged dictionary")

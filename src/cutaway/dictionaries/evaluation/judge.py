@@ -261,7 +261,8 @@ def judge(
         CutawayError: as `evaluate`, and for dictionaries that differ in more than their seed.
 
     Example:
-        >>> judge(lm, [seed_0, seed_1, seed_2], rows).save("judged.html")
+        >>> judge(lm, [seed_0, seed_1, seed_2], rows).save("judged.html")  # doctest: +SKIP
+        PosixPath('judged.html')
     """
     some = [dictionaries] if isinstance(dictionaries, Dictionary) else list(dictionaries)
     measured = measure(models, some, rows, spliced_rows=spliced_rows, high_norm=high_norm, seed=seed)

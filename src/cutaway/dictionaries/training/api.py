@@ -88,7 +88,11 @@ def train(
             finite, the disk is full, another process or another run is in the folder.
 
     Example:
-        >>> trained = train("atlas", "blocks.3.resid_post", k=[16, 32], corpus="texts/", tokens=1_000_000)
+        >>> import torch
+        >>> trained = train(torch.randn(2_000, 8), d_sae=16, k=[1, 2], tokens=1_024, batch=256)
+        >>> sorted(trained)
+        ['activations-k1', 'activations-k2']
+        >>> train("atlas", "blocks.3.resid_post", k=[16, 32], corpus="texts/")  # doctest: +SKIP
     """
     known = {item.name for item in fields(Recipe)}
     own = {name: value for name, value in settings.items() if name in known}

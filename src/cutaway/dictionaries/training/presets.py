@@ -125,7 +125,8 @@ def preset(
         CutawayError: the preset is unknown or has no such control, or a field is unknown or wrong.
 
     Example:
-        >>> preset("openai-topk", d_in=256, k=64, learning_rate=1e-4)
+        >>> preset("openai-topk", d_in=256, k=64, learning_rate=1e-4).selector.k
+        64
     """
     chosen = PRESETS.get(name)
     if chosen is None:

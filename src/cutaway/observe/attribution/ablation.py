@@ -118,8 +118,11 @@ def ablate_parts(
         CutawayError: a prompt of one token, which has no mean without its first.
 
     Example:
+        >>> lm = cutaway.load("atlas")
+        >>> prompt = "The capital of the state containing Dallas is"
         >>> shares = attribute(lm, prompt, " Austin", " Sacramento", by="head")
-        >>> ablate_parts(lm, shares, 3)
+        >>> len(ablate_parts(lm, shares, 3).parts)
+        3
     """
     if result.by == "source":
         raise NotSupported(

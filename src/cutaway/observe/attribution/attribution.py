@@ -378,7 +378,11 @@ def attribute(
         CutawayError: an answer that is not one token, a position outside a prompt, logits that are NaN.
 
     Example:
-        >>> attribute(cutaway.load("atlas"), "The capital of the state containing Dallas is", " Austin", by="head")
+        >>> prompt = "The capital of the state containing Dallas is"
+        >>> attribute(cutaway.load("atlas"), prompt, " Austin", by="head")
+        direct logit attribution by head, atlas
+          logit of ' Austin'
+        ...
     """
     if by not in GRANULARITIES:
         raise CutawayError(f"by={by!r} is not one of {', '.join(GRANULARITIES)}.")

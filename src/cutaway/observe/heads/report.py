@@ -180,7 +180,8 @@ def head_scores(lm: LanguageModel, n: int = 8, length: int | None = None, seed: 
         The mean scores of every head, and the losses on the two copies.
 
     Example:
-        >>> head_scores(cutaway.load("atlas"), n=4, length=16)
+        >>> head_scores(cutaway.load("atlas"), n=4, length=16).induction.shape  # layers, heads
+        torch.Size([8, 8])
     """
     tokens = repeated_tokens(lm, n, length, seed)
     t = (tokens.ids.shape[1] - 1) // 2
@@ -400,8 +401,9 @@ def head_report(
         CutawayError: an unknown kind, or too few other heads to draw from.
 
     Example:
-        >>> report = head_report(cutaway.load("atlas"), top=2, draws=4)
-        >>> report.effects[0].controls  # what ablating two random heads does
+        >>> report = head_report(cutaway.load("atlas"), top=2, draws=4)  # doctest: +SKIP
+        >>> report.effects[0].controls[0].name  # doctest: +SKIP
+        '2 random heads'
     """
     scores = head_scores(lm, n, length, seed)
     tokens = repeated_tokens(lm, n, length, seed + 1)

@@ -354,8 +354,9 @@ def head_table(
         CutawayError: a needle without inputs.
 
     Example:
-        >>> table = head_table(cutaway.load("atlas"), n=4, length=24, ablation_length=10)
-        >>> table.labels((7, 3))
+        >>> table = head_table(cutaway.load("atlas"), n=4, length=24, ablation_length=10)  # doctest: +SKIP
+        >>> table.labels((7, 3))  # doctest: +SKIP
+        ('induction', 'induction-copying', 'copying')
     """
     if needle is not None and inputs is None:
         raise CutawayError("A needle needs prompts that hold it: give inputs too.")

@@ -256,7 +256,8 @@ def logit_lens(
     Example:
         >>> lm = cutaway.load("atlas")
         >>> lens = logit_lens(lm, "The capital of the state containing Dallas is", targets=" Austin")
-        >>> lens.at_last(lens.target_rank)  # [layers + 1, 1]
+        >>> lens.at_last(lens.target_rank).shape  # layers and the final one, targets
+        torch.Size([9, 1])
     """
     if k < 1:
         raise CutawayError(f"k={k}: the lens shows at least one top token.")

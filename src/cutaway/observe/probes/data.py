@@ -129,7 +129,8 @@ def probe_data(
             ("words").
 
     Example:
-        >>> probe_data(lm, ["Dallas is in", "Boston is in"], ["South", "North"])
+        >>> probe_data(cutaway.load("atlas"), ["Dallas is in", "Boston is in"], ["South", "North"])
+        ProbeData: 2 examples in 2 groups, position rule 'last' (North 1, South 1)
     """
     sentences = sentences_of(texts) if position == "words" else None
     plain: Any = texts if sentences is None else joined(sentences)

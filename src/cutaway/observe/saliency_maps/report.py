@@ -203,7 +203,10 @@ def saliency(
         CutawayError: an answer that is not one token, an unknown method.
 
     Example:
-        >>> saliency(cutaway.load("atlas"), "The capital of the state containing Dallas is", " Austin", steps=64)
+        >>> prompt = "The capital of the state containing Dallas is"
+        >>> saliency(cutaway.load("atlas"), prompt, " Austin", steps=64)  # doctest: +SKIP
+        saliency, atlas, 1 prompt: logit of ' Austin'
+        ...
     """
     checks = checks or SaliencyChecks()
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
