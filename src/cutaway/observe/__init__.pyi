@@ -2,9 +2,9 @@ from .attribution.ablation import AblatedPart as AblatedPart
 from .attribution.ablation import PartAblations as PartAblations
 from .attribution.ablation import ablate_parts as ablate_parts
 from .attribution.answers import model_answers as model_answers
-from .attribution.attribution import Attribution as Attribution
-from .attribution.attribution import Part as Part
 from .attribution.attribution import attribute as attribute
+from .attribution.results import Attribution as Attribution
+from .attribution.results import Part as Part
 from .heads.ablation import HeadEffects as HeadEffects
 from .heads.ablation import ablate_each_head as ablate_each_head
 from .heads.ablation import text_loss as text_loss
