@@ -21,7 +21,7 @@ from cutaway.draw.text import interval
 from cutaway.model.language_model import LanguageModel
 from cutaway.observe.lens.logit_lens import stream_sites
 from cutaway.observe.lens.tuned_lens import TunedLens, lens_kl, lens_streams
-from cutaway.observe.lens.view import short_site
+from cutaway.observe.lens.view import short_site, without_first
 from cutaway.observe.summaries import block, ends, spread, with_interval
 
 _ROWS_AT_ONCE = 8

@@ -73,7 +73,7 @@ def _trajectory(data: dict[str, Any], other: dict[str, Any] | None) -> Section:
         if key == "kl" and data["layers"][0] == "embed" and len(layers) > 2:
             series = [without_first(one) for one in series]  # so far off that the rest would lie on the axis
             label += ", from layer 0 on"
-        drawings.append(plot(series, label))
+        drawings.append(_plot(series, label))
     followed = _followed(other or data)
     if followed:
         chances: list[Series] = [
@@ -84,8 +84,8 @@ def _trajectory(data: dict[str, Any], other: dict[str, Any] | None) -> Section:
             for word, _, places in followed
         ]
         which = (other or data)["lens"]
-        drawings.append(plot(chances, f"probability ({which})"))
-        drawings.append(plot(ranks, f"rank, log₁₀(1 + rank) ({which}); 0 is on top"))
+        drawings.append(_plot(chances, f"probability ({which})"))
+        drawings.append(_plot(ranks, f"rank, log₁₀(1 + rank) ({which}); 0 is on top"))
     shown = other or data
     rows = []
     for i, layer in enumerate(shown["layers"]):
@@ -131,7 +131,7 @@ def without_first(one: Series) -> Series:
     return short
 
 
-def plot(series: list[Series], label: str) -> Markup:
+def _plot(series: list[Series], label: str) -> Markup:
     legend = line_legend(series) if len(series) > 1 or series[0]["name"] not in ("logit lens", "tuned lens") else ""
     drawing = line_svg(series=series, title=label, x_label="layers passed", y_label=label)
     return Markup(f'<div style="flex:1 1 420px;max-width:520px">{drawing}{legend}</div>')
