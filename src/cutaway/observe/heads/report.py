@@ -19,12 +19,15 @@ from cutaway.artifacts.errors import CutawayError, NoSuchSite
 from cutaway.artifacts.results import Control, Effect, interval_text
 from cutaway.artifacts.statistics import bootstrap_interval
 from cutaway.data.tasks.tasks import ordinary_tokens
-from cutaway.draw.page import sections_html
+from cutaway.draw.charts import effect_html
+from cutaway.draw.page import Section, sections_html
+from cutaway.draw.panels import table_html
 from cutaway.draw.result import Result
 from cutaway.model.edits.edits import Edit, mean, zero
 from cutaway.model.forward.run import Run
 from cutaway.model.language_model import LanguageModel
 from cutaway.model.tokens import Tokens
+from cutaway.observe.heads.maps import SHARE, head_map, meaning
 from cutaway.observe.summaries import block
 
 Head = tuple[int, int]
@@ -107,8 +110,6 @@ class HeadScores(Result):
 
     def drawing(self) -> Markup:
         """A map of the heads per kind."""
-        from cutaway.observe.heads.view import scores_sections
-
         return sections_html(scores_sections(self))
 
 
@@ -343,8 +344,6 @@ class HeadReport(Result):
 
     def drawing(self) -> Markup:
         """The maps of the scores, and the effects beside their controls."""
-        from cutaway.observe.heads.view import report_sections
-
         return sections_html(report_sections(self))
 
     def to_json(self) -> dict[str, Any]:
@@ -425,3 +424,27 @@ def head_report(
             heads = [head for head, _ in chosen]
             effects.append(ablate_heads(lm, heads, tokens, ablation=ablation, draws=draws, seed=seed, without=named))
     return HeadReport(scores, tuple(rows), tuple(effects))
+
+
+def scores_sections(scores: HeadScores) -> list[Section]:
+    """A map per kind."""
+    return [
+        (f"{kind} heads", f"Mean attention: {meaning(kind)}.", head_map(getattr(scores, kind), "", kind, SHARE))
+        for kind in KINDS
+    ]
+
+
+def report_sections(report: HeadReport) -> list[Section]:
+    """The maps of the scores, the heads ablated alone, and together beside random heads."""
+    rows = [[r.kind, name(r.head), *(f"{x:.3f}" for x in (r.score, r.zero, r.mean))] for r in report.heads]
+    columns = ("kind", "head", "score", "Δ loss at zero", "Δ loss at its mean")
+    alone = table_html(columns=columns, rows=rows, title="Heads ablated alone")
+    together = Markup("").join(
+        Markup("<p>{} ({})</p>").format(effect.name, effect.ablation) + effect_html(effect.to_json())
+        for effect in report.effects
+    )
+    return [
+        *scores_sections(report.scores),
+        ("Ablated alone", "Rise of the loss on the second copy, in nats.", alone),
+        ("Ablated together", "Beside as many random heads.", together),
+    ]
