@@ -12,13 +12,7 @@ import pytest
 import cutaway
 
 SOURCE = Path(cutaway.__file__).parent
-FACES = sorted(
-    path.parent.relative_to(SOURCE).as_posix()
-    for path in SOURCE.rglob("__init__.pyi")
-    if "attach_stub" in path.with_suffix(".py").read_text(encoding="utf-8")
-)
-SKETCHES = ("causal",)
-"""Packages whose examples name a model and pairs that stand nowhere: they are read, not run."""
+FACES = sorted(path.parent.relative_to(SOURCE).as_posix() for path in SOURCE.rglob("__init__.pyi"))
 
 
 def face(name: str) -> str:
@@ -37,7 +31,7 @@ def test_the_names_of_a_face_are_there_and_its_examples_run(name: str) -> None:
     assert sorted(package.__all__) == sorted(names)
     values = {one: getattr(package, one) for one in names}
     finder, runner = doctest.DocTestFinder(), doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
-    for one, value in values.items() if name not in SKETCHES else ():
+    for one, value in values.items():
         if getattr(value, "__module__", "").startswith("cutaway") and hasattr(value, "__doc__"):
             for test in finder.find(value, one, globs={"cutaway": cutaway, **values}):
                 runner.run(test)

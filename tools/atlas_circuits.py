@@ -16,10 +16,9 @@ from cutaway.artifacts.command import recording
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.files import write_text
 from cutaway.artifacts.results import Effect, interval_text
-from cutaway.causal.circuits.circuit import Circuit
+from cutaway.causal.circuits.circuit import Circuit, circuit_sections, lead
 from cutaway.causal.circuits.discovery import Search, discover
 from cutaway.causal.circuits.evidence import Evaluation
-from cutaway.causal.circuits.view import circuit_sections, lead
 from cutaway.draw.page import page_html
 
 TASKS = ("world indirect object", "world greater than", "induction", "world capitals", "two-hop capitals",

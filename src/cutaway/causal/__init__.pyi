@@ -24,7 +24,6 @@ from .attribution.feature_circuits import Thresholds as Thresholds
 from .attribution.feature_circuits import feature_circuit as feature_circuit
 from .attribution.feature_circuits import strongest_nodes as strongest_nodes
 from .attribution.feature_evaluation import feature_faithfulness as feature_faithfulness
-from .attribution.latents import exact_latents as exact_latents
 from .attribution.latents import latent_attribution as latent_attribution
 from .attribution.relp import relp_rules as relp_rules
 from .attribution.scores import Agreement as Agreement
@@ -32,12 +31,14 @@ from .attribution.scores import Node as Node
 from .attribution.scores import NodeScores as NodeScores
 from .circuits.baselines import random_circuits as random_circuits
 from .circuits.circuit import Circuit as Circuit
+from .circuits.completeness import CircuitSelfRepair as CircuitSelfRepair
 from .circuits.completeness import Completeness as Completeness
 from .circuits.completeness import Minimality as Minimality
 from .circuits.completeness import completeness as completeness
 from .circuits.completeness import minimality as minimality
 from .circuits.discovery import Search as Search
 from .circuits.discovery import SearchPairs as SearchPairs
+from .circuits.discovery import circuit_runner as circuit_runner
 from .circuits.discovery import discover as discover
 from .circuits.discovery import evaluate_circuit as evaluate_circuit
 from .circuits.discovery import split_pairs as split_pairs
@@ -45,15 +46,21 @@ from .circuits.edge_scores import EdgeScores as EdgeScores
 from .circuits.edge_scores import Scorer as Scorer
 from .circuits.evidence import Evaluation as Evaluation
 from .circuits.evidence import Evidence as Evidence
+from .circuits.faithfulness import Faithfulness as Faithfulness
+from .circuits.faithfulness import SizeCurve as SizeCurve
+from .circuits.gradient_scores import GradientAt as GradientAt
+from .circuits.gradient_scores import attribute_edges as attribute_edges
 from .circuits.gradient_scores import clean_corrupted as clean_corrupted
 from .circuits.gradient_scores import eap as eap
 from .circuits.gradient_scores import eap_ig as eap_ig
+from .circuits.gradient_scores import position_columns as position_columns
 from .circuits.gradient_scores import relp as relp
 from .circuits.runs import CircuitRuns as CircuitRuns
 from .circuits.runs import run_circuits as run_circuits
 from .circuits.scorers import SCORERS as SCORERS
 from .circuits.scorers import exact as exact
 from .circuits.scorers import magnitude as magnitude
+from .circuits.stability import Stability as Stability
 from .edge_graph import EdgeGraph as EdgeGraph
 from .metrics import METRICS as METRICS
 from .metrics import Metric as Metric
@@ -100,6 +107,7 @@ __all__ = [
     "CausalTrace",
     "Circuit",
     "CircuitRuns",
+    "CircuitSelfRepair",
     "Completeness",
     "EdgeGraph",
     "EdgeScores",
@@ -107,9 +115,11 @@ __all__ = [
     "Evidence",
     "Example",
     "FactPrompt",
+    "Faithfulness",
     "FeatureCircuit",
     "FeatureEdge",
     "FeatureNode",
+    "GradientAt",
     "GradientOptions",
     "InterchangeGrid",
     "Interchanged",
@@ -130,6 +140,8 @@ __all__ = [
     "Search",
     "SearchPairs",
     "SelfRepair",
+    "SizeCurve",
+    "Stability",
     "Swap",
     "Targets",
     "TaskAccuracy",
@@ -139,8 +151,10 @@ __all__ = [
     "TraceKind",
     "Variable",
     "all_senders",
+    "attribute_edges",
     "attribution_patching",
     "causal_trace",
+    "circuit_runner",
     "clean_corrupted",
     "completeness",
     "discover",
@@ -148,7 +162,6 @@ __all__ = [
     "eap_ig",
     "evaluate_circuit",
     "exact",
-    "exact_latents",
     "feature_circuit",
     "feature_faithfulness",
     "interchange",
@@ -163,6 +176,7 @@ __all__ = [
     "patch_cell",
     "patch_grid",
     "path_patch",
+    "position_columns",
     "probability",
     "probability_difference",
     "random_circuits",

@@ -178,7 +178,9 @@ def task_accuracy(
 
     Example:
         >>> lm = cutaway.load("atlas")
-        >>> task_accuracy(lm, cutaway.data.readable_pairs(lm, cutaway.data.task("agreement"), 20))
+        >>> pairs = cutaway.data.readable_pairs(lm, cutaway.data.known_task("world indirect object"), 4)
+        >>> task_accuracy(lm, pairs).n
+        4
     """
     aligned = align(lm, pairs)
     parts: list[tuple[Tensor, ...]] = []

@@ -36,11 +36,14 @@ class EdgeGraph:
 
     Example:
         >>> graph = EdgeGraph.of(cutaway.load("atlas"))
-        >>> graph.n_edges, graph.edge("embed->L0H1.q")
+        >>> graph.edge("embed->L0H1.q"), len(graph.sources)
+        ((0, 1), 73)
     """
 
     n_layers: int
+    """Layers of the model."""
     n_heads: int
+    """Heads of a layer."""
     parallel: bool = False
     """Whether attention and MLP of a layer read the same stream, so that no head feeds its own layer's MLP."""
     n_kv_heads: int | None = None
@@ -122,29 +125,53 @@ class EdgeGraph:
         return (*names, "logits")
 
     def head_sources(self, layer: int) -> slice:
-        """The heads of a layer among the sources; its MLP follows."""
+        """The heads of a layer among the sources; its MLP follows.
+
+        Args:
+            layer: The layer, from 0.
+        """
         first = 1 + layer * (self.n_heads + 1)
         return slice(first, first + self.n_heads)
 
     def mlp_source(self, layer: int) -> int:
-        """The MLP of a layer among the sources."""
+        """The MLP of a layer among the sources.
+
+        Args:
+            layer: The layer, from 0.
+        """
         return self.head_sources(layer).stop
 
     def attention_destinations(self, layer: int) -> slice:
-        """Queries, keys and values of a layer among the destinations; its MLP follows."""
+        """Queries, keys and values of a layer among the destinations; its MLP follows.
+
+        Args:
+            layer: The layer, from 0.
+        """
         first = layer * self.width
         return slice(first, first + self.width - 1)
 
     def mlp_destination(self, layer: int) -> int:
-        """The MLP of a layer among the destinations."""
+        """The MLP of a layer among the destinations.
+
+        Args:
+            layer: The layer, from 0.
+        """
         return self.attention_destinations(layer).stop
 
     def before_attention(self, layer: int) -> int:
-        """How many sources a layer's attention can read: they are the first so many."""
+        """How many sources a layer's attention can read: they are the first so many.
+
+        Args:
+            layer: The layer, from 0.
+        """
         return 1 + layer * (self.n_heads + 1)
 
     def before_mlp(self, layer: int) -> int:
-        """How many sources a layer's MLP can read."""
+        """How many sources a layer's MLP can read.
+
+        Args:
+            layer: The layer, from 0.
+        """
         return self.before_attention(layer) + (0 if self.parallel else self.n_heads)
 
     @cached_property
@@ -185,7 +212,11 @@ class EdgeGraph:
         return torch.zeros(self.shape, dtype=torch.bool)
 
     def check(self, mask: Tensor) -> Tensor:
-        """The mask itself; CutawayError where it has another shape or holds what is no edge."""
+        """The mask itself; CutawayError where it has another shape or holds what is no edge.
+
+        Args:
+            mask: Edges, bool [..., F, G] (or [..., P, F, G]).
+        """
         if tuple(mask.shape[-len(self.shape) :]) != self.shape:
             raise CutawayError(f"A mask of this graph has the shape {list(self.shape)}; got {list(mask.shape)}.")
         if bool((mask.bool() & ~self.real).any()):
@@ -196,15 +227,27 @@ class EdgeGraph:
     # names
 
     def source(self, name: str) -> int:
-        """The row of a source; CutawayError with the nearest names where there is none."""
+        """The row of a source; CutawayError with the nearest names where there is none.
+
+        Args:
+            name: Such as "embed", "L3H7" or "L3.mlp".
+        """
         return self._find(name, self.sources, "source")
 
     def destination(self, name: str) -> int:
-        """The column of a destination."""
+        """The column of a destination.
+
+        Args:
+            name: Such as "L3H7.q", "L3.mlp" or "logits"; CutawayError with the nearest names where there is none.
+        """
         return self._find(name, self.destinations, "destination")
 
     def edge(self, name: str | Edge) -> tuple[int, int]:
-        """Row and column of an edge such as "L2H4->L3H7.q"; CutawayError where it is none."""
+        """Row and column of an edge such as "L2H4->L3H7.q"; CutawayError where it is none.
+
+        Args:
+            name: The edge as one text, or its source and destination.
+        """
         ends = tuple(part.strip() for part in name.split("->")) if isinstance(name, str) else name
         if len(ends) != 2:
             raise CutawayError(f"An edge is written like 'embed->L0H1.q'; got {name!r}.")
@@ -214,7 +257,11 @@ class EdgeGraph:
         return f, g
 
     def mask_of(self, edges: Iterable[str | Edge]) -> Tensor:
-        """The mask of these edges, at all positions."""
+        """The mask of these edges, at all positions.
+
+        Args:
+            edges: Names of edges, each one text or its source and destination.
+        """
         mask = self.empty()
         for name in edges:
             f, g = self.edge(name)
@@ -222,7 +269,11 @@ class EdgeGraph:
         return mask
 
     def edges_of(self, mask: Tensor) -> list[Edge]:
-        """Names of a mask's edges (at any position), in order of destination, then source."""
+        """Names of a mask's edges (at any position), in order of destination, then source.
+
+        Args:
+            mask: Edges, bool, of the graph's shape.
+        """
         flat = mask if self.columns is None else mask.any(0)
         return [(self.sources[f], self.destinations[g]) for g, f in flat.T.nonzero().tolist()]
 
@@ -252,7 +303,12 @@ class EdgeGraph:
     def greedy(self, scores: Tensor, n: int, *, by: Literal["absolute", "signed"] = "absolute") -> Tensor:
         """The mask of n edges grown from the logits: always the best edge into a node that is already in.
 
-        Every edge so chosen leads to the logits. Fewer than n where no edge is left. Args: those of `top`.
+        Every edge so chosen leads to the logits. Fewer than n where no edge is left.
+
+        Args:
+            scores: Of every edge, the graph's shape.
+            n: How many edges.
+            by: Whether |score| or the score itself ranks.
         """
         self._check_size(n)
         ranked = self._ranked(scores, by)
@@ -288,6 +344,9 @@ class EdgeGraph:
         """The mask [..., F, G] without edges of nodes that lack an incoming or an outgoing edge, until none is left.
 
         Positions count as one here: a key at one position serves queries at others.
+
+        Args:
+            mask: Edges, bool [..., F, G] (or [..., P, F, G]).
         """
         kept = mask.bool() & self.real
         owns = self.owns.float()

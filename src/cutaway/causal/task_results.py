@@ -307,7 +307,9 @@ def try_tasks(
         A sequence in the order of `tasks`; a task that is not able has its reason ("right on 3 of 20 ...").
 
     Example:
-        >>> cutaway.causal.try_tasks(cutaway.load("atlas"), n=20).save("tasks.html")
+        >>> task = cutaway.data.known_task("world indirect object")
+        >>> try_tasks(cutaway.load("atlas"), [task], n=8)[0].able
+        True
     """
     tried = [try_task(lm, task, n=n, threshold=threshold, least=least, seed=seed, split=split) for task in tasks]
     return TaskResults(lm.name, tuple(tried), threshold)

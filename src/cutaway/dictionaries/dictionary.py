@@ -153,7 +153,11 @@ class Dictionary:
         return self.outputs == self.inputs
 
     def pre_activations(self, x: Tensor) -> Tensor:
-        """h: [..., d_in] -> [..., F]."""
+        """h: [..., d_in] -> [..., F].
+
+        Args:
+            x: Activations that the dictionary reads [..., d_in].
+        """
         return self._pre(self._flat(x)).view(*x.shape[:-1], self.d_sae)
 
     @torch.no_grad()
@@ -162,6 +166,9 @@ class Dictionary:
 
         m is k for TopK, and else the greatest number of latents that are active on one of these tokens (1 at least).
         Goes through the tokens in chunks, so memory beyond the result does not grow with their number.
+
+        Args:
+            x: Activations that the dictionary reads [..., d_in].
         """
         flat = self._flat(x)
         step = max(1, _CHUNK_BYTES // (self.d_sae * self.W_enc.element_size()))
@@ -176,12 +183,21 @@ class Dictionary:
         return values.view(*x.shape[:-1], m), indices.view(*x.shape[:-1], m)
 
     def encode(self, x: Tensor) -> Tensor:
-        """Activations of every latent, [..., d_in] -> [..., F]; differentiable in x. Many tokens: `encode_sparse`."""
+        """Activations of every latent, [..., d_in] -> [..., F]; differentiable in x. Many tokens: `encode_sparse`.
+
+        Args:
+            x: Activations that the dictionary reads [..., d_in].
+        """
         pre = self._pre(self._flat(x))
         return self.selector.dense(pre, self.b_enc).view(*x.shape[:-1], self.d_sae)
 
     def activations_of(self, x: Tensor, latents: Tensor) -> Tensor:
-        """Activations of a few latents, selection included: [..., d_in], [m] -> [..., m]."""
+        """Activations of a few latents, selection included: [..., d_in], [m] -> [..., m].
+
+        Args:
+            x: Activations that the dictionary reads [..., d_in].
+            latents: Numbers of the latents, int [m].
+        """
         if not isinstance(self.selector, TopK):  # the others choose each latent without looking at the rest
             return self._some(latents).encode(x)
         values, indices = self.encode_sparse(x)
@@ -191,18 +207,30 @@ class Dictionary:
     def decode(self, activations: Tensor, x: Tensor | None = None) -> Tensor:
         """x̂ of dense activations: [..., F] -> [..., d_out].
 
-        `x` [..., d_in] is what they were encoded from; it is needed where `input_norm` or `W_skip` is set.
+        Args:
+            activations: Of every latent [..., F].
+            x: What they were encoded from [..., d_in]; needed where `input_norm` or `W_skip` is set, and else not used.
         """
         return self._finish(activations @ self.W_dec, x)
 
     def decode_sparse(self, values: Tensor, indices: Tensor, x: Tensor | None = None) -> Tensor:
-        """x̂ of what `encode_sparse` returns: [..., m], [..., m] -> [..., d_out]; for `x` see `decode`."""
+        """x̂ of what `encode_sparse` returns: [..., m], [..., m] -> [..., d_out].
+
+        Args:
+            values: Activations of the active latents [..., m].
+            indices: Their numbers, int [..., m].
+            x: What they were encoded from [..., d_in]; needed where `input_norm` or `W_skip` is set, and else not used.
+        """
         m = values.shape[-1]
         flat = sparse.decode(values.reshape(-1, m), indices.reshape(-1, m), self.W_dec)
         return self._finish(flat.view(*values.shape[:-1], self.d_out), x)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """What is written, x̂: [..., d_in] -> [..., d_out]. Not differentiable in x; `decode(encode(x), x)` is."""
+        """What is written, x̂: [..., d_in] -> [..., d_out]. Not differentiable in x; `decode(encode(x), x)` is.
+
+        Args:
+            x: Activations that the dictionary reads [..., d_in].
+        """
         return self.decode_sparse(*self.encode_sparse(x), x)
 
     def decoders(self) -> tuple[Tensor, ...]:
@@ -222,14 +250,20 @@ class Dictionary:
             CutawayError: there is no such latent.
 
         Example:
-            >>> load("atlas/blocks.3.resid_post").latent(7).nearest(3)
+            >>> len(load("atlas/blocks.3.resid_post").latent(7).nearest(3))
+            3
         """
         if not -self.d_sae <= index < self.d_sae:
             raise CutawayError(f"there is no latent {index}: the dictionary has {self.d_sae:,}, counted from 0")
         return Latent(self, index % self.d_sae)
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> "Dictionary":
-        """The same dictionary on another device or in another floating-point type."""
+        """The same dictionary on another device or in another floating-point type.
+
+        Args:
+            device: Where to; None: where it is.
+            dtype: A floating-point type; None: as it is.
+        """
         moved = {name: getattr(self, name).to(device=device, dtype=dtype) for name in _WEIGHTS}
         if self.W_skip is not None:
             moved["W_skip"] = self.W_skip.to(device=device, dtype=dtype)

@@ -76,7 +76,11 @@ class Latent:
         return None if sparsity is None else float(10 ** sparsity[self.index])
 
     def activations(self, x: Tensor) -> Tensor:
-        """Its activations, selection included: [..., d_in] -> [...]."""
+        """Its activations, selection included: [..., d_in] -> [...].
+
+        Args:
+            x: Activations that the dictionary reads [..., d_in].
+        """
         return self.dictionary.activations_of(x, torch.tensor([self.index]))[..., 0]
 
     def cosines(self) -> Tensor:

@@ -26,7 +26,12 @@ class ReLU:
     name: ClassVar[str] = "relu"
 
     def dense(self, pre: Tensor, bias: Tensor) -> Tensor:
-        """Pre-activations [n, F] -> activations [n, F]; differentiable."""
+        """Pre-activations [n, F] -> activations [n, F]; differentiable.
+
+        Args:
+            pre: Pre-activations [n, F].
+            bias: The encoder's bias [F], which this selector does not use.
+        """
         return pre.relu()
 
 
@@ -39,12 +44,21 @@ class TopK:
     name: ClassVar[str] = "topk"
 
     def select(self, pre: Tensor) -> tuple[Tensor, Tensor]:
-        """Pre-activations [n, F] -> values [n, k] (≥ 0), indices [n, k]."""
+        """Pre-activations [n, F] -> values [n, k] (≥ 0), indices [n, k].
+
+        Args:
+            pre: Pre-activations [n, F].
+        """
         values, indices = sparse.largest(pre, self.k)
         return values.relu(), indices
 
     def dense(self, pre: Tensor, bias: Tensor) -> Tensor:
-        """Pre-activations [n, F] -> activations [n, F]; differentiable."""
+        """Pre-activations [n, F] -> activations [n, F]; differentiable.
+
+        Args:
+            pre: Pre-activations [n, F].
+            bias: The encoder's bias [F], which this selector does not use.
+        """
         values, indices = self.select(pre)
         return torch.zeros_like(pre).scatter(-1, indices, values)
 
@@ -60,7 +74,12 @@ class BatchTopK:
     name: ClassVar[str] = "batchtopk"
 
     def dense(self, pre: Tensor, bias: Tensor) -> Tensor:
-        """Pre-activations [n, F] -> activations [n, F]; differentiable."""
+        """Pre-activations [n, F] -> activations [n, F]; differentiable.
+
+        Args:
+            pre: Pre-activations [n, F].
+            bias: The encoder's bias [F], which this selector does not use.
+        """
         return pre.relu() * (pre > self.threshold)
 
 
@@ -73,7 +92,12 @@ class JumpReLU:
     name: ClassVar[str] = "jumprelu"
 
     def dense(self, pre: Tensor, bias: Tensor) -> Tensor:
-        """Pre-activations [n, F] -> activations [n, F]; differentiable in them."""
+        """Pre-activations [n, F] -> activations [n, F]; differentiable in them.
+
+        Args:
+            pre: Pre-activations [n, F].
+            bias: The encoder's bias [F], which this selector does not use.
+        """
         return pre.relu() * (pre > self.threshold)
 
 
@@ -88,7 +112,12 @@ class Gated:
     name: ClassVar[str] = "gated"
 
     def dense(self, pre: Tensor, bias: Tensor) -> Tensor:
-        """Gate's pre-activations [n, F] and bias [F] -> activations [n, F]; differentiable in them."""
+        """Pre-activations and bias of the gate -> activations [n, F]; differentiable in them.
+
+        Args:
+            pre: Of the gate [n, F].
+            bias: The gate's [F].
+        """
         return ((pre - bias) * self.r_mag.exp() + self.b_mag).relu() * (pre > 0)
 
 

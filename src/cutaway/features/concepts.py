@@ -220,8 +220,12 @@ def match_concepts(
         CutawayError: labels of another shape than the rows, or fewer than 4 tokens of a concept in either half.
 
     Example:
-        >>> matches = match_concepts(lm, dictionary, rows, {"Paris": mentions(lm, rows, ["Paris"])})
-        >>> matches[0].latent, matches[0].auroc
+        >>> lm, dictionary = cutaway.load("atlas"), cutaway.dictionaries.load("atlas/blocks.3.resid_post")
+        >>> texts = [f"{i}. The capital of Texas is Austin, and Dallas lies in Texas." for i in range(30)]
+        >>> rows = cutaway.data.token_rows(lm, texts, context=32)
+        >>> matches = match_concepts(lm, dictionary, rows, {"Dallas": mentions(lm, rows, ["Dallas"])}, shuffles=2)
+        >>> matches[0].concept
+        'Dallas'
     """
     width = width_of(rows)
     found = (

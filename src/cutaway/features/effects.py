@@ -72,7 +72,9 @@ def logit_effects(lm: LanguageModel, dictionary: Dictionary, latents: Sequence[i
         One `LogitEffects` per latent, in the order of `latents`.
 
     Example:
-        >>> logit_effects(lm, dictionary, [7], k=4)[0].promotes
+        >>> lm, dictionary = cutaway.load("atlas"), cutaway.dictionaries.load("atlas/blocks.3.resid_post")
+        >>> len(logit_effects(lm, dictionary, [7], k=4)[0].promotes)
+        4
     """
     logits = direct_logits(lm, dictionary.W_dec[list(latents)].detach())
     up, down = logits.topk(k, -1), (-logits).topk(k, -1)

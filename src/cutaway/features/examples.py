@@ -249,8 +249,12 @@ def top_examples(
         CutawayError: there are no rows.
 
     Example:
+        >>> lm, dictionary = cutaway.load("atlas"), cutaway.dictionaries.load("atlas/blocks.3.resid_post")
+        >>> texts = [f"{i}. The capital of Texas is Austin, and Dallas lies in Texas." for i in range(30)]
+        >>> rows = cutaway.data.token_rows(lm, texts, context=32)
         >>> examples = top_examples(lm, dictionary, rows, latents=[7, 12])
-        >>> examples[7].top[0].tokens
+        >>> examples[7].latent, len(examples.density)
+        (7, 4096)
     """
     windows = windows or Windows()
     lower = windows.lower

@@ -2,9 +2,9 @@ from .attribution.ablation import AblatedPart as AblatedPart
 from .attribution.ablation import PartAblations as PartAblations
 from .attribution.ablation import ablate_parts as ablate_parts
 from .attribution.answers import model_answers as model_answers
-from .attribution.attribution import Attribution as Attribution
-from .attribution.attribution import Part as Part
 from .attribution.attribution import attribute as attribute
+from .attribution.results import Attribution as Attribution
+from .attribution.results import Part as Part
 from .heads.ablation import HeadEffects as HeadEffects
 from .heads.ablation import ablate_each_head as ablate_each_head
 from .heads.ablation import text_loss as text_loss
@@ -22,6 +22,8 @@ from .heads.circuits import ov_circuit as ov_circuit
 from .heads.circuits import qk_circuit as qk_circuit
 from .heads.circuits import qk_ignores as qk_ignores
 from .heads.kinds import KindScores as KindScores
+from .heads.labels import HeadTable as HeadTable
+from .heads.labels import LabelledHead as LabelledHead
 from .heads.report import HeadReport as HeadReport
 from .heads.report import HeadRow as HeadRow
 from .heads.report import HeadScores as HeadScores
@@ -31,8 +33,6 @@ from .heads.report import head_scores as head_scores
 from .heads.report import repeated_tokens as repeated_tokens
 from .heads.report import second_half_loss as second_half_loss
 from .heads.scores import repeated_scores as repeated_scores
-from .heads.table import HeadTable as HeadTable
-from .heads.table import LabelledHead as LabelledHead
 from .heads.table import head_table as head_table
 from .heads.table import random_loss as random_loss
 from .heads.table import repetition as repetition

@@ -11,9 +11,10 @@ from cutaway.artifacts.statistics import bootstrap_interval
 from cutaway.draw import blocks as page
 from cutaway.model.selftest.result import SelfTest as ModelSelfTest
 from cutaway.observe.heads.kinds import KindScores
+from cutaway.observe.heads.labels import LABEL_RULE, induces
 from cutaway.observe.heads.report import head_report, name
 from cutaway.observe.heads.scores import repeated_scores
-from cutaway.observe.heads.table import LABEL_RULE, induces, repetition
+from cutaway.observe.heads.table import repetition
 from cutaway.observe.lens.logit_lens import logit_lens
 from cutaway.tour.context import LEAST_RIGHT, Tour
 

@@ -10,7 +10,7 @@ import torch
 from cutaway.artifacts.command import recording
 from cutaway.artifacts.errors import CutawayError
 from cutaway.causal.circuits import discovery as module
-from cutaway.causal.circuits.circuit import Circuit
+from cutaway.causal.circuits.circuit import Circuit, circuit_sections, lead
 from cutaway.causal.circuits.discovery import (
     Search,
     check_able,
@@ -25,7 +25,6 @@ from cutaway.causal.circuits.evidence import Evaluation
 from cutaway.causal.circuits.gradient_scores import eap_ig, exchanged
 from cutaway.causal.circuits.runs import run_circuits
 from cutaway.causal.circuits.scorers import exact
-from cutaway.causal.circuits.view import circuit_sections, lead
 from cutaway.causal.edge_graph import EdgeGraph
 from cutaway.data.pairs import AlignedPairs, PromptPair, align
 from cutaway.model.language_model import LanguageModel, load

@@ -19,8 +19,9 @@ from cutaway.model.architecture.norms import Norm
 from cutaway.model.language_model import LanguageModel, attach
 from cutaway.observe.attribution import parts as attribution_parts
 from cutaway.observe.attribution.ablation import ablate_parts
-from cutaway.observe.attribution.attribution import Attribution, attribute
+from cutaway.observe.attribution.attribution import attribute
 from cutaway.observe.attribution.parts import GRANULARITIES, By, dla_sum_error, dla_sum_errors
+from cutaway.observe.attribution.results import Attribution
 
 ROWS = [[0, 5, 17, 33, 4, 60], [0, 9, 8, 7]]
 ANSWER, WRONG = [11, 12], [[40], [41]]

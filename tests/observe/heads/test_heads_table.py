@@ -9,8 +9,9 @@ from cutaway.artifacts.command import recording
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.files import plain
 from cutaway.model.language_model import LanguageModel
+from cutaway.observe.heads.labels import HeadTable
 from cutaway.observe.heads.report import losses, repeated_tokens, second_half_loss
-from cutaway.observe.heads.table import HeadTable, head_table, repetition
+from cutaway.observe.heads.table import head_table, repetition
 
 
 @pytest.fixture(scope="module")

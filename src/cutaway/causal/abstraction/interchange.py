@@ -158,7 +158,15 @@ def interchange(
         CutawayError: An alignment without places, an unknown variable, role or site.
 
     Example:
-        >>> interchange(lm, bridge, {"state": [Place("blocks.3.resid_post", "last")]}, swaps)
+        >>> lm = cutaway.load("atlas")
+        >>> state, capital = {"Dallas": "Texas", "Miami": "Florida"}, {"Texas": " Austin", "Florida": " Tallahassee"}
+        >>> variables = {"state": Variable(("city",), state.get), "answer": Variable(("state",), capital.get)}
+        >>> bridge = CausalModel(("city",), variables, answer="answer")
+        >>> text = "The capital of the state containing {} is"
+        >>> dallas, miami = (Example(text.format(city), {"city": city}, {"city": city}) for city in state)
+        >>> swaps = [(dallas, miami), (miami, dallas)]
+        >>> interchange(lm, bridge, {"state": [Place("blocks.7.resid_post", "last")]}, swaps, draws=1).iia
+        1.0
     """
     places = [place for some in alignment.values() for place in some]
     if not places or not all(alignment.values()):
@@ -260,7 +268,15 @@ def interchange_grid(
         CutawayError: An unknown variable or role, or no pair whose answer changes.
 
     Example:
-        >>> interchange_grid(lm, bridge, "state", swaps, roles=["city", "last"])
+        >>> lm = cutaway.load("atlas")
+        >>> state, capital = {"Dallas": "Texas", "Miami": "Florida"}, {"Texas": " Austin", "Florida": " Tallahassee"}
+        >>> variables = {"state": Variable(("city",), state.get), "answer": Variable(("state",), capital.get)}
+        >>> bridge = CausalModel(("city",), variables, answer="answer")
+        >>> text = "The capital of the state containing {} is"
+        >>> dallas, miami = (Example(text.format(city), {"city": city}, {"city": city}) for city in state)
+        >>> grid = interchange_grid(lm, bridge, "state", [(dallas, miami)], roles=["city", "last"])
+        >>> grid.iia.shape  # layers, roles
+        torch.Size([8, 2])
     """
     if "{l}" not in site:
         raise NoSuchSite(f"the site {site!r} names no layer to search; write for example 'blocks.{{l}}.resid_post'")

@@ -259,10 +259,13 @@ class MissedBound(Result):
     nodes: int
     """Nodes that were not verified."""
     verified: int
+    """Nodes that were left out because their effects are known."""
     subsets: int
     """How many random halves of these nodes were patched together."""
     level: float
+    """Confidence that the bound holds, from 0 to 1."""
     units: str
+    """What the effects are in: a change of the metric."""
 
     title = "What may have been missed"
 

@@ -108,8 +108,11 @@ def attribution_patching(
     https://arxiv.org/abs/2403.00745.
 
     Example:
-        >>> scores = attribution_patching(lm, pairs, "blocks.*.attn.z", method="relp")
-        >>> scores.top(3)
+        >>> lm = cutaway.load("atlas")
+        >>> pairs = cutaway.data.readable_pairs(lm, cutaway.data.known_task("world indirect object"), 2)
+        >>> scores = attribution_patching(lm, pairs, "blocks.*.attn.z", method="relp", check=0)
+        >>> scores.scores.shape  # heads, pairs
+        torch.Size([64, 2])
     """
     steps, path, attention, batch_rows = options.steps, options.path, options.attention, options.batch_rows
     if method not in METHODS:

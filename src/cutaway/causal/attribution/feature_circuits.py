@@ -50,6 +50,7 @@ class FeatureNode:
     """A latent or an error of a feature circuit."""
 
     node: Node
+    """The part of the model and its place."""
     score: float
     """Mean over the pairs, in units of the metric."""
     interval: Interval
@@ -89,11 +90,15 @@ class FeatureCircuit(Result):
     """Nodes and edges above their thresholds, strongest first, and all the scores that they are taken from."""
 
     nodes: tuple[FeatureNode, ...]
+    """The latents and errors that are kept, strongest first."""
     edges: tuple[FeatureEdge, ...]
+    """The edges that are kept, strongest first."""
     scores: NodeScores
     """The scores of all latents and errors."""
     node_threshold: float
+    """Nodes have a mean |score| above this, in units of the metric."""
     edge_threshold: float
+    """Edges have a mean |weight| above this, in units of the metric; infinite where no edges were asked for."""
     left_out: int
     """Nodes above the threshold beyond the largest number that is kept."""
 
@@ -140,7 +145,11 @@ class FeatureCircuit(Result):
         }
 
     def with_labels(self, labels: Mapping[tuple[str, int], str]) -> FeatureCircuit:
-        """The same circuit with words for its latents, by (site, latent)."""
+        """The same circuit with words for its latents, by (site, latent).
+
+        Args:
+            labels: Words by (site, latent); latents that are not among them get none.
+        """
         named = [
             one if one.node.latent is None else replace(one, label=labels.get((one.node.site, one.node.latent)))
             for one in self.nodes

@@ -64,8 +64,11 @@ def relp_rules(lm: LanguageModel, *, attention: Attention = "gradient") -> Itera
     Source: Jafari et al. 2025; Achtibat et al. 2024, https://arxiv.org/abs/2402.05602.
 
     Example:
+        >>> lm = cutaway.load("atlas")
         >>> with relp_rules(lm):
-        ...     run = lm.run(prompt, capture="embed", grad=lambda logits: logits[0, -1, answer])
+        ...     run = lm.run("Dallas is in", capture="embed", grad=lambda logits: logits[0, -1].max())
+        >>> run.grads["embed"].shape
+        torch.Size([1, 5, 256])
     """
     if attention not in ("gradient", "detach"):
         raise CutawayError(f"attention={attention!r} is not 'gradient' or 'detach'")

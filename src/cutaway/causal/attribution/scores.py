@@ -29,12 +29,15 @@ class Node:
     """A part of the model at a place: a whole site, or one head, neuron or latent of it."""
 
     site: str
+    """The site, with its layer."""
     head: int | None = None
+    """Number of a head of it (a key-value head at keys and values); None: not one head."""
     neuron: int | None = None
+    """Number of a neuron of it; None: not one neuron."""
     latent: int | None = None
-    """Of the site's dictionary."""
+    """Number of a latent of the site's dictionary; None: not one latent."""
     error: bool = False
-    """What that dictionary leaves unexplained."""
+    """Whether the node is what that dictionary leaves unexplained."""
     at: str | None = None
     """A column of the scores: a position or a role; None: every token."""
 
@@ -139,10 +142,13 @@ class NodeScores(Result):
     """Scores of nodes for n pairs: estimates of how the metric changes when the other prompt's value is put in."""
 
     model: str
+    """The model's name."""
     method: str
+    """How they were made: "atp", "relp", ..."""
     direction: PatchDirection
     """"noise" patches the clean run from the corrupt one, "denoise" the corrupt run from the clean one."""
     metric: str
+    """What was asked of the logits."""
     blocks: Mapping[str, Tensor]
     """Scores by site, float32 [columns, units, n], in units of the metric: units are the site's heads (key-value heads
     at keys and values), its neurons, its latents and behind them its error, or 1."""
@@ -197,25 +203,43 @@ class NodeScores(Result):
         return {node: i for i, node in enumerate(self.nodes)}
 
     def number(self, node: Node) -> int:
-        """The place of a node in `nodes` and `scores`. Raises CutawayError where it is none of them."""
+        """The place of a node in `nodes` and `scores`. Raises CutawayError where it is none of them.
+
+        Args:
+            node: A node of `nodes`.
+        """
         if node not in self._numbers:
             columns = ", ".join(repr(column) for column in self.columns)
             raise CutawayError(f"there is no node '{node}' here; the sites are {', '.join(self.blocks)} at {columns}")
         return self._numbers[node]
 
     def top(self, k: int = 10) -> list[Node]:
-        """The k nodes with the largest |mean score|, the largest first."""
+        """The k nodes with the largest |mean score|, the largest first.
+
+        Args:
+            k: How many nodes at most.
+        """
         order = self.mean.abs().topk(min(k, len(self))).indices
         return [self.nodes[i] for i in order.tolist()]
 
     def table(self, site: str) -> Tensor:
-        """Mean scores of one site [columns, units]."""
+        """Mean scores of one site [columns, units].
+
+        Args:
+            site: One of the sites in `blocks`.
+        """
         if site not in self.blocks:
             raise CutawayError(f"no node stands at '{site}'; the sites are {', '.join(self.blocks)}")
         return self.blocks[site].mean(-1)
 
     def interval(self, nodes: Sequence[Node], n_resamples: int = 2000, seed: int = 0) -> Tensor:
-        """95 % intervals of the mean scores of some nodes [len(nodes), 2]; NaN below 2 pairs."""
+        """95 % intervals of the mean scores of some nodes [len(nodes), 2]; NaN below 2 pairs.
+
+        Args:
+            nodes: Some of `nodes`.
+            n_resamples: Bootstrap draws of the pairs.
+            seed: Of the draws.
+        """
         values = self.scores[[self.number(node) for node in nodes]].double().numpy()
         return torch.from_numpy(mean_intervals(values, n_resamples, seed).T.copy()).float()
 
@@ -238,6 +262,9 @@ class NodeScores(Result):
 
         The control is the mean of all other nodes' mean scores at the same site (in the other layers too, where the
         site has one node a layer): what a node chosen at random would show.
+
+        Args:
+            node: A node of `nodes`.
         """
         i = self.number(node)
         values = self.scores[i]
@@ -266,7 +293,11 @@ class NodeScores(Result):
         )
 
     def to_json(self, k: int = 50) -> dict[str, Any]:
-        """The k strongest nodes, and what is said of all."""
+        """The k strongest nodes, and what is said of all.
+
+        Args:
+            k: How many nodes at most, the strongest.
+        """
         top = self.top(k)
         return {
             "model": self.model,

@@ -22,11 +22,15 @@ from cutaway.artifacts.errors import BadFile, CutawayError
 from cutaway.artifacts.files import read_json, refuse_replacing
 from cutaway.artifacts.manifest import Manifest
 from cutaway.artifacts.results import Choices
+from cutaway.causal.accuracy import ABLE
 from cutaway.causal.circuits.baselines import nodes_of
-from cutaway.causal.circuits.evidence import Evidence
+from cutaway.causal.circuits.evidence import Evidence, Section, faithfulness_drawing, part_sections, sections_html
 from cutaway.causal.edge_graph import EdgeGraph
 from cutaway.causal.effects import effect_line
+from cutaway.draw.circuit import CircuitEdge, circuit_svg
+from cutaway.draw.panels import alarm_html, figures_html, table_html
 from cutaway.draw.result import Result
+from cutaway.draw.text import interval
 
 if TYPE_CHECKING:
     from cutaway.model.language_model import LanguageModel
@@ -46,8 +50,8 @@ class Circuit(Result):
     """Some edges of a graph, how they were found, and what was measured of them.
 
     Example:
-        >>> circuit = Circuit.load("ioi.json")
-        >>> circuit.edges[0], circuit.evidence.faithfulness.value
+        >>> circuit = Circuit.load("ioi.json")  # doctest: +SKIP
+        >>> circuit.edges[0]  # doctest: +SKIP
     """
 
     graph: EdgeGraph
@@ -99,7 +103,11 @@ class Circuit(Result):
         return sorted(found, key=lambda edge: -abs(edge[2]))
 
     def check_model(self, lm: LanguageModel) -> None:
-        """Raise CutawayError unless this is the model that the circuit was found in."""
+        """Raise CutawayError unless this is the model that the circuit was found in.
+
+        Args:
+            lm: The model that the circuit is to be run in.
+        """
         here = self.manifest.model
         there = lm.identity()
         if here is not None and here.weight_hash != there.weight_hash:
@@ -147,6 +155,9 @@ class Circuit(Result):
 
         The file is whole or not there. Raises `BadFile` for another suffix, or where a file is there that is none of
         its kind.
+
+        Args:
+            path: Where to: .json for the file that `load` reads, .html, .svg, ...; folders are made.
         """
         if (path := Path(path)).suffix.lower() == ".json":
             refuse_no_circuit(path)
@@ -154,7 +165,11 @@ class Circuit(Result):
 
     @classmethod
     def load(cls, path: Path | str) -> Circuit:
-        """The circuit of a file; BadFile, in one sentence, for a file that is none or has a defect."""
+        """The circuit of a file; BadFile, in one sentence, for a file that is none or has a defect.
+
+        Args:
+            path: A .json file that `save` wrote.
+        """
         data = read_json(Path(path))
         try:
             return cls.from_json(data)
@@ -163,7 +178,11 @@ class Circuit(Result):
 
     @classmethod
     def from_json(cls, data: Any) -> Circuit:
-        """The circuit that `to_json` wrote, everything checked."""
+        """The circuit that `to_json` wrote, everything checked.
+
+        Args:
+            data: What the file holds, as `json.load` gives it.
+        """
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise BadFile(f'it is not a circuit; one begins with "format": "{FORMAT}".')
         if data.get("schema") != SCHEMA:
@@ -208,8 +227,6 @@ class Circuit(Result):
         return [{"from": source, "to": destination, "score": score} for source, destination, score in self.edges]
 
     def drawing(self) -> Markup:
-        from cutaway.causal.circuits.view import circuit_drawing
-
         return circuit_drawing(self)
 
     def summary(self) -> str:
@@ -293,3 +310,94 @@ def _edges_from(graph: EdgeGraph, data: Any) -> tuple[Tensor, Tensor]:
             raise BadFile(f"edge {number} ({ends[0]}->{ends[1]}) is there twice.")
         mask[place], scores[place] = True, float(score)
     return mask, scores
+
+
+def circuit_sections(circuit: Circuit) -> list[Section]:
+    """The verdict, the drawing, f by size, what is missing, what is idle, stability, self-repair, and the choices."""
+    sections = []
+    evidence = circuit.evidence
+    if evidence is not None:
+        sections.append(_verdict(circuit, evidence))
+    sections.append(_drawing(circuit))
+    if evidence is not None:
+        sections += part_sections(evidence)
+    sections.append(_choices(circuit))
+    sections.append(_edges(circuit))
+    return sections
+
+
+def circuit_drawing(circuit: Circuit) -> Markup:
+    """All sections as one drawing, the circuit itself first."""
+    return sections_html(sorted(circuit_sections(circuit), key=lambda section: section[0] != "The circuit"))
+
+
+def lead(circuit: Circuit) -> str:
+    """What the page is about, in a sentence."""
+    model = circuit.manifest.model.id if circuit.manifest.model else "a model"
+    return (
+        f"{model}, {circuit.task}: {circuit.n_edges:,} of {circuit.graph.n_edges:,} edges "
+        f"({100 * circuit.share:.2g} %) between {len(circuit.nodes)} parts of the model and the logits."
+    )
+
+
+def _verdict(circuit: Circuit, evidence: Evidence) -> Section:
+    found = evidence.faithfulness
+    low, high = found.interval or (None, None)
+    tiles = figures_html(
+        items=[
+            {"label": "faithfulness", "value": found.value, "detail": interval(found.value, low, high)},
+            {"label": "edges", "value": circuit.n_edges, "detail": f"{100 * circuit.share:.2g} % of the graph's"},
+            {"label": "pairs", "value": found.n, "detail": "held out"},
+        ]
+    )
+    above = (
+        "It lies above the intervals of random circuits and of the strongest edges."
+        if evidence.above_controls()
+        else "It does NOT lie above the intervals of all its controls: this is no evidence for the circuit."
+    )
+    text = (
+        f"How much of the metric's fall (from the whole model to the model with every edge ablated) is kept when only "
+        f"the circuit's edges carry the clean prompt: 1 is all of it. Measured on {evidence.pairs}. {above}"
+    )
+    drawing = Markup('<div style="margin-bottom: 1.5rem">{}</div>{}').format(tiles, faithfulness_drawing(evidence))
+    able = circuit.method.get("task_accuracy")
+    if able is not None and able["value"] < ABLE:
+        cannot = f"The model cannot do the task: it is right on {able['right']} of {able['n']} pairs of the search. "
+        drawing = alarm_html(f"{cannot}A circuit for what it does not do means nothing.") + drawing
+    return ("Does the circuit do it?", text, drawing)
+
+
+def _drawing(circuit: Circuit) -> Section:
+    group = circuit.graph.n_heads // circuit.graph.kv
+    edges: list[CircuitEdge] = [
+        {"source": source, "destination": destination, "score": score, "group": group}
+        for source, destination, score in circuit.edges
+    ]
+    drawing = circuit_svg(
+        edges=edges, title=f"Circuit of {circuit.task}", units=circuit.metric.replace("_", " "),
+        parallel=circuit.graph.parallel,
+    )  # fmt: skip
+    text = (
+        "The embedding is below, the logits above; a head reads at q, k and v. The width of an edge grows with the "
+        "square root of its score. Point at an edge for its score, at a node to see its edges alone."
+    )
+    return ("The circuit", text, drawing)
+
+
+def _choices(circuit: Circuit) -> Section:
+    rows = [[name, value] for name, value in circuit.choices.to_json().items()]
+    rows += [[name.replace("_", " "), str(value)] for name, value in circuit.method.items() if name != "task_accuracy"]
+    able = circuit.method.get("task_accuracy")
+    if able:
+        rows.append(["task accuracy", f"right on {able['right']} of {able['n']} search pairs"])
+    rows.append(["metric", circuit.metric])
+    table = table_html(columns=["", ""], rows=rows, title="Choices")
+    return ("The choices made", "Two circuits that differ in one of these are not comparable.", table)
+
+
+def _edges(circuit: Circuit) -> Section:
+    rows = [[source, destination, score] for source, destination, score in circuit.edges]
+    table = table_html(columns=["from", "to", "score"], rows=rows, title="Edges")
+    drawing = Markup("<details><summary>All {} edges</summary>{}</details>").format(circuit.n_edges, table)
+    text = f"Scores are in {circuit.metric.replace('_', ' ')}; above 0 the answer loses it when the edge is cut."
+    return ("Every edge", text, drawing)

@@ -104,7 +104,9 @@ class Minimality(Effects):
     """What f loses without each edge, and without each node, of a circuit; and the share of edges that is idle."""
 
     edges: tuple[Removal, ...]
+    """What f loses without each edge of those tried."""
     nodes: tuple[Removal, ...]
+    """What f loses without each node."""
 
     title = "Is anything idle?"
 
@@ -289,7 +291,13 @@ def minimality(
 
     Of more than `max_edges` edges a random sample is tried. The control is the same of a random circuit of its size.
 
-    Args: those of `completeness`; `max_edges` bounds the edges that are taken out one by one.
+    Args:
+        run: From masks to the metric of the pairs (`circuit_runner`).
+        graph: The graph whose edges the circuit has.
+        mask: The circuit, bool, of the graph's shape.
+        choices: The six choices that the effects depend on.
+        max_edges: Edges at most that are taken out one by one.
+        seed: Of what is drawn at random.
     """
     generator = torch.Generator().manual_seed(seed)
     random = random_circuits(graph, int(mask.sum()), 1, seed=seed + 1)[0]

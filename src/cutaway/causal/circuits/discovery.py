@@ -42,10 +42,13 @@ class SearchPairs:
     name: str
     """The task's, or "own pairs"."""
     search: AlignedPairs
+    """The pairs that edges are scored on."""
     held_out: AlignedPairs
+    """The pairs that the circuit is judged on."""
     search_words: str
     """What the search pairs are, in words."""
     held_out_words: str
+    """What the held-out pairs are, in words."""
     criterion: Criterion = "preferred"
     """When the model is right on a pair."""
 
@@ -129,7 +132,14 @@ def circuit_runner(
 ) -> RunCircuits:
     """A function from masks to `CircuitRuns` on these pairs; very many circuits are run some at a time.
 
-    It is what `completeness` and `minimality` take. Args: those of `run_circuits`.
+    It is what `completeness` and `minimality` take.
+
+    Args:
+        lm: The model.
+        pairs: n aligned pairs.
+        metric: What is asked of the logits.
+        graph: The graph that the masks are of.
+        ablation: What all edges outside a circuit carry, such as "resample" (the pair's corrupt prompt).
     """
 
     def run(masks: Tensor) -> CircuitRuns:
@@ -229,8 +239,9 @@ def discover(
 
     Example:
         >>> lm = cutaway.load("atlas")
-        >>> circuit = discover(lm, "world indirect object", size=60, n=8, evaluation=Evaluation(deep=False))
-        >>> circuit.evidence.faithfulness.value
+        >>> quick = Evaluation(draws=3, curve_draws=1, deep=False)  # doctest: +SKIP
+        >>> circuit = discover(lm, "world indirect object", size=60, n=8, evaluation=quick)  # doctest: +SKIP
+        >>> circuit.evidence.faithfulness.value  # doctest: +SKIP
     """
     if size is not None and faithfulness is not None:
         raise CutawayError("A circuit has a size or a faithfulness to reach: give one of them.")

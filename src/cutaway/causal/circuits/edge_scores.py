@@ -28,10 +28,13 @@ class EdgeScores(Result):
     per_pair: Tensor | None
     """Each pair's [n, ...], where it was kept."""
     method: str
+    """How they were made: "eap", "relp", ..."""
     metric: str
+    """What was asked of the logits."""
     direction: PatchDirection
     """"noise": what the corrupt prompt's source does to the clean run; "denoise": the clean prompt's to the corrupt."""
     n: int
+    """Pairs that were averaged."""
     clean: Tensor
     """The metric of the untouched run of the clean prompts [n]."""
     corrupt: Tensor
@@ -40,7 +43,11 @@ class EdgeScores(Result):
     title = "Scores of edges"
 
     def strongest(self, k: int = 10) -> list[tuple[str, float]]:
-        """The k edges with the largest |score|, and their scores (positions summed)."""
+        """The k edges with the largest |score|, and their scores (positions summed).
+
+        Args:
+            k: How many edges at most.
+        """
         flat = self.values if self.values.ndim == 2 else self.values.sum(0)
         order = flat.abs().flatten().topk(min(k, self.graph.n_edges)).indices.tolist()
         width = flat.shape[1]

@@ -66,7 +66,9 @@ class CircuitRuns(Result):
     corrupt: Tensor
     """Of the model with every edge ablated [n]."""
     metric: str
+    """What was asked of the logits."""
     ablation: str
+    """What stands in place of an edge outside the circuit, in words."""
 
     title = "Runs of circuits"
 

@@ -137,8 +137,11 @@ def patch_grid(
 
     Example:
         >>> lm = cutaway.load("atlas")
-        >>> pairs = cutaway.data.readable_pairs(lm, cutaway.data.task("agreement"), 16)
-        >>> patch_grid(lm, pairs, over="heads", roles="last", direction="noise").save("heads.svg")
+        >>> pairs = cutaway.data.readable_pairs(lm, cutaway.data.known_task("world indirect object"), 8)
+        >>> options = PatchOptions(draws=1)
+        >>> grid = patch_grid(lm, pairs, over="heads", roles="last", parts=Parts(layers=[6]), options=options)
+        >>> grid.values.shape  # layers, heads, pairs
+        torch.Size([1, 8, 8])
     """
     if over not in SITES:
         raise CutawayError(f"over={over!r} is not one of {', '.join(SITES)}")
@@ -184,7 +187,11 @@ def patch_cell(
         CutawayError: As `patch_grid`, and for fewer than 2 pairs, which have no interval.
 
     Example:
-        >>> patch_cell(lm, pairs, "blocks.6.attn.v", head=2, roles="last", direction="noise", ablation="mean")
+        >>> lm = cutaway.load("atlas")
+        >>> pairs = cutaway.data.readable_pairs(lm, cutaway.data.known_task("world indirect object"), 4)
+        >>> cell = patch_cell(lm, pairs, "blocks.6.attn.v", head=2, roles="last", direction="noise", ablation="mean")
+        >>> cell.effect.n
+        4
     """
     if head is not None and neuron is not None:
         raise CutawayError(f"a cell is head {head} or neuron {neuron} of {site!r}, not both; name one of the two")

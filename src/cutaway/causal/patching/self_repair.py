@@ -249,7 +249,11 @@ def self_repair(
         NotSupported: A model whose logit difference cannot be split by head.
 
     Example:
-        >>> self_repair(lm, pairs, k=1)
+        >>> lm = cutaway.load("atlas")
+        >>> pairs = cutaway.data.readable_pairs(lm, cutaway.data.known_task("world indirect object"), 4)
+        >>> repair = self_repair(lm, pairs, heads=[(6, 5)], draws=1)
+        >>> repair.name, repair.n
+        ('L6H5', 4)
     """
     aligned = align(lm, pairs)
     choice = ablation_of(ablation)

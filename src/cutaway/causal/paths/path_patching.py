@@ -94,7 +94,10 @@ def path_patch(
             prompts apart.
 
     Example:
-        >>> path_patch(lm, pairs, ["L6H5@last", "embed"], ["logits"])
+        >>> lm = cutaway.load("atlas")
+        >>> pairs = cutaway.data.readable_pairs(lm, cutaway.data.known_task("world indirect object"), 2)
+        >>> path_patch(lm, pairs, ["L7H5@-1"], ["logits"], random_senders=1).values.shape  # senders, receivers, pairs
+        torch.Size([1, 1, 2])
     """
     if mlps not in ("recompute", "freeze"):
         raise CutawayError(f"mlps={mlps!r} is not 'recompute' or 'freeze'")

@@ -72,7 +72,10 @@ def causal_trace(
 
     Example:
         >>> lm = cutaway.load("atlas")
-        >>> causal_trace(lm, [FactPrompt("The Eiffel Tower is in the city of", "Eiffel Tower", " Paris")])
+        >>> fact = FactPrompt("The capital of the state containing Dallas is", "Dallas", " Austin")
+        >>> trace = causal_trace(lm, [fact], draws=1)
+        >>> trace.effects["state"].shape  # layers, tokens from the subject on, prompts
+        torch.Size([8, 2, 1])
     """
     width = default_window(lm.n_layers) if window is None else window
     if not 1 <= width <= lm.n_layers:

@@ -132,9 +132,9 @@ def circuit(
     known = None if evaluate is None else Circuit.load(evaluate)
     searched, judged = _read(pairs, held_out)
 
+    from cutaway.causal.circuits.circuit import circuit_sections, lead
     from cutaway.causal.circuits.discovery import Search, discover, evaluate_circuit
     from cutaway.causal.circuits.evidence import Evaluation
-    from cutaway.causal.circuits.view import circuit_sections, lead
     from cutaway.draw.page import page_html
 
     command = command_line(

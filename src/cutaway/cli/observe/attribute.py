@@ -101,10 +101,10 @@ def attribute(
 
     import cutaway
     from cutaway.draw.page import page_html
-    from cutaway.observe.attribution.ablation import ablate_parts
+    from cutaway.observe.attribution.ablation import ablate_parts, ablations_section
     from cutaway.observe.attribution.answers import model_answers
     from cutaway.observe.attribution.attribution import attribute as measure
-    from cutaway.observe.attribution.view import attribution_sections, compared
+    from cutaway.observe.attribution.results import attribution_sections, compared
 
     n = len(prompts)
     if answer and len(answer) not in (1, n):
@@ -140,7 +140,7 @@ def attribute(
 
         def page() -> str:
             lead = f"{lm.name}, {compared(result)}, after “{prompts[0]}”, by {by}."
-            sections = attribution_sections(result, ablated, top)
+            sections = attribution_sections(result, top) + ([ablations_section(ablated)] if ablated else [])
             return page_html(title="Direct logit attribution", sections=sections, lead=lead, command=command)
 
         deliver(text=text, data=data, page=page, as_json=json, html=html)

@@ -100,9 +100,9 @@ def heads(
     from cutaway.draw.page import page_html
     from cutaway.observe.heads.attention_view import attention_view
     from cutaway.observe.heads.circuits import composition
-    from cutaway.observe.heads.kinds import ON_TEXT
+    from cutaway.observe.heads.labels import lead, table_sections
+    from cutaway.observe.heads.maps import ON_TEXT
     from cutaway.observe.heads.table import head_table
-    from cutaway.observe.heads.view import lead, table_sections
 
     model, prompt = model_and_prompt(model, prompt, module)
     if "retrieval" in kind and needle is None:

@@ -108,9 +108,10 @@ def lens(
 
     from cutaway.draw.page import page_html
     from cutaway.model.naming import single_token
+    from cutaway.observe.lens.evaluation import evaluation_section
     from cutaway.observe.lens.files import load_tuned_lens
     from cutaway.observe.lens.logit_lens import logit_lens
-    from cutaway.observe.lens.view import evaluation_section, lens_sections
+    from cutaway.observe.lens.view import lens_sections
 
     lm = opened(model, module, dtype=dtype, device=device)
     command = command_line(
@@ -157,7 +158,7 @@ def lens(
                 texts.append(read.table())
 
         def page() -> str:
-            sections = lens_sections(plain, read) if plain is not None else []
+            sections = lens_sections(data["logit_lens"], data.get("tuned_lens")) if plain is not None else []
             sections += [evaluation_section(evaluation)] if evaluation is not None else []
             lead = f"{lm.name}: “{prompt}”" if prompt is not None else f"{lm.name}: a tuned lens"
             return page_html(title="Lens", sections=sections, lead=lead, command=command)

@@ -126,9 +126,9 @@ def probe(
     import cutaway
     from cutaway.draw.page import page_html
     from cutaway.observe.probes.data import probe_data
+    from cutaway.observe.probes.results import sweep_sections, use_section
     from cutaway.observe.probes.sweep import probe_sweep
     from cutaway.observe.probes.usage import answer_tokens, use_in_folds
-    from cutaway.observe.probes.view import sweep_sections, use_section
 
     command = command_line(
         "probe",

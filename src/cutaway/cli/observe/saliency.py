@@ -72,9 +72,8 @@ def saliency(
     from cutaway.draw.page import page_html
     from cutaway.observe.attribution.answers import model_answers
     from cutaway.observe.saliency_maps.methods import METHODS
-    from cutaway.observe.saliency_maps.report import SaliencyChecks
+    from cutaway.observe.saliency_maps.report import SaliencyChecks, saliency_sections
     from cutaway.observe.saliency_maps.report import saliency as measure
-    from cutaway.observe.saliency_maps.view import saliency_sections
 
     chosen: Any = tuple(dict.fromkeys(method)) if method else METHODS
     command = command_line(

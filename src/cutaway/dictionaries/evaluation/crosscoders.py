@@ -90,7 +90,11 @@ class Sides(Result):
         return drawn + effects_html(self.effects.values())
 
     def exclusive(self, side: int) -> Tensor:
-        """Active latents whose norm is exclusive to a side (0: A, 1: B): bool [F]."""
+        """Active latents whose norm is exclusive to a side: bool [F].
+
+        Args:
+            side: 0 for A, 1 for B.
+        """
         of = self.share <= EXCLUSIVE if side == 0 else self.share >= 1 - EXCLUSIVE
         return of & (self.n_active > 0)
 
@@ -100,11 +104,19 @@ class Sides(Result):
         return (self.share >= SHARED[0]) & (self.share <= SHARED[1]) & (self.n_active > 0)
 
     def artefact(self, side: int) -> Tensor:
-        """Exclusive by norm, but present on the other side by latent scaling: bool [F]."""
+        """Exclusive by norm, but present on the other side by latent scaling: bool [F].
+
+        Args:
+            side: 0 for A, 1 for B.
+        """
         return self.exclusive(side) & ((self.nu_error >= SHRUNK) | (self.nu_reconstruction >= DECOUPLED))
 
     def measured(self, side: int) -> Tensor:
-        """Exclusive by norm, and active often enough for latent scaling: bool [F]."""
+        """Exclusive by norm, and active often enough for latent scaling: bool [F].
+
+        Args:
+            side: 0 for A, 1 for B.
+        """
         return self.exclusive(side) & self.nu_error.isfinite()
 
     def warnings(self) -> list[str]:
@@ -127,7 +139,11 @@ class Sides(Result):
         return found
 
     def histogram(self, bins: int = 20) -> tuple[list[float], list[int]]:
-        """Middles of equal bins of the share from 0 to 1, and how many latents that are active lie in each."""
+        """Middles of equal bins of the share from 0 to 1, and how many latents that are active lie in each.
+
+        Args:
+            bins: How many bins.
+        """
         counts, edges = np.histogram(self.share[self.n_active > 0].numpy(), bins=bins, range=(0, 1))
         return ((edges[1:] + edges[:-1]) / 2).tolist(), counts.tolist()
 

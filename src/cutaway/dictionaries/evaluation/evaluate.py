@@ -133,7 +133,11 @@ def evaluate(
 
     Example:
         >>> lm, dictionary = cutaway.load("atlas"), load("atlas/blocks.3.resid_post")
-        >>> evaluate(lm, dictionary, rows).effects["ce_recovered_mean"].value
+        >>> texts = [f"{i}. The capital of Texas is Austin, and Dallas lies in Texas." for i in range(30)]
+        >>> rows = cutaway.data.token_rows(lm, texts, context=32)
+        >>> figures = evaluate(lm, dictionary, rows, spliced_rows=2)
+        >>> round(figures.effects["l0"].value)
+        32
     """
     measured = measure(models, [dictionary], rows, spliced_rows=spliced_rows, high_norm=high_norm, seed=seed)
     frequency = measured.frequency()[0]

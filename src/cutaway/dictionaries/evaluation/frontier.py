@@ -84,7 +84,11 @@ class Frontier(Result):
         ]
 
     def series(self, fidelity: str) -> list[Series]:
-        """One curve per line, and a grey one of the controls, unless it would flatten the others (see `aside`)."""
+        """One curve per line, and a grey one of the controls, unless it would flatten the others (see `aside`).
+
+        Args:
+            fidelity: Name of the figure on the y axis, such as "ce_recovered_mean" or "fvu".
+        """
         found: list[Series] = []
         for line in dict.fromkeys(point.line for point in self.points):
             own = [point for point in self.points if point.line == line and fidelity in point.effects]
@@ -111,7 +115,11 @@ class Frontier(Result):
         return sorted((_l0(some["l0"].controls[0].value), some[fidelity].controls[0].value) for some in own)
 
     def aside(self, fidelity: str) -> str:
-        """A sentence with the controls where they lie so far from the rest that drawing them would flatten it."""
+        """A sentence with the controls where they lie so far from the rest that drawing them would flatten it.
+
+        Args:
+            fidelity: Name of the figure on the y axis, such as "ce_recovered_mean" or "fvu".
+        """
         values = [point.effects[fidelity].value for point in self.points if fidelity in point.effects]
         controls = [y for _, y in self._controls(fidelity)]
         if not values:
@@ -123,7 +131,12 @@ class Frontier(Result):
         return f"{RANDOM[0].upper()}{RANDOM[1:]}: {min(controls):.3g} to {max(controls):.3g}, too far away to be drawn."
 
     def svg(self, fidelity: str = FIDELITIES[0]) -> Markup:
-        """L0 on a logarithmic axis against one figure, intervals as bands. With it goes `legend`."""
+        """L0 on a logarithmic axis against one figure, intervals as bands. With it goes `legend`.
+
+        Args:
+            fidelity: Name of the figure on the y axis, such as "ce_recovered_mean" or "fvu"; by default the first of
+                `FIDELITIES`.
+        """
         label = _AXES.get(fidelity, fidelity)
         return line_svg(
             series=self.series(fidelity),
@@ -134,7 +147,12 @@ class Frontier(Result):
         )
 
     def legend(self, fidelity: str = FIDELITIES[0]) -> Markup:
-        """The names of the curves."""
+        """The names of the curves.
+
+        Args:
+            fidelity: Name of the figure on the y axis, such as "ce_recovered_mean" or "fvu"; by default the first of
+                `FIDELITIES`.
+        """
         return line_legend(self.series(fidelity))
 
     def table(self) -> Markup:
@@ -142,7 +160,11 @@ class Frontier(Result):
         return table_html(columns=("preset", "setting", *_HEADS), rows=self.cells(), title="sparsity and fidelity")
 
     def sections(self, note: str = "") -> list[tuple[str, str, Markup]]:
-        """Sections for `draw.page.page_html`: both plots and the table."""
+        """Sections for `draw.page.page_html`: both plots and the table.
+
+        Args:
+            note: A sentence to stand above the first section; empty for none.
+        """
         found = []
         for fidelity, heading in (
             ("ce_recovered_mean", "L0 against cross-entropy recovered"),
@@ -183,7 +205,8 @@ def frontier(judged: Sequence[Point]) -> Frontier:
         MissingControls: a figure has no controls.
 
     Example:
-        >>> frontier([judge(lm, one, rows).point() for one in dictionaries]).save("frontier.svg")
+        >>> frontier([judge(lm, one, rows).point() for one in found]).save("frontier.svg")  # doctest: +SKIP
+        PosixPath('frontier.svg')
     """
     if not judged:
         raise CutawayError("a frontier needs at least one judged dictionary")

@@ -89,7 +89,12 @@ class Judgement(Result):
         return f"{one.kind}, {one.d_sae:,} latents, {describe(one.selector)}"
 
     def point(self, line: str | None = None, label: str | None = None) -> Point:
-        """A point of a frontier; its line is the selector's name if not given."""
+        """A point of a frontier.
+
+        Args:
+            line: The line that it belongs to; None: the selector's name.
+            label: What distinguishes it from others there; None: the selector in a few characters.
+        """
         one = self.dictionaries[0]
         return Point(line or one.selector.name, label or describe(one.selector), self.effects)
 
@@ -256,7 +261,8 @@ def judge(
         CutawayError: as `evaluate`, and for dictionaries that differ in more than their seed.
 
     Example:
-        >>> judge(lm, [seed_0, seed_1, seed_2], rows).save("judged.html")
+        >>> judge(lm, [seed_0, seed_1, seed_2], rows).save("judged.html")  # doctest: +SKIP
+        PosixPath('judged.html')
     """
     some = [dictionaries] if isinstance(dictionaries, Dictionary) else list(dictionaries)
     measured = measure(models, some, rows, spliced_rows=spliced_rows, high_norm=high_norm, seed=seed)

@@ -138,6 +138,7 @@ def load(
 
     Example:
         >>> load("atlas/blocks.3.resid_post").d_sae
+        4096
     """
     dictionary = read(where, names).dictionary
     if site is not None:
@@ -249,7 +250,8 @@ def save(dictionary: Dictionary, folder: str | Path, format: Format = "cutaway",
         CutawayError: it cannot be written to.
 
     Example:
-        >>> save(dictionary, "runs/mine", format="dictionary_learning")
+        >>> save(dictionary, "runs/mine", format="dictionary_learning")  # doctest: +SKIP
+        PosixPath('runs/mine')
     """
     return save_all([dictionary], folder, format, overwrite=overwrite)
 

@@ -150,6 +150,8 @@ def inspect(
 
     Example:
         >>> inspect("atlas/blocks.3.resid_post")
+        format       SAELens 6 (with cutaway's block)
+        ...
     """
     reading = where if isinstance(where, Reading) else read(where, names)
     if models is None:

@@ -30,6 +30,7 @@ from cutaway.dictionaries.formats.files import load, save
 from cutaway.dictionaries.training.end_to_end import RowBatches
 from cutaway.dictionaries.training.jobs import Job, Source, Trained, tokens_used, train_jobs
 from cutaway.dictionaries.training.log import Logs, Tracking, read_log, trackers
+from cutaway.dictionaries.training.parameters import Setting
 from cutaway.dictionaries.training.recipe import Recipe, expand, written_out
 from cutaway.dictionaries.training.sources import LiveRows, StoreSource, Tensors, find_ports
 from cutaway.dictionaries.training.terms import EndToEnd
@@ -53,7 +54,7 @@ def train(
     log: Tracking | Sequence[Tracking] = (),
     seconds_between_checkpoints: float = 30.0,
     resume: bool = True,
-    **settings: Any,
+    **settings: Setting,
 ) -> dict[str, Trained]:
     """Train one dictionary, or a grid of them on one stream of activations.
 
@@ -87,7 +88,11 @@ def train(
             finite, the disk is full, another process or another run is in the folder.
 
     Example:
-        >>> trained = train("atlas", "blocks.3.resid_post", k=[16, 32], corpus="texts/", tokens=1_000_000)
+        >>> import torch
+        >>> trained = train(torch.randn(2_000, 8), d_sae=16, k=[1, 2], tokens=1_024, batch=256)
+        >>> sorted(trained)
+        ['activations-k1', 'activations-k2']
+        >>> train("atlas", "blocks.3.resid_post", k=[16, 32], corpus="texts/")  # doctest: +SKIP
     """
     known = {item.name for item in fields(Recipe)}
     own = {name: value for name, value in settings.items() if name in known}

@@ -139,12 +139,21 @@ class TrainConfig(Plain):
         return self.tokens // self.batch
 
     def parameters(self, d_in: int, d_out: int) -> int:
-        """Numbers that are trained, of a dictionary that reads a tensor of the one width and writes the other."""
+        """Numbers that are trained, of a dictionary with this configuration.
+
+        Args:
+            d_in: Width of what is read.
+            d_out: Width of what is written.
+        """
         own = {JumpReLURule: 1, GatedRule: 2}.get(type(self.selector), 0)
         return self.d_sae * (d_in + d_out + 1 + own) + d_out + (d_in * d_out if self.skip else 0)
 
     def rate(self, step: int) -> float:
-        """Learning rate of a step, counted from 0."""
+        """Learning rate of a step, counted from 0.
+
+        Args:
+            step: The step's number.
+        """
         top = 2e-4 / math.sqrt(self.d_sae / 2**14) if self.learning_rate is None else self.learning_rate
         falling = max(1.0, self.decay * self.steps)
         return top * min(1.0, (step + 1) / max(1, self.warmup), (self.steps - step) / falling)
@@ -156,6 +165,9 @@ class TrainConfig(Plain):
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "TrainConfig":
         """The configuration that plain values describe; defaults for what is not there.
+
+        Args:
+            values: Fields by name.
 
         Raises:
             CutawayError: a field is unknown or of the wrong kind; the first is named.

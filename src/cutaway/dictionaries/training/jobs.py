@@ -91,7 +91,11 @@ class Job:
         return tuple(dict.fromkeys((*self.reads, *self.writes)))
 
     def split(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-        """x [n, d_in] and y [n, d_out], or None where it writes what it reads."""
+        """x [n, d_in] and y [n, d_out], or None where it writes what it reads.
+
+        Args:
+            batch: Activations [n, width] by site, all of `sites` at least.
+        """
         x = _joined([batch[site] for site in self.reads])
         transcodes = self.writes and self.writes != self.reads
         return x, _joined([batch[site] for site in self.writes]) if transcodes else None

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +13,10 @@ class Plain:
     """A dataclass of plain values that is read from files: a field that it does not have is an error there."""
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
+
+
+Setting = str | int | float | bool | Path | Plain | Sequence[object] | Mapping[str, object] | None
+"""The value of a field of a recipe or of a training configuration, or what stands for it in a file."""
 
 
 @dataclass(frozen=True, eq=False)

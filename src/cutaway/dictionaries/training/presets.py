@@ -20,6 +20,7 @@ from typing import Any, Literal
 from cutaway.artifacts.errors import CutawayError
 from cutaway.dictionaries.dictionary import DictionaryKind
 from cutaway.dictionaries.training.config import Resample, TrainConfig
+from cutaway.dictionaries.training.parameters import Setting
 from cutaway.dictionaries.training.rules import BatchTopKRule, GatedRule, JumpReLURule, ReLURule, TopKRule
 from cutaway.dictionaries.training.terms import (
     L0,
@@ -101,7 +102,7 @@ def preset(
     tokens: int | None = None,
     batch: int | None = None,
     seed: int = 0,
-    **overrides: Any,
+    **overrides: Setting,
 ) -> TrainConfig:
     """The configuration of a published way of training.
 
@@ -124,7 +125,8 @@ def preset(
         CutawayError: the preset is unknown or has no such control, or a field is unknown or wrong.
 
     Example:
-        >>> preset("openai-topk", d_in=256, k=64, learning_rate=1e-4)
+        >>> preset("openai-topk", d_in=256, k=64, learning_rate=1e-4).selector.k
+        64
     """
     chosen = PRESETS.get(name)
     if chosen is None:

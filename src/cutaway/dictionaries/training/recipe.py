@@ -27,7 +27,7 @@ from cutaway.artifacts.files import plain, read_text
 from cutaway.dictionaries.dictionary import Port
 from cutaway.dictionaries.training.config import TrainConfig
 from cutaway.dictionaries.training.jobs import Job
-from cutaway.dictionaries.training.parameters import Plain
+from cutaway.dictionaries.training.parameters import Plain, Setting
 from cutaway.dictionaries.training.presets import PRESETS, preset
 
 Find = Callable[[str], Mapping[str, Port]]
@@ -129,7 +129,12 @@ class Recipe(Plain):
 
     @classmethod
     def of(cls, values: Mapping[str, Any], where: str = "the recipe") -> "Recipe":
-        """The recipe that plain values describe; raises `CutawayError` that names the first that is wrong."""
+        """The recipe that plain values describe; raises `CutawayError` that names the first that is wrong.
+
+        Args:
+            values: Fields of a recipe by name, as TOML or JSON holds them.
+            where: What an error calls them.
+        """
         try:
             return _adapter().validate_python(dict(values))
         except ValidationError as error:
@@ -141,18 +146,26 @@ class Recipe(Plain):
 
     @classmethod
     def read(cls, path: Path) -> "Recipe":
-        """The recipe in a TOML file."""
+        """The recipe in a TOML file.
+
+        Args:
+            path: The file.
+        """
         try:
             values = tomllib.loads(read_text(path))
         except (ValueError, RecursionError) as error:  # also for a number of more digits than Python reads
             raise CutawayError(f"{path} is not TOML: {' '.join(str(error).split())[:200]}") from error
         return cls.of(values, str(path))
 
-    def changed(self, **values: Any) -> "Recipe":
-        """The recipe with some values instead; `options` are joined."""
+    def changed(self, **values: Setting) -> "Recipe":
+        """The recipe with some values instead; `options` are joined.
+
+        Args:
+            **values: Fields of a recipe; one that is None stays as it is.
+        """
         given = {name: value for name, value in values.items() if value is not None}
-        if "options" in given:
-            given["options"] = {**self.options, **given["options"]}
+        if isinstance(options := given.get("options"), Mapping):
+            given["options"] = {**self.options, **options}
         return Recipe.of({**_shallow(self), **given}, "the options")
 
     def to_toml(self) -> str:

@@ -28,11 +28,25 @@ class ReLURule(Plain):
     """Every positive pre-activation. Sparse only once an L1 or a similar term has made it so."""
 
     kind: Literal["relu"] = "relu"
+    """Its name in a file."""
 
     def places(self, pre: Tensor, parameters: Parameters, margin: Tensor | None) -> Places:
+        """The places of a batch that can have a value or a gradient.
+
+        Args:
+            pre: Pre-activations [n, F], in bfloat16 where they are rough.
+            parameters: The weights as they are trained.
+            margin: How far each token's pre-activations may be off [n]; None: they are exact.
+        """
         return _above(pre, torch.zeros((), dtype=pre.dtype), margin)
 
     def values(self, code: Code, parameters: Parameters) -> Tensor:
+        """The activations at these places, laid out as the code is.
+
+        Args:
+            code: The batch's pre-activations at these places, with gradient.
+            parameters: The weights as they are trained.
+        """
         return code.pre.relu()
 
 
@@ -49,18 +63,36 @@ class TopKRule(Plain):
     anneal: float = 0.0
     """The first share of training, over which k falls."""
     kind: Literal["topk"] = "topk"
+    """Its name in a file."""
 
     def at(self, progress: float) -> "TopKRule":
-        """The rule at a share of training."""
+        """The rule at a share of training.
+
+        Args:
+            progress: The share of training that is over, from 0 to 1.
+        """
         return replace(self, k=_annealed(self.k, self.start_k, self.anneal, progress))
 
     def places(self, pre: Tensor, parameters: Parameters, margin: Tensor | None) -> Places:
+        """The places of a batch that can have a value or a gradient.
+
+        Args:
+            pre: Pre-activations [n, F], in bfloat16 where they are rough.
+            parameters: The weights as they are trained.
+            margin: How far each token's pre-activations may be off [n]; None: they are exact.
+        """
         scores = pre * parameters.decoder_norms().to(pre) if self.by_norm else pre
         k = self.k if margin is None else min(self.k + max(self.k // 4, 1), pre.shape[1])
         return Places.of_rows(sparse.largest(scores, k)[1], pre.shape[1])
 
     def refine(self, pre: Tensor, places: Places, parameters: Parameters) -> Tensor:
-        """Of candidates [P] found roughly, the true k of each token, as places in that list."""
+        """Of candidates [P] found roughly, the true k of each token, as places in that list.
+
+        Args:
+            pre: Their exact pre-activations [P].
+            places: Where they are in the batch.
+            parameters: The weights as they are trained.
+        """
         scores = pre * parameters.decoder_norms()[places.latents] if self.by_norm else pre
         per_token = scores.view(places.n, -1)
         chosen = per_token.topk(self.k, dim=1, sorted=False).indices
@@ -68,6 +100,12 @@ class TopKRule(Plain):
         return (chosen + start).flatten()
 
     def values(self, code: Code, parameters: Parameters) -> Tensor:
+        """The activations at these places, laid out as the code is.
+
+        Args:
+            code: The batch's pre-activations at these places, with gradient.
+            parameters: The weights as they are trained.
+        """
         if isinstance(code, DenseCode):
             scores = code.pre.detach()
             scores = scores * parameters.decoder_norms().detach() if self.by_norm else scores
@@ -89,23 +127,47 @@ class BatchTopKRule(Plain):
     anneal: float = 0.0
     """The first share of training, over which k falls."""
     kind: Literal["batchtopk"] = "batchtopk"
+    """Its name in a file."""
 
     def at(self, progress: float) -> "BatchTopKRule":
-        """The rule at a share of training."""
+        """The rule at a share of training.
+
+        Args:
+            progress: The share of training that is over, from 0 to 1.
+        """
         return replace(self, k=_annealed(self.k, self.start_k, self.anneal, progress))
 
     def places(self, pre: Tensor, parameters: Parameters, margin: Tensor | None) -> Places:
+        """The places of a batch that can have a value or a gradient.
+
+        Args:
+            pre: Pre-activations [n, F], in bfloat16 where they are rough.
+            parameters: The weights as they are trained.
+            margin: How far each token's pre-activations may be off [n]; None: they are exact.
+        """
         scores = pre * parameters.decoder_norms().to(pre) if self.by_norm else pre
         count = self.k * len(pre)
         flat = sparse.largest_of_all(scores, count if margin is None else count + max(count // 8, 1))
         return Places.of_flat(flat, len(pre), pre.shape[1])
 
     def refine(self, pre: Tensor, places: Places, parameters: Parameters) -> Tensor:
-        """Of candidates [P] found roughly, the true k·n, as places in that list."""
+        """Of candidates [P] found roughly, the true k·n, as places in that list.
+
+        Args:
+            pre: Their exact pre-activations [P].
+            places: Where they are in the batch.
+            parameters: The weights as they are trained.
+        """
         scores = pre * parameters.decoder_norms()[places.latents] if self.by_norm else pre
         return sparse.largest_of_all(scores, self.k * places.n)
 
     def values(self, code: Code, parameters: Parameters) -> Tensor:
+        """The activations at these places, laid out as the code is.
+
+        Args:
+            code: The batch's pre-activations at these places, with gradient.
+            parameters: The weights as they are trained.
+        """
         if isinstance(code, DenseCode):
             scores = code.pre.detach()
             scores = (scores * parameters.decoder_norms().detach() if self.by_norm else scores).relu()
@@ -120,11 +182,25 @@ class GatedRule(Plain):
     """A gate h > 0, and a magnitude that shares the gate's directions (arXiv 2404.16014)."""
 
     kind: Literal["gated"] = "gated"
+    """Its name in a file."""
 
     def places(self, pre: Tensor, parameters: Parameters, margin: Tensor | None) -> Places:
+        """The places of a batch that can have a value or a gradient.
+
+        Args:
+            pre: Pre-activations [n, F], in bfloat16 where they are rough.
+            parameters: The weights as they are trained.
+            margin: How far each token's pre-activations may be off [n]; None: they are exact.
+        """
         return _above(pre, torch.zeros((), dtype=pre.dtype), margin)
 
     def values(self, code: Code, parameters: Parameters) -> Tensor:
+        """The activations at these places, laid out as the code is.
+
+        Args:
+            code: The batch's pre-activations at these places, with gradient.
+            parameters: The weights as they are trained.
+        """
         assert parameters.gate_scale is not None
         assert parameters.magnitude_bias is not None
         direction = code.pre - code.at(parameters.encoder_bias)
@@ -146,16 +222,30 @@ class JumpReLURule(Plain):
     through_pre: bool = False
     """Whether gradients of the jump reach h too, not θ alone."""
     kind: Literal["jumprelu"] = "jumprelu"
+    """Its name in a file."""
 
     def __post_init__(self) -> None:
         if not self.bandwidth > 0:
             raise CutawayError(f"the bandwidth of the straight-through gradient is {self.bandwidth}; give more than 0")
 
     def places(self, pre: Tensor, parameters: Parameters, margin: Tensor | None) -> Places:
+        """The places of a batch that can have a value or a gradient.
+
+        Args:
+            pre: Pre-activations [n, F], in bfloat16 where they are rough.
+            parameters: The weights as they are trained.
+            margin: How far each token's pre-activations may be off [n]; None: they are exact.
+        """
         assert parameters.threshold is not None
         return _above(pre, parameters.threshold - self.bandwidth / 2, margin)
 
     def values(self, code: Code, parameters: Parameters) -> Tensor:
+        """The activations at these places, laid out as the code is.
+
+        Args:
+            code: The batch's pre-activations at these places, with gradient.
+            parameters: The weights as they are trained.
+        """
         assert parameters.threshold is not None
         return StraightThroughJump.apply(code.pre, code.at(parameters.threshold), self.bandwidth, self.through_pre)
 

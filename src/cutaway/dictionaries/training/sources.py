@@ -54,7 +54,12 @@ class Tensors:
         return json_hash({"values": some, "seed": self.seed})
 
     def batches(self, size: int, start: int = 0) -> Iterator[Mapping[str, Tensor]]:
-        """See `Source`. Raises `CutawayError` when there is not one batch."""
+        """Batches by port, each [size, width], endlessly; `CutawayError` when there is not one batch.
+
+        Args:
+            size: Tokens of a batch.
+            start: The number of the first batch; what an earlier run has seen is passed over.
+        """
         n = len(next(iter(self.values.values())))
         per_pass = n // size
         if per_pass == 0:
@@ -109,7 +114,12 @@ class StoreSource:
         }
 
     def batches(self, size: int, start: int = 0) -> Iterator[Mapping[str, Tensor]]:
-        """See `Source`. Raises `CutawayError` when the store holds less than one batch."""
+        """Batches by port, each [size, width], endlessly; `CutawayError` when the store holds less than one batch.
+
+        Args:
+            size: Tokens of a batch.
+            start: The number of the first batch; what an earlier run has seen is passed over.
+        """
         per_epoch = len(self.store) // size
         if per_epoch == 0:
             raise CutawayError(
@@ -195,11 +205,19 @@ class LiveRows:
         return keep
 
     def sites_of(self, model: int) -> list[str]:
-        """The sites that one of the models is run for."""
+        """The sites that one of the models is run for.
+
+        Args:
+            model: The model's number.
+        """
         return [port.site for of, port in self._where.values() if of == model]
 
     def values(self, chosen: Tensor) -> dict[str, Tensor]:
-        """Each port's values at the positions of some rows that count, `high_norm` not applied: [m, width]."""
+        """Each port's values at the positions of some rows that count, `high_norm` not applied: [m, width].
+
+        Args:
+            chosen: Numbers of the rows, int [r].
+        """
         rows, keep = self.rows[chosen], self._keep[chosen]
         found: dict[str, Tensor] = {}
         for number, lm in enumerate(self.models):
@@ -226,7 +244,12 @@ class LiveRows:
         return {name: values[low.to(values.device)] for name, values in buffer.items()}
 
     def batches(self, size: int, start: int = 0) -> Iterator[Mapping[str, Tensor]]:
-        """See `Source`. Raises `CutawayError` when the rows hold less than one batch."""
+        """Batches by port, each [size, width], endlessly; `CutawayError` when the rows hold less than one batch.
+
+        Args:
+            size: Tokens of a batch.
+            start: The number of the first batch; what an earlier run has seen is passed over.
+        """
         return shuffled_batches(self._keep.sum(1), self._fill, batch_tokens=size, start=start, **self.options)
 
 

@@ -99,8 +99,14 @@ class Reconstruction(Plain):
     weight: float = 1.0
     """Its weight."""
     kind: Literal["reconstruction"] = "reconstruction"
+    """Its name in a file."""
 
     def __call__(self, f: Forward) -> Tensor:
+        """The term's share of the loss of a batch, a number with a gradient.
+
+        Args:
+            f: The batch on its way through the dictionary.
+        """
         return self.weight * f.reduce(f.error, self.form)
 
 
@@ -120,6 +126,7 @@ class Matryoshka(Plain):
     bias_level: bool = False
     """Add the level with no latent at all."""
     kind: Literal["matryoshka"] = "matryoshka"
+    """Its name in a file."""
 
     def __post_init__(self) -> None:
         ascending = all(low < high for low, high in zip((0.0, *self.prefixes), self.prefixes, strict=False))
@@ -127,10 +134,19 @@ class Matryoshka(Plain):
             raise CutawayError(f"prefixes {self.prefixes} must be ascending shares of the latents that end with 1")
 
     def ends(self, n_latents: int) -> list[int]:
-        """The number of latents of each prefix."""
+        """The number of latents of each prefix.
+
+        Args:
+            n_latents: Latents of the dictionary.
+        """
         return [max(1, round(share * n_latents)) for share in self.prefixes]
 
     def __call__(self, f: Forward) -> Tensor:
+        """The term's share of the loss of a batch, a number with a gradient.
+
+        Args:
+            f: The batch on its way through the dictionary.
+        """
         levels: list[Tensor] = []
         written = f.base
         if self.bias_level:
@@ -154,8 +170,14 @@ class EndToEnd(Plain):
     weight: float = 1.0
     """Its weight."""
     kind: Literal["end_to_end"] = "end_to_end"
+    """Its name in a file."""
 
     def __call__(self, f: Forward) -> Tensor:
+        """The term's share of the loss of a batch, a number with a gradient.
+
+        Args:
+            f: The batch on its way through the dictionary.
+        """
         if f.downstream is None:
             raise CutawayError(
                 "the end-to-end term needs the model: train on rows of tokens, not on stored activations"
@@ -182,8 +204,14 @@ class Lp(Plain):
     warmup: float = 0.0
     """The share of training over which the coefficient rises from 0."""
     kind: Literal["lp"] = "lp"
+    """Its name in a file."""
 
     def __call__(self, f: Forward) -> Tensor:
+        """The term's share of the loss of a batch, a number with a gradient.
+
+        Args:
+            f: The batch on its way through the dictionary.
+        """
         a = f.code.values if self.of == "activations" else f.code.pre.relu()
         powered = a if self.p == 1.0 else torch.where(a > 0, a, 1.0).pow(self.p) * (a > 0)
         return self.coefficient * ramp(f.progress, self.warmup) * f.code.total(powered * f.norms(self.norms))
@@ -198,8 +226,14 @@ class L0(Plain):
     warmup: float = 0.0
     """The share of training over which the coefficient rises from 0."""
     kind: Literal["l0"] = "l0"
+    """Its name in a file."""
 
     def __call__(self, f: Forward) -> Tensor:
+        """The term's share of the loss of a batch, a number with a gradient.
+
+        Args:
+            f: The batch on its way through the dictionary.
+        """
         return self.coefficient * ramp(f.progress, self.warmup) * f.code.total(_over(f))
 
 
@@ -219,8 +253,14 @@ class QuadraticL0(Plain):
     warmup: float = 0.0
     """The share of training over which the coefficient rises from 0."""
     kind: Literal["quadratic_l0"] = "quadratic_l0"
+    """Its name in a file."""
 
     def __call__(self, f: Forward) -> Tensor:
+        """The term's share of the loss of a batch, a number with a gradient.
+
+        Args:
+            f: The batch on its way through the dictionary.
+        """
         active = f.code.per_token(_over(f))
         if self.per == "token":
             penalty = (2 / self.target) * (active - self.target).square().mean()
@@ -242,8 +282,14 @@ class Tanh(Plain):
     warmup: float = 1.0
     """The share of training over which the coefficient rises from 0."""
     kind: Literal["tanh"] = "tanh"
+    """Its name in a file."""
 
     def __call__(self, f: Forward) -> Tensor:
+        """The term's share of the loss of a batch, a number with a gradient.
+
+        Args:
+            f: The batch on its way through the dictionary.
+        """
         squashed = torch.tanh(self.scale * f.code.values * f.norms(self.norms))
         return self.coefficient * ramp(f.progress, self.warmup) * f.code.total(squashed)
 
@@ -262,8 +308,14 @@ class PreActivation(Plain):
     dead_only: bool = False
     """On dead latents alone."""
     kind: Literal["pre_activation"] = "pre_activation"
+    """Its name in a file."""
 
     def __call__(self, f: Forward) -> Tensor:
+        """The term's share of the loss of a batch, a number with a gradient.
+
+        Args:
+            f: The batch on its way through the dictionary.
+        """
         latents = f.dead if self.dead_only else torch.arange(len(f.parameters.decoder), device=f.x.device)
         if not len(latents):
             return f.x.new_zeros(())
@@ -294,8 +346,14 @@ class AuxK(Plain):
     by_share: bool = False
     """Scale by min(number of dead / k, 1)."""
     kind: Literal["auxk"] = "auxk"
+    """Its name in a file."""
 
     def __call__(self, f: Forward) -> Tensor:
+        """The term's share of the loss of a batch, a number with a gradient.
+
+        Args:
+            f: The batch on its way through the dictionary.
+        """
         k = self.k or max(1, f.y.shape[1] // 2)
         if not len(f.dead) or self.coefficient == 0:
             return f.x.new_zeros(())
@@ -328,8 +386,14 @@ class MultiTopK(Plain):
     form: Form = "fvu"
     """As of `Reconstruction`."""
     kind: Literal["multi_topk"] = "multi_topk"
+    """Its name in a file."""
 
     def __call__(self, f: Forward) -> Tensor:
+        """The term's share of the loss of a batch, a number with a gradient.
+
+        Args:
+            f: The batch on its way through the dictionary.
+        """
         if not isinstance(f.rule, TopKRule):
             raise CutawayError("multi-TopK goes with the TopK selector")
         n_latents = len(f.parameters.decoder)
@@ -351,8 +415,14 @@ class GatedAuxiliary(Plain):
     weight: float = 1.0
     """Its weight."""
     kind: Literal["gated_auxiliary"] = "gated_auxiliary"
+    """Its name in a file."""
 
     def __call__(self, f: Forward) -> Tensor:
+        """The term's share of the loss of a batch, a number with a gradient.
+
+        Args:
+            f: The batch on its way through the dictionary.
+        """
         written = f.code.decode(f.code.pre.relu(), f.parameters.decoder.detach()) + f.base.detach()
         return self.weight * f.reduce(written - f.y, "sum")
 

@@ -13,14 +13,15 @@ from torch import Tensor
 from cutaway.artifacts.errors import CutawayError, NotSupported
 from cutaway.artifacts.results import Control, Effect
 from cutaway.artifacts.statistics import bootstrap_interval
-from cutaway.draw.page import sections_html
+from cutaway.draw.page import Section, sections_html
+from cutaway.draw.panels import table_html
 from cutaway.draw.result import Result
 from cutaway.model.edits import edits
 from cutaway.model.edits.edits import Edit
 from cutaway.model.forward.run import Run
 from cutaway.model.language_model import Inputs, LanguageModel
 from cutaway.model.tokens import Tokens
-from cutaway.observe.attribution.attribution import Attribution, Part
+from cutaway.observe.attribution.results import Attribution, Part, span_text
 from cutaway.observe.summaries import block, ends, with_interval
 
 _SITES = {
@@ -89,8 +90,6 @@ class PartAblations(Result, Sequence[AblatedPart]):
 
     def drawing(self) -> Markup:
         """The table of shares and falls."""
-        from cutaway.observe.attribution.view import ablations_section
-
         return sections_html([ablations_section(self.parts)] if self.parts else [])
 
 
@@ -118,8 +117,11 @@ def ablate_parts(
         CutawayError: a prompt of one token, which has no mean without its first.
 
     Example:
+        >>> lm = cutaway.load("atlas")
+        >>> prompt = "The capital of the state containing Dallas is"
         >>> shares = attribute(lm, prompt, " Austin", " Sacramento", by="head")
-        >>> ablate_parts(lm, shares, 3)
+        >>> len(ablate_parts(lm, shares, 3).parts)
+        3
     """
     if result.by == "source":
         raise NotSupported(
@@ -205,3 +207,21 @@ def _difference(lm: LanguageModel, result: Attribution, edit: Edit, base: Run) -
     logits = run["logits_precap"] if capped else run.all_logits
     columns = result.tokens.first.cpu() + torch.tensor(result.position)
     return result.difference(logits[torch.arange(len(columns)), columns.to(logits.device)].double().cpu())
+
+
+def ablations_section(ablated: Sequence[AblatedPart]) -> Section:
+    """Shares beside the measured falls, as a table."""
+    rows = []
+    for one in ablated:
+        effect = one.effect
+        control = effect.controls[0] if effect.controls else None
+        span = "–" if effect.interval is None else span_text(effect.interval)
+        beside = None if control is None else control.value
+        rows.append([one.part.name, one.part.value, effect.value, span, beside])
+    text = (
+        f"The fall of the logit difference when a part alone is replaced by its mean ({ablated[0].effect.ablation}). "
+        "Where it is larger than the share, later layers read the part; where it is smaller, they make up for it. The "
+        "control is the mean |fall| without parts of the same kind with smaller shares, drawn at random."
+    )
+    columns = ("part", "direct share", "fall when ablated", "95 % interval", "control")
+    return ("What the answer loses without them", text, table_html(columns=columns, rows=rows, title="ablations"))

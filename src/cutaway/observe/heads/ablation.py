@@ -19,13 +19,15 @@ from cutaway.artifacts.errors import CutawayError, NoSuchSite
 from cutaway.artifacts.progress import Progress
 from cutaway.artifacts.results import Control, Effect
 from cutaway.artifacts.statistics import bootstrap_interval, false_discovery, paired_t_p
-from cutaway.draw.page import sections_html
+from cutaway.draw.page import Section, sections_html
 from cutaway.draw.result import Result
+from cutaway.draw.scale import Scale
 from cutaway.model.edits.edits import Edit, mean, zero
 from cutaway.model.forward.run import Run
 from cutaway.model.language_model import Inputs, LanguageModel
 from cutaway.model.tokens import Tokens, next_tokens
 from cutaway.observe.heads.kinds import attention_layers, ratio_interval
+from cutaway.observe.heads.maps import head_map
 from cutaway.observe.heads.report import Ablation, Head, RunMetric, name, second_half_loss
 from cutaway.observe.summaries import block, ends, with_interval
 
@@ -91,8 +93,6 @@ class HeadEffects(Result):
 
     def drawing(self) -> Markup:
         """A map of the heads."""
-        from cutaway.observe.heads.view import effects_section
-
         return sections_html([effects_section(self)])
 
     def _measured(self) -> list[Head]:
@@ -246,3 +246,13 @@ def _measured(metric: RunMetric, run: Run) -> Tensor:
     if not isinstance(values, Tensor) or values.shape != (len(run.tokens),):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise CutawayError("The metric of an ablation returns one number for each row of the run, as a tensor.")
     return values.detach().double().cpu()
+
+
+def effects_section(effects: HeadEffects, behaviour: str = "", same: Sequence[HeadEffects] = ()) -> Section:
+    """A map of what each head's ablation changes, on one scale with `same`, others in the same units."""
+    heading = f"{effects.ablation.capitalize()} ablation" + (f": {behaviour}" if behaviour else "")
+    what = f"Change in {effects.units} when that head alone is ablated, mean over {len(effects.base)} rows."
+    means = [one.mean for one in same or [effects]]
+    reach = max(float(mean[~mean.isnan()].abs().max()) for mean in means) or 1.0
+    units = "nats" if effects.units.startswith("nats") else effects.units
+    return heading, what, head_map(effects.mean, units, heading, Scale(-reach, reach, True))

@@ -208,7 +208,8 @@ def attention_view(
 
     Example:
         >>> view = attention_view(cutaway.load("atlas"), "Dallas is in", layers=[3, 7])
-        >>> view.save("attention.html")
+        >>> view.save("attention.html")  # doctest: +SKIP
+        PosixPath('attention.html')
     """
     tokens = lm.tokens(prompt)
     if len(tokens) != 1:

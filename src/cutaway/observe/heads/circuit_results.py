@@ -11,10 +11,11 @@ from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError, NotSupported
 from cutaway.artifacts.results import interval_text
-from cutaway.draw.page import sections_html
+from cutaway.draw.page import Section, sections_html
 from cutaway.draw.panels import table_html
 from cutaway.draw.result import Result
 from cutaway.draw.text import visible
+from cutaway.observe.heads.maps import BALANCE, head_map, meaning
 from cutaway.observe.heads.report import Head, name
 from cutaway.observe.summaries import block
 
@@ -72,8 +73,6 @@ class CopyingScores(Result):
 
     def drawing(self) -> Markup:
         """A map of the heads."""
-        from cutaway.observe.heads.view import copying_section
-
         return sections_html([copying_section(self)])
 
 
@@ -190,8 +189,6 @@ class Composition(Result):
 
     def drawing(self) -> Markup:
         """The table of the largest scores."""
-        from cutaway.observe.heads.view import composition_section
-
         return sections_html([composition_section(self)])
 
 
@@ -254,3 +251,30 @@ class CircuitTokens(Result, Sequence[TokenPair]):
         columns = ("reads", "raises") if self.part == "ov" else ("at", "looks for")
         rows = [[visible(p.source), visible(p.target), f"{p.value:.2f}"] for p in self.pairs]
         return table_html(columns=(*columns, "value"), rows=rows, title=f"{self.part} of {name(self.head)}")
+
+
+def composition_section(composed: Composition) -> Section:
+    """The pairs of heads with the largest composition scores."""
+    rows = [
+        [kind.upper(), name(writer), name(reader), round(value, 3), round(value - composed.baseline, 3)]
+        for kind in COMPOSITIONS
+        if kind not in composed.left_out
+        for writer, reader, value in composed.top(kind)
+    ]
+    left_out = "".join(f" {kind.upper()} is not measured: {why}." for kind, why in composed.left_out.items())
+    text = (
+        "How much of what a later head reads (as query, key or value) an earlier one writes, by their weights alone. "
+        f"Random heads of these shapes score {composed.baseline:.3f} "
+        f"{interval_text(composed.baseline_interval)}.{left_out}"
+    )
+    columns = ("input", "writer", "reader", "score", "above random")
+    return "Composition", text, table_html(columns=columns, rows=rows, title="Composition scores")
+
+
+def copying_section(scores: CopyingScores) -> Section:
+    """A map of the copying scores."""
+    what = (
+        f"{meaning('copying')}. {scores.draws} random heads score {scores.chance:.3f} "
+        f"{interval_text(scores.chance_interval)}."
+    )
+    return "copying heads", what, head_map(scores.score, "balance of eigenvalues", "copying", BALANCE)

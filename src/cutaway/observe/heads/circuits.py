@@ -173,7 +173,8 @@ def qk_circuit(lm: LanguageModel, layer: int, *, norms: bool = True, raw: bool =
         NotSupported: a model with QK-norm, unless `raw`.
 
     Example:
-        >>> qk_circuit(cutaway.load("atlas"), 7)[3].singular_values()
+        >>> qk_circuit(cutaway.load("atlas"), 7)[3].singular_values().shape
+        torch.Size([32])
     """
     _check(lm, layer)
     if getattr(lm.family, "qk_norm", False) and not raw:

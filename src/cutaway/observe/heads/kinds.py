@@ -12,26 +12,13 @@ from torch import Tensor
 from cutaway.artifacts.errors import NotSupported
 from cutaway.artifacts.results import Control, Effect
 from cutaway.artifacts.statistics import false_discovery, paired_t_p, ratio_intervals
-from cutaway.draw.page import sections_html
+from cutaway.draw.page import Section, sections_html
 from cutaway.draw.result import Result
 from cutaway.model.language_model import LanguageModel
+from cutaway.observe.heads.maps import BALANCE, SHARE, head_map, meaning
 from cutaway.observe.heads.report import Head, name
 from cutaway.observe.summaries import block, with_interval
 
-MEANINGS: dict[str, str] = {
-    "previous": "attention to the token before",
-    "duplicate": "attention to the same token earlier",
-    "induction": "attention to the token after the same token earlier (prefix matching)",
-    "current": "attention to the token itself",
-    "first": "attention to the first token, where heads rest",
-    "relative-position": "share of the attention's variation that distance alone foresees",
-    "absolute-position": "share of the attention's variation that the two positions alone foresee",
-    "induction-copying": "share of the logits it raises that goes to the token that followed last time",
-    "retrieval": "attention to the needle",
-    "copying": "OV eigenvalues, Σλ / Σ|λ|: 1 raises each token it reads, −1 lowers it",
-}
-ON_TEXT = " (text)"
-"""Ends the name of a kind that is scored on the user's text instead of random tokens."""
 THRESHOLDS: dict[str, float] = {
     "relative-position": 0.5,
     "absolute-position": 0.5,
@@ -40,12 +27,6 @@ THRESHOLDS: dict[str, float] = {
 }
 """The least score that carries a label (0.1 where it is not here), beside the rule that it be above its control."""
 THRESHOLD = 0.1
-
-
-def meaning(kind: str) -> str:
-    """What a kind of score measures, in words."""
-    said = MEANINGS.get(kind.removesuffix(ON_TEXT), "")
-    return f"{said}, on the text" if kind.endswith(ON_TEXT) else said
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -122,8 +103,6 @@ class KindScores(Result):
 
     def drawing(self) -> Markup:
         """A map of the heads, the labelled ones outlined."""
-        from cutaway.observe.heads.view import kind_section
-
         return sections_html([kind_section(self)])
 
     @property
@@ -305,3 +284,11 @@ class Sums:
             margin=margin,
             p=paired_p(self.above, self.below, self.control_above, self.control_below),
         )  # fmt: skip
+
+
+def kind_section(scores: KindScores) -> Section:
+    """A map of one kind of score."""
+    what = f"{meaning(scores.kind)}. Control: {scores.control_name}. Labelled heads are outlined."
+    scale = BALANCE if scores.kind == "copying" else SHARE
+    drawing = head_map(scores.score, scores.units, scores.kind, scale, scores.heads())
+    return f"{scores.kind} heads", what, drawing

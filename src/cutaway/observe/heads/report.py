@@ -19,12 +19,15 @@ from cutaway.artifacts.errors import CutawayError, NoSuchSite
 from cutaway.artifacts.results import Control, Effect, interval_text
 from cutaway.artifacts.statistics import bootstrap_interval
 from cutaway.data.tasks.tasks import ordinary_tokens
-from cutaway.draw.page import sections_html
+from cutaway.draw.charts import effect_html
+from cutaway.draw.page import Section, sections_html
+from cutaway.draw.panels import table_html
 from cutaway.draw.result import Result
 from cutaway.model.edits.edits import Edit, mean, zero
 from cutaway.model.forward.run import Run
 from cutaway.model.language_model import LanguageModel
 from cutaway.model.tokens import Tokens
+from cutaway.observe.heads.maps import SHARE, head_map, meaning
 from cutaway.observe.summaries import block
 
 Head = tuple[int, int]
@@ -107,8 +110,6 @@ class HeadScores(Result):
 
     def drawing(self) -> Markup:
         """A map of the heads per kind."""
-        from cutaway.observe.heads.view import scores_sections
-
         return sections_html(scores_sections(self))
 
 
@@ -155,7 +156,11 @@ def losses(run: Run) -> Tensor:
 
 
 def second_half_loss(run: Run) -> Tensor:
-    """Mean loss of each row [b] on the second copy, from its second token on (the first cannot be foreseen)."""
+    """Mean loss of each row [b] on the second copy, from its second token on (the first cannot be foreseen).
+
+    Args:
+        run: A run on `repeated_tokens`, with all logits.
+    """
     t = (run.tokens.ids.shape[1] - 1) // 2
     return losses(run)[:, t + 1 :].mean(-1)
 
@@ -176,7 +181,8 @@ def head_scores(lm: LanguageModel, n: int = 8, length: int | None = None, seed: 
         The mean scores of every head, and the losses on the two copies.
 
     Example:
-        >>> head_scores(cutaway.load("atlas"), n=4, length=16)
+        >>> head_scores(cutaway.load("atlas"), n=4, length=16).induction.shape  # layers, heads
+        torch.Size([8, 8])
     """
     tokens = repeated_tokens(lm, n, length, seed)
     t = (tokens.ids.shape[1] - 1) // 2
@@ -338,8 +344,6 @@ class HeadReport(Result):
 
     def drawing(self) -> Markup:
         """The maps of the scores, and the effects beside their controls."""
-        from cutaway.observe.heads.view import report_sections
-
         return sections_html(report_sections(self))
 
     def to_json(self) -> dict[str, Any]:
@@ -396,8 +400,9 @@ def head_report(
         CutawayError: an unknown kind, or too few other heads to draw from.
 
     Example:
-        >>> report = head_report(cutaway.load("atlas"), top=2, draws=4)
-        >>> report.effects[0].controls  # what ablating two random heads does
+        >>> report = head_report(cutaway.load("atlas"), top=2, draws=4)  # doctest: +SKIP
+        >>> report.effects[0].controls[0].name  # doctest: +SKIP
+        '2 random heads'
     """
     scores = head_scores(lm, n, length, seed)
     tokens = repeated_tokens(lm, n, length, seed + 1)
@@ -419,3 +424,27 @@ def head_report(
             heads = [head for head, _ in chosen]
             effects.append(ablate_heads(lm, heads, tokens, ablation=ablation, draws=draws, seed=seed, without=named))
     return HeadReport(scores, tuple(rows), tuple(effects))
+
+
+def scores_sections(scores: HeadScores) -> list[Section]:
+    """A map per kind."""
+    return [
+        (f"{kind} heads", f"Mean attention: {meaning(kind)}.", head_map(getattr(scores, kind), "", kind, SHARE))
+        for kind in KINDS
+    ]
+
+
+def report_sections(report: HeadReport) -> list[Section]:
+    """The maps of the scores, the heads ablated alone, and together beside random heads."""
+    rows = [[r.kind, name(r.head), *(f"{x:.3f}" for x in (r.score, r.zero, r.mean))] for r in report.heads]
+    columns = ("kind", "head", "score", "Δ loss at zero", "Δ loss at its mean")
+    alone = table_html(columns=columns, rows=rows, title="Heads ablated alone")
+    together = Markup("").join(
+        Markup("<p>{} ({})</p>").format(effect.name, effect.ablation) + effect_html(effect.to_json())
+        for effect in report.effects
+    )
+    return [
+        *scores_sections(report.scores),
+        ("Ablated alone", "Rise of the loss on the second copy, in nats.", alone),
+        ("Ablated together", "Beside as many random heads.", together),
+    ]

@@ -16,7 +16,8 @@ from torch import Tensor
 from cutaway.artifacts.errors import CutawayError
 from cutaway.model.language_model import Inputs, LanguageModel
 from cutaway.model.tokens import Tokens
-from cutaway.observe.heads.kinds import ON_TEXT, THRESHOLD, KindScores, Sums, attention_layers
+from cutaway.observe.heads.kinds import THRESHOLD, KindScores, Sums, attention_layers
+from cutaway.observe.heads.maps import ON_TEXT
 from cutaway.observe.heads.targets import TARGETS, add, attention_to, in_sight, real_cells
 
 OF_REPEATS = ("duplicate", "induction")

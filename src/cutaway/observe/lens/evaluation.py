@@ -13,11 +13,15 @@ from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.progress import Progress
 from cutaway.artifacts.results import Control, Effect, interval_text
 from cutaway.artifacts.statistics import bootstrap_interval, false_discovery, paired_t_p
-from cutaway.draw.page import sections_html
+from cutaway.draw.charts import Series, line_legend, line_svg
+from cutaway.draw.page import Section, sections_html
+from cutaway.draw.panels import table_html
 from cutaway.draw.result import Result
+from cutaway.draw.text import interval
 from cutaway.model.language_model import LanguageModel
 from cutaway.observe.lens.logit_lens import stream_sites
 from cutaway.observe.lens.tuned_lens import TunedLens, lens_kl, lens_streams
+from cutaway.observe.lens.view import short_site, without_first
 from cutaway.observe.summaries import block, ends, spread, with_interval
 
 _ROWS_AT_ONCE = 8
@@ -70,8 +74,6 @@ class LensEvaluation(Result):
 
     def drawing(self) -> Markup:
         """KL over the layers, with bands, and the table."""
-        from cutaway.observe.lens.view import evaluation_section
-
         return sections_html([evaluation_section(self)])
 
     def effects(self) -> list[Effect]:
@@ -171,3 +173,57 @@ def evaluate_lens(lm: LanguageModel, lens: TunedLens, rows: Tensor) -> LensEvalu
     logit, tuned = sums / counts
     names = ("embed", *sites[1:])
     return LensEvaluation(lm.name, names, logit, tuned, constant, int(counts.sum()))
+
+
+def evaluation_section(found: LensEvaluation) -> Section:
+    """Logit lens (the control) and tuned lens on held-out text, with intervals over its rows."""
+    layers = list(range(len(found.layers)))
+    effects = found.effects()
+    tuned: Series = {
+        "name": "tuned lens",
+        "x": layers,
+        "y": [effect.value for effect in effects],
+        "low": [_end(effect.interval, 0) for effect in effects],
+        "high": [_end(effect.interval, 1) for effect in effects],
+    }
+    controls = [effect.controls[0] for effect in effects]
+    logit: Series = {
+        "name": "logit lens",
+        "x": layers,
+        "y": [control.value for control in controls],
+        "low": [_end(control.interval, 0) for control in controls],
+        "high": [_end(control.interval, 1) for control in controls],
+        "control": True,
+    }
+    constant: Series = {
+        "name": "mean answer, no input",
+        "x": layers,
+        "y": [float(found.constant.mean())] * len(layers),
+        "control": True,
+    }
+    series = [tuned, logit, constant]
+    rows = [
+        [short_site(layer), *(_interval(one) for one in (effect, effect.controls[0])), f"{q:.2g}"]
+        for layer, effect, q in zip(found.layers, effects, found.q, strict=True)
+    ]
+    table = table_html(columns=("", "tuned lens", "logit lens", "q of the difference"), rows=rows, title="KL by layer")
+    note = ""
+    if len(layers) > 2:
+        series = [without_first(one) for one in series]
+        note = " The embedding, where the logit lens is far off, is in the table alone."
+    text = (
+        f"Mean KL(final ‖ lens) on {found.logit.shape[1]} rows ({found.tokens:,} tokens) that the lens was not trained "
+        f"on; bands are 95 % intervals over rows.{note}"
+    )
+    drawing = line_svg(series=series, title="KL by layer", x_label="layers passed", y_label="KL(final ‖ lens), nats")
+    figure = Markup(f'<div style="max-width:620px">{drawing}{line_legend(series)}</div>')
+    return ("On held-out text", text, figure + table)
+
+
+def _interval(one: Effect | Control) -> str:
+    low, high = one.interval or (None, None)
+    return interval(one.value, low, high)
+
+
+def _end(interval: tuple[float, float] | None, which: int) -> float | None:
+    return None if interval is None else interval[which]

@@ -20,6 +20,7 @@ from cutaway.draw.text import shorten
 from cutaway.model.language_model import Inputs, LanguageModel
 from cutaway.model.naming import continued, single_token
 from cutaway.model.tokens import Tokens, named_token, next_tokens
+from cutaway.observe.lens.view import lens_sections
 from cutaway.observe.summaries import block, spread
 
 _CHUNK_BYTES = 1 << 24
@@ -117,9 +118,7 @@ class LogitLens(Result):
 
     def drawing(self) -> Markup:
         """The first prompt: top tokens by layer and position, curves over the layers, distance to the answer."""
-        from cutaway.observe.lens.view import lens_sections
-
-        return sections_html(lens_sections(self))
+        return sections_html(lens_sections(self.to_json()))
 
     def at_last(self, values: Tensor) -> Tensor:
         """Values at each prompt's last real token.
@@ -256,7 +255,8 @@ def logit_lens(
     Example:
         >>> lm = cutaway.load("atlas")
         >>> lens = logit_lens(lm, "The capital of the state containing Dallas is", targets=" Austin")
-        >>> lens.at_last(lens.target_rank)  # [layers + 1, 1]
+        >>> lens.at_last(lens.target_rank).shape  # layers and the final one, targets
+        torch.Size([9, 1])
     """
     if k < 1:
         raise CutawayError(f"k={k}: the lens shows at least one top token.")

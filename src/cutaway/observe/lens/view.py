@@ -8,26 +8,21 @@ from typing import Any
 
 from markupsafe import Markup
 
-from cutaway.artifacts.results import Control, Effect
 from cutaway.draw.charts import Series, line_legend, line_svg
 from cutaway.draw.heatmap import heatmap_scale, heatmap_svg
 from cutaway.draw.page import Section
 from cutaway.draw.panels import table_html
-from cutaway.draw.text import interval, visible
+from cutaway.draw.text import visible
 from cutaway.draw.tokens import LENS_SCALE, lens_html
-from cutaway.observe.lens.evaluation import LensEvaluation
-from cutaway.observe.lens.logit_lens import LogitLens
 
 _WIDEST = 40
 
 
-def lens_sections(lens: LogitLens, tuned: LogitLens | None = None, row: int = 0) -> list[Section]:
-    """Grid of top tokens, trajectory at the last position read, and the other positions, for one row.
+def lens_sections(data: dict[str, Any], other: dict[str, Any] | None = None) -> list[Section]:
+    """Grid of top tokens, trajectory at the last position read, and the other positions, of a row's `to_json`.
 
-    With a tuned lens of the same prompt, its grid and its curves stand beside the logit lens's.
+    With `other`, of a tuned lens and the same prompt, its grid and its curves stand beside the logit lens's.
     """
-    data = lens.to_json(row)
-    other = None if tuned is None else tuned.to_json(row)
     sections: list[Section] = []
     for one in [data] if other is None else [other, data]:
         about = (
@@ -76,7 +71,7 @@ def _trajectory(data: dict[str, Any], other: dict[str, Any] | None) -> Section:
         series = [curve(data, key, data["lens"], control=other is not None)]
         series += [curve(other, key, other["lens"])] if other is not None else []
         if key == "kl" and data["layers"][0] == "embed" and len(layers) > 2:
-            series = [_without_first(one) for one in series]  # so far off that the rest would lie on the axis
+            series = [without_first(one) for one in series]  # so far off that the rest would lie on the axis
             label += ", from layer 0 on"
         drawings.append(_plot(series, label))
     followed = _followed(other or data)
@@ -127,7 +122,7 @@ def _column(rows: Sequence[Sequence[float]], at: int) -> list[float]:
     return [row[at] for row in rows]
 
 
-def _without_first(one: Series) -> Series:
+def without_first(one: Series) -> Series:
     """A curve without its first point."""
     short: Series = {**one, "x": one["x"][1:], "y": one["y"][1:]}
     for end in ("low", "high"):
@@ -156,57 +151,3 @@ def _distance(data: dict[str, Any], other: dict[str, Any] | None) -> Section:
     )
     text = f"KL(final ‖ layer) in nats, {shown['lens']}: how much each layer still has to change at each token."
     return ("How far each layer is from the answer", text, Markup(f"{drawing}{heatmap_scale(values).legend('nats')}"))
-
-
-def evaluation_section(found: LensEvaluation) -> Section:
-    """Logit lens (the control) and tuned lens on held-out text, with intervals over its rows."""
-    layers = list(range(len(found.layers)))
-    effects = found.effects()
-    tuned: Series = {
-        "name": "tuned lens",
-        "x": layers,
-        "y": [effect.value for effect in effects],
-        "low": [_end(effect.interval, 0) for effect in effects],
-        "high": [_end(effect.interval, 1) for effect in effects],
-    }
-    controls = [effect.controls[0] for effect in effects]
-    logit: Series = {
-        "name": "logit lens",
-        "x": layers,
-        "y": [control.value for control in controls],
-        "low": [_end(control.interval, 0) for control in controls],
-        "high": [_end(control.interval, 1) for control in controls],
-        "control": True,
-    }
-    constant: Series = {
-        "name": "mean answer, no input",
-        "x": layers,
-        "y": [float(found.constant.mean())] * len(layers),
-        "control": True,
-    }
-    series = [tuned, logit, constant]
-    rows = [
-        [short_site(layer), *(_interval(one) for one in (effect, effect.controls[0])), f"{q:.2g}"]
-        for layer, effect, q in zip(found.layers, effects, found.q, strict=True)
-    ]
-    table = table_html(columns=("", "tuned lens", "logit lens", "q of the difference"), rows=rows, title="KL by layer")
-    note = ""
-    if len(layers) > 2:
-        series = [_without_first(one) for one in series]
-        note = " The embedding, where the logit lens is far off, is in the table alone."
-    text = (
-        f"Mean KL(final ‖ lens) on {found.logit.shape[1]} rows ({found.tokens:,} tokens) that the lens was not trained "
-        f"on; bands are 95 % intervals over rows.{note}"
-    )
-    drawing = line_svg(series=series, title="KL by layer", x_label="layers passed", y_label="KL(final ‖ lens), nats")
-    figure = Markup(f'<div style="max-width:620px">{drawing}{line_legend(series)}</div>')
-    return ("On held-out text", text, figure + table)
-
-
-def _interval(one: Effect | Control) -> str:
-    low, high = one.interval or (None, None)
-    return interval(one.value, low, high)
-
-
-def _end(interval: tuple[float, float] | None, which: int) -> float | None:
-    return None if interval is None else interval[which]

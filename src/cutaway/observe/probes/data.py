@@ -78,7 +78,11 @@ class ProbeData:
         return int(self.groups.max()) + 1
 
     def only(self, examples: np.ndarray) -> ProbeData:
-        """Some of the examples, by number; the texts stay as they are."""
+        """Some of the examples, by number; the texts stay as they are.
+
+        Args:
+            examples: Numbers of the examples, int [m].
+        """
         chosen = {name: getattr(self, name)[examples] for name in ("row", "at", "labels", "groups")}
         return replace(self, **chosen)
 
@@ -125,7 +129,8 @@ def probe_data(
             ("words").
 
     Example:
-        >>> probe_data(lm, ["Dallas is in", "Boston is in"], ["South", "North"])
+        >>> probe_data(cutaway.load("atlas"), ["Dallas is in", "Boston is in"], ["South", "North"])
+        ProbeData: 2 examples in 2 groups, position rule 'last' (North 1, South 1)
     """
     sentences = sentences_of(texts) if position == "words" else None
     plain: Any = texts if sentences is None else joined(sentences)
@@ -292,7 +297,15 @@ def _flat(value: Tensor, head: int | None) -> Tensor:
 def read_site(
     lm: LanguageModel, texts: Texts, sites: str | Sequence[str], *, position: Position = "last", head: int | None = None
 ) -> dict[str, np.ndarray]:
-    """What a probe would read of texts without labels: {site: float32 [examples, width]}. See `collect`."""
+    """What a probe would read of texts without labels: {site: float32 [examples, width]}. See `collect`.
+
+    Args:
+        lm: The model.
+        texts: Texts, or for "words" sentences of words.
+        sites: Sites or wildcards.
+        position: Where each text is read, as of `probe_data`.
+        head: One head, where a site has heads; None: all side by side.
+    """
     if position == "words":
         sentences, rule = sentences_of(texts), "words"
         tokens = lm.tokens(joined(sentences))

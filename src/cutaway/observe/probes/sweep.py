@@ -120,8 +120,11 @@ def probe_sweep(
         CutawayError: too few examples for the folds, a kind that does not fit the labels.
 
     Example:
-        >>> data = probe_data(lm, texts, labels, groups=groups)
-        >>> probe_sweep(lm, data, sites="blocks.*.resid_post").best.site
+        >>> lm = cutaway.load("atlas")
+        >>> south, north = ["Dallas", "Houston", "Miami", "Austin"], ["Boston", "Chicago", "Detroit", "Seattle"]
+        >>> data = probe_data(lm, [f"{city} is in" for city in south + north], ["South"] * 4 + ["North"] * 4)
+        >>> probe_sweep(lm, data, sites="blocks.3.resid_post", n_folds=3, draws=1, with_untrained=False).best.site
+        'blocks.3.resid_post'
     """
     check_kind(kind, data.regression)
     check_folds(data.labels, data.groups, data.classes, n_folds)

@@ -47,19 +47,24 @@ _ROWS_A_FORWARD = 64
 
 @dataclass(frozen=True)
 class Answers:
-    """What is measured of a text: the logit of its answer minus that of a wrong one, or the answer's probability.
-
-    `answer` and `wrong` hold a token id for each text; `wrong` is None for a probability.
-    """
+    """What is measured of a text: the logit of its answer minus that of a wrong one, or the answer's probability."""
 
     answer: tuple[int, ...]
+    """The token id of each text's answer."""
     wrong: tuple[int, ...] | None
+    """The token id of each text's wrong answer; None: the answer's probability is measured."""
 
     @property
     def units(self) -> str:
         return "probability of the answer" if self.wrong is None else "logit difference"
 
     def __call__(self, logits: Tensor, rows: Sequence[int]) -> Tensor:
+        """The measure of each of b texts [b], in `units`.
+
+        Args:
+            logits: At the texts' last tokens [b, V].
+            rows: Which of the texts these are, b numbers.
+        """
         wide = logits.float()
         answer = torch.tensor([self.answer[r] for r in rows], device=wide.device)[:, None]
         if self.wrong is None:

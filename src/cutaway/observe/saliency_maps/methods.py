@@ -22,8 +22,9 @@ from markupsafe import Markup
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError, NotSupported
-from cutaway.draw.page import sections_html
+from cutaway.draw.page import Section, sections_html
 from cutaway.draw.result import Result
+from cutaway.draw.tokens import TokenRow, tokens_html, tokens_scale
 from cutaway.model.edits.edits import set as put
 from cutaway.model.language_model import Inputs, LanguageModel
 from cutaway.model.naming import single_token
@@ -93,8 +94,6 @@ class TokenAttribution(Result):
 
     def drawing(self) -> Markup:
         """The tokens, tinted by what they add."""
-        from cutaway.observe.saliency_maps.view import map_section
-
         return sections_html([map_section([self], self.method, NOT_SHOWN[self.method])])
 
     @property
@@ -351,3 +350,29 @@ def _values(lm: LanguageModel, asked: Question, embeddings: Tensor | None) -> Te
     tokens = lm.tokens([list(asked.ids)]).repeat(1 if embeddings is None else len(embeddings))
     edits = () if embeddings is None else put("embed", embeddings)
     return asked.metric(lm.run(tokens, edits=edits, logits="last").last_logits)
+
+
+def map_section(maps: Sequence[TokenAttribution], method: str, not_shown: str) -> Section:
+    """The tokens of every prompt, tinted by what they add."""
+    rows: list[TokenRow] = []
+    for found in maps:
+        gap = "" if found.gap is None else f"; the sum is off by {found.gap:+.2g} with {found.steps} steps"
+        rows.append(
+            {
+                "tokens": found.tokens,
+                "values": found.values.tolist(),
+                "label": f"{found.what}: {found.value:.2f}",
+                "detail": f"sum over tokens {found.values.sum():.2f}{gap}",
+            }
+        )
+    scale = tokens_scale(rows)
+    baseline = maps[0].baseline
+    return (
+        method_name(method) + (f" (baseline: {baseline})" if baseline else ""),
+        f"What it does not show: {not_shown}",
+        scale.legend("logits") + tokens_html(rows=rows, units="logits", scale=scale),
+    )
+
+
+def method_name(method: str) -> str:
+    return method.replace("-x-", " × ").replace("-", " ")

@@ -21,7 +21,9 @@ from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.progress import Progress
 from cutaway.artifacts.results import Control, Effect
 from cutaway.artifacts.statistics import bootstrap_interval
-from cutaway.draw.page import sections_html
+from cutaway.draw.charts import effect_html
+from cutaway.draw.page import Section, sections_html
+from cutaway.draw.panels import table_html
 from cutaway.draw.result import Result
 from cutaway.model.language_model import LanguageModel
 from cutaway.observe.attribution.answers import Answer, WrongAnswer
@@ -34,6 +36,8 @@ from cutaway.observe.saliency_maps.methods import (
     Question,
     TokenAttribution,
     baseline_vector,
+    map_section,
+    method_name,
     occluded,
     question,
     saliency_map,
@@ -145,8 +149,6 @@ class SaliencyReport(Result):
 
     def drawing(self) -> Markup:
         """The tokens tinted method by method, with the checks and the agreement."""
-        from cutaway.observe.saliency_maps.view import saliency_sections
-
         return sections_html(saliency_sections(self))
 
     def to_json(self) -> dict[str, Any]:
@@ -203,7 +205,10 @@ def saliency(
         CutawayError: an answer that is not one token, an unknown method.
 
     Example:
-        >>> saliency(cutaway.load("atlas"), "The capital of the state containing Dallas is", " Austin", steps=64)
+        >>> prompt = "The capital of the state containing Dallas is"
+        >>> saliency(cutaway.load("atlas"), prompt, " Austin", steps=64)  # doctest: +SKIP
+        saliency, atlas, 1 prompt: logit of ' Austin'
+        ...
     """
     checks = checks or SaliencyChecks()
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -345,3 +350,32 @@ def deletion(
         ablation="embedding replaced by the mean embedding",
         units="logits",
     ).require_controls()
+
+
+def saliency_sections(report: SaliencyReport) -> list[Section]:
+    """Tokens tinted by attribution, method by method, with the sanity check, the deletion test and agreement."""
+    sections: list[Section] = []
+    for one in report.methods:
+        sections += [map_section(one.maps, one.method, one.not_shown), _checks(one)]
+    if report.agreement:
+        rows = [[a, b, f"{value:+.2f}"] for (a, b), value in report.agreement.items()]
+        table = table_html(columns=["method", "and", "rank correlation"], rows=rows, title="agreement")
+        text = "Rank correlation between two methods' maps of the same prompt."
+        sections.append(("Do the methods agree?", text, table))
+    return sections
+
+
+def _checks(one: MethodReport) -> Section:
+    stages = table_html(
+        columns=["given new random weights", "rank correlation", "of magnitudes"],
+        rows=[[s.randomised, f"{s.signed:+.2f}", f"{s.magnitude:+.2f}"] for s in one.stages],
+        title=f"{one.method} under randomised weights",
+    )
+    n = len(one.maps[0].tokens)
+    text = (
+        "Rank correlation between the map and the same prompt's map after layers got new random weights, from the top "
+        f"down, and at last everything. Near 1 means that the map is not about what was learned. With {n} tokens, "
+        f"unrelated maps differ from 0 by about {1 / max(1, n - 1) ** 0.5:.2f}."
+    )
+    fall = Markup("<p>Taking away the tokens that it ranks highest:</p>") + effect_html(one.deletion.to_json())
+    return f"{method_name(one.method)}: would it look the same without training?", text, stages + fall
