@@ -241,8 +241,8 @@ def sweep(bench: Bench, name: str, kind: str, length: int, step: int, per_turn: 
     rate, seconds = bench.models.matmul_rate(), median(row.seconds["cutaway"])
     row.notes.append(
         f"arithmetic alone allows {flops.bound:.2f} times (needed {flops.needed / 1e9:.0f}, done "
-        f"{flops.run / 1e9:.0f}, one forward per cell {flops.plain / 1e9:.0f} GFLOP): {found / flops.bound:.0%} of that "
-        f"bound; and {flops.needed / seconds / rate:.0%} of what this machine's matrix products allow "
+        f"{flops.run / 1e9:.0f}, one forward per cell {flops.plain / 1e9:.0f} GFLOP): {found / flops.bound:.0%} of "
+        f"that bound; and {flops.needed / seconds / rate:.0%} of what this machine's matrix products allow "
         f"({rate / 1e9:.0f} GFLOP/s)"
     )
     row.notes += swept.notes

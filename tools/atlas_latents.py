@@ -41,6 +41,8 @@ FIGURES = {
 }
 HEAD = """# atlas's dictionaries
 
+API: [`cutaway.dictionaries`](reference/dictionaries.md).
+
 Three sparse autoencoders of atlas's residual stream ship with the package, {megabytes:.1f} MB together:
 
 ```python
