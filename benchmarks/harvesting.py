@@ -96,7 +96,7 @@ def speed(bench: Bench) -> Row:
         "cutaway's harvest into memory": lambda turn: timed(into_memory),
         "cutaway's harvest": measured,
     }
-    what = "tokens a second, harvest"
+    what = "tokens per second, harvest"
     claims = [
         Claim(f"{what} into memory / HF cut", "HF, cut at the layer", "cutaway's harvest into memory", ">=", 0.95),
         Claim(f"{what} into shards / HF cut", "HF, cut at the layer", "cutaway's harvest", ">=", 0.95),

@@ -180,7 +180,7 @@ def captures(bench: Bench) -> Row:
 
 
 def sweep(bench: Bench, name: str, kind: str, length: int, step: int, per_turn: int, pairs: int) -> Row:
-    """A whole sweep of ours, beside one forward a cell and TransformerLens on a share of the cells."""
+    """A whole sweep of ours, beside one forward per cell and TransformerLens on a share of the cells."""
     lm = bench.lm("small")
     task = PatchSweep(lm, kind, length, step)
     row = Row(name, f"{task.title}; {bench.models.describe('small')}, batch 1 × {length} tokens")
@@ -192,11 +192,11 @@ def sweep(bench: Bench, name: str, kind: str, length: int, step: int, per_turn: 
     cells = [cell for group in groups[:checked] for cell in group]
     chosen = swept.values[:, 0][[task.cells.index(cell) for cell in cells]]
     oracle = task.one_by_one(cells)
-    same(row, f"cutaway and one forward a cell, {len(cells)} cells", relative(chosen, oracle))
+    same(row, f"cutaway and one forward per cell, {len(cells)} cells", relative(chosen, oracle))
     effect = (oracle - task.baseline()).abs().max().item()
     row.notes.append(f"largest effect of a cell {effect:.3g} of a metric of {oracle.abs().max().item():.3g}")
     row.peak_bytes["cutaway"] = peak_over(task.ours)
-    row.peak_bytes["one forward a cell"] = peak_over(lambda: task.one_by_one(groups[0]))
+    row.peak_bytes["one forward per cell"] = peak_over(lambda: task.one_by_one(groups[0]))
     options = {"answers": list(task.answers)}
     if with_peer:
         theirs = bench.peer_values(
@@ -204,7 +204,7 @@ def sweep(bench: Bench, name: str, kind: str, length: int, step: int, per_turn: 
         )
         same(
             row,
-            f"TransformerLens and one forward a cell, {len(cells)} cells",
+            f"TransformerLens and one forward per cell, {len(cells)} cells",
             relative(theirs["TransformerLens"]["metric"], oracle),
         )
 
@@ -222,14 +222,14 @@ def sweep(bench: Bench, name: str, kind: str, length: int, step: int, per_turn: 
         cells = share(turn)
         return timed(lambda: task.one_by_one(cells)) * len(task.cells) / len(cells)
 
-    subjects: dict[str, Subject] = {"cutaway": lambda turn: timed(task.ours), "one forward a cell": one_by_one}
+    subjects: dict[str, Subject] = {"cutaway": lambda turn: timed(task.ours), "one forward per cell": one_by_one}
     if with_peer:
         subjects["TransformerLens"] = by_peer
     first = length == 16
     claims = [
-        Claim("one forward a cell / cutaway", "one forward a cell", "cutaway", ">=" if first else "", 5.0),
+        Claim("one forward per cell / cutaway", "one forward per cell", "cutaway", ">=" if first else "", 5.0),
         Claim("TransformerLens / cutaway", "TransformerLens", "cutaway", ">=", 8.0),
-        Claim("TransformerLens / one forward a cell", "TransformerLens", "one forward a cell", ""),
+        Claim("TransformerLens / one forward per cell", "TransformerLens", "one forward per cell", ""),
     ]
     bench.measure(row, subjects, pairs, claims)
     row.notes.append(
@@ -237,12 +237,12 @@ def sweep(bench: Bench, name: str, kind: str, length: int, step: int, per_turn: 
         "theirs without the clean run, ours with it"
     )
     flops = swept.flops
-    found = next(one.value for one in row.verdicts if one.text == "one forward a cell / cutaway")
+    found = next(one.value for one in row.verdicts if one.text == "one forward per cell / cutaway")
     rate, seconds = bench.models.matmul_rate(), median(row.seconds["cutaway"])
     row.notes.append(
         f"arithmetic alone allows {flops.bound:.2f} times (needed {flops.needed / 1e9:.0f}, done "
-        f"{flops.run / 1e9:.0f}, one forward a cell {flops.plain / 1e9:.0f} GFLOP): {found / flops.bound:.0%} of that "
-        f"bound; and {flops.needed / seconds / rate:.0%} of what this machine's matrix products allow "
+        f"{flops.run / 1e9:.0f}, one forward per cell {flops.plain / 1e9:.0f} GFLOP): {found / flops.bound:.0%} of "
+        f"that bound; and {flops.needed / seconds / rate:.0%} of what this machine's matrix products allow "
         f"({rate / 1e9:.0f} GFLOP/s)"
     )
     row.notes += swept.notes

@@ -211,7 +211,7 @@ def table(rows: list[dict[str, Any]], l0: int, samples: int) -> str:
     names = list(dict.fromkeys((row["method"], row["rate"]) for row in chosen))
     lines = [
         f"L0 {l0}, {samples:,} samples",
-        f"{'':36}{'seeds':>6}{'F1 [lowest, highest]':>24}{'MCC ±':>8}{'found':>7}",
+        f"{'':36}{'seeds':>6}{'F1 [min, max]':>24}{'MCC ±':>8}{'found':>7}",
     ]
     lines[-1] += f"{'prec.':>8}{'recall':>8}{'var.':>8}{'dead':>7}{'L0':>7}{'s':>7}"
     for name, rate in names:

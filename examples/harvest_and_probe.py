@@ -6,8 +6,7 @@ python examples/harvest_and_probe.py
 import cutaway
 from cutaway.data import Rules, harvest
 from cutaway.observe import probe_data, probe_sweep
-from cutaway.subjects.world.corpus import documents
-from cutaway.subjects.world.facts import CITIES
+from cutaway.subjects import CITIES, documents
 
 lm = cutaway.load("atlas")
 

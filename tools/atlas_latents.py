@@ -3,7 +3,7 @@
     python tools/atlas_latents.py
 
 Figures are read from the cards (`tools/atlas_dictionaries.py` measured them); latents are looked at on text of another
-stream, those that tell a known entity best and some drawn at random from all that fire often enough.
+stream, those that tell a known entity best and some drawn at random from all that are active often enough.
 """
 
 import itertools
@@ -40,6 +40,8 @@ FIGURES = {
     "kl": "KL (nats)",
 }
 HEAD = """# atlas's dictionaries
+
+API: [`cutaway.dictionaries`](reference/dictionaries.md).
 
 Three sparse autoencoders of atlas's residual stream ship with the package, {megabytes:.1f} MB together:
 
@@ -123,7 +125,7 @@ def _latents(lm: cutaway.LanguageModel, site: str, rows: torch.Tensor) -> str:
     labels = token_summary(lm, rows, examples)
     effects = {effect.latent: effect for effect in logit_effects(lm, dictionary, drawn, k=4)}
     lines += [
-        "\nLatents drawn at random from those that fire at least 100 times. The label is a token summary made by a "
+        "\nLatents drawn at random from those active on at least 100 tokens. The label is a token summary made by a "
         "rule, with the share of held-out activations that it covers; the strongest token of an example is bold.\n",
         "| latent | density | label | strongest examples | raises |",
         "|---|---|---|---|---|",
