@@ -37,17 +37,17 @@ FACES = (
 
 BOUNDS: dict[str, tuple[int, int]] = {
     # measure: (what --check allows today, what it is to come down to)
-    "packages without a face": (5, 0),
-    "names that hide a module": (2, 0),
-    "functions with more than ten parameters": (14, 0),
-    "undocumented parameters": (698, 0),
-    "imports past a face": (62, 0),
+    "packages without a face": (0, 0),
+    "names that hide a module": (0, 0),
+    "functions with more than ten parameters": (0, 0),
+    "undocumented parameters": (0, 0),
+    "imports past a face": (0, 0),
     "files in the fullest folder": (20, 20),
-    "lines of the longest file": (821, 500),
-    "circles": (1, 0),
-    "circles through function-level imports": (5, 0),
-    "command as a parameter": (31, 0),
-    "inputs typed Any": (17, 0),
+    "lines of the longest file": (500, 500),
+    "circles": (0, 0),
+    "circles through function-level imports": (4, 0),
+    "command as a parameter": (0, 0),
+    "inputs typed Any": (0, 0),
 }
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef

@@ -8,6 +8,7 @@ import pytest
 
 import cutaway
 import cutaway.atlas_evaluation.evaluate as evaluation_module
+from cutaway.artifacts.command import recording
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.files import write_json
 from cutaway.artifacts.statistics import wilson_interval
@@ -323,7 +324,8 @@ def test_better_needs_held_out_items_and_causal_checks():
 
 def test_tables_hold_every_set_with_its_figures():
     found = evaluation()
-    text = page.as_markdown(found, "cutaway subjects evaluate atlas", atlas_folder())
+    with recording("cutaway subjects evaluate atlas"):
+        text = page.as_markdown(found, atlas_folder())
     for name, measured in found.sets.items():
         assert f"| {name} |" in text
         assert name in report.as_text(found)
@@ -345,7 +347,8 @@ def test_the_page_flags_what_is_weak_and_what_differs_from_the_study():
         )
     one = replace(completions("abcdefghijklmn"), name="pronoun")
     found.sets["pronoun"] = measure(one, Scores(np.zeros(14), np.full(14, np.nan)), Scores(np.zeros(4), np.zeros(4)))
-    text = page.as_markdown(found, "cutaway subjects evaluate atlas", atlas_folder())
+    with recording("cutaway subjects evaluate atlas"):
+        text = page.as_markdown(found, atlas_folder())
     cannot, study = text.split("## What it cannot do")[1].split("## Beside the study")
     sets, edits = cannot.split("Edits that do not")
     assert "| asks | pronoun | 14 | 0 [0, 0.22] | 0.07 |" in sets

@@ -5,6 +5,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from cutaway.artifacts.command import current_command
 from cutaway.artifacts.results import interval_text as written
 from cutaway.atlas_evaluation import report
 from cutaway.atlas_evaluation.causal_checks import Rate
@@ -44,8 +45,8 @@ def markdown_table(table: report.Table) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def as_markdown(found: Evaluation, command: str, folder: Path) -> str:
-    """The page about the model in `folder`. It ends with a newline; a comparison may follow it."""
+def as_markdown(found: Evaluation, folder: Path) -> str:
+    """The page about the model in `folder`, measured by the command that runs. A comparison may follow it."""
     weights = found.weight_hash[:12]
     parts = [
         _ABOUT,
@@ -55,7 +56,7 @@ def as_markdown(found: Evaluation, command: str, folder: Path) -> str:
         _in_short(found),
         *([_INSIDE, markdown_table(_inside(found))] if found.refusal else []),
         f"Everything on this page was measured by one command, on the weights {weights} in world {found.world}:",
-        f"```console\n{command}\n```",
+        f"```console\n{current_command()}\n```",
         "## How to read the figures",
         _READING,
         "## What makes an answer right",

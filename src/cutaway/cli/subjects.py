@@ -113,6 +113,7 @@ def evaluate(
         Print the figures as JSON on stdout, and nothing else.
     """
     import cutaway
+    from cutaway.artifacts.command import recording
     from cutaway.artifacts.files import plain, write_text
     from cutaway.atlas_evaluation import evaluate as examination
     from cutaway.atlas_evaluation import page, report
@@ -129,7 +130,8 @@ def evaluate(
         measured = examination.evaluate(other, n=chosen, causal=not quick, outside=outside)
         compared = compare(found, measured, [name for _, name in page.HEADLINES])
     if out is not None:
-        text = page.as_markdown(found, measured_by(model, n, quick, outside, against), weights_folder(model))
+        with recording(measured_by(model, n, quick, outside, against)):
+            text = page.as_markdown(found, weights_folder(model))
         if compared is not None and against is not None:
             text += "\n" + page.comparison_markdown(compared, weights_folder(model), weights_folder(against))
         write_text(out, text)

@@ -206,5 +206,19 @@ def two_hop() -> tuple[Relation, ...]:
 
 @cache
 def relation(name: str, language: str = "en") -> Relation:
-    """The relation of that name and language; `KeyError` when there is none."""
+    """One relation of the world, with its facts and the sentences that tell them.
+
+    Args:
+        name: Such as "capital", "landmark", "two_hop_region"; `one_hop()` and `two_hop()` have them all.
+        language: "en", "fr" or "tr".
+
+    Returns:
+        The relation.
+
+    Raises:
+        KeyError: There is none of that name in that language.
+
+    Example:
+        >>> relation("capital").facts[0].answer
+    """
     return {(r.name, r.language): r for r in one_hop() + two_hop()}[name, language]
