@@ -206,5 +206,13 @@ def two_hop() -> tuple[Relation, ...]:
 
 @cache
 def relation(name: str, language: str = "en") -> Relation:
-    """The relation of that name and language; `KeyError` when there is none."""
+    """The relation of that name and language.
+
+    Args:
+        name: Its name, such as "capital".
+        language: "en", "fr" or "tr".
+
+    Raises:
+        KeyError: There is none.
+    """
     return {(r.name, r.language): r for r in one_hop() + two_hop()}[name, language]
