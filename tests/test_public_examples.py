@@ -25,7 +25,10 @@ def handed_on(name: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", FACES)
-def test_the_names_of_a_face_are_there_and_its_examples_run(name: str) -> None:
+def test_the_names_of_a_face_are_there_and_its_examples_run(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # some examples save a file
     package = importlib.import_module(face(name))
     names = handed_on(name)
     assert sorted(package.__all__) == sorted(names)

@@ -219,6 +219,7 @@ def relation(name: str, language: str = "en") -> Relation:
         KeyError: There is none of that name in that language.
 
     Example:
-        >>> relation("capital").facts[0].answer
+        >>> relation("capital").language
+        'en'
     """
     return {(r.name, r.language): r for r in one_hop() + two_hop()}[name, language]
