@@ -139,13 +139,14 @@ def test_evaluation_measures_both_models_alike_and_writes_the_page(
 ) -> None:
     import cutaway.atlas_evaluation.compare as comparison
     import cutaway.atlas_evaluation.evaluate as evaluation
+    from cutaway.artifacts.command import current_command
     from cutaway.atlas_evaluation import page, report
 
     calls: list[tuple[Any, dict[str, Any]]] = []
     monkeypatch.setattr(cutaway, "load", lambda model: model)
     monkeypatch.setattr(evaluation, "evaluate", lambda lm, **options: calls.append((lm, options)))
     monkeypatch.setattr(comparison, "compare", lambda *_: "compared")
-    monkeypatch.setattr(page, "as_markdown", lambda found, command, folder: f"# Atlas\n{command}\n")
+    monkeypatch.setattr(page, "as_markdown", lambda found, folder: f"# Atlas\n{current_command()}\n")
     monkeypatch.setattr(page, "comparison_markdown", lambda *_: "beside the other\n")
     monkeypatch.setattr(report, "as_text", lambda _: "figures")
     monkeypatch.setattr(report, "comparison_text", lambda *words: " ".join(words))
