@@ -345,7 +345,7 @@ def test_a_shared_prefix_is_computed_once_and_changes_nothing(family: str, monke
     eap(lm, pairs, graph=graph)
     hook.remove()
     assert widths[-1] == 5  # the batch itself, behind what was computed once
-    monkeypatch.setattr("cutaway.causal.circuits.gradient_scores.shared_prefix", lambda *_args, **_kwargs: None)
+    monkeypatch.setattr("cutaway.causal.circuits.edge_gradients.shared_prefix", lambda *_args, **_kwargs: None)
     monkeypatch.setattr("cutaway.causal.circuits.runs.shared_prefix", lambda *_args, **_kwargs: None)
     whole = eap_ig(lm, pairs, steps=2, graph=graph).values, run_circuits(lm, pairs, masks, graph=graph).values
     for one, other in zip(found, whole, strict=True):
