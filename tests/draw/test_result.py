@@ -35,6 +35,11 @@ class Weights(Result):
         return Markup('<div><svg viewBox="0 0 1 1"><rect width="1" height="1"></rect></svg></div>')
 
 
+class Nothing(Weights):
+    def rows(self) -> list[dict[str, object]]:
+        return []
+
+
 WEIGHTS = Weights((1.0, 2.5))
 
 
@@ -66,6 +71,40 @@ def test_a_stranger_s_file_stays(tmp_path: Path, suffix: str):
         WEIGHTS.save(path)
     assert path.read_text() == "my notes"
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("config.json", '{"model_type": "llama"}'),
+        ("list.json", "[1, 2]"),
+        ("logo.svg", "<svg viewBox='0 0 1 1'></svg>"),
+        ("other.csv", '"thing","length"\n1,2\n'),
+    ],
+)
+def test_a_stranger_s_file_of_the_same_kind_stays(tmp_path: Path, name: str, text: str):
+    path = tmp_path / name
+    path.write_text(text)
+    with pytest.raises(CutawayError, match="exists and is no"):
+        WEIGHTS.save(path)
+    assert path.read_text() == text
+
+
+def test_a_stranger_s_table_stays(tmp_path: Path):
+    path = tmp_path / "data.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a"]}), path)
+    with pytest.raises(BadFile, match="exists and is no table with these columns"):
+        WEIGHTS.save(path)
+    assert pyarrow.parquet.read_table(path).column_names == ["text"]
+
+
+def test_what_json_has_no_word_for_is_null_and_no_rows_are_no_table(tmp_path: Path):
+    path = Weights((float("nan"), 1.0)).save(tmp_path / "w.json")
+    assert "NaN" not in path.read_text()
+    with pytest.raises(BadFile, match="no rows"):
+        Nothing((1.0,)).save(tmp_path / "w.csv")
+    with pytest.raises(CutawayError):
+        WEIGHTS.save(tmp_path / f"{'x' * 300}.json")
 
 
 def test_another_suffix_and_a_missing_pandas_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -6,6 +6,7 @@ from pathlib import Path
 import pyarrow.csv
 import pyarrow.parquet
 
+from cutaway.artifacts.files import plain
 from cutaway.draw.result import SUFFIXES, Result
 
 
@@ -28,7 +29,8 @@ def check_result(result: Result, folder: Path) -> Path:
         path = result.save(folder / f"result{suffix}")
         assert path.stat().st_size > 0
         result.save(path)  # its own file is replaced
-    assert json.loads((folder / "result.json").read_text()) == json.loads(json.dumps(result.to_json()))
+    saved = json.loads((folder / "result.json").read_text())
+    assert saved == json.loads(json.dumps(plain(result._whole())))
     assert pyarrow.parquet.read_table(folder / "result.parquet").num_rows == len(rows)
     assert pyarrow.csv.read_csv(folder / "result.csv").column_names == list(rows[0])
     assert (folder / "result.svg").read_text().startswith("<svg ")

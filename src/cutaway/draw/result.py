@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from markupsafe import Markup
 
 from cutaway.artifacts.command import current_command
-from cutaway.artifacts.errors import BadFile, MissingExtra
-from cutaway.artifacts.files import atomic_path, write_text
+from cutaway.artifacts.errors import BadFile, CutawayError, MissingExtra
+from cutaway.artifacts.files import atomic_path, plain, read_json, refuse_replacing, write_json, write_text
 from cutaway.draw.page import page_html, write_page
 from cutaway.draw.style import stylesheet
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     import pandas
     import pyarrow
 
+DRAWING_MARK = "cutaway's drawings"
+"""In the stylesheet of every drawing."""
 SUFFIXES = (".json", ".html", ".svg", ".csv", ".parquet")
 
 
@@ -48,6 +50,10 @@ class Result(ABC):
     @abstractmethod
     def drawing(self) -> Markup:
         """The drawing that the command makes of it: HTML with SVG inside, without a page around it."""
+
+    def _whole(self) -> Any:
+        """What a .json file holds: `to_json()`, with nothing left out where that shows a part by default."""
+        return self.to_json()
 
     def __repr__(self) -> str:
         return self.summary()
@@ -84,15 +90,16 @@ class Result(ABC):
         path = Path(path)
         suffix = path.suffix.lower()
         if suffix == ".json":
-            _refuse_other(path, b"{", b"[")
-            write_text(path, json.dumps(self.to_json(), indent=2, ensure_ascii=False) + "\n")
+            content = plain(self._whole())
+            _refuse_other_json(path, content)
+            write_json(path, content)
         elif suffix == ".html":
             page = page_html(
                 title=self.title, sections=[("", "", self.drawing())], lead=self.summary(), command=current_command()
             )
             write_page(path, page)
         elif suffix == ".svg":
-            _refuse_other(path, b"<svg")
+            refuse_replacing(path, "drawing", DRAWING_MARK)
             write_text(path, svg_of(self.drawing(), self.title))
         elif suffix in (".csv", ".parquet"):
             _write_table(path, _table(self.rows()))
@@ -118,11 +125,14 @@ def svg_of(drawing: str, title: str) -> str:
 def _table(rows: Sequence[Mapping[str, Any]]) -> pyarrow.Table:
     import pyarrow
 
+    if not rows:
+        raise BadFile("the result has no rows, so there is no table to save")
     return pyarrow.Table.from_pylist([dict(row) for row in rows])
 
 
 def _write_table(path: Path, table: pyarrow.Table) -> None:
-    _refuse_other(path, b"PAR1" if path.suffix.lower() == ".parquet" else f'"{table.column_names[0]}"'.encode())
+    if os.path.isfile(path) and _columns(path) != table.column_names:
+        raise BadFile(f"{path} exists and is no table with these columns; name another file, or move it")
     with atomic_path(path) as temporary:
         if path.suffix.lower() == ".csv":
             from pyarrow import csv
@@ -134,12 +144,33 @@ def _write_table(path: Path, table: pyarrow.Table) -> None:
             parquet.write_table(table, temporary)
 
 
-def _refuse_other(path: Path, *beginnings: bytes) -> None:
-    """Raise `BadFile` where `path` is a file that begins otherwise: it may be somebody's input."""
-    if not path.is_file():
+def _columns(path: Path) -> list[str] | None:
+    """The columns of the table at `path`, None where it is no such table."""
+    import pyarrow
+    from pyarrow import csv, parquet
+
+    try:
+        if path.suffix.lower() == ".csv":
+            return csv.open_csv(path).schema.names
+        return parquet.read_schema(path).names
+    except (OSError, pyarrow.ArrowException):
+        return None
+
+
+def _refuse_other_json(path: Path, content: Any) -> None:
+    """Raise `BadFile` where `path` is a file that is not of the same shape: it may be somebody's input."""
+    if not os.path.isfile(path):
         return
-    with path.open("rb") as file:
-        head = file.read(64).lstrip()
-    if head and not head.startswith(beginnings):
-        kind = path.suffix[1:].upper()
-        raise BadFile(f"{path} exists and is no {kind} file of a result; name another file, or move it")
+    try:
+        found = read_json(path)
+    except CutawayError:
+        found = None
+    if _shape(found) != _shape(content):
+        raise BadFile(f"{path} exists and is no such result; name another file, or move it")
+
+
+def _shape(content: Any) -> Any:
+    """What tells one kind of JSON from another: the names at its top, or those of a list's first entry."""
+    if isinstance(content, dict):
+        return sorted(content)
+    return [_shape(content[0])] if isinstance(content, list) and content else type(content).__name__

@@ -216,7 +216,7 @@ RUN: dict[str, str] = {
     "get_full_resid_decomposition": "cutaway.observe.attribute(lm, prompt, answer, by='head')",
     "to": "run[site].to(device)",
     # nnsight
-    "save": "run.save(folder) for a file; a captured value is a tensor already",
+    "save": "a run has save(folder) for a file; a captured value is a tensor already",
     "value": "run[site]: a captured value is a tensor already",
     "output": "run.logits, or run[site]",
     # transformers
@@ -233,7 +233,12 @@ RUN: dict[str, str] = {
 def of_run(run: Any, name: str) -> Any:
     """What a name of another library is at a run. Raises AttributeError, with the call that does it where known."""
     if name == "stack_activation":
-        return lambda activation_name, layer=-1, sublayer_type=None: run.stack(site_of(activation_name, "*"))
+
+        def stack(activation_name: str, layer: int = -1, sublayer_type: str | None = None) -> Any:
+            found = run.stack(site_of(activation_name, "*", sublayer_type))
+            return found if layer < 0 else found[:layer]
+
+        return stack
     if name in RUN:
         raise NoSuchName(f"A {type(run).__name__} has no {name}; here it is {RUN[name]}.")
     raise AttributeError(f"'{type(run).__name__}' object has no attribute '{name}'")
@@ -280,6 +285,8 @@ def _sampled(given: dict[str, Any], asked: Any) -> None:
 
 
 def _filtered(given: dict[str, Any], names: Any) -> None:
+    if given.get("capture") is not None:
+        raise NoSuchOption("names_filter= and capture= are the same; give one of them.")
     if callable(names):
         raise NoSuchOption("names_filter= is capture= here, with wildcards such as 'blocks.*.resid_post'.")
     given["capture"] = names
@@ -348,9 +355,14 @@ LOAD_OPTIONS: dict[str, Option] = {
         name: _only(False, f"{name}=True {_RAW}.")
         for name in (
             "fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases",
-            "refactor_factored_attn_matrices", "trust_remote_code", "dispatch",
+            "refactor_factored_attn_matrices",
         )
     },
+    "trust_remote_code": _only(
+        False,
+        "trust_remote_code=True is not known here: load such a model with transformers and give it to cutaway.attach.",
+    ),
+    "dispatch": _only(True, "dispatch=False is not known here: weights are read when the model is loaded."),
     "hf_model": "cutaway.attach(model, tokenizer)",
     "tokenizer": "cutaway.attach(model, tokenizer)",
     "model_name": "=model",

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import exp, log
 
+from cutaway.artifacts.errors import CutawayError
 from cutaway.model.edits.edits import Edit
 from cutaway.model.language_model import Inputs, LanguageModel
 from cutaway.steering.directions import Direction
@@ -33,6 +34,8 @@ def matched_scale(cost: Callable[[float], float], target: float, start: float = 
         target: The side effects that are wanted.
         start: The scale that is tried first.
     """
+    if not target > 0:
+        raise CutawayError("the direction has no side effects at its strength, so controls cannot be matched to them")
     tried: list[tuple[float, float]] = []  # logarithms of scale and of cost over target
     scale = log(start)
     for _ in range(_EVALUATIONS):

@@ -146,7 +146,10 @@ class Directions(Result):
 
     def rows(self) -> list[dict[str, Any]]:
         """One row per direction."""
-        return [{**item.to_json(), "n": sum(item.n), "layer": item.layer} for item in self.items]
+        return [
+            {**item.to_json(), "position": describe(item.position), "n": sum(item.n), "layer": item.layer}
+            for item in self.items
+        ]
 
     def summary(self) -> str:
         """How many there are, and for each position the layer whose projection separates best."""

@@ -180,7 +180,10 @@ class Selection(Result):
 
     def rows(self) -> list[dict[str, Any]]:
         """One row per candidate."""
-        return [{**one.to_json(), "eligible": one in self.eligible} for one in self.candidates]
+        return [
+            {**one.to_json(), "position": describe(one.direction.position), "eligible": one in self.eligible}
+            for one in self.candidates
+        ]
 
     def summary(self) -> str:
         """The two chosen, with their log-odds, rate and KL, beside the unsteered log-odds."""
@@ -244,7 +247,10 @@ def select_direction(
 
     Raises:
         CannotDoTask: The model makes no such replies (`reply_tokens`).
+        CutawayError: No scales.
     """
+    if not scales:
+        raise CutawayError("scales is empty; give at least one multiple of the direction to add, such as (1.0,)")
     plus, minus = lm.tokens(positive), lm.tokens(negative)
     words = reply_tokens(lm, plus, minus) if words is None else words
     # the stream of the unedited runs is where every edited run of a later layer can start

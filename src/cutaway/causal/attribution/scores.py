@@ -292,6 +292,9 @@ class NodeScores(Result):
             choices=self.choices,
         )
 
+    def _whole(self) -> Any:
+        return self.to_json(k=sum(block[..., 0].numel() for block in self.blocks.values()))
+
     def to_json(self, k: int = 50) -> dict[str, Any]:
         """The k strongest nodes, and what is said of all.
 

@@ -146,6 +146,9 @@ class SelfRepair(Result):
             choices=Choices("node", f"attn.z of {self.name}", self.ablation, "last", "noise", self.evaluation),
         )
 
+    def _whole(self) -> Any:
+        return self.to_json(k=len(self.made_up()))
+
     def to_json(self, k: int = 10) -> dict[str, Any]:
         """The three effects, and the k parts that grow most.
 

@@ -6,6 +6,7 @@ are imported when somebody asks: the instruments know no subject's world.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -91,7 +92,7 @@ def known_task(name: str) -> Task:
         CutawayError: There is none; the message has the names there are.
     """
     path = Path(name)
-    if path.suffix.lower() in PAIR_FILES or path.is_file():
+    if path.suffix.lower() in PAIR_FILES or os.path.isfile(path):
         return task_from_file(path)
     try:
         return find_task(name, all_tasks())

@@ -36,13 +36,28 @@ class Gradients(Mapping[str, Tensor]):
         return self._values[name]
 
     def __contains__(self, site: object) -> bool:
-        return site in self._values
+        try:
+            return isinstance(site, str) and (site in self._values or self._table.resolve(site) in self._values)
+        except CutawayError:
+            return False
+
+    def get(self, site: str, default: Any = None) -> Any:
+        """The gradient at a site, or `default` where there is none."""
+        return self[site] if site in self else default  # noqa: SIM401
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._values)
 
     def __len__(self) -> int:
         return len(self._values)
+
+
+def _spelled(site: Any, n_layers: int) -> str | None:
+    """The name of a site as TransformerLens' caches spell it, ("resid_post", 3); None for other things."""
+    if not isinstance(site, tuple) or not site or not isinstance(site[0], str):
+        return None
+    name, layer, part = site[0], *(*site[1:], None, None)[:2]
+    return site_of(name, layer + n_layers if isinstance(layer, int) and layer < 0 else layer, part)
 
 
 class Captured(Mapping[str, Tensor]):
@@ -79,8 +94,12 @@ class Captured(Mapping[str, Tensor]):
 
     def __contains__(self, site: object) -> bool:
         """Whether a site was captured, under our name or TransformerLens'; of a dictionary, the sites that it reads."""
+        if is_dictionary(site):
+            return all(port.site in self.captured for port in site.inputs)  # type: ignore[attr-defined]
+        if isinstance(site, tuple):
+            site = _spelled(site, self.site_table.n_layers)
         if not isinstance(site, str):
-            return is_dictionary(site) and all(port.site in self.captured for port in site.inputs)  # type: ignore[attr-defined]
+            return False
         if site in self.captured:
             return True
         try:
@@ -101,12 +120,10 @@ class Captured(Mapping[str, Tensor]):
         if not isinstance(site, str):
             if is_dictionary(site):
                 return latent_activations(site, self)  # type: ignore[arg-type]
-            if not isinstance(site, tuple) or not site or not isinstance(site[0], str):
+            spelled = _spelled(site, self.site_table.n_layers)
+            if spelled is None:
                 raise NoSuchSite(f"A site is named by text such as 'blocks.3.resid_post'; got {site!r}.")
-            name, layer, part = site[0], *(*site[1:], None, None)[:2]
-            if isinstance(layer, int) and layer < 0:
-                layer += self.site_table.n_layers
-            site = site_of(name, layer, part)
+            site = spelled
         if site in self.captured:
             return self.captured[site]
         name = self.site_table.resolve(site)

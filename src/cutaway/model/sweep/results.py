@@ -94,11 +94,13 @@ class Sweep(Result):
         return "\n".join(lines)
 
     def rows(self) -> list[dict[str, Any]]:
-        """One per cell and prompt: cell, prompt, value (of several numbers, a list) and base; cells that were run."""
+        """One per cell that was run, prompt and number of the metric: cell, prompt, number, value and base."""
+        base = self.base.reshape(len(self.base), -1)
         return [
-            {"cell": i, "prompt": j, "value": self.values[i, j].tolist(), "base": self.base[j].tolist()}
+            {"cell": i, "prompt": j, "number": k, "value": value, "base": base[j, k].item()}
             for i in self.done.nonzero()[:, 0].tolist()
-            for j in range(len(self.base))
+            for j in range(len(base))
+            for k, value in enumerate(self.values[i, j].reshape(-1).tolist())
         ]
 
     def to_json(self) -> dict[str, Any]:

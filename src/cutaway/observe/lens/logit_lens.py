@@ -141,6 +141,10 @@ class LogitLens(Result):
         """Which of a row's n places are real tokens."""
         return self.tokens.mask[row].cpu()[self.columns[row]].nonzero()[:, 0].tolist()
 
+    def _whole(self) -> Any:
+        n = len(self.tokens)
+        return self.to_json() if n == 1 else {"prompts": [self.to_json(row) for row in range(n)]}
+
     def to_json(self, row: int = 0) -> dict[str, Any]:
         """One prompt as plain data; positions are its real tokens, or those that were chosen.
 

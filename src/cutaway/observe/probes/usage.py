@@ -249,6 +249,8 @@ def _changes(
     if gap == 0 or float(mass.norm()) == 0:
         raise CutawayError(f"The classes have the same mean at '{probe.site}', so there is no step to steer by.")
     generator = torch.Generator().manual_seed(seed)
+    if draws < 1:
+        raise CutawayError(f"draws is {draws}; at least one random direction stands beside the probe's")
     random = [torch.randn(len(unit), generator=generator, dtype=torch.float64) for _ in range(draws)]
     directions = {"probe": unit, "mass": mass / mass.norm()}
     directions |= {f"random {i}": r / r.norm() for i, r in enumerate(random)}
