@@ -24,10 +24,11 @@ from cutaway.artifacts.manifest import Manifest
 from cutaway.artifacts.results import Choices
 from cutaway.causal.accuracy import ABLE
 from cutaway.causal.circuits.baselines import nodes_of
-from cutaway.causal.circuits.evidence import Evidence, Section, faithfulness_drawing, part_sections, sections_html
+from cutaway.causal.circuits.evidence import Evidence, faithfulness_drawing, part_sections
 from cutaway.causal.edge_graph import EdgeGraph
 from cutaway.causal.effects import effect_line
 from cutaway.draw.circuit import CircuitEdge, circuit_svg
+from cutaway.draw.page import Section, sections_html
 from cutaway.draw.panels import alarm_html, figures_html, table_html
 from cutaway.draw.result import Result
 from cutaway.draw.text import interval

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,7 @@ from cutaway.causal.circuits.faithfulness import (
 from cutaway.causal.circuits.stability import Stability, stability
 from cutaway.causal.edge_graph import EdgeGraph
 from cutaway.causal.effects import Effects, effect_line, effects_drawing
+from cutaway.draw.page import Section, sections_html
 
 
 @dataclass(frozen=True)
@@ -250,22 +251,12 @@ def gather_evidence(
     return Evidence(tuple(effects), pairs=choices.evaluation, **tables)
 
 
-Section = tuple[str, str, Markup]
-"""Heading, text under it, drawing: what `page_html` takes."""
-
-
 def evidence_sections(evidence: Evidence) -> list[Section]:
     """Faithfulness, f by size, what is missing, stability, what is idle, self-repair."""
     return [
         ("Faithfulness", f"Measured on {evidence.pairs}.", faithfulness_drawing(evidence)),
         *part_sections(evidence),
     ]
-
-
-def sections_html(sections: Iterable[Section]) -> Markup:
-    """Sections below one another, each under its heading, as one drawing."""
-    one = Markup("<section><h2>{}</h2><p>{}</p>{}</section>")
-    return Markup("").join(one.format(*section) for section in sections)
 
 
 def faithfulness_drawing(evidence: Evidence) -> Markup:

@@ -22,7 +22,6 @@ app = App(
 app.command(judge)
 
 _WORLD_CHARACTERS = 400_000
-_TEXT_CHARACTERS = 2_000_000
 
 
 @app.command

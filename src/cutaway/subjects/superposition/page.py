@@ -6,6 +6,7 @@ from markupsafe import Markup
 
 from cutaway.draw.charts import line_svg
 from cutaway.draw.heatmap import heatmap_scale, heatmap_svg
+from cutaway.draw.page import Section
 from cutaway.draw.plane import arrows_svg, points_svg
 from cutaway.draw.scale import Scale
 from cutaway.draw.text import escape
@@ -20,7 +21,6 @@ from cutaway.subjects.superposition.phase import PHASES, PhaseDiagram
 from cutaway.subjects.superposition.study import DECAYS, PAIRS, PLANE, ROWS, SWEEP, ToyStudy, pair_cosines
 from cutaway.subjects.superposition.toy_models import ToyModels
 
-Section = tuple[str, str, Markup]
 LEAD = (
     "Small models x̂ = ReLU(WᵀWx + b) that send n features through fewer dimensions, trained here. The setting and the "
     "measures are those of Elhage et al. 2022, “Toy Models of Superposition”. The density is how often a feature is "

@@ -45,7 +45,6 @@ _ONE_HOP = (
     "state_bird",
     "book",
 )
-_TOLD_IN_THREE_LANGUAGES = ("capital", "landmark", "city", "book")
 
 
 class Fact(NamedTuple):
