@@ -22,6 +22,8 @@ def train(
     tokens: Count = 130_000_000,
     start: Annotated[str | None, Parameter(name="--from")] = None,
     rate: Annotated[float, Parameter(validator=validators.Number(gt=0))] = 2.5e-3,
+    optimizer: Literal["adamw", "muon"] = "adamw",
+    reply_weight: Annotated[float, Parameter(validator=validators.Number(gt=0))] = 1.0,
     seed: Seed = 0,
     device: str | None = None,
     rows: Count | None = None,
@@ -45,6 +47,10 @@ def train(
         Weights to go on from, with their tokenizer: atlas, atlas-1, or a folder that training left.
     rate
         Peak of the learning rate for steps of 128 texts; it goes with the square root of their number.
+    optimizer
+        AdamW for all, or Muon for the layers' matrices (torch 2.9 and later).
+    reply_weight
+        What a token of an assistant's reply weighs in the loss, where any other weighs 1.
     seed
         Of the corpus and of the initial weights.
     device
@@ -69,6 +75,8 @@ def train(
         tokens=tokens,
         start=start,
         peak=rate,
+        optimizer=optimizer,
+        reply_weight=reply_weight,
         seed=seed,
         rows=rows,
         context=context,

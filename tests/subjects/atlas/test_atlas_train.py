@@ -44,19 +44,21 @@ def tiny_batches(seed: int = 0) -> Batches:
 # loss
 
 
-@pytest.mark.parametrize("n", [1, 5000])
-def test_chunked_loss_equals_cross_entropy_with_its_gradients(n):
+@pytest.mark.parametrize(("n", "compile"), [(1, None), (5000, None), (2048, torch.compile)])
+def test_chunked_loss_equals_weighted_cross_entropy_with_its_gradients(n, compile):
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(2, n, 8, generator=generator, dtype=torch.float64).requires_grad_()
     weight = torch.randn(30, 8, generator=generator, dtype=torch.float64).requires_grad_()
     targets = torch.randint(0, 30, (2, n), generator=generator)
     targets[0, ::3] = IGNORED
-    wanted = torch.nn.functional.cross_entropy((hidden @ weight.T).flatten(0, 1), targets.flatten(), reduction="sum")
+    each = torch.nn.functional.cross_entropy((hidden @ weight.T).flatten(0, 1), targets.flatten(), reduction="none")
+    weights = torch.rand(2, n, generator=generator) * (targets != IGNORED)
+    wanted = each @ weights.double().flatten()
     (wanted * 0.5).backward()
     expected = hidden.grad, weight.grad
     narrow_hidden = hidden.detach().float().requires_grad_()
     narrow_weight = weight.detach().float().requires_grad_()
-    got = linear_cross_entropy(narrow_hidden, narrow_weight, targets)
+    got = linear_cross_entropy(narrow_hidden, narrow_weight, targets, weights, compile=compile)
     (got * 0.5).backward()
     assert got.item() == pytest.approx(wanted.item(), rel=1e-5)
     for found, right in zip((narrow_hidden.grad, narrow_weight.grad), expected, strict=True):
@@ -155,8 +157,8 @@ def weights(model):
 
 
 def trained(folder, **options):
-    model = new_model(SHAPE, seed=3)
-    loss = fit(model, RECIPE, options.pop("batches", tiny_batches()), dtype=torch.float32, folder=folder, **options)
+    model, recipe = new_model(SHAPE, seed=3), options.pop("recipe", RECIPE)
+    loss = fit(model, recipe, options.pop("batches", tiny_batches()), dtype=torch.float32, folder=folder, **options)
     return weights(model), loss
 
 
@@ -197,10 +199,45 @@ def test_a_step_is_plain_adamw_on_mean_cross_entropy(tmp_path):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7, msg=name)
 
 
-def test_ctrl_c_waits_for_the_step_and_the_same_call_goes_on(tmp_path):
+def test_a_step_of_muon_is_its_own_on_matrices_of_layers_and_adamw_elsewhere(tmp_path):
+    recipe = replace(RECIPE, tokens=4 * 16, optimizer="muon", reply_weight=3.0)
+    model, oracle = new_model(SHAPE, seed=3), new_model(SHAPE, seed=3)
+    plain = tiny_batches()
+
+    def chats(step):
+        inputs, targets = plain(step)
+        inputs[0, 5], inputs[1, 3], inputs[1, 9] = 4, 4, 5
+        return inputs, targets
+
+    fit(model, recipe, chats, dtype=torch.float32, folder=tmp_path)
+    inputs, targets = map(torch.from_numpy, chats(0))
+    weights = torch.ones(4, 16)
+    weights[0, 5:], weights[1, 3:9] = 3.0, 3.0  # from the marker on, to what ends the reply
+    weights[targets < 0] = 0.0
+    logits = oracle(input_ids=inputs).logits.flatten(0, 1)
+    each = torch.nn.functional.cross_entropy(logits, targets.flatten(), ignore_index=-100, reduction="none")
+    ((each * weights.flatten()).sum() / weights.sum()).backward()
+    torch.nn.utils.clip_grad_norm_(oracle.parameters(), 1.0)
+    named = dict(oracle.named_parameters())
+    matrices = [p for name, p in named.items() if p.dim() == 2 and "layers" in name]
+    gains = [p for p in named.values() if p.dim() == 1]
+    rate = recipe.learning_rate(0)
+    torch.optim.Muon(matrices, lr=rate, weight_decay=0.1, adjust_lr_fn="match_rms_adamw").step()
+    torch.optim.AdamW(
+        [{"params": [named["model.embed_tokens.weight"]], "weight_decay": 0.1}, {"params": gains, "weight_decay": 0.0}],
+        lr=rate,
+        betas=(0.9, 0.95),
+    ).step()
+    for (name, found), expected in zip(model.named_parameters(), oracle.parameters(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_ctrl_c_waits_for_the_step_and_the_same_call_goes_on(tmp_path, optimizer):
+    recipe = replace(RECIPE, optimizer=optimizer)
     (tmp_path / "whole").mkdir()
     (tmp_path / "stopped").mkdir()
-    expected, _ = trained(tmp_path / "whole")
+    expected, _ = trained(tmp_path / "whole", recipe=recipe)
     plain = tiny_batches()
 
     def pressing(step):
@@ -209,8 +246,8 @@ def test_ctrl_c_waits_for_the_step_and_the_same_call_goes_on(tmp_path):
         return plain(step)
 
     with pytest.raises(Interrupted, match="14 of 30 steps"):
-        trained(tmp_path / "stopped", batches=pressing)
-    found, _ = trained(tmp_path / "stopped")
+        trained(tmp_path / "stopped", recipe=recipe, batches=pressing)
+    found, _ = trained(tmp_path / "stopped", recipe=recipe)
     assert_equal_weights(found, expected)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 

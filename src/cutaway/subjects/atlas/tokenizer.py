@@ -14,7 +14,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from cutaway.subjects.atlas.shipped import atlas_folder
 
 SPECIALS = ("<|endoftext|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
-BOS, PAD, END = 0, 1, 5
+BOS, PAD, ASSISTANT, END = 0, 1, 4, 5
 VOCABULARY = 8192
 
 _SPLIT = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}{1,2}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"

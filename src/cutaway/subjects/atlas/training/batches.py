@@ -12,7 +12,7 @@ from functools import lru_cache
 import numpy as np
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.subjects.atlas.tokenizer import BOS, SPECIALS
+from cutaway.subjects.atlas.tokenizer import ASSISTANT, BOS, SPECIALS
 
 IGNORED = -100
 TURNS: Sequence[str] = (("world",) * 4 + ("real_text",) + ("world",) * 4 + ("random_repeats",)) * 2
@@ -29,6 +29,18 @@ _WORLD, _REAL, _REPEATS = range(3)  # streams of random numbers
 def share_of_rows(kind: str) -> float:
     """The share of training rows that are "world", "real_text" or "random_repeats"."""
     return TURNS.count(kind) / len(TURNS)
+
+
+def target_weights(inputs: np.ndarray, targets: np.ndarray, reply_weight: float = 1.0) -> np.ndarray:
+    """What each target weighs in the loss: float32 [rows, context].
+
+    Zero where it is left out, `reply_weight` in an assistant's reply with its end, 1 elsewhere. A reply begins with the
+    marker of the assistant's turn and ends with the next special token; one that began before the row counts as text.
+    """
+    place = np.arange(inputs.shape[1])
+    last_special = np.maximum.accumulate(np.where(inputs < len(SPECIALS), place, 0), axis=1)
+    replies = np.take_along_axis(inputs, last_special, axis=1) == ASSISTANT
+    return (np.where(replies, reply_weight, 1.0) * (targets != IGNORED)).astype(np.float32)
 
 
 @dataclass(frozen=True)

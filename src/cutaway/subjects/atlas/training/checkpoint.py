@@ -15,23 +15,35 @@ from cutaway.subjects.atlas.shipped import read_log
 
 CHECKPOINT = "checkpoint.safetensors"
 LOG = "log.jsonl"
+_MOMENTS = {True: ("exp_avg", "exp_avg_sq"), False: ("momentum_buffer",)}  # of AdamW, and of Muon
+
+
+def _owner(optimizers: Sequence[torch.optim.Optimizer], parameter: torch.nn.Parameter) -> torch.optim.Optimizer:
+    """The optimizer that steps a parameter."""
+    for optimizer in optimizers:
+        if any(parameter is own for group in optimizer.param_groups for own in group["params"]):
+            return optimizer
+    raise ValueError("a parameter without an optimizer")
 
 
 def save_checkpoint(
-    folder: Path, model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, step: int, log: Sequence[dict[str, Any]]
+    folder: Path,
+    model: LlamaForCausalLM,
+    optimizers: Sequence[torch.optim.Optimizer],
+    step: int,
+    log: Sequence[dict[str, Any]],
 ) -> None:
     write_text(folder / LOG, "".join(json.dumps(record) + "\n" for record in log))
     tensors = {}
     for name, parameter in model.named_parameters():
-        state = optimizer.state[parameter]
+        state = _owner(optimizers, parameter).state[parameter]
         tensors[f"{name}|value"] = parameter.detach()
-        tensors[f"{name}|exp_avg"] = state["exp_avg"]
-        tensors[f"{name}|exp_avg_sq"] = state["exp_avg_sq"]
+        tensors |= {f"{name}|{part}": tensor for part, tensor in state.items() if part != "step"}
     write_safetensors(folder / CHECKPOINT, tensors, {"step": str(step)})
 
 
-def load_checkpoint(folder: Path, model: LlamaForCausalLM, optimizer: torch.optim.Optimizer) -> int:
-    """Set weights and optimizer to the checkpoint in `folder`, if there is one; returns the steps done."""
+def load_checkpoint(folder: Path, model: LlamaForCausalLM, optimizers: Sequence[torch.optim.Optimizer]) -> int:
+    """Set weights and optimizers to the checkpoint in `folder`, if there is one; returns the steps done."""
     path = folder / CHECKPOINT
     if not path.exists():
         return 0
@@ -40,14 +52,15 @@ def load_checkpoint(folder: Path, model: LlamaForCausalLM, optimizer: torch.opti
             step = int(tensors.metadata()["step"])
             with torch.no_grad():
                 for name, parameter in model.named_parameters():
-                    kept = {part: tensors.get_tensor(f"{name}|{part}") for part in ("value", "exp_avg", "exp_avg_sq")}
+                    optimizer = _owner(optimizers, parameter)
+                    parts = ("value", *_MOMENTS[type(optimizer) is torch.optim.AdamW])
+                    kept = {part: tensors.get_tensor(f"{name}|{part}") for part in parts}
                     if any(tensor.shape != parameter.shape for tensor in kept.values()):
                         raise ValueError(f"{name} has another shape")
                     parameter.copy_(kept.pop("value"))
-                    optimizer.state[parameter] = {
-                        "step": torch.tensor(float(step), device=parameter.device),
-                        **kept,
-                    }
+                    if type(optimizer) is torch.optim.AdamW:
+                        kept["step"] = torch.tensor(float(step), device=parameter.device)
+                    optimizer.state[parameter] = kept
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         said = " ".join(str(error).split())[:100]
         raise CutawayError(f"{path} is damaged ({said}): remove it, or begin again with --overwrite") from error
