@@ -5,7 +5,8 @@ import torch
 
 import cutaway
 from cutaway.subjects.atlas.shipped import atlas_folder
-from cutaway.subjects.atlas.training.train import Shape, new_model
+from cutaway.subjects.atlas.training.recipe import Shape
+from cutaway.subjects.atlas.training.train import new_model
 
 
 @pytest.fixture(scope="module")

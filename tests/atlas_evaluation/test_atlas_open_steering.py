@@ -22,7 +22,8 @@ from cutaway.atlas_evaluation.open_steering import (
 )
 from cutaway.atlas_evaluation.scoring import as_dicts
 from cutaway.subjects.atlas.shipped import atlas_folder
-from cutaway.subjects.atlas.training.train import Shape, new_model
+from cutaway.subjects.atlas.training.recipe import Shape
+from cutaway.subjects.atlas.training.train import new_model
 from cutaway.subjects.world.chats import open_chat
 from cutaway.subjects.world.chats.chat import Message
 from cutaway.subjects.world.facts import LANDMARKS

@@ -113,25 +113,17 @@ def test_samples_are_drawn_by_seed_and_an_unknown_part_lists_them(capsys: pytest
 
 def test_training_gets_every_option(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import cutaway.subjects.atlas.training.train as training
+    from cutaway.subjects.atlas.training.recipe import Machine, Recipe
 
-    calls: list[dict[str, Any]] = []
-    monkeypatch.setattr(training, "train_command", lambda **options: calls.append(options))
+    calls: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(training, "train_command", lambda *given, **options: calls.append((*given, options)))
 
     words = "subjects train atlas --tokens 5000 --seed 2 --device cpu --rows 4 --context 64 --processes 1 --compiled"
-    words += " --from atlas-1 --rate 0.001"
+    words += " --from atlas-1 --rate 0.001 --optimizer muon --reply-weight 3"
     assert main([*words.split(), "--overwrite", "--out", "o", "--corpus", "c"]) == 0
-    assert calls.pop() == {
-        "out": Path("o"),
-        "tokens": 5000,
-        "start": "atlas-1",
-        "peak": 0.001,
-        "seed": 2,
-        "rows": 4,
-        "context": 64,
-        "corpus": Path("c"),
-        "machine": training.Machine("cpu", 1, True),
-        "overwrite": True,
-    }
+    recipe = Recipe(tokens=5000, seed=2, rows=4, context=64, peak=0.001, optimizer="muon", reply_weight=3.0)
+    options = {"start": "atlas-1", "corpus": Path("c"), "machine": Machine("cpu", 1, True), "overwrite": True}
+    assert calls.pop() == (Path("o"), recipe, options)
 
 
 def test_evaluation_measures_both_models_alike_and_writes_the_page(

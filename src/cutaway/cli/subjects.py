@@ -68,18 +68,24 @@ def train(
     overwrite
         Begin again in a folder that holds another training.
     """
-    from cutaway.subjects.atlas.training.train import Machine, train_command
+    import torch
 
+    from cutaway.subjects.atlas.training.recipe import PEAK_ROWS, ROWS_ON_CPU, Machine, Recipe
+    from cutaway.subjects.atlas.training.train import train_command
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     train_command(
-        out=out,
-        tokens=tokens,
+        out,
+        Recipe(
+            tokens=tokens,
+            seed=seed,
+            context=context,
+            rows=rows or (PEAK_ROWS if device.startswith("cuda") else ROWS_ON_CPU),
+            peak=rate,
+            optimizer=optimizer,
+            reply_weight=reply_weight,
+        ),
         start=start,
-        peak=rate,
-        optimizer=optimizer,
-        reply_weight=reply_weight,
-        seed=seed,
-        rows=rows,
-        context=context,
         corpus=corpus,
         machine=Machine(device, processes, compiled),
         overwrite=overwrite,

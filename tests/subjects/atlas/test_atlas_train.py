@@ -21,11 +21,10 @@ from cutaway.subjects.atlas.shipped import altered_files, atlas_folder
 from cutaway.subjects.atlas.tokenizer import SPECIALS, save_pretrained, split_words, train_tokenizer
 from cutaway.subjects.atlas.training.batches import IGNORED, Batches
 from cutaway.subjects.atlas.training.loss import linear_cross_entropy
+from cutaway.subjects.atlas.training.recipe import Recipe, Shape
+from cutaway.subjects.atlas.training.step import choose_precision
 from cutaway.subjects.atlas.training.train import (
     Interrupted,
-    Recipe,
-    Shape,
-    choose_precision,
     export,
     fit,
     new_model,

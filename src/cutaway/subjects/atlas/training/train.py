@@ -13,9 +13,9 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -32,95 +32,19 @@ from cutaway.artifacts.progress import Progress
 from cutaway.artifacts.run_folder import RunFolder
 from cutaway.model.devices import usable_device
 from cutaway.subjects.atlas.shipped import MANIFEST, read_manifest, weights_folder
-from cutaway.subjects.atlas.tokenizer import BOS, END, PAD, VOCABULARY, save_pretrained
-from cutaway.subjects.atlas.training.batches import (
-    TURNS,
-    UNMASKED_SHARE,
-    Batches,
-    share_of_rows,
-    target_weights,
-)
+from cutaway.subjects.atlas.tokenizer import BOS, END, PAD, save_pretrained
+from cutaway.subjects.atlas.training.batches import TURNS, UNMASKED_SHARE, Batches, share_of_rows
 from cutaway.subjects.atlas.training.checkpoint import CHECKPOINT, LOG, load_checkpoint, read_records, save_checkpoint
 from cutaway.subjects.atlas.training.corpus import TOKENIZER, CorpusPlan, build_corpus, read_stream, world_tokens_for
-from cutaway.subjects.atlas.training.loss import linear_cross_entropy
+from cutaway.subjects.atlas.training.recipe import LAST_RATE, Machine, Recipe, Shape
+from cutaway.subjects.atlas.training.step import BETAS, CLIP, WEIGHT_DECAY, Step, choose_precision, new_optimizers
 
-BETAS = (0.9, 0.95)
-WEIGHT_DECAY = 0.1
-WARMUP_STEPS = 200
-LAST_RATE = 0.03  # of the peak, at the end of the cosine
-CLIP = 1.0
-PEAK_RATE = 2.5e-3
-PEAK_ROWS = 128  # the batch that PEAK_RATE is for
-Optimizer = Literal["adamw", "muon"]
 _WEIGHTS = "model.safetensors"
 _WRITES = (
     CHECKPOINT, LOG, MANIFEST, "corpus", "config.json", "generation_config.json", "model.safetensors",
     "tokenizer*", "special_tokens_map.json", "chat_template*",
 )  # fmt: skip
-_MICROBATCH_ON_CPU = 16  # rows at a time: more spill out of the caches and gain nothing
-_ROWS_ON_CPU = 16
 _STEPS_BETWEEN_RECORDS = 10
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The architecture: Llama with tied embeddings and as many key-value heads as heads."""
-
-    d_model: int = 256
-    layers: int = 8
-    heads: int = 8
-    d_mlp: int = 672
-    vocabulary: int = VOCABULARY
-    positions: int = 512
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Everything that determines the weights, given a corpus and a machine's arithmetic."""
-
-    tokens: int
-    seed: int = 0
-    context: int = 256
-    rows: int = PEAK_ROWS
-    shape: Shape = field(default_factory=Shape)
-    peak: float = PEAK_RATE
-    optimizer: Optimizer = "adamw"
-    """"muon" steps the layers' matrices by orthogonalised momentum, at AdamW's root mean square; the rest by AdamW."""
-    reply_weight: float = 1.0
-    """What a token of an assistant's reply weighs in the loss; any other weighs 1."""
-    start: str | None = None
-    """SHA-256 of the weights that training goes on from; None for random ones."""
-
-    @property
-    def steps(self) -> int:
-        return max(1, round(self.tokens / (self.rows * self.context)))
-
-    @property
-    def warmup_steps(self) -> int:
-        return max(1, min(WARMUP_STEPS, self.steps // 10))
-
-    @property
-    def highest_rate(self) -> float:
-        """The learning rate at its peak: `peak` is for 128 rows, and it goes with the square root of the batch."""
-        return self.peak * math.sqrt(self.rows / PEAK_ROWS)
-
-    def learning_rate(self, step: int) -> float:
-        """Linear warm-up, then cosine to 3 % of the peak."""
-        warm = min(1.0, (step + 1) / self.warmup_steps)
-        cosine = (1 + math.cos(math.pi * step / self.steps)) / 2
-        return self.highest_rate * warm * (LAST_RATE + (1 - LAST_RATE) * cosine)
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What a training runs on; it does not determine the weights beyond arithmetic."""
-
-    device: str | None = None
-    """Such as "cpu" or "cuda"; None is a GPU if there is one."""
-    processes: int | None = None
-    """How many processes make the corpus; None is one per core."""
-    compiled: bool = False
-    """Whether the model is compiled with torch.compile."""
 
 
 _THIS_MACHINE = Machine()
@@ -276,12 +200,12 @@ def fit(
 
     Writes `checkpoint.safetensors` and `log.jsonl`: step, tokens, loss in nats a token, learning rate, tokens a second.
     """
-    optimizers = _optimizers(model, recipe.optimizer)
+    optimizers = new_optimizers(model, recipe.optimizer)
     first = load_checkpoint(folder, model, optimizers)
     log = read_records(folder, first)
     if compiled and model.device.type == "cpu":
         model.set_attn_implementation("eager")  # compiled, it is 1.4 times faster than the flash kernel of processors
-    step_of = _Step(model, optimizers, dtype, recipe.reply_weight, compiled)
+    step_of = Step(model, optimizers, dtype, recipe.reply_weight, compiled)
     tokens_per_step = recipe.rows * recipe.context
     label = "training" if not first else f"training from {first * tokens_per_step / 1e6:.1f}M tokens"
     recent: list[float] = []
@@ -313,103 +237,6 @@ def fit(
                 raise Interrupted(f"stopped after {done:,} of {recipe.steps:,} steps; the same command goes on")
     tail = log[-max(1, len(log) // 10) :]
     return sum(record["loss"] for record in tail) / len(tail)
-
-
-class _Step:
-    """One optimizer step of a model; returns the weighted mean loss of its counted targets, in nats."""
-
-    def __init__(
-        self,
-        model: LlamaForCausalLM,
-        optimizers: Sequence[torch.optim.Optimizer],
-        dtype: torch.dtype,
-        reply_weight: float = 1.0,
-        compiled: bool = False,
-    ) -> None:
-        self.model, self.optimizers, self.dtype, self.reply_weight = model, optimizers, dtype, reply_weight
-        self.trunk = torch.compile(model.model) if compiled else model.model
-        self.compile = torch.compile if compiled else None
-
-    def __call__(self, inputs: Any, targets: Any, *, rate: float) -> float:
-        device = self.model.device
-        weights = target_weights(inputs, targets, self.reply_weight)
-        arrays = (inputs, targets, weights)
-        ids, wanted, weighing = (torch.from_numpy(array).to(device, non_blocking=True) for array in arrays)
-        size = len(ids) if device.type != "cpu" else _MICROBATCH_ON_CPU
-        counted = float(weights.sum())
-        head = self.model.lm_head.weight
-        total = 0.0
-        for rows in range(0, len(ids), size):
-            piece = slice(rows, rows + size)
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-                hidden = self.trunk(input_ids=ids[piece], use_cache=False).last_hidden_state
-            summed = linear_cross_entropy(
-                hidden, head, wanted[piece], weighing[piece], self.dtype, compile=self.compile
-            )
-            loss = summed / counted
-            loss.backward()
-            total += loss.item()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        return total
-
-
-def _optimizers(model: LlamaForCausalLM, kind: Optimizer) -> list[torch.optim.Optimizer]:
-    parameters = dict(model.named_parameters())
-    matrices = [name for name, parameter in parameters.items() if parameter.dim() >= 2]
-    orthogonal = [name for name in matrices if kind == "muon" and "layers." in name]
-    decayed = [parameters[name] for name in matrices if name not in orthogonal]
-    gains = [parameter for parameter in parameters.values() if parameter.dim() < 2]
-    groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": gains, "weight_decay": 0.0}]
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=0.0, betas=BETAS, fused=True)]
-    if kind == "muon":
-        if not hasattr(torch.optim, "Muon"):
-            raise CutawayError(f"torch {torch.__version__} has no Muon: --optimizer adamw, or torch 2.9 and later")
-        optimizers.append(
-            torch.optim.Muon(
-                [parameters[name] for name in orthogonal],
-                lr=0.0,
-                weight_decay=WEIGHT_DECAY,
-                adjust_lr_fn="match_rms_adamw",
-            )
-        )
-    return optimizers
-
-
-def choose_precision(model: LlamaForCausalLM, batches: Callable[[int], tuple[Any, Any]]) -> str:
-    """ "bfloat16" where the device has it and a step is measured to be faster with it, else "float32".
-
-    Steps a copy; the model stays as it was.
-    """
-    if not _has_bfloat16(model.device):
-        return "float32"
-    inputs, targets = batches(0)
-    inputs, targets = inputs[:_MICROBATCH_ON_CPU], targets[:_MICROBATCH_ON_CPU]
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        trial = copy.deepcopy(model)
-        step = _Step(trial, _optimizers(trial, "adamw"), dtype)
-        times = []
-        for _ in range(3):  # the first one warms up
-            start = time.perf_counter()
-            step(inputs, targets, rate=0.0)
-            times.append(time.perf_counter() - start)
-        seconds[dtype] = min(times[1:])
-    return "bfloat16" if seconds[torch.bfloat16] < seconds[torch.float32] else "float32"
-
-
-def _has_bfloat16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    if device.type != "cpu":
-        return False
-    # private in torch, but the only place that knows; without it bfloat16 is emulated and slower
-    checks = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-    return any(check is not None and check() for check in checks)
 
 
 @contextmanager
@@ -484,45 +311,32 @@ def _history(folder: Path) -> dict[str, Any]:
 
 
 def train_command(
-    *,
     out: Path,
-    tokens: int,
+    recipe: Recipe,
+    *,
     start: str | None = None,
-    peak: float = PEAK_RATE,
-    optimizer: Optimizer = "adamw",
-    reply_weight: float = 1.0,
-    seed: int = 0,
-    rows: int | None = None,
-    context: int = 256,
     corpus: Path | None = None,
     machine: Machine = _THIS_MACHINE,
     overwrite: bool = False,
 ) -> None:
     """`cutaway subjects train atlas`: train, say where the weights are and how to judge them.
 
-    `rows` of `context` tokens make a step: 128 on a GPU, 16 elsewhere, where steps are slow and many are better.
-    `start` names weights to go on from: "atlas", "atlas-1" or a folder that training left.
+    `start` names weights to go on from, whose shape and hash take their place in the recipe: "atlas", "atlas-1" or a
+    folder that training left.
     """
     before = None if start is None else weights_folder(start)
-    if before is not None and not (before / _WEIGHTS).is_file():
-        raise CutawayError(f"{start} holds no {_WEIGHTS}: --from names atlas, atlas-1 or a folder that training left")
-    device = machine.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    recipe = Recipe(
-        tokens=tokens,
-        seed=seed,
-        context=context,
-        rows=rows or (PEAK_ROWS if device.startswith("cuda") else _ROWS_ON_CPU),
-        shape=Shape() if before is None else shape_of(LlamaConfig.from_pretrained(str(before))),
-        peak=peak,
-        optimizer=optimizer,
-        reply_weight=reply_weight,
-        start=None if before is None else file_hash(before / _WEIGHTS),
-    )
+    if before is not None:
+        if not (before / _WEIGHTS).is_file():
+            raise CutawayError(
+                f"{start} holds no {_WEIGHTS}: --from names atlas, atlas-1 or a folder that training left"
+            )
+        shape = shape_of(LlamaConfig.from_pretrained(str(before)))
+        recipe = replace(recipe, shape=shape, start=file_hash(before / _WEIGHTS))
     folder = train(
         out,
         recipe,
         start=before,
-        device=device,
+        device=machine.device,
         corpus=corpus,
         processes=machine.processes,
         compiled=machine.compiled,
