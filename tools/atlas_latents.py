@@ -53,11 +53,16 @@ print(dictionary)
 ```
 
 Each has {d_sae:,} latents, {selector}, and was trained on {tokens:,} tokens ({different:,} different ones) of a stream
-of atlas's world that no training of atlas has seen, with held-out library source. `tools/atlas_dictionaries.py` makes
-them again, `tools/atlas_latents.py` this page. Each folder holds a `card.json` with what follows and more. Figures are
-measured on {judged}, with 95 % intervals; in brackets the same for random
-directions with the same L0. The model's own loss on this text is {clean:.2f} nats per token.
+of atlas's world that no training of atlas has seen, with held-out library source (`tools/atlas_dictionaries.py`).
+Figures are on {judged}, with 95 % intervals; random
+directions of the same L0 in brackets. Read KL before CE: the model's own loss on this text is {clean:.1f} nats per
+token, and where that is high, a disturbance can lower CE.
 """
+LATENTS = """
+Below are known entities with the latent that tells each best, chosen on every second row and measured on the others
+(the control makes the same search for shuffled labels), and latents drawn at random from those active on at least 100
+tokens. A label is a rule's summary of the tokens, with the share of held-out activations that it covers; the strongest
+token of an example is bold."""
 
 
 def main() -> None:
@@ -77,6 +82,7 @@ def main() -> None:
             judged=first["judged_on"],
         ),
         _cards(cards),
+        LATENTS,
     ]
     rows = token_rows(lm, world_text(1_500_000, "text-2"), 256, limit=ROWS)
     parts += [_latents(lm, site, rows) for site in cards]
@@ -108,8 +114,6 @@ def _latents(lm: cutaway.LanguageModel, site: str, rows: torch.Tensor) -> str:
     found = sorted(match_concepts(lm, dictionary, rows, labelled, activations=activations), key=lambda m: -m.auroc)
     lines = [
         f"\n## {site}\n",
-        "Known entities and the latent that tells each best, chosen on every second row and measured on the others. "
-        "The control makes the same search for shuffled labels.\n",
         "| entity | latent | AUROC | shuffled | precision | recall | mentions |",
         "|---|---|---|---|---|---|---|",
     ]
@@ -125,9 +129,7 @@ def _latents(lm: cutaway.LanguageModel, site: str, rows: torch.Tensor) -> str:
     labels = token_summary(lm, rows, examples)
     effects = {effect.latent: effect for effect in logit_effects(lm, dictionary, drawn, k=4)}
     lines += [
-        "\nLatents drawn at random from those active on at least 100 tokens. The label is a token summary made by a "
-        "rule, with the share of held-out activations that it covers; the strongest token of an example is bold.\n",
-        "| latent | density | label | strongest examples | raises |",
+        "\n| latent | density | label | strongest examples | raises |",
         "|---|---|---|---|---|",
     ]
     for latent in drawn:
