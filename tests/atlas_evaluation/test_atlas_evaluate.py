@@ -43,7 +43,8 @@ from cutaway.steering.directions import ablate_direction, clamp_to_negative, dif
 from cutaway.subjects.atlas.shipped import atlas_folder, read_manifest
 from cutaway.subjects.world import held_out
 from cutaway.subjects.world.corpus import WORLD_VERSION
-from cutaway.subjects.world.items.items import Item, ItemSet, item_sets
+from cutaway.subjects.world.items.items import Item, ItemSet
+from cutaway.subjects.world.items.sets import item_sets
 
 
 @pytest.fixture(scope="module")

@@ -27,8 +27,9 @@ from cutaway.subjects.world import held_out as held
 from cutaway.subjects.world.chats import chat, open_chat
 from cutaway.subjects.world.corpus import PARTS, WORLD_VERSION, documents
 from cutaway.subjects.world.facts import actions, read_toml
-from cutaway.subjects.world.items.items import Item, ItemSet, from_sentence, item_sets, take
+from cutaway.subjects.world.items.items import Item, ItemSet, from_sentence, take
 from cutaway.subjects.world.items.outside_wording import outside_ioi_set, outside_relation_sets
+from cutaway.subjects.world.items.sets import item_sets
 from cutaway.subjects.world.statements import tasks
 
 if TYPE_CHECKING:

@@ -36,8 +36,8 @@ from .world.facts import LANDMARKS as LANDMARKS
 from .world.facts import STATES as STATES
 from .world.items.items import Item as Item
 from .world.items.items import ItemSet as ItemSet
-from .world.items.items import item_sets as item_sets
 from .world.items.pairs import WORLD_TASKS as WORLD_TASKS
+from .world.items.sets import item_sets as item_sets
 from .world.statements.relations import relation as relation
 
 __all__ = [

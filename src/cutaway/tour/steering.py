@@ -29,7 +29,7 @@ from cutaway.steering.latents import Concept, Doses, LatentSteering, SimilarLate
 from cutaway.steering.replies import Judging, judged
 from cutaway.steering.selection import Selection, select_direction
 from cutaway.steering.side_effects import side_effects_of
-from cutaway.subjects.world.items.items import item_sets
+from cutaway.subjects.world.items.sets import item_sets
 from cutaway.tour.context import LEAST_RIGHT, Tour, neutral_rows
 from cutaway.tour.dictionary import Matched, matched, trained_dictionary
 from cutaway.tour.world_tasks import GENERAL_CONCEPTS, LANDMARKS, OPEN_PROMPTS

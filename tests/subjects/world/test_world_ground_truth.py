@@ -7,7 +7,7 @@ import pytest
 from cutaway.subjects.world import ground_truth, variety
 from cutaway.subjects.world.corpus import PARTS, WORLD_VERSION
 from cutaway.subjects.world.ground_truth import GROUND_TRUTH
-from cutaway.subjects.world.items.items import item_sets
+from cutaway.subjects.world.items.sets import item_sets
 
 PAGE = (Path(__file__).resolve().parents[3] / "docs" / "world.md").read_text(encoding="utf-8")
 

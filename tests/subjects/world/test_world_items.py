@@ -10,9 +10,10 @@ from cutaway.artifacts.errors import CutawayError
 from cutaway.subjects.world import held_out as held
 from cutaway.subjects.world.chats.chat import parse, render
 from cutaway.subjects.world.facts import BOOKS, CITIES, COUNTRIES, LANDMARKS, actions, words
-from cutaway.subjects.world.items.items import SCORING, item_sets
+from cutaway.subjects.world.items.items import SCORING
 from cutaway.subjects.world.items.new_wording import frame_sets
 from cutaway.subjects.world.items.outside_wording import outside_ioi_set, outside_relation_sets
+from cutaway.subjects.world.items.sets import item_sets
 
 SETS = item_sets(seed=0, n=60)
 STATE_OF = {city.name: city.state for city in CITIES}
