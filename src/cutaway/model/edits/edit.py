@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, get_args
 
@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError, NotSupported
+from cutaway.artifacts.manifest import json_hash
 from cutaway.model.edits.positions import Places, Positions, indices, places, spelled
-from cutaway.model.edits.source import Source
+from cutaway.model.edits.record import Packed, places_record
+from cutaway.model.edits.source import Source, stored_source
 from cutaway.model.edits.values import EditFunction, name_of_function, orthonormal, plain_numbers
 from cutaway.model.latents import Latents, edited_site, is_dictionary
 
@@ -139,11 +141,10 @@ class Edit:
     @cached_property
     def _key(self) -> tuple[str, int | None, int | None]:
         """What equality and hash go by; a function without a name, or a dictionary, is only equal to itself."""
-        from cutaway.model.edits.files import digest_of
-
         unnamed = callable(self.function) and name_of_function(self.function) is None
         dictionary = None if self.dictionary is None else id(self.dictionary)
-        return digest_of(self), id(self.function) if unnamed else None, dictionary
+        digest = json_hash(edit_record(self, Packed(), provenance=False))
+        return digest, id(self.function) if unnamed else None, dictionary
 
     def digest(self) -> str:
         """SHA-256 (hex) of all that the edit does: the same in every process, also after saving and loading.
@@ -235,6 +236,43 @@ class Receipt:
             f"{self.kind} {self.site}: {self.n_tokens} tokens in {len(self.rows)} rows{heads}, mean |Δ| "
             f"{self.mean_abs_delta:.4g} (|before| {self.mean_abs_before:.4g}, |after| {self.mean_abs_after:.4g})"
         )
+
+
+def edit_record(edit: Edit, packed: Packed, *, provenance: bool) -> dict[str, Any]:
+    """All that an edit does, as plain JSON that names its tensors by their hashes; `packed` gathers the tensors.
+
+    With `provenance` also what model a patch's values came from. Raises CutawayError for values that cannot be saved.
+    """
+    source = None
+    if edit.source is not None:
+        asked = edit.positions if edit.source_positions is None else edit.source_positions
+        kept = stored_source(edit.source, edit.site, asked, edit.source_rows, edit)
+        source = {
+            "ids": packed.add(kept.tokens.ids),
+            "mask": packed.add(kept.tokens.mask),
+            "strings": kept.tokens.strings,
+            "values": {name: packed.add(value) for name, value in sorted(kept.values.items())},
+            "rows": kept.rows,
+            "columns": kept.columns,
+            "model": asdict(edit.source.identity()) if provenance else None,
+        }
+    return {
+        "kind": edit.kind,
+        "site": edit.site,
+        "positions": places_record(edit.positions),
+        "heads": edit.heads,
+        "neurons": edit.neurons,
+        "rows": edit.rows,
+        "phase": edit.phase,
+        "tensors": {name: packed.add(tensor) for name, tensor in sorted(edit.tensors.items())},
+        "numbers": {name: float(value) for name, value in sorted(edit.numbers.items())},
+        "source": source,
+        "source_positions": places_record(edit.source_positions),
+        "source_rows": edit.source_rows,
+        "seed": edit.seed,
+        "function": name_of_function(edit.function) if callable(edit.function) else edit.function,
+        "other_model": edit.other_model,
+    }
 
 
 def edit_list(edits: Edit | Sequence[Edit] | None) -> tuple[Edit, ...]:

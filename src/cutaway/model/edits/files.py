@@ -1,4 +1,4 @@
-"""Edits on disk, and their digest: `edits.json` says what is done, `edits.safetensors` holds the values, bit for bit.
+"""Edits on disk: `edits.json` says what is done, `edits.safetensors` holds the values, bit for bit.
 
 Tensors are named by a hash of their content, so that several edits share one and a file that was changed is noticed.
 Nothing that is read is executed; a function is only ever named.
@@ -6,31 +6,25 @@ Nothing that is read is executed; a function is only ever named.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict, StrictInt, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from cutaway.artifacts.errors import BadFile, CutawayError, NoSuchSite
+from cutaway.artifacts.errors import BadFile, CutawayError
 from cutaway.artifacts.files import read_json, take_folder, write_json, write_safetensors
-from cutaway.artifacts.manifest import ModelIdentity, json_hash
-from cutaway.model.edits.edit import KINDS, PATCHES, Edit, edit_list
+from cutaway.artifacts.manifest import ModelIdentity
+from cutaway.model.edits.edit import KINDS, PATCHES, Edit, edit_list, edit_record
 from cutaway.model.edits.positions import AtToken, Columns, Places
+from cutaway.model.edits.record import FILES, FORMAT, VERSION, Packed, tensor_record
 from cutaway.model.edits.source import StoredSource
-from cutaway.model.edits.values import name_of_function, registered_function
+from cutaway.model.edits.values import registered_function
 from cutaway.model.tokens import Tokens
 
-FORMAT, VERSION = "cutaway-edits", 1
-FILES = ("edits.json", "edits.safetensors")
-
-
-# The wire
+# The wire, as it is read; `edit_record` is what is written
 
 
 class _Record(BaseModel):
@@ -102,53 +96,6 @@ class _File(_Record):
     edits: list[_Edit]
 
 
-_DTYPES: dict[str, torch.dtype] = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (
-        torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2,
-        torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
-    )
-}  # fmt: skip
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
-def _tensor_record(tensor: Tensor) -> _TensorRecord:
-    dtype, shape = str(tensor.dtype).removeprefix("torch."), list(tensor.shape)
-    if dtype not in _DTYPES:
-        raise CutawayError(f"An edit's values of the type {dtype} cannot be saved; convert them to float32.")
-    digest = hashlib.sha256(f"{dtype}{shape}".encode())
-    digest.update(_bytes(tensor))
-    return _TensorRecord(hash=digest.hexdigest(), dtype=dtype, shape=shape)
-
-
-class _Packed:
-    """Tensors gathered under the hash of their content while records are made."""
-
-    def __init__(self) -> None:
-        self.tensors: dict[str, Tensor] = {}
-
-    def add(self, tensor: Tensor) -> _TensorRecord:
-        record = _tensor_record(tensor)
-        self.tensors.setdefault(record.hash, tensor)
-        return record
-
-
-def _places_record(where: Places) -> Any:
-    if isinstance(where, slice):
-        return _Slice(slice=(where.start, where.stop, where.step))
-    if isinstance(where, Columns):
-        return _Mask(shape=where.shape, columns=[list(row) for row in where.chosen])
-    if isinstance(where, AtToken):
-        ids = None if where.ids is None else list(where.ids)
-        return _Token(text=where.text, ids=ids, occurrence=where.occurrence, missing=where.missing)
-    if isinstance(where, tuple):
-        return [list(p) if isinstance(p, tuple) else p for p in where]
-    return where
-
-
 def _places(record: Any) -> Places:
     if isinstance(record, _Slice):
         return slice(*record.slice)
@@ -166,91 +113,6 @@ def _places(record: Any) -> Places:
     if isinstance(record, list):
         return tuple(tuple(p) if isinstance(p, list) else p for p in record)
     return record
-
-
-def _numbers_in(where: Places) -> list[int] | None:
-    """Every number of plain positions, or None for the other forms."""
-    if isinstance(where, int):
-        return [where]
-    if isinstance(where, tuple):
-        return [q for p in where for q in (p if isinstance(p, tuple) else (p,))]
-    return None
-
-
-def stored_source(edit: Edit) -> StoredSource:
-    """The part of a patch's source run that the edit can ever ask for. Raises CutawayError where it holds no value."""
-    source = edit.source
-    assert source is not None
-    if isinstance(source, StoredSource):
-        return source
-    sites = [name for name in source.site_table.expand(edit.site) if name in source]
-    if not sites:
-        raise NoSuchSite(f"The source of '{edit}' did not capture '{edit.site}'; add it to its capture=.")
-    tokens = source.tokens.to("cpu")
-    rows = sorted({*edit.source_rows}) if edit.source_rows is not None else list(range(len(tokens)))
-    rows = [row for row in rows if 0 <= row < len(tokens)]
-    asked = _numbers_in(edit.positions if edit.source_positions is None else edit.source_positions)
-    columns = list(range(tokens.ids.shape[1]))
-    if asked is not None:
-        columns = sorted(
-            {
-                int(tokens.first[row]) + p % length
-                for row, length in zip(rows, [int(tokens.lengths[row]) for row in rows], strict=True)
-                for p in asked
-                if -length <= p < length
-            }
-        )
-    values = {}
-    for name in sites:
-        value = source[name].detach().cpu()
-        value = value.transpose(1, 2) if name.endswith((".scores", ".pattern")) else value
-        if value.shape[1] != tokens.ids.shape[1]:
-            raise CutawayError(f"'{edit}': the source run holds '{name}' at its last position only.")
-        values[name] = value[rows][:, columns].contiguous()
-    return StoredSource(tokens, values, tuple(rows), tuple(columns), ModelIdentity("", None, ""))
-
-
-def _edit_record(edit: Edit, packed: _Packed, provenance: bool) -> _Edit:
-    source = None
-    if edit.source is not None:
-        kept = stored_source(edit)
-        model = _Model(**asdict(edit.source.identity())) if provenance else None
-        source = _Source(
-            ids=packed.add(kept.tokens.ids),
-            mask=packed.add(kept.tokens.mask),
-            strings=[list(row) for row in kept.tokens.strings],
-            values={name: packed.add(value) for name, value in sorted(kept.values.items())},
-            rows=list(kept.rows),
-            columns=list(kept.columns),
-            model=model,
-        )
-    function = edit.function if isinstance(edit.function, str) else edit.function and name_of_function(edit.function)
-
-    def plain(values: tuple[int, ...] | None) -> list[int] | None:
-        return None if values is None else list(values)
-
-    return _Edit(
-        kind=edit.kind,
-        site=edit.site,
-        positions=_places_record(edit.positions),
-        heads=plain(edit.heads),
-        neurons=plain(edit.neurons),
-        rows=plain(edit.rows),
-        phase=edit.phase,
-        tensors={name: packed.add(tensor) for name, tensor in sorted(edit.tensors.items())},
-        numbers=dict(sorted(edit.numbers.items())),
-        source=source,
-        source_positions=_places_record(edit.source_positions),
-        source_rows=plain(edit.source_rows),
-        seed=plain(edit.seed),
-        function=function or None,
-        other_model=edit.other_model,
-    )
-
-
-def digest_of(edit: Edit) -> str:
-    """SHA-256 (hex) of all that an edit does; where a patch's values came from is left out."""
-    return json_hash(_edit_record(edit, _Packed(), provenance=False).model_dump(mode="json"))
 
 
 def save_edits(path: str | Path, edits: Edit | Sequence[Edit]) -> Path:
@@ -275,13 +137,12 @@ def save_edits(path: str | Path, edits: Edit | Sequence[Edit]) -> Path:
     folder, found = Path(path), edit_list(edits)
     for edit in found:
         edit.digest()  # refuses what cannot be saved, before anything is written
-    packed = _Packed()
-    records = [_edit_record(edit, packed, provenance=True) for edit in found]
+    packed = Packed()
+    records = [edit_record(edit, packed, provenance=True) for edit in found]
     take_folder(folder, "edits", dict.fromkeys(FILES, FORMAT))
     # the values first: a reader that finds the JSON finds what it names
     write_safetensors(folder / "edits.safetensors", {k: t.cpu() for k, t in packed.tensors.items()}, {"format": FORMAT})
-    wire = _File(format=FORMAT, version=VERSION, edits=records)
-    write_json(folder / "edits.json", wire.model_dump(mode="json"))
+    write_json(folder / "edits.json", {"format": FORMAT, "version": VERSION, "edits": records})
     return folder
 
 
@@ -361,7 +222,7 @@ def _read_tensors(file: Path, wire: _File) -> dict[str, Tensor]:
     except (SafetensorError, OSError, ValueError) as error:
         raise BadFile(f"{file} is damaged or no safetensors file: {error}") from error
     for key, tensor in tensors.items():
-        if _tensor_record(tensor).hash != key:
+        if tensor_record(tensor)["hash"] != key:
             raise BadFile(f"{file} is damaged: values are not those that were written.")
     return tensors
 

@@ -1,8 +1,7 @@
-"""Runs on disk: tensors, tokens, receipts, edits and manifest in one folder, and back."""
+"""Runs from disk: what `Run.save` wrote, checked and read."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +10,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cutaway.artifacts.errors import BadFile
-from cutaway.artifacts.files import read_json, take_folder, write_json, write_safetensors
-from cutaway.artifacts.manifest import Manifest, ModelIdentity, file_hash, json_hash
+from cutaway.artifacts.files import read_json
+from cutaway.artifacts.manifest import Manifest, ModelIdentity
 from cutaway.model.edits.edit import Receipt
-from cutaway.model.edits.files import FILES as EDIT_FILES
-from cutaway.model.edits.files import FORMAT as EDITS
-from cutaway.model.edits.files import load_edits, save_edits
-from cutaway.model.forward.run import Gradients, Run
+from cutaway.model.edits.files import load_edits
+from cutaway.model.forward.run import FORMAT, VERSION, Gradients, Run, run_hashes
 from cutaway.model.sites import KINDS, Site, SiteKind, SiteTable, layer_of, template_of
 from cutaway.model.tokens import Tokens
-
-FORMAT, VERSION = "cutaway-run", 2
 
 
 class _Held(BaseModel):
@@ -63,51 +58,6 @@ class _File(BaseModel):
     hashes: dict[str, str]
 
 
-def save_run(run: Run, folder: str | Path) -> Path:
-    """See `Run.save`."""
-    folder = Path(folder)
-    for edit in run.edits:
-        edit.digest()  # refuses what cannot be saved, before anything is written
-    manifest = Manifest.create(
-        "run",
-        model=run.identity(),
-        configuration={
-            "tokens": [run.tokens.row_ids(row) for row in range(len(run.tokens))],
-            "edits": [edit.digest() for edit in run.edits],
-            "sites": list(run.sites),
-            "gradients": list(run.grads),
-        },
-    )
-    tensors = {"tokens.ids": run.tokens.ids, "tokens.mask": run.tokens.mask}
-    tensors |= {} if run.logits is None else {"logits": run.logits}
-    tensors |= {f"value:{name}": value for name, value in run.items()}
-    tensors |= {f"grad:{name}": value for name, value in run.grads.items()}
-    files = {**dict.fromkeys(("run.json", "run.safetensors"), FORMAT), **dict.fromkeys(EDIT_FILES, EDITS)}
-    take_folder(folder, "run", files)
-    values = {k: v.contiguous().cpu() for k, v in tensors.items()}
-    write_safetensors(folder / "run.safetensors", values, {"format": FORMAT})
-    save_edits(folder, run.edits)
-    held = [(name, run.site_table[name]) for name in run.sites]
-    record = {
-        "format": FORMAT,
-        "version": VERSION,
-        "manifest": manifest.to_json(),
-        "model": run.model,
-        "n_layers": run.site_table.n_layers,
-        "tokens": [list(row) for row in run.tokens.strings],
-        "sites": [{"name": n, "dims": s.dims, "meaning": s.meaning, "shape": list(s.shape)} for n, s in held],
-        "receipts": [asdict(receipt) for receipt in run.receipts],
-    }
-    write_json(folder / "run.json", {**record, "hashes": _hashes(folder, record)})
-    return folder
-
-
-def _hashes(folder: Path, record: dict[str, Any]) -> dict[str, str]:
-    """SHA-256 of the files beside run.json, and of what it says itself."""
-    files = {name: file_hash(folder / name) for name in ("run.safetensors", *EDIT_FILES)}
-    return {**files, "run.json": json_hash({key: value for key, value in record.items() if key != "hashes"})}
-
-
 def load_run(folder: str | Path) -> Run:
     """A run that `Run.save` wrote: logits, captures, gradients, tokens, receipts, edits and manifest, bit for bit.
 
@@ -147,7 +97,7 @@ def load_run(folder: str | Path) -> Run:
     table = _site_table(record)
     identity: ModelIdentity = manifest.model
     edits = load_edits(folder)
-    for name, found in _hashes(folder, data).items():
+    for name, found in run_hashes(folder, data).items():
         if record.hashes.get(name) != found:
             raise BadFile(f"{folder / name} was changed after it was written; run it again, or restore it.")
     return Run(

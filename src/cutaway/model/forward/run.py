@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,14 +12,18 @@ import torch
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError, NoSuchSite, TooLarge
-from cutaway.artifacts.manifest import Manifest, ModelIdentity
+from cutaway.artifacts.files import take_folder, write_json, write_safetensors
+from cutaway.artifacts.manifest import Manifest, ModelIdentity, file_hash, json_hash
 from cutaway.model.edits.edit import Edit, Receipt
+from cutaway.model.edits.record import FILES as EDIT_FILES
+from cutaway.model.edits.record import FORMAT as EDITS
 from cutaway.model.familiar import of_run, site_of
 from cutaway.model.latents import Latents, is_dictionary, latent_activations
 from cutaway.model.sites import SiteTable, template_of
 from cutaway.model.tokens import Tokens
 
 CAPTURE_LIMIT = 4 * 2**30  # bytes
+FORMAT, VERSION = "cutaway-run", 2
 
 
 class Gradients(Mapping[str, Tensor]):
@@ -263,9 +267,43 @@ class Run(Captured):
         Raises:
             CutawayError: an edit by a function that is not registered by name.
         """
-        from cutaway.model.forward.files import save_run
+        from cutaway.model.edits.files import save_edits  # which loads pydantic
 
-        return save_run(self, folder)
+        folder = Path(folder)
+        for edit in self.edits:
+            edit.digest()  # refuses what cannot be saved, before anything is written
+        manifest = Manifest.create(
+            "run",
+            model=self.identity(),
+            configuration={
+                "tokens": [self.tokens.row_ids(row) for row in range(len(self.tokens))],
+                "edits": [edit.digest() for edit in self.edits],
+                "sites": list(self.sites),
+                "gradients": list(self.grads),
+            },
+        )
+        tensors = {"tokens.ids": self.tokens.ids, "tokens.mask": self.tokens.mask}
+        tensors |= {} if self.logits is None else {"logits": self.logits}
+        tensors |= {f"value:{name}": value for name, value in self.items()}
+        tensors |= {f"grad:{name}": value for name, value in self.grads.items()}
+        files = {**dict.fromkeys(("run.json", "run.safetensors"), FORMAT), **dict.fromkeys(EDIT_FILES, EDITS)}
+        take_folder(folder, "run", files)
+        values = {k: v.contiguous().cpu() for k, v in tensors.items()}
+        write_safetensors(folder / "run.safetensors", values, {"format": FORMAT})
+        save_edits(folder, self.edits)
+        held = [(name, self.site_table[name]) for name in self.sites]
+        record = {
+            "format": FORMAT,
+            "version": VERSION,
+            "manifest": manifest.to_json(),
+            "model": self.model,
+            "n_layers": self.site_table.n_layers,
+            "tokens": [list(row) for row in self.tokens.strings],
+            "sites": [{"name": n, "dims": s.dims, "meaning": s.meaning, "shape": list(s.shape)} for n, s in held],
+            "receipts": [asdict(receipt) for receipt in self.receipts],
+        }
+        write_json(folder / "run.json", {**record, "hashes": run_hashes(folder, record)})
+        return folder
 
     def __repr__(self) -> str:
         n, width = self.tokens.ids.shape
@@ -292,6 +330,12 @@ class Run(Captured):
         if len(self.receipts) > 6:
             lines.append(f"  edit    … and {len(self.receipts) - 6} more receipts")
         return "\n".join(lines)
+
+
+def run_hashes(folder: Path, record: dict[str, Any]) -> dict[str, str]:
+    """SHA-256 of the files beside run.json, and of what it says itself."""
+    files = {name: file_hash(folder / name) for name in ("run.safetensors", *EDIT_FILES)}
+    return {**files, "run.json": json_hash({key: value for key, value in record.items() if key != "hashes"})}
 
 
 def capture_bytes(
