@@ -266,8 +266,7 @@ def superposition(*, recovery: Flag = False, out: Page = None, seed: Seed = 0, j
     """
     from cutaway.dictionaries.evaluation.recovery import recovery_sections, recovery_study
     from cutaway.draw.page import page_html
-    from cutaway.subjects.superposition.page import LEAD, toy_sections
-    from cutaway.subjects.superposition.study import toy_study
+    from cutaway.subjects.superposition.study import LEAD, toy_sections, toy_study
 
     command = command_line("subjects", "superposition", recovery=(recovery, False), out=(out, None), seed=(seed, 0))
     study = toy_study(seed=seed)
