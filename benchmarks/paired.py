@@ -126,7 +126,7 @@ def relative(value: Tensor, reference: Tensor) -> float:
 
 
 def same(row: Row, who: str, found: float, bound: float = 1e-5) -> None:
-    row.verdicts.append(judged(f"{who}: max relative difference of the numbers", found, "<=", bound))
+    row.verdicts.append(judged(f"{who}: max relative difference", found, "<=", bound))
 
 
 class PeerAbsent(Exception):

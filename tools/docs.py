@@ -30,9 +30,9 @@ def sites() -> str:
     lines = [
         "# Sites",
         "",
-        "The names under which tensors inside a model are read and edited, in the order of a forward pass. `{l}` is",
-        "a layer; `blocks.*.resid_post` and `blocks.{3..7}.resid_post` name several. `cutaway sites MODEL` prints",
-        "which of them a model has, and why one is absent.",
+        "The tensors that can be read and edited, in the order of a forward pass. `{l}` is a layer;",
+        "`blocks.*.resid_post` and `blocks.{3..7}.resid_post` name several. `cutaway sites MODEL` prints which of them",
+        "a model has, and why one is absent.",
         "",
         "Dimensions: b batch, p position, d model width, H heads, KV key-value heads, h head width, q and k",
         "destination and source position, m MLP width, V vocabulary.",

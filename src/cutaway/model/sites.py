@@ -42,48 +42,46 @@ class SiteKind:
 
 def _norm_kinds(prefix: str, where: str) -> list[SiteKind]:
     return [
-        SiteKind(f"{prefix}.scale", "b p 1", f"the divisor of {where}: sqrt(variance + eps), or the root mean square"),
-        SiteKind(f"{prefix}.normalized", "b p d", f"{where} after the division and before the gain"),
+        SiteKind(f"{prefix}.scale", "b p 1", f"divisor of the norm {where}: sqrt(variance + eps), or the RMS"),
+        SiteKind(f"{prefix}.normalized", "b p d", f"the normalized value {where}, without the gain"),
     ]
 
 
 # In the order in which a forward pass reaches them (parallel models reach ln2 and the MLP from resid_pre).
 _BLOCK = [
-    SiteKind("blocks.{l}.resid_pre", "b p d", "the stream as the layer receives it"),
-    *_norm_kinds("blocks.{l}.ln1", "the norm before attention"),
+    SiteKind("blocks.{l}.resid_pre", "b p d", "the stream before the layer"),
+    *_norm_kinds("blocks.{l}.ln1", "before attention"),
     SiteKind("blocks.{l}.attn.in", "b p d", "what enters attention: after norm and gain"),
-    SiteKind("blocks.{l}.attn.q", "b p H h", "queries as projected, before QK-norm and rotary"),
-    SiteKind("blocks.{l}.attn.k", "b p KV h", "keys as projected, before QK-norm and rotary; grouped"),
+    SiteKind("blocks.{l}.attn.q", "b p H h", "queries, before QK-norm and rotary"),
+    SiteKind("blocks.{l}.attn.k", "b p KV h", "keys, before QK-norm and rotary; grouped"),
     SiteKind("blocks.{l}.attn.v", "b p KV h", "values; grouped"),
-    SiteKind("blocks.{l}.attn.rot_q", "b p H h", "queries as the attention function receives them"),
-    SiteKind("blocks.{l}.attn.rot_k", "b p KV h", "keys as the attention function receives them; grouped"),
+    SiteKind("blocks.{l}.attn.rot_q", "b p H h", "queries that attention receives"),
+    SiteKind("blocks.{l}.attn.rot_k", "b p KV h", "keys that attention receives; grouped"),
     SiteKind("blocks.{l}.attn.scores", "b H q k", "after scale, softcap and mask; masked cells are -inf"),
     SiteKind("blocks.{l}.attn.pattern", "b H q k", "the softmax of the scores, before any dropout"),
     SiteKind("blocks.{l}.attn.z", "b p H h", "input of the output projection, by head"),
     SiteKind("blocks.{l}.attn.result", "b p H d", "z W_O by head, without the bias"),
-    *_norm_kinds("blocks.{l}.ln1_post", "the norm of what attention writes"),
+    *_norm_kinds("blocks.{l}.ln1_post", "after attention"),
     SiteKind("blocks.{l}.attn.out", "b p d", "what attention adds to the stream"),
     SiteKind("blocks.{l}.resid_mid", "b p d", "the stream between attention and MLP"),
-    *_norm_kinds("blocks.{l}.ln2", "the norm before the MLP"),
+    *_norm_kinds("blocks.{l}.ln2", "before the MLP"),
     SiteKind("blocks.{l}.mlp.in", "b p d", "what enters the MLP: after norm and gain"),
-    SiteKind("blocks.{l}.mlp.pre", "b p m", "input of the activation function (the gate of a gated MLP)"),
-    SiteKind("blocks.{l}.mlp.pre_linear", "b p m", "the ungated half of a gated MLP (up projection)"),
+    SiteKind("blocks.{l}.mlp.pre", "b p m", "input of the activation (the gate, if gated)"),
+    SiteKind("blocks.{l}.mlp.pre_linear", "b p m", "the up projection of a gated MLP"),
     SiteKind("blocks.{l}.mlp.post", "b p m", "the neurons: act(pre), or act(pre) * pre_linear"),
     SiteKind("blocks.{l}.mlp.router.logits", "b p E", "a mixture of experts: the router's output"),
-    SiteKind("blocks.{l}.mlp.router.weights", "b p E", "each expert's weight; zero where it is not chosen"),
-    SiteKind(
-        "blocks.{l}.mlp.experts.{e}.out", "b p d", "what one expert writes, weighted; zero where it is not chosen"
-    ),
-    *_norm_kinds("blocks.{l}.ln2_post", "the norm of what the MLP writes"),
+    SiteKind("blocks.{l}.mlp.router.weights", "b p E", "each expert's weight; zero where not chosen"),
+    SiteKind("blocks.{l}.mlp.experts.{e}.out", "b p d", "what one expert writes, weighted; zero where not chosen"),
+    *_norm_kinds("blocks.{l}.ln2_post", "after the MLP"),
     SiteKind("blocks.{l}.mlp.out", "b p d", "what the MLP adds to the stream"),
-    SiteKind("blocks.{l}.resid_post", "b p d", "the stream as the layer leaves it"),
+    SiteKind("blocks.{l}.resid_post", "b p d", "the stream after the layer"),
 ]
 _BEFORE = [
-    SiteKind("embed", "b p d", "what token embeddings put into the stream (after an embedding scale)"),
-    SiteKind("pos_embed", "b p d", "what learned positions add to the stream"),
+    SiteKind("embed", "b p d", "what token embeddings add (after an embedding scale)"),
+    SiteKind("pos_embed", "b p d", "what learned positions add"),
 ]
 _AFTER = [
-    *_norm_kinds("ln_final", "the norm before the unembedding"),
+    *_norm_kinds("ln_final", "before the unembedding"),
     SiteKind("logits_precap", "b p V", "logits before the final softcap"),
     SiteKind("logits", "b p V", "what the model returns"),
 ]
