@@ -57,14 +57,9 @@ def interval_text(interval: tuple[float, float]) -> str:
     return written(interval) if low == high else f"[{low}, {high}]"
 
 
-def with_interval(effect: Effect) -> str:
-    """`value [low, high]`."""
-    return number(effect.value) + ("" if effect.interval is None else f" {interval_text(effect.interval)}")
-
-
-def rate_text(rate: Rate) -> str:
-    """`share [low, high]`."""
-    return f"{number(rate.value)} {interval_text(rate.interval)}"
+def with_interval(one: Effect | Rate) -> str:
+    """`value [low, high]`, both as `number` writes them."""
+    return number(one.value) + ("" if one.interval is None else f" {interval_text(one.interval)}")
 
 
 def control(effect: Effect, name: str) -> str:
@@ -167,7 +162,7 @@ def refusal_table(checks: RefusalChecks) -> Table:
     )
 
     def row(name: str, place: str, requests: str, found: Reaction, *rest: str) -> list[str]:
-        shares = [rate_text(found.refused), rate_text(found.answered), number(found.planted.value)]
+        shares = [with_interval(found.refused), with_interval(found.answered), number(found.planted.value)]
         return [name, place, requests, *shares, *(rest or ("", "", ""))]
 
     rows = [row("none", "", "harmful", checks.harmful), row("none", "", "harmless", checks.harmless)]
@@ -223,7 +218,7 @@ def addition_table(addition: Addition) -> Table:
             "best" if dose.dose == addition.best else "",
             number(dose.chosen.refused.value),
             f"{dose.chosen_kl:.3f}",
-            *(rate_text(rate) for rate in (dose.result.refused, dose.result.answered, dose.result.planted)),
+            *(with_interval(rate) for rate in (dose.result.refused, dose.result.answered, dose.result.planted)),
             f"{dose.kl:.3f}",
             f"{dose.reply_kl:.3f}",
         ]
@@ -244,7 +239,7 @@ def matched_table(checks: RefusalChecks) -> Table:
     )
 
     def row(name: str, direction: str, length: float, kl: str, found: Reaction) -> list[str]:
-        shares = [rate_text(found.refused), rate_text(found.answered), number(found.planted.value)]
+        shares = [with_interval(found.refused), with_interval(found.answered), number(found.planted.value)]
         return [name, direction, f"×{length:.3g}", kl, *shares]
 
     def rows(name: str, own: Reaction, matched: Sequence[Matched]) -> list[list[str]]:
@@ -264,7 +259,7 @@ def open_table(checks: OpenSteering) -> Table:
     """One row an edit: whether replies in open chat name the landmark, and whether they are grammatical."""
     columns = ("edit", "n", "names it, grammatical [95 %]", "names it [95 %]", "grammatical [95 %]", "KL on facts")
     rows = [
-        [said, str(found.both.n), *(rate_text(rate) for rate in (found.both, found.named, found.grammatical)), kl]
+        [said, str(found.both.n), *(with_interval(rate) for rate in (found.both, found.named, found.grammatical)), kl]
         for said, found, kl in (
             ("none", checks.unedited, ""),
             (f"{checks.setting}, ×{checks.dose:g}", checks.result, f"{checks.kl:.3f}"),
@@ -277,7 +272,7 @@ def open_table(checks: OpenSteering) -> Table:
             str(one.grammatical.n),
             "",
             "",
-            rate_text(one.grammatical),
+            with_interval(one.grammatical),
             f"{one.kl:.3f}",
         ]
         for one in checks.collapse
@@ -347,7 +342,7 @@ def study_table(found: Evaluation) -> tuple[int, int, Table]:
         said = Rate(round(measured.opposite * measured.effect.n), measured.effect.n)
         if not _within(published, said.interval):
             worse += said.value > published
-            rows.append([name, "opposite", str(said.n), rate_text(said), number(published)])
+            rows.append([name, "opposite", str(said.n), with_interval(said), number(published)])
     return n, worse, (columns, rows)
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, overload
 
 from markupsafe import Markup
 
@@ -20,6 +20,8 @@ from cutaway.draw.style import stylesheet
 if TYPE_CHECKING:
     import pandas
     import pyarrow
+
+T = TypeVar("T")
 
 DRAWING_MARK = "cutaway's drawings"
 """In the stylesheet of every drawing."""
@@ -106,6 +108,27 @@ class Result(ABC):
         else:
             raise BadFile(f"{path.name}: a result is saved as one of {', '.join(SUFFIXES)}")
         return path
+
+
+class ResultSequence(Result, Sequence[T]):
+    """A result that is a sequence of its parts."""
+
+    @abstractmethod
+    def _items(self) -> tuple[T, ...]:
+        """The parts."""
+
+    def __len__(self) -> int:
+        return len(self._items())
+
+    def __iter__(self) -> Iterator[T]:
+        return iter(self._items())
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[T, ...]: ...
+    def __getitem__(self, index: int | slice) -> T | tuple[T, ...]:
+        return self._items()[index]
 
 
 def svg_of(drawing: str, title: str) -> str:

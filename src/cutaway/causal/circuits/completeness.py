@@ -331,7 +331,7 @@ def minimality(
     return Minimality((effect,), tuple(by_edge), tuple(by_node))
 
 
-def self_repair(
+def circuit_self_repair(
     run: RunCircuits,
     graph: EdgeGraph,
     mask: Tensor,
@@ -344,7 +344,8 @@ def self_repair(
 
     Heads of the circuit (all its nodes, where it has fewer than three) are knocked out of the whole model one by one,
     and again without the one that costs most. The growth of what a node costs is what it makes up for. The control
-    knocks out the node that costs least instead. None where fewer than three nodes can be tried.
+    knocks out the node that costs least instead. None where fewer than three nodes can be tried. (`self_repair` of
+    patching is another quantity: how much less a head costs than it writes.)
     """
     nodes = inner_nodes(graph, mask)
     heads = [node for node in nodes if "H" in graph.sources[node]]

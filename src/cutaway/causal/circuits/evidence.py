@@ -19,9 +19,9 @@ from cutaway.causal.circuits.completeness import (
     Knockout,
     Minimality,
     Removal,
+    circuit_self_repair,
     completeness,
     minimality,
-    self_repair,
 )
 from cutaway.causal.circuits.faithfulness import (
     FRACTIONS,
@@ -243,7 +243,7 @@ def gather_evidence(
     if evaluation.deep:
         complete = completeness(run, graph, mask, choices=choices, seed=seed)
         minimal = minimality(run, graph, mask, choices=choices, max_edges=evaluation.max_edges, seed=seed)
-        growth = self_repair(run, graph, mask, choices=choices, seed=seed)
+        growth = circuit_self_repair(run, graph, mask, choices=choices, seed=seed)
         effects += [*complete.effects, *minimal.effects, *(growth.effects if growth else ())]
         tables.update(knockouts=complete.knockouts, edges=minimal.edges, nodes=minimal.nodes)
         if growth is not None:

@@ -29,7 +29,7 @@ from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.results import Control, Effect
 from cutaway.artifacts.statistics import bootstrap_interval
 from cutaway.dictionaries.dictionary import Dictionary
-from cutaway.dictionaries.evaluation.figures import effect_line, effects_html, share_effect
+from cutaway.dictionaries.evaluation.figures import effects_html, figure_line, share_effect
 from cutaway.dictionaries.sparse import Places
 from cutaway.draw.result import Result
 
@@ -66,7 +66,7 @@ class Sides(Result):
 
     def summary(self) -> str:
         lines = [f"{self.labels[0]} and {self.labels[1]}: {int((self.n_active > 0).sum()):,} active latents"]
-        lines += [f"  {effect_line(one)}" for one in self.effects.values()]
+        lines += [f"  {figure_line(one)}" for one in self.effects.values()]
         return "\n".join([*lines, *(f"  note: {warning}" for warning in self.warnings())])
 
     def rows(self) -> list[dict[str, Any]]:

@@ -43,7 +43,7 @@ NAMES = {
 }
 
 
-def effect_rows(effects: Iterable[tuple[str, Effect]]) -> list[dict[str, Any]]:
+def figure_rows(effects: Iterable[tuple[str, Effect]]) -> list[dict[str, Any]]:
     """A flat row per effect: its name here, value, interval, n, units, and its first control."""
     found = []
     for name, one in effects:
@@ -65,7 +65,7 @@ def effects_html(effects: Iterable[Effect]) -> Markup:
     return Markup("").join(effect_html(effect.to_json()) for effect in effects)
 
 
-def effect_line(effect: Effect) -> str:
+def figure_line(effect: Effect) -> str:
     """An effect as a line of text: value, interval, units, controls."""
     beside = ", ".join(f"{control.name.split(',')[0]} {control.value:.4f}" for control in effect.controls)
     return f"{effect.name}: {effect.value:.4f} {interval_text(effect.interval, 4)} {effect.units}; {beside}"

@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.results import Effect
-from cutaway.dictionaries.evaluation.figures import effect_rows
+from cutaway.dictionaries.evaluation.figures import figure_rows
 from cutaway.draw.charts import Series, line_legend, line_svg
 from cutaway.draw.panels import table_html
 from cutaway.draw.result import Result
@@ -70,7 +70,7 @@ class Frontier(Result):
         return [
             {"preset": point.line, "setting": point.label, **row}
             for point in self.points
-            for row in effect_rows(point.effects.items())
+            for row in figure_rows(point.effects.items())
         ]
 
     def drawing(self) -> Markup:

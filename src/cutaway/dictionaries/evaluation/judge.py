@@ -29,9 +29,9 @@ from cutaway.dictionaries.evaluation.evaluate import ALL, RANDOM, RowSums, measu
 from cutaway.dictionaries.evaluation.figures import (
     NAMES,
     SPLICED,
-    effect_line,
-    effect_rows,
     effects_html,
+    figure_line,
+    figure_rows,
     mean_effect,
     share_effect,
     summary,
@@ -109,12 +109,12 @@ class Judgement(Result):
     def summary(self) -> str:
         shown = ("l0", "variance_explained", "cosine", "ce_recovered_mean", "ce_increase", "kl", "dead", "dense")
         lines = str(self).split("\n")[:2] + [
-            f"  {effect_line(self.effects[name])}" for name in (*shown, "stability_cosine") if name in self.effects
+            f"  {figure_line(self.effects[name])}" for name in (*shown, "stability_cosine") if name in self.effects
         ]
         return "\n".join([*lines, *([f"  {len(self.notes)} notes: see .notes"] if self.notes else [])])
 
     def rows(self) -> list[dict[str, Any]]:
-        return effect_rows((name, one) for name, one, _ in self.all_effects())
+        return figure_rows((name, one) for name, one, _ in self.all_effects())
 
     def drawing(self) -> Markup:
         parts = [Markup("<h3>{}</h3><p>{}</p>{}").format(*section) for section in judgement_sections(self)]

@@ -18,7 +18,7 @@ from cutaway.draw.result import Result
 from cutaway.observe.probes.data import ProbeData
 from cutaway.observe.probes.fitting import ProbeKind
 from cutaway.observe.probes.probe import Probe, describe
-from cutaway.observe.summaries import block, ends, sentence, spread, with_interval
+from cutaway.observe.summaries import block, ends, sentence, spread
 
 # controls that differ from site to site, and how the table heads them
 _SHORT = {"shuffled labels": "shuffled", "control task": "ctrl task", "untrained model": "untrained"}
@@ -117,11 +117,8 @@ class ProbeSweep(Result):
             f"{self.kind} probe, position rule '{data.rule}': {len(data)} examples, {data.n_groups} groups",
             f"  {self.measure} out of fold [95 % over groups], {self.folds} folds",
         ]
-        lines += [
-            f"  {self.sites[i].site:<22}{with_interval(self.sites[i].effect.value, self.sites[i].effect.interval)}"
-            for i in spread(len(self.sites), 6)
-        ]
-        lines.append(f"  site chosen inside each fold: {with_interval(self.picked.value, self.picked.interval)}")
+        lines += [f"  {self.sites[i].site:<22}{self.sites[i].effect.figure(2)}" for i in spread(len(self.sites), 6)]
+        lines.append(f"  site chosen inside each fold: {self.picked.figure(2)}")
         beside = ", ".join(f"{c.name.split(' (')[0]} {c.value:.2f}" for c in best.controls)
         return block([*lines, *sentence(f"{self.best.site} is best; beside it: {beside}", 3)])
 
@@ -269,7 +266,7 @@ class ProbeUse(Result):
             f"  {self.actions[0].effect.units} {self.before:.3g} before [95 % over groups]",
         ]
         for row in self.actions:
-            change = with_interval(row.effect.value, row.effect.interval)
+            change = row.effect.figure(2)
             lines.append(f"  {row.action:<13}{change:<23} random {row.effect.controls[1].value:.2f}")
         return block([*lines, *sentence(self.verdict, 4)])
 
