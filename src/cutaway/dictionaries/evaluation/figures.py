@@ -176,8 +176,6 @@ def share_effect(
     successes: Sequence[int],
     n: int,
     controls: Mapping[str, Sequence[int]],
-    *,
-    units: str = "share",
 ) -> tuple[Effect, tuple[float, ...]]:
     """A share of n latents that holds in each of several dictionaries, beside controls; and each one's own value.
 
@@ -196,7 +194,7 @@ def share_effect(
     for control, counts in controls.items():
         other, other_interval = measured(counts)
         stood_beside.append(Control(control, other, other_interval, n))
-    found = Effect(name, value, n, interval, tuple(stood_beside), "none", units)
+    found = Effect(name, value, n, interval, tuple(stood_beside), "none", "share")
     return found, tuple(count / n for count in successes)
 
 

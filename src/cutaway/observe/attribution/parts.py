@@ -323,8 +323,3 @@ def dla_sum_errors(lm: LanguageModel) -> dict[str, float]:
         scale = torch.maximum(values.abs().amax(1), total.abs()).clamp(min=1e-12)
         errors[by] = float(((values.sum(1) - total).abs() / scale).max())
     return errors
-
-
-def dla_sum_error(lm: LanguageModel) -> float:
-    """The largest of `dla_sum_errors`: sum of the parts against the logit difference, relative to the largest part."""
-    return max(dla_sum_errors(lm).values())

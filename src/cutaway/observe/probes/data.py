@@ -367,7 +367,7 @@ def _rows_that_fit(lm: LanguageModel, names: list[str], lengths: np.ndarray, sta
     size = 1
     while start + size < len(lengths) and size < _ROWS_A_FORWARD:
         width = int(lengths[start + size])
-        if capture_bytes(lm.sites(), names, size + 1, width, lm.dtype.itemsize, True) > _BYTES_A_FORWARD:
+        if capture_bytes(lm.sites(), names, size + 1, width, lm.dtype.itemsize) > _BYTES_A_FORWARD:
             break
         size += 1
     return size
