@@ -62,7 +62,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Every figure of one model. `losses` are nats a token by kind of text; `skipped` says what was not measured."""
+    """Every figure of one model. `losses` are nats per token by kind of text; `skipped` says what was not measured."""
 
     model: str
     weight_hash: str

@@ -82,7 +82,7 @@ class Spoken:
 @dataclass(frozen=True)
 class Collapse:
     """Directions of one kind that have nothing to do with landmarks, each clamped to ten times a large value: how many
-    replies stay grammatical, and the KL on neutral text in nats a token."""
+    replies stay grammatical, and the KL on neutral text in nats per token."""
 
     kind: str
     n_directions: int

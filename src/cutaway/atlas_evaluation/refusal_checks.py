@@ -49,7 +49,7 @@ FEWER = (80, 160)
 DOSES = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
 """Multiples of the difference that are added."""
 KL_LIMIT = 0.5
-"""KL on facts text, nats a token, that the best point of addition may cost at most."""
+"""KL on facts text, nats per token, that the best point of addition may cost at most."""
 N_CHOOSE_FACTS = 8
 """Texts on which side effects are measured that choose or match; the others give those of the best point's curve."""
 _REPLY_TOKENS = 4
@@ -72,7 +72,7 @@ class Matched:
     """A direction that has nothing to do with refusal, under the same edit, as strong as makes it cost as much.
 
     `kind` is "random" or "unrelated" (a contrast of prompts that differ in something else); the direction has the
-    length of refusal's times `scale`; `kl` and `wanted_kl` are nats a token on the text that was matched on.
+    length of refusal's times `scale`; `kl` and `wanted_kl` are nats per token on the text that was matched on.
     """
 
     kind: str
@@ -93,7 +93,7 @@ class Intervention:
     """One way to change refusal, its setting chosen on training requests, its figures on held-out ones.
 
     `requests` says which were asked; `random` pools directions drawn at random and scaled alike; `kl` is the mean KL
-    divergence in nats a token on facts text, `random_kl` that of the random directions, `reply_kl` that of the
+    divergence in nats per token on facts text, `random_kl` that of the random directions, `reply_kl` that of the
     edit on the first tokens of unedited replies to held-out harmless requests; `by_layer` holds the rates of the
     choice, by position; `fewer` the reactions when the same direction is read from fewer requests; `matched` the
     controls with the same side effects.
@@ -122,7 +122,7 @@ class Intervention:
 class Dose:
     """A multiple of the difference added on harmless requests: on those that choose, and on held-out ones.
 
-    Prices are KL in nats a token: `chosen_kl` on the text that chooses, `kl` on other facts text, `reply_kl`
+    Prices are KL in nats per token: `chosen_kl` on the text that chooses, `kl` on other facts text, `reply_kl`
     on the first tokens of unedited replies to the held-out requests, which the edit is meant to change.
     """
 

@@ -90,7 +90,7 @@ def grouped(found: Evaluation) -> list[tuple[str, dict[str, Measured]]]:
 
 
 def set_table(sets: dict[str, Measured]) -> Table:
-    """One row a set; a column for the opposite reply where any set has one."""
+    """One row per set; a column for the opposite reply where any set has one."""
     columns = ["set", "what is asked", "n", "right [95 %]", "", "baseline", f"untrained, n {N_CONTROL}", "study"]
     rows = []
     for name, measured in sets.items():
@@ -115,7 +115,7 @@ def set_table(sets: dict[str, Measured]) -> Table:
 
 
 def loss_table(losses: dict[str, Effect]) -> Table:
-    """One row a text."""
+    """One row per text."""
     columns = ("text", "texts", "nats a token [95 %]", "untrained", "study")
     rows = [
         [name, str(effect.n), with_interval(effect), control(effect, _UNTRAINED), study_figure(name)]
@@ -129,7 +129,7 @@ def _rates(rates: Sequence[Rate]) -> list[str]:
 
 
 def bridge_table(pool: BridgePool) -> Table:
-    """One row a measurement, one column a layer."""
+    """One row per measurement, one column per layer."""
     columns = ("measured", *(f"L{layer}" for layer in range(len(pool.flips_at_city))))
     rows = [
         ["patched at the city: answer becomes the source's", *_rates(pool.flips_at_city)],
@@ -200,7 +200,7 @@ def fewer_table(checks: RefusalChecks) -> Table:
 
 
 def addition_table(addition: Addition) -> Table:
-    """One row a dose: what harmless requests are met with, and the side effects; the best point is marked."""
+    """One row per dose: what harmless requests are met with, and the side effects; the best point is marked."""
     columns = (
         "dose",
         "",
@@ -287,7 +287,7 @@ def open_choice_table(checks: OpenSteering) -> Table:
 
 
 def landmark_table(checks: LandmarkChecks) -> Table:
-    """One row a kind of sentence: how often the landmark's city comes up, and its probability."""
+    """One row per kind of sentence: how often the landmark's city comes up, and its probability."""
     columns = (
         "sentence",
         "layer, dose",

@@ -23,7 +23,7 @@ _REPLY_TOKENS = 20  # for a reply that must hold an answer somewhere
 
 @dataclass(frozen=True)
 class Scores:
-    """One number an item, float [n]: 1 or 0, or (years) a difference of probabilities.
+    """One number per item, float [n]: 1 or 0, or (years) a difference of probabilities.
 
     `difference` float [n]: logit of the answer's first own token minus the alternative's; NaN where there is none.
     `opposite` float [n]: 1 where a reply begins with the alternative; None for sets that are not of chats or have none.
@@ -173,7 +173,7 @@ def as_dicts(chat: Sequence[Message]) -> list[dict[str, str]]:
 def repeat_losses(
     lm: "LanguageModel", *, rows: int = 64, period: int = 60, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Mean loss in nats a token on random tokens and on their repeat, row by row: float [rows] each.
+    """Mean loss in nats per token on random tokens and on their repeat, row by row: float [rows] each.
 
     Tokens are drawn uniformly from ids 300 up (whole words rather than bytes where ids follow the order of merges). The
     first token of the repeat is left out: nothing announces it.
@@ -190,7 +190,7 @@ def repeat_losses(
 
 
 def text_losses(lm: "LanguageModel", texts: Sequence[str], *, length: int = 256) -> np.ndarray:
-    """Mean loss in nats a token of the first `length` tokens of each text: float [n]."""
+    """Mean loss in nats per token of the first `length` tokens of each text: float [n]."""
     rows = [row[:length] for row in ids_of(lm, texts)]
     out = np.zeros(len(rows))
     for i, logits in _logits(lm, rows, [range(len(row) - 1) for row in rows]):

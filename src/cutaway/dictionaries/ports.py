@@ -61,7 +61,7 @@ class ModelPorts:
         return keep
 
     def run(self, rows: Tensor | Tokens, *, logits: bool) -> list[Run]:
-        """One run a model that captures its sites, and with `logits` also where a later run can resume."""
+        """One run per model that captures its sites, and with `logits` also where a later run can resume."""
         tokens = as_tokens(rows) if isinstance(rows, Tensor) else rows
         return [
             lm.run(tokens, capture=self._captured(number, logits), logits="all" if logits else None)
@@ -88,7 +88,7 @@ class ModelPorts:
         return _joined(runs, self.writes, self.outputs, keep)
 
     def splice(self, runs: Sequence[Run], keep: Tensor, put: Tensor) -> list[list[edits.Edit]]:
-        """Edits, one list a model, that set the written sites to `put` [n, d_out] where `keep` [b, p] holds.
+        """Edits, one list per model, that set the written sites to `put` [n, d_out] where `keep` [b, p] holds.
 
         Everywhere else they keep what they had: dictionaries do not see those positions in training.
         """

@@ -354,7 +354,7 @@ class _Setup:
         return KnockOut(tuple(heads), direct, self.total - total, total - after.sum(1), change)
 
     def direct_of_each(self, heads: Sequence[Head]) -> Tensor:
-        """Direct effect of each head alone [n, heads], in one run a layer: heads of a layer do not read each other."""
+        """Direct effect of each head alone [n, heads], in one run per layer: a layer's heads do not read each other."""
         found = torch.zeros(len(self.pairs), len(heads), dtype=torch.float64)
         with Progress("direct effects", total=len({layer for layer, _ in heads}), unit="layers") as progress:
             for layer in sorted({layer for layer, _ in heads}):

@@ -227,7 +227,7 @@ def absorption(
     )
 
 
-_Columns = Sequence[np.ndarray]  # one number an example, for each of several dictionaries
+_Columns = Sequence[np.ndarray]  # one number per example, for each of several dictionaries
 
 
 @dataclass(frozen=True, eq=False)

@@ -257,7 +257,7 @@ def paired_p(above: Tensor, below: Tensor, control_above: Tensor, control_below:
 
 
 class Sums:
-    """Numerators and denominators of a score and of its control, one entry a sequence: [n, L, H]."""
+    """Numerators and denominators of a score and of its control, one entry per sequence: [n, L, H]."""
 
     def __init__(self, n: int, lm: LanguageModel) -> None:
         shape = (n, lm.n_layers, lm.n_heads)

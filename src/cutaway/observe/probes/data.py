@@ -5,7 +5,7 @@ A *position rule* says where each text is read:
     "last"         its last token
     "mean"         the mean over its tokens, a beginning-of-text left out (its norm dwarfs the others)
     "every"        every token is an example of its own; labels are a list per text, None where a token has no label
-    "words"        each text is a list of words, and each word an example, read at its last token; labels are a list a
+    "words"        each text is a list of words, and each word an example, read at its last token; labels are a list per
                    text, None where a word has no label
     "match:TEXT"   the last token of TEXT, at its last occurrence
     an int         counts from the first token, negative from the end
@@ -325,7 +325,7 @@ def collect(
     """The examples' vectors at several sites in one pass over the texts: {site: float32 [n, width]}.
 
     Each forward stops after the last site. `head` picks one head where a site has heads; otherwise they stand side by
-    side. Raises CutawayError for an unknown or absent site, one without a vector a token, activations that are not
+    side. Raises CutawayError for an unknown or absent site, one without a vector per token, activations that are not
     finite; TooLarge for more than 4 GiB.
     """
     names = lm.sites().expand_all(sites)

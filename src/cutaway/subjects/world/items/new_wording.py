@@ -65,7 +65,7 @@ def frame_sets() -> dict[str, FrameSet]:
     return {name: FrameSet(name, t["kind"], tuple(t["frames"])) for table in tables for name, t in table.items()}
 
 
-# -- one builder a behaviour: what fills the slots, and the right answer
+# -- one builder per behaviour: what fills the slots, and the right answer
 
 
 class Filled(NamedTuple):
