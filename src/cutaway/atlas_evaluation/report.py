@@ -354,7 +354,7 @@ def _within(published: float, interval: tuple[float, float]) -> bool:
 # Terminal
 
 
-def text_table(table: Table, *, narrow: Sequence[int] = ()) -> str:
+def _text_table(table: Table, *, narrow: Sequence[int] = ()) -> str:
     """Columns padded to their widest cell; columns in `narrow` are left out."""
     columns, rows = table
     keep = [i for i in range(len(columns)) if i not in narrow]
@@ -367,20 +367,20 @@ def as_text(found: Evaluation) -> str:
     """The figures as tables for a terminal."""
     parts = [f"{found.model} ({found.weight_hash[:12]}) in world {found.world}: n {found.n} a set, seed {found.seed}"]
     for title, sets in grouped(found):
-        parts += [title.upper(), text_table(set_table(sets), narrow=(1,))]
-    parts += ["LOSSES", text_table(loss_table(found.losses))]
+        parts += [title.upper(), _text_table(set_table(sets), narrow=(1,))]
+    parts += ["LOSSES", _text_table(loss_table(found.losses))]
     for pool in found.bridge:
         title = f"TWO HOPS, {pool.pool} cities (n {pool.already_right.n}, right {pool.already_right.value:.2f})"
-        parts += [title, text_table(bridge_table(pool))]
+        parts += [title, _text_table(bridge_table(pool))]
     if found.refusal:
-        parts += ["REFUSAL", text_table(refusal_table(found.refusal))]
+        parts += ["REFUSAL", _text_table(refusal_table(found.refusal))]
     if found.refusal and found.refusal.addition:
-        parts += ["REFUSAL ADDED", text_table(addition_table(found.refusal.addition))]
-        parts += ["CONTROLS WITH THE SAME SIDE EFFECTS", text_table(matched_table(found.refusal))]
+        parts += ["REFUSAL ADDED", _text_table(addition_table(found.refusal.addition))]
+        parts += ["CONTROLS WITH THE SAME SIDE EFFECTS", _text_table(matched_table(found.refusal))]
     if found.landmarks:
-        parts += ["LANDMARKS", text_table(landmark_table(found.landmarks))]
+        parts += ["LANDMARKS", _text_table(landmark_table(found.landmarks))]
     if found.open_steering:
-        parts += ["OPEN STEERING", text_table(open_table(found.open_steering))]
+        parts += ["OPEN STEERING", _text_table(open_table(found.open_steering))]
     parts += [f"not measured: {line}" for line in found.skipped]
     return "\n\n".join(parts)
 

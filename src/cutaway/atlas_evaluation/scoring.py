@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from cutaway.model.edits.edits import Edit
     from cutaway.model.language_model import LanguageModel
 
-BATCH = 64
+_BATCH = 64
 _REPLY_TOKENS = 20  # for a reply that must hold an answer somewhere
 
 
@@ -137,8 +137,8 @@ def _logits(lm: "LanguageModel", rows: Sequence[list[int]], columns: Sequence[ra
     """
     last = f"blocks.{lm.n_layers - 1}.resid_post"
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    for start in range(0, len(order), BATCH):
-        chosen = order[start : start + BATCH]
+    for start in range(0, len(order), _BATCH):
+        chosen = order[start : start + _BATCH]
         stream = lm.run([rows[i] for i in chosen], capture=last, logits=None)[last]
         wanted = [stream[row, columns[i].start : columns[i].stop] for row, i in enumerate(chosen)]
         logits = lm.unembed(torch.cat(wanted)).float().cpu()
@@ -156,8 +156,8 @@ def replies(
     lengths = [sum(len(message.content) for message in chat) for chat in chats]
     order = sorted(range(len(chats)), key=lengths.__getitem__)
     out = [""] * len(chats)
-    for start in range(0, len(order), BATCH):
-        chosen = order[start : start + BATCH]
+    for start in range(0, len(order), _BATCH):
+        chosen = order[start : start + _BATCH]
         messages = [as_dicts(chats[i]) for i in chosen]
         generation = lm.chat(messages, max_new_tokens=max_new_tokens, edits=edits)
         for i, text in zip(chosen, generation.texts, strict=True):

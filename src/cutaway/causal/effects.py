@@ -26,7 +26,7 @@ class Effects(Result):
 
     def effect(self, name: str) -> Effect:
         """The effect whose name begins so."""
-        return named_effect(self.effects, name)
+        return _named_effect(self.effects, name)
 
     def summary(self) -> str:
         return "\n".join([f"{self.title}: n {self.effects[0].n}" if self.effects else self.title, *self._lines()])
@@ -53,7 +53,7 @@ class Effects(Result):
         return effects_drawing(self.effects, self.title)
 
 
-def named_effect(effects: Sequence[Effect], name: str) -> Effect:
+def _named_effect(effects: Sequence[Effect], name: str) -> Effect:
     """The effect whose name begins so; CutawayError with the names there are."""
     for effect in effects:
         if effect.name.startswith(name):

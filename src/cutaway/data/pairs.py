@@ -152,7 +152,7 @@ class AlignedPairs:
 
     def refusals(self) -> dict[str, int]:
         """How many pairs were left out for each kind of reason, the commonest first."""
-        return refusal_counts(self.refused)
+        return _refusal_counts(self.refused)
 
     def first_difference(self) -> Tensor:
         """Position of the first token in which clean and corrupt differ [n]; -1 where they are equal.
@@ -179,7 +179,7 @@ def _branch(prompt: list[int], answer: list[int], wrong: list[int]) -> tuple[lis
     return "one answer is the beginning of the other, so no token tells them apart"
 
 
-def refusal_counts(refused: Sequence[tuple[PromptPair, str]]) -> dict[str, int]:
+def _refusal_counts(refused: Sequence[tuple[PromptPair, str]]) -> dict[str, int]:
     """Kinds of reasons (what stands before the colon) with their counts, the commonest first."""
     return dict(Counter(reason.split(": ")[0] for _, reason in refused).most_common())
 
@@ -275,7 +275,7 @@ def aligned(
             raise CutawayError(f"the pair {pair.clean!r} / {pair.corrupt!r} does not align: {reason}")
         refused.append((pair, str(reason)))
     if not kept:
-        counts = refusal_counts(refused)
+        counts = _refusal_counts(refused)
         first = next(iter(counts), "")
         example = next((reason for _, reason in refused if reason.startswith(first)), "")
         why = f" ({example})" if example else ""

@@ -23,7 +23,7 @@ from cutaway.model.tokens import Tokens
 
 Models = LanguageModel | Sequence[LanguageModel]
 
-ROWS_A_FORWARD = 8
+_ROWS_A_FORWARD = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -244,8 +244,8 @@ def read_texts(models: Models, dictionary: Dictionary, texts: Sequence[str], at:
 
 def batches(n: int) -> Iterator[slice]:
     """Rows of one forward after another."""
-    for start in range(0, n, ROWS_A_FORWARD):
-        yield slice(start, start + ROWS_A_FORWARD)
+    for start in range(0, n, _ROWS_A_FORWARD):
+        yield slice(start, start + _ROWS_A_FORWARD)
 
 
 def _joined(runs: Sequence[Run], of: Sequence[int], ports: Sequence[Port], keep: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-DRAWING_MARK = "cutaway's drawings"
+_DRAWING_MARK = "cutaway's drawings"
 """In the stylesheet of every drawing."""
 SUFFIXES = (".json", ".html", ".svg", ".csv", ".parquet")
 
@@ -101,8 +101,8 @@ class Result(ABC):
             )
             write_page(path, page)
         elif suffix == ".svg":
-            refuse_replacing(path, "drawing", DRAWING_MARK)
-            write_text(path, svg_of(self.drawing(), self.title))
+            refuse_replacing(path, "drawing", _DRAWING_MARK)
+            write_text(path, _svg_of(self.drawing(), self.title))
         elif suffix in (".csv", ".parquet"):
             _write_table(path, _table(self.rows()))
         else:
@@ -131,7 +131,7 @@ class ResultSequence(Result, Sequence[T]):
         return self._items()[index]
 
 
-def svg_of(drawing: str, title: str) -> str:
+def _svg_of(drawing: str, title: str) -> str:
     """The first SVG element of a drawing as a file of its own, with the stylesheet inside. `BadFile` if it has none."""
     drawing = str(drawing)  # plain text: Markup would escape what is added
     start = drawing.find("<svg")

@@ -164,7 +164,7 @@ def latent_attribution(
     if not check:
         return result
     agreement = check_exactly(
-        question, result, found, check, seed=options.seed, exact=lambda nodes: exact_latents(question, features, nodes)
+        question, result, found, check, seed=options.seed, exact=lambda nodes: _exact_latents(question, features, nodes)
     )
     return replace(result, agreement=agreement)
 
@@ -180,7 +180,7 @@ def _by_column(part: Question, features: Features, base: Tensor, source: Tensor,
     return scores.transpose(1, 2), moved.any(1)
 
 
-def exact_latents(
+def _exact_latents(
     question: Question, features: Mapping[str, Features], nodes: Sequence[tuple[str, int, int]]
 ) -> Tensor:
     """How the metric really changes [nodes, n] when each node (site, unit, column) is patched: one sweep."""

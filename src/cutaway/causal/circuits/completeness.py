@@ -25,7 +25,7 @@ from cutaway.draw.charts import Bar, bars_html
 from cutaway.draw.panels import table_html
 
 _SHOWN = 16
-IDLE = 0.01  # of the whole: Wang et al.'s bar for a part that matters
+_IDLE = 0.01  # of the whole: Wang et al.'s bar for a part that matters
 
 
 @dataclass(frozen=True)
@@ -318,9 +318,9 @@ def minimality(
     by_edge = _falls(measured, 0, ours, names)
     by_node = _falls(measured, 0, of_nodes, [graph.sources[node] for node in nodes])
     by_other = _falls(measured, 1, theirs, [""] * len(others))
-    idle, control = (sum(abs(one.fall) < IDLE for one in rows) / len(rows) for rows in (by_edge, by_other))
+    idle, control = (sum(abs(one.fall) < _IDLE for one in rows) / len(rows) for rows in (by_edge, by_other))
     resampled = [
-        ((measured.resampled[:, [base]] - measured.resampled[:, block]).abs() < IDLE).double().mean(1)
+        ((measured.resampled[:, [base]] - measured.resampled[:, block]).abs() < _IDLE).double().mean(1)
         for base, block in ((0, ours), (1, theirs))
     ]
     effect = Effect(

@@ -148,7 +148,7 @@ class Evidence(Effects):
         return "\n".join([f"{self.title}, on {self.pairs}:", *map(effect_line, shown[:11])])
 
     def drawing(self) -> Markup:
-        return sections_html(evidence_sections(self))
+        return sections_html(_evidence_sections(self))
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -251,7 +251,7 @@ def gather_evidence(
     return Evidence(tuple(effects), pairs=choices.evaluation, **tables)
 
 
-def evidence_sections(evidence: Evidence) -> list[Section]:
+def _evidence_sections(evidence: Evidence) -> list[Section]:
     """Faithfulness, f by size, what is missing, stability, what is idle, self-repair."""
     return [
         ("Faithfulness", f"Measured on {evidence.pairs}.", faithfulness_drawing(evidence)),

@@ -38,7 +38,7 @@ from cutaway.model.language_model import LanguageModel
 from cutaway.model.sites import layer_of, template_of
 from cutaway.model.tokens import Tokens
 
-SITES: dict[Over, str] = {
+_SITES: dict[Over, str] = {
     "positions": "blocks.{l}.resid_post",
     "heads": "blocks.{l}.attn.z",
     "components": "blocks.{l}.{attn,mlp}.out",
@@ -143,11 +143,11 @@ def patch_grid(
         >>> grid.values.shape  # layers, heads, pairs
         torch.Size([1, 8, 8])
     """
-    if over not in SITES:
-        raise CutawayError(f"over={over!r} is not one of {', '.join(SITES)}")
+    if over not in _SITES:
+        raise CutawayError(f"over={over!r} is not one of {', '.join(_SITES)}")
     if over == "components" and site is not None:
         raise CutawayError("over components attn.out and mlp.out are patched; leave the site out, or name another grid")
-    wanted = site or SITES[over]
+    wanted = site or _SITES[over]
     rows = component_rows(lm, parts.layers) if over == "components" else every_layer(lm, wanted, parts.layers)
     return _measured(lm, pairs, rows, wanted, over, roles, parts, direction, ablation, metric, options)
 

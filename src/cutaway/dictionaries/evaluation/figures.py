@@ -16,7 +16,7 @@ from markupsafe import Markup
 from cutaway.artifacts.results import Control, Effect, Interval, interval_text
 from cutaway.artifacts.statistics import mean_intervals, resampled_intervals, student_intervals, wilson_interval
 
-RESAMPLES = 1000
+_RESAMPLES = 1000
 
 Tables = np.ndarray
 """Sums of several dictionaries by row: float64 [S, rows, columns]."""
@@ -156,7 +156,7 @@ def summary(tables: Tables, statistic: Statistic, *, seed: int = 0) -> tuple[flo
     if n_rows < 2:
         return float(each.mean()), (float("nan"), float("nan")), tuple(map(float, each))
     generator = np.random.default_rng(seed)
-    weights = generator.multinomial(n_rows, np.full(n_rows, 1 / n_rows), size=RESAMPLES).astype(np.float64)
+    weights = generator.multinomial(n_rows, np.full(n_rows, 1 / n_rows), size=_RESAMPLES).astype(np.float64)
     drawn = statistic(np.einsum("rn,snc->src", weights, tables))  # [S, resamples]
     ends = resampled_intervals(each.mean(), drawn.mean(0), weights / n_rows)
     return float(each.mean()), with_seeds(each, (float(ends[0]), float(ends[1]))), tuple(map(float, each))

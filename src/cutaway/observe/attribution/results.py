@@ -33,7 +33,7 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 4e-2, tor
 """How far the parts may miss the logit difference, relative to the largest part."""
 
 
-NOT_A_CAUSE = (
+_NOT_A_CAUSE = (
     "A share is what a part writes directly, the final scale frozen. It is not what the answer would lose without the "
     "part: later layers read it, and may make up for it."
 )
@@ -274,7 +274,7 @@ class Attribution(Result):
             "parts": [vars(part) for part in parts],
             "rest": float(self.values.mean(0).sum()) - sum(part.value for part in parts),
             "control": {"random_token_pairs": self.n_controls, "seed": self.seed},
-            "notes": [*self.notes, NOT_A_CAUSE],
+            "notes": [*self.notes, _NOT_A_CAUSE],
         }
         if self.by == "source":
             data["by_source"] = self.by_source().tolist()
@@ -311,7 +311,7 @@ class Attribution(Result):
             f"  random pairs: mean |share| of the same part for {self.n_controls} random token pairs, direction of the "
             "same length"
         )
-        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes), f"  {NOT_A_CAUSE}"])
+        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes), f"  {_NOT_A_CAUSE}"])
 
 
 def _headline(result: Attribution) -> str:
@@ -354,7 +354,7 @@ def _totals(result: Attribution) -> Section:
     if result.softcap is not None:
         capped = float(result.total_capped.mean())
         items.append({"label": "after the softcap", "value": capped, "detail": f"tanh, {result.softcap:g}"})
-    notes = " ".join([*(f"Note: {note}." for note in result.notes), NOT_A_CAUSE])
+    notes = " ".join([*(f"Note: {note}." for note in result.notes), _NOT_A_CAUSE])
     return ("The parts add up", notes, figures_html(items=items))  # type: ignore[arg-type]
 
 

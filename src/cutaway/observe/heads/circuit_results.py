@@ -18,7 +18,7 @@ from cutaway.observe.heads.maps import BALANCE, head_map, meaning
 from cutaway.observe.heads.report import Head, name
 from cutaway.observe.summaries import block
 
-COMPOSITIONS = ("q", "k", "v")
+_COMPOSITIONS = ("q", "k", "v")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -72,7 +72,7 @@ class CopyingScores(Result):
 
     def drawing(self) -> Markup:
         """A map of the heads."""
-        return sections_html([copying_section(self)])
+        return sections_html([_copying_section(self)])
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -112,7 +112,7 @@ class Composition(Result):
         return self._of(kind) - self.baseline
 
     def _of(self, kind: str) -> Tensor:
-        if kind not in COMPOSITIONS:
+        if kind not in _COMPOSITIONS:
             raise CutawayError(f"no composition is called {kind!r}; there are q, k and v")
         if kind in self.left_out:
             raise NotSupported(f"{kind.upper()}-composition of {self.model} is not measured: {self.left_out[kind]}.")
@@ -151,7 +151,7 @@ class Composition(Result):
             "left_out": self.left_out,
             "top": {
                 kind: [[name(a), name(b), value] for a, b, value in self.top(kind, 20)]
-                for kind in COMPOSITIONS
+                for kind in _COMPOSITIONS
                 if kind not in self.left_out
             },
         }
@@ -159,7 +159,7 @@ class Composition(Result):
     def __str__(self) -> str:
         random = figure_text(self.baseline, self.baseline_interval)
         lines = [f"composition in {self.model}; random heads {random}"]
-        for kind in COMPOSITIONS:
+        for kind in _COMPOSITIONS:
             if kind in self.left_out:
                 lines.append(f"  {kind.upper()}  not measured: {self.left_out[kind]}")
             else:
@@ -174,7 +174,7 @@ class Composition(Result):
     def rows(self) -> list[dict[str, Any]]:
         """One row per kind and pair of heads of different layers: score, and what it has above random heads."""
         found = []
-        for kind in COMPOSITIONS:
+        for kind in _COMPOSITIONS:
             if kind in self.left_out:
                 continue
             scores = self._of(kind)
@@ -246,7 +246,7 @@ def composition_section(composed: Composition) -> Section:
     """The pairs of heads with the largest composition scores."""
     rows = [
         [kind.upper(), name(writer), name(reader), round(value, 3), round(value - composed.baseline, 3)]
-        for kind in COMPOSITIONS
+        for kind in _COMPOSITIONS
         if kind not in composed.left_out
         for writer, reader, value in composed.top(kind)
     ]
@@ -259,7 +259,7 @@ def composition_section(composed: Composition) -> Section:
     return "Composition", text, table_html(columns=columns, rows=rows, title="Composition scores")
 
 
-def copying_section(scores: CopyingScores) -> Section:
+def _copying_section(scores: CopyingScores) -> Section:
     """A map of the copying scores."""
     what = (
         f"{meaning('copying')}. {scores.draws} random heads score {figure_text(scores.chance, scores.chance_interval)}."

@@ -29,7 +29,7 @@ LABEL_RULE = (
 )
 
 
-OF_REPETITION = ("previous", "duplicate", "induction", "induction-copying")
+_OF_REPETITION = ("previous", "duplicate", "induction", "induction-copying")
 """Kinds whose behaviour is the loss on the second copy; the others' is the loss on the user's text, if there is one."""
 REPEATED, TEXT = "second copy", "text"
 
@@ -136,7 +136,7 @@ class HeadTable(Result):
         Args:
             kind: the kind of score.
         """
-        asked = REPEATED if kind in OF_REPETITION else TEXT
+        asked = REPEATED if kind in _OF_REPETITION else TEXT
         return next((b for b in (asked, REPEATED) if b in self.effects), None)
 
     def of_kind(self, kind: str, top: int | None = None, *, labelled: bool = True) -> list[LabelledHead]:
@@ -274,7 +274,7 @@ class HeadTable(Result):
             for row in rows[:top]:
                 control = row.score.controls[0]
                 cells = f"  {name(row.head):<7}{row.score.figure(2):<20}"
-                cells += f"{control.figure(2):<22}{q_text(row.q):<9}"
+                cells += f"{control.figure(2):<22}{_q_text(row.q):<9}"
                 for effect in row.effects:
                     cells += f"{effect.figure(3):<26}{effect.controls[0].value:<8.3f}"
                 lines.append(cells.rstrip())
@@ -296,7 +296,7 @@ class HeadTable(Result):
         return self.text()
 
 
-def q_text(q: float) -> str:
+def _q_text(q: float) -> str:
     """A q-value in a table: two digits, "–" where there is none."""
     return "–" if q != q else f"{q:.2g}"
 
@@ -359,7 +359,7 @@ def _labelled(table: HeadTable, kinds: Sequence[str], top: int) -> Markup:
         control = row.score.controls[0]
         line = [row.kind, name(row.head)]
         line += [row.score.figure(2), control.figure(2)]
-        line += [q_text(row.q)]
+        line += [_q_text(row.q)]
         for effect in row.effects:
             others = effect.require_controls().controls[0]
             line += [effect.figure(3), f"{others.value:.3f}"]

@@ -36,7 +36,7 @@ Position = str | int | Sequence[int] | Sequence[str]
 Label = str | int | float | bool | None
 Texts = Inputs | Sequence[Sequence[str]]
 """Texts, rows of token ids, Tokens; lists of words with the position rule "words"."""
-MEMORY = 4 * 2**30
+_MEMORY = 4 * 2**30
 _BYTES_A_FORWARD = 1 << 27
 _ROWS_A_FORWARD = 64
 
@@ -331,10 +331,10 @@ def collect(
     names = lm.sites().expand_all(sites)
     widths = {name: site_width(lm, name, head) for name in names}
     needed = 4 * len(data) * sum(widths.values())
-    if needed > MEMORY:
+    if needed > _MEMORY:
         raise TooLarge(
-            f"The probes' inputs would hold {needed / 2**30:.1f} GiB, above {MEMORY / 2**30:.0f} GiB; name fewer sites "
-            "or give fewer examples."
+            f"The probes' inputs would hold {needed / 2**30:.1f} GiB, above {_MEMORY / 2**30:.0f} GiB; name fewer "
+            "sites or give fewer examples."
         )
     found = {name: np.empty((len(data), width), dtype=np.float32) for name, width in widths.items()}
     lengths = data.tokens.lengths.cpu().numpy()

@@ -332,13 +332,13 @@ def sweep_sections(sweep: ProbeSweep) -> list[Section]:
     )
     sections: list[Section] = []
     if len(sweep.sites) > 1:
-        series = layer_series(sweep)
+        series = _layer_series(sweep)
         drawing = line_svg(series=series, title=f"{sweep.measure} by site", x_label="layer", y_label=sweep.measure)
         sections.append((f"{sweep.measure} by site", note, Markup(drawing) + line_legend(series)))
         note = "It was chosen by this score, so it flatters itself a little. "
     sections += [
         (f"{best.site} beside its controls", note, effect_html(best.effect.to_json())),
-        ("Every figure", table_note(sweep), table_html(**sweep_table(sweep), title="probes by site")),
+        ("Every figure", _table_note(sweep), table_html(**_sweep_table(sweep), title="probes by site")),
     ]
     if best.reliability is not None:
         sections.append(_reliability(best.reliability, best.site))
@@ -369,7 +369,7 @@ def _reliability(found: Reliability, site: str) -> Section:
 def use_section(used: ProbeUse) -> Section:
     """Each action's effect beside its controls."""
     drawings = Markup("").join(
-        Markup("<h3>{}</h3>").format(action_title(row.action, used.towards)) + effect_html(row.effect.to_json())
+        Markup("<h3>{}</h3>").format(_action_title(row.action, used.towards)) + effect_html(row.effect.to_json())
         for row in used.actions
     )
     text = (
@@ -381,7 +381,7 @@ def use_section(used: ProbeUse) -> Section:
     return f"Does the model use it? Edits along the probe at {used.site}", text, drawings
 
 
-def action_title(action: str, towards: str | None) -> str:
+def _action_title(action: str, towards: str | None) -> str:
     """An action as a heading."""
     goal = towards or "high values"
     return {
@@ -392,7 +392,7 @@ def action_title(action: str, towards: str | None) -> str:
     }[action]
 
 
-def layer_series(sweep: ProbeSweep) -> list[Series]:
+def _layer_series(sweep: ProbeSweep) -> list[Series]:
     """The curves of the page: the probe, what differs by site beside it, and flat lines for the rest."""
     layers = [row.layer for row in sweep.sites]
     known = [layer for layer in layers if layer is not None]
@@ -413,7 +413,7 @@ def layer_series(sweep: ProbeSweep) -> list[Series]:
     return series
 
 
-def sweep_table(sweep: ProbeSweep) -> dict[str, Any]:
+def _sweep_table(sweep: ProbeSweep) -> dict[str, Any]:
     """Columns and rows of every figure, as `table_html` takes them."""
     columns = ["site", sweep.measure, "95 % interval", "q"]
     first = sweep.sites[0]
@@ -439,7 +439,7 @@ def sweep_table(sweep: ProbeSweep) -> dict[str, Any]:
     return {"columns": columns, "rows": rows}
 
 
-def table_note(sweep: ProbeSweep) -> str:
+def _table_note(sweep: ProbeSweep) -> str:
     """What stands over the table."""
     parts = [
         "“folds by row” deals single rows into folds, so that a group stands on both sides: its excess is what leaks. "

@@ -47,7 +47,7 @@ from cutaway.subjects.world.morphology import (
 from cutaway.subjects.world.statements import tasks
 
 Slots = Mapping[str, str]
-FRAME_FILES = ("frames.toml", *(f"frames_{part}.toml" for part in (
+_FRAME_FILES = ("frames.toml", *(f"frames_{part}.toml" for part in (
     "support", "jailbreak", "roles", "passages", "cutoff", "couplets", "orders", "open_chat"
 )))  # fmt: skip
 
@@ -61,7 +61,7 @@ class FrameSet(NamedTuple):
 @cache
 def frame_sets() -> dict[str, FrameSet]:
     """The new wording of each behaviour, as committed before training: `data/frames.toml` and `data/frames_*.toml`."""
-    tables = [read_toml(file) for file in FRAME_FILES]
+    tables = [read_toml(file) for file in _FRAME_FILES]
     return {name: FrameSet(name, t["kind"], tuple(t["frames"])) for table in tables for name, t in table.items()}
 
 
