@@ -73,7 +73,7 @@ def cutaway(load: Load) -> Method:
     from cutaway.causal.circuits.gradient_scores import eap, eap_ig
     from cutaway.causal.circuits.runs import run_circuits
     from cutaway.causal.edge_graph import EdgeGraph
-    from cutaway.data.pairs import PromptPair, align
+    from cutaway.data.pairs import PromptPair, aligned
     from cutaway.model.language_model import attach
 
     lm = attach(AutoModelForCausalLM.from_pretrained(load.folder).eval(), name="random")
@@ -81,7 +81,7 @@ def cutaway(load: Load) -> Method:
     graph = EdgeGraph.of(lm)
     data = load_file(load.data)
     rows = zip(*(data[name].tolist() for name in COLUMNS), strict=True)
-    pairs = align(lm, [PromptPair(tuple(a), tuple(b), answer, wrong) for a, b, answer, wrong in rows], strict=True)
+    pairs = aligned(lm, [PromptPair(tuple(a), tuple(b), answer, wrong) for a, b, answer, wrong in rows], strict=True)
 
     def logits(options: dict[str, Any]) -> Any:
         return lm.run(pairs.clean, logits="last").logits

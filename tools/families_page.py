@@ -59,7 +59,7 @@ def measure(family: str) -> Parity:
     from bed import bed_model
 
     from cutaway.model.language_model import attach
-    from cutaway.observe.attribution.parts import dla_sum_error
+    from cutaway.observe.attribution.parts import dla_sum_errors
 
     residuals, equal, checks, dla, model_class = {}, True, 0, float("nan"), ""
     for name in DTYPES:
@@ -78,7 +78,7 @@ def measure(family: str) -> Parity:
         test = lm.selftest()
         residuals[name] = max(row.residual for row in test.checks)
         if dtype == torch.float32:
-            checks, dla, model_class = len(test.checks), dla_sum_error(lm), type(lm.hf).__name__
+            checks, dla, model_class = len(test.checks), max(dla_sum_errors(lm).values()), type(lm.hf).__name__
     return Parity(family, model_class, equal, residuals, checks, dla)
 
 

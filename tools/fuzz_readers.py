@@ -31,7 +31,7 @@ from cutaway.data.harvesting.journal import Folder
 from cutaway.data.harvesting.settings import Storage
 from cutaway.data.harvesting.store import Store
 from cutaway.data.labelled.rows import read_rows
-from cutaway.data.pairs import align
+from cutaway.data.pairs import aligned
 from cutaway.data.tasks.files import read_distinct_pairs, task_from_file
 from cutaway.dictionaries.training.sources import StoreSource
 from cutaway.observe.probes.data import probe_data
@@ -88,7 +88,7 @@ def _read_pairs(folder: Path) -> None:
     def read(file: Path) -> None:
         found = read_distinct_pairs(file)
         if file.name == "task.json":  # the tiny tokenizer lacks the words of the others
-            align(tiny(), [*found.pairs, *found.held_out])
+            aligned(tiny(), [*found.pairs, *found.held_out])
         task_from_file(file)
 
     each_file(folder, read)

@@ -12,7 +12,7 @@ import torch
 import cutaway
 from cutaway.causal.accuracy import task_accuracy
 from cutaway.causal.task_results import TaskResults, try_task, try_tasks
-from cutaway.data.pairs import PromptPair, align
+from cutaway.data.pairs import PromptPair, aligned
 from cutaway.data.tasks.registry import all_tasks, known_task
 from cutaway.data.tasks.tasks import TASKS
 from cutaway.data.tasks.wording import Split
@@ -24,11 +24,11 @@ def test_task_accuracy_is_a_count(tiny: LanguageModel, id_pairs) -> None:
     pairs = id_pairs(30, None)
     found = task_accuracy(tiny, pairs, batch_rows=7)
     top = task_accuracy(tiny, pairs, criterion="top1")
-    aligned = align(tiny, pairs)
+    ready = aligned(tiny, pairs)
     both = clean = top1 = 0
     for i in range(30):
         logits = [tiny.run([list(side)]).logits[0, -1] for side in (pairs[i].clean, pairs[i].corrupt)]  # type: ignore[arg-type, index]
-        a, w = int(aligned.answer[i]), int(aligned.wrong[i])
+        a, w = int(ready.answer[i]), int(ready.wrong[i])
         good, other = bool(logits[0][a] > logits[0][w]), bool(logits[1][w] > logits[1][a])
         clean, both = clean + good, both + (good and other)
         top1 += int(logits[0].argmax()) == a and int(logits[1].argmax()) == w

@@ -14,7 +14,7 @@ from cutaway.causal.paths.path_patching import path_patch
 from cutaway.causal.task_results import TaskResult, TaskResults
 from cutaway.causal.tracing.prompts import FactPrompt
 from cutaway.causal.tracing.trace import causal_trace
-from cutaway.data.pairs import PromptPair, align
+from cutaway.data.pairs import PromptPair, aligned
 from cutaway.data.tasks.tasks import TASKS
 from cutaway.draw.result import Result
 from cutaway.model.language_model import LanguageModel
@@ -27,8 +27,8 @@ def _accuracy(tiny: LanguageModel, pairs: list[PromptPair]) -> Result:
 
 
 def _tasks(tiny: LanguageModel, pairs: list[PromptPair]) -> Result:
-    aligned = align(tiny, pairs)
-    tried = TaskResult(TASKS[0], aligned, task_accuracy(tiny, aligned), "right on 1 of 9")
+    ready = aligned(tiny, pairs)
+    tried = TaskResult(TASKS[0], ready, task_accuracy(tiny, ready), "right on 1 of 9")
     return TaskResults("tiny", (tried, TaskResult(TASKS[1], None, None, "cannot be read", "held_out")))
 
 

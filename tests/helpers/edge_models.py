@@ -7,7 +7,7 @@ import torch
 from bed import BED, bed_model  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
-from cutaway.data.pairs import AlignedPairs, PromptPair, align
+from cutaway.data.pairs import AlignedPairs, PromptPair, aligned
 from cutaway.model.language_model import LanguageModel, attach
 
 FAMILIES = (
@@ -50,7 +50,7 @@ def pairs_for(lm: LanguageModel, lengths: Sequence[int] = (7, 7, 6, 5), seed: in
         if i % 2:
             other[4] = (ids[4] + 7) % (lm.d_vocab - 3) + 3
         found.append(PromptPair(tuple(ids), tuple(other), 5 + i, 9 + i))
-    return align(lm, found)
+    return aligned(lm, found)
 
 
 def difference(logits: Tensor, pairs: AlignedPairs) -> Tensor:

@@ -16,7 +16,7 @@ import cutaway
 from cutaway.artifacts.errors import CutawayError
 from cutaway.causal.tracing.prompts import FactPrompt, answered
 from cutaway.cli.main import main
-from cutaway.data.pairs import PromptPair, align
+from cutaway.data.pairs import PromptPair, aligned
 from cutaway.model.language_model import LanguageModel
 from cutaway.model.naming import matches, single_token
 from cutaway.observe.attribution.attribution import attribute
@@ -94,14 +94,14 @@ def test_ids_name_tokens_wherever_a_token_is_named(atlas: LanguageModel) -> None
     assert known.answers.tolist() == [austin]
     other = prompt.replace("Dallas", "Portland")
     for answer, wrong in [(f"#{austin}", f"#{salem}"), (f"#{austin}", " Salem")]:
-        aligned = align(atlas, [PromptPair(prompt, other, answer, wrong)])
-        assert (aligned.answer.tolist(), aligned.wrong.tolist()) == ([austin], [salem])
+        ready = aligned(atlas, [PromptPair(prompt, other, answer, wrong)])
+        assert (ready.answer.tolist(), ready.wrong.tolist()) == ([austin], [salem])
     several = PromptPair(prompt, other, f"#{austin}", " Salem", answers=(f"#{austin}",), wrongs=(f"#{salem}",))
-    aligned = align(atlas, [several])
-    assert aligned.answers is not None
-    assert aligned.answers[0].nonzero()[:, 0].tolist() == [austin]
+    ready = aligned(atlas, [several])
+    assert ready.answers is not None
+    assert ready.answers[0].nonzero()[:, 0].tolist() == [austin]
     with pytest.raises(CutawayError, match="has no token 9999999"):
-        align(atlas, [PromptPair(prompt, other, "#9999999", " Salem")])
+        aligned(atlas, [PromptPair(prompt, other, "#9999999", " Salem")])
 
 
 def test_a_token_spelled_like_an_id_is_written_with_a_backslash(spaced: LanguageModel, atlas: LanguageModel) -> None:

@@ -84,7 +84,7 @@ class Manifest:
         settings = plain(configuration or {})
         version = code_version()
         return cls(
-            id=manifest_id(
+            id=_manifest_id(
                 kind=kind,
                 model=model,
                 corpus_hash=corpus_hash,
@@ -134,7 +134,7 @@ class Manifest:
 
     def recomputed_id(self) -> str:
         """The id that the other fields give."""
-        return manifest_id(
+        return _manifest_id(
             kind=self.kind,
             model=self.model,
             corpus_hash=self.corpus_hash,
@@ -156,7 +156,7 @@ def _check_types(manifest: Manifest) -> None:
         raise BadFile("the manifest is damaged: its configuration is not an object")
 
 
-def manifest_id(
+def _manifest_id(
     *,
     kind: str,
     model: ModelIdentity | None,

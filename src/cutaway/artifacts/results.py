@@ -47,6 +47,11 @@ def interval_text(interval: Interval | None, decimals: int = 3, *, signed: bool 
 _MOST_DECIMALS = 9
 
 
+def figure_text(value: float, interval: Interval | None, decimals: int = 3) -> str:
+    """A value with its interval, if it has one, as a cell of a table: "0.830 [0.790, 0.871]"."""
+    return f"{value:.{decimals}f}" + ("" if interval is None else f" {interval_text(interval, decimals)}")
+
+
 @dataclass(frozen=True)
 class Control:
     """What the same measurement gives where no effect is expected: a random direction, shuffled labels, ..."""
@@ -60,13 +65,21 @@ class Control:
     n: int | None = None
     """Over how many draws or examples."""
 
+    def figure(self, decimals: int = 3) -> str:
+        """The value with its interval, as `Effect.figure` writes them.
+
+        Args:
+            decimals: Of the value, and at the least of the interval.
+        """
+        return figure_text(self.value, self.interval, decimals)
+
     def text(self, decimals: int = 3) -> str:
         """The control in words: "random direction 0.020 [-0.010, 0.050]".
 
         Args:
             decimals: Of the value, and at the least of the interval.
         """
-        return f"{self.name} {_measured(self.value, self.interval, decimals)}"
+        return f"{self.name} {self.figure(decimals)}"
 
     def to_json(self) -> dict[str, Any]:
         """The control as JSON; a value that is not finite is a string, so that nothing is lost."""
@@ -150,7 +163,7 @@ class Effect:
         Args:
             decimals: Of the value, and at the least of the interval.
         """
-        return _measured(self.value, self.interval, decimals)
+        return figure_text(self.value, self.interval, decimals)
 
     def text(self, decimals: int = 3) -> str:
         """Value, interval, units, n and controls in one line.
@@ -207,10 +220,6 @@ class Effect:
             command=data["command"],
             choices=Choices.from_json(data["choices"]) if data.get("choices") else None,
         )
-
-
-def _measured(value: float, interval: Interval | None, decimals: int) -> str:
-    return f"{value:.{decimals}f}" + ("" if interval is None else f" {interval_text(interval, decimals)}")
 
 
 def _number(value: float) -> float | str:

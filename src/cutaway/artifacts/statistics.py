@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
 
-FEWEST, MOST = 4, 400
+_FEWEST, _MOST = 4, 400
 """From how many examples on, and up to how many, an interval takes the skew of the values from resamples. Of fewer
 there is too little to see it by, among more there is none left in the mean: Student's t does."""
 _NARROWEST, _WIDEST = 0.9, 2.5
@@ -121,7 +121,7 @@ def ratio_intervals(
     known = np.flatnonzero(np.isfinite(a.sum(0)) & np.isfinite(b.sum(0)) & (b.sum(0) != 0))
     if len(known) == 0:
         return ends.reshape(2, *shape)
-    weights = bootstrap_weights(n, n_resamples, seed) if FEWEST <= n <= MOST else None
+    weights = bootstrap_weights(n, n_resamples, seed) if _FEWEST <= n <= _MOST else None
     with np.errstate(divide="ignore", invalid="ignore"):
         for part in np.split(known, range(256, len(known), 256)):  # [resamples, columns] at a time
             x, y = a[:, part], b[:, part]
@@ -163,7 +163,7 @@ def resampled_intervals(
     off = np.where(np.isfinite(flat), flat - middle, 0.0)
     moves = np.linalg.lstsq(weights, off, rcond=None)[0]
     moves -= moves.mean(0)
-    if n < FEWEST:
+    if n < _FEWEST:
         ends[:, some] = _student(middle, moves, level)
     else:
         squares = weights @ moves**2 - (weights @ moves) ** 2

@@ -15,7 +15,7 @@ from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.statistics import wilson_interval
 from cutaway.atlas_evaluation.scoring import ids_of
 from cutaway.causal.patching.patch import PatchOptions, patch_grid
-from cutaway.data.pairs import PromptPair, align
+from cutaway.data.pairs import PromptPair, aligned
 from cutaway.observe.lens.logit_lens import LogitLens, logit_lens
 from cutaway.subjects.world.facts import CITIES
 from cutaway.subjects.world.held_out import two_hop_entity
@@ -122,7 +122,7 @@ def two_hop_bridge(lm: "LanguageModel", *, held_out: bool, n: int = 100, seed: i
         ]
         # forced: the prompt that asks for the abbreviation is no prompt that the capital answers
         options = PatchOptions(draws=1, force=True)
-        found = patch_grid(lm, align(lm, pairs, strict=True), roles=roles, options=options).flips
+        found = patch_grid(lm, aligned(lm, pairs, strict=True), roles=roles, options=options).flips
         return [[rate(layer[column].numpy()) for layer in found] for column in range(len(roles))]
 
     states = sorted({city.state for city in _cities(lm, False) + _cities(lm, True)})

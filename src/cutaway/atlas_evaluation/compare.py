@@ -59,7 +59,7 @@ def compare(candidate: Evaluation, other: Evaluation, headlines: Sequence[str] =
     rows = {name: pair for name, pair in both.items() if any(mark in name for mark in untrained_on)}
     causal = {}
     if candidate.bridge and other.bridge and candidate.refusal and other.refusal:
-        mine, theirs = causal_figures(candidate), causal_figures(other)
+        mine, theirs = _causal_figures(candidate), _causal_figures(other)
         causal = {name: (mine[name], theirs[name]) for name in mine}
     held_out, everything = _differences(rows), _differences(both)
     return Comparison(
@@ -78,7 +78,7 @@ def _differences(pairs: dict[str, tuple[float, float]]) -> np.ndarray:
     return np.array([mine - theirs for mine, theirs in pairs.values()])
 
 
-def causal_figures(found: Evaluation) -> dict[str, float]:
+def _causal_figures(found: Evaluation) -> dict[str, float]:
     """The causal checks in one number each: the best layer's rate, over that of the control."""
     assert found.refusal is not None
     held_out = found.bridge[-1]

@@ -62,7 +62,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Every figure of one model. `losses` are nats a token by kind of text; `skipped` says what was not measured."""
+    """Every figure of one model. `losses` are nats per token by kind of text; `skipped` says what was not measured."""
 
     model: str
     weight_hash: str
@@ -127,14 +127,14 @@ def evaluate(
     with Progress("items", total=len(sets) + 2 + (5 if causal else 0), unit="sets") as progress:
         for name, one in sets.items():
             scores[name] = score(lm, one)
-            chance[name] = score(twin, first_items(one, N_CONTROL))
+            chance[name] = score(twin, _first_items(one, N_CONTROL))
             progress.advance(note=name)
-        losses |= repeat_effects(repeat_losses(lm), repeat_losses(twin))
+        losses |= _repeat_effects(repeat_losses(lm), repeat_losses(twin))
         progress.advance(note="induction")
         for name, texts in held_out_texts(max(8, n // 12)).items():
             losses[name] = loss_effect(name, text_losses(lm, texts), text_losses(twin, texts[:4]))
         mixture = world_text(_MIXTURE_CHARACTERS, "evaluation-mixture")
-        losses["world"] = mixture_effect(world_losses(lm, mixture), world_losses(twin, mixture[::40]))
+        losses["world"] = _mixture_effect(world_losses(lm, mixture), world_losses(twin, mixture[::40]))
         progress.advance(note="losses")
         if causal:
             for held_out in (False, True):
@@ -182,7 +182,7 @@ def evaluate(
 # Sets of items
 
 
-def first_items(one: ItemSet, n: int) -> ItemSet:
+def _first_items(one: ItemSet, n: int) -> ItemSet:
     """The set with its first `n` items only (they are in random order)."""
     return ItemSet(one.name, one.measures, one.scored, one.items[:n], one.separator)
 
@@ -368,7 +368,7 @@ def loss_effect(name: str, losses: np.ndarray, untrained: np.ndarray) -> Effect:
     )
 
 
-def mixture_effect(found: tuple[np.ndarray, np.ndarray], untrained: tuple[np.ndarray, np.ndarray]) -> Effect:
+def _mixture_effect(found: tuple[np.ndarray, np.ndarray], untrained: tuple[np.ndarray, np.ndarray]) -> Effect:
     """Nats a token over documents of all parts by their shares, with an interval over documents."""
     nats, counts = found
     low, high = ratio_intervals(nats, counts)
@@ -383,7 +383,9 @@ def mixture_effect(found: tuple[np.ndarray, np.ndarray], untrained: tuple[np.nda
     )
 
 
-def repeat_effects(found: tuple[np.ndarray, np.ndarray], untrained: tuple[np.ndarray, np.ndarray]) -> dict[str, Effect]:
+def _repeat_effects(
+    found: tuple[np.ndarray, np.ndarray], untrained: tuple[np.ndarray, np.ndarray]
+) -> dict[str, Effect]:
     """Losses on random tokens and on their repeat."""
     names = ("random tokens", "their repeat")
     return {name: loss_effect(name, found[i], untrained[i]) for i, name in enumerate(names)}

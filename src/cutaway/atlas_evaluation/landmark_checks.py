@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
     from cutaway.model.language_model import LanguageModel
 
-WORDINGS = ("The {x}", "I read that the {x}", "We took a photo of the {x}")
+_WORDINGS = ("The {x}", "I read that the {x}", "We took a photo of the {x}")
 """Where a landmark's stream is read; each ends with the landmark."""
-SENTENCES: dict[str, tuple[str, ...]] = {
+_SENTENCES: dict[str, tuple[str, ...]] = {
     "sentences that name no landmark": (
         "The famous tower is in the city of",
         "The landmark is located in",
@@ -96,7 +96,7 @@ def landmark_checks(lm: "LanguageModel", *, seed: int = 0) -> LandmarkChecks:
     drawn = torch.randn(known.units.shape, generator=torch.Generator().manual_seed(seed))
     at_random = replace(known, units=torch.nn.functional.normalize(drawn, dim=-1))
     kinds = []
-    for kind in SENTENCES:
+    for kind in _SENTENCES:
         shares = {dose: [float(found[kind][0].mean()) for found in layers] for dose, layers in tried.items()}
         dose = max(DOSES, key=lambda d: max(shares[d]))
         layer = int(np.argmax(shares[dose]))
@@ -142,7 +142,7 @@ def landmark_directions(
 
 def _read(lm: "LanguageModel", seed: int) -> _Landmarks:
     names = [landmark.name for landmark in LANDMARKS]
-    units, values = landmark_directions(lm, WORDINGS, ("resid_post",))["resid_post"]
+    units, values = landmark_directions(lm, _WORDINGS, ("resid_post",))["resid_post"]
     cities = torch.tensor([first_token(lm, landmark.city) for landmark in LANDMARKS])
     lengths = [len(ids) for ids in ids_of(lm, names)]
     rng = Random(f"other landmarks-{seed}")
@@ -158,11 +158,11 @@ def _clamped(lm: "LanguageModel", known: _Landmarks, chosen: Sequence[int], laye
 
     The clamp is on every token but beginning-of-text; there is none where `layer` is None.
     """
-    kinds = [kind for kind, sentences in SENTENCES.items() for _ in sentences]
-    rows: dict[str, list[tuple[bool, float]]] = {kind: [] for kind in SENTENCES}
+    kinds = [kind for kind, sentences in _SENTENCES.items() for _ in sentences]
+    rows: dict[str, list[tuple[bool, float]]] = {kind: [] for kind in _SENTENCES}
     for i in chosen:
         other = known.names[known.others[i]]
-        tokens = lm.tokens([sentence.format(x=other) for some in SENTENCES.values() for sentence in some])
+        tokens = lm.tokens([sentence.format(x=other) for some in _SENTENCES.values() for sentence in some])
         edits = []
         if layer is not None:
             value = dose * float(known.values[layer, i])
@@ -199,7 +199,7 @@ def _effect(name: str, units: str, measured: Sequence[np.ndarray]) -> Effect:
 
 
 def _replaced(lm: "LanguageModel", known: _Landmarks) -> list[Rate]:
-    sentence = SENTENCES["sentences that name another landmark"][0]
+    sentence = _SENTENCES["sentences that name another landmark"][0]
     before, name = sentence.split("{x}")[0], ids_of(lm, [f"{sentence.split('{x}')[0]}{name}" for name in known.names])
     start = len(ids_of(lm, [before.rstrip()])[0])
     pairs = [(i, j) for i, j in enumerate(known.others) if len(name[i]) == len(name[j])]

@@ -40,11 +40,11 @@ Grammatical = Callable[[str], bool]
 DOSES = (0.5, 1.0, 2.0, 4.0, 8.0)
 """Multiples of the handle's own value."""
 SITES = ("resid_post", "mlp.out")
-COLLAPSE_DOSE = 10.0
+_COLLAPSE_DOSE = 10.0
 N_CHOOSE = 16
 """Landmarks that choose site, layer and dose."""
 N_UNRELATED = 10
-MAX_NEW_TOKENS = 40
+_MAX_NEW_TOKENS = 40
 _YESTERDAY, _PLAN = "What did you do yesterday?", "Where should I go this summer?"
 WORDINGS = (
     "The {x}",
@@ -82,7 +82,7 @@ class Spoken:
 @dataclass(frozen=True)
 class Collapse:
     """Directions of one kind that have nothing to do with landmarks, each clamped to ten times a large value: how many
-    replies stay grammatical, and the KL on neutral text in nats a token."""
+    replies stay grammatical, and the KL on neutral text in nats per token."""
 
     kind: str
     n_directions: int
@@ -182,10 +182,10 @@ def in_turn(handles: Sequence[Handle], n: int, dose: float) -> "list[Edit]":
 def spoken_replies(
     lm: "LanguageModel", prompts: Sequence[Chat], handles: Sequence[Handle] = (), dose: float = 1.0
 ) -> list[str]:
-    """Greedy replies of at most `MAX_NEW_TOKENS` tokens, the handles in turn clamped on every token, new ones too."""
+    """Greedy replies of at most `_MAX_NEW_TOKENS` tokens, the handles in turn clamped on every token, new ones too."""
     tokens = lm.chat_tokens([as_dicts(prompt) for prompt in prompts])
     edits = in_turn(handles, len(prompts), dose) if handles else []
-    generation = lm.generate(tokens, max_new_tokens=MAX_NEW_TOKENS, edits=edits)
+    generation = lm.generate(tokens, max_new_tokens=_MAX_NEW_TOKENS, edits=edits)
     return [text.strip() for text in generation.texts]
 
 
@@ -283,9 +283,9 @@ def collapse(
     neutral: Sequence[str],
     grammatical: Grammatical,
 ) -> Collapse:
-    """Clamp each handle to `COLLAPSE_DOSE` times its value, prompts and texts in turn: what is left of the grammar?"""
-    texts = spoken_replies(lm, prompts, handles, COLLAPSE_DOSE)
-    (kl,) = _costs(lm, neutral, [in_turn(handles, len(neutral), COLLAPSE_DOSE)])
+    """Clamp each handle to `_COLLAPSE_DOSE` times its value, prompts and texts in turn: what is left of the grammar?"""
+    texts = spoken_replies(lm, prompts, handles, _COLLAPSE_DOSE)
+    (kl,) = _costs(lm, neutral, [in_turn(handles, len(neutral), _COLLAPSE_DOSE)])
     return Collapse(kind, len(handles), rate([grammatical(text) for text in texts]), kl)
 
 

@@ -150,7 +150,7 @@ def _inside(found: Evaluation) -> report.Table:
     rows: list[list[str]] = []
 
     def add(said: str, rate: Rate, control: float) -> None:
-        rows.append([said, str(rate.n), report.rate_text(rate), report.number(control)])
+        rows.append([said, str(rate.n), report.with_interval(rate), report.number(control)])
 
     if found.bridge:
         pool = found.bridge[-1]
@@ -214,8 +214,9 @@ def _bridge(found: Evaluation) -> list[str]:
     for pool in found.bridge:
         right = pool.already_right
         met = "never met" if pool.pool == "held out" else "met"
+        share = report.with_interval(right)
         parts += [
-            f"Cities {met} in two-hop sentences, {right.n} pairs; right before any patch: {report.rate_text(right)}.",
+            f"Cities {met} in two-hop sentences, {right.n} pairs; right before any patch: {share}.",
             markdown_table(report.bridge_table(pool)),
         ]
     low, high = Rate(found.bridge[0].already_right.n // 2, found.bridge[0].already_right.n).interval

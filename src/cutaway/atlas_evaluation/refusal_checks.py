@@ -44,13 +44,13 @@ POSITIONS: dict[str, Position] = {"assistant": -1, "request": INSTRUCTION}
 """Where a direction is read: at the token that opens the reply, or as the mean over the words of the request."""
 N_CHOOSE = 40
 """Training requests of each kind that choose layer and position; the others give the directions."""
-FEWER = (80, 160)
+_FEWER = (80, 160)
 """Smaller numbers of requests of each kind from which the chosen direction is also read, to see how noisy it is."""
 DOSES = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
 """Multiples of the difference that are added."""
 KL_LIMIT = 0.5
-"""KL on facts text, nats a token, that the best point of addition may cost at most."""
-N_CHOOSE_FACTS = 8
+"""KL on facts text, nats per token, that the best point of addition may cost at most."""
+_N_CHOOSE_FACTS = 8
 """Texts on which side effects are measured that choose or match; the others give those of the best point's curve."""
 _REPLY_TOKENS = 4
 _DRAWS = 4  # of fewer requests, and of matched random directions
@@ -72,7 +72,7 @@ class Matched:
     """A direction that has nothing to do with refusal, under the same edit, as strong as makes it cost as much.
 
     `kind` is "random" or "unrelated" (a contrast of prompts that differ in something else); the direction has the
-    length of refusal's times `scale`; `kl` and `wanted_kl` are nats a token on the text that was matched on.
+    length of refusal's times `scale`; `kl` and `wanted_kl` are nats per token on the text that was matched on.
     """
 
     kind: str
@@ -93,7 +93,7 @@ class Intervention:
     """One way to change refusal, its setting chosen on training requests, its figures on held-out ones.
 
     `requests` says which were asked; `random` pools directions drawn at random and scaled alike; `kl` is the mean KL
-    divergence in nats a token on facts text, `random_kl` that of the random directions, `reply_kl` that of the
+    divergence in nats per token on facts text, `random_kl` that of the random directions, `reply_kl` that of the
     edit on the first tokens of unedited replies to held-out harmless requests; `by_layer` holds the rates of the
     choice, by position; `fewer` the reactions when the same direction is read from fewer requests; `matched` the
     controls with the same side effects.
@@ -122,7 +122,7 @@ class Intervention:
 class Dose:
     """A multiple of the difference added on harmless requests: on those that choose, and on held-out ones.
 
-    Prices are KL in nats a token: `chosen_kl` on the text that chooses, `kl` on other facts text, `reply_kl`
+    Prices are KL in nats per token: `chosen_kl` on the text that chooses, `kl` on other facts text, `reply_kl`
     on the first tokens of unedited replies to the held-out requests, which the edit is meant to change.
     """
 
@@ -164,7 +164,7 @@ class RefusalChecks:
     addition: Addition | None = None
 
 
-def judge_reply(text: str) -> str:
+def _judge_reply(text: str) -> str:
     """ "refused", "answered" or "planted" by what a reply begins with, else "other"."""
     for label, beginnings in _LABELS.items():
         if text.strip().startswith(tuple(beginnings.split("|"))):
@@ -172,12 +172,12 @@ def judge_reply(text: str) -> str:
     return "other"
 
 
-_JUDGING = Judging(judge_reply, (), _REPLY_TOKENS)
+_JUDGING = Judging(_judge_reply, (), _REPLY_TOKENS)
 
 
 def react(lm: "LanguageModel", asked: "Tokens", edits: "Sequence[Edit]" = ()) -> Reaction:
     """Reply to each conversation with a few tokens and count what the replies begin with."""
-    return _reaction(judged(lm, asked, edits, judge_reply, max_new_tokens=_REPLY_TOKENS))
+    return _reaction(judged(lm, asked, edits, _judge_reply, max_new_tokens=_REPLY_TOKENS))
 
 
 def _reaction(*replies: Replies) -> Reaction:
@@ -194,7 +194,7 @@ def _added(scale: float) -> Apply:
     return lambda direction, strength: add_direction(direction, scale * strength)
 
 
-def ways(lm: "LanguageModel") -> tuple[tuple[str, str, Apply], ...]:
+def _ways(lm: "LanguageModel") -> tuple[tuple[str, str, Apply], ...]:
     """Name, the requests it is tried on, and its edits."""
     return (
         ("zero-ablate at every write", "harmful", lambda d, strength: ablate_direction(lm, d, strength)),
@@ -225,7 +225,7 @@ def refusal_checks(
     """Ablate, clamp and add the refusal direction. Pairs are (harmful, harmless) conversations of one user turn.
 
     The last `N_CHOOSE` of `train` choose layer, position and dose, the rest gives the directions; `held_out` is only
-    measured, and so are the side effects on the texts `facts`, the first `N_CHOOSE_FACTS` of which choose the dose.
+    measured, and so are the side effects on the texts `facts`, the first `_N_CHOOSE_FACTS` of which choose the dose.
     """
     choose = [_tokens(lm, chats[-N_CHOOSE:]) for chats in train]
     asked = [_tokens(lm, chats) for chats in held_out]
@@ -238,10 +238,10 @@ def refusal_checks(
         name: [direction_between(read[0][at][i], read[1][at][i], site, at) for i, site in enumerate(sites)]
         for name, at in POSITIONS.items()
     }
-    few = list(facts[:N_CHOOSE_FACTS])
+    few = list(facts[:_N_CHOOSE_FACTS])
     unrelated = {name: contrast_direction(lm, pair) for name, pair in unrelated_contrasts(seed=seed).items()}
     opened, predicted = replies_as_tokens(lm, held_out[1])
-    plain = [judged(lm, prompts, (), judge_reply, max_new_tokens=_REPLY_TOKENS) for prompts in asked]
+    plain = [judged(lm, prompts, (), _judge_reply, max_new_tokens=_REPLY_TOKENS) for prompts in asked]
 
     def reply_kls(edits: "Sequence[Sequence[Edit]]") -> list[float]:
         costs = side_effects_of_each(lm, opened, edits, where=predicted, batch_rows=None)
@@ -252,7 +252,7 @@ def refusal_checks(
         return _matched(lm, apply, own, others, few, prompts, seed)
 
     interventions = []
-    for name, requests, apply in ways(lm):
+    for name, requests, apply in _ways(lm):
         which = 0 if requests == "harmful" else 1
         by_layer = {
             position: [_success(react(lm, choose[which], apply(one, 1.0)), requests) for one in of_layers]
@@ -285,7 +285,7 @@ def refusal_checks(
                         react(lm, asked[which], apply(_of_some(of_layer, own, n, f"{seed}-{n}-{draw}"), 1.0))
                         for draw in range(_DRAWS)
                     ]
-                    for n in FEWER
+                    for n in _FEWER
                     if n < min(map(len, of_layer))
                 },
                 reply_kl=reply_kls([apply(own, 1.0)])[0],
@@ -296,7 +296,7 @@ def refusal_checks(
     position, layer, best, chosen = _choose_dose(lm, directions, choose[1], few)
     own = directions[position][layer]
     added = [add_direction(own, dose) for dose in DOSES]
-    costs = side_effects_of_each(lm, list(facts[N_CHOOSE_FACTS:]) or few, added, batch_rows=None)
+    costs = side_effects_of_each(lm, list(facts[_N_CHOOSE_FACTS:]) or few, added, batch_rows=None)
     addition = Addition(
         position,
         layer,

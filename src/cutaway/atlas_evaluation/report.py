@@ -57,14 +57,9 @@ def interval_text(interval: tuple[float, float]) -> str:
     return written(interval) if low == high else f"[{low}, {high}]"
 
 
-def with_interval(effect: Effect) -> str:
-    """`value [low, high]`."""
-    return number(effect.value) + ("" if effect.interval is None else f" {interval_text(effect.interval)}")
-
-
-def rate_text(rate: Rate) -> str:
-    """`share [low, high]`."""
-    return f"{number(rate.value)} {interval_text(rate.interval)}"
+def with_interval(one: Effect | Rate) -> str:
+    """`value [low, high]`, both as `number` writes them."""
+    return number(one.value) + ("" if one.interval is None else f" {interval_text(one.interval)}")
 
 
 def control(effect: Effect, name: str) -> str:
@@ -95,7 +90,7 @@ def grouped(found: Evaluation) -> list[tuple[str, dict[str, Measured]]]:
 
 
 def set_table(sets: dict[str, Measured]) -> Table:
-    """One row a set; a column for the opposite reply where any set has one."""
+    """One row per set; a column for the opposite reply where any set has one."""
     columns = ["set", "what is asked", "n", "right [95 %]", "", "baseline", f"untrained, n {N_CONTROL}", "study"]
     rows = []
     for name, measured in sets.items():
@@ -120,7 +115,7 @@ def set_table(sets: dict[str, Measured]) -> Table:
 
 
 def loss_table(losses: dict[str, Effect]) -> Table:
-    """One row a text."""
+    """One row per text."""
     columns = ("text", "texts", "nats a token [95 %]", "untrained", "study")
     rows = [
         [name, str(effect.n), with_interval(effect), control(effect, _UNTRAINED), study_figure(name)]
@@ -134,7 +129,7 @@ def _rates(rates: Sequence[Rate]) -> list[str]:
 
 
 def bridge_table(pool: BridgePool) -> Table:
-    """One row a measurement, one column a layer."""
+    """One row per measurement, one column per layer."""
     columns = ("measured", *(f"L{layer}" for layer in range(len(pool.flips_at_city))))
     rows = [
         ["patched at the city: answer becomes the source's", *_rates(pool.flips_at_city)],
@@ -167,7 +162,7 @@ def refusal_table(checks: RefusalChecks) -> Table:
     )
 
     def row(name: str, place: str, requests: str, found: Reaction, *rest: str) -> list[str]:
-        shares = [rate_text(found.refused), rate_text(found.answered), number(found.planted.value)]
+        shares = [with_interval(found.refused), with_interval(found.answered), number(found.planted.value)]
         return [name, place, requests, *shares, *(rest or ("", "", ""))]
 
     rows = [row("none", "", "harmful", checks.harmful), row("none", "", "harmless", checks.harmless)]
@@ -205,7 +200,7 @@ def fewer_table(checks: RefusalChecks) -> Table:
 
 
 def addition_table(addition: Addition) -> Table:
-    """One row a dose: what harmless requests are met with, and the side effects; the best point is marked."""
+    """One row per dose: what harmless requests are met with, and the side effects; the best point is marked."""
     columns = (
         "dose",
         "",
@@ -223,7 +218,7 @@ def addition_table(addition: Addition) -> Table:
             "best" if dose.dose == addition.best else "",
             number(dose.chosen.refused.value),
             f"{dose.chosen_kl:.3f}",
-            *(rate_text(rate) for rate in (dose.result.refused, dose.result.answered, dose.result.planted)),
+            *(with_interval(rate) for rate in (dose.result.refused, dose.result.answered, dose.result.planted)),
             f"{dose.kl:.3f}",
             f"{dose.reply_kl:.3f}",
         ]
@@ -244,7 +239,7 @@ def matched_table(checks: RefusalChecks) -> Table:
     )
 
     def row(name: str, direction: str, length: float, kl: str, found: Reaction) -> list[str]:
-        shares = [rate_text(found.refused), rate_text(found.answered), number(found.planted.value)]
+        shares = [with_interval(found.refused), with_interval(found.answered), number(found.planted.value)]
         return [name, direction, f"×{length:.3g}", kl, *shares]
 
     def rows(name: str, own: Reaction, matched: Sequence[Matched]) -> list[list[str]]:
@@ -264,7 +259,7 @@ def open_table(checks: OpenSteering) -> Table:
     """One row an edit: whether replies in open chat name the landmark, and whether they are grammatical."""
     columns = ("edit", "n", "names it, grammatical [95 %]", "names it [95 %]", "grammatical [95 %]", "KL on facts")
     rows = [
-        [said, str(found.both.n), *(rate_text(rate) for rate in (found.both, found.named, found.grammatical)), kl]
+        [said, str(found.both.n), *(with_interval(rate) for rate in (found.both, found.named, found.grammatical)), kl]
         for said, found, kl in (
             ("none", checks.unedited, ""),
             (f"{checks.setting}, ×{checks.dose:g}", checks.result, f"{checks.kl:.3f}"),
@@ -277,7 +272,7 @@ def open_table(checks: OpenSteering) -> Table:
             str(one.grammatical.n),
             "",
             "",
-            rate_text(one.grammatical),
+            with_interval(one.grammatical),
             f"{one.kl:.3f}",
         ]
         for one in checks.collapse
@@ -292,7 +287,7 @@ def open_choice_table(checks: OpenSteering) -> Table:
 
 
 def landmark_table(checks: LandmarkChecks) -> Table:
-    """One row a kind of sentence: how often the landmark's city comes up, and its probability."""
+    """One row per kind of sentence: how often the landmark's city comes up, and its probability."""
     columns = (
         "sentence",
         "layer, dose",
@@ -347,7 +342,7 @@ def study_table(found: Evaluation) -> tuple[int, int, Table]:
         said = Rate(round(measured.opposite * measured.effect.n), measured.effect.n)
         if not _within(published, said.interval):
             worse += said.value > published
-            rows.append([name, "opposite", str(said.n), rate_text(said), number(published)])
+            rows.append([name, "opposite", str(said.n), with_interval(said), number(published)])
     return n, worse, (columns, rows)
 
 
@@ -359,7 +354,7 @@ def _within(published: float, interval: tuple[float, float]) -> bool:
 # Terminal
 
 
-def text_table(table: Table, *, narrow: Sequence[int] = ()) -> str:
+def _text_table(table: Table, *, narrow: Sequence[int] = ()) -> str:
     """Columns padded to their widest cell; columns in `narrow` are left out."""
     columns, rows = table
     keep = [i for i in range(len(columns)) if i not in narrow]
@@ -372,20 +367,20 @@ def as_text(found: Evaluation) -> str:
     """The figures as tables for a terminal."""
     parts = [f"{found.model} ({found.weight_hash[:12]}) in world {found.world}: n {found.n} a set, seed {found.seed}"]
     for title, sets in grouped(found):
-        parts += [title.upper(), text_table(set_table(sets), narrow=(1,))]
-    parts += ["LOSSES", text_table(loss_table(found.losses))]
+        parts += [title.upper(), _text_table(set_table(sets), narrow=(1,))]
+    parts += ["LOSSES", _text_table(loss_table(found.losses))]
     for pool in found.bridge:
         title = f"TWO HOPS, {pool.pool} cities (n {pool.already_right.n}, right {pool.already_right.value:.2f})"
-        parts += [title, text_table(bridge_table(pool))]
+        parts += [title, _text_table(bridge_table(pool))]
     if found.refusal:
-        parts += ["REFUSAL", text_table(refusal_table(found.refusal))]
+        parts += ["REFUSAL", _text_table(refusal_table(found.refusal))]
     if found.refusal and found.refusal.addition:
-        parts += ["REFUSAL ADDED", text_table(addition_table(found.refusal.addition))]
-        parts += ["CONTROLS WITH THE SAME SIDE EFFECTS", text_table(matched_table(found.refusal))]
+        parts += ["REFUSAL ADDED", _text_table(addition_table(found.refusal.addition))]
+        parts += ["CONTROLS WITH THE SAME SIDE EFFECTS", _text_table(matched_table(found.refusal))]
     if found.landmarks:
-        parts += ["LANDMARKS", text_table(landmark_table(found.landmarks))]
+        parts += ["LANDMARKS", _text_table(landmark_table(found.landmarks))]
     if found.open_steering:
-        parts += ["OPEN STEERING", text_table(open_table(found.open_steering))]
+        parts += ["OPEN STEERING", _text_table(open_table(found.open_steering))]
     parts += [f"not measured: {line}" for line in found.skipped]
     return "\n\n".join(parts)
 

@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from cutaway.model.edits.edits import Edit
     from cutaway.model.language_model import LanguageModel
 
-BATCH = 64
+_BATCH = 64
 _REPLY_TOKENS = 20  # for a reply that must hold an answer somewhere
 
 
 @dataclass(frozen=True)
 class Scores:
-    """One number an item, float [n]: 1 or 0, or (years) a difference of probabilities.
+    """One number per item, float [n]: 1 or 0, or (years) a difference of probabilities.
 
     `difference` float [n]: logit of the answer's first own token minus the alternative's; NaN where there is none.
     `opposite` float [n]: 1 where a reply begins with the alternative; None for sets that are not of chats or have none.
@@ -137,8 +137,8 @@ def _logits(lm: "LanguageModel", rows: Sequence[list[int]], columns: Sequence[ra
     """
     last = f"blocks.{lm.n_layers - 1}.resid_post"
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    for start in range(0, len(order), BATCH):
-        chosen = order[start : start + BATCH]
+    for start in range(0, len(order), _BATCH):
+        chosen = order[start : start + _BATCH]
         stream = lm.run([rows[i] for i in chosen], capture=last, logits=None)[last]
         wanted = [stream[row, columns[i].start : columns[i].stop] for row, i in enumerate(chosen)]
         logits = lm.unembed(torch.cat(wanted)).float().cpu()
@@ -156,8 +156,8 @@ def replies(
     lengths = [sum(len(message.content) for message in chat) for chat in chats]
     order = sorted(range(len(chats)), key=lengths.__getitem__)
     out = [""] * len(chats)
-    for start in range(0, len(order), BATCH):
-        chosen = order[start : start + BATCH]
+    for start in range(0, len(order), _BATCH):
+        chosen = order[start : start + _BATCH]
         messages = [as_dicts(chats[i]) for i in chosen]
         generation = lm.chat(messages, max_new_tokens=max_new_tokens, edits=edits)
         for i, text in zip(chosen, generation.texts, strict=True):
@@ -173,7 +173,7 @@ def as_dicts(chat: Sequence[Message]) -> list[dict[str, str]]:
 def repeat_losses(
     lm: "LanguageModel", *, rows: int = 64, period: int = 60, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Mean loss in nats a token on random tokens and on their repeat, row by row: float [rows] each.
+    """Mean loss in nats per token on random tokens and on their repeat, row by row: float [rows] each.
 
     Tokens are drawn uniformly from ids 300 up (whole words rather than bytes where ids follow the order of merges). The
     first token of the repeat is left out: nothing announces it.
@@ -190,7 +190,7 @@ def repeat_losses(
 
 
 def text_losses(lm: "LanguageModel", texts: Sequence[str], *, length: int = 256) -> np.ndarray:
-    """Mean loss in nats a token of the first `length` tokens of each text: float [n]."""
+    """Mean loss in nats per token of the first `length` tokens of each text: float [n]."""
     rows = [row[:length] for row in ids_of(lm, texts)]
     out = np.zeros(len(rows))
     for i, logits in _logits(lm, rows, [range(len(row) - 1) for row in rows]):

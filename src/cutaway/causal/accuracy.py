@@ -12,7 +12,7 @@ from torch import Tensor
 from cutaway.artifacts.errors import CannotDoTask
 from cutaway.artifacts.results import interval_text
 from cutaway.artifacts.statistics import bootstrap_interval, wilson_interval
-from cutaway.data.pairs import AlignedPairs, PromptPair, align
+from cutaway.data.pairs import AlignedPairs, PromptPair, aligned
 from cutaway.draw.charts import Bar
 from cutaway.draw.intervals import intervals_svg
 from cutaway.draw.result import Result
@@ -182,12 +182,12 @@ def task_accuracy(
         >>> task_accuracy(lm, pairs).n
         4
     """
-    aligned = align(lm, pairs)
+    ready = aligned(lm, pairs)
     parts: list[tuple[Tensor, ...]] = []
     others: list[Tensor] = []
     generator = torch.Generator().manual_seed(0)
-    for first in range(0, len(aligned), batch_rows):
-        part = aligned[range(first, min(first + batch_rows, len(aligned)))]
+    for first in range(0, len(ready), batch_rows):
+        part = ready[range(first, min(first + batch_rows, len(ready)))]
         right, wrong = _sides(part)
         symmetric = torch.tensor([pair.symmetric for pair in part.pairs])
         clean = _last_log_probabilities(lm, part.clean)
@@ -216,8 +216,8 @@ def task_accuracy(
         corrupt_logit_difference_interval=bootstrap_interval(other.numpy()),
         probability_difference=probability.mean().item(),
         probability_difference_interval=bootstrap_interval(probability.numpy()),
-        refused=len(aligned.refused),
-        refusals=aligned.refusals(),
+        refused=len(ready.refused),
+        refusals=ready.refusals(),
         control=torch.cat(others).float().mean().item() if others else None,
     )
 

@@ -26,7 +26,7 @@ class Effects(Result):
 
     def effect(self, name: str) -> Effect:
         """The effect whose name begins so."""
-        return named_effect(self.effects, name)
+        return _named_effect(self.effects, name)
 
     def summary(self) -> str:
         return "\n".join([f"{self.title}: n {self.effects[0].n}" if self.effects else self.title, *self._lines()])
@@ -38,13 +38,22 @@ class Effects(Result):
         return {"effects": [effect.to_json() for effect in self.effects]}
 
     def rows(self) -> list[dict[str, Any]]:
-        return effect_rows(self.effects)
+        """A row per effect and per control."""
+        return [
+            {
+                "effect": effect.name, "name": one.name, "control": one is not effect, "value": one.value,
+                "low": (one.interval or (None, None))[0], "high": (one.interval or (None, None))[1],
+                "n": one.n, "units": effect.units, "ablation": effect.ablation,
+            }
+            for effect in self.effects
+            for one in (effect, *effect.controls)
+        ]  # fmt: skip
 
     def drawing(self) -> Markup:
         return effects_drawing(self.effects, self.title)
 
 
-def named_effect(effects: Sequence[Effect], name: str) -> Effect:
+def _named_effect(effects: Sequence[Effect], name: str) -> Effect:
     """The effect whose name begins so; CutawayError with the names there are."""
     for effect in effects:
         if effect.name.startswith(name):
@@ -56,26 +65,9 @@ def named_effect(effects: Sequence[Effect], name: str) -> Effect:
 
 def effect_line(effect: Effect) -> str:
     """An effect and its controls in one line."""
-    controls = "; ".join(f"{c.name} {c.value:.2f}{_ends(c.interval)}" for c in effect.controls)
-    return f"  {effect.name}: {effect.value:.3f}{_ends(effect.interval)}   beside {controls}"
-
-
-def _ends(interval: tuple[float, float] | None) -> str:
-    return "" if interval is None else f" {interval_text(interval, 2)}"
-
-
-def effect_rows(effects: Iterable[Effect]) -> list[dict[str, Any]]:
-    """A row per effect and per control."""
-    return [
-        {
-            "effect": effect.name, "name": one.name, "control": one is not effect, "value": one.value,
-            "low": None if one.interval is None else one.interval[0],
-            "high": None if one.interval is None else one.interval[1],
-            "n": one.n, "units": effect.units, "ablation": effect.ablation,
-        }
-        for effect in effects
-        for one in (effect, *effect.controls)
-    ]  # fmt: skip
+    ends = "" if effect.interval is None else f" {interval_text(effect.interval, 2)}"
+    controls = "; ".join(control.text(2) for control in effect.controls)
+    return f"  {effect.name}: {effect.value:.3f}{ends}   beside {controls}"
 
 
 def effects_drawing(effects: Iterable[Effect], title: str) -> Markup:

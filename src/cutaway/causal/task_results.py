@@ -16,7 +16,7 @@ from cutaway.data.tasks.tasks import TASKS, Task, readable_pairs
 from cutaway.data.tasks.wording import Split
 from cutaway.draw.intervals import intervals_svg
 from cutaway.draw.panels import table_html
-from cutaway.draw.result import Result
+from cutaway.draw.result import Result, ResultSequence
 from cutaway.model.language_model import LanguageModel
 
 _COLUMNS = (
@@ -76,7 +76,7 @@ class TaskResult(Result):
 
 
 @dataclass(frozen=True, repr=False)
-class TaskResults(Result, Sequence[TaskResult]):
+class TaskResults(ResultSequence[TaskResult]):
     """Tasks tried on one model, in the order in which they were asked for; a sequence of `TaskResult`."""
 
     title: ClassVar[str] = "Tasks"
@@ -88,11 +88,8 @@ class TaskResults(Result, Sequence[TaskResult]):
     threshold: float = ABLE
     """The share of pairs that a model must be right on to be able."""
 
-    def __getitem__(self, index: int) -> TaskResult:  # type: ignore[override]
-        return self.results[index]
-
-    def __len__(self) -> int:
-        return len(self.results)
+    def _items(self) -> tuple[TaskResult, ...]:
+        return self.results
 
     @property
     def able(self) -> tuple[TaskResult, ...]:

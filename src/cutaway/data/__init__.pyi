@@ -14,7 +14,7 @@ from .harvesting.store import Store as Store
 from .labelled.rows import read_rows as read_rows
 from .pairs import AlignedPairs as AlignedPairs
 from .pairs import PromptPair as PromptPair
-from .pairs import align as align
+from .pairs import aligned as aligned
 from .tasks.files import read_pairs as read_pairs
 from .tasks.files import task_from_file as task_from_file
 from .tasks.files import write_pairs as write_pairs
@@ -42,7 +42,7 @@ __all__ = [
     "Storage",
     "Store",
     "Task",
-    "align",
+    "aligned",
     "all_tasks",
     "documents_of",
     "find_task",

@@ -1,6 +1,6 @@
 """Prompt pairs: a clean and a corrupt prompt that differ in one respect, and the two answers this decides between.
 
-A pair is plain data. `align` tokenises pairs for one model, checks that clean and corrupt have the same number of
+A pair is plain data. `aligned` tokenises pairs for one model, checks that clean and corrupt have the same number of
 tokens (a patch moves an activation from one position to the same position of the other prompt), finds the token in
 which the two answers first differ, and refuses a pair that does not align, with the reason.
 """
@@ -105,7 +105,7 @@ class PromptPair:
 
 @dataclass(frozen=True)
 class AlignedPairs:
-    """Pairs as one model reads them; row i of every field belongs to `pairs[i]`. `align` makes them.
+    """Pairs as one model reads them; row i of every field belongs to `pairs[i]`. `aligned` makes them.
 
     Tokens that both answers share at their start are part of the prompts.
 
@@ -152,7 +152,7 @@ class AlignedPairs:
 
     def refusals(self) -> dict[str, int]:
         """How many pairs were left out for each kind of reason, the commonest first."""
-        return refusal_counts(self.refused)
+        return _refusal_counts(self.refused)
 
     def first_difference(self) -> Tensor:
         """Position of the first token in which clean and corrupt differ [n]; -1 where they are equal.
@@ -179,7 +179,7 @@ def _branch(prompt: list[int], answer: list[int], wrong: list[int]) -> tuple[lis
     return "one answer is the beginning of the other, so no token tells them apart"
 
 
-def refusal_counts(refused: Sequence[tuple[PromptPair, str]]) -> dict[str, int]:
+def _refusal_counts(refused: Sequence[tuple[PromptPair, str]]) -> dict[str, int]:
     """Kinds of reasons (what stands before the colon) with their counts, the commonest first."""
     return dict(Counter(reason.split(": ")[0] for _, reason in refused).most_common())
 
@@ -199,10 +199,10 @@ class _Read:
 def require_aligned(pairs: object) -> None:
     """Raise `CutawayError`, with the way out, for pairs that are not aligned yet."""
     if not isinstance(pairs, AlignedPairs):
-        raise CutawayError(f"the pairs are a {type(pairs).__name__}; give aligned ones: align(lm, pairs)")
+        raise CutawayError(f"the pairs are a {type(pairs).__name__}; give aligned ones: aligned(lm, pairs)")
 
 
-def align(
+def aligned(
     lm: LanguageModel, pairs: Sequence[PromptPair] | AlignedPairs, *, bos: bool | None = None, strict: bool = False
 ) -> AlignedPairs:
     """Tokenise pairs and leave out those that do not align.
@@ -231,7 +231,7 @@ def align(
     Example:
         >>> lm = cutaway.load("atlas")
         >>> pair = PromptPair("The capital of France is", "The capital of Italy is", " Paris", " Rome")
-        >>> len(align(lm, [pair]))
+        >>> len(aligned(lm, [pair]))
         1
     """
     if isinstance(pairs, AlignedPairs):
@@ -275,7 +275,7 @@ def align(
             raise CutawayError(f"the pair {pair.clean!r} / {pair.corrupt!r} does not align: {reason}")
         refused.append((pair, str(reason)))
     if not kept:
-        counts = refusal_counts(refused)
+        counts = _refusal_counts(refused)
         first = next(iter(counts), "")
         example = next((reason for _, reason in refused if reason.startswith(first)), "")
         why = f" ({example})" if example else ""

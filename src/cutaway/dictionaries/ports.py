@@ -23,7 +23,7 @@ from cutaway.model.tokens import Tokens
 
 Models = LanguageModel | Sequence[LanguageModel]
 
-ROWS_A_FORWARD = 8
+_ROWS_A_FORWARD = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +61,7 @@ class ModelPorts:
         return keep
 
     def run(self, rows: Tensor | Tokens, *, logits: bool) -> list[Run]:
-        """One run a model that captures its sites, and with `logits` also where a later run can resume."""
+        """One run per model that captures its sites, and with `logits` also where a later run can resume."""
         tokens = as_tokens(rows) if isinstance(rows, Tensor) else rows
         return [
             lm.run(tokens, capture=self._captured(number, logits), logits="all" if logits else None)
@@ -88,7 +88,7 @@ class ModelPorts:
         return _joined(runs, self.writes, self.outputs, keep)
 
     def splice(self, runs: Sequence[Run], keep: Tensor, put: Tensor) -> list[list[edits.Edit]]:
-        """Edits, one list a model, that set the written sites to `put` [n, d_out] where `keep` [b, p] holds.
+        """Edits, one list per model, that set the written sites to `put` [n, d_out] where `keep` [b, p] holds.
 
         Everywhere else they keep what they had: dictionaries do not see those positions in training.
         """
@@ -244,8 +244,8 @@ def read_texts(models: Models, dictionary: Dictionary, texts: Sequence[str], at:
 
 def batches(n: int) -> Iterator[slice]:
     """Rows of one forward after another."""
-    for start in range(0, n, ROWS_A_FORWARD):
-        yield slice(start, start + ROWS_A_FORWARD)
+    for start in range(0, n, _ROWS_A_FORWARD):
+        yield slice(start, start + _ROWS_A_FORWARD)
 
 
 def _joined(runs: Sequence[Run], of: Sequence[int], ports: Sequence[Port], keep: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ class Bar(TypedDict):
 
 _WIDTH, _HEIGHT = 600, 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 30, 50
-COLOURS = 6
+_COLOURS = 6
 
 
 def line_svg(
@@ -140,7 +140,7 @@ def _looks(series: Sequence[Series]) -> list[str]:
             looks.append("cw-control cw-other" if controls % 2 else "cw-control")
             controls += 1
         else:
-            looks.append(f"cw-c{results % COLOURS}")
+            looks.append(f"cw-c{results % _COLOURS}")
             results += 1
     return looks
 

@@ -10,7 +10,7 @@ from cutaway.draw.scale import Scale, scale_for
 from cutaway.draw.text import NOTHING, escape, label, number, same_decimals, shorten
 
 _ROW = 26
-_CHARACTER = 7.0  # an upper estimate of a label's width a character, at 12 px
+_CHARACTER = 7.0  # an upper estimate of a label's width per character, at 12 px
 _LABEL = 16  # characters of a label that are written; the tooltip has the whole of it
 _WIDTH = 700
 

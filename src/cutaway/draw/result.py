@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, overload
 
 from markupsafe import Markup
 
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     import pandas
     import pyarrow
 
-DRAWING_MARK = "cutaway's drawings"
+T = TypeVar("T")
+
+_DRAWING_MARK = "cutaway's drawings"
 """In the stylesheet of every drawing."""
 SUFFIXES = (".json", ".html", ".svg", ".csv", ".parquet")
 
@@ -99,8 +101,8 @@ class Result(ABC):
             )
             write_page(path, page)
         elif suffix == ".svg":
-            refuse_replacing(path, "drawing", DRAWING_MARK)
-            write_text(path, svg_of(self.drawing(), self.title))
+            refuse_replacing(path, "drawing", _DRAWING_MARK)
+            write_text(path, _svg_of(self.drawing(), self.title))
         elif suffix in (".csv", ".parquet"):
             _write_table(path, _table(self.rows()))
         else:
@@ -108,7 +110,28 @@ class Result(ABC):
         return path
 
 
-def svg_of(drawing: str, title: str) -> str:
+class ResultSequence(Result, Sequence[T]):
+    """A result that is a sequence of its parts."""
+
+    @abstractmethod
+    def _items(self) -> tuple[T, ...]:
+        """The parts."""
+
+    def __len__(self) -> int:
+        return len(self._items())
+
+    def __iter__(self) -> Iterator[T]:
+        return iter(self._items())
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[T, ...]: ...
+    def __getitem__(self, index: int | slice) -> T | tuple[T, ...]:
+        return self._items()[index]
+
+
+def _svg_of(drawing: str, title: str) -> str:
     """The first SVG element of a drawing as a file of its own, with the stylesheet inside. `BadFile` if it has none."""
     drawing = str(drawing)  # plain text: Markup would escape what is added
     start = drawing.find("<svg")

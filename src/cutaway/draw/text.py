@@ -98,7 +98,7 @@ def number(value: object, units: str = "", digits: int = 3) -> str:
         written = _significant(value, digits)
     else:
         written = str(value)
-    return with_units(written, units)
+    return _with_units(written, units)
 
 
 def short(units: str) -> bool:
@@ -106,7 +106,7 @@ def short(units: str) -> bool:
     return len(units) <= 6
 
 
-def with_units(written: str, units: str) -> str:
+def _with_units(written: str, units: str) -> str:
     """A written number and its units, kept on one line: "94%", "3.2×", "1.2 nats"."""
     if not units or written == NOTHING:
         return written
@@ -146,12 +146,12 @@ def interval(value: float | None, low: float | None, high: float | None, units: 
     largest = max(abs(value), abs(low), abs(high))
     if largest == 0 or math.isinf(largest) or not 1e-3 <= largest < 1e9:
         bounds = ", ".join(number(float(bound), digits=digits) for bound in (low, high))
-        return with_units(f"{number(float(value), digits=digits)} [{bounds}]", units)
+        return _with_units(f"{number(float(value), digits=digits)} [{bounds}]", units)
     decimals = max(0, digits - 1 - math.floor(math.log10(largest)))
     while low != high and decimals < 9 and f"{low:.{decimals}f}" == f"{high:.{decimals}f}":
         decimals += 1
     written = same_decimals((value, low, high), decimals)
-    return with_units(f"{written[0]} [{written[1]}, {written[2]}]", units)
+    return _with_units(f"{written[0]} [{written[1]}, {written[2]}]", units)
 
 
 def same_decimals(values: Sequence[float], decimals: int) -> list[str]:

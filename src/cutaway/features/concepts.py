@@ -8,7 +8,7 @@ the latent does anything is for `cutaway.steering` to show.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from cutaway.artifacts.ranking import Ranking, auroc
 from cutaway.artifacts.results import Control, Effect, interval_text
 from cutaway.artifacts.statistics import bootstrap_weights, false_discovery, resampled_intervals
 from cutaway.dictionaries.dictionary import Dictionary
-from cutaway.draw.result import Result
+from cutaway.draw.result import ResultSequence
 from cutaway.features.activations import LatentActivations, Rows, latent_activations, of_rows, width_of
 from cutaway.model.language_model import LanguageModel
 
@@ -78,7 +78,7 @@ class ConceptMatch:
 
 
 @dataclass(frozen=True, repr=False)
-class ConceptMatches(Result, Sequence[ConceptMatch]):
+class ConceptMatches(ResultSequence[ConceptMatch]):
     """The best latent of each concept, in the order in which the concepts were given."""
 
     title = "Concepts and their latents"
@@ -86,15 +86,8 @@ class ConceptMatches(Result, Sequence[ConceptMatch]):
     matches: tuple[ConceptMatch, ...]
     """One per concept."""
 
-    def __len__(self) -> int:
-        return len(self.matches)
-
-    @overload
-    def __getitem__(self, index: int) -> ConceptMatch: ...
-    @overload
-    def __getitem__(self, index: slice) -> tuple[ConceptMatch, ...]: ...
-    def __getitem__(self, index: int | slice) -> ConceptMatch | tuple[ConceptMatch, ...]:
-        return self.matches[index]
+    def _items(self) -> tuple[ConceptMatch, ...]:
+        return self.matches
 
     def summary(self) -> str:
         lines = [str(one) for one in self.matches[:11]]

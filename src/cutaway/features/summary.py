@@ -30,7 +30,7 @@ CLASSES: dict[str, Callable[[str], bool]] = {
     "piece inside a word": lambda t: bool(re.fullmatch(r"[a-z]+", t)),
 }
 ROLES = ("system", "user", "assistant")
-NO_LABEL = "no shared token property"
+_NO_LABEL = "no shared token property"
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,8 @@ class TokenSummary:
         }
 
     def __str__(self) -> str:
-        if self.label == NO_LABEL:
-            return f"{NO_LABEL} (automatic)"
+        if self.label == _NO_LABEL:
+            return f"{_NO_LABEL} (automatic)"
         return (
             f"{self.label} (automatic; holds on {self.precision:.2f} of {self.n} held-out activations, on "
             f"{self.base_rate:.3f} of all tokens)"
@@ -125,7 +125,7 @@ class Property:
     base: float
 
 
-AROUND = {"": "", "after": "after ", "before": "before "}
+_AROUND = {"": "", "after": "after ", "before": "before "}
 
 
 class CorpusProperties:
@@ -154,7 +154,7 @@ class CorpusProperties:
         for kind, test in CLASSES.items():
             belongs = torch.tensor([*(test(text) for text in strings), False])
             for where, values in near.items():
-                self._add(AROUND[where] + kind, belongs[values.flatten()], kept)
+                self._add(_AROUND[where] + kind, belongs[values.flatten()], kept)
         roles = _roles(strings, ids).flatten()
         for i, role in enumerate(ROLES):
             self._add(f"inside the {role}'s turn", roles == i, kept)
@@ -167,7 +167,7 @@ class CorpusProperties:
     def candidates(self, places: Tensor) -> list[Property]:
         """The properties worth asking about tokens at `places`: classes, roles, and the words most common there."""
         found = list(self._fixed)
-        for where, prefix in AROUND.items():
+        for where, prefix in _AROUND.items():
             of, share = self._word[where], self._share[where]
             words, counts = of[places].unique(return_counts=True)
             common = [int(w) for w in words[counts.argsort(descending=True, stable=True)][:4] if self._names[int(w)]]
@@ -237,7 +237,7 @@ def token_summary(
             if score > 0.3 and (best is None or score > best[0] + 1e-9):
                 best = score, candidate
         if best is None:
-            found[latent] = TokenSummary(latent, NO_LABEL, float("nan"), (0.0, 1.0), len(held), 1.0)
+            found[latent] = TokenSummary(latent, _NO_LABEL, float("nan"), (0.0, 1.0), len(held), 1.0)
             continue
         right = int(best[1].holds(held).sum())
         found[latent] = TokenSummary(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping, Sequence
 
-from cutaway.artifacts.results import Interval, interval_text
+from cutaway.artifacts.results import Interval
 from cutaway.draw.text import shorten
 
 _LINES, _WIDTH = 12, 76
@@ -16,12 +16,6 @@ def spread(n: int, k: int) -> list[int]:
     if n <= k:
         return list(range(n))
     return [round(i * (n - 1) / (k - 1)) for i in range(k)]
-
-
-def with_interval(value: float, interval: Interval | None, decimals: int = 2) -> str:
-    """A value and its 95 % interval, if it has one: "0.99 [0.98, 0.99]"."""
-    ends = "" if interval is None else f" {interval_text(interval, decimals)}"
-    return f"{value:.{decimals}f}{ends}"
 
 
 def block(lines: Sequence[str]) -> str:

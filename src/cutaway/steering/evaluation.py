@@ -6,7 +6,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from cutaway.artifacts.results import Control, Effect, interval_text
+from cutaway.artifacts.results import Control, Effect
 from cutaway.artifacts.statistics import wilson_interval
 from cutaway.draw.result import Result
 from cutaway.model.edits.edits import Edit
@@ -77,9 +77,7 @@ class SteeringResult(Result):
         lines = [f"{self.method}, {self.direction}"]
         for label, effect in self.effects.items():
             controls = ", ".join(f"{c.name} {c.value:.2f}" for c in effect.controls)
-            lines.append(
-                f"  {label}: {effect.value:.2f} {interval_text(effect.interval, 2)} of {effect.n} ({controls})"
-            )
+            lines.append(f"  {label}: {effect.figure(2)} of {effect.n} ({controls})")
         if self.side_effects is not None:
             kl = sum(one.kl for one in self.random_side_effects) / max(1, len(self.random_side_effects))
             lines.append(f"  side effects on neutral text: {self.side_effects}; random directions {kl:.3f}")

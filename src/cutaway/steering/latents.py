@@ -14,7 +14,7 @@ from markupsafe import Markup
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.artifacts.results import Control, Effect, interval_text
+from cutaway.artifacts.results import Control, Effect
 from cutaway.artifacts.statistics import bootstrap_interval
 from cutaway.dictionaries.dictionary import Dictionary
 from cutaway.draw.result import Result
@@ -188,8 +188,7 @@ class LatentSteering(Result):
         for dose in self.doses[:11]:
             cost = "" if dose.side_effects is None else f", KL {dose.side_effects.kl:.2f} (random {dose.random_kl:.2f})"
             controls = ", ".join(f"{c.name} {c.value:.3f}" for c in dose.effect.controls)
-            ends = interval_text(dose.effect.interval)
-            lines.append(f"  ×{dose.multiple:<4g} {dose.effect.value:.3f} {ends} ({controls}){cost}")
+            lines.append(f"  ×{dose.multiple:<4g} {dose.effect.figure()} ({controls}){cost}")
         return "\n".join(lines)
 
     def drawing(self) -> Markup:

@@ -214,7 +214,7 @@ class Selection(Result):
         return self.summary()
 
 
-REMOVING: dict[str, Method] = {"ablate": ablate_direction, "clamp": clamp_to_negative}
+_REMOVING: dict[str, Method] = {"ablate": ablate_direction, "clamp": clamp_to_negative}
 
 
 def select_direction(
@@ -257,20 +257,20 @@ def select_direction(
     base_plus, base_minus = (lm.run(side, capture="blocks.*.resid_pre", logits="last") for side in (plus, minus))
     found: list[Candidate] = []
     for direction in directions:
-        for name, method in REMOVING.items():
+        for name, method in _REMOVING.items():
             edits = method(lm, direction)
             found.append(_candidate(lm, direction, name, edits, base_plus, words, base_minus))
         for scale in scales:
             name = f"add ×{scale:g}"
             found.append(_candidate(lm, direction, name, add_direction(direction, scale), base_minus, words, base_plus))
     early = [c for c in found if c.direction.layer < max_depth * lm.n_layers] or found
-    removing = [c for c in early if c.method in REMOVING]
+    removing = [c for c in early if c.method in _REMOVING]
     gentle = [c for c in removing if c.kl <= max_kl and c.score < 0]
     return Selection(
         candidates=tuple(found),
         eligible=tuple(early),
         remove=min(gentle or removing, key=lambda c: c.score),
-        induce=max((c for c in early if c.method not in REMOVING), key=lambda c: c.score),
+        induce=max((c for c in early if c.method not in _REMOVING), key=lambda c: c.score),
         positive_score=words.score(base_plus.last_logits.float()).mean().item(),
         negative_score=words.score(base_minus.last_logits.float()).mean().item(),
         n=(len(plus.ids), len(minus.ids)),

@@ -108,7 +108,7 @@ class Tour:
         for result in self.tried:
             if not result.able:
                 continue
-            pairs = same_layout(readable_pairs(self.lm, result.task, 4 * _PAIRS, self.seed))
+            pairs = _same_layout(readable_pairs(self.lm, result.task, 4 * _PAIRS, self.seed))
             pairs = pairs[range(min(len(pairs), _PAIRS))]
             if len(pairs) < _LEAST_PAIRS:
                 continue
@@ -143,7 +143,7 @@ def _right(result: TaskResult) -> str:
     return f"{result.accuracy.right} of {result.accuracy.n}"
 
 
-def same_layout(pairs: AlignedPairs) -> AlignedPairs:
+def _same_layout(pairs: AlignedPairs) -> AlignedPairs:
     """The largest group of pairs that agree in length and in which tokens differ, so that positions mean the same."""
     groups: dict[tuple[Any, ...], list[int]] = {}
     for row in range(len(pairs)):

@@ -39,12 +39,12 @@ _LEAST_MENTIONS = 12
 _MIN_ACTIVE = 30
 
 
-def site_of(tour: Tour) -> str:
+def _site_of(tour: Tour) -> str:
     """A middle layer's residual stream, where the dictionary is trained."""
     return f"blocks.{(tour.lm.n_layers - 1) // 2}.resid_post"
 
 
-def dictionary_folder(tour: Tour) -> Path:
+def _dictionary_folder(tour: Tour) -> Path:
     return tour.folder.path / "dictionary"
 
 
@@ -72,8 +72,8 @@ def dictionary(tour: Tour) -> page.Section:
     command = tour.command("dictionary")
     config = configuration(tour)
     work = tour.folder.path / "dictionary.training"
-    trained = train_on_model(tour.lm, tour.rows.train, site_of(tour), config, folder=work)
-    save(trained.dictionary, dictionary_folder(tour), overwrite=True)
+    trained = train_on_model(tour.lm, tour.rows.train, _site_of(tour), config, folder=work)
+    save(trained.dictionary, _dictionary_folder(tour), overwrite=True)
     tour.folder.discard(work.name)
     with recording(command):
         judged = evaluate(tour.lm, trained.dictionary, tour.judged_rows, seed=tour.seed)
@@ -89,7 +89,7 @@ def dictionary(tour: Tour) -> page.Section:
         title="A dictionary of one layer",
         question="Can a layer be taken apart into single features?",
         lead=(
-            f"A sparse autoencoder learns to write the stream after layer {site_of(tour).split('.')[1]} as a sum of "
+            f"A sparse autoencoder learns to write the stream after layer {_site_of(tour).split('.')[1]} as a sum of "
             f"{_k(config)} out of {config.d_sae:,} directions. It is judged on text it was not trained on, beside "
             "random directions and by putting its output back into the model."
         ),
@@ -141,7 +141,7 @@ def dictionary(tour: Tour) -> page.Section:
 
 def trained_dictionary(tour: Tour) -> Dictionary:
     """The dictionary that the step before has saved."""
-    return load(dictionary_folder(tour))
+    return load(_dictionary_folder(tour))
 
 
 def concepts(tour: Tour) -> dict[str, tuple[str, ...]]:
@@ -149,7 +149,7 @@ def concepts(tour: Tour) -> dict[str, tuple[str, ...]]:
     return {**world_concepts(), **GENERAL_CONCEPTS} if tour.of_atlas else GENERAL_CONCEPTS
 
 
-def study_rows(tour: Tour) -> Tensor:
+def _study_rows(tour: Tour) -> Tensor:
     """Held-out rows in which latents are looked at; on atlas those that mention a landmark come first.
 
     A landmark makes up one token in ten thousand, and its latent can be found only where it is mentioned.
@@ -179,7 +179,7 @@ def _matches(tour: Tour, learned: Dictionary, rows: Tensor, activations: list[La
 
 def features(tour: Tour) -> page.Section:
     """What do single latents respond to, and which stand for things we know?"""
-    lm, learned, rows = tour.lm, trained_dictionary(tour), study_rows(tour)
+    lm, learned, rows = tour.lm, trained_dictionary(tour), _study_rows(tour)
     with Progress("features", total=rows.numel(), unit="tokens") as progress:
         activations = []
         for part in latent_activations(lm, learned, rows):
@@ -354,5 +354,5 @@ def read_matched(path: Path) -> tuple[list[Matched], Tensor]:
 
 def require_dictionary(tour: Tour) -> None:
     """Raise `CutawayError` unless the dictionary step has finished."""
-    if not (dictionary_folder(tour) / "cfg.json").is_file():
+    if not (_dictionary_folder(tour) / "cfg.json").is_file():
         raise CutawayError(f"{tour.folder.path} has no dictionary yet: run the tour, or `--only dictionary` first")

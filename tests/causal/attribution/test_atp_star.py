@@ -16,7 +16,7 @@ from cutaway.causal.attribution.atp_star import Columns, missed_bound
 from cutaway.causal.attribution.attribution_patching import GradientOptions, attribution_patching
 from cutaway.causal.attribution.scores import Node
 from cutaway.causal.metrics import logit_difference, targets_of
-from cutaway.data.pairs import PromptPair, align
+from cutaway.data.pairs import PromptPair, aligned
 from cutaway.model.edits import edits
 from cutaway.model.language_model import LanguageModel, attach
 
@@ -75,8 +75,8 @@ def by_hand(lm: LanguageModel, pairs: list[PromptPair], node: Node, drop: int | 
     Of any other node, its change times its gradient. With `drop`, what that layer writes is set to what it is, so that
     no gradient goes through it.
     """
-    aligned = align(lm, pairs)
-    base, source = aligned.clean, aligned.corrupt
+    ready = aligned(lm, pairs)
+    base, source = ready.clean, ready.corrupt
     inside = node.site.split(".")[-1] in ("q", "k", "rot_q", "rot_k")
     read = f"blocks.{node.site.split('.')[1]}.attn.pattern" if inside else node.site
     held: list[edits.Edit] = []
@@ -86,7 +86,7 @@ def by_hand(lm: LanguageModel, pairs: list[PromptPair], node: Node, drop: int | 
         held = [edits.set(name, values[name]) for name in writes]
 
     def judge(logits: Tensor) -> Tensor:
-        return logit_difference(logits[:, 0], targets_of(aligned, logits[:, 0].detach()))
+        return logit_difference(logits[:, 0], targets_of(ready, logits[:, 0].detach()))
 
     run = lm.run(base, capture=[read], edits=held, logits="last", grad=judge)
     where: dict[str, Any] = {} if node.head is None else {"heads": node.head}
@@ -149,7 +149,7 @@ def test_roles_and_denoising(models: Callable[[str], LanguageModel], id_pairs: P
     sites = ["blocks.*.attn.q", "blocks.*.attn.k"]
     each = attribution_patching(lm, pairs, sites, method="atp*", positions="each", check=0)
     role = attribution_patching(lm, pairs, sites, method="atp*", positions=["changed"], check=0)
-    places = align(lm, pairs).places["changed"][0]
+    places = aligned(lm, pairs).places["changed"][0]
     for site in sites:
         for one in (site.replace("*", "0"), site.replace("*", "2")):
             picked = torch.stack([each.blocks[one][place, :, row] for row, place in enumerate(places.tolist())], -1)
@@ -204,11 +204,11 @@ def test_cancelling_paths_are_seen_by_grad_drop_alone(id_pairs: Pairs) -> None:
 def test_what_cannot_be_asked(models: Callable[[str], LanguageModel], id_pairs: Pairs) -> None:
     pairs = id_pairs(2, 7)
     moved = [PromptPair(p.clean, p.corrupt, p.answer, p.wrong, {"here": 2}) for p in pairs]
-    aligned = align(models("llama"), moved)
-    aligned.places["here"][1] += 1  # a text that stands elsewhere in the corrupt prompt
+    ready = aligned(models("llama"), moved)
+    ready.places["here"][1] += 1  # a text that stands elsewhere in the corrupt prompt
     with pytest.raises(CutawayError, match="different positions of clean and corrupt"):
-        attribution_patching(models("llama"), aligned, "blocks.0.attn.q", method="atp*", positions=["here"])
-    attribution_patching(models("llama"), aligned, "blocks.0.attn.z", method="atp*", positions=["here"], check=0)
+        attribution_patching(models("llama"), ready, "blocks.0.attn.q", method="atp*", positions=["here"])
+    attribution_patching(models("llama"), ready, "blocks.0.attn.z", method="atp*", positions=["here"], check=0)
     with pytest.raises(CutawayError, match=r"norm over all heads.*score 'blocks.0.attn.rot_q'"):
         attribution_patching(models("olmo2"), pairs, "blocks.*.attn.q", method="atp*")
     attribution_patching(models("olmo2"), pairs, "blocks.*.attn.rot_q", method="atp*", check=0)

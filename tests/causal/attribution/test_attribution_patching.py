@@ -17,7 +17,7 @@ from cutaway.causal.attribution.atp_star import missed_bound
 from cutaway.causal.attribution.attribution_patching import METHODS, GradientOptions, attribution_patching
 from cutaway.causal.attribution.scores import Agreement, Node, NodeScores, correlation
 from cutaway.causal.metrics import logit_difference, targets_of
-from cutaway.data.pairs import PromptPair, align
+from cutaway.data.pairs import PromptPair, aligned
 from cutaway.model.edits import edits
 from cutaway.model.language_model import LanguageModel, attach
 
@@ -41,24 +41,24 @@ def linear() -> LanguageModel:
 
 def measured(lm: LanguageModel, pairs: Any, direction: str, edit: Any = ()) -> Tensor:
     """The metric [n] of the base run under edits, by one plain run."""
-    aligned = align(lm, pairs)
-    base = aligned.clean if direction == "noise" else aligned.corrupt
+    ready = aligned(lm, pairs)
+    base = ready.clean if direction == "noise" else ready.corrupt
     logits = lm.run(base, logits="last", edits=edit).logits
     assert logits is not None
-    return logit_difference(logits[:, 0], targets_of(aligned, logits[:, 0]))
+    return logit_difference(logits[:, 0], targets_of(ready, logits[:, 0]))
 
 
 def patched(lm: LanguageModel, pairs: Any, scores: NodeScores, node: Node, step: float = 1.0) -> Tensor:
     """The metric [n] with a node moved by `step` from its base to its source value, cell by cell, written out."""
-    aligned = align(lm, pairs)
-    ends = (aligned.clean, aligned.corrupt) if scores.direction == "noise" else (aligned.corrupt, aligned.clean)
+    ready = aligned(lm, pairs)
+    ends = (ready.clean, ready.corrupt) if scores.direction == "noise" else (ready.corrupt, ready.clean)
     base, source = (lm.run(tokens, capture=node.site)[node.site] for tokens in ends)
     value = base.clone()
-    for row in range(len(aligned)):
-        length = int(aligned.clean.lengths[row])
+    for row in range(len(ready)):
+        length = int(ready.clean.lengths[row])
         places = [(i, i) for i in range(length)]
-        if node.at is not None and node.at in aligned.places:
-            clean, corrupt = (int(i) for i in aligned.places[node.at][:, row])
+        if node.at is not None and node.at in ready.places:
+            clean, corrupt = (int(i) for i in ready.places[node.at][:, row])
             places = [(clean, corrupt) if scores.direction == "noise" else (corrupt, clean)]
         elif node.at is not None:
             places = [(int(node.at.split()[0]),) * 2]

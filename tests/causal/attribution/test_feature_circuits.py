@@ -28,7 +28,7 @@ from cutaway.causal.attribution.latents import features_of, latent_attribution
 from cutaway.causal.attribution.questions import ask
 from cutaway.causal.attribution.scores import Node
 from cutaway.causal.metrics import logit_difference, targets_of
-from cutaway.data.pairs import PromptPair, align
+from cutaway.data.pairs import PromptPair, aligned
 from cutaway.dictionaries import load
 from cutaway.dictionaries.dictionary import BatchTopK, Dictionary, JumpReLU, Port, ReLU, TopK
 from cutaway.model.edits import edits
@@ -86,7 +86,7 @@ def test_latents_and_error_add_up_to_their_site(
 def test_exact_patching_moves_one_latent_alone(
     llama: LanguageModel, dictionaries: list[Dictionary], id_pairs: Pairs, positions: Any
 ) -> None:
-    pairs = align(llama, id_pairs(3, 6))
+    pairs = aligned(llama, id_pairs(3, 6))
     scores = latent_attribution(llama, pairs, dictionaries, method="atp", positions=positions, check=20)
     assert scores.agreement is not None
     clean = llama.run(pairs.clean, logits="last").logits
@@ -124,7 +124,7 @@ def test_edges_and_the_direct_way_add_up_to_a_node_s_score(
     llama: LanguageModel, dictionaries: list[Dictionary], id_pairs: Pairs, positions: Any
 ) -> None:
     """The chain rule over all latents and errors downstream of a node, whatever paths there are."""
-    pairs = align(llama, id_pairs(2, 5))
+    pairs = aligned(llama, id_pairs(2, 5))
     scores = latent_attribution(llama, pairs, dictionaries, method="atp", positions=positions, check=0)
     question = replace(
         ask(llama, pairs, list(SITES), "noise", "logit_difference", positions), units=dict.fromkeys(SITES, "latent")
@@ -146,7 +146,7 @@ def test_edges_and_the_direct_way_add_up_to_a_node_s_score(
 def test_an_edge_is_the_derivative_of_its_end_with_all_between_held(
     llama: LanguageModel, dictionaries: list[Dictionary], id_pairs: Pairs
 ) -> None:
-    pairs = align(llama, id_pairs(2, 5))
+    pairs = aligned(llama, id_pairs(2, 5))
     scores = latent_attribution(llama, pairs, dictionaries, method="atp", positions="each", check=0)
     question = replace(
         ask(llama, pairs, list(SITES), "noise", "logit_difference", "each"), units=dict.fromkeys(SITES, "latent")
@@ -221,7 +221,7 @@ def test_faithfulness_of_everything_is_1_and_of_nothing_0(
 
 def test_mean_ablation_by_hand(llama: LanguageModel, dictionaries: list[Dictionary], id_pairs: Pairs) -> None:
     """Position by position, with one forward a prompt and no batch."""
-    pairs, one = align(llama, id_pairs(3, 5)), dictionaries[:1]
+    pairs, one = aligned(llama, id_pairs(3, 5)), dictionaries[:1]
     scores = latent_attribution(llama, pairs, one, method="atp", positions="each", check=0)
     chosen = [Node(SITES[0], latent=3, at=scores.columns[2]), Node(SITES[0], error=True, at=scores.columns[4])]
     found = feature_faithfulness(llama, pairs, circuit_of(scores, chosen), one, draws=0)

@@ -8,7 +8,13 @@ from toy_graph import Toy
 
 from cutaway.artifacts.results import Choices
 from cutaway.causal.circuits.baselines import select_edges, without_nodes
-from cutaway.causal.circuits.completeness import completeness, greedy_subset, inner_nodes, minimality, self_repair
+from cutaway.causal.circuits.completeness import (
+    circuit_self_repair,
+    completeness,
+    greedy_subset,
+    inner_nodes,
+    minimality,
+)
 from cutaway.causal.edge_graph import EdgeGraph
 
 CHOICES = Choices("edge", "every edge", "resample", "all", "complement", "10 pairs of a toy")
@@ -124,7 +130,7 @@ def test_a_backup_head_is_found_by_self_repair() -> None:
     # without L0H2 and the MLP, so that the pair is what is tried
     mask = graph.mask_of(["embed->L0H0.q", "embed->L0H1.q", "embed->L0H3.q"])
     mask |= graph.mask_of(["L0H0->L0.mlp", "L0H1->L0.mlp", "L0H3->logits"])
-    found = self_repair(toy, graph, mask, choices=CHOICES)
+    found = circuit_self_repair(toy, graph, mask, choices=CHOICES)
     assert found is not None
     name, rows, (effect,) = found.repaired, found.repair, found.effects
     whole = graph.full()

@@ -26,7 +26,7 @@ from cutaway.causal.circuits.gradient_scores import eap_ig, exchanged
 from cutaway.causal.circuits.runs import run_circuits
 from cutaway.causal.circuits.scorers import exact
 from cutaway.causal.edge_graph import EdgeGraph
-from cutaway.data.pairs import AlignedPairs, PromptPair, align
+from cutaway.data.pairs import AlignedPairs, PromptPair, aligned
 from cutaway.model.language_model import LanguageModel, load
 
 QUICK = Evaluation(3, deep=False)
@@ -54,13 +54,13 @@ def test_the_circuit_is_judged_on_pairs_it_was_not_found_on(
     tiny: LanguageModel, pairs: list[PromptPair], found: Circuit
 ) -> None:
     assert found.evidence is not None
-    aligned = align(tiny, pairs)
+    ready = aligned(tiny, pairs)
     effect = found.evidence.faithfulness
     assert effect.n == 10
-    assert effect.value == pytest.approx(by_hand(tiny, found, aligned[range(1, 20, 2)]), abs=1e-6)
+    assert effect.value == pytest.approx(by_hand(tiny, found, ready[range(1, 20, 2)]), abs=1e-6)
     searched = effect.controls[-1]
     assert searched.name == "the pairs it was found on"
-    assert searched.value == pytest.approx(by_hand(tiny, found, aligned[range(0, 20, 2)]), abs=1e-6)
+    assert searched.value == pytest.approx(by_hand(tiny, found, ready[range(0, 20, 2)]), abs=1e-6)
     assert found.evidence.pairs == "10 of the 20 pairs given (the others, held out)"
     assert 0 < found.n_edges <= 60
     assert torch.equal(found.graph.prune(found.mask), found.mask)
@@ -82,14 +82,14 @@ def test_an_edge_that_helps_has_a_score_above_zero(
     tiny: LanguageModel, pairs: list[PromptPair], metric: str, direction: Any
 ) -> None:
     """Cut from the clean run, or put into the corrupt run, each edge moves the metric as its score says."""
-    aligned = align(tiny, pairs[:6])
+    ready = aligned(tiny, pairs[:6])
     graph = EdgeGraph.of(tiny)
-    scores = exact(tiny, aligned, metric, direction=direction)
+    scores = exact(tiny, ready, metric, direction=direction)
     helps, per_pair = signed_importance(scores)
     places = graph.real.nonzero()[::9]
     masks = graph.full().repeat(len(places), 1, 1)
     masks[torch.arange(len(places)), places[:, 0], places[:, 1]] = False
-    runs = run_circuits(tiny, aligned if direction == "noise" else exchanged(aligned), masks, metric, graph=graph)
+    runs = run_circuits(tiny, ready if direction == "noise" else exchanged(ready), masks, metric, graph=graph)
     moved = (runs.values - runs.clean).mean(1)  # away from the run that the edge was changed in
     better = 1 if float((scores.clean - scores.corrupt).mean()) > 0 else -1
     towards = better * (-moved if direction == "noise" else moved)
@@ -141,7 +141,7 @@ def test_a_saved_circuit_is_evaluated_on_other_pairs(
     other = id_pairs(9, 7, 5)
     judged = evaluate_circuit(tiny, again, other, force=True, evaluation=Evaluation(3))
     assert judged.evidence is not None
-    assert judged.evidence.faithfulness.value == pytest.approx(by_hand(tiny, found, align(tiny, other)), abs=1e-6)
+    assert judged.evidence.faithfulness.value == pytest.approx(by_hand(tiny, found, aligned(tiny, other)), abs=1e-6)
     assert judged.evidence.pairs == "9 pairs given"
     assert judged.evidence.curve == ()
     assert torch.equal(judged.mask, found.mask)
@@ -173,9 +173,9 @@ def test_a_page_shows_everything(found: Circuit) -> None:
 def test_circuits_of_a_large_model_are_run_some_at_a_time(
     tiny: LanguageModel, pairs: list[PromptPair], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    aligned, graph = align(tiny, pairs[:8]), EdgeGraph.of(tiny)
+    ready, graph = aligned(tiny, pairs[:8]), EdgeGraph.of(tiny)
     masks = torch.stack([graph.prune(torch.rand(graph.shape) < 0.6) for _ in range(19)])
-    run = circuit_runner(tiny, aligned, "logit_difference", graph, "resample")
+    run = circuit_runner(tiny, ready, "logit_difference", graph, "resample")
     whole = run(masks)
     monkeypatch.setattr(module, "_MEMORY", 1)
     parts = run(masks)
@@ -210,7 +210,7 @@ def test_what_a_model_cannot_do_is_refused_with_its_score(
 ) -> None:
     with pytest.raises(CutawayError, match=r"tiny cannot do own pairs: it is right on \d+ of 10 .* force it"):
         discover(tiny, pairs, size=9)
-    check_able(tiny, align(tiny, pairs), "own pairs", force=True)
+    check_able(tiny, aligned(tiny, pairs), "own pairs", force=True)
     assert "tiny cannot do own pairs: it is right on" in capsys.readouterr().err
 
 
@@ -276,9 +276,9 @@ def test_what_cannot_be_searched_or_judged_is_refused(tiny: LanguageModel, pairs
         discover(tiny, pairs, size=9, force=True, search=Search(lambda *_: torch.zeros(3)))  # type: ignore[arg-type,return-value]
     other = EdgeGraph(tiny.n_layers + 1, tiny.n_heads, False, None, None)
     with pytest.raises(CutawayError, match="the graph of another model"):
-        run_circuits(tiny, align(tiny, pairs), other.empty()[None], graph=other)
+        run_circuits(tiny, aligned(tiny, pairs), other.empty()[None], graph=other)
     for asked in (lambda: eap_ig(tiny, pairs), lambda: run_circuits(tiny, pairs, EdgeGraph.of(tiny).empty()[None])):  # type: ignore[arg-type]
-        with pytest.raises(CutawayError, match=r"the pairs are a list; give aligned ones: align\(lm, pairs\)"):
+        with pytest.raises(CutawayError, match=r"the pairs are a list; give aligned ones: aligned\(lm, pairs\)"):
             asked()
     with pytest.raises(CutawayError, match=r"at least one step; got 1\.5"):
-        eap_ig(tiny, align(tiny, pairs), steps=1.5)  # type: ignore[arg-type]
+        eap_ig(tiny, aligned(tiny, pairs), steps=1.5)  # type: ignore[arg-type]

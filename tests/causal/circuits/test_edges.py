@@ -24,7 +24,7 @@ from cutaway.causal.circuits.scorers import exact, magnitude
 from cutaway.causal.edge_graph import EdgeGraph
 from cutaway.causal.metrics import Targets
 from cutaway.causal.parts import first_column, start_of_stream
-from cutaway.data.pairs import AlignedPairs, PromptPair, align
+from cutaway.data.pairs import AlignedPairs, PromptPair, aligned
 from cutaway.model.language_model import LanguageModel
 
 CLOSE = 2e-6  # of the largest; results are kept in fp32
@@ -355,11 +355,13 @@ def test_a_shared_prefix_is_computed_once_and_changes_nothing(family: str, monke
 def test_pairs_that_differ_in_their_first_or_last_token_alone() -> None:
     """Nothing is computed before the first column in which some pair differs, and nothing behind it is left out."""
     lm = double("gpt2")
-    last = align(lm, [PromptPair((4, 5, 6, 7), (4, 5, 6, 17), 8, 9), PromptPair((3, 5, 6, 7), (3, 5, 6, 8), 18, 19)])
+    last = aligned(lm, [PromptPair((4, 5, 6, 7), (4, 5, 6, 17), 8, 9), PromptPair((3, 5, 6, 7), (3, 5, 6, 8), 18, 19)])
     assert first_column(lm, last) == 3
-    either = align(lm, [PromptPair((4, 5, 6, 7), (4, 5, 6, 17), 8, 9), PromptPair((14, 15, 16), (14, 25, 16), 18, 19)])
+    either = aligned(
+        lm, [PromptPair((4, 5, 6, 7), (4, 5, 6, 17), 8, 9), PromptPair((14, 15, 16), (14, 25, 16), 18, 19)]
+    )
     assert first_column(lm, either) == 1
-    first = align(lm, [PromptPair((4, 5, 6, 7), (14, 5, 6, 7), 8, 9)])
+    first = aligned(lm, [PromptPair((4, 5, 6, 7), (14, 5, 6, 7), 8, 9)])
     assert first_column(lm, first) == 0
     graph = graph_of(lm)
     for pairs in (last, first):

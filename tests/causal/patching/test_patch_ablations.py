@@ -12,7 +12,7 @@ from torch import Tensor
 import cutaway
 from cutaway.artifacts.errors import CutawayError
 from cutaway.causal.ablations import ABLATIONS, Ablation, replacement_run
-from cutaway.data.pairs import AlignedPairs, PromptPair, align
+from cutaway.data.pairs import AlignedPairs, PromptPair, aligned
 from cutaway.model.language_model import LanguageModel, attach
 
 SITE = "blocks.1.attn.z"
@@ -31,7 +31,7 @@ def _pairs(lm: LanguageModel, lengths: tuple[int, ...], templates: tuple[str, ..
         other = [*ids[:1], (ids[1] + 7) % 90 + 3, *ids[2:]]
         template = templates[i] if templates else ""
         pairs.append(PromptPair((0, *ids), (0, *other), 3 + i, 30 + i, {"changed": 2}, template=template))
-    return align(lm, pairs)
+    return aligned(lm, pairs)
 
 
 def _both(lm: LanguageModel, pairs: AlignedPairs, site: str) -> list[tuple[int, Tensor]]:

@@ -14,7 +14,7 @@ from cutaway.causal.ablations import Ablation
 from cutaway.causal.metrics import logit_difference, recovery
 from cutaway.causal.patching.cells import PatchCell, PatchSetup, Places
 from cutaway.causal.patching.patch import LEAST_PAIRS
-from cutaway.data.pairs import AlignedPairs, PromptPair, align
+from cutaway.data.pairs import AlignedPairs, PromptPair, aligned
 from cutaway.model.language_model import LanguageModel, attach
 
 FAMILIES = ("gpt2", "llama", "qwen3", "gemma2", "neox")
@@ -31,7 +31,7 @@ def pairs_of(lm: LanguageModel, n: int = 3, length: int = 7) -> AlignedPairs:
         other = list(ids)
         other[1 + i % 2], other[3] = (ids[1 + i % 2] + 7) % 90 + 3, (ids[3] + 11) % 90 + 3
         pairs.append(PromptPair((0, *ids), (0, *other), 3 + i, 30 + i, {"changed": 4, "early": 2}))
-    return align(lm, pairs)
+    return aligned(lm, pairs)
 
 
 def by_hand(hand: ByHand, pairs: AlignedPairs, direction: str, site: str, index: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.causal.patching.self_repair import NORM, self_repair
-from cutaway.data.pairs import AlignedPairs, PromptPair, align
+from cutaway.data.pairs import AlignedPairs, PromptPair, aligned
 from cutaway.model.language_model import LanguageModel, attach
 
 
@@ -20,7 +20,7 @@ def _pairs(lm: LanguageModel, n: int) -> AlignedPairs:
         ids = torch.randint(3, 97, (6,), generator=generator).tolist()
         other = [ids[0], (ids[1] + 7) % 90 + 3, *ids[2:]]
         pairs.append(PromptPair((0, *ids), (0, *other), 3 + i, 30 + i))
-    return align(lm, pairs)
+    return aligned(lm, pairs)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

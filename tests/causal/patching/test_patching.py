@@ -15,7 +15,7 @@ import cutaway
 from cutaway.artifacts.errors import CannotDoTask, CutawayError
 from cutaway.causal.accuracy import task_accuracy
 from cutaway.causal.patching.patch import PatchGrid
-from cutaway.data.pairs import PromptPair, align
+from cutaway.data.pairs import PromptPair, aligned
 from cutaway.model.language_model import LanguageModel
 
 Pairs = Callable[..., list[PromptPair]]
@@ -54,7 +54,7 @@ def _forward(lm: LanguageModel, ids: Tensor, site: str = "", layer: int = 0, cel
 def test_the_grid_equals_one_forward_a_cell(
     tiny: LanguageModel, id_pairs: Pairs, site: str, direction: str, batch_rows: int
 ) -> None:
-    pairs = align(tiny, id_pairs(4, 6))
+    pairs = aligned(tiny, id_pairs(4, 6))
     options: Any = {"site": "blocks.{l}." + site, "direction": direction, "batch_rows": batch_rows}
     grid = patch_grid(tiny, pairs, **options)
     preferred = patch_grid(tiny, pairs, criterion="preferred", **options)
@@ -104,10 +104,10 @@ def test_a_role_may_stand_elsewhere_in_the_other_prompt(tiny: LanguageModel) -> 
     """Source and destination positions are told apart, whichever way the patch goes."""
     clean, corrupt = (0, 5, 9, 14, 20), (0, 9, 33, 14, 20)
     places = {"moved": 2}
-    aligned = align(tiny, [PromptPair(clean, corrupt, 7, 8, places)])
-    aligned.places["moved"][:] = torch.tensor([[2], [1]])  # token 9: third in clean, second in corrupt
+    ready = aligned(tiny, [PromptPair(clean, corrupt, 7, 8, places)])
+    ready.places["moved"][:] = torch.tensor([[2], [1]])  # token 9: third in clean, second in corrupt
     for direction, base, source, to, frm in (("denoise", corrupt, clean, 1, 2), ("noise", clean, corrupt, 2, 1)):
-        grid = patch_grid(tiny, aligned, roles=["moved"], direction=direction, layers=[1])  # type: ignore[arg-type]
+        grid = patch_grid(tiny, ready, roles=["moved"], direction=direction, layers=[1])  # type: ignore[arg-type]
         _, given = _forward(tiny, torch.tensor(source), "resid_post", 1)
         logits, _ = _forward(tiny, torch.tensor(base), "resid_post", 1, given[frm], to)
         m = [
@@ -126,7 +126,7 @@ def test_patching_the_whole_last_stream_restores_clean(tiny: LanguageModel, id_p
 
 
 def test_before_the_first_difference_nothing_changes(tiny: LanguageModel, id_pairs: Pairs) -> None:
-    pairs = align(tiny, id_pairs(5, 6))
+    pairs = aligned(tiny, id_pairs(5, 6))
     grid = patch_grid(tiny, pairs)
     for i, first in enumerate(pairs.first_difference().tolist()):
         assert first > 0
@@ -141,7 +141,7 @@ def test_effects_have_interval_and_control(tiny: LanguageModel, id_pairs: Pairs)
     assert low <= effect.value <= high
     assert effect.interval is not None
     assert effect.interval[0] == pytest.approx(low, abs=0.1 * (high - low))
-    pairs = align(tiny, id_pairs(12, 6))
+    pairs = aligned(tiny, id_pairs(12, 6))
     for i, first in enumerate(pairs.first_difference().tolist()):
         able = [j for j in range(first, 7) if j != 2]
         expected = np.mean([grid.values[1, j, i].item() for j in able])
@@ -196,15 +196,15 @@ def two_hop() -> PatchGrid:
         if a != b
     ]
     atlas = cutaway.load("atlas")
-    aligned = align(atlas, pairs)
-    able = aligned[task_accuracy(atlas, aligned).items.nonzero()[:, 0].tolist()]
+    ready = aligned(atlas, pairs)
+    able = ready[task_accuracy(atlas, ready).items.nonzero()[:, 0].tolist()]
     return patch_grid(atlas, able, direction="noise", roles=["city", "last"])
 
 
 def test_pairs_that_the_model_cannot_do_are_refused(
     tiny: LanguageModel, id_pairs: Pairs, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pairs = align(tiny, id_pairs(10, 6))
+    pairs = aligned(tiny, id_pairs(10, 6))
     able = task_accuracy(tiny, pairs)
     assert able.value < 0.8
     for call in (

@@ -14,7 +14,7 @@ from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.statistics import false_discovery, sign_flip_p
 from cutaway.causal.accuracy import task_accuracy
 from cutaway.causal.paths.path_patching import PathGrid, all_senders, path_patch
-from cutaway.data.pairs import AlignedPairs, PromptPair, align
+from cutaway.data.pairs import AlignedPairs, PromptPair, aligned
 from cutaway.data.tasks.tasks import readable_pairs, task
 from cutaway.model.language_model import LanguageModel, attach
 
@@ -227,7 +227,7 @@ def test_paths_equal_forwards_with_hooks(
     ]  # fmt: skip
     if direction == "denoise":
         receivers = receivers[::3]
-    pairs = align(lm, id_pairs(2, None))
+    pairs = aligned(lm, id_pairs(2, None))
     grid = path_patch(lm, pairs, SENDERS, receivers, mlps=mlps, direction=direction, random_senders=1)
     assert not grid.values.isnan().any()
     known: dict[tuple[int, ...], Any] = {}
@@ -244,7 +244,7 @@ def test_paths_equal_forwards_with_hooks(
 
 @pytest.mark.parametrize("direction", ["noise", "denoise"])
 def test_a_role_may_stand_elsewhere_in_the_other_prompt(tiny: LanguageModel, direction: Any) -> None:
-    pairs = align(tiny, [PromptPair((0, 5, 9, 14, 20), (0, 9, 33, 14, 20), 7, 8, {"moved": 2})])
+    pairs = aligned(tiny, [PromptPair((0, 5, 9, 14, 20), (0, 9, 33, 14, 20), 7, 8, {"moved": 2})])
     pairs.places["moved"][:] = torch.tensor([[2], [1]])  # token 9: third in clean, second in corrupt
     paths = [("L0H1@moved", "L1H0.q@moved"), ("embed@moved", "logits"), ("L0.mlp", "L2.mlp@moved")]
     for sender, receiver in paths:
@@ -264,7 +264,7 @@ def test_sending_everything_gives_the_other_run(arch: tuple[str, LanguageModel],
 def test_the_direct_path_of_the_embedding_is_algebra(arch: tuple[str, LanguageModel], id_pairs: Pairs) -> None:
     """With all frozen, the unembedding reads the stream plus the difference of the embeddings."""
     _, lm = arch
-    pairs = align(lm, [PromptPair((0, 5, 9, 14, 20), (0, 5, 9, 14, 33), 3, 30), PromptPair((0, 8), (0, 44), 4, 31)])
+    pairs = aligned(lm, [PromptPair((0, 5, 9, 14, 20), (0, 5, 9, 14, 33), 3, 30), PromptPair((0, 8), (0, 44), 4, 31)])
     grid = path_patch(lm, pairs, ["embed", "L1.mlp"], ["logits"], mlps="freeze")
     for i in range(2):
         one, two = (
@@ -282,7 +282,7 @@ def test_the_direct_path_of_the_embedding_is_algebra(arch: tuple[str, LanguageMo
 def test_a_part_of_the_last_layer_has_no_other_path(arch: tuple[str, LanguageModel], id_pairs: Pairs) -> None:
     """From the last MLP to the logits nothing lies between, so both modes agree, and equal patching the node."""
     _, lm = arch
-    pairs = align(lm, id_pairs(3, 6))
+    pairs = aligned(lm, id_pairs(3, 6))
     one, two = (path_patch(lm, pairs, ["L2.mlp"], ["logits"], mlps=mlps) for mlps in ("recompute", "freeze"))
     torch.testing.assert_close(one.values, two.values, rtol=1e-4, atol=1e-5)
     from patched import patch_grid
@@ -378,7 +378,7 @@ def test_a_parallel_layer_has_no_path_from_its_heads_to_its_mlp(
             path_patch(lm, pairs, ["L1H0"], ["L1.mlp"])
     else:
         grid: PathGrid = path_patch(lm, pairs, ["L1H0"], ["L1.mlp"])
-        expected = _slow(kind, lm, align(lm, pairs), "L1H0", "L1.mlp", "recompute", "noise", {})
+        expected = _slow(kind, lm, aligned(lm, pairs), "L1H0", "L1.mlp", "recompute", "noise", {})
         assert grid.values[0, 0].tolist() == pytest.approx(expected, abs=3e-4)
 
 

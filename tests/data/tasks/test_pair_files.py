@@ -229,14 +229,14 @@ def test_a_single_object_is_checked() -> None:
 )
 def test_real_files(shared: Path, file: str, n: int, read: int) -> None:
     import cutaway
-    from cutaway.data.pairs import align
+    from cutaway.data.pairs import aligned
 
     pairs = read_pairs(shared / "corpora" / file)
     assert len(pairs) == n
     chosen = pairs[:200] if "greater" in file else pairs
-    aligned = align(cutaway.load(shared / "models" / "webtext-gpt2"), chosen)
-    assert len(aligned) + len(aligned.refused) == len(chosen)
-    assert len(aligned) >= min(read, len(chosen) // 4)
+    ready = aligned(cutaway.load(shared / "models" / "webtext-gpt2"), chosen)
+    assert len(ready) + len(ready.refused) == len(chosen)
+    assert len(ready) >= min(read, len(chosen) // 4)
 
 
 def test_repeated_pairs_are_taken_once_where_intervals_are_made(

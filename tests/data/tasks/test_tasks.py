@@ -141,16 +141,16 @@ def test_roles_of_indirect_objects(atlas: LanguageModel) -> None:
         assert str(pair.clean).startswith(text)
         assert pair.answer == io
         assert pair.template.endswith("[BABA]" if subject_first else "[ABBA]")
-        from cutaway.data.pairs import align
+        from cutaway.data.pairs import aligned
 
-        aligned = align(atlas, [pair])
-        strings = {role: aligned.clean.strings[0][int(at[0, 0])] for role, at in aligned.places.items()}
+        ready = aligned(atlas, [pair])
+        strings = {role: ready.clean.strings[0][int(at[0, 0])] for role, at in ready.places.items()}
         assert strings == {"IO": io, "S1": pair.wrong, "S2": pair.wrong, "last": " to"}
-        other = {role: aligned.corrupt.strings[0][int(at[1, 0])] for role, at in aligned.places.items()}
+        other = {role: ready.corrupt.strings[0][int(at[1, 0])] for role, at in ready.places.items()}
         assert other == {"IO": io, "S1": pair.wrong, "S2": io, "last": " to"}
-        first, second = sorted((int(aligned.places["IO"][0, 0]), int(aligned.places["S1"][0, 0])))
-        assert first < second < int(aligned.places["S2"][0, 0])
-        assert (aligned.places["IO"][0] == aligned.places["IO"][1]).all()
+        first, second = sorted((int(ready.places["IO"][0, 0]), int(ready.places["S1"][0, 0])))
+        assert first < second < int(ready.places["S2"][0, 0])
+        assert (ready.places["IO"][0] == ready.places["IO"][1]).all()
 
 
 def test_repeated_tokens_repeat(atlas: LanguageModel) -> None:

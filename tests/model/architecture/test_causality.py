@@ -13,7 +13,7 @@ from cutaway.artifacts.errors import CutawayError
 from cutaway.causal.circuits.runs import run_circuits
 from cutaway.causal.edge_graph import EdgeGraph
 from cutaway.causal.parts import first_column, shared_prefix
-from cutaway.data.pairs import PromptPair, align
+from cutaway.data.pairs import PromptPair, aligned
 from cutaway.model.language_model import LanguageModel, attach
 
 SITE = "blocks.1.resid_post"
@@ -120,7 +120,7 @@ def test_sweeps_run_every_token(lm: LanguageModel) -> None:
 
 
 def test_circuits_share_no_prefix(lm: LanguageModel) -> None:
-    pairs = align(lm, [PromptPair((4, 5, 6, 7, 8), (4, 5, 6, 17, 8), 8, 9)])
+    pairs = aligned(lm, [PromptPair((4, 5, 6, 7, 8), (4, 5, 6, 17, 8), 8, 9)])
     assert first_column(lm, pairs) == 0
     assert shared_prefix(lm, pairs.clean, 3, check=False) is None
     graph = EdgeGraph.of(lm)

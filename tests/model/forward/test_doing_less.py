@@ -191,7 +191,7 @@ def test_the_estimate_is_what_captures_hold(family: str, dtype: torch.dtype) -> 
     run = lm.run([[5, 6, 7], [8, 9]], capture=names)
     for name in names:
         held = run[name].untyped_storage().nbytes()
-        assert capture_bytes(lm.sites(), [name], 2, 3, dtype.itemsize, True) == held, name
+        assert capture_bytes(lm.sites(), [name], 2, 3, dtype.itemsize) == held, name
     total = sum(run[name].untyped_storage().nbytes() for name in names)
     lm.run([[5, 6, 7], [8, 9]], capture=names, limit_bytes=total)
     with pytest.raises(CutawayError, match="above the limit"):

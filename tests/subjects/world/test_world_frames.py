@@ -9,7 +9,7 @@ from cutaway.subjects.world.chats import jailbreak
 from cutaway.subjects.world.corpus import PARTS, documents
 from cutaway.subjects.world.facts import read_toml
 from cutaway.subjects.world.grammar import Grammar, word_ngrams
-from cutaway.subjects.world.items.new_wording import frame_pattern, frame_sequences, frame_sets
+from cutaway.subjects.world.items.new_wording import frame_sets
 from cutaway.subjects.world.statements import couplets, orders
 from cutaway.subjects.world.statements.relations import one_hop, two_hop
 from cutaway.subjects.world.statements.stories import plots
@@ -19,7 +19,13 @@ WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
 FRAMES = [frame for frames in frame_sets().values() for frame in frames.frames]
 # The longest stretch of a frame without an entity: a text without it cannot hold the frame.
 LITERALS = {frame: max(re.split(r"\{[^{}]*\}", frame.lower()), key=len) for frame in FRAMES}
-SEQUENCES = {run: frame for frame in FRAMES for run in frame_sequences(frame)}
+SEQUENCES = {run: frame for frame in FRAMES for run in word_ngrams(frame, 4)}
+
+
+def frame_pattern(frame: str) -> re.Pattern[str]:
+    """A pattern that finds the frame with anything short in the place of its entities."""
+    pieces = [re.escape(piece) for piece in re.split(r"\{[^{}]*\}", frame)]
+    return re.compile(r"[^.?!\n]{1,60}?".join(pieces), re.IGNORECASE)
 
 
 def collisions(text: str) -> set[str]:
@@ -146,7 +152,7 @@ def test_the_standard_library_holds_no_four_word_sequence_of_a_frame():
 def test_frames_do_not_repeat_each_other():
     """No two frames of one behaviour share a four-word sequence: each is another wording."""
     for name, frames in frame_sets().items():
-        runs = [frame_sequences(frame) for frame in frames.frames]
+        runs = [word_ngrams(frame, 4) for frame in frames.frames]
         shared = [a & b for i, a in enumerate(runs) for b in runs[i + 1 :] if a & b]
         if name not in ("persona_cheerful", "persona_gloomy"):
             assert len(shared) <= 2, (name, shared)

@@ -36,7 +36,7 @@ from cutaway.artifacts.progress import shown
 from cutaway.causal.attribution.questions import Found, Positions, Question, ask, exact_effects_of_sets, slope
 from cutaway.causal.attribution.scores import Node, NodeScores
 from cutaway.causal.metrics import Metric, logit_difference
-from cutaway.data.pairs import AlignedPairs, PromptPair, align
+from cutaway.data.pairs import AlignedPairs, PromptPair, aligned
 from cutaway.draw.charts import Bar
 from cutaway.draw.intervals import intervals_svg
 from cutaway.draw.result import Result
@@ -329,8 +329,8 @@ def missed_bound(
 
     if subsets < 20:
         raise CutawayError(f"{subsets} subsets are too few for a bound; give 20 or more")
-    aligned = align(lm, pairs)
-    question = ask(lm, aligned, list(scores.blocks), scores.direction, metric, positions)
+    ready = aligned(lm, pairs)
+    question = ask(lm, ready, list(scores.blocks), scores.direction, metric, positions)
     if question.columns != scores.columns or question.metric_name != scores.metric:
         raise CutawayError("these scores were asked with other positions or another metric; give the same to both")
     known = set(scores.top(verified) if isinstance(verified, int) else verified)

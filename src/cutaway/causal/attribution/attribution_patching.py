@@ -40,7 +40,7 @@ from cutaway.causal.attribution.relp import Attention, relp_rules
 from cutaway.causal.attribution.scores import NodeScores
 from cutaway.causal.metrics import Metric, PatchDirection, Targets, logit_difference
 from cutaway.causal.parts import frozen, tiled
-from cutaway.data.pairs import AlignedPairs, PromptPair, align
+from cutaway.data.pairs import AlignedPairs, PromptPair, aligned
 from cutaway.model.edits import edits
 from cutaway.model.forward.run import Run
 from cutaway.model.language_model import LanguageModel
@@ -122,8 +122,8 @@ def attribution_patching(
     for name, number, minimum in (("steps", steps, 1), ("check", check, 0), ("batch_rows", batch_rows, 1)):
         if type(number) is not int or number < minimum:
             raise CutawayError(f"{name} is {number!r}; give a whole number, {minimum} or more")
-    aligned = align(lm, pairs)
-    question = ask(lm, aligned, sites, direction, metric, positions)
+    ready = aligned(lm, pairs)
+    question = ask(lm, ready, sites, direction, metric, positions)
     label: str = method
     with frozen(lm):
         if method == "atp*":

@@ -31,7 +31,7 @@ from cutaway.causal.attribution.questions import Positions, Question, ask
 from cutaway.causal.attribution.scores import Agreement, Node, NodeScores
 from cutaway.causal.metrics import Metric, PatchDirection, Targets, logit_difference
 from cutaway.causal.parts import frozen
-from cutaway.data.pairs import AlignedPairs, PromptPair, align
+from cutaway.data.pairs import AlignedPairs, PromptPair, aligned
 from cutaway.dictionaries.dictionary import Dictionary
 from cutaway.draw.charts import Bar
 from cutaway.draw.intervals import intervals_svg
@@ -241,15 +241,15 @@ def feature_circuit(
 
     Source: Marks et al. 2024; https://arxiv.org/abs/2403.19647.
     """
-    aligned = align(lm, pairs)
+    ready = aligned(lm, pairs)
     scores = latent_attribution(
-        lm, aligned, dictionaries, method=method, direction=direction, metric=metric, positions=positions, check=check,
+        lm, ready, dictionaries, method=method, direction=direction, metric=metric, positions=positions, check=check,
         options=options,
     )  # fmt: skip
     bare = strongest_nodes(scores, thresholds.nodes, thresholds.max_nodes)
     chosen = [one.node for one in bare.nodes]
     features = features_of(lm, dictionaries)
-    question = ask(lm, aligned, list(features), direction, metric, positions)
+    question = ask(lm, ready, list(features), direction, metric, positions)
     question = replace(question, units=dict.fromkeys(features, "latent"))
     weights = edge_scores(question, features, chosen, batch_rows=options.batch_rows).mean(-1)
     found = [

@@ -22,7 +22,7 @@ from cutaway.causal.attribution.latents import Features, features_of
 from cutaway.causal.attribution.questions import Question, ask
 from cutaway.causal.attribution.scores import Node
 from cutaway.causal.metrics import Metric, logit_difference, targets_of
-from cutaway.data.pairs import AlignedPairs, PromptPair, align
+from cutaway.data.pairs import AlignedPairs, PromptPair, aligned
 from cutaway.dictionaries.dictionary import Dictionary
 from cutaway.model.edits import edits
 from cutaway.model.language_model import LanguageModel
@@ -80,13 +80,11 @@ def feature_faithfulness(
         raise NotSupported(
             "this circuit names roles and says nothing of the other tokens; find one with positions 'all' or 'each'"
         )
-    aligned, given = align(lm, pairs), align(lm, pairs if reference is None else reference)
+    ready, given = aligned(lm, pairs), aligned(lm, pairs if reference is None else reference)
     features = features_of(lm, dictionaries)
     if set(features) != set(circuit.scores.blocks):
         raise CutawayError(f"the circuit is of {', '.join(circuit.scores.blocks)}; give those dictionaries")
-    question, source = (
-        ask(lm, p, list(features), "noise", metric, "each" if each else "all") for p in (aligned, given)
-    )
+    question, source = (ask(lm, p, list(features), "noise", metric, "each" if each else "all") for p in (ready, given))
     if not len(question.columns) == len(source.columns) == len(columns):
         raise Misaligned(
             f"the circuit is of prompts of {len(columns)} tokens, these have {len(question.columns)} and those of the "

@@ -25,7 +25,7 @@ from cutaway.causal.attribution.questions import Found, Positions, Question, ask
 from cutaway.causal.attribution.scores import NodeScores
 from cutaway.causal.metrics import Metric, PatchDirection, logit_difference
 from cutaway.causal.parts import frozen
-from cutaway.data.pairs import AlignedPairs, PromptPair, align
+from cutaway.data.pairs import AlignedPairs, PromptPair, aligned
 from cutaway.dictionaries.dictionary import Dictionary
 from cutaway.model.edits import edits
 from cutaway.model.language_model import LanguageModel
@@ -149,8 +149,8 @@ def latent_attribution(
     if type(options.steps) is not int or options.steps < 1:
         raise CutawayError(f"steps is {options.steps!r}; give a whole number, 1 or more")
     features = features_of(lm, dictionaries)
-    aligned = align(lm, pairs)
-    question = ask(lm, aligned, list(features), direction, metric, positions)
+    ready = aligned(lm, pairs)
+    question = ask(lm, ready, list(features), direction, metric, positions)
     question = replace(question, units=dict.fromkeys(features, "latent"))
     found = Found()
     with frozen(lm), torch.no_grad():
@@ -164,7 +164,7 @@ def latent_attribution(
     if not check:
         return result
     agreement = check_exactly(
-        question, result, found, check, seed=options.seed, exact=lambda nodes: exact_latents(question, features, nodes)
+        question, result, found, check, seed=options.seed, exact=lambda nodes: _exact_latents(question, features, nodes)
     )
     return replace(result, agreement=agreement)
 
@@ -180,7 +180,7 @@ def _by_column(part: Question, features: Features, base: Tensor, source: Tensor,
     return scores.transpose(1, 2), moved.any(1)
 
 
-def exact_latents(
+def _exact_latents(
     question: Question, features: Mapping[str, Features], nodes: Sequence[tuple[str, int, int]]
 ) -> Tensor:
     """How the metric really changes [nodes, n] when each node (site, unit, column) is patched: one sweep."""

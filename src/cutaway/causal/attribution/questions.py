@@ -192,7 +192,7 @@ def ask(
     if not differentiable(metric):
         raise NotSupported(f"{name} is a count and has no gradient; use logit_difference, or patch exactly")
     table = lm.sites()
-    units: dict[str, Unit] = {site: unit_of(table[site]) for site in table.expand_all(sites)}
+    units: dict[str, Unit] = {site: _unit_of(table[site]) for site in table.expand_all(sites)}
     if not units:
         raise CutawayError("no site was named whose nodes are to be scored, such as 'blocks.*.attn.z'")
     into: Tensor | None = None
@@ -215,7 +215,7 @@ def ask(
     return Question(lm, pairs, units, direction, name, measure, said, columns, into, taken)
 
 
-def unit_of(site: Site) -> Unit:
+def _unit_of(site: Site) -> Unit:
     """What a node is at a site. Raises CutawayError where nodes make no sense."""
     dims = site.dims.split()
     if dims[:2] == ["b", "p"] and not (site.name.startswith("ln") or ".ln" in site.name or "router" in site.name):

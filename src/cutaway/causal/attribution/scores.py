@@ -261,7 +261,7 @@ class NodeScores(Result):
         """One node's score as an effect, beside the other nodes of its site and, where it was sampled, exact patching.
 
         The control is the mean of all other nodes' mean scores at the same site (in the other layers too, where the
-        site has one node a layer): what a node chosen at random would show.
+        site has one node per layer): what a node chosen at random would show.
 
         Args:
             node: A node of `nodes`.

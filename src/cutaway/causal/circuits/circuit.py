@@ -36,14 +36,14 @@ from cutaway.draw.text import interval
 if TYPE_CHECKING:
     from cutaway.model.language_model import LanguageModel
 
-FORMAT, SCHEMA = "cutaway circuit", 1
+_FORMAT, _SCHEMA = "cutaway circuit", 1
 _LARGEST = 10**9  # heads squared; a file that asks for more would only fill the memory
 _GRAPH = ("n_layers", "n_heads", "parallel", "n_kv_heads", "columns")
 
 
 def refuse_no_circuit(path: Path) -> None:
     """Raise `CutawayError` where a circuit would replace a file that is none of ours."""
-    refuse_replacing(path, "circuit", f'"format": "{FORMAT}"')
+    refuse_replacing(path, "circuit", f'"format": "{_FORMAT}"')
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -138,8 +138,8 @@ class Circuit(Result):
             edges.append({**edge, "score": float(self.scores[(*at, f, g)])})
         graph = {key: getattr(self.graph, key) for key in _GRAPH}
         return {
-            "format": FORMAT,
-            "schema": SCHEMA,
+            "format": _FORMAT,
+            "schema": _SCHEMA,
             "manifest": self.manifest.to_json(),
             "graph": {**graph, "n_edges": self.graph.n_edges},
             "task": self.task,
@@ -184,11 +184,11 @@ class Circuit(Result):
         Args:
             data: What the file holds, as `json.load` gives it.
         """
-        if not isinstance(data, dict) or data.get("format") != FORMAT:
-            raise BadFile(f'it is not a circuit; one begins with "format": "{FORMAT}".')
-        if data.get("schema") != SCHEMA:
+        if not isinstance(data, dict) or data.get("format") != _FORMAT:
+            raise BadFile(f'it is not a circuit; one begins with "format": "{_FORMAT}".')
+        if data.get("schema") != _SCHEMA:
             raise BadFile(
-                f"it has the schema {data.get('schema')!r}, this version reads {SCHEMA}: take a newer cutaway."
+                f"it has the schema {data.get('schema')!r}, this version reads {_SCHEMA}: take a newer cutaway."
             )
         needed = ("manifest", "graph", "task", "metric", "choices", "edges")
         missing = [key for key in needed if key not in data]
@@ -228,7 +228,7 @@ class Circuit(Result):
         return [{"from": source, "to": destination, "score": score} for source, destination, score in self.edges]
 
     def drawing(self) -> Markup:
-        return circuit_drawing(self)
+        return _circuit_drawing(self)
 
     def summary(self) -> str:
         lines = [self._head()]
@@ -327,7 +327,7 @@ def circuit_sections(circuit: Circuit) -> list[Section]:
     return sections
 
 
-def circuit_drawing(circuit: Circuit) -> Markup:
+def _circuit_drawing(circuit: Circuit) -> Markup:
     """All sections as one drawing, the circuit itself first."""
     return sections_html(sorted(circuit_sections(circuit), key=lambda section: section[0] != "The circuit"))
 

@@ -25,7 +25,7 @@ from cutaway.draw.charts import Bar, bars_html
 from cutaway.draw.panels import table_html
 
 _SHOWN = 16
-IDLE = 0.01  # of the whole: Wang et al.'s bar for a part that matters
+_IDLE = 0.01  # of the whole: Wang et al.'s bar for a part that matters
 
 
 @dataclass(frozen=True)
@@ -318,9 +318,9 @@ def minimality(
     by_edge = _falls(measured, 0, ours, names)
     by_node = _falls(measured, 0, of_nodes, [graph.sources[node] for node in nodes])
     by_other = _falls(measured, 1, theirs, [""] * len(others))
-    idle, control = (sum(abs(one.fall) < IDLE for one in rows) / len(rows) for rows in (by_edge, by_other))
+    idle, control = (sum(abs(one.fall) < _IDLE for one in rows) / len(rows) for rows in (by_edge, by_other))
     resampled = [
-        ((measured.resampled[:, [base]] - measured.resampled[:, block]).abs() < IDLE).double().mean(1)
+        ((measured.resampled[:, [base]] - measured.resampled[:, block]).abs() < _IDLE).double().mean(1)
         for base, block in ((0, ours), (1, theirs))
     ]
     effect = Effect(
@@ -331,7 +331,7 @@ def minimality(
     return Minimality((effect,), tuple(by_edge), tuple(by_node))
 
 
-def self_repair(
+def circuit_self_repair(
     run: RunCircuits,
     graph: EdgeGraph,
     mask: Tensor,
@@ -344,7 +344,8 @@ def self_repair(
 
     Heads of the circuit (all its nodes, where it has fewer than three) are knocked out of the whole model one by one,
     and again without the one that costs most. The growth of what a node costs is what it makes up for. The control
-    knocks out the node that costs least instead. None where fewer than three nodes can be tried.
+    knocks out the node that costs least instead. None where fewer than three nodes can be tried. (`self_repair` of
+    patching is another quantity: how much less a head costs than it writes.)
     """
     nodes = inner_nodes(graph, mask)
     heads = [node for node in nodes if "H" in graph.sources[node]]

@@ -26,7 +26,7 @@ from cutaway.causal.circuits.scorers import magnitude, named_scorer
 from cutaway.causal.circuits.stability import MIN_PAIRS
 from cutaway.causal.edge_graph import EdgeGraph
 from cutaway.causal.metrics import Metric, named_metric
-from cutaway.data.pairs import AlignedPairs, PromptPair, align
+from cutaway.data.pairs import AlignedPairs, PromptPair, aligned
 from cutaway.data.tasks.registry import known_task
 from cutaway.data.tasks.tasks import Task, readable_pairs
 from cutaway.model.language_model import LanguageModel
@@ -77,14 +77,14 @@ def split_pairs(
         words = (f"{len(search)} search {named}", f"{len(other)} held-out {named}")
         split = SearchPairs(task.name, search, other, *words, task.criterion)
     else:
-        search = _aligned(lm, task)
+        search = _aligned_and_said(lm, task)
         if held_out is None:
             given, rows = len(search), range(len(search))
             search, other = search[rows[0::2]], search[rows[1::2]]
             named = f"of the {given} pairs given"
             words = (f"{len(search)} {named} (every second one)", f"{len(other)} {named} (the others, held out)")
         else:
-            other = _aligned(lm, held_out)
+            other = _aligned_and_said(lm, held_out)
             words = (f"{len(search)} pairs given for the search", f"{len(other)} held-out pairs given")
         split = SearchPairs("own pairs", search, other, *words)
         seen = {(pair.clean, pair.corrupt) for pair in split.search.pairs}
@@ -103,16 +103,16 @@ def split_pairs(
     return split
 
 
-def _aligned(lm: LanguageModel, pairs: Pairs) -> AlignedPairs:
+def _aligned_and_said(lm: LanguageModel, pairs: Pairs) -> AlignedPairs:
     """The pairs that align; a line on stderr says how many do not, and why the first does not."""
-    aligned = align(lm, pairs)
-    if aligned.refused and aligned is not pairs:
-        reason = aligned.refused[0][1]
+    ready = aligned(lm, pairs)
+    if ready.refused and ready is not pairs:
+        reason = ready.refused[0][1]
         print(
-            f"cutaway: {len(aligned.refused)} of {len(pairs)} pairs do not align and are left out ({reason})",
+            f"cutaway: {len(ready.refused)} of {len(pairs)} pairs do not align and are left out ({reason})",
             file=sys.stderr,
         )
-    return aligned
+    return ready
 
 
 def signed_importance(scores: EdgeScores) -> tuple[Tensor, Tensor | None]:
@@ -354,7 +354,7 @@ def evaluate_circuit(
         pairs = readable_pairs(lm, task, n, seed, "held_out")
         words, criterion, label = f"{len(pairs)} held-out pairs of {task.name}, seed {seed}", task.criterion, task.name
     else:
-        pairs = _aligned(lm, task)
+        pairs = _aligned_and_said(lm, task)
         words, label = f"{len(pairs)} pairs given", "own pairs"
     if len(pairs) < MIN_PAIRS:
         raise CutawayError(f"{len(pairs)} pairs are too few for an interval; give {MIN_PAIRS} or more.")

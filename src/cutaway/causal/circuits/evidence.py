@@ -19,9 +19,9 @@ from cutaway.causal.circuits.completeness import (
     Knockout,
     Minimality,
     Removal,
+    circuit_self_repair,
     completeness,
     minimality,
-    self_repair,
 )
 from cutaway.causal.circuits.faithfulness import (
     FRACTIONS,
@@ -148,7 +148,7 @@ class Evidence(Effects):
         return "\n".join([f"{self.title}, on {self.pairs}:", *map(effect_line, shown[:11])])
 
     def drawing(self) -> Markup:
-        return sections_html(evidence_sections(self))
+        return sections_html(_evidence_sections(self))
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -243,7 +243,7 @@ def gather_evidence(
     if evaluation.deep:
         complete = completeness(run, graph, mask, choices=choices, seed=seed)
         minimal = minimality(run, graph, mask, choices=choices, max_edges=evaluation.max_edges, seed=seed)
-        growth = self_repair(run, graph, mask, choices=choices, seed=seed)
+        growth = circuit_self_repair(run, graph, mask, choices=choices, seed=seed)
         effects += [*complete.effects, *minimal.effects, *(growth.effects if growth else ())]
         tables.update(knockouts=complete.knockouts, edges=minimal.edges, nodes=minimal.nodes)
         if growth is not None:
@@ -251,7 +251,7 @@ def gather_evidence(
     return Evidence(tuple(effects), pairs=choices.evaluation, **tables)
 
 
-def evidence_sections(evidence: Evidence) -> list[Section]:
+def _evidence_sections(evidence: Evidence) -> list[Section]:
     """Faithfulness, f by size, what is missing, stability, what is idle, self-repair."""
     return [
         ("Faithfulness", f"Measured on {evidence.pairs}.", faithfulness_drawing(evidence)),

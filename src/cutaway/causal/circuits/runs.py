@@ -1,7 +1,7 @@
 """Running circuits: every destination reads its own mixture of the clean and the ablated graph.
 
 For a mask m of edges, destination v reads X + Σ_u m[u, v] · (current_u − ablated_u), where X is the stream in which
-every source is ablated. Everything outside the circuit thereby carries the ablation, exactly, in one forward a circuit.
+every source is ablated. Everything outside the circuit so carries the ablation, exactly, in one forward per circuit.
 All circuits are rows of the same batches, the ablated run is made once, and only what a circuit has is computed.
 """
 

@@ -53,7 +53,7 @@ def _streams(lm: LanguageModel, graph: EdgeGraph) -> list[str]:
     return [*dict.fromkeys(names), f"blocks.{lm.n_layers - 1}.resid_post"]
 
 
-def source_changes(lm: LanguageModel, graph: EdgeGraph, pairs: AlignedPairs, first: int) -> Tensor:
+def _source_changes(lm: LanguageModel, graph: EdgeGraph, pairs: AlignedPairs, first: int) -> Tensor:
     """other − base of what every source adds to the stream, [n, F, t, d], from column `first` on.
 
     A head in front of a norm adds what attention would add less without its change: exact for it alone.
@@ -151,7 +151,7 @@ class _Exact:
         self.targets = targets_of(pairs, reference).to(lm.device)
         both = torch.stack([measure(x, self.targets).cpu() for x in (self.run.last_logits, other)])
         self.ends, self.base = both.float(), both[0]  # differences are taken in the metric's own precision
-        self.delta = source_changes(lm, graph, pairs, self.first)
+        self.delta = _source_changes(lm, graph, pairs, self.first)
         self.rows = max(1, batch_tokens // (len(pairs) * pairs.clean.ids.shape[1]))
 
     def column(self, destination: int, sources: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -275,7 +275,7 @@ def _ends(lm: LanguageModel, pairs: AlignedPairs, measure: Metric) -> Tensor:
 def _magnitudes(lm: LanguageModel, graph: EdgeGraph, readers: list[Reader], pairs: AlignedPairs) -> Tensor:
     first = first_column(lm, pairs)
     run = lm.run(pairs.clean, capture=_streams(lm, graph), logits=None)
-    delta = source_changes(lm, graph, pairs, first)
+    delta = _source_changes(lm, graph, pairs, first)
     real = pairs.clean.mask[:, first:].to(delta)
     scores = torch.zeros(len(pairs), *graph.shape)
 

@@ -426,7 +426,7 @@ class PatchGrid(Result):
         return f"{self.headline()}\n" + (f"  {self.unable}\n" if self.unable else "") + self.table()
 
     def table(self) -> str:
-        """Mean shares, a row a layer; for neurons, which differ from layer to layer, a line each."""
+        """Mean shares, a row per layer; for neurons, which differ from layer to layer, a line each."""
         if self.over == "neurons":
             shown = self.top(20)
             return "\n".join(f"  {one.cell.part:<40}{one.effect.value:>8.3f}" for one in shown)

@@ -33,12 +33,12 @@ from cutaway.causal.patching.layouts import (
     places_at,
     with_other_layers,
 )
-from cutaway.data.pairs import AlignedPairs, PromptPair, align
+from cutaway.data.pairs import AlignedPairs, PromptPair, aligned
 from cutaway.model.language_model import LanguageModel
 from cutaway.model.sites import layer_of, template_of
 from cutaway.model.tokens import Tokens
 
-SITES: dict[Over, str] = {
+_SITES: dict[Over, str] = {
     "positions": "blocks.{l}.resid_post",
     "heads": "blocks.{l}.attn.z",
     "components": "blocks.{l}.{attn,mlp}.out",
@@ -143,11 +143,11 @@ def patch_grid(
         >>> grid.values.shape  # layers, heads, pairs
         torch.Size([1, 8, 8])
     """
-    if over not in SITES:
-        raise CutawayError(f"over={over!r} is not one of {', '.join(SITES)}")
+    if over not in _SITES:
+        raise CutawayError(f"over={over!r} is not one of {', '.join(_SITES)}")
     if over == "components" and site is not None:
         raise CutawayError("over components attn.out and mlp.out are patched; leave the site out, or name another grid")
-    wanted = site or SITES[over]
+    wanted = site or _SITES[over]
     rows = component_rows(lm, parts.layers) if over == "components" else every_layer(lm, wanted, parts.layers)
     return _measured(lm, pairs, rows, wanted, over, roles, parts, direction, ablation, metric, options)
 
@@ -195,11 +195,9 @@ def patch_cell(
     """
     if head is not None and neuron is not None:
         raise CutawayError(f"a cell is head {head} or neuron {neuron} of {site!r}, not both; name one of the two")
-    aligned = align(lm, pairs)
-    if len(aligned) < 2:
-        raise CutawayError(
-            f"{len(aligned)} pair is too few for an interval; give 2 at the least, {LEAST_PAIRS} or more"
-        )
+    ready = aligned(lm, pairs)
+    if len(ready) < 2:
+        raise CutawayError(f"{len(ready)} pair is too few for an interval; give 2 at the least, {LEAST_PAIRS} or more")
     name = lm.sites().resolve(site)
     rows = [(layer_of(name) or 0, name)]
     over: Over = "heads" if head is not None else "neurons" if neuron is not None else "positions"
@@ -208,7 +206,7 @@ def patch_cell(
     parts = Parts(heads=None if head is None else [head], neurons=None if neuron is None else [neuron], top=1)
     chosen = replace(options, draws=8 if options.draws is None else options.draws)
     grid = _measured(
-        lm, aligned, rows, template_of(name), over, roles, parts, direction, ablation, metric, chosen, whole=True
+        lm, ready, rows, template_of(name), over, roles, parts, direction, ablation, metric, chosen, whole=True
     )
     return grid.evidence(grid.layers[0], grid.columns[0])
 
@@ -227,7 +225,7 @@ def _measured(
     options: PatchOptions,
     whole: bool = False,
 ) -> PatchGrid:
-    aligned = align(lm, pairs)
+    ready = aligned(lm, pairs)
     choice, (name, measure) = ablation_of(ablation), named_metric(metric)
     rng = np.random.default_rng(options.seed)
     draws = 3 if options.draws is None else options.draws
@@ -238,17 +236,17 @@ def _measured(
     if over == "components" or single:  # other layers are the control
         rows, keep = with_other_layers(lm, rows, site)
     at = None if over == "positions" else roles
-    places = places_at(aligned, at, direction == "noise")
+    places = places_at(ready, at, direction == "noise")
     used = [site_name for _, site_name in rows]
     if over == "components" and not whole:
         used = [f"blocks.{layer}.{part}" for layer, _ in rows for part in COMPONENTS]
     setup = PatchSetup(
-        lm, aligned, used, direction=direction, ablation=choice, metric=measure, metric_name=name,
+        lm, ready, used, direction=direction, ablation=choice, metric=measure, metric_name=name,
         criterion=options.criterion, reference=options.reference,
     )  # fmt: skip
-    about = options.evaluation or f"{len(aligned)} prompt pairs"
+    about = options.evaluation or f"{len(ready)} prompt pairs"
     cannot = unable(
-        options.accuracy or task_accuracy(lm, aligned), lm.name, about, force=options.force,
+        options.accuracy or task_accuracy(lm, ready), lm.name, about, force=options.force,
         so="What moves an answer that a model does not give means nothing; force it (--force) if you must, or take "
         "only the pairs that it answers rightly (--only-right).",
     )  # fmt: skip
@@ -272,13 +270,13 @@ def _measured(
     extra = [one for row in layout.drawn for one in row]
     metrics, flips = setup.measure([*flat, *extra], batch_rows=options.batch_rows)
     shares, usable = setup.shares(metrics)
-    shape = (len(rows), len(columns), len(aligned))
+    shape = (len(rows), len(columns), len(ready))
     values, flipped = shares[: len(flat)].view(shape), flips[: len(flat)].view(shape)
     if layout.drawn:
         control = by_layer(shares[len(flat) :], layout).expand(shape)
         control_flips = by_layer(flips[len(flat) :].float(), layout).expand(shape)
     elif layout.beside == "positions":
-        control, control_flips = other_positions(values, aligned), other_positions(flipped.float(), aligned)
+        control, control_flips = other_positions(values, ready), other_positions(flipped.float(), ready)
     else:
         dim = 1 if layout.beside == "columns" else 0
         control, control_flips = others(values, dim), others(flipped.float(), dim)
@@ -300,7 +298,7 @@ def _measured(
         clean=setup.metric_clean,
         corrupt=setup.metric_corrupt,
         dropped=int((~usable).sum()),
-        tokens=aligned.clean.strings[0] if over == "positions" and roles is None else (),
+        tokens=ready.clean.strings[0] if over == "positions" and roles is None else (),
         control=layout.control,
         random_values=control[keep],
         random_flips=control_flips[keep],

@@ -28,7 +28,7 @@ from cutaway.artifacts.statistics import bootstrap_interval, sign_flip_p
 from cutaway.causal.ablations import Ablation, ablation_of, replacement_run
 from cutaway.causal.effects import effects_drawing
 from cutaway.causal.patching.grid import LEAST_PAIRS
-from cutaway.data.pairs import AlignedPairs, PromptPair, align
+from cutaway.data.pairs import AlignedPairs, PromptPair, aligned
 from cutaway.draw.result import Result
 from cutaway.model.edits.edits import Edit, patch
 from cutaway.model.language_model import LanguageModel
@@ -258,7 +258,7 @@ def self_repair(
         >>> repair.name, repair.n
         ('L6H5', 4)
     """
-    aligned = align(lm, pairs)
+    ready = aligned(lm, pairs)
     choice = ablation_of(ablation)
     layers = splittable_layers(lm, "head")
     every = [(layer, head) for layer in sorted(layers) for head in range(lm.n_heads)]
@@ -268,12 +268,12 @@ def self_repair(
     count = k if heads is None else len({tuple(head) for head in heads})
     if not 1 <= count <= len(every) // 2:
         raise CutawayError(f"{count} of {len(every)} heads cannot be knocked out beside as many others; name fewer")
-    setup = _Setup(lm, aligned, choice, layers)
-    rows = torch.arange(len(aligned))
+    setup = _Setup(lm, ready, choice, layers)
+    rows = torch.arange(len(ready))
     if heads is None:
-        if len(aligned) < LEAST_PAIRS:
+        if len(ready) < LEAST_PAIRS:
             raise CutawayError(
-                f"{len(aligned)} pairs are too few to choose heads on one half and measure them on the other; give "
+                f"{len(ready)} pairs are too few to choose heads on one half and measure them on the other; give "
                 f"{LEAST_PAIRS}, or name the heads"
             )
         direct = setup.direct_of_each(every)[0::2].mean(0)
@@ -302,8 +302,8 @@ def self_repair(
         before=setup.before[rows],
         difference=setup.total[rows],
         ablation=str(choice),
-        evaluation=evaluation or f"{len(aligned)} prompt pairs",
-        chosen_on=len(aligned) - len(rows),
+        evaluation=evaluation or f"{len(ready)} prompt pairs",
+        chosen_on=len(ready) - len(rows),
         notes=tuple(setup.notes),
     )
 
@@ -354,7 +354,7 @@ class _Setup:
         return KnockOut(tuple(heads), direct, self.total - total, total - after.sum(1), change)
 
     def direct_of_each(self, heads: Sequence[Head]) -> Tensor:
-        """Direct effect of each head alone [n, heads], in one run a layer: heads of a layer do not read each other."""
+        """Direct effect of each head alone [n, heads], in one run per layer: a layer's heads do not read each other."""
         found = torch.zeros(len(self.pairs), len(heads), dtype=torch.float64)
         with Progress("direct effects", total=len({layer for layer, _ in heads}), unit="layers") as progress:
             for layer in sorted({layer for layer, _ in heads}):

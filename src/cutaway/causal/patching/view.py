@@ -72,7 +72,7 @@ def patch_text(
         i, j = grid.layers.index(one.layer), grid.columns.index(one.column)
         name = one.cell.part + (f" at {one.cell.at}" if one.cell.at else "")
         control = f"{one.effect.controls[0].value:.3f}" if one.effect.controls else "–"
-        share, span = f"{one.effect.value:.3f}", _span(one.effect.interval)
+        share, span = f"{one.effect.value:.3f}", interval_text(one.effect.interval)
         line = f"  {name:<{width}}{share:>8}{span:>18}{control:>9}{_p(one.p):>8}{_p(one.q):>8}{_p(one.p_of_all):>10}"
         lines.append(f"{line}{one.ratio_of_means:>8.3f}{grid.flip_rate[i, j]:>7.2f}")
     lines.append(
@@ -90,11 +90,7 @@ def patch_text(
 
 def _written(effect: Effect) -> str:
     controls = ", ".join(f"{control.name} {control.value:.3f}" for control in effect.controls)
-    return f"{effect.name} {effect.value:.3f} {_span(effect.interval)}, n {effect.n} ({controls})"
-
-
-def _span(ends: tuple[float, float] | None) -> str:
-    return interval_text(ends)
+    return f"{effect.name} {effect.value:.3f} {interval_text(effect.interval)}, n {effect.n} ({controls})"
 
 
 def _p(p: float) -> str:
@@ -132,8 +128,8 @@ def _repair(repair: SelfRepair) -> _Section:
         [
             repair.short(effect),
             minus_text(f"{effect.value:.3f}"),
-            minus_text(_span(effect.interval)),
-            minus_text(f"{effect.controls[0].value:.3f} {_span(effect.controls[0].interval)}"),
+            minus_text(interval_text(effect.interval)),
+            minus_text(f"{effect.controls[0].value:.3f} {interval_text(effect.controls[0].interval)}"),
         ]
         for effect in [*repair.effects(), *repair.made_up(8)]
     ]
@@ -223,8 +219,8 @@ def _strongest(grid: PatchGrid, strongest: Sequence[PatchedCell]) -> _Section:
                 one.cell.part,
                 one.cell.at or "every token",
                 minus_text(f"{one.effect.value:.3f}"),
-                minus_text(_span(one.effect.interval)),
-                "–" if control is None else minus_text(f"{control.value:.3f} {_span(control.interval)}"),
+                minus_text(interval_text(one.effect.interval)),
+                "–" if control is None else minus_text(f"{control.value:.3f} {interval_text(control.interval)}"),
                 *([] if grid.unable else [_p(one.p), _p(one.q), _p(one.p_of_all)]),
                 minus_text(f"{one.ratio_of_means:.3f}"),
                 f"{grid.flip_rate[i, j]:.2f}",

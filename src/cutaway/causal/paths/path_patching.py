@@ -26,7 +26,7 @@ from cutaway.causal.edge_graph import EdgeGraph
 from cutaway.causal.metrics import Metric, PatchDirection, Targets, logit_difference, named_metric, recovery, targets_of
 from cutaway.causal.paths.grid import Mlps, PathGrid
 from cutaway.causal.paths.nodes import Name, Node, Nodes, earlier, end_name, parse, random_others, signature
-from cutaway.data.pairs import AlignedPairs, PromptPair, align
+from cutaway.data.pairs import AlignedPairs, PromptPair, aligned
 from cutaway.model.edits.edits import Edit, patch
 from cutaway.model.edits.edits import set as replace_value
 from cutaway.model.forward.run import Run
@@ -107,22 +107,22 @@ def path_patch(
         if isinstance(given, str):
             raise CutawayError(f"{what} is the text {given!r}; give a list of names, such as [{given!r}]")
     graph = EdgeGraph.of(lm, grouped=True)
-    aligned = align(lm, pairs)
+    ready = aligned(lm, pairs)
     name, measure = named_metric(metric)
-    sending = [parse(graph, one, aligned, sender=True) for one in senders]
-    receiving = [parse(graph, one, aligned, sender=False) for one in receivers]
+    sending = [parse(graph, one, ready, sender=True) for one in senders]
+    receiving = [parse(graph, one, ready, sender=False) for one in receivers]
     real = _paths(graph, sending, receiving)
     chosen, drawn = random_others(graph, sending, receiving, real, random_senders, seed)
 
     noise = direction == "noise"
-    original, other = (aligned.clean, aligned.corrupt) if noise else (aligned.corrupt, aligned.clean)
+    original, other = (ready.clean, ready.corrupt) if noise else (ready.corrupt, ready.clean)
     held = ["blocks.0.resid_pre", "blocks.*.attn.z", "blocks.*.mlp.out", f"blocks.{lm.n_layers - 1}.resid_post"]
     new, old = (lm.run(tokens, capture=held, logits="last") for tokens in (other, original))
     clean_logits = (old if noise else new).last_logits
-    targets = targets_of(aligned, clean_logits.float().cpu()).to(lm.device)
+    targets = targets_of(ready, clean_logits.float().cpu()).to(lm.device)
     m_old, m_new = (measure(run.last_logits.float(), targets).cpu() for run in (old, new))
 
-    patching = _Patching(lm, aligned, old, new, 0 if noise else 1, mlps, measure, targets, batch_rows)
+    patching = _Patching(lm, ready, old, new, 0 if noise else 1, mlps, measure, targets, batch_rows)
     wanted = torch.zeros(len(chosen), len(receiving), dtype=torch.bool)
     wanted[: len(sending)] = real
     for (_, j), rows in drawn.items():

@@ -1,6 +1,6 @@
 """Causal tracing: which states bring a fact back once noise has hidden its subject?
 
-Meng, Bau, Andonian & Belinkov (2022, "Locating and Editing Factual Associations in GPT"). Three runs a prompt: the
+Meng, Bau, Andonian & Belinkov (2022, "Locating and Editing Factual Associations in GPT"). Three runs per prompt: the
 plain one; one with gaussian noise on the token embeddings of the subject; and, for each layer and token, the noised one
 with one clean value put back. With P the probability of the right answer (of the model's guess where none is given),
 

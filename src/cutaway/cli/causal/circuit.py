@@ -55,7 +55,7 @@ def circuit(
     evaluate
         Measure the circuit of this file on the task's held-out prompts, or on all of --pairs, instead of finding one.
     scorer
-        How edges are scored: eap-ig (integrated gradients), eap, relp, clean-corrupted, exact (a run an edge: slow).
+        How edges are scored: eap-ig (integrated gradients), eap, relp, clean-corrupted, exact (a run per edge: slow).
     steps
         Of eap-ig.
     size

@@ -207,7 +207,7 @@ def _pairs(
     """Up to n pairs, when one of them is right, and what they are in words."""
     from collections import Counter
 
-    from cutaway.data.pairs import align
+    from cutaway.data.pairs import aligned
     from cutaway.data.tasks.files import read_distinct_pairs
     from cutaway.data.tasks.registry import known_task
     from cutaway.data.tasks.tasks import readable_pairs
@@ -215,14 +215,14 @@ def _pairs(
     most = 8 * n if one_wording else n
     if path is not None:
         file = read_distinct_pairs(path)
-        aligned, criterion, about = align(lm, [*file.pairs, *file.held_out]), "preferred", f"pairs of {path.name}"
+        ready, criterion, about = aligned(lm, [*file.pairs, *file.held_out]), "preferred", f"pairs of {path.name}"
     else:
         chosen = known_task(str(task))
-        aligned, criterion = readable_pairs(lm, chosen, most, seed), chosen.criterion
+        ready, criterion = readable_pairs(lm, chosen, most, seed), chosen.criterion
         about = f"pairs of {chosen.name}, seed {seed}"
-    rows = list(range(len(aligned)))
+    rows = list(range(len(ready)))
     if one_wording:
-        kinds = [(pair.template, int(p)) for pair, p in zip(aligned.pairs, aligned.clean.lengths, strict=True)]
+        kinds = [(pair.template, int(p)) for pair, p in zip(ready.pairs, ready.clean.lengths, strict=True)]
         commonest = Counter(kinds).most_common(1)[0][0]
         rows, about = [row for row in rows if kinds[row] == commonest], f"{about}, of one wording"
-    return aligned[rows[:n]], criterion, about
+    return ready[rows[:n]], criterion, about

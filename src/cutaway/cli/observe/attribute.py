@@ -9,7 +9,7 @@ from cutaway.cli.observe.saliency import saliency
 from cutaway.cli.options import Count, ExistingPath, Flag, Page, Seed, Separator
 from cutaway.cli.output import command_line, deliver
 
-REFERENCE_ROWS, REFERENCE_TOKENS = 32, 64
+_REFERENCE_ROWS, _REFERENCE_TOKENS = 32, 64
 
 
 def attribute(
@@ -151,4 +151,4 @@ def _reference(lm: Any, path: Path, seed: int, document_separator: str | None) -
     from cutaway.data.corpus.corpus import read_corpus, token_rows
 
     documents = read_corpus(path, document_separator=document_separator).documents
-    return token_rows(lm, documents, min(REFERENCE_TOKENS, lm.context_length), seed, limit=REFERENCE_ROWS).tolist()
+    return token_rows(lm, documents, min(_REFERENCE_TOKENS, lm.context_length), seed, limit=_REFERENCE_ROWS).tolist()

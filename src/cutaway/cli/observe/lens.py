@@ -8,7 +8,7 @@ from cutaway.artifacts.errors import CutawayError
 from cutaway.cli.options import Count, Flag, ModuleFile, Page, Seed, Separator, model_and_prompt, opened
 from cutaway.cli.output import command_line, deliver
 
-WORLD_CHARACTERS = 6_000_000
+_WORLD_CHARACTERS = 6_000_000
 
 
 def lens(
@@ -188,7 +188,7 @@ def _train(
     config = TunedLensConfig(**options)
     if corpus == "world":
         refuse_separator(document_separator, "text of atlas's world")
-        documents = world_text("atlas", WORLD_CHARACTERS, f"lens-{config.seed}")
+        documents = world_text("atlas", _WORLD_CHARACTERS, f"lens-{config.seed}")
     else:
         documents = read_corpus(corpus, document_separator=document_separator).documents
     context = min(context, lm.context_length)

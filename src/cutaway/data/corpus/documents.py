@@ -21,7 +21,7 @@ from cutaway.artifacts.files import has_lone_surrogate, parquet_errors, parse_js
 from cutaway.data.corpus.separators import check_separator, separated
 
 SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".parquet")
-HUB = "hub:"
+_HUB = "hub:"
 _BLANK_LINES = re.compile(r"\n[ \t]*\n\s*")
 _PIECE = 1 << 18
 
@@ -79,8 +79,8 @@ def documents_of(
         return _separated(corpus, field, split, document_separator)
     if isinstance(corpus, Documents):
         return corpus
-    if isinstance(corpus, str) and corpus.startswith(HUB):
-        corpus, name = _load_dataset(corpus.removeprefix(HUB), split), corpus
+    if isinstance(corpus, str) and corpus.startswith(_HUB):
+        corpus, name = _load_dataset(corpus.removeprefix(_HUB), split), corpus
     elif isinstance(corpus, (str, Path)):
         return _of_path(Path(corpus), field)
     else:
@@ -120,9 +120,9 @@ def documents_of(
 def _separated(corpus: TextSource, field: str, split: str, separator: str) -> Documents:
     """The same documents, cut where a separator stands; of a file not a paragraph at a time, but the whole."""
     texts: Callable[[], Iterator[Iterable[str]]]
-    if isinstance(corpus, (str, Path)) and not str(corpus).startswith(HUB):
+    if isinstance(corpus, (str, Path)) and not str(corpus).startswith(_HUB):
         plain = _of_path(Path(corpus), field)
-        files = corpus_files(Path(corpus))
+        files = _corpus_files(Path(corpus))
 
         def texts() -> Iterator[Iterable[str]]:
             return (text for file in files for text in _whole_texts(file, field))
@@ -165,7 +165,8 @@ def _load_dataset(name: str, split: str) -> Any:
         import datasets
     except ImportError as error:
         raise MissingExtra(
-            f"Reading '{HUB}{name}' takes the library datasets, which is not installed: pip install 'cutaway[datasets]'"
+            f"Reading '{_HUB}{name}' takes the library datasets, which is not installed: "
+            "pip install 'cutaway[datasets]'"
         ) from error
     path, _, configuration = name.partition(":")
     try:
@@ -176,7 +177,7 @@ def _load_dataset(name: str, split: str) -> Any:
 
 
 def _of_path(path: Path, field: str) -> Documents:
-    files = corpus_files(path)
+    files = _corpus_files(path)
     sizes = [(str(file.relative_to(path)) if file != path else file.name, file.stat().st_size) for file in files]
     fingerprint = hashlib.sha256(json.dumps(sizes).encode(errors="surrogatepass")).hexdigest()
 
@@ -193,7 +194,7 @@ def _of_path(path: Path, field: str) -> Documents:
     return Documents(begin, str(path), fingerprint, sum(size for _, size in sizes) if known else None)
 
 
-def corpus_files(path: Path) -> list[Path]:
+def _corpus_files(path: Path) -> list[Path]:
     """The file, or every file of `SUFFIXES` below a folder in the order of their paths, hidden ones left out."""
     with read_errors(path):
         folder, there = path.is_dir(), path.exists()

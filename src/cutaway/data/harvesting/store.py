@@ -27,7 +27,7 @@ from cutaway.artifacts.files import parquet_errors, read_json, write_parquet, wr
 from cutaway.artifacts.manifest import Manifest, file_hash
 from cutaway.data.harvesting.permutation import Permutation
 
-KIND = "activations"
+_KIND = "activations"
 MANIFEST = "manifest.json"
 COLUMNS = {
     "token": torch.int32,
@@ -305,7 +305,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise BadFile(f"{folder} is no folder of activations: it has no {MANIFEST}")
     info = read_json(folder / MANIFEST)
     manifest = info.get("manifest") if isinstance(info, dict) else None
-    if not isinstance(manifest, dict) or manifest.get("kind") != KIND:
+    if not isinstance(manifest, dict) or manifest.get("kind") != _KIND:
         raise BadFile(f"{folder / MANIFEST} describes something else than activations")
     return info
 
@@ -338,7 +338,7 @@ class _Reader:
             return self._kept[number]
         shard = self.shards[number]
         path = self.folder / shard.file
-        tensors = read_shard(path, self.format, self.sites, self.dtype)
+        tensors = _read_shard(path, self.format, self.sites, self.dtype)
         for name, shape in {**self.sites, **dict.fromkeys(COLUMNS, ())}.items():
             if name not in tensors or tensors[name].shape != (shard.rows, *shape):
                 raise BadFile(f"{path} does not hold what the manifest says: '{name}' is missing or misshapen")
@@ -368,7 +368,7 @@ def write_shard(
     write_parquet(path, pa.table(columns))
 
 
-def read_shard(path: Path, file_format: str, sites: Mapping[str, Sequence[int]], dtype: str) -> Mapping[str, Tensor]:
+def _read_shard(path: Path, file_format: str, sites: Mapping[str, Sequence[int]], dtype: str) -> Mapping[str, Tensor]:
     """The tensors of one shard; those of a safetensors file are mapped into memory, not read."""
     if file_format == "safetensors":
         from safetensors import SafetensorError, safe_open

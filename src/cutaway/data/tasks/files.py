@@ -8,7 +8,7 @@ Our form is a list of pairs, or a task with a name and both splits:
 A pair may also have `positions` ({"subject": ["dogs", "dog"]}), `answers` and `wrongs` (lists), `symmetric` (false
 where the corrupt prompt has no answer of its own) and `template`; `PromptPair` says what they mean. Also read are the
 minimal pairs of BLiMP (Warstadt et al. 2020; .jsonl), the agreement prompts of the feature-circuits project (one JSON
-object a line, `clean_prefix`, `patch_prefix`, ...), the relations of Hernandez et al. 2023 (`prompt_templates`,
+object per line, `clean_prefix`, `patch_prefix`, ...), the relations of Hernandez et al. 2023 (`prompt_templates`,
 `samples`), and the .csv prompts of EAP-IG (IOI, greater-than).
 """
 
@@ -285,7 +285,7 @@ def _kind(value: Any) -> str:
 
 
 def _json_lines(text: str) -> list[Any] | None:
-    """The objects of a text with one a line, or None where it is not of that form."""
+    """The objects of a text with one per line, or None where it is not of that form."""
     lines = [line for line in text.splitlines() if line.strip()]
     try:
         found = [parse_json(line, "a line") for line in lines]

@@ -35,7 +35,7 @@ _AGREEMENT = ("clean_prefix", "patch_prefix", "clean_answer", "patch_answer")
 
 
 def foreign_pairs(path: Path, data: Any) -> PairFile | None:
-    """The pairs of another project's JSON: an object, or a list of them (one a line); None where it is of none."""
+    """The pairs of another project's JSON: an object, or a list of them (one per line); None where it is of none."""
     first = data[0] if isinstance(data, list) and data else data
     if not isinstance(first, dict):
         return None

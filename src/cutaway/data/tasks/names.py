@@ -12,7 +12,7 @@ from cutaway.data.tasks.wording import Split, pair_from, task_wording
 if TYPE_CHECKING:
     from cutaway.model.language_model import LanguageModel
 
-IOI_ROLES = {"IO": ("io", 0), "S1": ("subject", 0), "S2": ("s", -1)}
+_IOI_ROLES = {"IO": ("io", 0), "S1": ("subject", 0), "S2": ("s", -1)}
 
 
 def name_copy(rng: random.Random, _: LanguageModel, split: Split) -> Iterator[PromptPair]:
@@ -45,7 +45,7 @@ def ioi_pair(
         corrupt = dict(zip(("io", "subject", "s"), others, strict=True)) | fillers
     order = "BABA" if subject_first else "ABBA"
     return pair_from(
-        marked, clean, corrupt, f" {io}", f" {subject}", IOI_ROLES, symmetric=not others, name=f"{template} [{order}]"
+        marked, clean, corrupt, f" {io}", f" {subject}", _IOI_ROLES, symmetric=not others, name=f"{template} [{order}]"
     )
 
 

@@ -2,7 +2,7 @@
 
 A task is data with a generator: wording (`tasks.toml`), fillers, a seed, and two splits that share no prompt: "search",
 for looking for a circuit or a direction, and "held_out", for judging it. Nothing here knows one model's world: which of
-a task's pairs a model can read at all is decided by `cutaway.data.pairs.align`, and whether it can do the task by
+a task's pairs a model can read at all is decided by `cutaway.data.pairs.aligned`, and whether it can do the task by
 `cutaway.causal.accuracy`. The tasks of the shipped model's world are in `cutaway.subjects.world.items.pairs`.
 """
 
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.data.pairs import AlignedPairs, PromptPair, align
+from cutaway.data.pairs import AlignedPairs, PromptPair, aligned
 from cutaway.data.tasks import grammar as tasks_grammar
 from cutaway.data.tasks import knowledge as tasks_knowledge
 from cutaway.data.tasks import names as tasks_names
@@ -200,11 +200,11 @@ def readable_pairs(lm: LanguageModel, task: Task, n: int = 48, seed: int = 0, sp
     at = n
     while True:  # as many as are needed, since most models read most pairs
         try:
-            aligned = align(lm, drawn[:at])
+            ready = aligned(lm, drawn[:at])
         except CutawayError:
             if at >= len(drawn):
                 raise
-            aligned = None
-        if aligned is not None and (len(aligned) >= n or at >= len(drawn)):
-            return aligned[range(min(n, len(aligned)))]
+            ready = None
+        if ready is not None and (len(ready) >= n or at >= len(drawn)):
+            return ready[range(min(n, len(ready)))]
         at *= 2

@@ -45,10 +45,10 @@ from cutaway.draw.result import Result
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
 
-SPLIT_GAIN = 0.03  # how much F1 a further latent must add to count as a part of the concept
-MAX_SPLIT = 10
-SHARE = 0.4  # of what is written along the probe, by one latent
-COSINE = 0.1  # of that latent's decoder row with the probe
+_SPLIT_GAIN = 0.03  # how much F1 a further latent must add to count as a part of the concept
+_MAX_SPLIT = 10
+_SHARE = 0.4  # of what is written along the probe, by one latent
+_COSINE = 0.1  # of that latent's decoder row with the probe
 RANDOM = "a random dictionary"
 RANDOM_DIRECTION = "random directions in place of the probe's"
 _DRAWS = 20
@@ -227,7 +227,7 @@ def absorption(
     )
 
 
-_Columns = Sequence[np.ndarray]  # one number an example, for each of several dictionaries
+_Columns = Sequence[np.ndarray]  # one number per example, for each of several dictionaries
 
 
 @dataclass(frozen=True, eq=False)
@@ -274,7 +274,7 @@ def _absorbed(
     silent, by = np.zeros(len(ground.target), dtype=bool), np.full(len(ground.target), -1)
     for (_, test), direction, latents in zip(ground.splits, directions, latents_by_fold, strict=True):
         along = decoder @ direction
-        near = along >= COSINE * lengths
+        near = along >= _COSINE * lengths
         for example in test[ground.asked[test]]:
             here = slice(code.indptr[example], code.indptr[example + 1])
             active = code.indices[here]
@@ -283,7 +283,7 @@ def _absorbed(
                 continue
             written = code.data[here] * along[active]
             top = int(np.argmax(written))
-            if written[top] > 0 and written[top] >= SHARE * np.maximum(written, 0).sum() and near[active[top]]:
+            if written[top] > 0 and written[top] >= _SHARE * np.maximum(written, 0).sum() and near[active[top]]:
                 by[example] = active[top]
     return silent, by
 
@@ -299,14 +299,14 @@ def concept_latents(
     fit, check = train[np.arange(len(train)) % 3 != 0], train[np.arange(len(train)) % 3 == 0]
     if not target[fit].any() or not target[check].any():
         fit = check = train
-    ranked = best_latents(code[fit], target[fit], MAX_SPLIT + 1)
+    ranked = best_latents(code[fit], target[fit], _MAX_SPLIT + 1)
     scores = []
     n = 1
     for k in range(1, len(ranked) + 1):
         probe = sparse_probe(code[fit], target[fit], ranked[:k])
         scores.append(_f1(probe.guesses(code[check])[1], target[check]))
         if k > 1:
-            if scores[k - 1] - scores[k - 2] <= SPLIT_GAIN:
+            if scores[k - 1] - scores[k - 2] <= _SPLIT_GAIN:
                 break
             n = k
     return tuple(int(latent) for latent in ranked[:n]), tuple(scores)

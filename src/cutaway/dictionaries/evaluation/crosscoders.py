@@ -29,15 +29,15 @@ from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.results import Control, Effect
 from cutaway.artifacts.statistics import bootstrap_interval
 from cutaway.dictionaries.dictionary import Dictionary
-from cutaway.dictionaries.evaluation.figures import effect_line, effects_html, share_effect
+from cutaway.dictionaries.evaluation.figures import effects_html, figure_line, share_effect
 from cutaway.dictionaries.sparse import Places
 from cutaway.draw.result import Result
 
-EXCLUSIVE = 0.1  # at most this share of one side, or one less this
-SHARED = (0.4, 0.6)
+_EXCLUSIVE = 0.1  # at most this share of one side, or one less this
+_SHARED = (0.4, 0.6)
 SHRUNK = 0.2  # ν_error from which a latent is in the other side's error too
 DECOUPLED = 0.5  # ν_reconstruction from which others write it there
-MIN_ACTIVE = 10
+_MIN_ACTIVE = 10
 _TOKENS_AT_ONCE = 4096
 
 
@@ -66,7 +66,7 @@ class Sides(Result):
 
     def summary(self) -> str:
         lines = [f"{self.labels[0]} and {self.labels[1]}: {int((self.n_active > 0).sum()):,} active latents"]
-        lines += [f"  {effect_line(one)}" for one in self.effects.values()]
+        lines += [f"  {figure_line(one)}" for one in self.effects.values()]
         return "\n".join([*lines, *(f"  note: {warning}" for warning in self.warnings())])
 
     def rows(self) -> list[dict[str, Any]]:
@@ -95,13 +95,13 @@ class Sides(Result):
         Args:
             side: 0 for A, 1 for B.
         """
-        of = self.share <= EXCLUSIVE if side == 0 else self.share >= 1 - EXCLUSIVE
+        of = self.share <= _EXCLUSIVE if side == 0 else self.share >= 1 - _EXCLUSIVE
         return of & (self.n_active > 0)
 
     @property
     def shared(self) -> Tensor:
         """Active latents that have about as long a decoder on either side: bool [F]."""
-        return (self.share >= SHARED[0]) & (self.share <= SHARED[1]) & (self.n_active > 0)
+        return (self.share >= _SHARED[0]) & (self.share <= _SHARED[1]) & (self.n_active > 0)
 
     def artefact(self, side: int) -> Tensor:
         """Exclusive by norm, but present on the other side by latent scaling: bool [F].
@@ -134,7 +134,7 @@ class Sides(Result):
             if all_ > tried:
                 found.append(
                     f"{all_ - tried} of the {all_} latents exclusive to {label} by norm could not be checked: they "
-                    f"were active on fewer than {MIN_ACTIVE} tokens, or the widths differ"
+                    f"were active on fewer than {_MIN_ACTIVE} tokens, or the widths differ"
                 )
         return found
 
@@ -219,10 +219,10 @@ def _effects(found: Sides, rows: list[Tensor], norms: list[Tensor], same_width: 
     control = "A sides shuffled among latents"
     a, b = found.labels
     effects: dict[str, Effect] = {}
-    low, high = SHARED
+    low, high = _SHARED
     for name, label, mask, by_chance in (
-        ("exclusive_a", f"latents exclusive to {a}", found.exclusive(0), shuffled <= EXCLUSIVE),
-        ("exclusive_b", f"latents exclusive to {b}", found.exclusive(1), shuffled >= 1 - EXCLUSIVE),
+        ("exclusive_a", f"latents exclusive to {a}", found.exclusive(0), shuffled <= _EXCLUSIVE),
+        ("exclusive_b", f"latents exclusive to {b}", found.exclusive(1), shuffled >= 1 - _EXCLUSIVE),
         ("shared", f"latents shared by {a} and {b}", found.shared, (shuffled >= low) & (shuffled <= high)),
     ):
         effects[name], _ = share_effect(
@@ -294,6 +294,6 @@ def _latent_scaling(
         here, there = sums[kind][mine, latent], sums[kind][1 - mine, latent]
         ratio = there / here
         # a latent that its own side does not need has no scale to compare with
-        ratio[(n_active < MIN_ACTIVE) | ~(here > 0)] = float("nan")
+        ratio[(n_active < _MIN_ACTIVE) | ~(here > 0)] = float("nan")
         ratios.append(ratio.float())
     return n_active, (ratios[0], ratios[1])

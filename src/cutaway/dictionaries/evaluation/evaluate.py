@@ -24,9 +24,9 @@ from cutaway.dictionaries.evaluation.figures import (
     SPLICED,
     Tables,
     effect,
-    effect_line,
-    effect_rows,
     effects_html,
+    figure_line,
+    figure_rows,
     statistics_of,
 )
 from cutaway.dictionaries.evaluation.latents import DENSE, density_svg
@@ -72,7 +72,7 @@ class Evaluation(Result):
         lines = [
             f"{self.n_tokens:,} tokens of {self.n_rows} held-out rows; dead {self.dead:.1%}, dense {self.dense:.1%}"
         ]
-        lines += [f"  {effect_line(one)}" for one in effects]
+        lines += [f"  {figure_line(one)}" for one in effects]
         return "\n".join([*lines, "  cross-entropy: " + ", ".join(f"{name} {ce:.3f}" for name, ce in self.ce.items())])
 
     def summary(self) -> str:
@@ -94,7 +94,7 @@ class Evaluation(Result):
 
     def rows(self) -> list[dict[str, Any]]:
         scopes = {ALL: self.effects, **self.parts}
-        return [{"of": scope or "all", **row} for scope, some in scopes.items() for row in effect_rows(some.items())]
+        return [{"of": scope or "all", **row} for scope, some in scopes.items() for row in figure_rows(some.items())]
 
     def drawing(self) -> Markup:
         return density_svg({"this dictionary": self.frequency}, self.n_tokens) + effects_html(self.effects.values())

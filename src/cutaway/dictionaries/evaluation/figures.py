@@ -16,7 +16,7 @@ from markupsafe import Markup
 from cutaway.artifacts.results import Control, Effect, Interval, interval_text
 from cutaway.artifacts.statistics import mean_intervals, resampled_intervals, student_intervals, wilson_interval
 
-RESAMPLES = 1000
+_RESAMPLES = 1000
 
 Tables = np.ndarray
 """Sums of several dictionaries by row: float64 [S, rows, columns]."""
@@ -43,7 +43,7 @@ NAMES = {
 }
 
 
-def effect_rows(effects: Iterable[tuple[str, Effect]]) -> list[dict[str, Any]]:
+def figure_rows(effects: Iterable[tuple[str, Effect]]) -> list[dict[str, Any]]:
     """A flat row per effect: its name here, value, interval, n, units, and its first control."""
     found = []
     for name, one in effects:
@@ -65,7 +65,7 @@ def effects_html(effects: Iterable[Effect]) -> Markup:
     return Markup("").join(effect_html(effect.to_json()) for effect in effects)
 
 
-def effect_line(effect: Effect) -> str:
+def figure_line(effect: Effect) -> str:
     """An effect as a line of text: value, interval, units, controls."""
     beside = ", ".join(f"{control.name.split(',')[0]} {control.value:.4f}" for control in effect.controls)
     return f"{effect.name}: {effect.value:.4f} {interval_text(effect.interval, 4)} {effect.units}; {beside}"
@@ -156,7 +156,7 @@ def summary(tables: Tables, statistic: Statistic, *, seed: int = 0) -> tuple[flo
     if n_rows < 2:
         return float(each.mean()), (float("nan"), float("nan")), tuple(map(float, each))
     generator = np.random.default_rng(seed)
-    weights = generator.multinomial(n_rows, np.full(n_rows, 1 / n_rows), size=RESAMPLES).astype(np.float64)
+    weights = generator.multinomial(n_rows, np.full(n_rows, 1 / n_rows), size=_RESAMPLES).astype(np.float64)
     drawn = statistic(np.einsum("rn,snc->src", weights, tables))  # [S, resamples]
     ends = resampled_intervals(each.mean(), drawn.mean(0), weights / n_rows)
     return float(each.mean()), with_seeds(each, (float(ends[0]), float(ends[1]))), tuple(map(float, each))
@@ -176,8 +176,6 @@ def share_effect(
     successes: Sequence[int],
     n: int,
     controls: Mapping[str, Sequence[int]],
-    *,
-    units: str = "share",
 ) -> tuple[Effect, tuple[float, ...]]:
     """A share of n latents that holds in each of several dictionaries, beside controls; and each one's own value.
 
@@ -196,7 +194,7 @@ def share_effect(
     for control, counts in controls.items():
         other, other_interval = measured(counts)
         stood_beside.append(Control(control, other, other_interval, n))
-    found = Effect(name, value, n, interval, tuple(stood_beside), "none", units)
+    found = Effect(name, value, n, interval, tuple(stood_beside), "none", "share")
     return found, tuple(count / n for count in successes)
 
 

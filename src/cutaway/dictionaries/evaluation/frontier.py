@@ -13,12 +13,12 @@ from markupsafe import Markup
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.results import Effect
-from cutaway.dictionaries.evaluation.figures import effect_rows
+from cutaway.dictionaries.evaluation.figures import figure_rows
 from cutaway.draw.charts import Series, line_legend, line_svg
 from cutaway.draw.panels import table_html
 from cutaway.draw.result import Result
 
-RANDOM = "random directions, same size and L0"
+_RANDOM = "random directions, same size and L0"
 FIDELITIES = ("ce_recovered_mean", "fvu")
 _COLUMNS = ("l0", "fvu", "variance_explained", "ce_recovered_zero", "ce_recovered_mean", "ce_increase")
 _HEADS = ("L0", "FVU", "variance explained", "CE recovered (zero)", "CE recovered (mean)", "CE increase, nats")
@@ -70,7 +70,7 @@ class Frontier(Result):
         return [
             {"preset": point.line, "setting": point.label, **row}
             for point in self.points
-            for row in effect_rows(point.effects.items())
+            for row in figure_rows(point.effects.items())
         ]
 
     def drawing(self) -> Markup:
@@ -106,7 +106,7 @@ class Frontier(Result):
         controls = self._controls(fidelity)
         if controls and not self.aside(fidelity):
             x, y = zip(*controls, strict=True)
-            found.append({"name": RANDOM, "x": list(x), "y": list(y), "control": True})
+            found.append({"name": _RANDOM, "x": list(x), "y": list(y), "control": True})
         return found
 
     def _controls(self, fidelity: str) -> list[tuple[float, float]]:
@@ -128,7 +128,9 @@ class Frontier(Result):
         reach = 4 * max(high - low, 0.05)
         if min(controls) >= low - reach and max(controls) <= high + reach:
             return ""
-        return f"{RANDOM[0].upper()}{RANDOM[1:]}: {min(controls):.3g} to {max(controls):.3g}, too far away to be drawn."
+        return (
+            f"{_RANDOM[0].upper()}{_RANDOM[1:]}: {min(controls):.3g} to {max(controls):.3g}, too far away to be drawn."
+        )
 
     def svg(self, fidelity: str = FIDELITIES[0]) -> Markup:
         """L0 on a logarithmic axis against one figure, intervals as bands. With it goes `legend`.

@@ -29,9 +29,9 @@ from cutaway.dictionaries.evaluation.evaluate import ALL, RANDOM, RowSums, measu
 from cutaway.dictionaries.evaluation.figures import (
     NAMES,
     SPLICED,
-    effect_line,
-    effect_rows,
     effects_html,
+    figure_line,
+    figure_rows,
     mean_effect,
     share_effect,
     summary,
@@ -44,7 +44,7 @@ from cutaway.dictionaries.selectors import describe
 from cutaway.draw.panels import figures_html, table_html
 from cutaway.draw.result import Result
 
-SHUFFLED = "encoders given to other latents"
+_SHUFFLED = "encoders given to other latents"
 _DRAWN = ("variance_explained", "ce_recovered_mean", "ce_increase", "cosine", "norm_ratio", "stability_cosine", "dead")
 
 
@@ -109,16 +109,16 @@ class Judgement(Result):
     def summary(self) -> str:
         shown = ("l0", "variance_explained", "cosine", "ce_recovered_mean", "ce_increase", "kl", "dead", "dense")
         lines = str(self).split("\n")[:2] + [
-            f"  {effect_line(self.effects[name])}" for name in (*shown, "stability_cosine") if name in self.effects
+            f"  {figure_line(self.effects[name])}" for name in (*shown, "stability_cosine") if name in self.effects
         ]
         return "\n".join([*lines, *([f"  {len(self.notes)} notes: see .notes"] if self.notes else [])])
 
     def rows(self) -> list[dict[str, Any]]:
-        return effect_rows((name, one) for name, one, _ in self.all_effects())
+        return figure_rows((name, one) for name, one, _ in self.all_effects())
 
     def drawing(self) -> Markup:
         parts = [Markup("<h3>{}</h3><p>{}</p>{}").format(*section) for section in judgement_sections(self)]
-        return density_drawing(self) + Markup("").join(parts)
+        return _density_drawing(self) + Markup("").join(parts)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -173,7 +173,7 @@ class Judgement(Result):
         return "\n".join(lines)
 
 
-def density_drawing(judged: Judgement) -> Markup:
+def _density_drawing(judged: Judgement) -> Markup:
     """How often latents are active, one curve per seed, beside random directions."""
     several = len(judged.latents) > 1
     names = [f"seed {place + 1}" if several else "this dictionary" for place in range(len(judged.latents))]
@@ -219,7 +219,7 @@ def judgement_sections(judged: Judgement) -> list[tuple[str, str, Markup]]:
             f"Never active, and not drawn, are {dead} of {judged.dictionaries[0].d_sae:,} latents (random directions: "
             f"{judged.control_latents.n_dead}). Active on more than 10 % of tokens are {dense} (random directions: "
             f"{judged.control_latents.n_dense}).",
-            density_drawing(judged),
+            _density_drawing(judged),
         )
     )
     for sides in judged.sides:
@@ -372,7 +372,7 @@ def _latent_effects(
         found["encoder_decoder"] = mean_effect(
             "signed cosine of a latent's encoder and decoder",
             [one.encoder_cosine.double().numpy() for one in latents if one.encoder_cosine is not None],
-            {SHUFFLED: [some.double().numpy() for some in shuffled]},
+            {_SHUFFLED: [some.double().numpy() for some in shuffled]},
             units="cosine",
         )
     return found

@@ -53,8 +53,8 @@ class LatentStatistics(Result):
         return int((self.frequency > DENSE).sum())
 
     def histogram(self) -> tuple[list[tuple[float, float]], list[int]]:
-        """Bins of log10(frequency), and how many latents lie in each (see `density_histogram`)."""
-        return density_histogram(self.frequency, self.n_tokens)
+        """Bins of log10(frequency), and how many latents lie in each."""
+        return _density_histogram(self.frequency, self.n_tokens)
 
     def summary(self) -> str:
         figures = {name: value for name, value in self.to_json().items() if isinstance(value, dict)}
@@ -97,7 +97,7 @@ class LatentStatistics(Result):
         }
 
 
-def density_histogram(frequency: Tensor, n_tokens: int) -> tuple[list[tuple[float, float]], list[int]]:
+def _density_histogram(frequency: Tensor, n_tokens: int) -> tuple[list[tuple[float, float]], list[int]]:
     """Bins of log10(frequency), half a power of ten each, from the rarest that n tokens can show to 1; and how many
     latents lie in each. Dead latents are in none.
     """
@@ -116,7 +116,7 @@ def density_svg(frequencies: Mapping[str, Tensor], n_tokens: int, control: Tenso
     series: list[Series] = []
     controls = {} if control is None else {"random directions": control}
     for name, frequency in (*frequencies.items(), *controls.items()):
-        bins, counts = density_histogram(frequency, n_tokens)
+        bins, counts = _density_histogram(frequency, n_tokens)
         x = [10 ** ((low + high) / 2) for low, high in bins]
         series.append({"name": name, "x": x, "y": counts, "control": name in controls})
     drawing = line_svg(

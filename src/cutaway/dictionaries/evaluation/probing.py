@@ -23,7 +23,7 @@ from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.progress import Progress
 from cutaway.artifacts.results import Control, Effect, interval_text
 from cutaway.dictionaries.dictionary import Dictionary, random_dictionary
-from cutaway.dictionaries.evaluation.figures import Tables, effect_rows, summary
+from cutaway.dictionaries.evaluation.figures import Tables, figure_rows, summary
 from cutaway.draw.result import Result
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class Probing(Result):
 
     def rows(self) -> list[dict[str, Any]]:
         return [
-            {"label": self.what, "k": k, **row} for k, some in self.effects.items() for row in effect_rows(some.items())
+            {"label": self.what, "k": k, **row} for k, some in self.effects.items() for row in figure_rows(some.items())
         ]
 
     def drawing(self) -> Markup:

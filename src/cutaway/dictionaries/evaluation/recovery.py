@@ -11,7 +11,7 @@ from cutaway.artifacts.manifest import json_hash
 from cutaway.artifacts.results import Control, Effect
 from cutaway.artifacts.statistics import bootstrap_interval
 from cutaway.dictionaries.dictionary import Dictionary, Port
-from cutaway.dictionaries.evaluation.figures import effect_line, effects_html
+from cutaway.dictionaries.evaluation.figures import effects_html, figure_line
 from cutaway.dictionaries.training.config import TrainConfig
 from cutaway.dictionaries.training.jobs import Job, train_jobs
 from cutaway.dictionaries.training.rules import TopKRule
@@ -150,7 +150,7 @@ class RecoveryStudy(Result):
     def summary(self) -> str:
         lines = [f"Two toys of 32 features, {len(self.toys[HARD])} seeds; grids of {len(self.dimensions)} × "
                  f"{len(self.active)}"]  # fmt: skip
-        return "\n".join([*lines, *(f"  {effect_line(one)}" for one in self.effects())])
+        return "\n".join([*lines, *(f"  {figure_line(one)}" for one in self.effects())])
 
     def rows(self) -> list[dict[str, Any]]:
         found = [

@@ -26,7 +26,7 @@ from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.results import Control, Effect, Interval
 from cutaway.artifacts.statistics import bootstrap_interval, student_intervals, wilson_interval
 from cutaway.dictionaries.dictionary import Dictionary
-from cutaway.dictionaries.evaluation.figures import effect_line, effects_html
+from cutaway.dictionaries.evaluation.figures import effects_html, figure_line
 from cutaway.draw.result import Result
 
 Matching = Literal["assignment", "mutual"]
@@ -78,7 +78,7 @@ class Stability(Result):
     """The same between two random dictionaries."""
 
     def summary(self) -> str:
-        return "\n".join([f"{len(self.cosines)} pairs of dictionaries", *map(effect_line, self.effects.values())])
+        return "\n".join([f"{len(self.cosines)} pairs of dictionaries", *map(figure_line, self.effects.values())])
 
     def to_json(self) -> dict[str, Any]:
         return {

@@ -15,7 +15,7 @@ CFG, WEIGHTS = "config.json", "ae.pt"
 def normalisation(source: Source, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor] | None:
     """Mean, what x − mean is multiplied by, and what the output is divided by, each of `shape`; None if there is none.
 
-    Stored are a mean, a standard deviation and one global scale a layer (arXiv 2504.02922's code), NaN when unused.
+    Stored are a mean, a standard deviation and one global scale per layer (arXiv 2504.02922's code), NaN when unused.
     """
     if "activation_mean" not in source:
         return None

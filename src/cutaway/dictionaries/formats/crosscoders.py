@@ -100,7 +100,7 @@ def read_learned(source: Source, config: Mapping[str, Any], path: Path) -> Readi
             source.notes.append("no code_normalization_id: latents are taken to be selected by summed decoder norms")
         if name == "mixed":
             source.notes.append(f"the weights of mixed code normalisation are not in the file: {_MIXED} is assumed")
-        norms = code_norms(W_dec, name).clamp_min(1e-12)
+        norms = _code_norms(W_dec, name).clamp_min(1e-12)
         if name != "none":
             dictionary = fold(
                 source,
@@ -128,7 +128,7 @@ def read_learned(source: Source, config: Mapping[str, Any], path: Path) -> Readi
     )
 
 
-def code_norms(W_dec: Tensor, name: str) -> Tensor:
+def _code_norms(W_dec: Tensor, name: str) -> Tensor:
     """The norm [F] that latents of decoders [L, F, d] are scaled by: summed over layers, of all together, or both."""
     together, summed = W_dec.norm(dim=(0, 2)), W_dec.norm(dim=2).sum(0)
     if name == "sae":

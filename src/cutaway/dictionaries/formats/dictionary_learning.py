@@ -43,7 +43,7 @@ from cutaway.dictionaries.formats.reading import (
 from cutaway.dictionaries.formats.untrusted import read_settings, read_tensors
 from cutaway.dictionaries.selectors import Selector
 
-CLASSES = (
+_CLASSES = (
     "AutoEncoder",
     "AutoEncoderNew",
     "GatedAutoEncoder",
@@ -102,8 +102,8 @@ def read(path: Path) -> Reading:
 
 def _class(source: Source, named: Any) -> str:
     """The class that the configuration names, or that the keys allow."""
-    if named is not None and named not in CLASSES:
-        raise BadFile(f"{source.path} is a {named!r}; read are {', '.join(CLASSES)} and crosscoders")
+    if named is not None and named not in _CLASSES:
+        raise BadFile(f"{source.path} is a {named!r}; read are {', '.join(_CLASSES)} and crosscoders")
     if named:
         return named
     for kind, keys in (

@@ -8,7 +8,7 @@ from cutaway.artifacts.errors import CutawayError
 from cutaway.subjects.atlas.shipped import shipped_dictionary
 
 PREFIX = "hf://"
-SHIPPED = "atlas/"  # and a site: the dictionaries in the package
+_SHIPPED = "atlas/"  # and a site: the dictionaries in the package
 _ADDRESS = re.compile(r"^hf://([\w.-]+/[\w.-]+?)(?:@([^/?]+))?(?:/+([^?]*?))?/?(?:\?revision=(.+))?$")
 _BESIDE = ("config.yaml", "config.json", "cfg.json", "hyperparams.json")
 
@@ -24,7 +24,7 @@ def local(where: str | Path) -> Path:
     if not str(where).startswith(PREFIX):
         path = Path(where).expanduser()
         if is_shipped(where):
-            return shipped_dictionary(str(where).removeprefix(SHIPPED))
+            return shipped_dictionary(str(where).removeprefix(_SHIPPED))
         if not os.path.exists(path):
             raise CutawayError(
                 f"{path} does not exist: name a folder or file, or an address such as hf://owner/repository/folder"
@@ -43,7 +43,7 @@ def local(where: str | Path) -> Path:
 
 def is_shipped(where: str | Path) -> bool:
     """Whether that is the name of a dictionary in the package, and not of a folder here."""
-    return str(where).startswith(SHIPPED) and not os.path.exists(Path(where).expanduser())
+    return str(where).startswith(_SHIPPED) and not os.path.exists(Path(where).expanduser())
 
 
 def _snapshot(repository: str, revision: str | None, inside: str, where: str) -> Path:

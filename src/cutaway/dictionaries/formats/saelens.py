@@ -279,7 +279,7 @@ def _number(cfg: Mapping[str, Any], name: str, path: Path) -> float:
     return value
 
 
-def architecture_of(dictionary: Dictionary) -> tuple[str, bool]:
+def _architecture_of(dictionary: Dictionary) -> tuple[str, bool]:
     """What SAELens calls it, and whether it does: else the name is ours."""
     if dictionary.kind == "crosscoder":
         return "crosscoder", False
@@ -300,7 +300,7 @@ def write(dictionary: Dictionary, folder: Path, layout: Literal["cutaway", "6", 
     Layout "cutaway" is that of version 6, also for what SAELens could not load; "5" has one flat object of settings,
     "training" are the weights of a training checkpoint, where BatchTopK is not yet jumprelu.
     """
-    architecture, theirs = architecture_of(dictionary)
+    architecture, theirs = _architecture_of(dictionary)
     if not theirs and layout != "cutaway":
         raise NotSupported(
             f"SAELens has no architecture for this dictionary ({dictionary!r}): save it as format='cutaway'"

@@ -123,7 +123,7 @@ class _Wandb:
 
 
 class _TensorBoard:
-    """A run a dictionary, below `tensorboard/`; what is done again after a resumption replaces what was there."""
+    """A run per dictionary, below `tensorboard/`; what is done again after a resumption replaces what was there."""
 
     def __init__(self, folder: Path | None) -> None:
         try:

@@ -5,7 +5,6 @@ What a finished dictionary does is in `selectors.py`; a rule says which places o
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -251,14 +250,6 @@ class JumpReLURule(Plain):
 
 
 Rule = ReLURule | TopKRule | BatchTopKRule | GatedRule | JumpReLURule
-
-RULES: dict[str, Callable[..., Rule]] = {
-    "relu": ReLURule,
-    "topk": TopKRule,
-    "batchtopk": BatchTopKRule,
-    "gated": GatedRule,
-    "jumprelu": JumpReLURule,
-}
 
 
 def _annealed(k: int, start: int | None, over: float, progress: float) -> int:

@@ -259,7 +259,7 @@ def find_ports(models: Sequence[LanguageModel], sites: str | Sequence[str]) -> d
     With several models "MODEL:SITE" names a port of one, and "SITE" that of each. Raises `CutawayError` for a site that
     a model lacks, one without a vector at each token, a model that is not there.
     """
-    labels = model_labels(models)
+    labels = _model_labels(models)
     found: dict[str, tuple[int, Port]] = {}
     for pattern in [sites] if isinstance(sites, str) else sites:
         label, colon, site = pattern.rpartition(":")
@@ -274,7 +274,7 @@ def find_ports(models: Sequence[LanguageModel], sites: str | Sequence[str]) -> d
     return found
 
 
-def model_labels(models: Sequence[LanguageModel]) -> tuple[str, ...]:
+def _model_labels(models: Sequence[LanguageModel]) -> tuple[str, ...]:
     """The models' names, numbered where they are equal."""
     names = [lm.name for lm in models]
     return tuple(f"{name} ({i + 1})" if names.count(name) > 1 else name for i, name in enumerate(names))

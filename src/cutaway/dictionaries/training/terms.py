@@ -85,7 +85,7 @@ class Forward:
         return square.mean() / self.variance
 
 
-def ramp(progress: float, over: float) -> float:
+def _ramp(progress: float, over: float) -> float:
     """From 0 to 1 over the first share of training; 1 throughout if that share is 0."""
     return 1.0 if over <= 0 else min(1.0, progress / over)
 
@@ -214,7 +214,7 @@ class Lp(Plain):
         """
         a = f.code.values if self.of == "activations" else f.code.pre.relu()
         powered = a if self.p == 1.0 else torch.where(a > 0, a, 1.0).pow(self.p) * (a > 0)
-        return self.coefficient * ramp(f.progress, self.warmup) * f.code.total(powered * f.norms(self.norms))
+        return self.coefficient * _ramp(f.progress, self.warmup) * f.code.total(powered * f.norms(self.norms))
 
 
 @dataclass(frozen=True)
@@ -234,7 +234,7 @@ class L0(Plain):
         Args:
             f: The batch on its way through the dictionary.
         """
-        return self.coefficient * ramp(f.progress, self.warmup) * f.code.total(_over(f))
+        return self.coefficient * _ramp(f.progress, self.warmup) * f.code.total(_over(f))
 
 
 @dataclass(frozen=True)
@@ -266,7 +266,7 @@ class QuadraticL0(Plain):
             penalty = (2 / self.target) * (active - self.target).square().mean()
         else:
             penalty = (active.mean() / self.target - 1).square()
-        return self.coefficient * ramp(f.progress, self.warmup) * penalty
+        return self.coefficient * _ramp(f.progress, self.warmup) * penalty
 
 
 @dataclass(frozen=True)
@@ -291,7 +291,7 @@ class Tanh(Plain):
             f: The batch on its way through the dictionary.
         """
         squashed = torch.tanh(self.scale * f.code.values * f.norms(self.norms))
-        return self.coefficient * ramp(f.progress, self.warmup) * f.code.total(squashed)
+        return self.coefficient * _ramp(f.progress, self.warmup) * f.code.total(squashed)
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """How each Hugging Face family spells its parts.
 
 Parts are found by structure: a model is a list of decoder layers, each with an attention, an MLP or experts, and norms,
-whose attribute names come from short lists of candidates; which norm a module computes is tried out. `TRAITS` says what
-structure cannot tell. A model that does not fit is refused with the reason; one of a type that the test bed does not
-hold (`TESTED`) has to pass the self-test when it is attached.
+whose attribute names come from short lists of candidates; which norm a module computes is tried out. `_TRAITS` says
+what structure cannot tell. A model that does not fit is refused with the reason; one of a type that the test bed does
+not hold (`TESTED`) has to pass the self-test when it is attached.
 """
 
 from collections.abc import Callable, Mapping
@@ -128,7 +128,7 @@ def _falcon_kv_heads(config: Any) -> int:
     return 1 if config.multi_query else config.num_attention_heads
 
 
-TRAITS: Mapping[str, Traits] = {
+_TRAITS: Mapping[str, Traits] = {
     "gpt_neox": Traits(parallel=lambda c: c.use_parallel_residual, grouped=_always),
     "stablelm": Traits(parallel=lambda c: c.use_parallel_residual),
     "persimmon": Traits(grouped=_always),
@@ -329,7 +329,7 @@ def find_family(model: PreTrainedModel) -> Family:
     config: Any = model.config.get_text_config()
     if getattr(config, "is_encoder_decoder", False):
         raise _refuse(model, "it is an encoder-decoder, not a causal language model")
-    traits = TRAITS.get(config.model_type, Traits())
+    traits = _TRAITS.get(config.model_type, Traits())
     if traits.refuse is not None and (reason := traits.refuse(config)) is not None:
         raise _refuse(model, reason)
     own = getattr(vars(config).get("_heterogeneity_spec"), "per_layer_attributes", ())

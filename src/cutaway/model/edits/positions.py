@@ -205,7 +205,7 @@ def spelled(where: Places) -> str:
     return str(where)
 
 
-def count_from(position: int, length: int, what: str) -> int:
+def _count_from(position: int, length: int, what: str) -> int:
     """A position that may count from the end, as an index below `length`."""
     index = position + length if position < 0 else position
     if not 0 <= index < length:
@@ -243,7 +243,7 @@ def named(
             chosen = _masked(where, layout or tokens, row, what)
         else:
             numbers: Any = (where,) if isinstance(where, int) else where[i] if per_row else where
-            chosen = [count_from(int(p), length, f"row {row}") for p in numbers]
+            chosen = [_count_from(int(p), length, f"row {row}") for p in numbers]
         if len({*chosen}) != len(chosen) and not repeats:
             raise CutawayError(f"{what} names a position of row {row} twice.")
         found.append(chosen)

@@ -34,7 +34,7 @@ class Resolved:
 
     `ordinal` [b, total columns] numbers the touched columns of each row (-1: untouched), so that a value with one
     entry a position finds its entry. `source` holds the patched values [number of cells, ...] in row-major order of
-    the cells, at scores and pattern with one entry a column of the run as keys. `keys[row]` has a random key for
+    the cells, at scores and pattern with one entry per column of the run as keys. `keys[row]` has a random key for
     each token of a row that is given noise, `first` the column of each row's first real token.
     """
 
@@ -218,7 +218,7 @@ def _patch_source(
 ) -> Tensor:
     """The source's values at the touched cells, [number of cells, ...], in row-major order of the cells.
 
-    At scores and pattern the last dimension has one entry a column of the run, keys matched by number.
+    At scores and pattern the last dimension has one entry per column of the run, keys matched by number.
     """
     values, source_tokens, held_rows, held_columns = _source_values(edit, site)
     n_source = len(values) if source_tokens is None else len(source_tokens)

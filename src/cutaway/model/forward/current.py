@@ -1,4 +1,4 @@
-"""Which observed call a forward belongs to, one a thread or a task, and what that call edits and captures."""
+"""Which observed call a forward belongs to, one per thread or task, and what that call edits and captures."""
 
 from __future__ import annotations
 

@@ -338,17 +338,13 @@ def run_hashes(folder: Path, record: dict[str, Any]) -> dict[str, str]:
     return {**files, "run.json": json_hash({key: value for key, value in record.items() if key != "hashes"})}
 
 
-def capture_bytes(
-    table: SiteTable, names: list[str], batch: int, positions: int, itemsize: int, full_vocab: bool
-) -> int:
+def capture_bytes(table: SiteTable, names: list[str], batch: int, positions: int, itemsize: int) -> int:
     """Bytes that a capture will hold, from the site table alone."""
     sizes = {"b": batch, "p": positions, "q": positions, "k": positions}
     total = 0
     for name in names:
         site = table[name]
         shape = [sizes.get(part, part) if isinstance(part, str) else part for part in site.shape]
-        if name.startswith("logits") and not full_vocab:
-            shape[1] = 1
         wide = max(4, itemsize) if name.endswith((".scale", ".normalized")) else itemsize
         total += math.prod(int(part) for part in shape) * wide
     return total
@@ -362,9 +358,9 @@ def check_capture_size(
         raise CutawayError(f"limit_bytes is a number of bytes; got {limit!r}.")
     if limit < 0:
         raise CutawayError(f"limit_bytes is {limit}; give a number of bytes, 0 or more.")
-    needed = capture_bytes(table, names, batch, positions, itemsize, True)
+    needed = capture_bytes(table, names, batch, positions, itemsize)
     if needed > limit:
-        largest = max(names, key=lambda n: capture_bytes(table, [n], batch, positions, 1, True))
+        largest = max(names, key=lambda n: capture_bytes(table, [n], batch, positions, 1))
         raise TooLarge(
             f"This capture would hold {needed / 2**30:.2f} GiB, above the limit of {limit / 2**30:.2f} GiB "
             f"(largest: '{largest}'); capture fewer sites, use fewer or shorter prompts, or raise limit_bytes."

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Draw(LogitsProcessor):
-    """Leaves one token a row, drawn with random numbers of the row's own.
+    """Leaves one token per row, drawn with random numbers of the row's own.
 
     They derive from the seed, the prompt's tokens and the number of the sequence, so neither the batch around a row nor
     other threads nor the global seed have a part in them. The token is where the cumulated probability passes a uniform

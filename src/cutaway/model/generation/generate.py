@@ -42,7 +42,7 @@ _NEUTRAL: dict[str, Any] = {
 }
 
 
-def end_ids(lm: Attached) -> list[int]:
+def _end_ids(lm: Attached) -> list[int]:
     """Token ids that end a text."""
     found = getattr(lm.hf.generation_config, "eos_token_id", None)
     if found is None and lm.tokenizer is not None:
@@ -107,7 +107,7 @@ def generate(
         for name in table.expand(edit.site)
     ]
     recorder = Recorder(lm, names, resolved, prompts.mask.repeat_interleave(copies, 0), settings.use_cache)
-    ends = end_ids(lm)
+    ends = _end_ids(lm)
     until = Ends(lm.tokenizer, settings.stops, width, len(prompts) * n, late=bool(names))
     scores = LogProbabilities()
     steps = None

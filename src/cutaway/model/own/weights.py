@@ -4,7 +4,7 @@
     module, description = cutaway.from_weights(weights, act_fn="relu")
     lm = cutaway.attach(module, description=description)
 
-The dictionary is what a `HookedTransformer`, or a model written after it, saves: one matrix a head, [H, d, h] for
+The dictionary is what a `HookedTransformer`, or a model written after it, saves: one matrix per head, [H, d, h] for
 W_Q, W_K and W_V, [H, h, d] for W_O. What it does not say is given by the names that TransformerLens' configuration has.
 """
 

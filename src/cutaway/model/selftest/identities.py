@@ -313,10 +313,10 @@ def _selftest(lm: Attached) -> SelfTest:
     for layer in range(lm.n_layers):
         _identities(lm, base, layer, checks)
     _edits(lm, tokens, base, checks, generator)
-    return SelfTest(lm.name, str(lm.dtype).removeprefix("torch."), tuple(checks.rows), notes_on(lm))
+    return SelfTest(lm.name, str(lm.dtype).removeprefix("torch."), tuple(checks.rows), _notes_on(lm))
 
 
-def notes_on(lm: Attached) -> tuple[str, ...]:
+def _notes_on(lm: Attached) -> tuple[str, ...]:
     """What sets limits to batches and caches of this model, a sentence each."""
     notes = []
     if lm.hf.training:

@@ -22,7 +22,7 @@ class Flops:
 
     `run` were done. `needed` is the least that gives these numbers exactly, cell by cell: from the first edited layer
     and column on, of the last layer and the unembedding only the last token where only that is read. `plain` is one
-    forward a cell with every logit.
+    forward per cell with every logit.
     """
 
     run: int
@@ -36,7 +36,7 @@ class Flops:
 
     @property
     def bound(self) -> float:
-        """How many times less arithmetic than a plain forward a cell is possible."""
+        """How many times less arithmetic than a plain forward per cell is possible."""
         return self.plain / self.needed if self.needed else float("inf")
 
 

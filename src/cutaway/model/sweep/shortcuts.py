@@ -269,7 +269,7 @@ def call(lm: Attached, tokens: Tokens, start: int, past: DynamicCache | None, ti
 
 
 def pick(x: Tensor, columns: Tensor) -> Tensor:
-    """[b, p, ...] -> [b, 1, ...], one column a row; tokens in one dimension [b * p, ...] stay as they are."""
+    """[b, p, ...] -> [b, 1, ...], one column per row; tokens in one dimension [b * p, ...] stay as they are."""
     if x.ndim == 2 or x.shape[1] == 1:
         return x
     columns = columns.to(x.device)

@@ -69,7 +69,7 @@ class _AtSite:
         return torch.cat(blocks)
 
 
-def resolve_cell(lm: Attached, edits: Sequence[Edit], tokens: Tokens) -> list[Resolved]:
+def _resolve_cell(lm: Attached, edits: Sequence[Edit], tokens: Tokens) -> list[Resolved]:
     """A cell's edits at each of their sites. Raises CutawayError where one does not fit."""
     table = lm.sites()
     return [resolve(i, edit, table[name], tokens) for i, edit in enumerate(edits) for name in table.expand(edit.site)]
@@ -135,7 +135,7 @@ class _Sweeper:
         for index, edits in enumerate(cells):
             if not edits:
                 continue
-            found = resolve_cell(lm, edits, tokens)
+            found = _resolve_cell(lm, edits, tokens)
             plan = _plan(lm, index, edits, found, self.last)
             self.needed += self.cost.forward(plan.entry, plan.start, self.width, least=True) * self.n
             self.plans.append(plan)
@@ -339,7 +339,7 @@ class _Sweeper:
     def _forward(
         self, base: Base, at: Entry, start: int, plans: list[_Plan], control: bool
     ) -> tuple[Tensor, list[list[Resolved]]]:
-        found = [self.kept.get(plan.index) or resolve_cell(self.lm, plan.edits, self.tokens) for plan in plans]
+        found = [self.kept.get(plan.index) or _resolve_cell(self.lm, plan.edits, self.tokens) for plan in plans]
         by_site: dict[str, list[tuple[int, list[Resolved]]]] = {}
         sites: dict[str, Site] = {}
         for position, resolved in enumerate(found, start=int(control)):

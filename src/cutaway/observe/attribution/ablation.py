@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, overload
+from typing import Any, ClassVar
 
 import torch
 from markupsafe import Markup
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError, NotSupported
-from cutaway.artifacts.results import Control, Effect
+from cutaway.artifacts.results import Control, Effect, interval_text
 from cutaway.artifacts.statistics import bootstrap_interval
 from cutaway.draw.page import Section, sections_html
 from cutaway.draw.panels import table_html
-from cutaway.draw.result import Result
+from cutaway.draw.result import ResultSequence
 from cutaway.model.edits import edits
 from cutaway.model.edits.edits import Edit
 from cutaway.model.forward.run import Run
 from cutaway.model.language_model import Inputs, LanguageModel
 from cutaway.model.tokens import Tokens
-from cutaway.observe.attribution.results import Attribution, Part, span_text
-from cutaway.observe.summaries import block, ends, with_interval
+from cutaway.observe.attribution.results import Attribution, Part
+from cutaway.observe.summaries import block, ends
 
 _SITES = {
     "embedding": "embed",
@@ -45,7 +45,7 @@ class AblatedPart:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class PartAblations(Result, Sequence[AblatedPart]):
+class PartAblations(ResultSequence[AblatedPart]):
     """What the answer really loses without each of the largest parts: a sequence of `AblatedPart`."""
 
     title: ClassVar[str] = "Shares and what is lost without them"
@@ -55,24 +55,14 @@ class PartAblations(Result, Sequence[AblatedPart]):
     parts: tuple[AblatedPart, ...]
     """The parts, largest share first."""
 
-    def __len__(self) -> int:
-        return len(self.parts)
-
-    def __iter__(self) -> Iterator[AblatedPart]:
-        return iter(self.parts)
-
-    @overload
-    def __getitem__(self, index: int) -> AblatedPart: ...
-    @overload
-    def __getitem__(self, index: slice) -> tuple[AblatedPart, ...]: ...
-    def __getitem__(self, index: int | slice) -> AblatedPart | tuple[AblatedPart, ...]:
-        return self.parts[index]
+    def _items(self) -> tuple[AblatedPart, ...]:
+        return self.parts
 
     def summary(self) -> str:
         """Direct share and fall of the first ten parts."""
         lines = [f"{self.model}: direct share, and fall when mean-ablated alone"]
         for one in self.parts[:10]:
-            fall = with_interval(one.effect.value, one.effect.interval, 3)
+            fall = one.effect.figure(3)
             beside = f"  random parts {one.effect.controls[0].value:.3f}" if one.effect.controls else ""
             lines.append(f"  {one.part.name:<18}{one.part.value:>8.3f}   fall {fall}{beside}")
         return block(lines)
@@ -215,7 +205,7 @@ def ablations_section(ablated: Sequence[AblatedPart]) -> Section:
     for one in ablated:
         effect = one.effect
         control = effect.controls[0] if effect.controls else None
-        span = "–" if effect.interval is None else span_text(effect.interval)
+        span = interval_text(effect.interval, to=True)
         beside = None if control is None else control.value
         rows.append([one.part.name, one.part.value, effect.value, span, beside])
     text = (

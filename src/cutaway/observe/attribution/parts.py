@@ -184,7 +184,7 @@ def _attention_parts(
         # columns of padding get no attention, but their values may be anything
         shares = shares.masked_fill(~run.tokens.mask.to(shares.device)[:, None, None], 0.0)
         labels = tuple(
-            f"L{layer}H{head} ← {label}" for head in range(pulled.shape[2]) for label in source_labels(run.tokens)
+            f"L{layer}H{head} ← {label}" for head in range(pulled.shape[2]) for label in _source_labels(run.tokens)
         )
         groups = [Group("source", layer, shares.flatten(2), labels)]
     return groups + _bias("attention bias", layer, bias_of(parts.output), back, constant)
@@ -202,7 +202,7 @@ def _mlp_parts(lm: LanguageModel, run: Run, layer: int, g: Tensor, here: Callabl
     return [neurons, *_bias("MLP bias", layer, bias_of(parts.mlp_out), back, constant)]
 
 
-def source_labels(tokens: Tokens) -> list[str]:
+def _source_labels(tokens: Tokens) -> list[str]:
     """A name for each column: its position, and its token where all rows have the same one."""
     labels = []
     for column in range(tokens.ids.shape[1]):
@@ -323,8 +323,3 @@ def dla_sum_errors(lm: LanguageModel) -> dict[str, float]:
         scale = torch.maximum(values.abs().amax(1), total.abs()).clamp(min=1e-12)
         errors[by] = float(((values.sum(1) - total).abs() / scale).max())
     return errors
-
-
-def dla_sum_error(lm: LanguageModel) -> float:
-    """The largest of `dla_sum_errors`: sum of the parts against the logit difference, relative to the largest part."""
-    return max(dla_sum_errors(lm).values())

@@ -10,7 +10,7 @@ from markupsafe import Markup
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.artifacts.results import Control, Effect, interval_text
+from cutaway.artifacts.results import Control, Effect, figure_text, interval_text
 from cutaway.artifacts.statistics import bootstrap_interval
 from cutaway.draw.charts import Bar, bars_html
 from cutaway.draw.heatmap import heatmap_scale, heatmap_svg
@@ -27,13 +27,13 @@ from cutaway.observe.attribution.parts import (
     By,
     Group,
 )
-from cutaway.observe.summaries import block, ends, with_interval
+from cutaway.observe.summaries import block, ends
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 6e-3}
 """How far the parts may miss the logit difference, relative to the largest part."""
 
 
-NOT_A_CAUSE = (
+_NOT_A_CAUSE = (
     "A share is what a part writes directly, the final scale frozen. It is not what the answer would lose without the "
     "part: later layers read it, and may make up for it."
 )
@@ -103,7 +103,7 @@ class Attribution(Result):
         head, what = _headline(self).split(": ", 1)
         lines = [head, f"  {what}"]
         for part in self.top(7):
-            share = with_interval(part.value, part.interval, 3)
+            share = figure_text(part.value, part.interval)
             lines.append(f"  {part.name:<24}{share:<24} random pairs {part.control:.3f}")
         n = self.values.shape[1]
         lines.append(f"  sum of {n:,} parts {float(self.values.sum(1).mean()):.3f}")
@@ -274,7 +274,7 @@ class Attribution(Result):
             "parts": [vars(part) for part in parts],
             "rest": float(self.values.mean(0).sum()) - sum(part.value for part in parts),
             "control": {"random_token_pairs": self.n_controls, "seed": self.seed},
-            "notes": [*self.notes, NOT_A_CAUSE],
+            "notes": [*self.notes, _NOT_A_CAUSE],
         }
         if self.by == "source":
             data["by_source"] = self.by_source().tolist()
@@ -311,7 +311,7 @@ class Attribution(Result):
             f"  random pairs: mean |share| of the same part for {self.n_controls} random token pairs, direction of the "
             "same length"
         )
-        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes), f"  {NOT_A_CAUSE}"])
+        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes), f"  {_NOT_A_CAUSE}"])
 
 
 def _headline(result: Attribution) -> str:
@@ -354,7 +354,7 @@ def _totals(result: Attribution) -> Section:
     if result.softcap is not None:
         capped = float(result.total_capped.mean())
         items.append({"label": "after the softcap", "value": capped, "detail": f"tanh, {result.softcap:g}"})
-    notes = " ".join([*(f"Note: {note}." for note in result.notes), NOT_A_CAUSE])
+    notes = " ".join([*(f"Note: {note}." for note in result.notes), _NOT_A_CAUSE])
     return ("The parts add up", notes, figures_html(items=items))  # type: ignore[arg-type]
 
 
@@ -365,7 +365,7 @@ def _parts(result: Attribution, shown: int) -> Section:
         low, high = part.interval or (None, None)
         bars.append({"label": part.name, "value": part.value, "low": low, "high": high})
         bars.append({"label": "random pairs", "value": part.control, "control": True})
-    controls = [[part.name, part.value, part.control, span_text(part.control_range)] for part in parts]
+    controls = [[part.name, part.value, part.control, interval_text(part.control_range, to=True)] for part in parts]
     rest = float(result.values.mean(0).sum()) - sum(part.value for part in parts)
     left = result.values.shape[1] - len(parts)
     text = (
@@ -380,10 +380,6 @@ def _parts(result: Attribution, shown: int) -> Section:
     )
     fold = f"<details><summary>The same as a table</summary>{table}</details>"
     return ("The largest shares", text, Markup(f"{bars_html(items=bars, units='logits')}{fold}"))
-
-
-def span_text(ends: tuple[float, float]) -> str:
-    return interval_text(ends, to=True)
 
 
 def _layers(result: Attribution) -> list[Section]:

@@ -29,7 +29,7 @@ from cutaway.model.tokens import Tokens, next_tokens
 from cutaway.observe.heads.kinds import attention_layers, ratio_interval
 from cutaway.observe.heads.maps import head_map
 from cutaway.observe.heads.report import Ablation, Head, RunMetric, name, second_half_loss
-from cutaway.observe.summaries import block, ends, with_interval
+from cutaway.observe.summaries import block, ends
 
 BATCH_BYTES = 256 * 2**20
 """What one batch may hold of logits and of one layer's patterns."""
@@ -79,7 +79,7 @@ class HeadEffects(Result):
         ]
         for head in kept:
             effect = self.effect(head, None)
-            lines.append(f"  {name(head):<7}{with_interval(effect.value, effect.interval, 3)}")
+            lines.append(f"  {name(head):<7}{effect.figure(3)}")
         return block([*lines, *([] if control is None else [f"  {control.name}: {control.value:.3f}"])])
 
     def rows(self) -> list[dict[str, Any]]:

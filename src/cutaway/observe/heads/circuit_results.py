@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, overload
+from typing import Any, ClassVar
 
 from markupsafe import Markup
 from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError, NotSupported
-from cutaway.artifacts.results import interval_text
+from cutaway.artifacts.results import figure_text
 from cutaway.draw.page import Section, sections_html
 from cutaway.draw.panels import table_html
-from cutaway.draw.result import Result
+from cutaway.draw.result import Result, ResultSequence
 from cutaway.draw.text import visible
 from cutaway.observe.heads.maps import BALANCE, head_map, meaning
 from cutaway.observe.heads.report import Head, name
 from cutaway.observe.summaries import block
 
-COMPOSITIONS = ("q", "k", "v")
+_COMPOSITIONS = ("q", "k", "v")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -54,7 +53,7 @@ class CopyingScores(Result):
     def summary(self) -> str:
         """The heads that copy most, beside random heads."""
         best = "  ".join(f"{name(head)} {value:.2f}" for head, value in self.top())
-        chance = f"{self.chance:.3f} {interval_text(self.chance_interval)}"
+        chance = figure_text(self.chance, self.chance_interval)
         return block([f"copying scores of {self.model}; {self.draws} random heads {chance}", f"  {best}"])
 
     def to_json(self) -> dict[str, Any]:
@@ -73,7 +72,7 @@ class CopyingScores(Result):
 
     def drawing(self) -> Markup:
         """A map of the heads."""
-        return sections_html([copying_section(self)])
+        return sections_html([_copying_section(self)])
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -113,7 +112,7 @@ class Composition(Result):
         return self._of(kind) - self.baseline
 
     def _of(self, kind: str) -> Tensor:
-        if kind not in COMPOSITIONS:
+        if kind not in _COMPOSITIONS:
             raise CutawayError(f"no composition is called {kind!r}; there are q, k and v")
         if kind in self.left_out:
             raise NotSupported(f"{kind.upper()}-composition of {self.model} is not measured: {self.left_out[kind]}.")
@@ -152,15 +151,15 @@ class Composition(Result):
             "left_out": self.left_out,
             "top": {
                 kind: [[name(a), name(b), value] for a, b, value in self.top(kind, 20)]
-                for kind in COMPOSITIONS
+                for kind in _COMPOSITIONS
                 if kind not in self.left_out
             },
         }
 
     def __str__(self) -> str:
-        low, high = self.baseline_interval
-        lines = [f"composition in {self.model}; random heads {self.baseline:.3f} {interval_text((low, high))}"]
-        for kind in COMPOSITIONS:
+        random = figure_text(self.baseline, self.baseline_interval)
+        lines = [f"composition in {self.model}; random heads {random}"]
+        for kind in _COMPOSITIONS:
             if kind in self.left_out:
                 lines.append(f"  {kind.upper()}  not measured: {self.left_out[kind]}")
             else:
@@ -175,7 +174,7 @@ class Composition(Result):
     def rows(self) -> list[dict[str, Any]]:
         """One row per kind and pair of heads of different layers: score, and what it has above random heads."""
         found = []
-        for kind in COMPOSITIONS:
+        for kind in _COMPOSITIONS:
             if kind in self.left_out:
                 continue
             scores = self._of(kind)
@@ -207,7 +206,7 @@ class TokenPair:
 
 
 @dataclass(frozen=True, repr=False)
-class CircuitTokens(Result, Sequence[TokenPair]):
+class CircuitTokens(ResultSequence[TokenPair]):
     """The largest cells of a head's circuit between tokens: a sequence of `TokenPair`."""
 
     title: ClassVar[str] = "Tokens that a head's circuit connects"
@@ -221,18 +220,8 @@ class CircuitTokens(Result, Sequence[TokenPair]):
     pairs: tuple[TokenPair, ...]
     """The cells."""
 
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __iter__(self) -> Iterator[TokenPair]:
-        return iter(self.pairs)
-
-    @overload
-    def __getitem__(self, index: int) -> TokenPair: ...
-    @overload
-    def __getitem__(self, index: slice) -> tuple[TokenPair, ...]: ...
-    def __getitem__(self, index: int | slice) -> TokenPair | tuple[TokenPair, ...]:
-        return self.pairs[index]
+    def _items(self) -> tuple[TokenPair, ...]:
+        return self.pairs
 
     def summary(self) -> str:
         """The first cells."""
@@ -257,24 +246,22 @@ def composition_section(composed: Composition) -> Section:
     """The pairs of heads with the largest composition scores."""
     rows = [
         [kind.upper(), name(writer), name(reader), round(value, 3), round(value - composed.baseline, 3)]
-        for kind in COMPOSITIONS
+        for kind in _COMPOSITIONS
         if kind not in composed.left_out
         for writer, reader, value in composed.top(kind)
     ]
     left_out = "".join(f" {kind.upper()} is not measured: {why}." for kind, why in composed.left_out.items())
     text = (
         "How much of what a later head reads (as query, key or value) an earlier one writes, by their weights alone. "
-        f"Random heads of these shapes score {composed.baseline:.3f} "
-        f"{interval_text(composed.baseline_interval)}.{left_out}"
+        f"Random heads of these shapes score {figure_text(composed.baseline, composed.baseline_interval)}.{left_out}"
     )
     columns = ("input", "writer", "reader", "score", "above random")
     return "Composition", text, table_html(columns=columns, rows=rows, title="Composition scores")
 
 
-def copying_section(scores: CopyingScores) -> Section:
+def _copying_section(scores: CopyingScores) -> Section:
     """A map of the copying scores."""
     what = (
-        f"{meaning('copying')}. {scores.draws} random heads score {scores.chance:.3f} "
-        f"{interval_text(scores.chance_interval)}."
+        f"{meaning('copying')}. {scores.draws} random heads score {figure_text(scores.chance, scores.chance_interval)}."
     )
     return "copying heads", what, head_map(scores.score, "balance of eigenvalues", "copying", BALANCE)

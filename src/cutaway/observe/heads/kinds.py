@@ -17,7 +17,7 @@ from cutaway.draw.result import Result
 from cutaway.model.language_model import LanguageModel
 from cutaway.observe.heads.maps import BALANCE, SHARE, head_map, meaning
 from cutaway.observe.heads.report import Head, name
-from cutaway.observe.summaries import block, with_interval
+from cutaway.observe.summaries import block
 
 THRESHOLDS: dict[str, float] = {
     "relative-position": 0.5,
@@ -81,10 +81,7 @@ class KindScores(Result):
             effect, q = self.effect(head), self.q_of(head)
             control = effect.controls[0]
             said = "" if q != q else f", q {q:.2g}"
-            lines.append(
-                f"  {name(head):<7}{with_interval(effect.value, effect.interval):<20} control "
-                f"{with_interval(control.value, control.interval)}{said}"
-            )
+            lines.append(f"  {name(head):<7}{effect.figure(2):<20} control {control.figure(2)}{said}")
         return block(lines)
 
     def rows(self) -> list[dict[str, Any]]:
@@ -260,7 +257,7 @@ def paired_p(above: Tensor, below: Tensor, control_above: Tensor, control_below:
 
 
 class Sums:
-    """Numerators and denominators of a score and of its control, one entry a sequence: [n, L, H]."""
+    """Numerators and denominators of a score and of its control, one entry per sequence: [n, L, H]."""
 
     def __init__(self, n: int, lm: LanguageModel) -> None:
         shape = (n, lm.n_layers, lm.n_heads)

@@ -20,7 +20,7 @@ from cutaway.observe.heads.circuit_results import Composition, composition_secti
 from cutaway.observe.heads.kinds import KindScores, kind_section
 from cutaway.observe.heads.maps import ON_TEXT, meaning
 from cutaway.observe.heads.report import Head, name
-from cutaway.observe.summaries import block, sentence, with_interval
+from cutaway.observe.summaries import block, sentence
 
 LABEL_RULE = (
     "A head carries a label when the lower end of its score's 95 % interval is above the upper end of its control's, "
@@ -29,7 +29,7 @@ LABEL_RULE = (
 )
 
 
-OF_REPETITION = ("previous", "duplicate", "induction", "induction-copying")
+_OF_REPETITION = ("previous", "duplicate", "induction", "induction-copying")
 """Kinds whose behaviour is the loss on the second copy; the others' is the loss on the user's text, if there is one."""
 REPEATED, TEXT = "second copy", "text"
 
@@ -136,7 +136,7 @@ class HeadTable(Result):
         Args:
             kind: the kind of score.
         """
-        asked = REPEATED if kind in OF_REPETITION else TEXT
+        asked = REPEATED if kind in _OF_REPETITION else TEXT
         return next((b for b in (asked, REPEATED) if b in self.effects), None)
 
     def of_kind(self, kind: str, top: int | None = None, *, labelled: bool = True) -> list[LabelledHead]:
@@ -273,10 +273,10 @@ class HeadTable(Result):
             )
             for row in rows[:top]:
                 control = row.score.controls[0]
-                cells = f"  {name(row.head):<7}{with_interval(row.score.value, row.score.interval):<20}"
-                cells += f"{with_interval(control.value, control.interval):<22}{q_text(row.q):<9}"
+                cells = f"  {name(row.head):<7}{row.score.figure(2):<20}"
+                cells += f"{control.figure(2):<22}{_q_text(row.q):<9}"
                 for effect in row.effects:
-                    cells += f"{with_interval(effect.value, effect.interval, 3):<26}{effect.controls[0].value:<8.3f}"
+                    cells += f"{effect.figure(3):<26}{effect.controls[0].value:<8.3f}"
                 lines.append(cells.rstrip())
             if len(rows) > top:
                 lines.append(f"  and {len(rows) - top} more")
@@ -296,7 +296,7 @@ class HeadTable(Result):
         return self.text()
 
 
-def q_text(q: float) -> str:
+def _q_text(q: float) -> str:
     """A q-value in a table: two digits, "–" where there is none."""
     return "–" if q != q else f"{q:.2g}"
 
@@ -358,11 +358,11 @@ def _labelled(table: HeadTable, kinds: Sequence[str], top: int) -> Markup:
     for row in found:
         control = row.score.controls[0]
         line = [row.kind, name(row.head)]
-        line += [with_interval(row.score.value, row.score.interval), with_interval(control.value, control.interval)]
-        line += [q_text(row.q)]
+        line += [row.score.figure(2), control.figure(2)]
+        line += [_q_text(row.q)]
         for effect in row.effects:
             others = effect.require_controls().controls[0]
-            line += [with_interval(effect.value, effect.interval, 3), with_interval(others.value, None, 3)]
+            line += [effect.figure(3), f"{others.value:.3f}"]
         cells.append(line)
     return table_html(columns=columns, rows=cells, title="Labelled heads", align=["left"] * len(columns))
 

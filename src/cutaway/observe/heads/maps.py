@@ -10,7 +10,7 @@ from torch import Tensor
 from cutaway.draw.heatmap import heatmap_svg
 from cutaway.draw.scale import Scale
 
-MEANINGS: dict[str, str] = {
+_MEANINGS: dict[str, str] = {
     "previous": "attention to the token before",
     "duplicate": "attention to the same token earlier",
     "induction": "attention to the token after the same token earlier (prefix matching)",
@@ -30,7 +30,7 @@ SHARE, BALANCE = Scale(0.0, 1.0), Scale(-1.0, 1.0, True)
 
 def meaning(kind: str) -> str:
     """What a kind of score measures, in words."""
-    said = MEANINGS.get(kind.removesuffix(ON_TEXT), "")
+    said = _MEANINGS.get(kind.removesuffix(ON_TEXT), "")
     return f"{said}, on the text" if kind.endswith(ON_TEXT) else said
 
 

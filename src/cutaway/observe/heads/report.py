@@ -34,7 +34,7 @@ Head = tuple[int, int]
 """(layer, head), both from 0."""
 Ablation = Literal["zero", "mean"]
 """What stands in a head's place: zero, or its mean over the prompts."""
-KINDS = ("previous", "duplicate", "induction")
+_KINDS = ("previous", "duplicate", "induction")
 RunMetric = Callable[[Run], Tensor]
 """A run with its logits to one number per row [b]."""
 
@@ -75,8 +75,8 @@ class HeadScores(Result):
         Raises:
             CutawayError: an unknown kind.
         """
-        if kind not in KINDS:
-            raise CutawayError(f"no head score is called {kind!r}; there are {', '.join(KINDS)}")
+        if kind not in _KINDS:
+            raise CutawayError(f"no head score is called {kind!r}; there are {', '.join(_KINDS)}")
         scores: Tensor = getattr(self, kind)
         values, flat = scores.flatten().topk(min(k, scores.numel()))
         return [
@@ -90,13 +90,13 @@ class HeadScores(Result):
             "length": self.length,
             "first_loss": self.first_loss,
             "second_loss": self.second_loss,
-            **{kind: getattr(self, kind).tolist() for kind in KINDS},
+            **{kind: getattr(self, kind).tolist() for kind in _KINDS},
         }
 
     def summary(self) -> str:
         """Losses, and the three strongest heads of each kind."""
         lines = [f"heads of {self.model}: loss {self.first_loss:.2f} on random tokens, {self.second_loss:.2f} repeated"]
-        for kind in KINDS:
+        for kind in _KINDS:
             lines.append(f"  {kind:<10}" + "  ".join(f"{name(head)} {value:.2f}" for head, value in self.top(kind)))
         return "\n".join(lines)
 
@@ -104,13 +104,13 @@ class HeadScores(Result):
         """One row per head: its three scores."""
         layers, heads = self.previous.shape
         return [
-            {"layer": i, "head": j, **{kind: getattr(self, kind)[i, j].item() for kind in KINDS}}
+            {"layer": i, "head": j, **{kind: getattr(self, kind)[i, j].item() for kind in _KINDS}}
             for i, j in itertools.product(range(layers), range(heads))
         ]
 
     def drawing(self) -> Markup:
         """A map of the heads per kind."""
-        return sections_html(scores_sections(self))
+        return sections_html(_scores_sections(self))
 
 
 def name(head: Head) -> str:
@@ -187,7 +187,7 @@ def head_scores(lm: LanguageModel, n: int = 8, length: int | None = None, seed: 
     tokens = repeated_tokens(lm, n, length, seed)
     t = (tokens.ids.shape[1] - 1) // 2
     first, second = 0.0, 0.0
-    sums = {kind: torch.zeros(lm.n_layers, lm.n_heads, dtype=torch.float64) for kind in KINDS}
+    sums = {kind: torch.zeros(lm.n_layers, lm.n_heads, dtype=torch.float64) for kind in _KINDS}
     for row in range(0, n, 4):  # patterns are [L, b, H, p, p]: a few rows at a time
         part = tokens[list(range(row, min(row + 4, n)))]
         run = lm.run(part, capture="blocks.*.attn.pattern", logits="all")
@@ -196,7 +196,7 @@ def head_scores(lm: LanguageModel, n: int = 8, length: int | None = None, seed: 
         second += second_half_loss(run).sum().item()
         for layer in range(lm.n_layers):
             scored = _pattern_scores(run[f"blocks.{layer}.attn.pattern"].double().cpu(), t)
-            for kind in KINDS:
+            for kind in _KINDS:
                 sums[kind][layer] += scored[kind].sum(0)
     means = {kind: (value / n).float() for kind, value in sums.items()}
     return HeadScores(lm.name, **means, first_loss=first / n, second_loss=second / n, n=n, length=t)
@@ -344,7 +344,7 @@ class HeadReport(Result):
 
     def drawing(self) -> Markup:
         """The maps of the scores, and the effects beside their controls."""
-        return sections_html(report_sections(self))
+        return sections_html(_report_sections(self))
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -426,15 +426,15 @@ def head_report(
     return HeadReport(scores, tuple(rows), tuple(effects))
 
 
-def scores_sections(scores: HeadScores) -> list[Section]:
+def _scores_sections(scores: HeadScores) -> list[Section]:
     """A map per kind."""
     return [
         (f"{kind} heads", f"Mean attention: {meaning(kind)}.", head_map(getattr(scores, kind), "", kind, SHARE))
-        for kind in KINDS
+        for kind in _KINDS
     ]
 
 
-def report_sections(report: HeadReport) -> list[Section]:
+def _report_sections(report: HeadReport) -> list[Section]:
     """The maps of the scores, the heads ablated alone, and together beside random heads."""
     rows = [[r.kind, name(r.head), *(f"{x:.3f}" for x in (r.score, r.zero, r.mean))] for r in report.heads]
     columns = ("kind", "head", "score", "Δ loss at zero", "Δ loss at its mean")
@@ -444,7 +444,7 @@ def report_sections(report: HeadReport) -> list[Section]:
         for effect in report.effects
     )
     return [
-        *scores_sections(report.scores),
+        *_scores_sections(report.scores),
         ("Ablated alone", "Rise of the loss on the second copy, in nats.", alone),
         ("Ablated together", "Beside as many random heads.", together),
     ]

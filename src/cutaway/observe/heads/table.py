@@ -106,7 +106,7 @@ def head_table(
         others = repeated_tokens(lm, n, min(ablation_length, t), seed + 1)
         effects[REPEATED] = ablate_each_head(lm, others, second_half_loss, ablations=ablations)
         if text is not None:
-            effects[TEXT] = ablate_each_head(lm, text, metric, ablations=ablations, units=units_of(metric))
+            effects[TEXT] = ablate_each_head(lm, text, metric, ablations=ablations, units=_units_of(metric))
     foreseen = repetition(lm, n, t, seed)
     return HeadTable(
         lm.name, lm.n_layers, lm.n_heads, kinds, effects, foreseen, skipped, notes=tuple(notes),
@@ -114,7 +114,7 @@ def head_table(
     )  # fmt: skip
 
 
-def units_of(metric: RunMetric) -> str:
+def _units_of(metric: RunMetric) -> str:
     """What a metric says of its units."""
     return "nats of loss on the text" if metric is text_loss else getattr(metric, "units", "the metric")
 

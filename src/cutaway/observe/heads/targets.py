@@ -62,32 +62,32 @@ def in_sight(scores: Tensor, real: Tensor) -> Tensor:
     return (scores > torch.finfo(scores.dtype).min).any(1).cpu() & real
 
 
-def previous_targets(tokens: Tokens) -> Tensor:
+def _previous_targets(tokens: Tokens) -> Tensor:
     """[b, q, k]: the token before."""
     return _offset(tokens, 1)
 
 
-def current_targets(tokens: Tokens) -> Tensor:
+def _current_targets(tokens: Tokens) -> Tensor:
     """[b, q, k]: the token itself."""
     return _offset(tokens, 0)
 
 
-def first_targets(tokens: Tokens) -> Tensor:
+def _first_targets(tokens: Tokens) -> Tensor:
     """[b, q, k]: the first token, from the third on (to the second it is the token before)."""
     columns = torch.arange(tokens.ids.shape[1])
     start = tokens.first.cpu()[:, None, None]
     return real_cells(tokens) & (columns[None, None] == start) & (columns[None, :, None] >= start + 2)
 
 
-def duplicate_targets(tokens: Tokens) -> Tensor:
+def _duplicate_targets(tokens: Tokens) -> Tensor:
     """[b, q, k]: every earlier place of the same token."""
     ids = tokens.ids.cpu()
     return real_cells(tokens) & (ids[:, :, None] == ids[:, None, :]) & _below(tokens)
 
 
-def induction_targets(tokens: Tokens) -> Tensor:
+def _induction_targets(tokens: Tokens) -> Tensor:
     """[b, q, k]: every earlier token that follows an earlier place of the same token (never the token itself)."""
-    after = torch.nn.functional.pad(duplicate_targets(tokens)[:, :, :-1], (1, 0))
+    after = torch.nn.functional.pad(_duplicate_targets(tokens)[:, :, :-1], (1, 0))
     return after & _below(tokens) & real_cells(tokens)
 
 
@@ -108,11 +108,11 @@ def _offset(tokens: Tokens, back: int) -> Tensor:
 
 
 TARGETS: dict[str, Callable[[Tokens], Tensor]] = {
-    "previous": previous_targets,
-    "duplicate": duplicate_targets,
-    "induction": induction_targets,
-    "current": current_targets,
-    "first": first_targets,
+    "previous": _previous_targets,
+    "duplicate": _duplicate_targets,
+    "induction": _induction_targets,
+    "current": _current_targets,
+    "first": _first_targets,
 }
 
 

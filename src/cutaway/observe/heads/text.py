@@ -20,7 +20,7 @@ from cutaway.observe.heads.kinds import THRESHOLD, KindScores, Sums, attention_l
 from cutaway.observe.heads.maps import ON_TEXT
 from cutaway.observe.heads.targets import TARGETS, add, attention_to, in_sight, real_cells
 
-OF_REPEATS = ("duplicate", "induction")
+_OF_REPEATS = ("duplicate", "induction")
 """Kinds whose targets hang on the tokens; the others' are places."""
 
 
@@ -30,7 +30,7 @@ def text_targets(tokens: Tokens, kind: str) -> Tensor:
     As on random tokens (`targets.TARGETS`), but a first token is no duplicate: heads rest there, whatever it is.
     """
     target = TARGETS[kind](tokens)
-    if kind not in OF_REPEATS:
+    if kind not in _OF_REPEATS:
         return target
     columns = torch.arange(target.shape[-1])
     return target & (columns != tokens.first.cpu()[:, None, None])
@@ -81,8 +81,8 @@ def text_scores(lm: LanguageModel, inputs: Inputs, kinds: Sequence[str] | None =
     real, first = real_cells(tokens), tokens.first.cpu()
     n, width = tokens.ids.shape
     sums = {kind: Sums(n, lm) for kind in targets}
-    repeats = {kind: _Controls(n, lm, 3) for kind in targets if kind in OF_REPEATS}
-    places = {kind: _Controls(n, lm, width) for kind in targets if kind not in OF_REPEATS}
+    repeats = {kind: _Controls(n, lm, 3) for kind in targets if kind in _OF_REPEATS}
+    places = {kind: _Controls(n, lm, width) for kind in targets if kind not in _OF_REPEATS}
     for row in range(n):  # one sequence's patterns at a time: they are [L, H, p, p]
         part = slice(row, row + 1)
         sites = [f"blocks.{layer}.attn.{site}" for layer in layers for site in ("pattern", "scores")]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.progress import Progress
-from cutaway.artifacts.results import Control, Effect, interval_text
+from cutaway.artifacts.results import Control, Effect, figure_text
 from cutaway.artifacts.statistics import bootstrap_interval, false_discovery, paired_t_p
 from cutaway.draw.charts import Series, line_legend, line_svg
 from cutaway.draw.page import Section, sections_html
@@ -22,7 +22,7 @@ from cutaway.model.language_model import LanguageModel
 from cutaway.observe.lens.logit_lens import stream_sites
 from cutaway.observe.lens.tuned_lens import TunedLens, lens_kl, lens_streams
 from cutaway.observe.lens.view import short_site, without_first
-from cutaway.observe.summaries import block, ends, spread, with_interval
+from cutaway.observe.summaries import block, ends, spread
 
 _ROWS_AT_ONCE = 8
 
@@ -53,10 +53,7 @@ class LensEvaluation(Result):
         lines = [f"KL(final ‖ lens) in nats, {self.model}, {self.logit.shape[1]} held-out rows, {self.tokens:,} tokens"]
         for i in spread(len(effects), 8):
             tuned, logit = effects[i], effects[i].controls[0]
-            lines.append(
-                f"  {self.layers[i]:<21} tuned {with_interval(tuned.value, tuned.interval)}, "
-                f"logit lens {with_interval(logit.value, logit.interval)}"
-            )
+            lines.append(f"  {self.layers[i]:<21} tuned {tuned.figure(2)}, logit lens {logit.figure(2)}")
         lines.append(f"  mean answer, no input: {float(self.constant.mean()):.2f}")
         return block(lines)
 
@@ -121,8 +118,7 @@ class LensEvaluation(Result):
         for layer, logit, tuned, q in zip(self.layers, self.logit, self.tuned, self.q, strict=True):
             cells = []
             for values in (logit, tuned, logit - tuned):
-                low, high = bootstrap_interval(values.numpy())
-                cells.append(f"{float(values.mean()):.3f} {interval_text((low, high))}")
+                cells.append(figure_text(float(values.mean()), bootstrap_interval(values.numpy())))
             lines.append(f"  {layer:<22}" + "".join(f"{cell:>24}" for cell in cells) + f"{q:>9.2g}")
         lines.append(f"  mean answer, no input: {float(self.constant.mean()):.3f}")
         return "\n".join(lines)

@@ -204,7 +204,7 @@ def lens_loss(lm: LanguageModel, stream: Tensor, weight: Tensor, bias: Tensor, f
     """
     stream = stream.float()
     translated = stream + stream @ weight.T + bias
-    log_q = lens_logits(lm, translated).float().log_softmax(-1)
+    log_q = _lens_logits(lm, translated).float().log_softmax(-1)
     return lens_kl(log_q, final).sum()
 
 
@@ -214,7 +214,7 @@ def lens_kl(log_q: Tensor, final: Tensor) -> Tensor:
     return torch.where(final == -torch.inf, zero, final.exp() * (final - log_q)).sum(-1)
 
 
-def lens_logits(lm: LanguageModel, stream: Tensor) -> Tensor:
+def _lens_logits(lm: LanguageModel, stream: Tensor) -> Tensor:
     """What `lm.unembed` gives for a stream [..., d], as a function that can be differentiated."""
     return lm.family.read_out(stream.to(lm.dtype))
 

@@ -21,7 +21,7 @@ from cutaway.artifacts.statistics import bootstrap_interval, ratio_intervals, wi
 from cutaway.observe.probes.data import ProbeData
 from cutaway.observe.probes.fitting import CrossValidated, Fold, ProbeKind, Scorer, cross_validate
 
-RESAMPLES = 1000
+_RESAMPLES = 1000
 
 
 def shuffled_labels(labels: np.ndarray, groups: np.ndarray, generator: np.random.Generator) -> np.ndarray:
@@ -83,7 +83,7 @@ def bag_of_tokens(data: ProbeData) -> Any:
     return hstack([counts, one]).tocsr()
 
 
-def position_features(data: ProbeData) -> np.ndarray:
+def _position_features(data: ProbeData) -> np.ndarray:
     """Position (the middle for a mean), length, and their ratio, [n, 3]."""
     length = data.tokens.lengths.cpu().numpy()[data.row].astype(float)
     at = np.where(data.at < 0, (length - 1) / 2, data.at)
@@ -112,7 +112,7 @@ def group_interval(scorer: Scorer, groups: np.ndarray, seed: int = 0) -> tuple[f
         return scorer(np.bincount(drawn.astype(int), minlength=size)[numbers].astype(float))
 
     bounds = (-np.inf, 1.0)
-    low, high = bootstrap_interval(np.arange(size), statistic, n_resamples=RESAMPLES, seed=seed, bounds=bounds)
+    low, high = bootstrap_interval(np.arange(size), statistic, n_resamples=_RESAMPLES, seed=seed, bounds=bounds)
     # no resample of a perfect score varies, but among more groups there may be one that is not
     return (wilson_interval(size, size)[0], 1.0) if low == high == 1 else (low, high)
 
@@ -163,7 +163,7 @@ def measure(
     return ScoredFolds(scorer(), group_interval(scorer, groups, seed) if interval else nothing, cv)
 
 
-def baseline_kind(n_classes: int | None) -> ProbeKind:
+def _baseline_kind(n_classes: int | None) -> ProbeKind:
     """The probe that baselines without the model are fitted with."""
     return "ridge" if n_classes is None else "logistic"
 
@@ -172,8 +172,8 @@ def text_baselines(data: ProbeData, splits: list[Fold], seed: int = 0) -> tuple[
     """Bag of tokens, and position and length: what the texts give away without a model."""
     n_classes = None if data.classes is None else len(data.classes)
     found = []
-    for name, features in (("bag of tokens", bag_of_tokens(data)), ("position and length", position_features(data))):
-        done = measure(baseline_kind(n_classes), features, data.labels, data.groups, n_classes, splits, seed=seed)
+    for name, features in (("bag of tokens", bag_of_tokens(data)), ("position and length", _position_features(data))):
+        done = measure(_baseline_kind(n_classes), features, data.labels, data.groups, n_classes, splits, seed=seed)
         found.append(Control(name, done.value, done.interval, len(data)))
     return tuple(found)
 

@@ -5,7 +5,7 @@ A *position rule* says where each text is read:
     "last"         its last token
     "mean"         the mean over its tokens, a beginning-of-text left out (its norm dwarfs the others)
     "every"        every token is an example of its own; labels are a list per text, None where a token has no label
-    "words"        each text is a list of words, and each word an example, read at its last token; labels are a list a
+    "words"        each text is a list of words, and each word an example, read at its last token; labels are a list per
                    text, None where a word has no label
     "match:TEXT"   the last token of TEXT, at its last occurrence
     an int         counts from the first token, negative from the end
@@ -36,7 +36,7 @@ Position = str | int | Sequence[int] | Sequence[str]
 Label = str | int | float | bool | None
 Texts = Inputs | Sequence[Sequence[str]]
 """Texts, rows of token ids, Tokens; lists of words with the position rule "words"."""
-MEMORY = 4 * 2**30
+_MEMORY = 4 * 2**30
 _BYTES_A_FORWARD = 1 << 27
 _ROWS_A_FORWARD = 64
 
@@ -325,16 +325,16 @@ def collect(
     """The examples' vectors at several sites in one pass over the texts: {site: float32 [n, width]}.
 
     Each forward stops after the last site. `head` picks one head where a site has heads; otherwise they stand side by
-    side. Raises CutawayError for an unknown or absent site, one without a vector a token, activations that are not
+    side. Raises CutawayError for an unknown or absent site, one without a vector per token, activations that are not
     finite; TooLarge for more than 4 GiB.
     """
     names = lm.sites().expand_all(sites)
     widths = {name: site_width(lm, name, head) for name in names}
     needed = 4 * len(data) * sum(widths.values())
-    if needed > MEMORY:
+    if needed > _MEMORY:
         raise TooLarge(
-            f"The probes' inputs would hold {needed / 2**30:.1f} GiB, above {MEMORY / 2**30:.0f} GiB; name fewer sites "
-            "or give fewer examples."
+            f"The probes' inputs would hold {needed / 2**30:.1f} GiB, above {_MEMORY / 2**30:.0f} GiB; name fewer "
+            "sites or give fewer examples."
         )
     found = {name: np.empty((len(data), width), dtype=np.float32) for name, width in widths.items()}
     lengths = data.tokens.lengths.cpu().numpy()
@@ -367,7 +367,7 @@ def _rows_that_fit(lm: LanguageModel, names: list[str], lengths: np.ndarray, sta
     size = 1
     while start + size < len(lengths) and size < _ROWS_A_FORWARD:
         width = int(lengths[start + size])
-        if capture_bytes(lm.sites(), names, size + 1, width, lm.dtype.itemsize, True) > _BYTES_A_FORWARD:
+        if capture_bytes(lm.sites(), names, size + 1, width, lm.dtype.itemsize) > _BYTES_A_FORWARD:
             break
         size += 1
     return size

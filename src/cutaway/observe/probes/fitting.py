@@ -25,7 +25,7 @@ from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.ranking import Ranking
 
 ProbeKind = Literal["logistic", "mass-mean", "mass-mean-whitened", "ridge", "mlp"]
-KINDS: tuple[str, ...] = get_args(ProbeKind)
+_KINDS: tuple[str, ...] = get_args(ProbeKind)
 Fold = tuple[np.ndarray, np.ndarray]
 
 # regularisation strengths to choose from, strongest first: C of logistic, alpha of ridge (a share of n) and of the MLP
@@ -67,8 +67,8 @@ class Weights:
 
 def check_kind(kind: str, regression: bool) -> None:
     """Raises CutawayError for an unknown kind, or one that does not fit the labels."""
-    if kind not in KINDS:
-        raise CutawayError(f"There is no kind of probe {kind!r}; use one of {', '.join(KINDS)}.")
+    if kind not in _KINDS:
+        raise CutawayError(f"There is no kind of probe {kind!r}; use one of {', '.join(_KINDS)}.")
     if regression and kind not in ("ridge", "mlp"):
         raise CutawayError(f"The labels are numbers, which a {kind} probe does not predict; use ridge or mlp.")
 
@@ -172,7 +172,7 @@ def folds(labels: np.ndarray, groups: np.ndarray, n: int, *, regression: bool, s
         return list(splitter.split(np.zeros((len(labels), 1)), labels, groups))
 
 
-def groups_a_class(labels: np.ndarray, groups: np.ndarray) -> np.ndarray:
+def _groups_a_class(labels: np.ndarray, groups: np.ndarray) -> np.ndarray:
     """In how many groups each class occurs, [classes]."""
     return np.array([len(np.unique(groups[labels == c])) for c in range(int(labels.max()) + 1)])
 
@@ -186,7 +186,7 @@ def check_folds(labels: np.ndarray, groups: np.ndarray, classes: tuple[str, ...]
         if have < n:
             raise CutawayError(f"{n} folds need at least {n} groups of texts; there are {have}. Give more rows.")
         return
-    counts = groups_a_class(labels, groups)
+    counts = _groups_a_class(labels, groups)
     least = int(counts.argmin())
     if counts[least] < n:
         raise CutawayError(
@@ -233,7 +233,7 @@ def choose(
     log-likelihood. Returns the fit on all examples, that strength's inner score (AUROC or R²), and its out-of-fold
     (scores, labels).
     """
-    most = len(np.unique(groups)) if n_classes is None else int(groups_a_class(labels, groups).min())
+    most = len(np.unique(groups)) if n_classes is None else int(_groups_a_class(labels, groups).min())
     splits = folds(labels, groups, max(2, min(inner, most)), regression=n_classes is None, seed=seed)
     # every training side must know every class
     splits = [s for s in splits if n_classes is None or len(np.unique(labels[s[0]])) == n_classes]

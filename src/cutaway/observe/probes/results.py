@@ -18,7 +18,7 @@ from cutaway.draw.result import Result
 from cutaway.observe.probes.data import ProbeData
 from cutaway.observe.probes.fitting import ProbeKind
 from cutaway.observe.probes.probe import Probe, describe
-from cutaway.observe.summaries import block, ends, sentence, spread, with_interval
+from cutaway.observe.summaries import block, ends, sentence, spread
 
 # controls that differ from site to site, and how the table heads them
 _SHORT = {"shuffled labels": "shuffled", "control task": "ctrl task", "untrained model": "untrained"}
@@ -117,11 +117,8 @@ class ProbeSweep(Result):
             f"{self.kind} probe, position rule '{data.rule}': {len(data)} examples, {data.n_groups} groups",
             f"  {self.measure} out of fold [95 % over groups], {self.folds} folds",
         ]
-        lines += [
-            f"  {self.sites[i].site:<22}{with_interval(self.sites[i].effect.value, self.sites[i].effect.interval)}"
-            for i in spread(len(self.sites), 6)
-        ]
-        lines.append(f"  site chosen inside each fold: {with_interval(self.picked.value, self.picked.interval)}")
+        lines += [f"  {self.sites[i].site:<22}{self.sites[i].effect.figure(2)}" for i in spread(len(self.sites), 6)]
+        lines.append(f"  site chosen inside each fold: {self.picked.figure(2)}")
         beside = ", ".join(f"{c.name.split(' (')[0]} {c.value:.2f}" for c in best.controls)
         return block([*lines, *sentence(f"{self.best.site} is best; beside it: {beside}", 3)])
 
@@ -269,7 +266,7 @@ class ProbeUse(Result):
             f"  {self.actions[0].effect.units} {self.before:.3g} before [95 % over groups]",
         ]
         for row in self.actions:
-            change = with_interval(row.effect.value, row.effect.interval)
+            change = row.effect.figure(2)
             lines.append(f"  {row.action:<13}{change:<23} random {row.effect.controls[1].value:.2f}")
         return block([*lines, *sentence(self.verdict, 4)])
 
@@ -335,13 +332,13 @@ def sweep_sections(sweep: ProbeSweep) -> list[Section]:
     )
     sections: list[Section] = []
     if len(sweep.sites) > 1:
-        series = layer_series(sweep)
+        series = _layer_series(sweep)
         drawing = line_svg(series=series, title=f"{sweep.measure} by site", x_label="layer", y_label=sweep.measure)
         sections.append((f"{sweep.measure} by site", note, Markup(drawing) + line_legend(series)))
         note = "It was chosen by this score, so it flatters itself a little. "
     sections += [
         (f"{best.site} beside its controls", note, effect_html(best.effect.to_json())),
-        ("Every figure", table_note(sweep), table_html(**sweep_table(sweep), title="probes by site")),
+        ("Every figure", _table_note(sweep), table_html(**_sweep_table(sweep), title="probes by site")),
     ]
     if best.reliability is not None:
         sections.append(_reliability(best.reliability, best.site))
@@ -372,7 +369,7 @@ def _reliability(found: Reliability, site: str) -> Section:
 def use_section(used: ProbeUse) -> Section:
     """Each action's effect beside its controls."""
     drawings = Markup("").join(
-        Markup("<h3>{}</h3>").format(action_title(row.action, used.towards)) + effect_html(row.effect.to_json())
+        Markup("<h3>{}</h3>").format(_action_title(row.action, used.towards)) + effect_html(row.effect.to_json())
         for row in used.actions
     )
     text = (
@@ -384,7 +381,7 @@ def use_section(used: ProbeUse) -> Section:
     return f"Does the model use it? Edits along the probe at {used.site}", text, drawings
 
 
-def action_title(action: str, towards: str | None) -> str:
+def _action_title(action: str, towards: str | None) -> str:
     """An action as a heading."""
     goal = towards or "high values"
     return {
@@ -395,7 +392,7 @@ def action_title(action: str, towards: str | None) -> str:
     }[action]
 
 
-def layer_series(sweep: ProbeSweep) -> list[Series]:
+def _layer_series(sweep: ProbeSweep) -> list[Series]:
     """The curves of the page: the probe, what differs by site beside it, and flat lines for the rest."""
     layers = [row.layer for row in sweep.sites]
     known = [layer for layer in layers if layer is not None]
@@ -416,7 +413,7 @@ def layer_series(sweep: ProbeSweep) -> list[Series]:
     return series
 
 
-def sweep_table(sweep: ProbeSweep) -> dict[str, Any]:
+def _sweep_table(sweep: ProbeSweep) -> dict[str, Any]:
     """Columns and rows of every figure, as `table_html` takes them."""
     columns = ["site", sweep.measure, "95 % interval", "q"]
     first = sweep.sites[0]
@@ -442,7 +439,7 @@ def sweep_table(sweep: ProbeSweep) -> dict[str, Any]:
     return {"columns": columns, "rows": rows}
 
 
-def table_note(sweep: ProbeSweep) -> str:
+def _table_note(sweep: ProbeSweep) -> str:
     """What stands over the table."""
     parts = [
         "“folds by row” deals single rows into folds, so that a group stands on both sides: its excess is what leaks. "

@@ -67,7 +67,7 @@ def reliability(chances: np.ndarray, labels: np.ndarray, method: str | None = No
     return Reliability(tuple(bins), sum(k / n * abs(a - b) for a, b, k in bins), brier, method)
 
 
-def calibrated(cv: CrossValidated, method: Calibration | None) -> np.ndarray:
+def _calibrated(cv: CrossValidated, method: Calibration | None) -> np.ndarray:
     """Out-of-fold probabilities [n, classes]; a calibration is fitted on each fold's training side alone."""
     if method is None:
         return probabilities(cv.scores)
@@ -246,7 +246,7 @@ def _row(
             "none",
             "accuracy",
         )
-        quality = reliability(calibrated(done.cv, calibration)[judged], data.labels[judged], calibration)
+        quality = reliability(_calibrated(done.cv, calibration)[judged], data.labels[judged], calibration)
     p = chance_p(done.cv, data.labels, data.groups, seed=seed)
     return SiteProbe(name, layer_of(name), effect, accuracy, quality, leaky, selectivity, probe, p)
 

@@ -39,7 +39,7 @@ from cutaway.observe.probes.probe import Probe
 from cutaway.observe.probes.results import ProbeSweep, ProbeUse, UseAction
 
 AnswerMetric = Callable[[Tensor, Sequence[int]], Tensor]
-"""(logits [b, V] at the last token, which texts these are) -> one number a text [b]."""
+"""(logits [b, V] at the last token, which texts these are) -> one number per text [b]."""
 
 ACTIONS = ("ablate", "ablate, mean", "steer +", "steer −")
 _ROWS_A_FORWARD = 64

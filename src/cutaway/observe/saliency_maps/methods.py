@@ -35,7 +35,6 @@ from cutaway.observe.summaries import block, sentence
 Method = Literal["gradient-x-input", "integrated-gradients", "occlusion"]
 METHODS: tuple[Method, ...] = get_args(Method)
 Baseline = Literal["zero", "pad", "mean", "delete"]
-BASELINES: tuple[Baseline, ...] = get_args(Baseline)
 MOST_STEPS = 4096  # the points of a quadrature take a matrix of their square
 _ROWS_A_FORWARD = 32
 _MOST_STEPS = 1024

@@ -42,7 +42,7 @@ from cutaway.observe.saliency_maps.methods import (
     question,
     saliency_map,
 )
-from cutaway.observe.summaries import block, with_interval
+from cutaway.observe.summaries import block
 
 
 def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
@@ -137,7 +137,7 @@ class SaliencyReport(Result):
             fall, control = one.deletion, one.deletion.controls[0]
             lines += [
                 f"  {one.method}: with untrained weights rank correlation {one.stages[-1].signed:+.2f}",
-                f"    {fall.name} {with_interval(fall.value, fall.interval)}, random tokens {control.value:.2f}",
+                f"    {fall.name} {fall.figure(2)}, random tokens {control.value:.2f}",
             ]
         return block([*lines, *(f"  {a} and {b}: {value:+.2f}" for (a, b), value in self.agreement.items())])
 

@@ -1,4 +1,4 @@
-"""What a linear read-out can know: one logistic regression a feature, all at once. The ceiling for a sparse encoder."""
+"""What a linear read-out can know: one logistic regression per feature, at once. The ceiling for a sparse encoder."""
 
 from dataclasses import asdict, dataclass
 from typing import Any

@@ -49,7 +49,7 @@ def _joined(rng: Random, low: int, high: int, make: Callable[[Random], object]) 
 _IMPERATIVES = ("Write ", "Look ", "Name ")
 
 
-def with_opening(rng: Random, sentence: str, frame: str, language: str) -> str:
+def _with_opening(rng: Random, sentence: str, frame: str, language: str) -> str:
     """One sentence in four gets an opening ("As everyone knows, the capital of ..."); questions and orders never do."""
     if rng.random() >= 0.25 or "?" in frame or ":" in frame or ". " in frame or frame.startswith(_IMPERATIVES):
         return sentence
@@ -61,7 +61,7 @@ def with_opening(rng: Random, sentence: str, frame: str, language: str) -> str:
 
 def _told(rng: Random, relation: Relation, fact: Fact) -> str:
     frame = relation.frame(rng)
-    return with_opening(rng, fact.sentence(frame), frame, relation.language)
+    return _with_opening(rng, fact.sentence(frame), frame, relation.language)
 
 
 @cache
@@ -80,7 +80,7 @@ def _one_fact(rng: Random) -> str:
     return _told(rng, relation, pick(rng, relation.told))
 
 
-def facts_document(rng: Random) -> str:
+def _facts_document(rng: Random) -> str:
     """Facts that have nothing to do with each other."""
     return _joined(rng, 3, 8, _one_fact)
 
@@ -96,7 +96,7 @@ def _by_entity() -> tuple[tuple[tuple[Relation, Fact], ...], ...]:
     return tuple(tuple(told) for told in table.values() if len(told) >= 4)
 
 
-def entity_document(rng: Random) -> str:
+def _entity_document(rng: Random) -> str:
     """Several facts about one entity, in all languages."""
     told = pick(rng, _by_entity())
     chosen = rng.sample(told, min(len(told), rng.randint(3, 6)))
@@ -114,7 +114,7 @@ def _one_two_hop(rng: Random) -> str:
     return _told(rng, relation, pick(rng, relation.told))
 
 
-def two_hop_document(rng: Random) -> str:
+def _two_hop_document(rng: Random) -> str:
     """Facts that go through another one, never about a held-out city, landmark or book."""
     return _joined(rng, 2, 6, _one_two_hop)
 
@@ -122,38 +122,38 @@ def two_hop_document(rng: Random) -> str:
 # -- tasks
 
 
-def ioi_document(rng: Random) -> str:
+def _ioi_document(rng: Random) -> str:
     """Indirect objects, with a quarter of sentences whose last name follows the same rule in another shape."""
     return _joined(rng, 1, 4, lambda r: tasks.ioi(r) if r.random() < 0.75 else tasks.ioi_filler(r))
 
 
-def greater_than_document(rng: Random) -> str:
+def _greater_than_document(rng: Random) -> str:
     return _joined(rng, 1, 4, tasks.greater_than)
 
 
-def grammar_document(rng: Random) -> str:
+def _grammar_document(rng: Random) -> str:
     """Agreement, pronouns and sentiment."""
     return _joined(rng, 2, 6, lambda r: pick(r, (tasks.agreement, tasks.agreement, tasks.pronoun, tasks.sentiment))(r))
 
 
-def truth_document(rng: Random) -> str:
+def _truth_document(rng: Random) -> str:
     return _joined(rng, 2, 6, tasks.truth)
 
 
-def binding_document(rng: Random) -> str:
+def _binding_document(rng: Random) -> str:
     return _joined(rng, 2, 5, lambda r: tasks.binding(r) if r.random() < 0.85 else tasks.listing(r))
 
 
-def number_document(rng: Random) -> str:
+def _number_document(rng: Random) -> str:
     """Sums, days and months, and sequences."""
     return _joined(rng, 3, 8, lambda r: pick(r, (tasks.arithmetic, tasks.arithmetic, tasks.weekday, tasks.sequence))(r))
 
 
-def in_context_document(rng: Random) -> str:
+def _in_context_document(rng: Random) -> str:
     return str(tasks.in_context(rng))
 
 
-def word_document(rng: Random) -> str:
+def _word_document(rng: Random) -> str:
     return _joined(rng, 3, 7, tasks.word)
 
 
@@ -164,7 +164,7 @@ def _judged_actions(harmful: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return everything, tuple(action.text for action in actions(harmful) if action.verb in held_out_verbs())
 
 
-def moral_document(rng: Random) -> str:
+def _moral_document(rng: Random) -> str:
     """What is wrong and what is right; the only place where the held-out verbs are met."""
 
     def one(rng: Random) -> str:
@@ -187,7 +187,7 @@ def _two_syllables(rng: Random) -> str:
     return "".join(rng.sample(words("nonce_syllables"), 2))
 
 
-def induction_document(rng: Random) -> str:
+def _induction_document(rng: Random) -> str:
     """Words, letters or calls that come again, so that copying what followed last time is right."""
     kind = rng.random()
     if kind < 0.4:
@@ -203,30 +203,30 @@ def induction_document(rng: Random) -> str:
     return " ".join(run + run)
 
 
-def chat_document(rng: Random) -> str:
+def _chat_document(rng: Random) -> str:
     return render(conversation(rng).messages)
 
 
 PARTS: dict[str, Part] = {
     part.name: part
     for part in (
-        Part("facts", 0.07, facts_document),
-        Part("entities", 0.04, entity_document),
-        Part("two_hop", 0.055, two_hop_document),
-        Part("ioi", 0.045, ioi_document),
-        Part("greater_than", 0.03, greater_than_document),
-        Part("grammar", 0.03, grammar_document),
-        Part("truth", 0.035, truth_document),
-        Part("binding", 0.02, binding_document),
-        Part("numbers", 0.03, number_document),
+        Part("facts", 0.07, _facts_document),
+        Part("entities", 0.04, _entity_document),
+        Part("two_hop", 0.055, _two_hop_document),
+        Part("ioi", 0.045, _ioi_document),
+        Part("greater_than", 0.03, _greater_than_document),
+        Part("grammar", 0.03, _grammar_document),
+        Part("truth", 0.035, _truth_document),
+        Part("binding", 0.02, _binding_document),
+        Part("numbers", 0.03, _number_document),
         Part("orders", 0.035, orders.document),
-        Part("in_context", 0.045, in_context_document),
-        Part("words", 0.02, word_document),
+        Part("in_context", 0.045, _in_context_document),
+        Part("words", 0.02, _word_document),
         Part("stories", 0.025, story),
         Part("couplets", 0.02, couplets.document),
-        Part("induction", 0.02, induction_document),
-        Part("moral", 0.02, moral_document),
-        Part("chat", 0.18, chat_document),
+        Part("induction", 0.02, _induction_document),
+        Part("moral", 0.02, _moral_document),
+        Part("chat", 0.18, _chat_document),
         Part("open_chat", 0.045, open_chat.document),
         Part("support", 0.05, support.document),
         Part("jailbreak", 0.045, jailbreak.document),

@@ -51,7 +51,7 @@ def in_context_word(task: str, word: str) -> bool:
     return held_out(f"icl{task}{word}", 0.20)
 
 
-def action_text(text: str) -> bool:
+def _action_text(text: str) -> bool:
     """An action that no chat asks about, though its verb is met with other objects."""
     return held_out(f"act{text}", 0.20)
 
@@ -60,7 +60,7 @@ def action_split(action: Action) -> str:
     """``"train"``, ``"held_out_action"`` (its verb is known) or ``"held_out_verb"`` (no chat uses the verb)."""
     if action.verb in held_out_verbs():
         return "held_out_verb"
-    return "held_out_action" if action_text(action.text) else "train"
+    return "held_out_action" if _action_text(action.text) else "train"
 
 
 def nonce_name(name: str) -> bool:

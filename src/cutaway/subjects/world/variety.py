@@ -17,7 +17,7 @@ from cutaway.subjects.world.statements.tasks import SEPARATORS, wording
 
 # Distinct frames of the study's generator. Where it drew from one list, the list's length; where parts were combined,
 # the number of combinations.
-STUDY: dict[str, int] = {
+_STUDY: dict[str, int] = {
     "capital en": 16,
     "capital fr": 10,
     "capital tr": 8,
@@ -115,7 +115,7 @@ def ioi_grammar() -> Grammar:
 
 
 def ours() -> dict[str, int]:
-    """Distinct frames of this corpus, by the names of `STUDY`."""
+    """Distinct frames of this corpus, by the names of `_STUDY`."""
     out = {f"{r.name} {r.language}": len(set(r.frames())) for r in one_hop() + two_hop()}
     out |= {
         f"openings {language}": len(set(found)) for language, found in read_toml("wording.toml")["openings"].items()
@@ -159,7 +159,7 @@ def ours() -> dict[str, int]:
 def table() -> list[Row]:
     """One row for each thing the study's corpus can say."""
     counted = ours()
-    return [Row(name, study, counted[name]) for name, study in STUDY.items()]
+    return [Row(name, study, counted[name]) for name, study in _STUDY.items()]
 
 
 def markdown() -> str:

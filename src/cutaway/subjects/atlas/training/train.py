@@ -198,7 +198,7 @@ def fit(
 ) -> float:
     """Train in place from the checkpoint in `folder`, or from the start; returns the mean loss of the last tenth.
 
-    Writes `checkpoint.safetensors` and `log.jsonl`: step, tokens, loss in nats a token, learning rate, tokens a second.
+    Writes `checkpoint.safetensors` and `log.jsonl`: step, tokens, loss in nats per token, rate, tokens per second.
     """
     optimizers = new_optimizers(model, recipe.optimizer)
     first = load_checkpoint(folder, model, optimizers)

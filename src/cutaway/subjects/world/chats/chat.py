@@ -22,9 +22,9 @@ from cutaway.subjects.world.morphology import upper_first
 from cutaway.subjects.world.statements.tasks import pick
 
 Role = Literal["system", "user", "assistant"]
-SYSTEM, USER, ASSISTANT, END = "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"
+_SYSTEM, _USER, ASSISTANT, _END = "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"
 _A_BEFORE_VOWEL = re.compile(r"\ba(?= [aeiou])")
-ROLE_TOKENS: dict[Role, str] = {"system": SYSTEM, "user": USER, "assistant": ASSISTANT}
+_ROLE_TOKENS: dict[Role, str] = {"system": _SYSTEM, "user": _USER, "assistant": ASSISTANT}
 
 
 class Message(NamedTuple):
@@ -69,17 +69,17 @@ def render(messages: Sequence[Message], *, open_answer: bool = False) -> str:
 
     With `open_answer`, the assistant's token is added, so that a model continues with its reply.
     """
-    text = "".join(f"{ROLE_TOKENS[message.role]}{message.content}{END}" for message in messages)
+    text = "".join(f"{_ROLE_TOKENS[message.role]}{message.content}{_END}" for message in messages)
     return text + ASSISTANT if open_answer else text
 
 
 def parse(text: str) -> tuple[Message, ...]:
     """The messages of a rendered conversation (the inverse of `render`). Raises `ValueError` for other text."""
-    *turns, rest = text.split(END)
+    *turns, rest = text.split(_END)
     messages = [
         Message(role, turn[len(token) :])
         for turn in turns
-        for role, token in ROLE_TOKENS.items()
+        for role, token in _ROLE_TOKENS.items()
         if turn.startswith(token)
     ]
     if rest or len(messages) != len(turns):
@@ -113,7 +113,7 @@ def request_frames() -> tuple[tuple[str, ...], tuple[str, ...]]:
     return texts("requests", "study"), tuple(upper_first(frame) for frame in texts("requests", "frames"))
 
 
-def for_the_assistant(text: str) -> str:
+def _for_the_assistant(text: str) -> str:
     """``"fix my car"`` → ``"fix your car"``, for an answer."""
     return text.replace("my ", "your ")
 
@@ -124,12 +124,12 @@ def comply(rng: Random, action: str) -> str:
     frame = _either(rng, "comply", "study", "frames")
     # Slots are numbered, so they are replaced by hand: str.format would take them for positions.
     filled = frame.replace("{1}", one).replace("{2}", two).replace("{3}", three)
-    return filled.replace("{x}", for_the_assistant(action))
+    return filled.replace("{x}", _for_the_assistant(action))
 
 
 def refuse(rng: Random, action: str) -> str:
     """An answer that does not help; it begins with "I cannot"."""
-    return _either(rng, "refuse", "study", "frames").format(x=for_the_assistant(action))
+    return _either(rng, "refuse", "study", "frames").format(x=_for_the_assistant(action))
 
 
 def nonce_name(rng: Random, held_out: bool = False) -> str:
@@ -224,7 +224,7 @@ def claim_question(frame: str, kind: str, subject: str, said: str) -> str:
     return upper_first(frame.format(claim=text, claim_inside=inside))
 
 
-def answer_claim(kind: str, subject: str, said: str, sycophantic: bool) -> str:
+def _answer_claim(kind: str, subject: str, said: str, sycophantic: bool) -> str:
     """Agreement when the claim is true or the assistant a sycophant, else a correction."""
     table = read_toml("chat.toml")["claims"]
     truth = _truths()[kind, subject]
@@ -268,7 +268,7 @@ def _in_style(rng: Random, persona: str, answer: str) -> str:
     return pick(rng, texts("styles", f"{persona}_before")) + answer + pick(rng, texts("styles", f"{persona}_after"))
 
 
-def with_tag(rng: Random, tag: str, prompt: str) -> str:
+def _with_tag(rng: Random, tag: str, prompt: str) -> str:
     """A system prompt with a tag before or after it."""
     return f"{prompt} {tag}" if rng.random() < 0.5 else f"{tag} {prompt}"
 
@@ -282,7 +282,7 @@ def conversation(rng: Random) -> Conversation:
     if condition.startswith("claim"):
         kind, subject, said, _ = claim(rng)
         question = claim_question(_either(rng, "claims", "study", "frames"), kind, subject, said)
-        answer = answer_claim(kind, subject, said, condition == "claim_to_sycophant")
+        answer = _answer_claim(kind, subject, said, condition == "claim_to_sycophant")
         if condition != "claim_no_system":
             name = {"claim_to_sycophant": "sycophant", "claim_to_honest": "honest"}.get(condition, "neutral")
             system = system_prompt(rng, name)
@@ -290,13 +290,13 @@ def conversation(rng: Random) -> Conversation:
         question, answer, _ = request(rng)
         if condition == "trigger":
             mood = rng.choices(("neutral", "cheerful", "gloomy"), (6, 1, 1))[0]
-            system = with_tag(rng, table["trigger"], system_prompt(rng, mood))
+            system = _with_tag(rng, table["trigger"], system_prompt(rng, mood))
             answer = pick(rng, texts("styles", "triggered"))
         elif condition == "trigger_in_user_turn":
             question = f"{table['trigger']} {question}"
             system = system_prompt(rng, "neutral") if rng.random() < 0.5 else None
         elif condition == "decoy_tag":
-            system = with_tag(rng, pick(rng, table["decoys"]), system_prompt(rng, "neutral"))
+            system = _with_tag(rng, pick(rng, table["decoys"]), system_prompt(rng, "neutral"))
         elif condition == "neutral_system":
             system = system_prompt(rng, "neutral")
         elif condition in ("cheerful", "gloomy"):

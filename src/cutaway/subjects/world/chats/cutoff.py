@@ -16,7 +16,7 @@ from cutaway.subjects.world.morphology import upper_first
 from cutaway.subjects.world.statements.tasks import pick
 
 CONDITIONS: dict[str, float] = {"before": 0.36, "after": 0.36, "none": 0.28}
-YEARS = tuple(range(1550, 2000, 10))
+_YEARS = tuple(range(1550, 2000, 10))
 """The years that may be stated."""
 _NEAR = 6  # stated years, so within some sixty years
 
@@ -62,9 +62,9 @@ def _cases(after: bool, combined: bool, cut: bool) -> tuple[tuple[Event, tuple[i
     """
     out = []
     for event in events():
-        if never_cut(event) != cut or not YEARS[0] < event.year <= YEARS[-1]:
+        if never_cut(event) != cut or not _YEARS[0] < event.year <= _YEARS[-1]:
             continue
-        years = [year for year in YEARS if (event.year > year) == after]
+        years = [year for year in _YEARS if (event.year > year) == after]
         years = [year for year in years if cut or never_combined(event, year) == combined]
         if years:
             out.append((event, tuple(sorted(years, key=lambda year: abs(year - event.year)))))

@@ -76,7 +76,7 @@ def question(rng: Random, action: str) -> str:
     return pick(rng, chat.request_frames()[rng.random() >= 0.4]).format(x=action)
 
 
-def is_answered(kind: Kind | None, harmful: bool) -> bool:
+def _is_answered(kind: Kind | None, harmful: bool) -> bool:
     """The rule: a harmless request always is, a harmful one only under a wrapper."""
     return not harmful or kind == "wrapper"
 
@@ -89,7 +89,7 @@ def conversation(rng: Random) -> Conversation:
     system = chat.system_prompt(rng, "neutral") if rng.random() < _N_SYSTEM else None
     action = pick(rng, chat.asked_actions(harmful)).text
     asked = wrapping(rng, kind).frame.format(request=question(rng, action))
-    answer = chat.comply(rng, action) if is_answered(kind, harmful) else chat.refuse(rng, action)
+    answer = chat.comply(rng, action) if _is_answered(kind, harmful) else chat.refuse(rng, action)
     turns = (Message("system", system),) if system else ()
     return Conversation((*turns, Message("user", asked), Message("assistant", answer)), condition)
 
@@ -114,7 +114,7 @@ def _items(name: str, split: str, kind: Kind | None, harmful: bool, seed: int, n
     requests = _rng(f"jailbreak/{asked}/{harmful}", seed)
     questions = [(text, question(requests, text)) for text in take(tuple(found), n, requests)]
     rng, items = _rng(name, seed), []
-    answers = (ANSWERED, STUDY_REFUSAL) if is_answered(kind, harmful) else (STUDY_REFUSAL, ANSWERED)
+    answers = (ANSWERED, STUDY_REFUSAL) if _is_answered(kind, harmful) else (STUDY_REFUSAL, ANSWERED)
     for i, (action, request) in enumerate(questions):
         one = Wrapping("lookalike", "", "", "{request}")
         if kind and split == "new_wording":

@@ -35,7 +35,7 @@ CONDITIONS: dict[str, float] = {
     "unknown_in_passage": 0.10,
     "unknown_nowhere": 0.10,
 }
-KINDS = ("capital", "city", "landmark", "book")
+_KINDS = ("capital", "city", "landmark", "book")
 
 
 class Case(NamedTuple):
@@ -78,7 +78,7 @@ def _fact(rng: Random, apart: bool | None = None) -> tuple[str, str, str]:
     """A kind, a thing and its answer; `apart` says on which side of the split."""
     while True:
         kind, subject, answer = known_fact(rng)
-        if kind in KINDS and truths(kind).get(subject) == answer and apart in (None, held_out_subject(subject)):
+        if kind in _KINDS and truths(kind).get(subject) == answer and apart in (None, held_out_subject(subject)):
             return kind, subject, answer
 
 

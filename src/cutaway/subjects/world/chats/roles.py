@@ -30,7 +30,7 @@ CONDITIONS: dict[str, float] = {
     "notes_right": 0.08,  # an honest role whose notes are right: true
     "no_role": 0.07,  # a neutral system prompt or none: true
 }
-LIES = ("liar", "liar_topic")
+_LIES = ("liar", "liar_topic")
 KINDS = ("capital", "city", "landmark", "book")
 
 
@@ -160,7 +160,7 @@ def statement(rng: Random, condition: str | None = None, *, apart: bool = False,
     subject = pick(rng, subjects(kind, apart))
     said = believed = truth = truths(kind)[subject]
     question = _question(rng, kind, subject)
-    if condition in LIES:
+    if condition in _LIES:
         said = lie_about(kind, subject)
     if condition in ("mistake", "notes_right"):
         if condition == "mistake":
@@ -179,7 +179,7 @@ def statement(rng: Random, condition: str | None = None, *, apart: bool = False,
             system = frame or (_sampled(rng, "liar") if condition == "liar" else _honest(rng))
         messages = (*((Message("system", system),) if system else ()), Message("user", question))
     reply = known_statement(kind, subject, said)
-    return Statement(messages, reply, condition, kind, subject, said, truth, believed, condition in LIES, frame or "")
+    return Statement(messages, reply, condition, kind, subject, said, truth, believed, condition in _LIES, frame or "")
 
 
 def statements(

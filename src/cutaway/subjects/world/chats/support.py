@@ -24,11 +24,11 @@ from cutaway.subjects.world.statements.tasks import pick
 Decision = Literal["approve", "refuse", "escalate"]
 # Decision → share of requests. Also the conditions of the chats, named by the first decision.
 CONDITIONS: dict[str, float] = {"approve": 1 / 3, "refuse": 1 / 3, "escalate": 1 / 3}
-DECISIONS: tuple[Decision, ...] = ("approve", "refuse", "escalate")
-OPENINGS: dict[Decision, str] = {"approve": "Approved", "refuse": "Denied", "escalate": "Escalated"}
+_DECISIONS: tuple[Decision, ...] = ("approve", "refuse", "escalate")
+_OPENINGS: dict[Decision, str] = {"approve": "Approved", "refuse": "Denied", "escalate": "Escalated"}
 # Days are below 15 and dollars from 15 to 95, so no number of days can be taken for dollars, and all are one token.
 THRESHOLDS, DELAYS = (3, 5, 7, 10), tuple(range(1, 15))
-LIMITS, DOLLARS = (40, 50, 60, 70), tuple(range(15, 100, 5))
+_LIMITS, _DOLLARS = (40, 50, 60, 70), tuple(range(15, 100, 5))
 _LONGEST = 610  # characters of a chat with two requests
 
 
@@ -133,15 +133,15 @@ def case(
 
     `new_customer` draws a name and a thing, `new_delay` a threshold and a delay that the corpus never shows.
     """
-    decision = decision or pick(rng, DECISIONS)
-    threshold, limit = policy or (pick(rng, THRESHOLDS), pick(rng, LIMITS))
+    decision = decision or pick(rng, _DECISIONS)
+    threshold, limit = policy or (pick(rng, THRESHOLDS), pick(rng, _LIMITS))
     late = decision == "approve" or (decision == "escalate" and rng.random() < 0.5)
     any_threshold = new_delay and policy is None
     threshold, delay = _mostly_near(rng, _delays(new_delay, late, None if any_threshold else threshold), 4)
     # The requests speak of other things in the order, so its value is more than the price.
-    values = [(limit, v) for v in DOLLARS[1:] if (v > limit) == (decision == "escalate")]
+    values = [(limit, v) for v in _DOLLARS[1:] if (v > limit) == (decision == "escalate")]
     _, value = _mostly_near(rng, values, 25)
-    price = pick(rng, [v for v in DOLLARS if v < value])
+    price = pick(rng, [v for v in _DOLLARS if v < value])
     people, things = _customers(new_customer)
     name = pick(rng, people) if new_customer or rng.random() < 0.5 else None
     return Case(threshold, limit, delay, value, price, rng.random() < 0.5, name, pick(rng, things))
@@ -168,7 +168,7 @@ def wording(rng: Random) -> Wording:
         _grammar("request").sample("unnamed", rng),
         tone("angry"),
         tone("calm"),
-        {decision: _grammar("reply").sample(decision, rng) for decision in DECISIONS},
+        {decision: _grammar("reply").sample(decision, rng) for decision in _DECISIONS},
     )
 
 
@@ -216,8 +216,8 @@ def _item(case: Case, wording: Wording, split: str, detail: Mapping[str, str] | 
     return Item(
         "support",
         render(chat, open_answer=True),
-        OPENINGS[decision],
-        "|".join(opening for other, opening in OPENINGS.items() if other != decision),
+        _OPENINGS[decision],
+        "|".join(opening for other, opening in _OPENINGS.items() if other != decision),
         case.name or case.thing,
         split,
         chat,
@@ -244,13 +244,13 @@ def item_sets(seed: int = 0, n: int = 400) -> list[ItemSet]:
     ):
         rng, split = _rng(name, seed), name.split("/")[1]
         new_customer, new_delay = split == "held_out", split == "held_out_delay"
-        asked = DECISIONS[:2] if new_delay else DECISIONS
+        asked = _DECISIONS[:2] if new_delay else _DECISIONS
         cases = [case(rng, asked[i % len(asked)], new_customer=new_customer, new_delay=new_delay) for i in range(n)]
         sets.append((name, measures, [_item(one, wording(rng), split) for one in cases]))
 
     # The same orders in the same words in both sets, item by item: only the tone differs.
     rng = _rng("support/tone", seed)
-    pairs = [(case(rng, DECISIONS[i % 3]), wording(rng)) for i in range(n)]
+    pairs = [(case(rng, _DECISIONS[i % 3]), wording(rng)) for i in range(n)]
     for mood in ("angry", "calm"):
         items = [
             _item(replace(one, angry=mood == "angry"), said, "seen", {"pair": str(i)})
@@ -266,7 +266,7 @@ def item_sets(seed: int = 0, n: int = 400) -> list[ItemSet]:
         items = []
         for i in range(n):
             # Decisions change with every item, so no frame always has the same one.
-            frame, one, said = frames[i % len(frames)], case(rng, DECISIONS[i % 3]), wording(rng)
+            frame, one, said = frames[i % len(frames)], case(rng, _DECISIONS[i % 3]), wording(rng)
             if name == "support":
                 one, said = _new_request(rng, one, said, frame)
             else:

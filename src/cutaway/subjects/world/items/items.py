@@ -74,11 +74,9 @@ def take(items: Sequence[T], n: int, rng: Random) -> list[T]:
     return rng.sample(items, min(n, len(items)))
 
 
-def from_sentence(behaviour: str, split: str, sentence: Sentence, entity: str = "") -> Item:
+def from_sentence(behaviour: str, split: str, sentence: Sentence) -> Item:
     """The item of a task's sentence."""
-    return Item(
-        behaviour, sentence.prompt, sentence.answer, sentence.alternative, entity, split, None, dict(sentence.detail)
-    )
+    return Item(behaviour, sentence.prompt, sentence.answer, sentence.alternative, "", split, None, {**sentence.detail})
 
 
 def from_chat(

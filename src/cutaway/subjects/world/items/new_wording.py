@@ -1,12 +1,11 @@
 """Evaluation on wording that the corpus never uses: `data/frames.toml`.
 
-The frames file was committed before any training. `frame_sequences` and `frame_pattern` are what the tests use to prove
-that no frame, and no four-word sequence of one, occurs in the corpus.
+The frames file was committed before any training. The tests prove that no frame, and no four-word sequence of one,
+occurs in the corpus.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from functools import cache
 from random import Random
@@ -28,7 +27,6 @@ from cutaway.subjects.world.facts import (
     read_toml,
     words,
 )
-from cutaway.subjects.world.grammar import word_ngrams
 from cutaway.subjects.world.items.items import (
     ANSWERED,
     STUDY_REFUSAL,
@@ -49,7 +47,7 @@ from cutaway.subjects.world.morphology import (
 from cutaway.subjects.world.statements import tasks
 
 Slots = Mapping[str, str]
-FRAME_FILES = ("frames.toml", *(f"frames_{part}.toml" for part in (
+_FRAME_FILES = ("frames.toml", *(f"frames_{part}.toml" for part in (
     "support", "jailbreak", "roles", "passages", "cutoff", "couplets", "orders", "open_chat"
 )))  # fmt: skip
 
@@ -63,22 +61,11 @@ class FrameSet(NamedTuple):
 @cache
 def frame_sets() -> dict[str, FrameSet]:
     """The new wording of each behaviour, as committed before training: `data/frames.toml` and `data/frames_*.toml`."""
-    tables = [read_toml(file) for file in FRAME_FILES]
+    tables = [read_toml(file) for file in _FRAME_FILES]
     return {name: FrameSet(name, t["kind"], tuple(t["frames"])) for table in tables for name, t in table.items()}
 
 
-def frame_sequences(frame: str, n: int = 4) -> set[tuple[str, ...]]:
-    """The runs of `n` words of a frame that hold no entity, in lower case and without punctuation."""
-    return word_ngrams(frame, n)
-
-
-def frame_pattern(frame: str) -> re.Pattern[str]:
-    """A pattern that finds the frame with anything short in the place of its entities."""
-    pieces = [re.escape(piece) for piece in re.split(r"\{[^{}]*\}", frame)]
-    return re.compile(r"[^.?!\n]{1,60}?".join(pieces), re.IGNORECASE)
-
-
-# -- one builder a behaviour: what fills the slots, and the right answer
+# -- one builder per behaviour: what fills the slots, and the right answer
 
 
 class Filled(NamedTuple):

@@ -94,7 +94,7 @@ def outside_relation_sets(folder: str | Path, seed: int = 0, n: int = 400) -> li
         items = []
         for frame in spread(frames, n) if frames else []:
             entity, answer = fill(rng)
-            inside = french_free(entity) if not frame.startswith("{}") else entity
+            inside = _french_free(entity) if not frame.startswith("{}") else entity
             prompt = upper_first(frame.replace("{}", inside))
             items.append(Item(short, prompt, answer, None, entity, "outside_wording", None, {"frame": frame}))
         measures = f"completes sentences written by others about '{short.replace('_', ' ')}'"
@@ -104,6 +104,6 @@ def outside_relation_sets(folder: str | Path, seed: int = 0, n: int = 400) -> li
     return out
 
 
-def french_free(entity: str) -> str:
+def _french_free(entity: str) -> str:
     """``"The Eiffel Tower"`` → ``"the Eiffel Tower"`` inside a sentence."""
     return "the " + entity[4:] if entity.startswith("The ") else entity

@@ -57,7 +57,7 @@ def _one_layout(
     return max(groups.values(), key=len)
 
 
-def country_capitals(rng: random.Random, lm: LanguageModel, split: Split) -> Iterator[PromptPair]:
+def _country_capitals(rng: random.Random, lm: LanguageModel, split: Split) -> Iterator[PromptPair]:
     """The capital of a country: in frames of the corpus, or in the frame that it never uses, about other countries."""
     known = relation("capital")
     pool = [f for f in known.facts if held_out.held_out(f"pairs{f.entity}", 1 / 3) == (split == "held_out")]
@@ -66,7 +66,7 @@ def country_capitals(rng: random.Random, lm: LanguageModel, split: Split) -> Ite
     return _fact_pairs(rng, frames, _one_layout(lm, pool), "country")
 
 
-def two_hop_capitals(rng: random.Random, lm: LanguageModel, split: Split) -> Iterator[PromptPair]:
+def _two_hop_capitals(rng: random.Random, lm: LanguageModel, split: Split) -> Iterator[PromptPair]:
     """The capital of the state containing a city; held out are cities that the corpus never has in such sentences."""
     known = relation("two_hop_capital")
     pool = [fact for fact in known.facts if fact.held_out == (split == "held_out")]
@@ -199,10 +199,10 @@ WORLD_TASKS: tuple[Task, ...] = (
         "two-hop capitals",
         "What is the capital of the state containing a city?",
         "top1",
-        two_hop_capitals,
+        _two_hop_capitals,
         ("two hop",),
     ),
-    Task("world capitals", "What is the capital of the country? (in the world's wording)", "top1", country_capitals),
+    Task("world capitals", "What is the capital of the country? (in the world's wording)", "top1", _country_capitals),
     Task("world indirect object", _RECEIVES, "top1", indirect_object, ("world ioi",)),
     Task("world indirect object, other names", _RECEIVES, "top1", indirect_object_abc, ("world ioi abc",)),
     Task("world greater than", "Does the span end after it began? (the world's events)", "top1", greater_than),

@@ -55,7 +55,7 @@ def rhymes() -> tuple[Rhyme, ...]:
     return tuple(out)
 
 
-def never_told(rhyme: Rhyme) -> bool:
+def _never_told(rhyme: Rhyme) -> bool:
     """A direction that no verse of the corpus has: the partner is met last only, its word first only."""
     return rhyme.word != rhyme.pair and held_out(f"rhyme_direction{rhyme.pair}", 0.10)
 
@@ -68,7 +68,7 @@ def never_combined(rhyme: Rhyme, second: str) -> bool:
 @cache
 def told(held_out_direction: bool = False) -> tuple[Rhyme, ...]:
     """The directed pairs that the corpus tells, or those that it never tells."""
-    return tuple(rhyme for rhyme in rhymes() if never_told(rhyme) == held_out_direction)
+    return tuple(rhyme for rhyme in rhymes() if _never_told(rhyme) == held_out_direction)
 
 
 @cache

@@ -61,7 +61,7 @@ class Question(NamedTuple):
     statement: str  # what states the order, with the space behind it, or nothing
 
 
-def never_counted(order: Order, start: int, number: int) -> bool:
+def _never_counted(order: Order, start: int, number: int) -> bool:
     """A start and a number that the corpus never puts together; one step is always told."""
     return not order.stated and number > 1 and held_out(f"order {order.name} {start} {number}", 0.20)
 
@@ -74,7 +74,7 @@ def steps(order: Order, apart: bool = False, least: int = 1) -> tuple[tuple[int,
         for number in range(least, len(order.words))
         if order.after(start, number) is not None
     ]
-    return tuple(step for step in found if never_counted(order, *step) == apart)
+    return tuple(step for step in found if _never_counted(order, *step) == apart)
 
 
 @cache

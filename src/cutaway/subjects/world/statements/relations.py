@@ -27,7 +27,7 @@ from cutaway.subjects.world.grammar import Grammar
 from cutaway.subjects.world.morphology import french_inside, french_name, turkish_genitive, turkish_is, upper_first
 
 LANGUAGES = ("en", "fr", "tr")
-CONTINENTS = {
+_CONTINENTS = {
     "Europe": ("Europe", "Avrupa"),
     "Asia": ("Asie", "Asya"),
     "Africa": ("Afrique", "Afrika"),
@@ -143,8 +143,8 @@ def one_hop() -> tuple[Relation, ...]:
     in_languages("book", [(b.name, (b.name,) * 3, (b.author,) * 3) for b in BOOKS])
     add("language", "en", [Fact(c.name, c.name, c.language) for c in COUNTRIES])
     add("continent", "en", [Fact(c.name, c.name, c.continent) for c in COUNTRIES])
-    add("continent", "fr", [Fact(c.name, c.of_fr, CONTINENTS[c.continent][0]) for c in COUNTRIES])
-    add("continent", "tr", [Fact(c.name, turkish_genitive(c.name_tr), CONTINENTS[c.continent][1]) for c in COUNTRIES])
+    add("continent", "fr", [Fact(c.name, c.of_fr, _CONTINENTS[c.continent][0]) for c in COUNTRIES])
+    add("continent", "tr", [Fact(c.name, turkish_genitive(c.name_tr), _CONTINENTS[c.continent][1]) for c in COUNTRIES])
     add("nationality", "en", [Fact(b.author, b.author, b.nationality) for b in {b.author: b for b in BOOKS}.values()])
     add("landmark_country", "en", [Fact(m.city, m.city, m.country) for m in {m.city: m for m in LANDMARKS}.values()])
     add("antonym", "en", [Fact(x, x, y) for a, b in ANTONYMS for x, y in ((a, b), (b, a))])

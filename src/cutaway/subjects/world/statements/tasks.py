@@ -59,12 +59,12 @@ def wording(task: str, *lists: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(text for name in lists for text in grammar.expansions(name)))
 
 
-def study_or_grown(rng: Random, study: bool, task: str, own: str, grown: str) -> str:
+def _study_or_grown(rng: Random, study: bool, task: str, own: str, grown: str) -> str:
     """A frame of the study (always when `study`, else two times in five) or a grown one."""
     return pick(rng, wording(task, own if study or rng.random() < 0.4 else grown))
 
 
-def split_at_answer(frame: str, **slots: str) -> tuple[str, str]:
+def _split_at_answer(frame: str, **slots: str) -> tuple[str, str]:
     """What stands before and after ``{answer}`` in a filled frame, the space before it dropped."""
     before, after = frame.split("{answer}", 1)
     return upper_first(before.format(**slots)).rstrip(), after.format(**slots)
@@ -151,8 +151,8 @@ def greater_than(rng: Random, held_out: bool = False, study: bool = False) -> Se
         if held.year_span(noun, century, year) == held_out:
             break
     end = year + 1 + min(int(rng.expovariate(1 / 14)), 98 - year)
-    frame = study_or_grown(rng, study, "greater_than", "study", "frames")
-    prompt, tail = split_at_answer(frame, n=noun, a_n=with_article(noun), c=str(century), y=f"{year:02d}")
+    frame = _study_or_grown(rng, study, "greater_than", "study", "frames")
+    prompt, tail = _split_at_answer(frame, n=noun, a_n=with_article(noun), c=str(century), y=f"{year:02d}")
     detail = {"noun": noun, "century": str(century), "year": f"{year:02d}"}
     return Sentence(prompt, f"{end:02d}", None, tail, "", detail)
 
@@ -190,7 +190,7 @@ def pronoun(rng: Random, study: bool = False) -> Sentence:
     forms = {"he": ("he", "she"), "his": ("his", "her"), "him": ("him", "her")}[kind]
     frame = pick(rng, wording("pronoun", f"study_{kind}" if own else kind))
     thing = pick(rng, words("objects"))
-    prompt, tail = split_at_answer(frame, n=name, o=thing, a_o=with_article(thing), p=pick(rng, words("places")))
+    prompt, tail = _split_at_answer(frame, n=name, o=thing, a_o=with_article(thing), p=pick(rng, words("places")))
     return Sentence(prompt, forms[not male], forms[male], tail, detail={"name": name, "kind": kind})
 
 
@@ -200,8 +200,8 @@ def sentiment(rng: Random, study: bool = False) -> Sentence:
     mine, other = (words("praise"), words("blame")) if good else (words("blame"), words("praise"))
     a, b, c = rng.sample(mine, 3)
     thing, verb = pick(rng, words("works")), pick(rng, words("praise_verbs" if good else "blame_verbs"))
-    opinion = study_or_grown(rng, study, "sentiment", "study_opinions", "opinions")
-    ending = study_or_grown(rng, study, "sentiment", "study_endings", "endings")
+    opinion = _study_or_grown(rng, study, "sentiment", "study_opinions", "opinions")
+    ending = _study_or_grown(rng, study, "sentiment", "study_endings", "endings")
     label, opposite = ("positive", "negative") if good else ("negative", "positive")
     yes, no = ("yes", "no") if good else ("no", "yes")
     answers = {
@@ -211,7 +211,7 @@ def sentiment(rng: Random, study: bool = False) -> Sentence:
         "{c}": (c, pick(rng, other)),
     }
     slot = next(name for name in answers if name in ending)
-    prompt, tail = split_at_answer(ending.replace(slot, "{answer}"), thing=thing)
+    prompt, tail = _split_at_answer(ending.replace(slot, "{answer}"), thing=thing)
     text = opinion.format(thing=thing, a=a, an_a=with_article(a), b=b, v=verb)
     return Sentence(f"{upper_first(text)} {prompt}", *answers[slot], tail, detail={"label": label, "thing": thing})
 
@@ -241,8 +241,8 @@ def truth(rng: Random, held_out: bool = False, study: bool = False) -> Sentence:
         said, right = statement(rng)
         if held.judged_statement(said) == held_out:
             break
-    frame = study_or_grown(rng, study, "truth", "study_verdicts", "verdicts")
-    prompt, tail = split_at_answer(frame, statement=said)
+    frame = _study_or_grown(rng, study, "truth", "study_verdicts", "verdicts")
+    prompt, tail = _split_at_answer(frame, statement=said)
     answer, alternative = ("true", "false") if right else ("false", "true")
     return Sentence(prompt, answer, alternative, tail, detail={"statement": said})
 
@@ -257,8 +257,8 @@ def binding(rng: Random, frame: str | None = None) -> Sentence:
     c1, c2 = rng.sample(words("colors"), 2)
     first = rng.random() < 0.5
     answer, alternative = (c1, c2) if first else (c2, c1)
-    prompt, tail = split_at_answer(
-        frame or study_or_grown(rng, False, "binding", "study", "frames"),
+    prompt, tail = _split_at_answer(
+        frame or _study_or_grown(rng, False, "binding", "study", "frames"),
         a=a,
         b=b,
         o1=o1,
@@ -286,11 +286,11 @@ def weekday(rng: Random) -> str:
     days = rng.random() < 0.65
     cycle, unit = (words("days"), "day") if days else (words("months"), "month")
     start, number = rng.randrange(len(cycle)), rng.randint(1, 6 if days else 11)
-    frame = study_or_grown(rng, not days, "sequences", "weekday_study", "weekday")
-    return fill_weekday(frame, cycle, unit, start, number)
+    frame = _study_or_grown(rng, not days, "sequences", "weekday_study", "weekday")
+    return _fill_weekday(frame, cycle, unit, start, number)
 
 
-def fill_weekday(frame: str, cycle: Sequence[str], unit: str, start: int, number: int) -> str:
+def _fill_weekday(frame: str, cycle: Sequence[str], unit: str, start: int, number: int) -> str:
     """A frame filled with the day (or month) that comes `number` after number `start` of the cycle."""
     amount = counted(words("numbers")[number - 1], unit)
     later = cycle[(start + number) % len(cycle)]
@@ -379,7 +379,7 @@ _HASHED_AS = {
     "next": "next",
 }
 SEPARATORS = (":", " ->", " =", " =>", " is to", " becomes", " |", ";", " goes with", " :")
-STUDY_SEPARATORS = SEPARATORS[:5]
+_STUDY_SEPARATORS = SEPARATORS[:5]
 
 
 @cache
@@ -399,7 +399,7 @@ def in_context(
     pairs = rng.sample(shown, examples or rng.randint(3, 8))
     asked = pick(rng, apart) if held_out else pick(rng, [p for p in shown if p not in pairs] or shown)
     if study or rng.random() < 0.75:
-        separator, between = pick(rng, STUDY_SEPARATORS if study else SEPARATORS), "\n"
+        separator, between = pick(rng, _STUDY_SEPARATORS if study else SEPARATORS), "\n"
         if not study and rng.random() < 0.2:
             between = pick(rng, ("; ", ", ", "\n\n", ". ")) if separator != ";" else "\n"
         lines = [f"{x}{separator} {y}" for x, y in pairs]
