@@ -289,7 +289,7 @@ def _training(folder: Path) -> None:
     optimizer = torch.optim.AdamW(model.parameters())
     optimizer.step()
     record = {"step": 10, "tokens": 100, "loss": 2.5, "learning_rate": 0.1, "tokens_per_second": 1000.0}
-    checkpoint.save_checkpoint(folder, model, optimizer, 20, [record, record | {"step": 20}])
+    checkpoint.save_checkpoint(folder, model, [optimizer], 20, [record, record | {"step": 20}])
     (folder / "weights").write_bytes(b"1234")
     files = {"weights": file_hash(folder / "weights")}
     write_json(folder / "manifest.json", {"tokens": 100, "name": "atlas", "files": files})
@@ -297,7 +297,7 @@ def _training(folder: Path) -> None:
 
 def _read_training(folder: Path) -> None:
     model = tiny_model()
-    checkpoint.read_records(folder, checkpoint.load_checkpoint(folder, model, torch.optim.AdamW(model.parameters())))
+    checkpoint.read_records(folder, checkpoint.load_checkpoint(folder, model, [torch.optim.AdamW(model.parameters())]))
     shipped.altered_files(folder)
 
 
