@@ -29,6 +29,7 @@ FACES = (
     "draw",
     "features",
     "observe",
+    "serve",
     "steering",
     "subjects",
     "tour",

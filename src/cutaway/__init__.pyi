@@ -6,6 +6,7 @@ from . import dictionaries as dictionaries
 from . import features as features
 from . import model as model
 from . import observe as observe
+from . import serve as serve
 from . import steering as steering
 from . import subjects as subjects
 from . import tour as tour
@@ -85,6 +86,7 @@ __all__ = [
     "resample",
     "save_edits",
     "scale",
+    "serve",
     "set",
     "steering",
     "subjects",

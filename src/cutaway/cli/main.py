@@ -29,6 +29,7 @@ from cutaway.cli.causal.trace import trace
 from cutaway.cli.dictionaries.dictionary import app as dictionary
 from cutaway.cli.dictionaries.harvest import harvest
 from cutaway.cli.dictionaries.train import train
+from cutaway.cli.live import open_page
 from cutaway.cli.model.check import check
 from cutaway.cli.model.sites import sites
 from cutaway.cli.observe.attribute import attribute
@@ -70,6 +71,7 @@ for command in (
     dictionary,
 ):
     app.command(command)
+app.command(open_page, name="open")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

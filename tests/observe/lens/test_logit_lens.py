@@ -62,6 +62,16 @@ def test_every_number_is_its_definition(tiny: LanguageModel) -> None:
     assert lens.entropy[:, 1, 4:].isnan().all(), "padding has no lens"
 
 
+def test_under_edits_it_reads_the_edited_run(tiny: LanguageModel) -> None:
+    edit = cutaway.zero("blocks.1.mlp.out", positions=2)
+    lens, plain = logit_lens(tiny, ROWS, edits=edit), logit_lens(tiny, ROWS)
+    p = tiny.run(ROWS, edits=edit).all_logits.float().softmax(-1)
+    real = lens.tokens.mask
+    torch.testing.assert_close(lens.top_probability[-1][real], p.topk(5, -1).values[real])
+    torch.testing.assert_close(lens.top_probability[:2][:, real], plain.top_probability[:2][:, real])
+    assert not torch.allclose(lens.entropy[2:][:, 0, 2], plain.entropy[2:][:, 0, 2])
+
+
 def test_a_target_is_followed_at_every_position(llama: LanguageModel) -> None:
     lens = logit_lens(llama, ROWS, targets=[33, 7])
     run = llama.run(ROWS, capture="blocks.1.resid_post", logits="all")

@@ -17,6 +17,7 @@ from cutaway.artifacts.errors import CutawayError, NotSupported
 from cutaway.draw.page import sections_html
 from cutaway.draw.result import Result
 from cutaway.draw.text import shorten
+from cutaway.model.edits.edits import Edit
 from cutaway.model.language_model import Inputs, LanguageModel
 from cutaway.model.naming import continued, single_token
 from cutaway.model.tokens import Tokens, named_token, next_tokens
@@ -229,6 +230,7 @@ def logit_lens(
     sites: str | Sequence[str] | None = None,
     follow: Sequence[str | int] = (),
     tuned: Translator | None = None,
+    edits: Edit | Sequence[Edit] = (),
     bos: bool | None = None,
 ) -> LogitLens:
     """Read the residual stream of every layer through the final norm and the unembedding (nostalgebraist 2020).
@@ -246,6 +248,7 @@ def logit_lens(
             adds ("blocks.*.mlp.out") is read on its own, with its own statistics.
         follow: tokens whose probability and rank are wanted at every layer and position, besides the target.
         tuned: a tuned lens, whose translators the stream goes through first.
+        edits: edits that are in force during the run.
         bos: whether a beginning-of-text token stands before each text; the tokenizer's own habit if None.
 
     Returns:
@@ -272,7 +275,7 @@ def logit_lens(
     target_ids = _target_ids(lm, tokens, targets).gather(1, columns)
     followed = [first_token(lm, token) for token in follow]
     last_only = bool((columns == tokens.last.cpu()[:, None]).all())
-    run = lm.run(tokens, capture=names, logits="last" if last_only else "all")
+    run = lm.run(tokens, capture=names, edits=edits, logits="last" if last_only else "all")
 
     rows, places = tokens.mask.cpu().gather(1, columns).nonzero(as_tuple=True)
     cells = columns[rows, places]
