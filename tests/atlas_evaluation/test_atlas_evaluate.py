@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -425,14 +426,6 @@ def test_numbers_do_not_round_to_a_perfect_score():
     ]
 
 
-def test_the_page_names_the_command_that_measured_it(tmp_path):
-    assert command.measured_by("atlas", 200, False, None) == "cutaway subjects evaluate atlas --n 200"
-    assert command.measured_by("atlas", 9, False, None, "runs/b") == "cutaway subjects evaluate atlas --n 9 --against b"
-    assert command.measured_by("runs/a", 9, True, tmp_path) == (
-        f"cutaway subjects evaluate atlas --model runs/a --quick --outside {tmp_path.name}"
-    )
-
-
 def test_a_page_that_cannot_be_written_is_refused_before_anything_is_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(cutaway, "load", lambda name: pytest.fail("loaded a model"))
     (tmp_path / "file").write_text("")
@@ -443,10 +436,10 @@ def test_a_page_that_cannot_be_written_is_refused_before_anything_is_measured(tm
 
 
 def test_json_is_json_also_beside_other_weights(monkeypatch, capsys):
-    monkeypatch.setattr(cutaway, "load", lambda name: name)
-    monkeypatch.setattr(evaluation_module, "evaluate", lambda lm, **_: evaluation(1.0 if lm == "a" else 0.0))
+    monkeypatch.setattr(cutaway, "load", lambda name: SimpleNamespace(name=name))
+    monkeypatch.setattr(evaluation_module, "evaluate", lambda lm, **_: evaluation(1.0 if lm.name == "a" else 0.0))
     command.evaluate("atlas", model="a", against="b", json=True)
-    found = json.loads(capsys.readouterr().out)
+    found = json.loads(capsys.readouterr().out)["figures"]
     assert found["sets"]["task0/held_out"]["effect"]["value"] == 1.0
     assert found["against"]["model"] == "b"
     assert found["against"]["better"] is True

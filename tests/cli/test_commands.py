@@ -33,7 +33,7 @@ def test_check_prints_a_card_and_the_algebra(capsys: pytest.CaptureFixture[str])
 
 def test_check_json_is_the_whole_table(atlas: LanguageModel, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "atlas", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    found = json.loads(capsys.readouterr().out)["figures"]
     assert found["passed"] is True
     assert found["card"]["d_model"] == 256
     assert len(found["card"]["weights"].removeprefix("sha256 ")) == 64
@@ -78,7 +78,7 @@ def test_sites_prints_one_line_for_layers_that_agree(capsys: pytest.CaptureFixtu
 
 def test_sites_json_lists_every_site(atlas: LanguageModel, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sites", "atlas", "--json"]) == 0
-    found = {site["name"]: site for site in json.loads(capsys.readouterr().out)}
+    found = {site["name"]: site for site in json.loads(capsys.readouterr().out)["figures"]}
     assert found.keys() == {site.name for site in atlas.sites()}
     assert found["blocks.3.resid_post"]["shape"] == ["b", "p", 256]
     assert found["blocks.3.resid_post"]["absent"] is None
@@ -148,7 +148,7 @@ def test_evaluation_measures_both_models_alike_and_writes_the_page(
     options = {"n": 24, "causal": False, "outside": tmp_path}
     assert calls == [("m", options), ("atlas", options)]
     assert capsys.readouterr().out == "figures\n\ncompared m atlas\n"
-    command = f"cutaway subjects evaluate atlas --model m --quick --outside {tmp_path.name} --against atlas"
+    command = f"cutaway {words}"
     assert out.read_text() == f"# Atlas\n{command}\n\nbeside the other\n"
     calls.clear()
     assert main(["subjects", "evaluate", "atlas", "--n", "5"]) == 0

@@ -30,7 +30,7 @@ def fail_with(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     def command(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(module, "app", command)
+    monkeypatch.setattr(module, "execute", command)
 
 
 def test_ctrl_c_while_a_library_is_imported_ends_at_once() -> None:
@@ -49,7 +49,7 @@ def test_ctrl_c_while_a_library_is_imported_ends_at_once() -> None:
             except BaseException:  # as from a static initialiser
                 os.abort()
 
-        module.app = command
+        module.execute = command
         module.main([])
         """
     )
@@ -166,7 +166,7 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
             for _ in range(100_000):
                 print("a line of a long table")
 
-        module.app = command
+        module.execute = command
         sys.exit(module.main([]))
     """
     done = subprocess.run(
@@ -182,7 +182,7 @@ def test_a_terminal_that_cannot_show_a_sign_is_no_error() -> None:
     code = """
         import sys
         from cutaway.cli import main as module
-        module.app = lambda *_, **__: print("“α”")
+        module.execute = lambda *_, **__: print("“α”")
         sys.exit(module.main([]))
     """
     done = python(code, env={**os.environ, "PYTHONIOENCODING": "ascii"})
@@ -217,7 +217,7 @@ def toured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple, dict[str, Any]]
     def run_tour(*arguments: object, **options: Any) -> SimpleNamespace:
         calls.append((arguments, options))
         print("progress", file=sys.stderr)
-        return SimpleNamespace(model_dump_json=lambda indent: json.dumps({"figures": 1}, indent=indent))
+        return SimpleNamespace(model_dump=lambda mode: {"sections": []})
 
     monkeypatch.setattr(cutaway.tour, "run_tour", run_tour, raising=False)
     return calls
@@ -259,7 +259,8 @@ def test_tour_says_where_its_page_is(
 def test_tour_json_is_all_there_is_on_stdout(toured: list, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["tour", "--json"]) == 0
     out, err = capsys.readouterr()
-    assert json.loads(out) == {"figures": 1}
+    found = json.loads(out)
+    assert (found["command"], found["model"], found["figures"]) == ("cutaway tour", "atlas", {"sections": []})
     assert err == "progress\n"
 
 

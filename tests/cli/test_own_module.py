@@ -49,15 +49,16 @@ def test_each_command_takes_it(name: str, program: Path, tmp_path: Path, capsys:
     documents = [" ".join(f"#{rng.randrange(lm.d_vocab_in)}" for _ in range(8)) for _ in range(150)]
     (tmp_path / "corpus.txt").write_text("\n\n".join(documents))
 
-    card = json.loads(run(["check", *own, "--json"], capsys))
+    card = json.loads(run(["check", *own, "--json"], capsys))["figures"]
     assert card["passed"]
     assert card["card"]["architecture"] == type(lm.hf.module).__name__
     assert card["card"]["vocabulary"] == lm.d_vocab
     assert "absent" in run(["sites", *own], capsys)
 
     prompt = pairs[0]["clean"]
-    lens = json.loads(run(["lens", prompt, *own, "--target", pairs[0]["answer"], "--json"], capsys))
-    assert lens["command"].startswith(f"cutaway lens '{prompt}' --target '{pairs[0]['answer']}' --module {program}")
+    printed = json.loads(run(["lens", prompt, *own, "--target", pairs[0]["answer"], "--json"], capsys))
+    lens = printed["figures"]
+    assert printed["command"].startswith(f"cutaway lens '{prompt}' --target '{pairs[0]['answer']}' --module {program}")
     assert json.dumps(pairs[0]["answer"]) in json.dumps(lens["logit_lens"])
 
     page = tmp_path / "heads.html"

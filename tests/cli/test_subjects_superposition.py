@@ -50,8 +50,9 @@ def test_it_prints_and_leaves_a_page(tmp_path: Path, capsys: pytest.CaptureFixtu
 @pytest.mark.usefixtures("quick")
 def test_json_has_every_figure(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["subjects", "superposition", "--json", "--seed", "3"]) == 0
-    data = json.loads(capsys.readouterr().out)
-    assert data["command"] == "cutaway subjects superposition --seed 3"
+    printed = json.loads(capsys.readouterr().out)
+    data = printed["figures"]
+    assert printed["command"] == "cutaway subjects superposition --seed 3"
     assert len(data["phases"]["trained"]) == 3
     assert 0 <= data["phases"]["agreement"] <= 1
     assert [len(row["dimensionality"]) for row in data["sweep_120_in_20"]] == [120] * len(study.SWEEP)

@@ -22,6 +22,7 @@ from cyclopts import App, CycloptsError
 
 from cutaway import __version__
 from cutaway.artifacts.errors import CutawayError
+from cutaway.cli.asked import asked
 from cutaway.cli.causal.circuit import circuit
 from cutaway.cli.causal.patch import patch
 from cutaway.cli.causal.tasks import tasks
@@ -87,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if _no_working_directory():
             return _fail("the working directory is gone; change into one that is there")
-        code = app(arguments, exit_on_error=False, print_error=False)
+        code = execute(arguments)
         if sys.stdout is not None:  # it is None when the caller has closed it
             sys.stdout.flush()
         return code if isinstance(code, int) else 0
@@ -114,6 +115,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         if restore is not None:
             signal.signal(signal.SIGINT, restore)
+
+
+def execute(arguments: Sequence[str] | None) -> object:
+    """Parse and run; what the command gives back."""
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    command, bound, _ = app.parse_args(words, exit_on_error=False, print_error=False)
+    path, apps, _ = app.parse_commands(words)
+    if command is not apps[-1].default_command:  # help, version
+        return command(*bound.args, **bound.kwargs)
+    with asked(path, apps[-1], bound):
+        return command(*bound.args, **bound.kwargs)
 
 
 def _no_working_directory() -> bool:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from cyclopts import App, Parameter, validators
 
 from cutaway.cli.options import Count, ExistingFolder, Flag, Page, Seed
-from cutaway.cli.output import command_line, deliver
+from cutaway.cli.output import deliver, print_result
 
 app = App(name="subjects", help="Make, judge and read the models whose world we know.", result_action="return_value")
 _N_QUICK = 24
@@ -127,8 +127,7 @@ def evaluate(
         Print the figures as JSON on stdout, and nothing else.
     """
     import cutaway
-    from cutaway.artifacts.command import recording
-    from cutaway.artifacts.files import plain, write_text
+    from cutaway.artifacts.files import write_text
     from cutaway.atlas_evaluation import evaluate as examination
     from cutaway.atlas_evaluation import page, report
     from cutaway.atlas_evaluation.compare import compare
@@ -144,8 +143,7 @@ def evaluate(
         measured = examination.evaluate(other, n=chosen, causal=not quick, outside=outside)
         compared = compare(found, measured, [name for _, name in page.HEADLINES])
     if out is not None:
-        with recording(measured_by(model, n, quick, outside, against)):
-            text = page.as_markdown(found, weights_folder(model))
+        text = page.as_markdown(found, weights_folder(model))
         if compared is not None and against is not None:
             text += "\n" + page.comparison_markdown(compared, weights_folder(model), weights_folder(against))
         write_text(out, text)
@@ -153,7 +151,7 @@ def evaluate(
         figures = found.to_json()
         if compared is not None:
             figures["against"] = {**asdict(compared), "model": against, "better": compared.better}
-        print(report.as_json(plain(figures)), end="")
+        print_result(figures, model=lm.name)
         return
     print(report.as_text(found))
     if compared is not None and against is not None:
@@ -173,16 +171,6 @@ def _refuse_unwritable(page: Path) -> None:
         raise BadFile(f"{page} is a folder: --out names the file of the page, such as {page / 'atlas.md'}")
     if not os.access(page.parent, os.W_OK):
         raise BadFile(f"{page} could not be written: the folder may not be written to (name another)")
-
-
-def measured_by(model: str, n: int, quick: bool, outside: Path | None, against: str | None = None) -> str:
-    """The command line that measures the same again, with n, which the page is about."""
-    words = ["cutaway subjects evaluate atlas"]
-    words += [f"--model {model}"] if model != "atlas" else []
-    words += ["--quick"] if quick else [f"--n {n}"]
-    words += [f"--outside {outside.name}"] if outside else []
-    words += [f"--against {Path(against).name}"] if against else []
-    return " ".join(words)
 
 
 @app.command
@@ -264,21 +252,22 @@ def superposition(*, recovery: Flag = False, out: Page = None, seed: Seed = 0, j
     json
         Print every figure as JSON on stdout, and nothing else.
     """
+    from cutaway.artifacts.command import current_command
     from cutaway.dictionaries.evaluation.recovery import recovery_sections, recovery_study
     from cutaway.draw.page import page_html
     from cutaway.subjects.superposition.study import LEAD, toy_sections, toy_study
 
-    command = command_line("subjects", "superposition", recovery=(recovery, False), out=(out, None), seed=(seed, 0))
     study = toy_study(seed=seed)
     found = recovery_study(seed=seed) if recovery else None
 
     def page() -> str:
         sections = [*toy_sections(study), *(recovery_sections(found) if found else [])]
-        return page_html(title="Superposition", lead=LEAD, sections=sections, command=command)
+        return page_html(title="Superposition", lead=LEAD, sections=sections, command=current_command())
 
     deliver(
         text=f"{study}\n\n{found}" if found else str(study),
-        data={**study.to_json(), "recovery": found.to_json() if found else None, "command": command},
+        model=None,
+        figures={**study.to_json(), "recovery": found.to_json() if found else None},
         page=page,
         as_json=json,
         html=out,

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from cutaway.cli.options import ExistingPath, Flag, Seed, Separator
+from cutaway.cli.output import print_result
 
 
 def tour(
@@ -51,7 +52,7 @@ def tour(
         model, out=out, corpus=corpus, document_separator=document_separator, seed=seed, overwrite=overwrite, only=only
     )
     if json or only is not None:
-        print(result.model_dump_json(indent=2))
+        print_result(result.model_dump(mode="json"), model=Path(model).name)
     else:
         print(f"open {(out / 'index.html').resolve()} in a browser")
 

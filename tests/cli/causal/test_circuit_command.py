@@ -45,7 +45,7 @@ def test_the_file_the_json_and_the_page(pairs: Path, tmp_path: Path, capsys: pyt
     out, page = tmp_path / "circuit.json", tmp_path / "page.html"
     words = ["circuit", "tiny", "--pairs", str(pairs), "--size", "20%", *QUICK, "--out", str(out), "--html", str(page)]
     assert main([*words, "--json"]) == 0
-    printed = json.loads(capsys.readouterr().out)
+    printed = json.loads(capsys.readouterr().out)["figures"]
     assert printed == json.loads(out.read_text())
     found = Circuit.load(out)
     assert 0 < found.n_edges <= 0.2 * found.graph.n_edges
@@ -74,7 +74,7 @@ def test_pairs_that_do_not_align_are_left_out_with_the_reason(
     assert main(["circuit", "tiny", "--pairs", str(path), "--size", "30", *QUICK, "--json"]) == 0
     printed = capsys.readouterr()
     assert "cutaway: 1 of 17 pairs do not align and are left out (clean and corrupt must have" in printed.err
-    assert json.loads(printed.out)["method"]["left_out"] == 1
+    assert json.loads(printed.out)["figures"]["method"]["left_out"] == 1
 
 
 def test_a_saved_circuit_is_judged_on_other_pairs(
@@ -84,9 +84,9 @@ def test_a_saved_circuit_is_judged_on_other_pairs(
     other.write_text(json.dumps(some_pairs(9, 3)))
     held = ["--held-out", str(other), "--faithfulness", "0.5"]
     assert main(["circuit", "tiny", "--pairs", str(pairs), *held, *QUICK, "--out", str(out), "--json"]) == 0
-    first = json.loads(capsys.readouterr().out)
+    first = json.loads(capsys.readouterr().out)["figures"]
     assert main(["circuit", "tiny", "--pairs", str(other), "--evaluate", str(out), *QUICK, "--json"]) == 0
-    again = json.loads(capsys.readouterr().out)
+    again = json.loads(capsys.readouterr().out)["figures"]
     assert again["edges"] == first["edges"]
     ours, theirs = (data["evidence"]["effects"][0] for data in (again, first))
     assert ours["value"] == pytest.approx(theirs["value"], abs=1e-6)

@@ -60,7 +60,8 @@ def test_json_and_page(
 ) -> None:
     page = tmp_path / "page.html"
     assert main([*TWO_HOP, *words, "--json", "--html", str(page)]) == 0
-    data = json.loads(capsys.readouterr().out)
+    printed = json.loads(capsys.readouterr().out)
+    data = printed["figures"]
     assert len(data["columns"]) == columns
     assert data["task_accuracy"]["n"] == 10
     one = data["largest"][0]
@@ -69,7 +70,7 @@ def test_json_and_page(
     assert one["effect"]["controls"][0]["n"] == 10
     assert 0 < one["p"] <= one["q"] <= 1
     assert one["ratio_of_means"] == pytest.approx(one["effect"]["value"], abs=0.1)
-    assert data["command"].startswith("cutaway patch atlas --task 'two-hop capitals'")
+    assert printed["command"].startswith("cutaway patch atlas --task 'two-hop capitals'")
     text = page.read_text()
     assert text.count("<h1>") == 1
     assert "1: it" in text  # what the numbers mean is in words
@@ -118,15 +119,15 @@ def test_pairs_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         "--json",
     ]
     assert main(words) == 0
-    own = json.loads(capsys.readouterr().out)
+    own = json.loads(capsys.readouterr().out)["figures"]
     assert own["evaluation"] == "12 pairs of cities.json"
     assert own["at"] == "last"
     assert main([*words, "--n", "9"]) == 0
-    assert json.loads(capsys.readouterr().out)["n"] == 9
+    assert json.loads(capsys.readouterr().out)["figures"]["n"] == 9
     found = {}
     for ablation in ("mean_by_template", "zero"):
         assert main([*words, "--ablation", ablation]) == 0
-        found[ablation] = json.loads(capsys.readouterr().out)["mean"]
+        found[ablation] = json.loads(capsys.readouterr().out)["figures"]["mean"]
     assert own["mean"] != found["mean_by_template"] != found["zero"]
 
 
@@ -151,11 +152,12 @@ def test_forced_all_the_same_it_says_so_in_red_and_has_no_p(tmp_path: Path, caps
     page = tmp_path / "page.html"
     words = ["patch", "atlas", "--pairs", str(_reversed(tmp_path / "cities.json")), "--over", "heads", "--layer", "1"]
     assert main([*words, "--force", "--json", "--html", str(page)]) == 0
-    data = json.loads(capsys.readouterr().out)
+    printed = json.loads(capsys.readouterr().out)
+    data = printed["figures"]
     assert "it is right on 0 of 12" in data["unable"]
     assert {value for row in (*data["p"], *data["q"], *data["p_of_all"]) for value in row} == {None}
     assert {(one["p"], one["q"], one["p_of_all"]) for one in data["largest"]} == {(None, None, None)}
-    assert "--force" in data["command"]
+    assert "--force" in printed["command"]
     text = page.read_text()
     assert 'class="cw-alarm">atlas cannot do 12 pairs of cities.json: it is right on 0 of 12' in text
     assert "No p: the model cannot do the task" in text
@@ -173,16 +175,16 @@ def test_the_readmes_example_is_of_a_task_that_the_model_can_do(capsys: pytest.C
     words = shlex.split(line.split("  #")[0])[1:]
     assert "atlas" in words
     assert main([*words, "--n", "8", "--layer", "1", "--json"]) == 0
-    data = json.loads(capsys.readouterr().out)
+    data = json.loads(capsys.readouterr().out)["figures"]
     assert data["task_accuracy"]["value"] == 1
     assert data["unable"] == ""
 
 
 def test_without_one_wording_the_roles_are_the_columns(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["patch", "atlas", "--task", "world indirect object", "--n", "8", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["columns"] == ["IO", "S1", "S2", "last"]
+    assert json.loads(capsys.readouterr().out)["figures"]["columns"] == ["IO", "S1", "S2", "last"]
     assert main(["patch", "atlas", "--task", "world indirect object", "--n", "12", "--tokens", "--json"]) == 0
-    data = json.loads(capsys.readouterr().out)
+    data = json.loads(capsys.readouterr().out)["figures"]
     assert data["columns"][0].startswith("0 ")
     assert data["evaluation"].endswith("of one wording")
 

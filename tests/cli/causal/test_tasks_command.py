@@ -29,8 +29,9 @@ def test_json_and_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     page = tmp_path / "page.html"
     words = ["tasks", "atlas", "--task", "greater than", "--split", "held-out", "--n", "12"]
     assert main([*words, "--json", "--html", str(page)]) == 0
-    data = json.loads(capsys.readouterr().out)
-    assert data["command"] == "cutaway tasks atlas --task 'greater than' --split held-out --n 12"
+    printed = json.loads(capsys.readouterr().out)
+    data = printed["figures"]
+    assert printed["command"] == "cutaway tasks atlas --task 'greater than' --split held-out --n 12"
     (found,) = data["tasks"]
     assert (found["task"], found["split"], found["able"]) == ("greater than", "held_out", True)
     measured = found["task_accuracy"]
@@ -52,7 +53,7 @@ def test_own_pairs_and_what_is_written(tmp_path: Path, capsys: pytest.CaptureFix
     assert (found.name, len(found.pairs), len(found.held_out)) == ("two-hop capitals", 10, 10)
     capsys.readouterr()
     assert main(["tasks", "atlas", "--task", str(file), "--json"]) == 0
-    tried = json.loads(capsys.readouterr().out)["tasks"]
+    tried = json.loads(capsys.readouterr().out)["figures"]["tasks"]
     assert [(one["task"], one["split"], one["task_accuracy"]["n"]) for one in tried] == [
         ("two-hop capitals", "search", 10),
         ("two-hop capitals", "held_out", 10),
@@ -83,7 +84,7 @@ def test_a_file_without_held_out_pairs(tmp_path: Path, capsys: pytest.CaptureFix
     pair = {"clean": prompt.format("Dallas"), "corrupt": prompt.format("Oakland")}
     file.write_text(json.dumps([{**pair, "answer": " Austin", "wrong": " Sacramento"}]))
     assert main(["tasks", "atlas", "--task", str(file), "--json"]) == 0
-    search, held_out = json.loads(capsys.readouterr().out)["tasks"]
+    search, held_out = json.loads(capsys.readouterr().out)["figures"]["tasks"]
     assert search["reason"] == "only 1 of its prompt pairs align with the tokenizer"
     assert search["task_accuracy"]["logit_difference_interval"] == [None, None]
     assert held_out["task_accuracy"] is None

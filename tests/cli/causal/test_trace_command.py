@@ -25,8 +25,9 @@ def test_one_prompt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = tmp_path / "page.html"
     words = ["trace", "atlas", *DALLAS, "--answer", " Austin", "--draws", "3"]
     assert main([*words, "--json", "--html", str(page)]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["command"].startswith("cutaway trace atlas --prompt 'The capital")
+    printed = json.loads(capsys.readouterr().out)
+    found = printed["figures"]
+    assert printed["command"].startswith("cutaway trace atlas --prompt 'The capital")
     assert (found["n"], found["draws"], found["noise_in_sigma"]) == (1, 3, 3.0)
     assert found["total_effect"]["value"] > 0.4
     assert found["prompts"][0]["tokens"] == [" Dallas", " is"]
@@ -52,7 +53,7 @@ def test_a_file_of_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     file.write_text(json.dumps(prompts))
     words = ["trace", "atlas", "--prompts", str(file), "--draws", "2", "--window", "1", "--noise", "4"]
     assert main([*words, "--json", "--html", str(page)]) == 0
-    found = json.loads(capsys.readouterr().out)
+    found = json.loads(capsys.readouterr().out)["figures"]
     assert found["n"] == 2
     assert found["grids"]["MLP"]["window"] == 1
     assert [one["prompt"] for one in found["refused"]] == ["The capital of Italy is"]
@@ -62,7 +63,7 @@ def test_a_file_of_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 def test_without_an_answer_the_models_own_is_called_a_guess(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page, words = tmp_path / "page.html", ["trace", "atlas", *DALLAS, "--draws", "1"]
     assert main([*words, "--json", "--html", str(page)]) == 0
-    found = json.loads(capsys.readouterr().out)
+    found = json.loads(capsys.readouterr().out)["figures"]
     assert found["prompts"][0]["guessed"] is True
     whose = "1 prompt with the model's own guess, not known to be right"
     assert found["total_effect"]["choices"]["evaluation"] == f"{whose} (atlas)"

@@ -46,7 +46,7 @@ def test_files_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     ):
         assert line in printed, printed
     assert main(["dictionary", "inspect", str(folder), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["tensors"][0]["name"] == "encoder.weight"
+    assert json.loads(capsys.readouterr().out)["figures"]["tensors"][0]["name"] == "encoder.weight"
 
 
 def test_with_a_model_and_a_page(of_tiny: None, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -60,7 +60,7 @@ def test_with_a_model_and_a_page(of_tiny: None, text: Path, tmp_path: Path, caps
     assert "Elsewhere" in page.read_text()
     assert "nan" not in page.read_text()
     assert main([*words, "--json"]) == code
-    data = json.loads(capsys.readouterr().out)
+    data = json.loads(capsys.readouterr().out)["figures"]
     assert (data["measured"]["n_rows"], data["measured"]["fits"]) == (15, code == 0)
     assert len(data["measured"]["effects"]) == 3
     assert {one["name"] for one in data["measured"]["sites"]} >= {"blocks.1.resid_pre", "blocks.1.mlp.in"}
@@ -96,7 +96,7 @@ def test_a_set_is_converted_whole(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert (
         main(["dictionary", "convert", str(folder), str(tmp_path / "out"), "--format", "gemma-scope-2", "--json"]) == 0
     )
-    assert len(json.loads(capsys.readouterr().out)["dictionaries"]) == 2
+    assert len(json.loads(capsys.readouterr().out)["figures"]["dictionaries"]) == 2
     found = load_all(tmp_path / "out")
     assert list(found) == ["blocks.0.mlp.in", "blocks.1.mlp.in"]
     x = torch.randn(9, 32)

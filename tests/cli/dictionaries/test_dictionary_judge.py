@@ -77,7 +77,7 @@ def test_settings_make_a_frontier_on_a_page(
 ) -> None:
     page = tmp_path / "page.html"
     assert main([*words(corpus, *saved.values()), "--json", "--html", str(page), "--absolute"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    found = json.loads(capsys.readouterr().out)["figures"]
     assert [one["paths"] for one in found["judged"]] == [[saved["a"], saved["b"]], [saved["wide"]]]
     assert found["context"] == 16, "as in training"
     assert [point["effects"]["l0"]["value"] for point in found["frontier"]] == pytest.approx([4, 8], abs=0.2)
@@ -99,7 +99,7 @@ def test_labels_of_a_file_are_probed(
     lines = [f"w{2 + i} w{3 + i % 50},{'low' if i % 50 < 25 else 'high'},g{i % 10}" for i in range(58)]
     table.write_text("\n".join(["text,label,group", *lines]))
     assert main([*words(corpus, saved["a"]), "--probe", str(table), "--json"]) == 0
-    (probing,) = json.loads(capsys.readouterr().out)["judged"][0]["probing"]
+    (probing,) = json.loads(capsys.readouterr().out)["figures"]["judged"][0]["probing"]
     assert probing["n"] == 58
     assert probing["groups"] == 10
     assert set(probing["effects"]) == {"1", "2", "5", "16"}

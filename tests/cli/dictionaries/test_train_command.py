@@ -56,7 +56,7 @@ def test_a_grid_on_one_forward(
     )  # fmt: skip
     assert main(arguments) == 0
     said, err = capsys.readouterr()
-    found: dict[str, Any] = json.loads(said)["dictionaries"]
+    found: dict[str, Any] = json.loads(said)["figures"]["dictionaries"]
     names = {
         f"{site}-{end}" for site in (SITE, "blocks.0.attn.z") for end in ("batchtopk-k4", "batchtopk-k8", "saprmarks")
     }
@@ -77,7 +77,7 @@ def test_a_grid_on_one_forward(
     assert not (out / "checkpoints").exists()
     before = (out / f"{SITE}-saprmarks" / "sae_weights.safetensors").read_bytes()
     assert main(arguments) == 0  # once more: it is all there
-    assert set(json.loads(capsys.readouterr().out)["dictionaries"]) == names
+    assert set(json.loads(capsys.readouterr().out)["figures"]["dictionaries"]) == names
     again = ["train", "--recipe", str(out / "recipe.toml"), "--out", str(tmp_path / "b")]
     assert main(again) == 0  # what was left behind makes it again
     assert (tmp_path / "b" / f"{SITE}-saprmarks" / "sae_weights.safetensors").read_bytes() == before
@@ -112,7 +112,7 @@ def test_it_judges_on_rows_that_it_kept_out(
     assert "batchtopk" in (out / "judged.html").read_text()
     command_again = ["dictionary", "judge", str(out), "--model", model, "--corpus", str(corpus), "--rows", "8"]
     assert main([*command_again, "--spliced-rows", "0", "--json"]) == 0  # the folder stands for its dictionaries
-    assert len(json.loads(capsys.readouterr().out)["judged"]) == 2
+    assert len(json.loads(capsys.readouterr().out)["figures"]["judged"]) == 2
 
 
 def test_from_a_store(tiny: LanguageModel, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -144,7 +144,7 @@ def test_print_recipe_and_dry_run_leave_nothing(
     out = capsys.readouterr().out
     assert "time    about" in out
     assert main([*arguments, "--dry-run", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    found = json.loads(capsys.readouterr().out)["figures"]
     one, other = found["dictionaries"]
     weights = 64 * 32 * 2 + 64 + 32
     assert one["parameters"] == other["parameters"] == weights

@@ -36,7 +36,7 @@ def test_the_table_sums_to_the_models_difference(atlas: LanguageModel, capsys: p
 def test_json_and_page(by: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = tmp_path / "page.html"
     assert main(["attribute", "atlas", PROMPT, *AUSTIN, "--by", by, "--json", "--html", str(page), "--top", "5"]) == 0
-    data = json.loads(capsys.readouterr().out)
+    data = json.loads(capsys.readouterr().out)["figures"]
     assert data["relative_error"] < 1e-5
     assert len(data["parts"]) == (17 if by == "component" else 5)
     assert sum(part["value"] for part in data["parts"]) + data["rest"] == pytest.approx(data["total"][0], abs=1e-4)
@@ -52,7 +52,7 @@ def test_several_prompts_are_averaged_with_intervals(capsys: pytest.CaptureFixtu
     other = PROMPT.replace("Dallas", "Oakland")
     words = ["attribute", "atlas", PROMPT, other, "--answer", " Austin", "--answer", " Sacramento", "--against", "mean"]
     assert main([*words, "--json"]) == 0
-    data = json.loads(capsys.readouterr().out)
+    data = json.loads(capsys.readouterr().out)["figures"]
     assert len(data["total"]) == 2
     assert data["wrong"] == ["the mean logit"] * 2
     low, high = data["parts"][0]["interval"]
@@ -64,9 +64,9 @@ def test_means_may_come_from_other_text(tmp_path: Path, capsys: pytest.CaptureFi
     text.write_text("\n\n".join(f"The capital of the state containing {city} is" for city in ("Oakland", "Miami") * 60))
     words = ["attribute", "atlas", PROMPT, *AUSTIN, "--ablate", "1", "--json"]
     assert main(words) == 0
-    own = json.loads(capsys.readouterr().out)["ablations"][0]
+    own = json.loads(capsys.readouterr().out)["figures"]["ablations"][0]
     assert main([*words, "--reference", str(text)]) == 0
-    other = json.loads(capsys.readouterr().out)["ablations"][0]
+    other = json.loads(capsys.readouterr().out)["figures"]["ablations"][0]
     assert "mean over the prompts" in own["ablation"]
     assert "mean over the reference texts" in other["ablation"]
     assert own["value"] != other["value"]
@@ -75,10 +75,11 @@ def test_means_may_come_from_other_text(tmp_path: Path, capsys: pytest.CaptureFi
 def test_without_an_answer_the_models_own_is_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = tmp_path / "page.html"
     assert main(["attribute", "atlas", PROMPT, "--position", "-2", "--top", "3", "--json", "--html", str(page)]) == 0
-    data = json.loads(capsys.readouterr().out)
+    printed = json.loads(capsys.readouterr().out)
+    data = printed["figures"]
     assert data["answer"] == [" is"]
     assert data["wrong"] == [""]
-    assert data["command"] == f"cutaway attribute atlas '{PROMPT}' --position -2 --top 3"
+    assert printed["command"] == f"cutaway attribute atlas '{PROMPT}' --position -2 --top 3"
     assert "--position -2" in page.read_text()
 
 

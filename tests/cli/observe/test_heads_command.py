@@ -35,13 +35,14 @@ def test_json_has_everything_and_its_command(capsys: pytest.CaptureFixture[str])
     assert (
         main(["heads", "atlas", "Dallas is in Texas", "--needle", "Dallas", "--ablate", "none", "--json", *QUICK]) == 0
     )
-    found = json.loads(capsys.readouterr().out)
+    printed = json.loads(capsys.readouterr().out)
+    found = printed["figures"]
     assert found["kinds"]["retrieval"]["n"] == 1
     assert found["kinds"]["retrieval"]["labelled"] == []  # one prompt has no interval
     assert [3, 7] in found["kinds"]["previous"]["labelled"]
     assert found["effects"] == {}
     assert found["composition"]["top"]["k"][0][1].startswith("L7")
-    assert found["command"] == (
+    assert printed["command"] == (
         "cutaway heads atlas 'Dallas is in Texas' --ablate none --needle Dallas --sequences 3 --length 12"
     )
 
@@ -76,10 +77,10 @@ def test_heads_are_scored_on_files_and_texts(tmp_path: Path, capsys: pytest.Capt
     html = page.read_text(encoding="utf-8")
     assert "induction (text) heads" in html
     assert "and on 4 sequences of text" in html
-    shown = f"--on {corpus} --rows 4 --context 32 --document-separator --- --sequences 3 --length 12"
+    shown = f"--on {corpus} --rows 4 --context 32 --document-separator=--- --sequences 3 --length 12"
     assert shown in html
     assert main([*words[:-1], str(corpus), *options, "--on", STORY, "--on", STORY[:40], "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)["kinds"]
+    found = json.loads(capsys.readouterr().out)["figures"]["kinds"]
     assert found["induction (text)"]["n"] == 6
     assert found["previous (text)"]["labelled"][0] == [3, 7]
     assert found["previous"]["n"] == 3

@@ -59,7 +59,7 @@ def test_json_and_page(of_atlas: None, tmp_path: Path, capsys: pytest.CaptureFix
     capsys.readouterr()
     words = ["lens", "atlas", PROMPT, "--mid", "--json", "--html", str(page), "--position", "7", "--position", "8"]
     assert main(words) == 0
-    data = json.loads(capsys.readouterr().out)["logit_lens"]
+    data = json.loads(capsys.readouterr().out)["figures"]["logit_lens"]
     assert data["positions"] == [7, 8]
     assert len(data["layers"]) == 17
     assert data["followed"][0]["token"] == " Austin", "the model's own answer is followed"
@@ -83,13 +83,13 @@ def test_a_tuned_lens_is_trained_judged_read_again_and_kept_from_other_models(
     assert "On held-out text" in page.read_text()
     saved = (out / "lens.safetensors").read_bytes()
     assert main([*train, "--json"]) == 0, "the same command finds it finished"
-    data = json.loads(capsys.readouterr().out)
+    data = json.loads(capsys.readouterr().out)["figures"]
     assert len(data["evaluation"]["effects"]) == 3
     assert data["evaluation"]["effects"][0]["controls"][0]["name"] == "logit lens"
     assert (out / "lens.safetensors").read_bytes() == saved
 
     assert main(["lens", "tiny", "w3 w4 w5", "--tuned", str(out), "--json"]) == 0
-    data = json.loads(capsys.readouterr().out)
+    data = json.loads(capsys.readouterr().out)["figures"]
     assert data["tuned_lens"]["kl"][-1] == [0] * 3 == data["logit_lens"]["kl"][-1]
     assert data["tuned_lens"]["kl"][0] != data["logit_lens"]["kl"][0]
 

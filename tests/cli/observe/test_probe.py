@@ -53,7 +53,7 @@ def test_a_held_out_fact_is_read_and_used(regions: Path, tmp_path: Path, capsys:
         str(tmp_path / "p"),
     ]
     assert main([*words, *options]) == 0
-    found = json.loads(capsys.readouterr().out)
+    found = json.loads(capsys.readouterr().out)["figures"]
     rows = found["sweep"]["rows"]
     score = [row["effect"]["value"] for row in rows]
     controls = {c["name"].split(" (")[0]: c["value"] for c in rows[1]["effect"]["controls"]}

@@ -152,7 +152,7 @@ def test_the_command_on_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         assert main(["probe", "tiny", str(file(tmp_path, name, content)), *QUICK]) == 0
         out, err = capsys.readouterr()
         assert "left out: odd (1)" in err
-        found.append(json.loads(out)["sweep"])
+        found.append(json.loads(out)["figures"]["sweep"])
         for row in found[-1]["rows"]:
             row["effect"].pop("command")
             row["accuracy"].pop("command")
@@ -173,7 +173,7 @@ def test_the_command_on_columns(tmp_path: Path, capsys: pytest.CaptureFixture[st
     values = []
     for arguments in ([str(plain)], [str(bare), "--text-column", "2", "--label-column", "1", "--no-header"]):
         assert main(["probe", "tiny", *arguments, *QUICK]) == 0
-        found = json.loads(capsys.readouterr().out)["sweep"]
+        found = json.loads(capsys.readouterr().out)["figures"]["sweep"]
         values.append(found["rows"][0]["effect"]["value"])
         assert " ".join(arguments[1:]) in found["rows"][0]["effect"]["command"]
     assert values[0] == values[1]

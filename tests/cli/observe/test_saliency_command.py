@@ -24,7 +24,8 @@ def test_the_city_matters_and_every_map_has_its_checks(tmp_path: Path, capsys: p
     page = tmp_path / "page.html"
     words = ["saliency", "atlas", PROMPT, "--answer", " Austin", "--wrong", " Sacramento", *FEW[:4], "--steps", "256"]
     assert main([*words, "--json", "--html", str(page)]) == 0
-    found = json.loads(capsys.readouterr().out)
+    printed = json.loads(capsys.readouterr().out)
+    found = printed["figures"]
     assert [one["method"] for one in found["methods"]] == ["gradient-x-input", "integrated-gradients", "occlusion"]
     for one in found["methods"]:
         (tokens,) = one["maps"]
@@ -34,7 +35,7 @@ def test_the_city_matters_and_every_map_has_its_checks(tmp_path: Path, capsys: p
         assert one["deletion"]["controls"]
         assert one["not_shown"]
     assert len(found["agreement"]) == 3
-    assert found["command"].startswith("cutaway saliency atlas")
+    assert printed["command"].startswith("cutaway saliency atlas")
     html = page.read_text()
     for word in ("gradient × input", "would it look the same without training?", "Do the methods agree?", "·Dallas"):
         assert word in html.replace("<i>·</i>", "·")
@@ -67,15 +68,3 @@ def test_bad_input_is_one_sentence(options: list[str], says: str, capsys: pytest
     assert says in err
     assert err.count("\n") == 1
     assert out == ""
-
-
-def test_attribute_takes_these_methods_too(capsys: pytest.CaptureFixture[str]) -> None:
-    words = [PROMPT, "--answer", " Austin", "--method", "gradient-x-input"]
-    assert main(["attribute", "atlas", *words, "--against", "mean", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert [one["method"] for one in found["methods"]] == ["gradient-x-input"]
-    assert "minus the mean logit" in found["methods"][0]["maps"][0]["what"]
-    assert main(["attribute", "atlas", *words, "--by", "head"]) == 2
-    err = capsys.readouterr().err
-    assert "are for direct logit attribution" in err
-    assert err.count("\n") == 1

@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Any, Literal
 
-from cutaway.artifacts.command import recording
+from cutaway.artifacts.command import current_command
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.files import write_json
 from cutaway.cli.options import Count, ExistingPath, Flag, ModuleFile, Output, Page, Seed, keep_apart, opened
-from cutaway.cli.output import command_line, deliver
+from cutaway.cli.output import deliver
 
 
 def circuit(
@@ -137,41 +137,35 @@ def circuit(
     from cutaway.causal.circuits.evidence import Evaluation
     from cutaway.draw.page import page_html
 
-    command = command_line(
-        "circuit", model, task=(task, None), pairs=(pairs, None), held_out=(held_out, None), evaluate=(evaluate, None),
-        scorer=(scorer, "eap-ig"), steps=(steps, 5), size=(size, None), faithfulness=(faithfulness, None),
-        metric=(metric, None), select=(select, "greedy"), by=(by, "absolute"),
-        ablation=(ablation, None), grouped=(grouped, False), n=(n, 48), random=(random, 20),
-        resamples=(resamples, 100), quick=(quick, False), force=(force, False), seed=(seed, 0),
-        module=(module, None), dtype=(dtype, None), device=(device, None),
-    )  # fmt: skip
     lm = opened(model, module, dtype=dtype, device=device)
     evaluation = Evaluation(draws=random, resamples=resamples, deep=not quick)
-    with recording(command):
-        if known is not None:
-            found = evaluate_circuit(
-                lm, known, task or [*(searched or ()), *(judged or ())], metric=metric, ablation=ablation,
-                evaluation=evaluation, n=n, seed=seed, force=force,
-            )  # fmt: skip
-        else:
-            search = Search(
-                scorer, {"steps": steps} if scorer == "eap-ig" else {}, metric or "logit_difference", select, by,
-                ablation or "resample", grouped,
-            )  # fmt: skip
-            found = discover(
-                lm, task or searched or [], judged, size=wanted, faithfulness=faithfulness, search=search,
-                evaluation=evaluation, n=n, seed=seed, force=force,
-            )  # fmt: skip
+    if known is not None:
+        found = evaluate_circuit(
+            lm, known, task or [*(searched or ()), *(judged or ())], metric=metric, ablation=ablation,
+            evaluation=evaluation, n=n, seed=seed, force=force,
+        )  # fmt: skip
+    else:
+        search = Search(
+            scorer, {"steps": steps} if scorer == "eap-ig" else {}, metric or "logit_difference", select, by,
+            ablation or "resample", grouped,
+        )  # fmt: skip
+        found = discover(
+            lm, task or searched or [], judged, size=wanted, faithfulness=faithfulness, search=search,
+            evaluation=evaluation, n=n, seed=seed, force=force,
+        )  # fmt: skip
     if out is not None:
         write_json(out, found)
 
     def page() -> str:
         return page_html(
-            title=f"Circuit: {found.task}", sections=circuit_sections(found), lead=lead(found), command=command
+            title=f"Circuit: {found.task}",
+            sections=circuit_sections(found),
+            lead=lead(found),
+            command=current_command(),
         )
 
     text = str(found) + ("" if out is None else f"\n\ncircuit: {out}")
-    deliver(text=text, data=found, page=page, as_json=json, html=html)
+    deliver(text=text, model=lm.name, figures=found, page=page, as_json=json, html=html)
 
 
 def _size(size: str | None) -> int | float | None:

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.cli.options import Count, ExistingPath, Flag, ModuleFile, Page, Seed, opened
-from cutaway.cli.output import command_line, deliver
+from cutaway.cli.output import deliver
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -119,7 +119,7 @@ def patch(
     if role and tokens:
         raise CutawayError("--role and --tokens both choose the columns: give one of them")
 
-    from cutaway.artifacts.command import recording
+    from cutaway.artifacts.command import current_command
     from cutaway.causal.ablations import Ablation
     from cutaway.causal.accuracy import task_accuracy
     from cutaway.causal.metrics import named_metric
@@ -155,50 +155,39 @@ def patch(
     )  # fmt: skip
     if grid.n - grid.dropped < LEAST_PAIRS:
         raise CutawayError(too_few(grid.n - grid.dropped))
-    command = command_line(
-        "patch", model, task=(task, None), pairs=(pairs, None), over=(over, "positions"), site=(site, None),
-        role=(role, None), at=(at, None), tokens=(tokens, False), layer=(layer, None), head=(head, None),
-        neuron=(neuron, None), direction=(direction, "denoise"), ablation=(ablation, "resample"), std=(std, 3.0),
-        metric=(metric, "logit_difference"), n=(n, 32), top=(top, 10), only_right=(only_right, False),
-        self_repair=(self_repair, None), force=(force, False), seed=(seed, 0),
-        module=(module, None), dtype=(dtype, None), device=(device, None),
-    )  # fmt: skip
-    with recording(command):
-        strongest = grid.top(top)
-        best = [grid.best()]
-        if grid.flips_more:
-            best.append(grid.best(of="flips"))
-        repair = None
-        if self_repair is not None:
-            ablated = choice if direction == "noise" else "resample"
-            repair = measure_repair(lm, aligned, k=self_repair, ablation=ablated, seed=seed, evaluation=about)
-        left_out = ""
-        if refused:
-            reasons = [reason for _, reason in refused]
-            left_out = f"; {len(refused)} pairs do not align (mostly: {max(set(reasons), key=reasons.count)})"
-        deliver(
-            text=patch_text(grid, strongest, best, accuracy, left_out) + ("" if repair is None else f"\n\n{repair}"),
-            data={
-                "command": command,
-                "task_accuracy": accuracy.to_json(),
-                "refused": [
-                    {"clean": pair.clean, "corrupt": pair.corrupt, "reason": reason} for pair, reason in refused
-                ],
-                "reading": reading(grid),
-                **grid.to_json(),
-                "largest": [one.to_json() for one in strongest],
-                "best": [effect.to_json() for effect in best],
-                "self_repair": None if repair is None else repair.to_json(),
-            },
-            page=lambda: page_html(
-                title="Activation patching",
-                lead=f"Which part of {lm.name} decides the answer? {about[0].upper()}{about[1:]}.",
-                sections=patch_sections(grid, strongest, best, accuracy, aligned, repair),
-                command=command,
-            ),
-            as_json=json,
-            html=html,
-        )
+    strongest = grid.top(top)
+    best = [grid.best()]
+    if grid.flips_more:
+        best.append(grid.best(of="flips"))
+    repair = None
+    if self_repair is not None:
+        ablated = choice if direction == "noise" else "resample"
+        repair = measure_repair(lm, aligned, k=self_repair, ablation=ablated, seed=seed, evaluation=about)
+    left_out = ""
+    if refused:
+        reasons = [reason for _, reason in refused]
+        left_out = f"; {len(refused)} pairs do not align (mostly: {max(set(reasons), key=reasons.count)})"
+    deliver(
+        text=patch_text(grid, strongest, best, accuracy, left_out) + ("" if repair is None else f"\n\n{repair}"),
+        model=lm.name,
+        figures={
+            "task_accuracy": accuracy.to_json(),
+            "refused": [{"clean": pair.clean, "corrupt": pair.corrupt, "reason": reason} for pair, reason in refused],
+            "reading": reading(grid),
+            **grid.to_json(),
+            "largest": [one.to_json() for one in strongest],
+            "best": [effect.to_json() for effect in best],
+            "self_repair": None if repair is None else repair.to_json(),
+        },
+        page=lambda: page_html(
+            title="Activation patching",
+            lead=f"Which part of {lm.name} decides the answer? {about[0].upper()}{about[1:]}.",
+            sections=patch_sections(grid, strongest, best, accuracy, aligned, repair),
+            command=current_command(),
+        ),
+        as_json=json,
+        html=html,
+    )
 
 
 def _pairs(

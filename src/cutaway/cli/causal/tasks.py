@@ -6,7 +6,7 @@ from cyclopts import Parameter, validators
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.cli.options import Count, Flag, Output, Page, Seed, keep_apart
-from cutaway.cli.output import command_line, deliver
+from cutaway.cli.output import deliver
 
 if TYPE_CHECKING:
     from cutaway.causal.task_results import TaskResult
@@ -70,7 +70,7 @@ def tasks(
     keep_apart({"--write": write, "--html": html}, {"--task": file})
 
     import cutaway
-    from cutaway.artifacts.command import recording
+    from cutaway.artifacts.command import current_command
     from cutaway.artifacts.progress import Progress
     from cutaway.causal.task_results import TaskResults, try_task
     from cutaway.data.tasks.files import refuse_other_pairs, write_pairs
@@ -83,14 +83,10 @@ def tasks(
     splits: dict[str, tuple[Split, ...]] = {
         "search": ("search",), "held-out": ("held_out",), "both": ("search", "held_out")
     }  # fmt: skip
-    command = command_line(
-        "tasks", model, task=(task, None), split=(split, "both"), n=(n, 60), threshold=(threshold, 0.8),
-        least=(least, 8), dtype=(dtype, None), device=(device, None), seed=(seed, 0),
-    )  # fmt: skip
     lm = cutaway.load(model, dtype=dtype, device=device)
     tried: list[TaskResult] = []
     asked: list[tuple[Task, Split]] = [(one, part) for one in chosen for part in splits[split]]
-    with recording(command), Progress("tasks", len(asked), unit="tasks") as progress:
+    with Progress("tasks", len(asked), unit="tasks") as progress:
         for one, part in asked:
             tried.append(try_task(lm, one, n=n, threshold=threshold, least=least, seed=seed, split=part))
             progress.advance(note=one.name)
@@ -103,13 +99,14 @@ def tasks(
         write_pairs(write, pairs, name=chosen[0].name, held_out=held_out, replace=False)
     deliver(
         text=str(results),
-        data={"command": command, "model": lm.name, "tasks": results.to_json()},
+        model=lm.name,
+        figures={"tasks": results.to_json()},
         page=lambda: page_html(
             title=f"What {lm.name} can do",
             lead=f"{len(results.able)} of {len(results)} tasks (with wording to search with, and held-out wording) can "
             "be done.",
             sections=results.sections(),
-            command=command,
+            command=current_command(),
         ),
         as_json=json,
         html=html,

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.cli.options import Count, ExistingPath, Flag, Page, Seed
-from cutaway.cli.output import command_line, deliver
+from cutaway.cli.output import deliver
 
 if TYPE_CHECKING:
     from cutaway.causal.tracing.prompts import FactPrompt
@@ -73,7 +73,6 @@ def trace(
         raise CutawayError(f"--noise {noise:g} hides nothing; give more than 0 standard deviations")
 
     import cutaway
-    from cutaway.artifacts.command import recording
     from cutaway.causal.tracing.prompts import FactPrompt
     from cutaway.causal.tracing.trace import causal_trace
     from cutaway.causal.tracing.view import trace_page
@@ -84,21 +83,16 @@ def trace(
         facts = [FactPrompt(prompt, subject, answer)]
     else:
         facts = landmark_facts()
-    command = command_line(
-        "trace", model, prompt=(prompt, None), subject=(subject, None), answer=(answer, None), prompts=(prompts, None),
-        n=(n, 24), noise=(noise, 3.0), draws=(draws, 10), window=(window, None), dtype=(dtype, None),
-        device=(device, None), seed=(seed, 0),
-    )  # fmt: skip
     lm = cutaway.load(model, dtype=dtype, device=device)
     found = causal_trace(lm, facts, noise=noise, draws=draws, window=window, limit=n, seed=seed)
-    with recording(command):
-        deliver(
-            text=str(found),
-            data={"command": command, **found.to_json()},
-            page=lambda: trace_page(found),
-            as_json=json,
-            html=html,
-        )
+    deliver(
+        text=str(found),
+        model=lm.name,
+        figures=found.to_json(),
+        page=lambda: trace_page(found),
+        as_json=json,
+        html=html,
+    )
 
 
 def landmark_facts() -> "list[FactPrompt]":

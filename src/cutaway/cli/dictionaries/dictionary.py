@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
-from cutaway.artifacts.command import recording
+from cutaway.artifacts.command import current_command
 from cutaway.artifacts.errors import CutawayError
 from cutaway.cli.dictionaries.judge import judge
 from cutaway.cli.options import Count, ExistingPath, Flag, Page, Seed, Separator
-from cutaway.cli.output import command_line, deliver, print_json
+from cutaway.cli.output import deliver, print_result
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -87,30 +87,24 @@ def inspect(
         raise CutawayError("--document-separator is of the text that --corpus names: give that too")
 
     reading = read(path, None if names is None else parse_map(names))
-    found = inspected(reading)
-    command = command_line(
-        "dictionary", "inspect", path,
-        model=(model, None), corpus=(corpus, None), document_separator=(document_separator, None),
-        tokens=(tokens, 2048), context=(context, 128), site=(site, None), map=(names, None), seed=(seed, 0),
-        dtype=(dtype, None), device=(device, None),
-    )  # fmt: skip
+    found, lms = inspected(reading), []
     if model:
         import cutaway
 
         lms = [cutaway.load(name, dtype=dtype, device=device) for name in model]
         rows, text = _rows(lms[0], corpus, tokens, context, seed, document_separator)
-        with recording(command):
-            found = inspected(reading, lms[0] if len(lms) == 1 else lms, rows, site=site, text=text, seed=seed)
+        found = inspected(reading, lms[0] if len(lms) == 1 else lms, rows, site=site, text=text, seed=seed)
     about = found.facts
     verdicts = " ".join(f"{said[0].upper()}{said[1:]}." for said in (found.fit.verdicts if found.fit else ()))
     deliver(
         text=str(found),
-        data=found.to_json(),
+        model=[lm.name for lm in lms],
+        figures=found.to_json(),
         page=lambda: page_html(
             title=f"Dictionary {Path(about['path']).name}",
             lead=f"{about['kind'].replace('_', ' ')}, {about['selector']}, {about['format']}. {verdicts}",
             sections=found.sections(),
-            command=command,
+            command=current_command(),
         ),
         as_json=json,
         html=html,
@@ -163,7 +157,7 @@ def convert(
         dictionaries = [at_site(dictionary, site) for dictionary in dictionaries]
     folder = save_all(dictionaries, out, format, overwrite=overwrite)
     if json:
-        print_json({"folder": str(folder), "format": format, "dictionaries": [repr(one) for one in dictionaries]})
+        print_result({"folder": str(folder), "format": format, "dictionaries": [repr(one) for one in dictionaries]})
         return
     for dictionary in dictionaries:
         print(dictionary)

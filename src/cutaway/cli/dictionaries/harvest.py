@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from cutaway.cli.options import Count, Flag, Separator
-from cutaway.cli.output import print_json
+from cutaway.cli.output import print_result
 
 
 def harvest(
@@ -111,7 +111,7 @@ def harvest(
         storage=Storage(store, "flatten" if flatten else "keep", shard_tokens, format, verify),
     )
     if json:
-        print_json(
+        print_result(
             {
                 "folder": str(out),
                 "id": made.manifest.id,
@@ -122,7 +122,8 @@ def harvest(
                 "counts": made.counts,
                 "thresholds": made.thresholds,
                 "corpus_hash": made.manifest.corpus_hash,
-            }
+            },
+            model=lm.name,
         )
         return
     print(made)

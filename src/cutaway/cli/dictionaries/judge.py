@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter, validators
 
-from cutaway.artifacts.command import recording
+from cutaway.artifacts.command import current_command
 from cutaway.artifacts.errors import CutawayError
 from cutaway.cli.options import Count, ExistingPath, Flag, Page, Seed, Separator
-from cutaway.cli.output import command_line, deliver
+from cutaway.cli.output import deliver
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -106,21 +106,6 @@ def judge(
     from cutaway.dictionaries.evaluation.judge import by_setting
     from cutaway.dictionaries.evaluation.judge import judge as judged_together
 
-    command = command_line(
-        "dictionary",
-        "judge",
-        *paths,
-        model=(model, None),
-        corpus=(corpus, None),
-        document_separator=(document_separator, None),
-        rows=(rows, 64),
-        context=(context, None),
-        spliced_rows=(spliced_rows, 32),
-        high_norm=(high_norm, None),
-        probe=(probe, None),
-        absolute=(absolute, False),
-        seed=(seed, 0),
-    )
     dictionaries = {
         path if len(several) == 1 else str(Path(path) / name): one
         for path in dict.fromkeys(paths)
@@ -134,18 +119,17 @@ def judge(
     text = token_rows(lms[0], given.documents, length, seed=seed, limit=rows)
     found: list[Judged] = []
     options: dict[str, Any] = {"high_norm": high_norm, "signed": not absolute, "seed": seed}
-    with recording(command):
-        for group in by_setting(dictionaries):
-            some = list(group.values())
-            one = Judged(list(group), judged_together(lms, some, text, spliced_rows=spliced_rows, **options))
-            for name, table in asked.items():
-                _probe(one, name, table, lms, text, seed)
-            found.append(one)
+    for group in by_setting(dictionaries):
+        some = list(group.values())
+        one = Judged(list(group), judged_together(lms, some, text, spliced_rows=spliced_rows, **options))
+        for name, table in asked.items():
+            _probe(one, name, table, lms, text, seed)
+        found.append(one)
     points = frontier([one.judgement.point(*line_of(one.judgement.dictionaries[0])) for one in found])
     deliver(
         text=_text(found, points),
-        data={
-            "model": [lm.name for lm in lms],
+        model=[lm.name for lm in lms],
+        figures={
             "corpus": given.source,
             "context": length,
             "judged": [
@@ -158,9 +142,8 @@ def judge(
                 for one in found
             ],
             "frontier": points.to_json(),
-            "command": command,
         },
-        page=lambda: judge_page(found, points, lms, given.source, command),
+        page=lambda: judge_page(found, points, lms, given.source),
         as_json=json,
         html=html,
     )
@@ -268,9 +251,7 @@ def _text(found: list[Judged], points: "Frontier") -> str:
     return "\n\n".join(parts)
 
 
-def judge_page(
-    found: list[Judged], points: "Frontier", lms: "Sequence[LanguageModel]", source: str, command: str
-) -> str:
+def judge_page(found: list[Judged], points: "Frontier", lms: "Sequence[LanguageModel]", source: str) -> str:
     """The frontier where there are several settings; then each one's figures, densities, probes and sides."""
     from cutaway.draw.page import page_html
 
@@ -292,7 +273,7 @@ def judge_page(
         title=f"Dictionaries of {names}, judged" if len(found) > 1 else f"A dictionary of {names}, judged",
         lead=f"{first.dictionaries[0]!r} on {first.n_tokens:,} tokens of {first.n_rows} rows of {source}.",
         sections=sections,
-        command=command,
+        command=current_command(),
     )
 
 

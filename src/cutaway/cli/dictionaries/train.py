@@ -8,14 +8,13 @@ from cyclopts import Parameter, validators
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.cli.options import Count, Flag, ModuleFile, Seed, Separator
-from cutaway.cli.output import command_line, deliver, print_json, print_table
+from cutaway.cli.output import print_result, print_table
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from cutaway.dictionaries.evaluation.frontier import Frontier
     from cutaway.dictionaries.training.api import Training
-    from cutaway.dictionaries.training.estimate import Estimate
     from cutaway.dictionaries.training.jobs import Trained
 
 Several = Parameter(consume_multiple=True, negative="")
@@ -197,13 +196,15 @@ def train(
     from cutaway.dictionaries.training import api
 
     training = api.prepare(asked)
+    names = [lm.name for lm in training.models]
     if print_recipe:
         print(training.recipe.to_toml(), end="")
         return
     if dry_run:
         from cutaway.dictionaries.training.estimate import estimate
 
-        _show(estimate(training), json)
+        found = estimate(training)
+        print_result(found.to_json(), model=names) if json else print(found)
         return
     assert out is not None
     done = api.run(training, out, log=log or (), resume=not overwrite)
@@ -211,7 +212,7 @@ def train(
     if json:
         if training.held_out is not None:
             _judged(training, done, out)
-        print_json({"folder": str(out), "dictionaries": last})
+        print_result({"folder": str(out), "dictionaries": last}, model=names)
         return
     columns = ["dictionary", "variance explained", "L0", "dead", "tokens"]
     rows = [
@@ -232,7 +233,6 @@ def train(
 
 def _judged(training: "Training", done: "Mapping[str, Trained]", out: Path) -> "Frontier":
     """Judge what was trained on the rows that were kept out of it; seeds of one setting together."""
-    from cutaway.artifacts.command import recording
     from cutaway.artifacts.files import write_json, write_text
     from cutaway.artifacts.run_folder import recorded
     from cutaway.cli.dictionaries.judge import Judged, judge_page, line_of
@@ -242,17 +242,15 @@ def _judged(training: "Training", done: "Mapping[str, Trained]", out: Path) -> "
 
     assert training.held_out is not None
     models, rows = list(training.models), training.held_out
-    command = command_line("train", recipe=(out / "recipe.toml", None), out=(out, None))
     found: list[Judged] = []
-    with recording(command):
-        for group in by_setting({name: one.dictionary for name, one in done.items()}):
-            some = judged_together(models, list(group.values()), rows, spliced_rows=min(32, len(rows)))
-            found.append(Judged(list(group), some))
+    for group in by_setting({name: one.dictionary for name, one in done.items()}):
+        some = judged_together(models, list(group.values()), rows, spliced_rows=min(32, len(rows)))
+        found.append(Judged(list(group), some))
     points = frontier([one.judgement.point(*line_of(one.judgement.dictionaries[0])) for one in found])
     source = f"{training.recipe.corpus}, kept out of training"
     with recorded(out):
         write_json(out / "judged.json", {"frontier": points, "judged": [one.judgement.to_json() for one in found]})
-        write_text(out / "judged.html", judge_page(found, points, models, source, command))
+        write_text(out / "judged.html", judge_page(found, points, models, source))
     return points
 
 
@@ -268,7 +266,3 @@ def _assignments(texts: list[str]) -> dict[str, Any]:
         except tomllib.TOMLDecodeError:
             found[name.strip()] = value
     return found
-
-
-def _show(found: "Estimate", as_json: bool) -> None:
-    deliver(text=str(found), data=found.to_json(), page=lambda: "", as_json=as_json, html=None)

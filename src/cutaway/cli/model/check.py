@@ -2,8 +2,9 @@
 
 from typing import TYPE_CHECKING, Any
 
+from cutaway.artifacts.command import current_command
 from cutaway.cli.options import Flag, ModuleFile, Page, opened
-from cutaway.cli.output import command_line, deliver
+from cutaway.cli.output import deliver
 
 if TYPE_CHECKING:
     from cutaway.model.selftest.result import SelfTest
@@ -43,18 +44,18 @@ def check(
     facts = card(lm)
     width = max(map(len, facts))
     lines = [f"{label:<{width}}  {f'{value:,}' if isinstance(value, int) else value}" for label, value in facts.items()]
-    command = command_line("check", model, module=(module, None), dtype=(dtype, None), device=(device, None))
     deliver(
         text="\n".join([*lines, "", str(test)]),
-        data={"card": facts, **test.to_json()},
-        page=lambda: _page(test, facts, command),
+        model=lm.name,
+        figures={"card": facts, **test.to_json()},
+        page=lambda: _page(test, facts),
         as_json=json,
         html=html,
     )
     return 0 if test.passed else 1
 
 
-def _page(test: "SelfTest", facts: dict[str, str | int], command: str) -> str:
+def _page(test: "SelfTest", facts: dict[str, str | int]) -> str:
     """The card, one line per check, and how far each check is from its tolerance in every layer."""
     from cutaway.draw.page import page_html
     from cutaway.draw.panels import table_html
@@ -74,7 +75,7 @@ def _page(test: "SelfTest", facts: dict[str, str | int], command: str) -> str:
                 test.by_layer(),
             ),
         ],
-        command=command,
+        command=current_command(),
     )
 
 

@@ -1,7 +1,7 @@
 """`cutaway sites`: which tensors of a model can be read and edited, and under which names."""
 
 from cutaway.cli.options import Flag, ModuleFile, opened
-from cutaway.cli.output import print_json, print_table
+from cutaway.cli.output import print_result, print_table
 
 
 def sites(model: str | None = None, /, *, module: ModuleFile = None, json: Flag = False) -> None:
@@ -17,9 +17,10 @@ def sites(model: str | None = None, /, *, module: ModuleFile = None, json: Flag 
     json
         Print every site of every layer as JSON on stdout, and nothing else.
     """
-    table = opened(model, module).sites()
+    lm = opened(model, module)
+    table = lm.sites()
     if json:
-        print_json(
+        print_result(
             [
                 {
                     "name": site.name,
@@ -29,7 +30,8 @@ def sites(model: str | None = None, /, *, module: ModuleFile = None, json: Flag 
                     "absent": site.absent,
                 }
                 for site in table
-            ]
+            ],
+            model=lm.name,
         )
         return
     # one line for all layers that agree: (kind, shape, reason) -> their layer numbers

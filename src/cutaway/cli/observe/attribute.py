@@ -3,11 +3,10 @@
 from pathlib import Path
 from typing import Any, Literal
 
-from cutaway.artifacts.command import recording
+from cutaway.artifacts.command import current_command
 from cutaway.artifacts.errors import CutawayError
-from cutaway.cli.observe.saliency import saliency
 from cutaway.cli.options import Count, ExistingPath, Flag, Page, Seed, Separator
-from cutaway.cli.output import command_line, deliver
+from cutaway.cli.output import deliver
 
 _REFERENCE_ROWS, _REFERENCE_TOKENS = 32, 64
 
@@ -20,7 +19,6 @@ def attribute(
     wrong: list[str] | None = None,
     against: Literal["nothing", "mean"] = "nothing",
     by: Literal["component", "head", "neuron", "source"] = "component",
-    method: Literal["dla", "gradient-x-input", "integrated-gradients", "occlusion"] = "dla",
     position: int = -1,
     top: Count = 16,
     ablate: int = 0,
@@ -52,9 +50,6 @@ def attribute(
     by
         Parts: component (attention and MLP of each layer), head, neuron, or source (each head's result, split over the
         tokens that it reads).
-    method
-        dla: direct logit attribution, which sums to the logit difference. The others attribute to the prompt's tokens
-        instead of the model's parts, as cutaway saliency does, which has their options.
     position
         Whose next token is the answer: 0 is the first token, -1 the last.
     top
@@ -87,17 +82,6 @@ def attribute(
         raise CutawayError("--document-separator is of the text that --reference names: give that too")
     if ablate < 0:
         raise CutawayError(f"--ablate {ablate}: give 0 or more parts")
-    if method != "dla":
-        if by != "component" or position != -1 or ablate:
-            raise CutawayError(
-                f"--by, --position and --ablate are for direct logit attribution; --method {method} has none"
-            )
-        compare = ["mean"] if against == "mean" else wrong
-        saliency(
-            model, *prompts, answer=answer, wrong=compare, method=[method], dtype=dtype, device=device, seed=seed,
-            json=json, html=html,
-        )  # fmt: skip
-        return
 
     import cutaway
     from cutaway.draw.page import page_html
@@ -115,35 +99,28 @@ def attribute(
     beside = None if against == "nothing" else against
     if wrong:
         beside = [wrong] if n == 1 else [[token] for token in (wrong * n if len(wrong) == 1 else wrong)]
-    command = command_line(
-        "attribute", model, *prompts, answer=(answer, None), wrong=(wrong, None), against=(against, "nothing"),
-        by=(by, "component"), position=(position, -1), top=(top, 16), ablate=(ablate, 0), reference=(reference, None),
-        document_separator=(document_separator, None),
-        controls=(controls, 16), seed=(seed, 0), dtype=(dtype, None), device=(device, None),
-    )  # fmt: skip
-    with recording(command):
-        answers = answer or model_answers(lm, list(prompts), position)
-        answers = answers * n if len(answers) == 1 else answers
-        result = measure(lm, list(prompts), answers, beside, position=position, by=by, controls=controls, seed=seed)
-        means = None if reference is None else _reference(lm, reference, seed, document_separator)
-        ablated = ablate_parts(lm, result, ablate, reference=means, seed=seed) if ablate else ()
-        data = {"command": command, "method": method, **result.to_json(top if by in ("neuron", "source") else None)}
-        if ablated:
-            data["ablations"] = ablated.to_json()
-        text = result.table(top)
-        if ablated:
-            lines = ["", f"  {'mean-ablated alone':<34}{'share':>9}{'fall':>9}{'random parts':>14}"]
-            for one in ablated:
-                control = f"{one.effect.controls[0].value:>14.3f}" if one.effect.controls else f"{'':>14}"
-                lines.append(f"  {one.part.name:<34}{one.part.value:>9.3f}{one.effect.value:>9.3f}{control}")
-            text += "\n".join(lines)
+    answers = answer or model_answers(lm, list(prompts), position)
+    answers = answers * n if len(answers) == 1 else answers
+    result = measure(lm, list(prompts), answers, beside, position=position, by=by, controls=controls, seed=seed)
+    means = None if reference is None else _reference(lm, reference, seed, document_separator)
+    ablated = ablate_parts(lm, result, ablate, reference=means, seed=seed) if ablate else ()
+    figures = result.to_json(top if by in ("neuron", "source") else None)
+    if ablated:
+        figures["ablations"] = ablated.to_json()
+    text = result.table(top)
+    if ablated:
+        lines = ["", f"  {'mean-ablated alone':<34}{'share':>9}{'fall':>9}{'random parts':>14}"]
+        for one in ablated:
+            control = f"{one.effect.controls[0].value:>14.3f}" if one.effect.controls else f"{'':>14}"
+            lines.append(f"  {one.part.name:<34}{one.part.value:>9.3f}{one.effect.value:>9.3f}{control}")
+        text += "\n".join(lines)
 
-        def page() -> str:
-            lead = f"{lm.name}, {compared(result)}, after “{prompts[0]}”, by {by}."
-            sections = attribution_sections(result, top) + ([ablations_section(ablated)] if ablated else [])
-            return page_html(title="Direct logit attribution", sections=sections, lead=lead, command=command)
+    def page() -> str:
+        lead = f"{lm.name}, {compared(result)}, after “{prompts[0]}”, by {by}."
+        sections = attribution_sections(result, top) + ([ablations_section(ablated)] if ablated else [])
+        return page_html(title="Direct logit attribution", sections=sections, lead=lead, command=current_command())
 
-        deliver(text=text, data=data, page=page, as_json=json, html=html)
+    deliver(text=text, model=lm.name, figures=figures, page=page, as_json=json, html=html)
 
 
 def _reference(lm: Any, path: Path, seed: int, document_separator: str | None) -> list[list[int]]:

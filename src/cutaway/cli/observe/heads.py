@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter, validators
 
-from cutaway.artifacts.command import recording
+from cutaway.artifacts.command import current_command
 from cutaway.artifacts.errors import CutawayError
 from cutaway.cli.options import Count, Flag, ModuleFile, Page, Seed, Separator, model_and_prompt, opened
-from cutaway.cli.output import command_line, deliver
+from cutaway.cli.output import deliver
 
 if TYPE_CHECKING:
     from cutaway.model.language_model import LanguageModel
@@ -96,7 +96,6 @@ def heads(
     html
         Write a page: the table, a map of the heads for each kind and each ablation, and the prompt's attention.
     """
-    from cutaway.artifacts.files import plain
     from cutaway.draw.page import page_html
     from cutaway.observe.heads.attention_view import attention_view
     from cutaway.observe.heads.circuits import composition
@@ -116,44 +115,37 @@ def heads(
     text = None if on is None else _text_rows(lm, on, files, rows, context, seed, document_separator)
     view = None if prompt is None or html is None else attention_view(lm, prompt)  # refuses too much before the work
     ablations = {"mean": ("mean",), "zero": ("zero",), "both": ("mean", "zero"), "none": ()}
-    command = command_line(
-        "heads", model, prompt, kind=(list(dict.fromkeys(kind)), []), top=(top, 5), ablate=(ablate, "both"),
-        needle=(needle, None), on=(on, None), rows=(rows, 32), context=(context, 128),
-        document_separator=(document_separator, None), sequences=(sequences, 8), length=(length, None), seed=(seed, 0),
-        module=(module, None), dtype=(dtype, None), device=(device, None),
-    )  # fmt: skip
-    with recording(command):
-        table = head_table(
-            lm,
-            prompt,
-            needle=needle,
-            on=text,
-            n=sequences,
-            length=length,
-            ablations=ablations[ablate],  # type: ignore[arg-type]
-            seed=seed,
-        )
-        composed: Composition | None = None
-        try:
-            composed = composition(lm)
-            about = str(composed)
-        except CutawayError as error:  # latent attention has no such circuits
-            about = f"composition is not measured: {error}"
-        kinds = [one for one in table.kinds if not kind or one.removesuffix(ON_TEXT) in kind]
+    table = head_table(
+        lm,
+        prompt,
+        needle=needle,
+        on=text,
+        n=sequences,
+        length=length,
+        ablations=ablations[ablate],  # type: ignore[arg-type]
+        seed=seed,
+    )
+    composed: Composition | None = None
+    try:
+        composed = composition(lm)
+        about = str(composed)
+    except CutawayError as error:  # latent attention has no such circuits
+        about = f"composition is not measured: {error}"
+    kinds = [one for one in table.kinds if not kind or one.removesuffix(ON_TEXT) in kind]
 
-        def page() -> str:
-            title = f"Attention heads of {table.model}"
-            sections = table_sections(table, kinds, top, view, composed)
-            return page_html(title=title, sections=sections, lead=lead(table), command=command)
+    def page() -> str:
+        title = f"Attention heads of {table.model}"
+        sections = table_sections(table, kinds, top, view, composed)
+        return page_html(title=title, sections=sections, lead=lead(table), command=current_command())
 
-        measured = {"composition": None if composed is None else composed.to_json(), "command": command}
-        deliver(
-            text=f"{table.text(kinds, top)}\n\n{about}",
-            data=plain({**table.to_json(), **measured}),
-            page=page,
-            as_json=json,
-            html=html,
-        )
+    deliver(
+        text=f"{table.text(kinds, top)}\n\n{about}",
+        model=lm.name,
+        figures={**table.to_json(), "composition": None if composed is None else composed.to_json()},
+        page=page,
+        as_json=json,
+        html=html,
+    )
 
 
 def _is_file(item: str) -> bool:

@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any, Literal
 
-from cutaway.artifacts.command import recording
+from cutaway.artifacts.command import current_command
 from cutaway.artifacts.errors import CutawayError
 from cutaway.cli.options import Count, Flag, ModuleFile, Page, Seed, Separator, model_and_prompt, opened
-from cutaway.cli.output import command_line, deliver
+from cutaway.cli.output import deliver
 
 _WORLD_CHARACTERS = 6_000_000
 
@@ -114,56 +114,48 @@ def lens(
     from cutaway.observe.lens.view import lens_sections
 
     lm = opened(model, module, dtype=dtype, device=device)
-    command = command_line(
-        "lens", model, prompt, target=(target, None), position=(position, None), top=(top, 5), mid=(mid, False),
-        tuned=(tuned, None), train=(train, None), document_separator=(document_separator, None), out=(out, None),
-        steps=(steps, 250), tokens_per_step=(tokens_per_step, 4096), context=(context, 128),
-        optimizer=(optimizer, "sgd"), learning_rate=(learning_rate, None), held_out=(held_out, 64), seed=(seed, 0),
-        module=(module, None), dtype=(dtype, None), device=(device, None),
-    )  # fmt: skip
-    with recording(command):
-        evaluation = translators = None
-        data: dict[str, Any] = {"model": lm.name, "command": command}
-        texts: list[str] = []
-        if tuned is not None:
-            translators = load_tuned_lens(tuned)
-            translators.check(lm)
-        if train is not None:
-            assert out is not None
-            options = {
-                "steps": steps,
-                "tokens_per_step": tokens_per_step,
-                "optimizer": optimizer,
-                "learning_rate": learning_rate,
-                "seed": seed,
-            }
-            translators, evaluation = _train(lm, train, out, options, context, held_out, overwrite, document_separator)
-            data["evaluation"] = evaluation.to_json()
-            texts.append(f"{evaluation}\n  lens: {out}")
-        plain = read = None
-        if prompt is not None:
-            follow = [single_token(lm, token, "target") for token in target or ()]
-            sites = ["blocks.0.resid_pre", "blocks.*.resid_mid", "blocks.*.resid_post"] if mid else None
-            if not follow:
-                at = position[-1] if position else -1
-                answer = logit_lens(lm, prompt, 1, positions=at)
-                follow = [int(answer.top_ids[-1, 0, 0, 0])]
-            options = {"positions": position, "follow": follow}
-            plain = logit_lens(lm, prompt, top, sites=sites, **options)
-            data["logit_lens"] = plain.to_json()
-            texts.append(plain.table())
-            if translators is not None:
-                read = logit_lens(lm, prompt, top, tuned=translators, **options)
-                data["tuned_lens"] = read.to_json()
-                texts.append(read.table())
+    evaluation = translators = None
+    data: dict[str, Any] = {}
+    texts: list[str] = []
+    if tuned is not None:
+        translators = load_tuned_lens(tuned)
+        translators.check(lm)
+    if train is not None:
+        assert out is not None
+        options = {
+            "steps": steps,
+            "tokens_per_step": tokens_per_step,
+            "optimizer": optimizer,
+            "learning_rate": learning_rate,
+            "seed": seed,
+        }
+        translators, evaluation = _train(lm, train, out, options, context, held_out, overwrite, document_separator)
+        data["evaluation"] = evaluation.to_json()
+        texts.append(f"{evaluation}\n  lens: {out}")
+    plain = read = None
+    if prompt is not None:
+        follow = [single_token(lm, token, "target") for token in target or ()]
+        sites = ["blocks.0.resid_pre", "blocks.*.resid_mid", "blocks.*.resid_post"] if mid else None
+        if not follow:
+            at = position[-1] if position else -1
+            answer = logit_lens(lm, prompt, 1, positions=at)
+            follow = [int(answer.top_ids[-1, 0, 0, 0])]
+        options = {"positions": position, "follow": follow}
+        plain = logit_lens(lm, prompt, top, sites=sites, **options)
+        data["logit_lens"] = plain.to_json()
+        texts.append(plain.table())
+        if translators is not None:
+            read = logit_lens(lm, prompt, top, tuned=translators, **options)
+            data["tuned_lens"] = read.to_json()
+            texts.append(read.table())
 
-        def page() -> str:
-            sections = lens_sections(data["logit_lens"], data.get("tuned_lens")) if plain is not None else []
-            sections += [evaluation_section(evaluation)] if evaluation is not None else []
-            lead = f"{lm.name}: “{prompt}”" if prompt is not None else f"{lm.name}: a tuned lens"
-            return page_html(title="Lens", sections=sections, lead=lead, command=command)
+    def page() -> str:
+        sections = lens_sections(data["logit_lens"], data.get("tuned_lens")) if plain is not None else []
+        sections += [evaluation_section(evaluation)] if evaluation is not None else []
+        lead = f"{lm.name}: “{prompt}”" if prompt is not None else f"{lm.name}: a tuned lens"
+        return page_html(title="Lens", sections=sections, lead=lead, command=current_command())
 
-        deliver(text="\n\n".join(texts), data=data, page=page, as_json=json, html=html)
+    deliver(text="\n\n".join(texts), model=lm.name, figures=data, page=page, as_json=json, html=html)
 
 
 def _train(

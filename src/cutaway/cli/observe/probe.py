@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from cutaway.artifacts.command import recording
+from cutaway.artifacts.command import current_command
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.files import check_folder
 from cutaway.cli.options import Count, Flag, Page, Seed
-from cutaway.cli.output import command_line, deliver
+from cutaway.cli.output import deliver
 from cutaway.data.labelled.rows import read_rows
 from cutaway.data.labelled.words import without_rare
 
@@ -130,78 +130,55 @@ def probe(
     from cutaway.observe.probes.sweep import probe_sweep
     from cutaway.observe.probes.usage import answer_tokens, use_in_folds
 
-    command = command_line(
-        "probe",
-        model,
-        str(data),
-        site=(site, None),
-        head=(head, None),
-        kind=(kind, "logistic"),
-        text_column=(text_column, None),
-        label_column=(label_column, None),
-        no_header=(no_header, False),
-        position=(position, "last"),
-        regression=(regression, False),
-        folds=(folds, 5),
-        draws=(draws, 10),
-        calibrate=(calibrate, None),
-        use=(use, False),
-        use_site=(use_site, None),
-        answer=(answer, None),
-        wrong=(wrong, None),
-        seed=(seed, 0),
-    )
     lm = cutaway.load(model, dtype=dtype, device=device)
     sites = lm.sites().expand_all(site or "blocks.*.resid_post")
     labels = [row["labels" if of_words else "label"] for row in rows]
     groups = column(rows, "group", data)
     numbers = True if regression else None
-    with recording(command):
-        examples = probe_data(lm, texts, labels, position=where, groups=groups, regression=numbers)
-        metric = chosen = None
-        if use:  # what is asked for is checked before anything is fitted
-            metric = answer_tokens(lm, texts, *answers(rows, examples, answer, wrong, data))
-            if kind == "mlp":
-                raise CutawayError("An MLP probe has no one direction to use; take a linear kind.")
-            chosen = lm.sites().resolve(use_site) if use_site else None
-            if chosen is not None and chosen not in sites:
-                raise CutawayError(
-                    f"--use-site {chosen} is not among the sites that are probed; name it with --site too."
-                )
-        sweep = probe_sweep(
-            lm,
-            examples,
-            sites=sites,
-            head=head,
-            kind=kind,
-            n_folds=folds,
-            draws=draws,
-            calibration=calibrate,
-            seed=seed,
-        )
-        used = None
-        if metric is not None:
-            used = use_in_folds(lm, sweep, chosen or sweep.best.site, metric, seed=seed)
-        if save is not None:
-            sweep.best.probe.save(save)
-        text = str(sweep) + ("" if used is None else f"\n\n{used}")
-        text += "" if save is None else f"\n\nprobe: {save} ({sweep.best.site})"
+    examples = probe_data(lm, texts, labels, position=where, groups=groups, regression=numbers)
+    metric = chosen = None
+    if use:  # what is asked for is checked before anything is fitted
+        metric = answer_tokens(lm, texts, *answers(rows, examples, answer, wrong, data))
+        if kind == "mlp":
+            raise CutawayError("An MLP probe has no one direction to use; take a linear kind.")
+        chosen = lm.sites().resolve(use_site) if use_site else None
+        if chosen is not None and chosen not in sites:
+            raise CutawayError(f"--use-site {chosen} is not among the sites that are probed; name it with --site too.")
+    sweep = probe_sweep(
+        lm,
+        examples,
+        sites=sites,
+        head=head,
+        kind=kind,
+        n_folds=folds,
+        draws=draws,
+        calibration=calibrate,
+        seed=seed,
+    )
+    used = None
+    if metric is not None:
+        used = use_in_folds(lm, sweep, chosen or sweep.best.site, metric, seed=seed)
+    if save is not None:
+        sweep.best.probe.save(save)
+    text = str(sweep) + ("" if used is None else f"\n\n{used}")
+    text += "" if save is None else f"\n\nprobe: {save} ({sweep.best.site})"
 
-        def page() -> str:
-            return page_html(
-                title=f"A {sweep.kind} probe in {lm.name}",
-                lead=_lead(data.name, sweep.data),
-                sections=[*sweep_sections(sweep), *([] if used is None else [use_section(used)])],
-                command=command,
-            )
-
-        deliver(
-            text=text,
-            data={"model": lm.name, "sweep": sweep.to_json(), "use": None if used is None else used.to_json()},
-            page=page,
-            as_json=json,
-            html=html,
+    def page() -> str:
+        return page_html(
+            title=f"A {sweep.kind} probe in {lm.name}",
+            lead=_lead(data.name, sweep.data),
+            sections=[*sweep_sections(sweep), *([] if used is None else [use_section(used)])],
+            command=current_command(),
         )
+
+    deliver(
+        text=text,
+        model=lm.name,
+        figures={"sweep": sweep.to_json(), "use": None if used is None else used.to_json()},
+        page=page,
+        as_json=json,
+        html=html,
+    )
 
 
 def _lead(source: str, examples: "ProbeData") -> str:

@@ -2,10 +2,10 @@
 
 from typing import Any, Literal
 
-from cutaway.artifacts.command import recording
+from cutaway.artifacts.command import current_command
 from cutaway.artifacts.errors import CutawayError
 from cutaway.cli.options import Count, Flag, Page, Seed
-from cutaway.cli.output import command_line, deliver
+from cutaway.cli.output import deliver
 
 
 def saliency(
@@ -76,40 +76,26 @@ def saliency(
     from cutaway.observe.saliency_maps.report import saliency as measure
 
     chosen: Any = tuple(dict.fromkeys(method)) if method else METHODS
-    command = command_line(
-        "saliency",
-        model,
-        *prompts,
-        answer=(answer, None),
-        wrong=(wrong, None),
-        method=(method, None),
-        baseline=(baseline, "mean"),
-        steps=(steps, None),
-        seeds=(seeds, 2),
-        draws=(draws, 20),
-        seed=(seed, 0),
-    )
     lm = cutaway.load(model, dtype=dtype, device=device)
     answers: Any = model_answers(lm, list(prompts)) if not answer else answer * n if len(answer) == 1 else answer
-    with recording(command):
-        report = measure(
-            lm,
-            list(prompts),
-            answers,
-            wrong * n if wrong and len(wrong) == 1 else wrong,
-            methods=chosen,
-            baseline=baseline,
-            steps=steps,
-            checks=SaliencyChecks(untrained_models=seeds, draws=draws, seed=seed),
+    report = measure(
+        lm,
+        list(prompts),
+        answers,
+        wrong * n if wrong and len(wrong) == 1 else wrong,
+        methods=chosen,
+        baseline=baseline,
+        steps=steps,
+        checks=SaliencyChecks(untrained_models=seeds, draws=draws, seed=seed),
+    )
+
+    def page() -> str:
+        about = "What each token of a prompt adds to an answer in"
+        return page_html(
+            title="Saliency",
+            lead=f"{about} {report.model}, by methods that look at inputs alone.",
+            sections=saliency_sections(report),
+            command=current_command(),
         )
 
-        def page() -> str:
-            about = "What each token of a prompt adds to an answer in"
-            return page_html(
-                title="Saliency",
-                lead=f"{about} {report.model}, by methods that look at inputs alone.",
-                sections=saliency_sections(report),
-                command=command,
-            )
-
-        deliver(text=str(report), data={"command": command, **report.to_json()}, page=page, as_json=json, html=html)
+    deliver(text=str(report), model=lm.name, figures=report.to_json(), page=page, as_json=json, html=html)
