@@ -26,12 +26,12 @@ from cutaway.dictionaries.evaluation.figures import (
     effect,
     effect_line,
     effect_rows,
-    effects_html,
     statistics_of,
 )
 from cutaway.dictionaries.evaluation.latents import DENSE, density_svg
 from cutaway.dictionaries.ports import ModelPorts, Models, PortValues, batches, harvest_ports, model_ports
 from cutaway.dictionaries.selectors import ReLU
+from cutaway.draw.charts import effects_html
 from cutaway.draw.result import Result
 from cutaway.model.forward.run import Run
 from cutaway.model.tokens import next_tokens

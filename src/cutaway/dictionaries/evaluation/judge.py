@@ -31,7 +31,6 @@ from cutaway.dictionaries.evaluation.figures import (
     SPLICED,
     effect_line,
     effect_rows,
-    effects_html,
     mean_effect,
     share_effect,
     summary,
@@ -41,6 +40,7 @@ from cutaway.dictionaries.evaluation.latents import DENSE, LatentStatistics, den
 from cutaway.dictionaries.evaluation.stability import stability
 from cutaway.dictionaries.ports import Models, PortValues
 from cutaway.dictionaries.selectors import describe
+from cutaway.draw.charts import effects_html
 from cutaway.draw.panels import figures_html, table_html
 from cutaway.draw.result import Result
 
