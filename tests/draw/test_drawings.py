@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from markupsafe import Markup
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.draw.charts import axis_ticks, bars_html, effect_html, line_legend, line_svg
+from cutaway.draw.charts import axis_range, axis_ticks, bars_html, effect_html, effects_html, line_legend, line_svg
 from cutaway.draw.heatmap import heatmap_svg
 from cutaway.draw.panels import compare_html, features_html, figures_html, table_html
 from cutaway.draw.stack import stack_svg
@@ -175,19 +175,40 @@ def _percent(element: Element, name: str) -> float:
     return float(element.get(name, "").removesuffix("%"))
 
 
-def test_effect_and_controls_are_on_one_scale():
+def _places(drawing: Element) -> list[float]:
+    return [_percent(dot, "cx" if dot.get("cx") else "x") for dot in classed(drawing, "cw-dot")]
+
+
+def test_an_effect_and_its_controls_share_a_row_and_an_axis_with_ticks():
     root = parse(effect_html(EFFECT))
-    places = [_percent(dot, "cx") for dot in classed(root, "cw-dot")]
-    zeros = {_percent(line, "x1") for line in classed(root, "cw-zero")}
-    assert len(zeros) == 1
-    assert _affine([0.9, -0.1, 0.3, 0.0], [*places, zeros.pop()]) > 0
+    (row, axis) = classed(root, "cw-bar")
+    places = _places(row)
+    assert [mark.get("class") for mark in classed(row, "cw-amount")] == [
+        "cw-amount cw-result", "cw-amount cw-control", "cw-amount cw-control",
+    ]  # fmt: skip
+    ticks = [(float(words(text).replace("−", "-")), _percent(text, "x")) for text in axis.iter("text")]
+    assert 2 < len(ticks) < 9
+    assert {_percent(line, "x1") for line in classed(row, "cw-zero")} == {place for tick, place in ticks if tick == 0}
+    values = [0.9, -0.1, 0.3, *(tick for tick, _ in ticks)]
+    assert _affine(values, [*places, *(place for _, place in ticks)]) > 0
+    assert all(0 < place < 100 for _, place in ticks)
     whisker = classed(root, "cw-whisker")[0][0]
     assert _affine([0.9, 0.8, 1.0], [places[0], _percent(whisker, "x1"), _percent(whisker, "x2")]) > 0
-    rows = classed(root, "cw-bar")
-    assert ["control" in words(row) for row in rows] == [False, True, True]
-    assert "0.9 [0.8, 1.0]" in words(rows[0])
-    assert "n = 40" in words(rows[1])
+    assert "0.9 [0.8, 1.0]" in words(row)
+    assert "○ random position control −0.1 [−0.2, 0.0]\u00a0share n = 40" in words(row)
+    assert "□ shuffled control 0.3\u00a0share" in words(row)
     assert "Edit: zero." in words(root)
+
+
+def test_effects_in_the_same_units_are_one_figure_on_one_scale():
+    halved = {**EFFECT, "name": "half", "value": 0.45, "interval": None}
+    root = parse(effects_html([EFFECT, halved, {**EFFECT, "units": "nats"}]))
+    shares, nats = classed(root, "cw-bars")
+    assert [words(label) for label in classed(shares, "cw-bar-label")] == ["patch", "half"]
+    assert len(classed(shares, "cw-ticks")) == len(classed(nats, "cw-ticks")) == 1
+    first, *_, half, _, _ = _places(shares)
+    zero = _percent(classed(shares, "cw-zero")[0], "x1")
+    assert first - zero == pytest.approx(2 * (half - zero), abs=0.05)
 
 
 def test_effect_of_a_number_that_is_not_finite_is_a_dash():
@@ -199,6 +220,11 @@ def test_effect_of_a_number_that_is_not_finite_is_a_dash():
 def test_an_effect_without_controls_is_refused(controls):
     with pytest.raises(CutawayError, match="'patch' has no controls"):
         effect_html({**EFFECT, "controls": controls})
+
+
+@given(st.lists(st.floats(allow_nan=True, allow_infinity=True)))
+def test_every_list_of_numbers_has_an_axis(values):
+    assert len(axis_ticks(*axis_range(values))) >= 2
 
 
 def test_bars_start_at_zero_and_controls_are_hatched():

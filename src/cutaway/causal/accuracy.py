@@ -147,10 +147,8 @@ class TaskAccuracy(Result):
             label: Its name.
         """
         low, high = self.interval
-        bars: list[Bar] = [{"label": label, "value": self.value, "low": low, "high": high}]
-        if self.control is not None:
-            bars.append({"label": "shuffled", "value": self.control, "control": True})
-        return bars
+        controls: list[Bar] = [] if self.control is None else [{"label": "shuffled", "value": self.control}]
+        return [{"label": label, "value": self.value, "low": low, "high": high, "controls": controls}]
 
 
 def task_accuracy(

@@ -71,18 +71,16 @@ def effect_line(effect: Effect) -> str:
 
 
 def effects_drawing(effects: Iterable[Effect], title: str) -> Markup:
-    """All effects in one picture, each above its controls and on a scale of its own."""
-    groups = [[_bar(one) for one in (effect.require_controls(), *effect.controls)] for effect in effects]
-    return intervals_svg(groups=groups, title=title)
+    """All effects in one picture, each with its controls in its row; those in the same units are on one scale."""
+    groups: dict[str, list[Bar]] = {}
+    for effect in effects:
+        controls = [_bar(control) for control in effect.require_controls().controls]
+        groups.setdefault(effect.units, []).append({**_bar(effect), "controls": controls})
+    return intervals_svg(groups=list(groups.values()), title=title)
 
 
 def _bar(one: Effect | Control) -> Bar:
     low, high = one.interval or (None, None)
     name = one.name if one.n is None else f"{one.name}, n {one.n:,}"
     name += f" ({one.units})" if isinstance(one, Effect) else ""
-    return {"label": name, "value": one.value, "low": low, "high": high, "control": isinstance(one, Control)}
-
-
-def folded(summary: str, content: Markup) -> Markup:
-    """What is seen once its summary is opened."""
-    return Markup("<details><summary>{}</summary>{}</details>").format(summary, content)
+    return {"label": name, "value": one.value, "low": low, "high": high}

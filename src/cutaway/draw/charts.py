@@ -7,6 +7,7 @@ from typing import Any, NotRequired, TypedDict
 from markupsafe import Markup
 
 from cutaway.artifacts.errors import MissingControls
+from cutaway.artifacts.results import Effect
 from cutaway.draw.text import escape, interval, number, short
 
 Numbers = Sequence[float | None]
@@ -38,7 +39,9 @@ class Bar(TypedDict):
         label: Beside it.
         value: Its length from zero.
         low, high: Ends of the interval.
-        control: Drawn hatched.
+        control: Drawn hatched, or hollow.
+        n: How many were measured.
+        controls: Drawn hollow in its own row.
     """
 
     label: str
@@ -46,6 +49,8 @@ class Bar(TypedDict):
     low: NotRequired[float | None]
     high: NotRequired[float | None]
     control: NotRequired[bool]
+    n: NotRequired[int | None]
+    controls: NotRequired[Sequence["Bar"]]
 
 
 # Curves -------------------------------------------------------------------------------------------------------------
@@ -210,8 +215,12 @@ def axis_range(values: Iterable[float | None]) -> tuple[float, float]:
     known = [float(value) for value in values if value is not None and math.isfinite(value)]
     if not known:
         return 0.0, 1.0
-    low, high = min(known), max(known)
-    return (low, high) if high > low else (low - 0.5, high + 0.5)
+    low, high = max(min(known), -1e300), min(max(known), 1e300)
+    size = max(abs(low), abs(high))
+    if high - low > max(1e-290, 1e-12 * size):
+        return low, high
+    margin = max(0.5, 1e-6 * size)
+    return low - margin, high + margin
 
 
 def axis_ticks(low: float, high: float, whole: bool = False) -> list[float]:
@@ -240,67 +249,138 @@ def _log_ticks(low: float, high: float) -> list[float]:
 
 # Bars and effects ---------------------------------------------------------------------------------------------------
 
+_LANE, _LOWER = 10, 12  # pixels: the middle of a row's own mark, and how far below it that of each control is
+_SIGNS = "○□▯"
+
+
+class Axis:
+    """A scale from left to right that holds 0, with round numbers at its ticks."""
+
+    def __init__(self, bars: Iterable[Bar]) -> None:
+        every = [one for bar in bars for one in (bar, *(bar.get("controls") or ()))]
+        low, high = axis_range([0.0, *(one.get(key) for one in every for key in ("value", "low", "high"))])
+        self.ticks = axis_ticks(low, high)
+        self.low, self.high = min(low, self.ticks[0]), max(high, self.ticks[-1])
+
+    def place(self, value: float) -> float:
+        """Where a number lies, in percent of the width; the ends are free for a mark."""
+        return 4.0 + (value - self.low) / (self.high - self.low) * 92.0
+
+    def labels(self) -> str:
+        """The numbers of the ticks, for an SVG element as wide as the axis."""
+        return "".join(
+            f'<text x="{self.place(tick):.2f}%" y="12" text-anchor="middle">{number(tick)}</text>'
+            for tick in self.ticks
+        )
+
+    def row(self, bar: Bar, filled: bool = False) -> str:
+        """A number and its controls, which are hollow and a little lower, for an SVG element as wide as the axis."""
+        height = row_height(bar)
+        parts = []
+        for tick in self.ticks:
+            css = "cw-zero" if tick == 0 else "cw-rule"
+            at = f"{self.place(tick):.2f}%"
+            parts.append(f'<line class="{css}" x1="{at}" x2="{at}" y1="0" y2="{height}"/>')
+        parts.append(self._marks(bar, _LANE, -1 if filled else 0))
+        for lane, control in enumerate(bar.get("controls") or ()):
+            one: Bar = {**control, "control": True}
+            parts.append(self._marks(one, _LANE + _LOWER * (lane + 1), lane))
+        return "".join(parts)
+
+    def _marks(self, one: Bar, y: int, shape: int) -> str:
+        """The interval and the mark: -1 is a bar from 0, else a dot, a square or a narrow square, as in `_SIGNS`."""
+        value, low, high, control = one["value"], one.get("low"), one.get("high"), one.get("control")
+        mark = whisker = ""
+        if low is not None and high is not None and _known(low) and _known(high):
+            a, b = f"{self.place(low):.2f}%", f"{self.place(high):.2f}%"
+            ends = "".join(f'<line x1="{x}" x2="{x}" y1="{y - 4}" y2="{y + 4}"/>' for x in (a, b))
+            whisker = f'<g class="cw-whisker"><line x1="{a}" x2="{b}" y1="{y}" y2="{y}"/>{ends}</g>'
+        if value is not None and _known(value):
+            at = self.place(value)
+            if shape < 0:
+                start, end = sorted((self.place(0.0), at))
+                mark = f'<rect class="cw-fill" x="{start:.2f}%" width="{end - start:.2f}%" y="{y - 7}" height="14"/>'
+                if control:
+                    mark += f'<line class="cw-hatch" x1="{start:.2f}%" x2="{end:.2f}%" y1="{y}" y2="{y}"/>'
+            elif shape == 0:
+                mark = f'<circle class="cw-dot" cx="{at:.2f}%" cy="{y}" r="{4.5 if control else 5.5}"/>'
+            else:
+                wide = 8 if shape == 1 else 5
+                mark = (
+                    f'<rect class="cw-dot" x="{at:.2f}%" y="{y - 4}" width="{wide}" height="8" '
+                    f'transform="translate(-{wide / 2} 0)"/>'
+                )
+        drawn = mark + whisker if shape < 0 else whisker + mark
+        return f'<g class="cw-amount {"cw-control" if control else "cw-result"}">{drawn}</g>'
+
+
+def row_height(bar: Bar) -> int:
+    """Pixels that a number and its controls take."""
+    return 2 * _LANE + _LOWER * len(bar.get("controls") or ())
+
+
+def control_sign(lane: int) -> str:
+    """The sign of a control's mark, for the text beside it."""
+    return _SIGNS[min(lane, len(_SIGNS) - 1)]
+
 
 def bars_html(*, items: Sequence[Bar], units: str = "") -> Markup:
-    """Horizontal bars from zero on one scale, each with its label and number in text; controls are hatched.
+    """Horizontal bars from zero on one scale, each with its label and number in text; controls are hatched, or hollow
+    marks where they stand in a bar's own row.
 
     Args:
         items: The bars.
         units: Of the values.
     """
-    unit = units if short(units) else ""
-    place = _percent(x for item in items for x in (0.0, item["value"], item.get("low"), item.get("high")))
-    rows = []
-    for item in items:
-        value, low, high = item["value"], item.get("low"), item.get("high")
-        marks = ""
-        if value is not None and _known(value):
-            start, end = sorted((place(0.0), place(value)))
-            marks = f'<rect class="cw-fill" x="{start:.2f}%" width="{end - start:.2f}%" y="3" height="14"/>'
-            if item.get("control"):
-                marks += f'<line class="cw-hatch" x1="{start:.2f}%" x2="{end:.2f}%" y1="10" y2="10"/>'
-            marks += _whisker(place, low, high)
-        rows.append(_row(item["label"], interval(value, low, high, unit), bool(item.get("control")), marks, place))
-    foot = "" if unit == units else f'<p class="cw-small">In {escape(units)}.</p>'
-    return Markup(f'<div class="cw-bars">{"".join(rows)}{foot}</div>')
+    return _rows(items, units, filled=True)
 
 
-def effect_html(effect: Mapping[str, Any]) -> Markup:
-    """An effect and each of its controls on one scale, as points with their intervals.
+def effect_html(effect: Effect | Mapping[str, Any]) -> Markup:
+    """An effect with its controls in one row, as points with their intervals, over an axis.
 
     Args:
-        effect: `cutaway.artifacts.Effect` as JSON: name, value, n, interval, controls (each with name, value, n,
-            interval), ablation, units.
+        effect: The effect, or its JSON: name, value, n, interval, controls (each with name, value, n, interval),
+            ablation, units.
 
     Raises:
         MissingControls: The effect has no controls: it is not a result yet, and is not drawn as one.
     """
-    controls = effect.get("controls")
-    if not controls:
-        raise MissingControls(
-            f"the effect {effect.get('name') or '(without a name)'!r} has no controls, so it cannot be shown as a "
-            "result; measure it on a control too (a random direction, a random position, shuffled labels)"
-        )
-    units = effect.get("units") or ""
-    unit = units if short(units) else ""
-    measured = [[_float(x) for x in (one.get("value"), *(one.get("interval") or ()))] for one in (effect, *controls)]
-    place = _percent(x for numbers in measured for x in numbers)
-    rows = []
-    for one, (value, *ends) in zip((effect, *controls), measured, strict=True):
-        control = one is not effect
-        low, high = ends or (None, None)
-        marks = _whisker(place, low, high)
-        if value is not None and _known(value):
-            marks += f'<circle class="cw-dot" cx="{place(value):.2f}%" cy="10" r="5.5"/>'
-        written = interval(value, low, high, unit)
-        rows.append(_row(one.get("name") or "effect", written, control, marks, place, one.get("n")))
-    about = []
-    if units != unit:
-        about.append(f"In {escape(units)}.")
-    if effect.get("ablation"):
-        about.append(f"Edit: {escape(effect['ablation'])}.")
-    foot = f'<p class="cw-small">{" ".join(about)}</p>' if about else ""
-    return Markup(f'<div class="cw-bars cw-effect">{"".join(rows)}{foot}</div>')
+    return effects_html([effect])
+
+
+def effects_html(effects: Iterable[Effect | Mapping[str, Any]]) -> Markup:
+    """Effects below each other, a row each with its controls; those in the same units are one figure on one scale.
+
+    Args:
+        effects: As `effect_html` takes them.
+
+    Raises:
+        MissingControls: An effect has no controls.
+    """
+    figures: dict[str, list[Mapping[str, Any]]] = {}
+    for one in effects:
+        effect = one.to_json() if isinstance(one, Effect) else one
+        if not effect.get("controls"):
+            raise MissingControls(
+                f"the effect {effect.get('name') or '(without a name)'!r} has no controls, so it cannot be shown as a "
+                "result; measure it on a control too (a random direction, a random position, shuffled labels)"
+            )
+        figures.setdefault(effect.get("units") or "", []).append(effect)
+    drawn = []
+    for units, some in figures.items():
+        edits = dict.fromkeys(effect["ablation"] for effect in some if effect.get("ablation"))
+        foot = f"Edit: {'; '.join(edits)}." if edits else ""
+        drawn.append(_rows([_effect_bar(effect) for effect in some], units, foot))
+    return Markup("").join(drawn)
+
+
+def _effect_bar(one: Mapping[str, Any]) -> Bar:
+    value, low, high = (_float(x) for x in (one.get("value"), *(one.get("interval") or (None, None))))
+    controls = [_effect_bar(control) for control in one.get("controls") or ()]
+    return {
+        "label": one.get("name") or "effect", "value": value, "low": low, "high": high, "n": one.get("n"),
+        "controls": controls,
+    }  # fmt: skip
 
 
 def _float(value: float | str | None) -> float | None:
@@ -308,29 +388,32 @@ def _float(value: float | str | None) -> float | None:
     return None if value is None else float(value)
 
 
-def _row(label: str, written: str, control: bool, marks: str, place: Any, n: int | None = None) -> str:
-    tag = ' <em class="cw-tag">control</em>' if control else ""
-    count = f' <span class="cw-n">n = {number(n)}</span>' if n is not None else ""
-    track = '<line class="cw-track" x1="0" x2="100%" y1="10" y2="10"/>'
-    zero = f'<line class="cw-zero" x1="{place(0.0):.2f}%" x2="{place(0.0):.2f}%" y1="0" y2="20"/>'
-    css = "cw-control" if control else "cw-result"
-    return (
-        f'<div class="cw-bar {css}"><span class="cw-bar-label">{escape(label)}{tag}</span>'
-        f'<svg width="100%" height="20" aria-hidden="true">{track}{zero}{marks}</svg>'
-        f'<span class="cw-bar-value">{escape(written)}{count}</span></div>'
-    )
+def _rows(bars: Sequence[Bar], units: str, foot: str = "", filled: bool = False) -> Markup:
+    unit = units if short(units) else ""
+    axis = Axis(bars)
+    rows = []
+    for bar in bars:
+        css, tag = ("cw-control", _TAG) if bar.get("control") else ("cw-result", "")
+        beside = "".join(
+            f'<span><i aria-hidden="true">{control_sign(lane)}</i> {escape(one["label"])}{_TAG} {_written(one, unit)}'
+            "</span>"
+            for lane, one in enumerate(bar.get("controls") or ())
+        )
+        rows.append(
+            f'<div class="cw-bar {css}"><span class="cw-bar-label">{escape(bar["label"])}{tag}</span>'
+            f'<svg width="100%" height="{row_height(bar)}" aria-hidden="true">{axis.row(bar, filled)}</svg>'
+            f'<span class="cw-bar-value">{_written(bar, unit)}</span>'
+            + (f'<span class="cw-beside">{beside}</span></div>' if beside else "</div>")
+        )
+    said = f"In {escape(units)}. " if units != unit else ""
+    about = f'<p class="cw-small">{said}{escape(foot)}</p>' if said or foot else ""
+    ticks = f'<div class="cw-bar cw-ticks"><svg width="100%" height="16" aria-hidden="true">{axis.labels()}</svg></div>'
+    return Markup(f'<div class="cw-effects"><div class="cw-bars">{"".join(rows)}{ticks}{about}</div></div>')
 
 
-def _whisker(place: Any, low: float | None, high: float | None) -> str:
-    if low is None or high is None or not (_known(low) and _known(high)):
-        return ""
-    a, b = f"{place(low):.2f}%", f"{place(high):.2f}%"
-    ends = "".join(f'<line x1="{x}" x2="{x}" y1="6" y2="14"/>' for x in (a, b))
-    return f'<g class="cw-whisker"><line x1="{a}" x2="{b}" y1="10" y2="10"/>{ends}</g>'
+_TAG = ' <em class="cw-tag">control</em>'
 
 
-def _percent(values: Iterable[float | None]) -> Any:
-    """A function from a number to its place across the drawing in percent, with room at both ends for a mark."""
-    low, high = axis_range([0.0, *values])
-    inner = 2.0 if low < 0 else 0.5
-    return lambda value: inner + (value - low) / (high - low) * (98.0 - inner)
+def _written(one: Bar, unit: str) -> str:
+    count = f' <span class="cw-n">n = {number(one.get("n"))}</span>' if one.get("n") is not None else ""
+    return escape(interval(one["value"], one.get("low"), one.get("high"), unit)) + count

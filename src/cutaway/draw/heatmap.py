@@ -1,18 +1,20 @@
-"""Heatmaps: a number in every cell, coloured by its size."""
+"""Heatmaps: a number in every cell, coloured by its size, with a legend of the range that is there."""
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from markupsafe import Markup
 
+from cutaway.draw.panels import fold, table_html, wide
 from cutaway.draw.scale import Scale, scale_for
 from cutaway.draw.text import NOTHING, escape, label, number, same_decimals, shorten
 
 _ROW = 26
 _CHARACTER = 7.0  # an upper estimate of a label's width per character, at 12 px
 _LABEL = 16  # characters of a label that are written; the tooltip has the whole of it
-_WIDTH = 700
+_WIDTH = 780
+_KEY = 220  # pixels of the legend's strip
 
 
 def heatmap_scale(values: Sequence[Sequence[float | None]], diverging: bool = False) -> Scale:
@@ -40,7 +42,7 @@ def heatmap_svg(
 ) -> Markup:
     """An SVG grid of numbers, each cell printed and tinted, with a tooltip of its row, column and value.
 
-    At most 700 px wide where the columns allow it; the cells never get narrower than their text, so a wide grid belongs
+    At most 780 px wide where the columns allow it; the cells never get narrower than their text, so a wide grid belongs
     in a box that scrolls. The description names the extremes.
 
     Args:
@@ -66,15 +68,16 @@ def heatmap_svg(
     left = 12 + _CHARACTER * max(len(shorten(name, _LABEL)) for name in row_names) + (18 if row_axis else 0)
     slanted = max(len(name) for name in short_names)
     narrowest = max(30.0, 6.8 * longest + 8)
-    width = min(max((_WIDTH - left) / len(columns), narrowest), max(64.0, narrowest))
+    width = min(max((_WIDTH - left) / len(columns), narrowest), max(72.0, narrowest))
     level = slanted * _CHARACTER <= width
     top = (18 if column_axis else 0) + (22 if level else 14 + slanted * _CHARACTER * 0.64)
     right = 6 if level else max(6.0, slanted * _CHARACTER * 0.77 - width / 2)
-    total_width = round(left + width * len(columns) + right)
-    total_height = round(top + _ROW * len(rows) + 4)
+    bottom = top + _ROW * len(rows)
+    total_width = round(max(left + width * len(columns) + right, left + _KEY + 10 + 6.6 * len(units)))
+    total_height = round(bottom + 38)
 
     parts = [
-        f'<svg class="cw-heatmap" role="img" tabindex="0" width="{total_width}" height="{total_height}" '
+        f'<svg class="cw-heatmap" role="img" width="{total_width}" height="{total_height}" '
         f'viewBox="0 0 {total_width} {total_height}" data-columns="{len(columns)}">',
         f"<title>{escape(title)}</title>",
         f"<desc>{escape(_description(values, row_names, column_names, row_axis, column_axis, units))}</desc>",
@@ -112,8 +115,40 @@ def heatmap_svg(
             f'<rect class="cw-mark" x="{_p(left + width * c)}" y="{_p(top + _ROW * r)}" width="{_p(width - 1.5)}" '
             f'height="{_ROW - 1.5}"/>'
         )
-    parts.append("</svg>")
+    parts.append(f"{_legend(scale, values, units, left, bottom + 8)}</svg>")
     return Markup("".join(parts))
+
+
+def heatmap_html(**what: Any) -> Markup:
+    """`heatmap_svg` in a box that scrolls by itself, and under it the same numbers as a table, folded away.
+
+    Args:
+        what: The arguments of `heatmap_svg`.
+    """
+    units = f" ({what['units']})" if what.get("units") else ""
+    table = table_html(
+        columns=[what.get("row_axis", ""), *map(label, what["columns"])],
+        rows=[[label(name), *row] for name, row in zip(what["rows"], what["values"], strict=True)],
+        title=what["title"],
+        align=["left", *["right"] * len(what["columns"])],
+    )
+    return wide(heatmap_svg(**what)) + fold(f"As a table{units}", wide(table))
+
+
+def _legend(scale: Scale, values: Sequence[Sequence[float | None]], units: str, x: float, y: float) -> str:
+    css, labels = scale.key(value for row in values for value in row)
+    step = _KEY / len(css)
+    strip = "".join(
+        f'<rect class="{one}" x="{_p(x + step * place)}" y="{_p(y)}" width="{_p(step)}" height="9"/>'
+        for place, one in enumerate(css)
+    )
+    ends = {0.0: "start", 1.0: "end"}
+    texts = "".join(
+        f'<text x="{_p(x + _KEY * at)}" y="{_p(y + 23)}" text-anchor="{ends.get(at, "middle")}">{escape(text)}</text>'
+        for at, text in labels
+    )
+    unit = f'<text x="{_p(x + _KEY + 10)}" y="{_p(y + 9)}">{escape(units)}</text>' if units else ""
+    return f'<g class="cw-scale">{strip}{texts}{unit}</g>'
 
 
 def _p(pixels: float) -> str:

@@ -44,6 +44,18 @@ def figures_html(*, items: Sequence[Figure]) -> Markup:
     return Markup(f'<dl class="cw-tiles">{"".join(tiles)}</dl>')
 
 
+def fold(summary: str, content: Markup, opened: bool = False) -> Markup:
+    """What is seen once its summary is opened."""
+    return Markup('<details class="cw-fold"{}><summary>{}</summary>{}</details>').format(
+        Markup(' open=""') if opened else "", Markup(escape(summary)), content
+    )
+
+
+def wide(drawn: Markup) -> Markup:
+    """A box that scrolls sideways by itself, so that the page never does."""
+    return Markup('<div class="cw-wide">{}</div>').format(drawn)
+
+
 def alarm_html(text: str) -> Markup:
     """A sentence in red: what is shown is not what it seems."""
     return Markup(f'<p class="cw-alarm">{escape(text)}</p>')

@@ -35,23 +35,50 @@ class Scale:
         """
         if value is None or math.isnan(value):
             return "cw-na"
-        span = self.high - self.low
-        place = (value - self.low) / span if span > 0 else 0.5
-        step = round(min(1.0, max(0.0, place)) * (STEPS - 1))
+        return self._css(self._step(value))
+
+    def _css(self, step: int) -> str:
         return f"cw-{'d' if self.diverging else 's'}{step}"
 
-    def legend(self, units: str = "") -> Markup:
-        """A strip of the eleven steps with the numbers at its ends (and at zero when diverging).
+    def _step(self, value: float) -> int:
+        span = self.high - self.low
+        place = (value - self.low) / span if span > 0 else 0.5
+        return round(min(1.0, max(0.0, place)) * (STEPS - 1))
+
+    def key(self, values: Iterable[float | None] = ()) -> tuple[list[str], list[tuple[float, str]]]:
+        """What a legend shows: the CSS class of each step that `values` take, and (place from 0 to 1, number) labels.
+
+        Its ends are the smallest and the largest of the values, so that it says what is there. Where the scale stops
+        short of them, the last step says so: "≥ 1 (to 4.2)".
+
+        Args:
+            values: The numbers that are drawn; None and what is not finite count for nothing. Without values it is the
+                whole scale.
+        """
+        known = [value for value in values if value is not None and math.isfinite(value)] or [self.low, self.high]
+        least, most = min(known), max(known)
+        first, last = self._step(least), self._step(most)
+        low, high = number(least), number(most)
+        if least < self.low - 1e-9 * abs(self.low):
+            low = f"≤ {number(self.low)} (to {low})"
+        if most > self.high + 1e-9 * abs(self.high):
+            high = f"≥ {number(self.high)} (to {high})"
+        labels = [(0.0, low), (1.0, high)] if last > first else [(0.0, low if low == high else f"{low} to {high}")]
+        middle = STEPS // 2
+        if self.diverging and first + 1 < middle < last - 1:
+            labels.insert(1, ((middle - first + 0.5) / (last - first + 1), "0"))
+        return [self._css(step) for step in range(first, last + 1)], labels
+
+    def legend(self, units: str = "", values: Iterable[float | None] = ()) -> Markup:
+        """A strip of the steps with the numbers at its ends (and at zero when diverging).
 
         Args:
             units: Behind the strip.
+            values: What is drawn: the strip shows the steps that they take. All steps if there are none.
         """
-        letter = "d" if self.diverging else "s"
-        steps = "".join(f'<i class="cw-{letter}{step}"></i>' for step in range(STEPS))
-        ends = [number(self.low), number(self.high)]
-        if self.diverging:
-            ends.insert(1, "0")
-        spans = "".join(f"<span>{escape(end)}</span>" for end in ends)
+        css, labels = self.key(values)
+        steps = "".join(f'<i class="{one}"></i>' for one in css)
+        spans = "".join(f'<span style="--at:{place:.3f}">{escape(text)}</span>' for place, text in labels)
         unit = f'<span class="cw-legend-units">{escape(units)}</span>' if units else ""
         return Markup(
             f'<div class="cw-legend"><div class="cw-legend-scale"><div class="cw-legend-strip" aria-hidden="true">'

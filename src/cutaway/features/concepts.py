@@ -108,11 +108,11 @@ class ConceptMatches(ResultSequence[ConceptMatch]):
         ]  # fmt: skip
 
     def drawing(self) -> Markup:
-        from cutaway.draw.heatmap import heatmap_svg
+        from cutaway.draw.heatmap import heatmap_html
 
         columns = ("auroc", "auroc_shuffled", "precision", "recall")
         rows = self.rows()
-        return heatmap_svg(
+        return heatmap_html(
             rows=[f"{row['concept']} · {row['latent']}" for row in rows],
             columns=["AUROC", "shuffled labels", "precision", "recall"],
             values=[[row[name] for name in columns] for row in rows],

@@ -45,10 +45,10 @@ class LogitEffects(Result):
         ]
 
     def drawing(self) -> Markup:
-        from cutaway.draw.heatmap import heatmap_svg
+        from cutaway.draw.heatmap import heatmap_html
 
         both = [self.promotes, self.suppresses]
-        return heatmap_svg(
+        return heatmap_html(
             rows=["promotes", "suppresses"],
             columns=[str(rank + 1) for rank in range(len(self.promotes))],
             values=[[value for _, value in some] for some in both],

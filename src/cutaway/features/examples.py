@@ -121,7 +121,7 @@ class LatentExamples(Result):
         ]  # fmt: skip
 
     def drawing(self) -> Markup:
-        from cutaway.draw.heatmap import heatmap_svg
+        from cutaway.draw.heatmap import heatmap_html
 
         every = (*self.top, *self.lower)
         first = max((one.peak for one in every), default=0)
@@ -130,7 +130,7 @@ class LatentExamples(Result):
         def placed(one: Example, cells: Sequence[Any], empty: Any) -> list[Any]:
             return [empty] * (first - one.peak) + list(cells) + [empty] * (last - len(cells) + one.peak)
 
-        return heatmap_svg(
+        return heatmap_html(
             rows=[f"{one.value:.2f}" for one in every],
             columns=[f"{offset:+d}" if offset else "token" for offset in range(-first, last)],
             values=[placed(one, one.values, None) for one in every],

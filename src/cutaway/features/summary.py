@@ -106,9 +106,9 @@ class TokenSummaries(Result, Mapping[int, TokenSummary]):
         ]  # fmt: skip
 
     def drawing(self) -> Markup:
-        from cutaway.draw.heatmap import heatmap_svg
+        from cutaway.draw.heatmap import heatmap_html
 
-        return heatmap_svg(
+        return heatmap_html(
             rows=[f"{one.latent} {one.label}" for one in self.values()],
             columns=["precision", "all tokens"],
             values=[[None if math.isnan(one.precision) else one.precision, one.base_rate] for one in self.values()],

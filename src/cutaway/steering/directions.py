@@ -160,11 +160,11 @@ class Directions(Result):
 
     def drawing(self) -> Markup:
         """A heat map of AUROC, layer by position."""
-        from cutaway.draw.heatmap import heatmap_svg
+        from cutaway.draw.heatmap import heatmap_html
 
         layers = sorted({item.layer for item in self.items})
         positions = list(dict.fromkeys(item.position for item in self.items))
-        return heatmap_svg(
+        return heatmap_html(
             rows=[f"layer {layer}" for layer in layers],
             columns=[describe(position) for position in positions],
             values=[[self.get(layer, position).auroc for position in positions] for layer in layers],

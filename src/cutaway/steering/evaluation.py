@@ -85,9 +85,9 @@ class SteeringResult(Result):
 
     def drawing(self) -> Markup:
         """The rate of each label beside its controls."""
-        from cutaway.draw.charts import effect_html
+        from cutaway.draw.charts import effects_html
 
-        return Markup("").join(effect_html(effect.to_json()) for effect in self.effects.values())
+        return effects_html(self.effects.values())
 
     def __str__(self) -> str:
         return self.summary()

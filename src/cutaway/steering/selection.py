@@ -195,14 +195,14 @@ class Selection(Result):
 
     def drawing(self) -> Markup:
         """A heat map of the log-odds under each candidate, direction by method."""
-        from cutaway.draw.heatmap import heatmap_scale, heatmap_svg
+        from cutaway.draw.heatmap import heatmap_html, heatmap_scale
 
         methods = list(dict.fromkeys(one.method for one in self.candidates))
         places: dict[tuple[int, Position], dict[str, float]] = {}
         for one in self.candidates:
             places.setdefault((one.direction.layer, one.direction.position), {})[one.method] = one.score
         values = [[scores.get(method) for method in methods] for scores in places.values()]
-        return heatmap_svg(
+        return heatmap_html(
             rows=[f"layer {layer}, {describe(position)}" for layer, position in places],
             columns=methods,
             values=values,

@@ -3,6 +3,7 @@
 import json
 import re
 from functools import cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +62,16 @@ def _section(place: int, section: Section, link: Linker) -> dict[str, Any]:
     """What the template shows of a section, in the order in which it is read."""
     link.new_section()
     lead = link(section.lead)
-    blocks = [draw_block(block, link) for block in section.blocks]
-    drawn = [block.effect for block in section.blocks if isinstance(block, EffectBlock)]
-    blocks += [charts.effect_html(effect) for effect in section.effects if effect not in drawn]
+    blocks, drawn = [], []
+    for effects, some in groupby(section.blocks, lambda block: isinstance(block, EffectBlock)):
+        if effects:  # neighbours are one figure
+            shown = [block.effect for block in some if isinstance(block, EffectBlock)]
+            blocks.append(charts.effects_html(shown))
+            drawn += shown
+        else:
+            blocks += [draw_block(block, link) for block in some]
+    if rest := [effect for effect in section.effects if effect not in drawn]:
+        blocks.append(charts.effects_html(rest))
     commands = [section.command, *(effect.get("command") for effect in _effects(section))]
     return {
         "place": place,

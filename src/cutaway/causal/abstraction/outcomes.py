@@ -11,7 +11,7 @@ from cutaway.artifacts.results import Choices, Control, Effect, interval_text
 from cutaway.artifacts.statistics import bootstrap_interval, wilson_interval
 from cutaway.causal.abstraction.causal_model import Swap
 from cutaway.causal.effects import effects_drawing
-from cutaway.draw.heatmap import heatmap_svg
+from cutaway.draw.heatmap import heatmap_html
 from cutaway.draw.result import Result
 
 
@@ -247,7 +247,7 @@ class InterchangeGrid(Result):
 
     def drawing(self) -> Markup:
         """A heatmap of the accuracy, layer × role."""
-        return heatmap_svg(
+        return heatmap_html(
             rows=[f"L{layer}" for layer in self.layers],
             columns=list(self.roles),
             values=self.iia.tolist(),

@@ -107,14 +107,15 @@ class Agreement(Result):
 
     def drawing(self) -> Markup:
         """The nodes with the largest exact effects: what was estimated, above what patching does."""
-        groups: list[list[Bar]] = [
-            [
-                {"label": f"{row['node']}, estimated", "value": row["estimated"]},
-                {"label": "patched exactly", "value": row["exact"], "control": True},
-            ]
+        bars: list[Bar] = [
+            {
+                "label": f"{row['node']}, estimated",
+                "value": row["estimated"],
+                "controls": [{"label": "patched exactly", "value": row["exact"]}],
+            }
             for row in sorted(self.rows(), key=lambda row: -abs(row["exact"]))[:_SHOWN]
         ]
-        return intervals_svg(groups=[[bar for group in groups for bar in group]], title=self.title)
+        return intervals_svg(groups=[bars], title=self.title)
 
     def summary(self) -> str:
         what = "" if self.of == "signed" else " of magnitudes"

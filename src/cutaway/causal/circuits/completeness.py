@@ -20,9 +20,9 @@ from cutaway.artifacts.results import Choices, Control, Effect
 from cutaway.causal.circuits.baselines import nodes_of, random_circuits, without_nodes
 from cutaway.causal.circuits.faithfulness import UNITS, MeasuredCircuits, RunCircuits, measure, middle
 from cutaway.causal.edge_graph import EdgeGraph
-from cutaway.causal.effects import Effects, folded
+from cutaway.causal.effects import Effects
 from cutaway.draw.charts import Bar, bars_html
-from cutaway.draw.panels import table_html
+from cutaway.draw.panels import fold, table_html, wide
 
 _SHOWN = 16
 _IDLE = 0.01  # of the whole: Wang et al.'s bar for a part that matters
@@ -96,7 +96,7 @@ class Completeness(Effects):
             for one in self.knockouts
         ]
         table = table_html(columns=columns, rows=cells, title="Knock-outs")
-        return super().drawing() + folded("Every set of nodes", table)
+        return super().drawing() + fold("Every set of nodes", wide(table))
 
 
 @dataclass(frozen=True, repr=False)

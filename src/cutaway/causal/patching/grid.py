@@ -24,7 +24,7 @@ from cutaway.artifacts.statistics import (
 )
 from cutaway.causal.metrics import PatchDirection, ratio_of_means
 from cutaway.causal.patching.cells import PatchCell, PatchedCell, finite
-from cutaway.draw.heatmap import heatmap_svg
+from cutaway.draw.heatmap import heatmap_html
 from cutaway.draw.result import Result
 
 Over = Literal["positions", "heads", "components", "neurons"]
@@ -405,7 +405,7 @@ class PatchGrid(Result):
         return _plain(values[:, :_NEURON_COLUMNS] if self.over == "neurons" else values)
 
     def _map(self, values: list[list[float | None]], title: str, units: str, **how: Any) -> Markup:
-        return heatmap_svg(
+        return heatmap_html(
             rows=[f"L{layer}" for layer in self.layers], columns=list(self.columns[: len(values[0])]), values=values,
             title=title, units=units, row_axis="layer", column_axis=COLUMNS[self.over], **how,
         )  # fmt: skip

@@ -14,7 +14,7 @@ from cutaway.causal.patching.cells import PatchedCell
 from cutaway.causal.patching.grid import COLUMNS, LEAST_PAIRS, PatchGrid, minus_text
 from cutaway.causal.patching.self_repair import SelfRepair
 from cutaway.data.pairs import AlignedPairs, Prompt
-from cutaway.draw.charts import effect_html
+from cutaway.draw.charts import effects_html
 from cutaway.draw.panels import alarm_html, figures_html, table_html
 
 _Section = tuple[str, str, Markup]
@@ -114,7 +114,7 @@ def patch_sections(
                 "Chosen on half of the pairs, measured on the others",
                 "The largest of many cells looks larger than it is. Here the cell is chosen on every second pair, and "
                 f"its effect is that on the {best[0].n} others, beside its control.",
-                Markup("<p></p>").join(effect_html(effect.to_json()) for effect in best),
+                effects_html(best),
             )
         )
     if repair is not None:

@@ -14,7 +14,7 @@ from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.results import Choices, Control, Effect, interval_text
 from cutaway.artifacts.statistics import bootstrap_interval, false_discovery, mean_intervals, sign_flip_p_of_each
 from cutaway.causal.metrics import PatchDirection
-from cutaway.draw.heatmap import heatmap_svg
+from cutaway.draw.heatmap import heatmap_html
 from cutaway.draw.result import Result
 
 Mlps = Literal["recompute", "freeze"]
@@ -181,7 +181,7 @@ class PathGrid(Result):
         Args:
             receiver: One of `receivers`.
         """
-        return heatmap_svg(
+        return heatmap_html(
             rows=[f"L{layer}" for layer in range(self.n_layers)],
             columns=[f"H{head}" for head in range(self.n_heads)],
             values=_plain(self.heads(receiver)),
@@ -252,7 +252,7 @@ class PathGrid(Result):
 
     def drawing(self) -> Markup:
         """A heatmap of mean shares, senders × receivers."""
-        return heatmap_svg(
+        return heatmap_html(
             rows=list(self.senders),
             columns=list(self.receivers),
             values=_plain(self.mean),

@@ -14,8 +14,8 @@ from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.results import Choices, Control, Effect, interval_text
 from cutaway.artifacts.statistics import bootstrap_interval, false_discovery, mean_intervals, sign_flip_p_of_each
 from cutaway.causal.tracing.prompts import BEHIND, IN_SUBJECT, ROLES, FactPrompt
-from cutaway.draw.charts import effect_html
-from cutaway.draw.heatmap import heatmap_scale, heatmap_svg
+from cutaway.draw.charts import effects_html
+from cutaway.draw.heatmap import heatmap_html, heatmap_scale
 from cutaway.draw.result import Result
 
 TraceKind = Literal["state", "attention", "MLP"]
@@ -387,7 +387,7 @@ class CausalTrace(Result):
         """
         scale = heatmap_scale([row for one in SITES for row in self._grid(one)], diverging=True)
         single = self.n == 1
-        drawn = heatmap_svg(
+        drawn = heatmap_html(
             rows=[f"L{layer}" for layer in range(self.n_layers)],
             columns=list(self.tokens[0][self.starts[0] :]) if single else list(self.columns),
             values=self._grid(kind),
@@ -397,7 +397,7 @@ class CausalTrace(Result):
             column_axis="token restored",
             scale=scale,
         )
-        return drawn + scale.legend(_UNITS) + effects_html(self.sites(kind))
+        return drawn + effects_html(effect for effect in self.sites(kind) if effect.controls)
 
     def _grid(self, kind: TraceKind) -> list[list[float | None]]:
         return _plain(self.effects[kind][..., 0] if self.n == 1 else self.aie(kind))
@@ -419,12 +419,6 @@ class CausalTrace(Result):
             lines += [f"  {_beside(effect)}" for effect in self.sites(kind)]
             lines += [f"  {self.discoveries(kind)}"] if self.n > 1 else []
         return "\n".join(lines)
-
-
-def effects_html(effects: Sequence[Effect]) -> Markup:
-    """Effects that have controls, drawn below each other."""
-    drawn = (effect_html(effect.to_json()) for effect in effects if effect.controls)
-    return Markup("").join(Markup('<div style="margin-top:14px">{}</div>').format(one) for one in drawn)
 
 
 def _plain(values: Tensor) -> list[list[float | None]]:

@@ -3,14 +3,15 @@
 from markupsafe import Markup
 
 from cutaway.artifacts.command import current_command
-from cutaway.causal.tracing.grid import HEADINGS, SITES, CausalTrace, TraceKind, effects_html
+from cutaway.causal.tracing.grid import HEADINGS, SITES, CausalTrace, TraceKind
+from cutaway.draw.charts import effect_html
 from cutaway.draw.page import page_html
 from cutaway.draw.panels import table_html
 
 
 def trace_page(trace: CausalTrace) -> str:
     """The whole page: what the noise takes, and what each restored value brings back."""
-    single = trace.n == 1
+    single, total = trace.n == 1, trace.total_effect()
     fact = trace.facts[0]
     whose = "" if fact.answer is not None else "the model's own guess: "
     about = f"after “{fact.prompt}” ({whose}{trace.answers[0].strip()})" if single else f"over {trace.which}"
@@ -21,7 +22,7 @@ def trace_page(trace: CausalTrace) -> str:
             f"The {answer} has probability {trace.clean.mean():.3f}, and {trace.noised.mean():.3f} when the token "
             f"embeddings of the subject have gaussian noise of {trace.multiple:g} standard deviations (one is "
             f"{trace.sigma:.4g}) on them; mean over {trace.draws} draws. Below, one clean value at a time is put back.",
-            effects_html([trace.total_effect()]),
+            effect_html(total) if total.controls else Markup(""),
         )
     ]
     sections += [(HEADINGS[kind], _reading(trace, kind, single), trace.heatmap(kind)) for kind in SITES]

@@ -29,8 +29,9 @@ from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.results import Control, Effect
 from cutaway.artifacts.statistics import bootstrap_interval
 from cutaway.dictionaries.dictionary import Dictionary
-from cutaway.dictionaries.evaluation.figures import effects_html, figure_line, share_effect
+from cutaway.dictionaries.evaluation.figures import figure_line, share_effect
 from cutaway.dictionaries.sparse import Places
+from cutaway.draw.charts import effects_html
 from cutaway.draw.result import Result
 
 _EXCLUSIVE = 0.1  # at most this share of one side, or one less this

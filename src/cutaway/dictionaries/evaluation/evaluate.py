@@ -24,7 +24,6 @@ from cutaway.dictionaries.evaluation.figures import (
     SPLICED,
     Tables,
     effect,
-    effects_html,
     figure_line,
     figure_rows,
     statistics_of,
@@ -32,6 +31,7 @@ from cutaway.dictionaries.evaluation.figures import (
 from cutaway.dictionaries.evaluation.latents import DENSE, density_svg
 from cutaway.dictionaries.ports import ModelPorts, Models, PortValues, batches, harvest_ports, model_ports
 from cutaway.dictionaries.selectors import ReLU
+from cutaway.draw.charts import effects_html
 from cutaway.draw.result import Result
 from cutaway.model.forward.run import Run
 from cutaway.model.tokens import next_tokens

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from markupsafe import Markup
 
 from cutaway.artifacts.results import Control, Effect, Interval, interval_text
 from cutaway.artifacts.statistics import mean_intervals, resampled_intervals, student_intervals, wilson_interval
@@ -56,13 +55,6 @@ def figure_rows(effects: Iterable[tuple[str, Effect]]) -> list[dict[str, Any]]:
             }
         )  # fmt: skip
     return found
-
-
-def effects_html(effects: Iterable[Effect]) -> Markup:
-    """Effects beside their controls, one drawing below the other."""
-    from cutaway.draw.charts import effect_html
-
-    return Markup("").join(effect_html(effect.to_json()) for effect in effects)
 
 
 def figure_line(effect: Effect) -> str:

@@ -29,7 +29,6 @@ from cutaway.dictionaries.evaluation.evaluate import ALL, RANDOM, RowSums, measu
 from cutaway.dictionaries.evaluation.figures import (
     NAMES,
     SPLICED,
-    effects_html,
     figure_line,
     figure_rows,
     mean_effect,
@@ -41,6 +40,7 @@ from cutaway.dictionaries.evaluation.latents import DENSE, LatentStatistics, den
 from cutaway.dictionaries.evaluation.stability import stability
 from cutaway.dictionaries.ports import Models, PortValues
 from cutaway.dictionaries.selectors import describe
+from cutaway.draw.charts import effects_html
 from cutaway.draw.panels import figures_html, table_html
 from cutaway.draw.result import Result
 

@@ -11,11 +11,12 @@ from cutaway.artifacts.manifest import json_hash
 from cutaway.artifacts.results import Control, Effect
 from cutaway.artifacts.statistics import bootstrap_interval
 from cutaway.dictionaries.dictionary import Dictionary, Port
-from cutaway.dictionaries.evaluation.figures import effects_html, figure_line
+from cutaway.dictionaries.evaluation.figures import figure_line
 from cutaway.dictionaries.training.config import TrainConfig
 from cutaway.dictionaries.training.jobs import Job, train_jobs
 from cutaway.dictionaries.training.rules import TopKRule
-from cutaway.draw.heatmap import heatmap_svg
+from cutaway.draw.charts import effects_html
+from cutaway.draw.heatmap import heatmap_html
 from cutaway.draw.panels import table_html
 from cutaway.draw.result import Result
 from cutaway.draw.scale import Scale
@@ -67,7 +68,7 @@ class Recovery(Result):
     def drawing(self) -> Markup:
         names = ("mcc_signed", "nearest_signed", "precision", "recall", "f1", "explained")
         rows = self.rows()
-        return heatmap_svg(
+        return heatmap_html(
             rows=[row["name"] for row in rows],
             columns=[name.replace("_", " ") for name in names],
             values=[[row[name] for name in names] for row in rows],
@@ -339,7 +340,7 @@ def _grid(
     study: RecoveryStudy, grid: Sequence[Sequence[Recovery]], pick: Callable[[Recovery], float], title: str, name: str
 ) -> Markup:
     values = [[float(pick(cell)) for cell in row] for row in grid]
-    return heatmap_svg(
+    return heatmap_html(
         rows=[str(d) for d in study.dimensions],
         columns=[str(a) for a in study.active],
         values=values,

@@ -26,7 +26,8 @@ from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.results import Control, Effect, Interval
 from cutaway.artifacts.statistics import bootstrap_interval, student_intervals, wilson_interval
 from cutaway.dictionaries.dictionary import Dictionary
-from cutaway.dictionaries.evaluation.figures import effects_html, figure_line
+from cutaway.dictionaries.evaluation.figures import figure_line
+from cutaway.draw.charts import effects_html
 from cutaway.draw.result import Result
 
 Matching = Literal["assignment", "mutual"]

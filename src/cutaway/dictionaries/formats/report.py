@@ -15,7 +15,7 @@ from cutaway.dictionaries.formats.files import read
 from cutaway.dictionaries.formats.inspection import Alternative, Fit, check_fit, facts
 from cutaway.dictionaries.formats.reading import Reading
 from cutaway.dictionaries.ports import Models
-from cutaway.draw.charts import effect_html, line_svg
+from cutaway.draw.charts import effects_html, line_svg
 from cutaway.draw.panels import table_html
 from cutaway.draw.result import Result
 from cutaway.draw.text import interval
@@ -96,7 +96,7 @@ class Inspection(Result):
         fit = self.fit
         if fit is None:
             return sections
-        measured = Markup("").join(effect_html(effect.to_json()) for effect in fit.effects)
+        measured = effects_html(fit.effects)
         about = f"{fit.n_tokens:,} tokens of {fit.n_rows} rows, {self.text}. 95 % bootstrap intervals over rows."
         sections.append(("At the stated site", about, measured))
         rows = _alternative_rows(fit)

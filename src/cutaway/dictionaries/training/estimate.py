@@ -104,11 +104,11 @@ class Estimate(Result):
         ]  # fmt: skip
 
     def drawing(self) -> Markup:
-        from cutaway.draw.heatmap import heatmap_svg
+        from cutaway.draw.heatmap import heatmap_html
 
         share = {"models": self.model_bytes, "buffer": self.buffer_bytes, "batch": self.batch_bytes}
         share |= {one.name: one.state for one in self.dictionaries}
-        return heatmap_svg(
+        return heatmap_html(
             rows=list(share),
             columns=["memory, GiB"],
             values=[[size / 2**30] for size in share.values()],

@@ -141,7 +141,7 @@ class SelfTest(Result):
 
     def by_layer(self) -> Markup:
         """How many digits each residual lies within its tolerance, by check and layer; below 0 it is beyond."""
-        from cutaway.draw.heatmap import heatmap_svg
+        from cutaway.draw.heatmap import heatmap_html
 
         found = {(row.check, row.layer): row for row in self.checks}
         layers = sorted({row.layer for row in self.checks if row.layer is not None})
@@ -151,7 +151,7 @@ class SelfTest(Result):
             row = found.get((name, layer))
             return None if row is None else math.log10(row.tolerance / max(row.residual, row.tolerance * 1e-4))
 
-        return heatmap_svg(
+        return heatmap_html(
             rows=[f"no. {number}" for number, _ in names],
             columns=[str(layer) for layer in layers],
             values=[[digits(name, layer) for layer in layers] for _, name in names],

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from markupsafe import Markup
 from torch import Tensor
 
-from cutaway.draw.heatmap import heatmap_svg
+from cutaway.draw.heatmap import heatmap_html
 from cutaway.draw.result import Result
 from cutaway.model.edits.edit import Receipt
 from cutaway.model.edits.resolve import Resolved
@@ -110,7 +110,7 @@ class Sweep(Result):
     def drawing(self) -> Markup:
         """A heatmap of cells by prompts; of several numbers per prompt, the mean."""
         table = self.values.double().flatten(2).mean(2) if self.values.ndim > 2 else self.values
-        return heatmap_svg(
+        return heatmap_html(
             rows=[f"cell {i}" for i in range(len(table))],
             columns=[f"prompt {j}" for j in range(len(self.base))],
             values=table.tolist(),

@@ -13,9 +13,9 @@ from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.results import Control, Effect, figure_text, interval_text
 from cutaway.artifacts.statistics import bootstrap_interval
 from cutaway.draw.charts import Bar, bars_html
-from cutaway.draw.heatmap import heatmap_scale, heatmap_svg
+from cutaway.draw.heatmap import heatmap_html
 from cutaway.draw.page import Section, sections_html
-from cutaway.draw.panels import figures_html, table_html
+from cutaway.draw.panels import figures_html, fold, table_html, wide
 from cutaway.draw.result import Result
 from cutaway.draw.tokens import TokenRow, tokens_html, tokens_scale
 from cutaway.model.tokens import Tokens
@@ -363,9 +363,9 @@ def _parts(result: Attribution, shown: int) -> Section:
     bars: list[Bar] = []
     for part in parts:
         low, high = part.interval or (None, None)
-        bars.append({"label": part.name, "value": part.value, "low": low, "high": high})
-        bars.append({"label": "random pairs", "value": part.control, "control": True})
-    controls = [[part.name, part.value, part.control, interval_text(part.control_range, to=True)] for part in parts]
+        controls: list[Bar] = [{"label": "random pairs", "value": part.control}]
+        bars.append({"label": part.name, "value": part.value, "low": low, "high": high, "controls": controls})
+    cells = [[part.name, part.value, part.control, interval_text(part.control_range, to=True)] for part in parts]
     rest = float(result.values.mean(0).sum()) - sum(part.value for part in parts)
     left = result.values.shape[1] - len(parts)
     text = (
@@ -376,10 +376,9 @@ def _parts(result: Attribution, shown: int) -> Section:
     text += f" What is not shown ({left:,} {'part' if left == 1 else 'parts'}) adds {rest:+.3f}." if left else ""
     text += f" Intervals are over {len(result.total)} prompts." if len(result.total) > 1 else ""
     table = table_html(
-        columns=("part", "share", "control: random pairs", "middle 95 %"), rows=controls, title="shares and controls"
+        columns=("part", "share", "control: random pairs", "middle 95 %"), rows=cells, title="shares and controls"
     )
-    fold = f"<details><summary>The same as a table</summary>{table}</details>"
-    return ("The largest shares", text, Markup(f"{bars_html(items=bars, units='logits')}{fold}"))
+    return ("The largest shares", text, bars_html(items=bars, units="logits") + fold("As a table", wide(table)))
 
 
 def _layers(result: Attribution) -> list[Section]:
@@ -399,7 +398,7 @@ def _layers(result: Attribution) -> list[Section]:
     for row, layer in zip(values, layers, strict=True):
         row += [_of(result, kind, layer) for kind in extra]
     names = {"head": "heads", "source": "sources", "neuron": "neurons", "attention bias": "attn bias"}
-    drawing = heatmap_svg(
+    drawing = heatmap_html(
         rows=[f"L{layer}" for layer in layers],
         columns=[*columns, *(names.get(kind) or kind for kind in extra)],
         values=values,
@@ -407,9 +406,8 @@ def _layers(result: Attribution) -> list[Section]:
         units="logits",
         scale="diverging",
     )
-    legend = heatmap_scale(values, diverging=True).legend("logits")
     about = "Direct shares by layer" + (": every head, and what else writes." if columns else ".")
-    return [("Layer by layer", about, Markup(f"{drawing}{legend}"))]
+    return [("Layer by layer", about, drawing)]
 
 
 def _of(result: Attribution, kind: str, layer: int) -> float | None:
@@ -442,7 +440,7 @@ def _by_layer_and_source(result: Attribution) -> Markup:
     values = [
         group.values[0, 0].unflatten(0, (-1, width)).sum(0)[first : first + len(words)].tolist() for group in groups
     ]
-    return heatmap_svg(
+    return heatmap_html(
         rows=[f"L{group.layer}" for group in groups],
         columns=list(words),
         values=values,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from markupsafe import Markup
 from torch import Tensor
 
-from cutaway.draw.heatmap import heatmap_svg
+from cutaway.draw.heatmap import heatmap_html
 from cutaway.draw.scale import Scale
 
 _MEANINGS: dict[str, str] = {
@@ -35,9 +35,9 @@ def meaning(kind: str) -> str:
 
 
 def head_map(values: Tensor, units: str, title: str, scale: Scale, marks: Sequence[tuple[int, int]] = ()) -> Markup:
-    """Layer × head, one cell per head, with its scale."""
+    """Layer × head, one cell per head."""
     layers, heads = values.shape
-    drawn = heatmap_svg(
+    return heatmap_html(
         rows=[f"layer {i}" for i in range(layers)],
         columns=[f"head {i}" for i in range(heads)],
         values=values.tolist(),
@@ -46,4 +46,3 @@ def head_map(values: Tensor, units: str, title: str, scale: Scale, marks: Sequen
         marks=marks,
         scale=scale,
     )
-    return drawn + scale.legend(units)

@@ -7,7 +7,7 @@ the score, and the effect of ablating as many random heads beside that.
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -19,7 +19,7 @@ from cutaway.artifacts.errors import CutawayError, NoSuchSite
 from cutaway.artifacts.results import Control, Effect, interval_text
 from cutaway.artifacts.statistics import bootstrap_interval
 from cutaway.data.tasks.tasks import ordinary_tokens
-from cutaway.draw.charts import effect_html
+from cutaway.draw.charts import effects_html
 from cutaway.draw.page import Section, sections_html
 from cutaway.draw.panels import table_html
 from cutaway.draw.result import Result
@@ -439,10 +439,7 @@ def _report_sections(report: HeadReport) -> list[Section]:
     rows = [[r.kind, name(r.head), *(f"{x:.3f}" for x in (r.score, r.zero, r.mean))] for r in report.heads]
     columns = ("kind", "head", "score", "Δ loss at zero", "Δ loss at its mean")
     alone = table_html(columns=columns, rows=rows, title="Heads ablated alone")
-    together = Markup("").join(
-        Markup("<p>{} ({})</p>").format(effect.name, effect.ablation) + effect_html(effect.to_json())
-        for effect in report.effects
-    )
+    together = effects_html(replace(effect, name=f"{effect.name} ({effect.ablation})") for effect in report.effects)
     return [
         *_scores_sections(report.scores),
         ("Ablated alone", "Rise of the loss on the second copy, in nats.", alone),

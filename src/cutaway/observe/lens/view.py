@@ -9,7 +9,7 @@ from typing import Any
 from markupsafe import Markup
 
 from cutaway.draw.charts import Series, line_legend, line_svg
-from cutaway.draw.heatmap import heatmap_scale, heatmap_svg
+from cutaway.draw.heatmap import heatmap_html, heatmap_scale
 from cutaway.draw.page import Section
 from cutaway.draw.panels import table_html
 from cutaway.draw.text import visible
@@ -142,12 +142,14 @@ def _distance(data: dict[str, Any], other: dict[str, Any] | None) -> Section:
     shown = other or data
     left = max(0, len(shown["positions"]) - _WIDEST)
     values = [row[left:] for row in shown["kl"]]
-    drawing = heatmap_svg(
+    rest = values[1:] if shown["layers"][0] == "embed" and len(values) > 2 else values  # which it would wash out
+    drawing = heatmap_html(
         rows=[short_site(layer) for layer in shown["layers"]],
         columns=shown["tokens"][left:],
         values=values,
         title=f"KL(final ‖ layer) by layer and position, {shown['lens']}",
         units="nats",
+        scale=heatmap_scale(rest),
     )
     text = f"KL(final ‖ layer) in nats, {shown['lens']}: how much each layer still has to change at each token."
-    return ("How far each layer is from the answer", text, Markup(f"{drawing}{heatmap_scale(values).legend('nats')}"))
+    return ("How far each layer is from the answer", text, drawing)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -11,7 +11,7 @@ from markupsafe import Markup
 from cutaway.artifacts.errors import NoSuchSite
 from cutaway.artifacts.results import Control, Effect, interval_text
 from cutaway.artifacts.statistics import false_discovery, wilson_interval
-from cutaway.draw.charts import Series, effect_html, line_legend, line_svg
+from cutaway.draw.charts import Series, effect_html, effects_html, line_legend, line_svg
 from cutaway.draw.page import Section, sections_html
 from cutaway.draw.panels import table_html
 from cutaway.draw.result import Result
@@ -368,10 +368,7 @@ def _reliability(found: Reliability, site: str) -> Section:
 
 def use_section(used: ProbeUse) -> Section:
     """Each action's effect beside its controls."""
-    drawings = Markup("").join(
-        Markup("<h3>{}</h3>").format(_action_title(row.action, used.towards)) + effect_html(row.effect.to_json())
-        for row in used.actions
-    )
+    drawings = effects_html(replace(row.effect, name=_action_title(row.action, used.towards)) for row in used.actions)
     text = (
         f"{used.verdict} Each text was edited along a direction fitted without it. Ablations: change of each text's "
         f"own {used.actions[0].effect.units} ({used.before:.3g} before). Steering by one gap between the classes' "

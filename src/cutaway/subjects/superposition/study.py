@@ -9,7 +9,7 @@ from markupsafe import Markup
 from torch import Tensor
 
 from cutaway.draw.charts import line_svg
-from cutaway.draw.heatmap import heatmap_scale, heatmap_svg
+from cutaway.draw.heatmap import heatmap_html, heatmap_scale
 from cutaway.draw.page import Section
 from cutaway.draw.plane import arrows_svg, points_svg
 from cutaway.draw.result import Result
@@ -278,7 +278,7 @@ def toy_sections(study: ToyStudy) -> list[Section]:
             "Importance and sparsity",
             "How many of the 20 features are represented (‖W_i‖ above ½) when importance falls as r to the power i. "
             "Five have a dimension each; more is superposition.",
-            heatmap_svg(
+            heatmap_html(
                 rows=[f"{r:g}" for r in DECAYS],
                 columns=[f"{p:g}" for p in ROWS],
                 values=[[float(n) for n in row] for row in study.represented()],
@@ -366,7 +366,7 @@ def _norms(study: ToyStudy) -> Markup:
     both = [*feature_norms(study.twenty.W).tolist(), *feature_norms(study.twenty_linear.W).tolist()]
     scale = heatmap_scale(both)
     drawings = [
-        heatmap_svg(
+        heatmap_html(
             rows=[f"{p:g}" for p in ROWS],
             columns=[str(i) for i in range(20)],
             values=feature_norms(models.W).tolist(),
@@ -384,7 +384,7 @@ def _norms(study: ToyStudy) -> Markup:
 def _interference(models: ToyModels) -> Markup:
     norms, shared = feature_norms(models.W).tolist(), interference(models.W).tolist()
     values = [[s if n > 0.5 else None for n, s in zip(*row, strict=True)] for row in zip(norms, shared, strict=True)]
-    return heatmap_svg(
+    return heatmap_html(
         rows=[f"{p:g}" for p in ROWS],
         columns=[str(i) for i in range(20)],
         values=values,
@@ -410,7 +410,7 @@ def _shares(study: ToyStudy) -> Markup:
 def _phases(diagram: PhaseDiagram, title: str) -> Markup:
     signs = ("·", "1", "±")
     legend = " ".join(f"{sign} {name}." for sign, name in zip(signs, PHASES, strict=True))
-    drawing = heatmap_svg(
+    drawing = heatmap_html(
         rows=[f"{p:.3g}" for p in diagram.density],
         columns=[f"{value:.2g}" for value in diagram.importance],
         values=diagram.phase.double().tolist(),
