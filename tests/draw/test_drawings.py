@@ -12,8 +12,10 @@ from markupsafe import Markup
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.draw.charts import axis_range, axis_ticks, bars_html, effect_html, effects_html, line_legend, line_svg
-from cutaway.draw.heatmap import heatmap_svg
-from cutaway.draw.panels import compare_html, features_html, figures_html, table_html
+from cutaway.draw.heatmap import heatmap_html, heatmap_svg
+from cutaway.draw.latents import features_html
+from cutaway.draw.panels import compare_html, figures_html, table_html
+from cutaway.draw.scale import Scale
 from cutaway.draw.stack import stack_svg
 from cutaway.draw.style import standalone
 from cutaway.draw.text import escape, number, visible
@@ -62,6 +64,31 @@ def test_heatmap_prints_tints_and_tells_every_value():
     assert svg.get("role") == "img"
     assert words(svg[0]) == "T"
     assert words(svg[1]) == "2 rows by 3 columns. Highest 1\u00a0nats at L1, ·a; lowest −0.2\u00a0nats at L1, <b>."
+
+
+def test_a_heatmap_has_a_legend_of_the_range_that_is_there():
+    (scale,) = classed(parse(heatmap_svg(**HEATMAP, units="nats", scale="diverging")), "cw-scale")
+    assert [rect.get("class") for rect in scale.iter("rect")] == [f"cw-d{step}" for step in range(4, 11)]
+    assert [words(text) for text in scale.iter("text")] == ["−0.2", "1", "nats"]
+    (scale,) = classed(parse(heatmap_svg(**HEATMAP, scale=Scale(0.0, 0.5))), "cw-scale")
+    assert [words(text) for text in scale.iter("text")] == ["≤ 0 (to −0.2)", "≥ 0.5 (to 1)"]
+
+
+def test_a_heatmap_s_numbers_are_a_table_too():
+    root = parse(heatmap_html(**HEATMAP, units="nats"))
+    (table,) = root.iter("details")
+    assert words(table[0]) == "As a table (nats)"
+    assert [words(cell) for cell in table.iter("td")] == ["L0", "0", "0.5", "–", "L1", "1", "−0.2", "0.25"]
+    assert root.find(".//*[@tabindex]") is None  # what takes the focus is what the script gives something to do
+
+
+def test_the_values_of_tokens_have_a_legend_and_a_table():
+    rows = [{"tokens": [" a", "b"], "values": [0.5, None], "label": "x"}, {"tokens": ["c"], "values": [-1.0]}]
+    root = parse(tokens_html(rows=rows, units="logits"))  # pyright: ignore
+    assert words(classed(root, "cw-legend-ends")[0]) == "−100.5"
+    assert [words(cell) for cell in root.iter("td")] == [
+        "x", "0", "·a", "0.5", "x", "1", "b", "–", "2", "0", "c", "−1",
+    ]  # fmt: skip
 
 
 def test_heatmap_cells_form_the_grid_and_marks_lie_on_them():

@@ -6,9 +6,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from markupsafe import Markup
 from sample_page import sample
 
 from cutaway.draw.blocks import Figure, Figures, Heatmap, Lens, Section, Table, TourResult
+from cutaway.draw.charts import effects_html
+from cutaway.draw.heatmap import heatmap_html
+from cutaway.draw.page import page_html, write_page
+from cutaway.draw.panels import table_html
+from cutaway.draw.tokens import lens_html, tokens_html
 from cutaway.tour.page import write_tour
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -25,7 +31,7 @@ ARGUMENTS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-WIDE, PHONE = {"width": 1280, "height": 860}, {"width": 390, "height": 844}
+WIDE, PHONE = {"width": 1280, "height": 860}, {"width": 360, "height": 844}
 
 
 def _chromium() -> str | None:
@@ -67,9 +73,30 @@ def crowded() -> TourResult:
     return TourResult.model_validate({**result, "title": long, "sections": (*sample().sections, section)})
 
 
+def command_page() -> str:
+    """A command's page with every block that shows numbers."""
+    effect = {
+        "name": "patch", "value": 0.9, "n": 50, "interval": [0.8, 1.0], "units": "share", "ablation": "zero",
+        "controls": [{"name": "random position", "value": 0.1, "interval": [0.0, 0.2], "n": 50}],
+    }  # fmt: skip
+    words = [f"word{place}" for place in range(30)]
+    values = [place / 10 - 1 for place in range(30)]
+    numbers = table_html(columns=["name", "size"], rows=[["a", "−2"], ["b", "10"], ["c", "9.5"]], title="sizes")
+    drawings = [
+        heatmap_html(rows=["L0", "L1"], columns=words, values=[values, values], title="map", units="share of " * 9),
+        tokens_html(rows=[{"tokens": words, "values": values}], units="logits"),
+        lens_html(layers=["0"], tokens=words, top=[words], probability=[[0.5] * 30], title="lens"),
+        effects_html([effect, effect]),
+        numbers,
+    ]
+    sections = [(f"Section {place}", "A control at a layer.", drawn) for place, drawn in enumerate(drawings)]
+    return page_html(title="Pages of atlas: " + "“prompt” " * 20, sections=sections, lead="x" * 90, command="cutaway x")
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("page")
+    write_page(folder / "command.html", command_page())
     write_tour(sample(), folder / "sample.html")
     write_tour(crowded(), folder / "crowded.html")
     return {path.stem: path for path in folder.glob("*.html")}
@@ -99,7 +126,7 @@ def visit(browser, files):
 
 
 OUTSIDE = """() => [...document.querySelectorAll("body *")]
-  .filter(e => !e.closest(".wide, .cw-hidden, .skip, svg") || e.matches("svg:not(.wide svg)"))
+  .filter(e => !e.closest(".cw-wide, .cw-hidden, .skip, svg") || e.matches("svg:not(.cw-wide svg)"))
   .filter(e => {
     const box = e.getBoundingClientRect();
     return box.width && (box.right > innerWidth + 0.5 || box.left < -0.5);
@@ -109,7 +136,7 @@ OUTSIDE = """() => [...document.querySelectorAll("body *")]
 
 @pytest.mark.parametrize("script", [True, False])
 @pytest.mark.parametrize("viewport", [WIDE, PHONE], ids=["desktop", "phone"])
-@pytest.mark.parametrize("name", ["sample", "crowded"])
+@pytest.mark.parametrize("name", ["sample", "crowded", "command"])
 def test_nothing_overflows_the_page(visit, name, viewport, script):
     page = visit(name, viewport, java_script_enabled=script)
     assert page.evaluate("document.documentElement.scrollWidth") <= viewport["width"]
@@ -120,7 +147,7 @@ def test_nothing_overflows_the_page(visit, name, viewport, script):
 
 def test_a_wide_grid_scrolls_in_its_own_box(visit):
     page = visit("crowded", PHONE)
-    for box in page.query_selector_all("#crowded .wide"):
+    for box in page.query_selector_all("#crowded .cw-wide"):
         assert box.evaluate("e => e.scrollWidth > e.clientWidth && getComputedStyle(e).overflowX === 'auto'")
 
 
@@ -151,7 +178,7 @@ def test_a_command_is_copied(visit):
 
 def test_cells_are_reached_by_pointer_and_by_keyboard(visit):
     page = visit()
-    tip = page.locator(".tip")
+    tip = page.locator(".cw-tip-box")
     page.hover("#patching .cw-heatmap .cw-cell >> nth=7")
     sync_api.expect(tip).to_have_text("block 0 · ·Dallas: 1 share of pairs that flip")
     page.focus("#patching .cw-heatmap")
@@ -160,6 +187,64 @@ def test_cells_are_reached_by_pointer_and_by_keyboard(visit):
     sync_api.expect(tip).to_contain_text("block 1 · The: ")
     page.keyboard.press("Escape")
     assert tip.is_hidden()
+
+
+def test_what_takes_the_focus_on_a_command_s_page_does_something(visit):
+    page = visit("command", PHONE)
+    tip = page.locator(".cw-tip-box")
+    for drawing, said in (
+        (".cw-heatmap", "L0 · word1: −0.9 "),
+        (".cw-token-run", "−0.9"),
+        (".cw-lens", "0 at word1: "),
+    ):
+        page.focus(drawing)
+        page.keyboard.press("ArrowRight")
+        page.keyboard.press("ArrowRight")
+        sync_api.expect(tip).to_contain_text(said)
+        page.keyboard.press("Escape")
+        assert tip.is_hidden()
+    for box in page.query_selector_all('.cw-wide[tabindex="0"]'):
+        assert box.evaluate("e => e.scrollWidth > e.clientWidth")
+    assert visit("command", java_script_enabled=False).locator("main [tabindex]").count() == 0
+
+
+def test_a_value_is_told_at_a_tap(visit):
+    page = visit("command", PHONE, has_touch=True)
+    page.locator(".cw-token-run span").nth(2).tap()
+    sync_api.expect(page.locator(".cw-tip-box")).to_have_text("−0.8\u00a0logits")
+    page.locator(".cw-heatmap .cw-cell").nth(1).tap()
+    sync_api.expect(page.locator(".cw-tip-box")).to_contain_text("L0 · word1: −0.9")
+
+
+def test_a_table_sorts_by_its_columns(visit):
+    page = visit("command")
+    table = page.locator("#_s5 .cw-table")
+    cells = table.locator("td:first-child")
+    for column, orders in (("size", (["b", "c", "a"], ["a", "c", "b"])), ("name", (["c", "b", "a"], ["a", "b", "c"]))):
+        for order in orders:
+            table.get_by_role("button", name=column).click()
+            assert cells.all_inner_texts() == order
+
+
+def test_a_command_s_page_has_the_header_and_the_contents(visit):
+    page = visit("command")
+    light = page.evaluate(GROUND)
+    page.click(".theme")
+    assert page.evaluate(GROUND) != light
+    assert page.locator(".toc a").all_inner_texts() == [*(f"Section {place}" for place in range(5)), "Glossary"]
+    assert page.locator("#_glossary dt").all_inner_texts() == ["block", "control"]
+    main = page.locator(".steps").bounding_box()
+    assert main["width"] > 800
+
+
+def test_a_script_that_is_not_ours_does_not_run(browser, tmp_path):
+    path = tmp_path / "page.html"
+    drawn = Markup("<script>document.title = 'theirs'</script>")
+    path.write_text(page_html(title="ours", sections=[("a", "", drawn)]), encoding="utf-8")
+    page = browser.new_page()
+    page.goto(path.as_uri())
+    assert page.title() == "ours"
+    page.close()
 
 
 def test_without_its_script_the_page_says_everything(visit):
@@ -192,7 +277,7 @@ FAINT = """() => {
     const c = rgb(getComputedStyle(e).backgroundColor); if (c[3] > 250) return c; } return [255, 255, 255, 255]; };
   const faint = [];
   for (const e of document.querySelectorAll("body *")) {
-    if (e.closest("svg, script, .tip, .skip, .cw-hidden, i") || !e.checkVisibility()) continue;
+    if (e.closest("svg, script, .cw-tip-box, .skip, .cw-hidden, i") || !e.checkVisibility()) continue;
     if (![...e.childNodes].some(n => n.nodeType === 3 && n.data.trim())) continue;
     const [a, b] = [light(rgb(getComputedStyle(e).color)), light(ground(e))].sort((x, y) => x - y);
     if ((b + 0.05) / (a + 0.05) < 4.5) faint.push(e.outerHTML.slice(0, 100));

@@ -38,8 +38,8 @@ from cutaway.draw.blocks import (
     TourResult,
 )
 from cutaway.draw.fragments import draw_block
+from cutaway.draw.glossary import TERMS, Linker
 from cutaway.draw.text import visible
-from cutaway.tour.glossary import TERMS, Linker
 from cutaway.tour.page import render, write_tour
 
 

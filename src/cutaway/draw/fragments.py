@@ -6,7 +6,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from cutaway.draw import charts, heatmap, panels, tokens
+from cutaway.draw import charts, heatmap, latents, panels, tokens
 from cutaway.draw.blocks import (
     Bars,
     Block,
@@ -46,24 +46,17 @@ def draw_block(block: Block, link: Callable[[str], Markup] = lambda text: Markup
         case EffectBlock():
             return charts.effect_html(block.effect)
         case Features():
-            return panels.features_html(**_data(block))
+            return latents.features_html(**_data(block))
         case Table():
             data = _data(block)
             fold = data.pop("fold")
-            drawn = _wide(panels.table_html(**data, title=block.caption or fold or "Table"), "table")
-            figure = _figure(drawn, link(block.caption))
-            if not fold:
-                return figure
-            return Markup('<details class="fold"><summary>{}</summary>{}</details>').format(
-                Markup(escape(fold)), figure
-            )
+            figure = _figure(panels.table_html(**data, title=block.caption or fold or "Table"), link(block.caption))
+            return panels.fold(fold, figure) if fold else figure
         case Heatmap():
-            # the drawing itself takes the focus: its arrow keys go from cell to cell
             data = _data(block)
             scale = heatmap.heatmap_scale(block.values, data.pop("diverging"))
-            drawn = heatmap.heatmap_svg(**data, title=block.caption or "Heatmap", scale=scale)
-            boxed = Markup('<div class="wide">{}</div>').format(drawn)
-            return _figure(boxed + scale.legend(block.units), link(block.caption))
+            drawn = heatmap.heatmap_html(**data, title=block.caption or "Heatmap", scale=scale)
+            return _figure(drawn, link(block.caption))
         case Line():
             series = _data(block)["series"]
             drawn = charts.line_svg(
@@ -73,12 +66,10 @@ def draw_block(block: Block, link: Callable[[str], Markup] = lambda text: Markup
         case Bars():
             return _figure(charts.bars_html(**_data(block)), link(block.caption))
         case Tokens():
-            data = _data(block)
-            legend = tokens.tokens_scale(data["rows"]).legend(block.units)
-            return _figure(tokens.tokens_html(**data) + legend, link(block.caption))
+            return _figure(tokens.tokens_html(**_data(block)), link(block.caption))
         case Lens():
-            drawn = _wide(tokens.lens_html(**_data(block), title=block.caption or "Logit lens"), "logit lens")
-            return _figure(drawn + tokens.LENS_SCALE.legend("probability of the token shown"), link(block.caption))
+            drawn = tokens.lens_html(**_data(block), title=block.caption or "Logit lens")
+            return _figure(drawn, link(block.caption))
         case Compare():
             return _figure(panels.compare_html(**_data(block)), link(block.caption))
 
@@ -91,10 +82,3 @@ def _figure(drawn: Markup, caption: Markup) -> Markup:
     if not caption:
         return Markup("<figure>{}</figure>").format(drawn)
     return Markup("<figure>{}<figcaption>{}</figcaption></figure>").format(drawn, caption)
-
-
-def _wide(drawn: Markup, what: str) -> Markup:
-    """A box that scrolls sideways by itself, by keyboard too, so that the page never does."""
-    return Markup('<div class="wide" tabindex="0" role="group" aria-label="{} (scrolls sideways)">{}</div>').format(
-        what, drawn
-    )

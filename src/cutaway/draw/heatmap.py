@@ -132,7 +132,7 @@ def heatmap_html(**what: Any) -> Markup:
         title=what["title"],
         align=["left", *["right"] * len(what["columns"])],
     )
-    return wide(heatmap_svg(**what)) + fold(f"As a table{units}", wide(table))
+    return wide(heatmap_svg(**what)) + fold(f"As a table{units}", table)
 
 
 def _legend(scale: Scale, values: Sequence[Sequence[float | None]], units: str, x: float, y: float) -> str:

@@ -15,7 +15,7 @@ from cutaway.artifacts.command import current_command
 from cutaway.artifacts.errors import BadFile, CutawayError, MissingExtra
 from cutaway.artifacts.files import atomic_path, plain, read_json, refuse_replacing, write_json, write_text
 from cutaway.draw.page import page_html, write_page
-from cutaway.draw.style import stylesheet
+from cutaway.draw.style import script, stylesheet
 
 if TYPE_CHECKING:
     import pandas
@@ -62,7 +62,7 @@ class Result(ABC):
 
     def _repr_html_(self) -> str:
         # a frame of its own: a notebook's styles and these do not meet
-        page = f"<!doctype html><style>{stylesheet()}</style>{self.drawing()}"
+        page = f"<!doctype html><style>{stylesheet()}</style>{self.drawing()}<script>{script()}</script>"
         return (
             f'<iframe srcdoc="{escape(page)}" sandbox="allow-scripts" style="width:100%;border:0" height="480"'
             f' title="{escape(self.title)}"></iframe>'
@@ -96,8 +96,12 @@ class Result(ABC):
             _refuse_other_json(path, content)
             write_json(path, content)
         elif suffix == ".html":
+            model = getattr(self, "model", None)
             page = page_html(
-                title=self.title, sections=[("", "", self.drawing())], lead=self.summary(), command=current_command()
+                title=f"{self.title} · {model}" if isinstance(model, str) else self.title,
+                sections=[("", "", self.drawing())],
+                lead=self.summary(),
+                command=current_command(),
             )
             write_page(path, page)
         elif suffix == ".svg":

@@ -10,6 +10,11 @@ def stylesheet() -> str:
     return files("cutaway.draw").joinpath("cutaway.css").read_text(encoding="utf-8")
 
 
+def script() -> str:
+    """The script of all drawings: values by keyboard and touch, tables that sort. Nothing is missing without it."""
+    return files("cutaway.draw").joinpath("page.js").read_text(encoding="utf-8").strip()
+
+
 def standalone(drawing: Markup) -> Markup:
     """A drawing with its style sheet, for a notebook's `display(HTML(...))`.
 

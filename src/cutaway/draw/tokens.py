@@ -5,6 +5,7 @@ from typing import NotRequired, TypedDict
 
 from markupsafe import Markup
 
+from cutaway.draw.panels import fold, table_html, wide
 from cutaway.draw.scale import Scale, scale_for
 from cutaway.draw.text import escape, number, shorten, token_html, visible
 
@@ -29,7 +30,8 @@ def tokens_scale(rows: Sequence[TokenRow]) -> Scale:
 
 
 def tokens_html(*, rows: Sequence[TokenRow], units: str = "", scale: Scale | None = None) -> Markup:
-    """Texts token by token, whitespace and invisible characters shown, each token tinted by its value.
+    """Texts token by token, whitespace and invisible characters shown, each token tinted by its value, with the legend
+    and the values as a table.
 
     Args:
         rows: The texts: `tokens` and `values`, perhaps `label` above and `detail` below.
@@ -42,7 +44,22 @@ def tokens_html(*, rows: Sequence[TokenRow], units: str = "", scale: Scale | Non
         label = f'<div class="cw-token-label">{escape(row.get("label"))}</div>' if row.get("label") else ""
         detail = f'<div class="cw-small">{escape(row.get("detail"))}</div>' if row.get("detail") else ""
         parts.append(f'<div class="cw-token-row">{label}{token_run(row, scale, units)}{detail}</div>')
-    return Markup(f'<div class="cw-tokens">{"".join(parts)}</div>')
+    values = [value for row in rows for value in row["values"]]
+    cells = [
+        [row.get("label") or number(place), at, visible(token), value]
+        for place, row in enumerate(rows, start=1)
+        for at, (token, value) in enumerate(zip(row["tokens"], row["values"], strict=True))
+    ]
+    columns = ("text", "position", "token", units or "value")
+    several = len(rows) > 1
+    table = table_html(
+        columns=columns if several else columns[1:],
+        rows=cells if several else [cell[1:] for cell in cells],
+        title="Values of the tokens",
+        align=("left", "right", "left", "right")[0 if several else 1 :],
+    )
+    drawn = Markup('<div class="cw-tokens">{}</div>').format(Markup("".join(parts)))
+    return drawn + scale.legend(units, values) + fold("As a table", table)
 
 
 def token_run(row: TokenRow, scale: Scale, units: str = "", breaks: bool = True) -> Markup:
@@ -89,10 +106,11 @@ def lens_html(
             tint = LENS_SCALE.css(chance)
             cells.append(f'<td class="{tint}" title="{tip}">{_short(word)}<small>{_chance(chance)}</small></td>')
         body.append(f'<tr><th scope="row">{escape(layer)}</th>{"".join(cells)}</tr>')
-    return Markup(
+    grid = Markup(
         f'<table class="cw-lens"><caption class="cw-hidden">{escape(title)}</caption><thead><tr><th scope="col">'
         f'<span class="cw-hidden">layer</span></th>{heads}</tr></thead><tbody>{"".join(body)}</tbody></table>'
     )
+    return wide(grid) + LENS_SCALE.legend("probability of the token shown")
 
 
 def _short(token: str) -> str:

@@ -199,7 +199,7 @@ class FeatureExamples(Result):
 
     def drawing(self) -> Markup:
         """How often latents are active, and panels of the first 20 that were asked for."""
-        from cutaway.draw.panels import features_html
+        from cutaway.draw.latents import features_html
 
         items = [
             {

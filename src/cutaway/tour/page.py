@@ -14,10 +14,10 @@ from cutaway.artifacts.files import write_text
 from cutaway.draw import charts, panels
 from cutaway.draw.blocks import EffectBlock, EffectJson, Figures, Section, TourResult
 from cutaway.draw.fragments import draw_block
+from cutaway.draw.glossary import Linker
+from cutaway.draw.page import glossary_html, shell
 from cutaway.draw.stack import stack_svg
-from cutaway.draw.style import stylesheet
 from cutaway.draw.text import compact, escape, interval, number, short
-from cutaway.tour.glossary import Linker
 
 
 def render(result: TourResult) -> str:
@@ -30,19 +30,18 @@ def render(result: TourResult) -> str:
     link("control, interval")  # the line on how to read the page links to these
     template = _environment().get_template("index.html.j2")
     sections = [_section(place, section, link) for place, section in enumerate(result.sections, start=1)]
-    return template.render(
+    body = template.render(
         result=result,
         sections=sections,
         in_short=[(view, _key_figure(view["data"])) for view in sections],
         facts=_facts(result),
         stack=_stack(result),
         provenance=_provenance(result),
-        glossary=link.glossary(),
-        css=Markup(_compact_css(stylesheet() + _asset("page.css"))),
-        script=Markup(_asset("page.js")),
+        glossary=glossary_html(link),
         configuration=json.dumps(result.configuration, indent=2, ensure_ascii=False),
         duration=_duration(result.total_seconds),
     )
+    return shell(result.title, body)
 
 
 def write_tour(result: TourResult, path: Path) -> None:
@@ -172,15 +171,3 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-
-
-def _asset(name: str) -> str:
-    loader = _environment().loader
-    assert loader is not None
-    return loader.get_source(_environment(), name)[0]
-
-
-def _compact_css(css: str) -> str:
-    """The style sheet without comments and indentation."""
-    css = re.sub(r"/\*.*?\*/", "", css, flags=re.DOTALL)
-    return "\n".join(line.strip() for line in css.splitlines() if line.strip())

@@ -29,7 +29,7 @@ from cutaway.causal.edge_graph import EdgeGraph
 from cutaway.causal.effects import effect_line
 from cutaway.draw.circuit import CircuitEdge, circuit_svg
 from cutaway.draw.page import Section, sections_html
-from cutaway.draw.panels import alarm_html, figures_html, fold, table_html, wide
+from cutaway.draw.panels import alarm_html, figures_html, fold, table_html
 from cutaway.draw.result import Result
 from cutaway.draw.text import interval
 
@@ -399,6 +399,6 @@ def _choices(circuit: Circuit) -> Section:
 def _edges(circuit: Circuit) -> Section:
     rows = [[source, destination, score] for source, destination, score in circuit.edges]
     table = table_html(columns=["from", "to", "score"], rows=rows, title="Edges")
-    drawing = fold(f"All {circuit.n_edges} edges", wide(table))
+    drawing = fold(f"All {circuit.n_edges} edges", table)
     text = f"Scores are in {circuit.metric.replace('_', ' ')}; above 0 the answer loses it when the edge is cut."
     return ("Every edge", text, drawing)

@@ -22,7 +22,7 @@ from cutaway.causal.circuits.faithfulness import UNITS, MeasuredCircuits, RunCir
 from cutaway.causal.edge_graph import EdgeGraph
 from cutaway.causal.effects import Effects
 from cutaway.draw.charts import Bar, bars_html
-from cutaway.draw.panels import fold, table_html, wide
+from cutaway.draw.panels import fold, table_html
 
 _SHOWN = 16
 _IDLE = 0.01  # of the whole: Wang et al.'s bar for a part that matters
@@ -96,7 +96,7 @@ class Completeness(Effects):
             for one in self.knockouts
         ]
         table = table_html(columns=columns, rows=cells, title="Knock-outs")
-        return super().drawing() + fold("Every set of nodes", wide(table))
+        return super().drawing() + fold("Every set of nodes", table)
 
 
 @dataclass(frozen=True, repr=False)

@@ -25,7 +25,7 @@ from cutaway.causal.edge_graph import EdgeGraph
 from cutaway.causal.effects import Effects
 from cutaway.causal.metrics import recovery
 from cutaway.draw.charts import Series, line_legend, line_svg
-from cutaway.draw.panels import fold, table_html, wide
+from cutaway.draw.panels import fold, table_html
 from cutaway.draw.text import interval
 
 FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -290,7 +290,7 @@ class SizeCurve(Effects):
             for i, fraction in enumerate(self.fractions)
         ]
         columns = ["of the edges", *(f"{one.name} (edges)" for one in self.series)]
-        table = fold("As a table", wide(table_html(columns=columns, rows=cells, title="By size")))
+        table = fold("As a table", table_html(columns=columns, rows=cells, title="By size"))
         return chart + line_legend(series) + table + super().drawing()
 
 

@@ -55,8 +55,9 @@ def trace_page(trace: CausalTrace) -> str:
             ),
         )
     )
+    title = f"Causal tracing of {trace.model}: " + (f"“{fact.prompt}”" if single else f"{trace.n} prompts")
     lead = f"Which states of {trace.model} bring a fact back once noise has hidden its subject, {about}."
-    return page_html(title="Causal tracing", lead=lead, sections=sections, command=current_command())
+    return page_html(title=title, lead=lead, sections=sections, command=current_command())
 
 
 def _reading(trace: CausalTrace, kind: TraceKind, single: bool) -> str:

@@ -180,7 +180,7 @@ def patch(
             "self_repair": None if repair is None else repair.to_json(),
         },
         page=lambda: page_html(
-            title="Activation patching",
+            title=f"Activation patching of {lm.name}: {task or pairs}",
             lead=f"Which part of {lm.name} decides the answer? {about[0].upper()}{about[1:]}.",
             sections=patch_sections(grid, strongest, best, accuracy, aligned, repair),
             command=current_command(),

@@ -134,7 +134,7 @@ def heads(
     kinds = [one for one in table.kinds if not kind or one.removesuffix(ON_TEXT) in kind]
 
     def page() -> str:
-        title = f"Attention heads of {table.model}"
+        title = f"Attention heads of {table.model}" + (f": “{prompt}”" if prompt is not None else "")
         sections = table_sections(table, kinds, top, view, composed)
         return page_html(title=title, sections=sections, lead=lead(table), command=current_command())
 

@@ -152,8 +152,8 @@ def lens(
     def page() -> str:
         sections = lens_sections(data["logit_lens"], data.get("tuned_lens")) if plain is not None else []
         sections += [evaluation_section(evaluation)] if evaluation is not None else []
-        lead = f"{lm.name}: “{prompt}”" if prompt is not None else f"{lm.name}: a tuned lens"
-        return page_html(title="Lens", sections=sections, lead=lead, command=current_command())
+        title = f"Lens of {lm.name}" + (f": “{prompt}”" if prompt is not None else ", tuned")
+        return page_html(title=title, sections=sections, command=current_command())
 
     deliver(text="\n\n".join(texts), model=lm.name, figures=data, page=page, as_json=json, html=html)
 

@@ -92,7 +92,7 @@ def saliency(
     def page() -> str:
         about = "What each token of a prompt adds to an answer in"
         return page_html(
-            title="Saliency",
+            title=f"Saliency in {report.model}: " + (f"“{prompts[0]}”" if n == 1 else f"{n} prompts"),
             lead=f"{about} {report.model}, by methods that look at inputs alone.",
             sections=saliency_sections(report),
             command=current_command(),

@@ -15,9 +15,9 @@ from cutaway.artifacts.statistics import bootstrap_interval
 from cutaway.draw.charts import Bar, bars_html
 from cutaway.draw.heatmap import heatmap_html
 from cutaway.draw.page import Section, sections_html
-from cutaway.draw.panels import figures_html, fold, table_html, wide
+from cutaway.draw.panels import figures_html, fold, table_html
 from cutaway.draw.result import Result
-from cutaway.draw.tokens import TokenRow, tokens_html, tokens_scale
+from cutaway.draw.tokens import TokenRow, tokens_html
 from cutaway.model.tokens import Tokens
 from cutaway.observe.attribution.answers import (
     Wrong,
@@ -378,7 +378,7 @@ def _parts(result: Attribution, shown: int) -> Section:
     table = table_html(
         columns=("part", "share", "control: random pairs", "middle 95 %"), rows=cells, title="shares and controls"
     )
-    return ("The largest shares", text, bars_html(items=bars, units="logits") + fold("As a table", wide(table)))
+    return ("The largest shares", text, bars_html(items=bars, units="logits") + fold("As a table", table))
 
 
 def _layers(result: Attribution) -> list[Section]:
@@ -425,7 +425,7 @@ def _sources(result: Attribution) -> Section:
         shown: list[float | None] = [v if i <= result.position[row] else None for i, v in enumerate(values)]
         rows.append({"tokens": list(words), "values": shown, "label": f"prompt {row + 1}"})
     text = "What attention, in all heads and layers, writes directly into the difference from each token it reads."
-    drawing = tokens_html(rows=rows, units="logits") + tokens_scale(rows).legend("logits")
+    drawing = tokens_html(rows=rows, units="logits")
     if len(shares) == 1:
         text += " Below, layer by layer."
         drawing += _by_layer_and_source(result)

@@ -13,7 +13,7 @@ from cutaway.draw.heatmap import heatmap_html, heatmap_scale
 from cutaway.draw.page import Section
 from cutaway.draw.panels import table_html
 from cutaway.draw.text import visible
-from cutaway.draw.tokens import LENS_SCALE, lens_html
+from cutaway.draw.tokens import lens_html
 
 _WIDEST = 40
 
@@ -56,7 +56,7 @@ def _grid(data: dict[str, Any]) -> Markup:
         if left
         else ""
     )
-    return Markup(f"{grid}{LENS_SCALE.legend('probability')}{more}")
+    return grid + more
 
 
 def _trajectory(data: dict[str, Any], other: dict[str, Any] | None) -> Section:

@@ -24,7 +24,7 @@ from torch import Tensor
 from cutaway.artifacts.errors import CutawayError, NotSupported
 from cutaway.draw.page import Section, sections_html
 from cutaway.draw.result import Result
-from cutaway.draw.tokens import TokenRow, tokens_html, tokens_scale
+from cutaway.draw.tokens import TokenRow, tokens_html
 from cutaway.model.edits.edits import set as put
 from cutaway.model.language_model import Inputs, LanguageModel
 from cutaway.model.naming import single_token
@@ -364,12 +364,11 @@ def map_section(maps: Sequence[TokenAttribution], method: str, not_shown: str) -
                 "detail": f"sum over tokens {found.values.sum():.2f}{gap}",
             }
         )
-    scale = tokens_scale(rows)
     baseline = maps[0].baseline
     return (
         method_name(method) + (f" (baseline: {baseline})" if baseline else ""),
         f"What it does not show: {not_shown}",
-        scale.legend("logits") + tokens_html(rows=rows, units="logits", scale=scale),
+        tokens_html(rows=rows, units="logits"),
     )
 
 

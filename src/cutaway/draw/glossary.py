@@ -25,7 +25,7 @@ class Term:
 def _terms() -> tuple[Term, ...]:
     """The lines of `glossary.txt`: a name, its other spellings, a colon, the definition."""
     terms = []
-    for line in files("cutaway.tour").joinpath("glossary.txt").read_text(encoding="utf-8").splitlines():
+    for line in files("cutaway.draw").joinpath("glossary.txt").read_text(encoding="utf-8").splitlines():
         words, definition = line.split(": ", 1)
         name, *spellings = words.split(", ")
         terms.append(Term(name, definition, tuple(spellings)))

@@ -1,10 +1,15 @@
 "use strict";
 (() => {
   const root = document.documentElement;
-  const tip = document.querySelector(".tip");
+  const all = (css, inside = document) => [...inside.querySelectorAll(css)];
+  const tip = document.createElement("div");
+  tip.className = "cw-tip-box";
+  tip.setAttribute("role", "status");
+  tip.hidden = true;
+  document.body.append(tip);
 
   // Light and dark: the reader's choice wins over the system's.
-  document.querySelector(".theme").addEventListener("click", () => {
+  document.querySelector(".theme")?.addEventListener("click", () => {
     const dark = root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
     root.dataset.theme = dark ? "light" : "dark";
     try { localStorage.setItem("cutaway-theme", root.dataset.theme); } catch {}
@@ -39,7 +44,7 @@
   const words = (part) => {
     if (part.dataset.tip === undefined) {
       const title = part.querySelector(":scope > title");
-      part.dataset.tip = title ? title.textContent : part.title;
+      part.dataset.tip = title ? title.textContent : part.title ?? "";
       if (title) { part.setAttribute("aria-label", part.dataset.tip); title.remove(); } else part.removeAttribute("title");
     }
     return part.dataset.tip;
@@ -60,10 +65,10 @@
   });
   document.addEventListener("scroll", hide, { passive: true, capture: true });
 
-  // Arrow keys go from cell to cell of a heatmap.
-  for (const map of document.querySelectorAll(".cw-heatmap")) {
-    const cells = [...map.querySelectorAll(".cw-cell")];
-    const columns = Number(map.dataset.columns);
+  // What has values takes the focus, and arrow keys go from one to the next.
+  const walk = (root, cells, columns) => {
+    if (!cells.length) return;
+    root.tabIndex = 0;
     let here = -1;
     const go = (to) => {
       if (here >= 0) cells[here].classList.remove("cw-here");
@@ -71,9 +76,9 @@
       if (here < 0) return hide();
       cells[here].classList.add("cw-here");
       cells[here].scrollIntoView({ block: "nearest", inline: "nearest", behavior: "instant" });
-      requestAnimationFrame(() => show(cells[here]));
+      requestAnimationFrame(() => { if (here >= 0) show(cells[here]); });
     };
-    map.addEventListener("keydown", (event) => {
+    root.addEventListener("keydown", (event) => {
       const step = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: columns, ArrowUp: -columns }[event.key];
       if (event.key === "Escape") return go(-1);
       if (!step) return;
@@ -81,8 +86,54 @@
       const to = here < 0 ? 0 : here + step;
       if (to >= 0 && to < cells.length) go(to);
     });
-    map.addEventListener("blur", () => go(-1));
+    root.addEventListener("blur", () => go(-1));
+  };
+  for (const map of all(".cw-heatmap")) walk(map, all(".cw-cell", map), Number(map.dataset.columns));
+  for (const grid of all(".cw-lens")) walk(grid, all("td", grid), all("tr:first-child td", grid).length);
+  for (const run of all(".cw-token-run")) walk(run, all("span[title]", run), 1);
+  for (const chart of all(".cw-line")) walk(chart, all(".cw-point", chart), 1);
+  for (const circuit of all(".cw-circuit")) walk(circuit, all(".cw-part, .cw-link", circuit), 1);
+
+  // A box takes the focus only while it has something to scroll that the keyboard would not reach otherwise.
+  const boxes = new ResizeObserver((entries) => {
+    for (const { target } of entries) {
+      const scrolls = target.scrollWidth > target.clientWidth + 1 && !target.querySelector('[tabindex="0"], button');
+      scrolls ? target.setAttribute("tabindex", "0") : target.removeAttribute("tabindex");
+    }
+  });
+
+  // A table sorts by the column whose name is pressed: numbers by size, largest first, then the other way.
+  const amount = (text) => {
+    const found = /^[-−+<]?\s*([\d,]*\.?\d+)(?:×10([⁻⁰¹²³⁴⁵⁶⁷⁸⁹]+))?/.exec(text);
+    if (!found) return NaN;
+    const power = [...found[2] ?? ""].map((sign) => "⁰¹²³⁴⁵⁶⁷⁸⁹".indexOf(sign)).map((digit) => digit < 0 ? "-" : digit).join("");
+    return (/^[-−]/.test(text) ? -1 : 1) * Number(found[1].replaceAll(",", "")) * 10 ** Number(power || 0);
+  };
+  for (const table of all(".cw-table")) {
+    const body = table.tBodies[0];
+    if (body.rows.length < 3) continue;
+    all("thead th", table).forEach((head, column) => {
+      if (!head.textContent) return;
+      const button = document.createElement("button");
+      button.type = "button";
+      button.append(...head.childNodes);
+      head.append(button);
+      button.addEventListener("click", () => {
+        const down = head.ariaSort !== "descending";
+        for (const other of all("th", table)) other.removeAttribute("aria-sort");
+        head.setAttribute("aria-sort", down ? "descending" : "ascending");
+        const key = (row) => row.cells[column].textContent.trim();
+        const order = (a, b) => {
+          const [x, y] = [amount(key(a)), amount(key(b))];
+          if (isNaN(x) !== isNaN(y)) return isNaN(x) ? 1 : -1;
+          const found = isNaN(x) ? key(b).localeCompare(key(a)) : y - x;
+          return down ? found : -found;
+        };
+        body.append(...[...body.rows].sort(order));
+      });
+    });
   }
+  for (const box of all(".cw-wide")) boxes.observe(box);
 
   // The contents mark the section that is being read.
   const links = new Map([...document.querySelectorAll(".toc a")].map((a) => [a.getAttribute("href").slice(1), a]));
