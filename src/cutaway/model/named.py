@@ -8,7 +8,7 @@ from cutaway.artifacts.errors import CutawayError
 SHIPPED = "atlas"
 OTHERS = ("atlas-1", "atlas-2", "atlas-3")
 """Other weights of atlas, kept for comparison in the repository (`models/`), not in the package: those that ship, under
-the name that stays theirs, and a training that goes on from them (docs/atlas-2.md)."""
+the name that stays theirs, and trainings that go on from them (docs/atlas-3.md)."""
 
 
 def named_folder(name: str) -> Path | None:

@@ -109,9 +109,9 @@ def test_earlier_weights_load_by_name_and_are_missed_in_one_sentence(tmp_path, m
     assert named_folder("gpt2") is None
     for name in OTHERS:
         assert altered_files(weights_folder(name)) == []
-    # the second goes on from the first, which is the one that ships
-    began = read_manifest(weights_folder("atlas-2"))["start"]["weights_sha256"]
-    assert began == file_hash(weights_folder("atlas-1") / "model.safetensors")
+    for name, before in (("atlas-2", "atlas-1"), ("atlas-3", "atlas-2")):
+        began = read_manifest(weights_folder(name))["start"]["weights_sha256"]
+        assert began == file_hash(weights_folder(before) / "model.safetensors")
     monkeypatch.setattr(named, "files", lambda _: tmp_path / "site-packages" / "cutaway")
     with pytest.raises(CutawayError, match="atlas-1 are not in the package: name models/atlas-1 in a checkout"):
         weights_folder("atlas-1")

@@ -30,7 +30,7 @@ def atlas_folder() -> Path:
 
 
 def weights_folder(name: str) -> Path:
-    """The folder of the weights that a name or path names: "atlas", other ones ("atlas-1", "atlas-2"), or a folder.
+    """The folder of the weights that a name or path names: "atlas", other ones ("atlas-1", ...), or a folder.
 
     Raises `CutawayError` for other weights where the package stands without its repository.
     """
