@@ -79,8 +79,9 @@ def table_html(
     sides = align or [_side([row[c] for row in rows]) for c in range(len(columns))]
     css = ["cw-right" if side == "right" else "cw-left" for side in sides]
     heads = "".join(f'<th scope="col" class="{css[c]}">{escape(name)}</th>' for c, name in enumerate(columns))
+    sided = [' class="cw-right"' if side == "right" else "" for side in sides]
     body = "".join(
-        "<tr>" + "".join(f'<td class="{css[c]}">{escape(number(cell))}</td>' for c, cell in enumerate(row)) + "</tr>"
+        "<tr>" + "".join(f"<td{sided[c]}>{escape(number(cell))}</td>" for c, cell in enumerate(row)) + "</tr>"
         for row in rows
     )
     head = (
