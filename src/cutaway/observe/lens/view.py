@@ -45,7 +45,7 @@ def _grid(data: dict[str, Any]) -> Markup:
     left = max(0, len(data["positions"]) - _WIDEST)
     tokens = data["tokens"][left:]
     grid = lens_html(
-        layers=data["layers"],
+        layers=[short_site(layer) for layer in data["layers"]],
         tokens=tokens,
         top=[row[left:] for row in data["top"]],
         probability=[row[left:] for row in data["probability"]],
