@@ -80,6 +80,14 @@ def test_a_cut_look_is_gone_from_the_pattern(ask: Ask) -> None:
     assert before[0][1] == 0
 
 
+def test_a_pattern_is_looked_at_under_edits_of_later_layers(ask: Ask) -> None:
+    later = {"kind": "zero", "site": "blocks.4.mlp.out"}
+    cut = {"kind": "cut", "site": "blocks.2.attn.pattern", "head": 7, "position": 8, "key": 7}
+    assert ask("look", **CAPITALS, changes=[later, cut], layer=2, head=7)["values"][8][7] == 0
+    plain = ask("look", **CAPITALS, changes=[], layer=2, head=7)
+    assert ask("look", **CAPITALS, changes=[later], layer=2, head=7) == plain
+
+
 def test_an_edit_that_changes_nothing_says_so(ask: Ask) -> None:
     found = ask("change", **CAPITALS, changes=[{**PATCH, "position": 3}])
     assert found["touched"][0]["mean_abs_delta"] == 0

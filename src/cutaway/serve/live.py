@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -175,9 +176,15 @@ class LiveModel:
             CutawayError: a layer without a pattern, a head that there is not.
         """
         with self._alone():
-            asked, at = _Asked(self.lm, look), (look.layer, look.head)
-            view = attention_view(self.lm, asked.tokens, heads=[at], edits=asked.edits(look.changes))
-            return Pattern(site=f"blocks.{look.layer}.attn.pattern", values=view.pattern(at).tolist())
+            asked, at, table = _Asked(self.lm, look), (look.layer, look.head), self.lm.sites()
+            site = f"blocks.{look.layer}.attn.pattern"
+            # the run ends at the pattern, and an edit that it does not reach would be refused
+            reached = {one.name for one in itertools.takewhile(lambda one: one.name != site, table)} | {site}
+            edits = asked.edits([change for change in look.changes if table.resolve(change.site) in reached])
+            return Pattern(
+                site=site,
+                values=attention_view(self.lm, asked.tokens, heads=[at], edits=edits).pattern(at).tolist(),
+            )
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
