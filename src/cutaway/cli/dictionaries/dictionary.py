@@ -18,6 +18,7 @@ app = App(
     name="dictionary",
     help="Sparse dictionaries: look into their files, check that they fit, judge them, write them in another format.",
     result_action="return_value",
+    default_parameter=Parameter(negative=()),  # the documentation does not ask the main program
 )
 app.command(judge)
 
