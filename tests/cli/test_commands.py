@@ -78,7 +78,7 @@ def test_sites_prints_one_line_for_layers_that_agree(capsys: pytest.CaptureFixtu
 
 def test_sites_json_lists_every_site(atlas: LanguageModel, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sites", "atlas", "--json"]) == 0
-    found = {site["name"]: site for site in json.loads(capsys.readouterr().out)["figures"]}
+    found = {site["name"]: site for site in json.loads(capsys.readouterr().out)["figures"]["sites"]}
     assert found.keys() == {site.name for site in atlas.sites()}
     assert found["blocks.3.resid_post"]["shape"] == ["b", "p", 256]
     assert found["blocks.3.resid_post"]["absent"] is None

@@ -154,7 +154,7 @@ def test_ctrl_c_is_one_line_and_exit_code_130() -> None:
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=20)
     assert process.returncode == 130
-    assert err == "cutaway: interrupted; the same command resumes, or starts again\n"
+    assert err == "loading atlas\ncutaway: interrupted; the same command resumes, or starts again\n"
 
 
 def test_a_reader_that_goes_away_is_no_error() -> None:

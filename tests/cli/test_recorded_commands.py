@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 
 import cutaway
@@ -14,6 +15,7 @@ from cutaway.cli.main import app, main
 from cutaway.model.language_model import LanguageModel
 
 PROMPT = "The capital of the state containing Dallas is"
+SCHEMA = json.loads((Path(inspect.getfile(main)).parent / "result.schema.json").read_text())
 DICTIONARY = "atlas/blocks.3.resid_post"
 COMMANDS = [
     ["check", "atlas", "--dtype", "float32"],
@@ -68,6 +70,7 @@ def inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_recorded_command_measures_the_same_again(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(_with_json(words)) in (0, 1)
     first = _timeless(json.loads(capsys.readouterr().out))
+    jsonschema.validate(first, SCHEMA)
     program, *again = shlex.split(first["command"])
     assert program == "cutaway"
     assert main(_with_json(again)) in (0, 1)

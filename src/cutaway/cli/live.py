@@ -4,7 +4,7 @@ from typing import Annotated
 
 from cyclopts import Parameter, validators
 
-from cutaway.cli.options import Flag, ModuleFile, opened
+from cutaway.cli.options import DType, Flag, ModuleFile, announce, opened
 
 Port = Annotated[int, Parameter(validator=validators.Number(gte=0, lt=2**16))]
 
@@ -16,7 +16,7 @@ def open_page(
     port: Port = 8765,
     no_browser: Flag = False,
     module: ModuleFile = None,
-    dtype: str | None = None,
+    dtype: DType = None,
     device: str | None = None,
 ) -> None:
     """Open a live page: type a text, see lens, attention and attribution, click to patch or ablate. Ctrl-C ends it.
@@ -34,14 +34,13 @@ def open_page(
     module
         Instead of the model, a model of your own: FILE.py:function, which returns a module, (module, description) or
         (module, description, tokenizer).
-    dtype
-        float32, bfloat16 or float16; float32 on a CPU and the checkpoint's own on a GPU if not given.
     device
         cpu, cuda, cuda:1, ...; a GPU if there is one, else the CPU, if not given.
     """
     from cutaway.serve.address import listen, require_extra
 
     require_extra()
+    announce(model, module)
     with listen(port) as listening:
         lm = opened(model, module, dtype=dtype, device=device)
 

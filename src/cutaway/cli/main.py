@@ -18,7 +18,8 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from cyclopts import App, CycloptsError
+from cyclopts import App, CycloptsError, Parameter
+from cyclopts.exceptions import UnknownCommandError
 
 from cutaway import __version__
 from cutaway.artifacts.errors import CutawayError
@@ -50,6 +51,7 @@ app = App(
     version=__version__,
     help_format="plaintext",
     result_action="return_value",
+    default_parameter=Parameter(negative=()),  # no --no-..., no --empty-...
     suppress_keyboard_interrupt=False,
     help_epilogue="MODEL is “atlas” (the model that comes along), a Hugging Face folder, or a hub id.",
 )
@@ -73,6 +75,9 @@ for command in (
 ):
     app.command(command)
 app.command(open_page, name="open")
+app.register_install_completion_command(
+    add_to_startup=False, help="Write the completion of commands and options for your shell, and say how to turn it on."
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -92,6 +97,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if sys.stdout is not None:  # it is None when the caller has closed it
             sys.stdout.flush()
         return code if isinstance(code, int) else 0
+    except UnknownCommandError as error:
+        return _fail(_with_all_commands(error))
     except CycloptsError as error:
         return _fail(f"{error} (see cutaway --help)")
     except CutawayError as error:
@@ -126,6 +133,13 @@ def execute(arguments: Sequence[str] | None) -> object:
         return command(*bound.args, **bound.kwargs)
     with asked(path, apps[-1], bound):
         return command(*bound.args, **bound.kwargs)
+
+
+def _with_all_commands(error: UnknownCommandError) -> str:
+    """What is said of an unknown command, with every command there is in place of the first eight."""
+    said = str(error).split(" Available commands:")[0]
+    known = [name for name in error.app or app if not name.startswith("-") and (error.app or app)[name].show]
+    return f"{said} Commands: {', '.join(known)}. (see cutaway --help)"
 
 
 def _no_working_directory() -> bool:

@@ -1,14 +1,16 @@
 """Kinds of options that several commands have."""
 
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter, validators
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.files import refuse_device
+from cutaway.artifacts.progress import is_quiet
 
 if TYPE_CHECKING:
     from cutaway.model.language_model import LanguageModel
@@ -68,18 +70,32 @@ ExistingPath = Annotated[Path, Parameter(validator=validators.Path(exists=True))
 ExistingFolder = Annotated[Path, Parameter(validator=validators.Path(exists=True, file_okay=False))]
 
 
+DType = Annotated[
+    Literal["float32", "bfloat16", "float16"] | None,
+    Parameter(help="How the model computes; float32 on a CPU and the checkpoint's own on a GPU if not given."),
+]
+
 ModuleFile = Annotated[str | None, Parameter(name="--module")]
 """A model of the user's own: FILE.py:function."""
 
 
-def opened(
-    model: str | None, module: str | None, *, dtype: str | None = None, device: str | None = None
-) -> "LanguageModel":
-    """The model of a command: loaded by its name, or made by the function that --module names."""
+def announce(model: str | None, module: str | None = None) -> None:
+    """Say on stderr what is loaded: as soon as the options are found to be right, before anything heavy is imported.
+
+    Raises `CutawayError` where no model is named, or two.
+    """
     if (model is None) == (module is None):
         if module is None:
             raise CutawayError("name a model: “atlas”, a folder, a hub id, or a function of yours with --module")
         raise CutawayError(f"--module {module} stands in the place of the model: leave {model!r} out")
+    if not is_quiet():
+        print(f"loading {module or Path(str(model)).name}", file=sys.stderr, flush=True)
+
+
+def opened(
+    model: str | None, module: str | None = None, *, dtype: str | None = None, device: str | None = None
+) -> "LanguageModel":
+    """The model of a command: loaded by its name, or made by the function that --module names."""
     if module is not None:
         from cutaway.model.own.file import load_module
 

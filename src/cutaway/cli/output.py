@@ -1,6 +1,9 @@
 """What commands print on stdout: JSON, or a table."""
 
 import json
+import shutil
+import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,12 +26,17 @@ def print_result(figures: Any, model: str | Sequence[str] | None = None) -> None
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print left-aligned columns under their names; the last column is as wide as it likes."""
+    """Print left-aligned columns under their names; on a terminal the last one is wrapped between words."""
     lines = [columns, ["-" * len(column) for column in columns], *rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(columns) - 1)]
+    before = sum(widths) + 2 * len(widths)
+    room = max(shutil.get_terminal_size().columns - before, 20) if sys.stdout.isatty() else None
     for line in lines:
         cells = [cell.ljust(width) for cell, width in zip(line, widths, strict=False)]
-        print("  ".join([*cells, line[-1]]).rstrip())
+        last = [line[-1]] if room is None else textwrap.wrap(line[-1], room, break_long_words=False) or [""]
+        print("  ".join([*cells, last[0]]).rstrip())
+        for more in last[1:]:
+            print(" " * before + more)
 
 
 def deliver(

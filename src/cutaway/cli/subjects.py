@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from cyclopts import App, Parameter, validators
 
-from cutaway.cli.options import Count, ExistingFolder, Flag, Page, Seed
+from cutaway.cli.options import Count, ExistingFolder, Flag, Page, Seed, announce
 from cutaway.cli.output import deliver, print_result
 
 app = App(name="subjects", help="Make, judge and read the models whose world we know.", result_action="return_value")
@@ -126,6 +126,10 @@ def evaluate(
     json
         Print the figures as JSON on stdout, and nothing else.
     """
+    if out is not None:
+        _refuse_unwritable(out)
+    announce(model)
+
     import cutaway
     from cutaway.artifacts.files import write_text
     from cutaway.atlas_evaluation import evaluate as examination
@@ -133,8 +137,6 @@ def evaluate(
     from cutaway.atlas_evaluation.compare import compare
     from cutaway.subjects.atlas.shipped import weights_folder
 
-    if out is not None:
-        _refuse_unwritable(out)
     lm, other = cutaway.load(model), None if against is None else cutaway.load(against)
     chosen = _N_QUICK if quick else n
     found = examination.evaluate(lm, n=chosen, causal=not quick, outside=outside)

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from cutaway.cli.options import ExistingPath, Flag, Seed, Separator
+from cutaway.cli.options import ExistingPath, Flag, Seed, Separator, announce
 from cutaway.cli.output import print_result
 
 
@@ -45,6 +45,7 @@ def tour(
     json
         Print the figures as JSON on stdout, and nothing else.
     """
+    announce(model)
     from cutaway.tour import run_tour
 
     out = out or Path("runs") / f"tour-{_slug(model)}"

@@ -6,7 +6,19 @@ from typing import Any, Literal
 from cutaway.artifacts.command import current_command
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.files import write_json
-from cutaway.cli.options import Count, ExistingPath, Flag, ModuleFile, Output, Page, Seed, keep_apart, opened
+from cutaway.cli.options import (
+    Count,
+    DType,
+    ExistingPath,
+    Flag,
+    ModuleFile,
+    Output,
+    Page,
+    Seed,
+    announce,
+    keep_apart,
+    opened,
+)
 from cutaway.cli.output import deliver
 
 
@@ -34,7 +46,7 @@ def circuit(
     force: Flag = False,
     seed: Seed = 0,
     module: ModuleFile = None,
-    dtype: str | None = None,
+    dtype: DType = None,
     device: str | None = None,
     out: Output = None,
     json: Flag = False,
@@ -88,8 +100,6 @@ def circuit(
     module
         Instead of the model, a model of your own: FILE.py:function, which returns a module, (module, description) or
         (module, description, tokenizer).
-    dtype
-        float32, bfloat16 or float16; float32 on a CPU and the checkpoint's own on a GPU if not given.
     device
         cpu, cuda, cuda:1, ...; a GPU if there is one, else the CPU, if not given.
     out
@@ -121,12 +131,16 @@ def circuit(
     keep_apart({"--out": out, "--html": html}, {"--pairs": pairs, "--held-out": held_out, "--evaluate": evaluate})
     if resamples < 100:
         raise CutawayError(f"--resamples {resamples}: stability takes 100 or more")
+    announce(model, module)
 
     from cutaway.causal.circuits.circuit import Circuit, refuse_no_circuit
     from cutaway.causal.metrics import named_metric
+    from cutaway.data.tasks.registry import known_task
 
     if out is not None:
         refuse_no_circuit(out)
+    if task is not None:
+        known_task(task)
     if metric is not None:
         named_metric(metric)
     known = None if evaluate is None else Circuit.load(evaluate)

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any, Literal
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.cli.options import Count, ExistingPath, Flag, ModuleFile, Page, Seed, opened
+from cutaway.cli.options import Count, DType, ExistingPath, Flag, ModuleFile, Page, Seed, announce, opened
 from cutaway.cli.output import deliver
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def patch(
     force: Flag = False,
     seed: Seed = 0,
     module: ModuleFile = None,
-    dtype: str | None = None,
+    dtype: DType = None,
     device: str | None = None,
     json: Flag = False,
     html: Page = None,
@@ -99,8 +99,6 @@ def patch(
     module
         Instead of the model, a model of your own: FILE.py:function, which returns a module, (module, description) or
         (module, description, tokenizer).
-    dtype
-        float32, bfloat16 or float16; float32 on a CPU and the checkpoint's own on a GPU if not given.
     device
         cpu, cuda, cuda:1, ...; a GPU if there is one, else the CPU, if not given.
     json
@@ -118,6 +116,7 @@ def patch(
         raise CutawayError("--at and --neuron go with --over heads, components or neurons; over positions name --role")
     if role and tokens:
         raise CutawayError("--role and --tokens both choose the columns: give one of them")
+    announce(model, module)
 
     from cutaway.artifacts.command import current_command
     from cutaway.causal.ablations import Ablation
@@ -127,9 +126,12 @@ def patch(
     from cutaway.causal.patching.patch import Parts, PatchOptions, patch_grid
     from cutaway.causal.patching.self_repair import self_repair as measure_repair
     from cutaway.causal.patching.view import patch_sections, patch_text, reading, too_few
+    from cutaway.data.tasks.registry import known_task
     from cutaway.draw.page import page_html
 
     named_metric(metric)
+    if task is not None:
+        known_task(task)
     choice = Ablation(ablation, std=std, seed=seed)  # type: ignore[arg-type]
     lm = opened(model, module, dtype=dtype, device=device)
     aligned, criterion, about = _pairs(lm, task, pairs, n, seed, tokens)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import Parameter, validators
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.cli.options import Count, Flag, Output, Page, Seed, keep_apart
+from cutaway.cli.options import Count, DType, Flag, Output, Page, Seed, announce, keep_apart, opened
 from cutaway.cli.output import deliver
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def tasks(
     threshold: Annotated[float, Parameter(validator=validators.Number(gt=0, lte=1))] = 0.8,
     least: Count = 8,
     write: Output = None,
-    dtype: str | None = None,
+    dtype: DType = None,
     device: str | None = None,
     seed: Seed = 0,
     json: Flag = False,
@@ -53,8 +53,6 @@ def tasks(
         With fewer readable pairs than this a task is not judged.
     write
         Write the pairs of the one task to this .json file, to read or to change.
-    dtype
-        float32, bfloat16 or float16; float32 on a CPU and the checkpoint's own on a GPU if not given.
     device
         cpu, cuda, cuda:1, ...; a GPU if there is one, else the CPU, if not given.
     seed
@@ -69,7 +67,7 @@ def tasks(
     file = task[0] if write is not None and task and task[0].endswith(_PAIR_FILES) else None
     keep_apart({"--write": write, "--html": html}, {"--task": file})
 
-    import cutaway
+    announce(model)
     from cutaway.artifacts.command import current_command
     from cutaway.artifacts.progress import Progress
     from cutaway.causal.task_results import TaskResults, try_task
@@ -83,7 +81,7 @@ def tasks(
     splits: dict[str, tuple[Split, ...]] = {
         "search": ("search",), "held-out": ("held_out",), "both": ("search", "held_out")
     }  # fmt: skip
-    lm = cutaway.load(model, dtype=dtype, device=device)
+    lm = opened(model, dtype=dtype, device=device)
     tried: list[TaskResult] = []
     asked: list[tuple[Task, Split]] = [(one, part) for one in chosen for part in splits[split]]
     with Progress("tasks", len(asked), unit="tasks") as progress:

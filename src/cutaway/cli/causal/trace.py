@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.cli.options import Count, ExistingPath, Flag, Page, Seed
+from cutaway.cli.options import Count, DType, ExistingPath, Flag, Page, Seed, announce, opened
 from cutaway.cli.output import deliver
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def trace(
     noise: float = 3.0,
     draws: Count = 10,
     window: Count | None = None,
-    dtype: str | None = None,
+    dtype: DType = None,
     device: str | None = None,
     seed: Seed = 0,
     json: Flag = False,
@@ -54,8 +54,6 @@ def trace(
     window
         Neighbouring layers whose attention or MLP outputs are put back together; a quarter of the layers, at most 10,
         if not given.
-    dtype
-        float32, bfloat16 or float16; float32 on a CPU and the checkpoint's own on a GPU if not given.
     device
         cpu, cuda, cuda:1, ...; a GPU if there is one, else the CPU, if not given.
     seed
@@ -72,7 +70,7 @@ def trace(
     if not noise > 0:
         raise CutawayError(f"--noise {noise:g} hides nothing; give more than 0 standard deviations")
 
-    import cutaway
+    announce(model)
     from cutaway.causal.tracing.prompts import FactPrompt
     from cutaway.causal.tracing.trace import causal_trace
     from cutaway.causal.tracing.view import trace_page
@@ -83,7 +81,7 @@ def trace(
         facts = [FactPrompt(prompt, subject, answer)]
     else:
         facts = landmark_facts()
-    lm = cutaway.load(model, dtype=dtype, device=device)
+    lm = opened(model, dtype=dtype, device=device)
     found = causal_trace(lm, facts, noise=noise, draws=draws, window=window, limit=n, seed=seed)
     deliver(
         text=str(found),

@@ -8,8 +8,8 @@ from cyclopts import App, Parameter
 from cutaway.artifacts.command import current_command
 from cutaway.artifacts.errors import CutawayError
 from cutaway.cli.dictionaries.judge import judge
-from cutaway.cli.options import Count, ExistingPath, Flag, Page, Seed, Separator
-from cutaway.cli.output import deliver, print_result
+from cutaway.cli.options import Count, DType, ExistingPath, Flag, Page, Seed, Separator, announce, opened
+from cutaway.cli.output import deliver, print_result, print_table
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,6 +18,7 @@ app = App(
     name="dictionary",
     help="Sparse dictionaries: look into their files, check that they fit, judge them, write them in another format.",
     result_action="return_value",
+    default_parameter=Parameter(negative=()),  # the documentation does not ask the main program
 )
 app.command(judge)
 
@@ -37,7 +38,7 @@ def inspect(
     site: str | None = None,
     names: Annotated[str | None, Parameter(name="--map")] = None,
     seed: Seed = 0,
-    dtype: str | None = None,
+    dtype: DType = None,
     device: str | None = None,
     json: Flag = False,
     html: Page = None,
@@ -69,8 +70,6 @@ def inspect(
         (also b_dec, W_dec, threshold, r_mag, b_mag, W_skip, k=32, subtract_b_dec=false).
     seed
         Of the rows of text and of the random directions it is compared with.
-    dtype
-        How the model computes: float32, bfloat16 or float16.
     device
         cpu, cuda, cuda:1, ...; a GPU if there is one, else the CPU, if not given.
     json
@@ -78,20 +77,20 @@ def inspect(
     html
         Write a page.
     """
+    if corpus is None and document_separator is not None:
+        raise CutawayError("--document-separator is of the text that --corpus names: give that too")
+    for name in model or [path]:
+        announce(name)
+
     from cutaway.dictionaries.formats.by_tensors import parse_map
     from cutaway.dictionaries.formats.files import read
     from cutaway.dictionaries.formats.report import inspect as inspected
     from cutaway.draw.page import page_html
 
-    if corpus is None and document_separator is not None:
-        raise CutawayError("--document-separator is of the text that --corpus names: give that too")
-
     reading = read(path, None if names is None else parse_map(names))
     found, lms = inspected(reading), []
     if model:
-        import cutaway
-
-        lms = [cutaway.load(name, dtype=dtype, device=device) for name in model]
+        lms = [opened(name, dtype=dtype, device=device) for name in model]
         rows, text = _rows(lms[0], corpus, tokens, context, seed, document_separator)
         found = inspected(reading, lms[0] if len(lms) == 1 else lms, rows, site=site, text=text, seed=seed)
     about = found.facts
@@ -182,3 +181,25 @@ def _rows(
         documents, text = prose, "the documentation of Python's standard library"
     context = min(context, lm.context_length)
     return token_rows(lm, documents, context, seed, limit=max(2, round(tokens / context))), text
+
+
+@app.command
+def presets(*, json: Flag = False) -> None:
+    """List the published ways of training that `cutaway train --preset` takes, with what sets their sparsity.
+
+    Parameters
+    ----------
+    json
+        Print the list as JSON on stdout, and nothing else.
+    """
+    from cutaway.dictionaries.training.presets import PRESETS
+
+    if json:
+        known = [
+            {"name": name, "kind": one.kind, "what": one.what, "sparsity": one.control, "source": one.source}
+            for name, one in PRESETS.items()
+        ]
+        print_result({"presets": known})
+        return
+    rows = [[name, one.kind, one.control, f"{one.what}. {one.source}"] for name, one in PRESETS.items()]
+    print_table(["preset", "kind", "sparsity", "what and source"], rows)

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from cutaway.cli.options import Count, Flag, Separator
+from cutaway.cli.options import Count, DType, Flag, Separator, announce, opened
 from cutaway.cli.output import print_result
 
 
@@ -31,7 +31,7 @@ def harvest(
     split: str = "train",
     document_separator: Separator = None,
     verify: Flag = False,
-    dtype: str | None = None,
+    dtype: DType = None,
     device: str | None = None,
     json: Flag = False,
 ) -> None:
@@ -81,26 +81,25 @@ def harvest(
     verify
         Of a folder that is finished already, compare the hashes of all shards; else this is done up to 1 GiB, and of
         more only the sizes are looked at.
-    dtype
-        How the model computes: float32, bfloat16 or float16; float32 on a CPU and the checkpoint's own on a GPU if not
-        given.
     device
         cpu, cuda, cuda:1, ...; a GPU if there is one (under torchrun each process its own), else the CPU, if not given.
     json
         Print what the store holds as JSON on stdout, and nothing else.
     """
-    import cutaway
     from cutaway.data.corpus.documents import documents_of
+
+    documents = documents_of(corpus, field=field, split=split, document_separator=document_separator)
+    announce(model)
     from cutaway.data.harvesting.harvest import harvest as run
     from cutaway.data.harvesting.settings import Rules, Storage
 
     rules = Rules(
         bos="keep" if keep_bos else "drop", first_position="keep" if keep_first else "drop", high_norm=high_norm
     )
-    lm = cutaway.load(model, dtype=dtype, device=device or _own_gpu())
+    lm = opened(model, dtype=dtype, device=device or _own_gpu())
     made = run(
         lm,
-        documents_of(corpus, field=field, split=split, document_separator=document_separator),
+        documents,
         site,
         out=out,
         tokens=tokens,

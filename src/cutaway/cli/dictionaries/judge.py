@@ -9,7 +9,7 @@ from cyclopts import Parameter, validators
 
 from cutaway.artifacts.command import current_command
 from cutaway.artifacts.errors import CutawayError
-from cutaway.cli.options import Count, ExistingPath, Flag, Page, Seed, Separator
+from cutaway.cli.options import Count, DType, ExistingPath, Flag, Page, Seed, Separator, announce, opened
 from cutaway.cli.output import deliver
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def judge(
     probe: list[str] | None = None,
     absolute: Flag = False,
     seed: Seed = 0,
-    dtype: str | None = None,
+    dtype: DType = None,
     device: str | None = None,
     json: Flag = False,
     html: Page = None,
@@ -86,8 +86,6 @@ def judge(
         Match latents of different seeds by absolute cosine; signed if not given.
     seed
         Of rows, controls and folds.
-    dtype
-        float32, bfloat16 or float16; float32 on a CPU and the checkpoint's own on a GPU if not given.
     device
         cpu, cuda, cuda:1, ...; a GPU if there is one, else the CPU, if not given.
     json
@@ -98,8 +96,9 @@ def judge(
     if not paths:
         raise CutawayError("there is no dictionary to judge: name its folder or file")
     asked = {name: _rows_of(name) for name in probe or ()}  # a file that cannot be read is refused before any work
+    for name in model:
+        announce(name)
 
-    import cutaway
     from cutaway import dictionaries as files
     from cutaway.data.corpus.corpus import read_corpus, token_rows
     from cutaway.dictionaries.evaluation.frontier import frontier
@@ -112,7 +111,7 @@ def judge(
         for several in [files.load_all(path)]
         for name, one in several.items()
     }
-    lms = [cutaway.load(name, dtype=dtype, device=device) for name in model]
+    lms = [opened(name, dtype=dtype, device=device) for name in model]
     dictionaries = {path: one.to(lms[0].device) for path, one in dictionaries.items()}
     given = read_corpus(corpus, document_separator=document_separator)
     length = context or _context(dictionaries.values(), lms)

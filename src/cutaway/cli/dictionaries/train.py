@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter, validators
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.cli.options import Count, Flag, ModuleFile, Seed, Separator
+from cutaway.cli.options import Count, Flag, ModuleFile, Seed, Separator, announce
 from cutaway.cli.output import print_result, print_table
 
 if TYPE_CHECKING:
@@ -148,6 +148,11 @@ def train(
     json
         Print the result as JSON on stdout, and nothing else.
     """
+    if out is None and not (print_recipe or dry_run):
+        raise CutawayError("name the folder that the dictionaries go to: --out FOLDER (or look first: --dry-run)")
+    if model or module or store or recipe:
+        announce(str(model or module or store or recipe))
+
     from cutaway.dictionaries.training.recipe import Recipe
 
     options: dict[str, Any] = _assignments(assign or [])
@@ -190,8 +195,6 @@ def train(
         held_out=judge,
         data_seed=data_seed,
     )
-    if out is None and not (print_recipe or dry_run):
-        raise CutawayError("name the folder that the dictionaries go to: --out FOLDER (or look first: --dry-run)")
 
     from cutaway.dictionaries.training import api
 

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from cutaway.artifacts.command import current_command
-from cutaway.cli.options import Flag, ModuleFile, Page, opened
+from cutaway.cli.options import DType, Flag, ModuleFile, Page, announce, opened
 from cutaway.cli.output import deliver
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ def check(
     /,
     *,
     module: ModuleFile = None,
-    dtype: str | None = None,
+    dtype: DType = None,
     device: str | None = None,
     json: Flag = False,
     html: Page = None,
@@ -29,8 +29,6 @@ def check(
     module
         Instead of the model, a model of your own: FILE.py:function, which returns a module, (module, description) or
         (module, description, tokenizer).
-    dtype
-        float32, bfloat16 or float16; float32 on a CPU and the checkpoint's own on a GPU if not given.
     device
         cpu, cuda, cuda:1, ...; a GPU if there is one, else the CPU, if not given.
     json
@@ -38,7 +36,7 @@ def check(
     html
         Write a page: the card, each check's worst layer, and the residuals layer by layer.
     """
-
+    announce(model, module)
     lm = opened(model, module, dtype=dtype, device=device)
     test = lm.selftest()
     facts = card(lm)

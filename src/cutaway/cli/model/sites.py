@@ -1,6 +1,6 @@
 """`cutaway sites`: which tensors of a model can be read and edited, and under which names."""
 
-from cutaway.cli.options import Flag, ModuleFile, opened
+from cutaway.cli.options import Flag, ModuleFile, announce, opened
 from cutaway.cli.output import print_result, print_table
 
 
@@ -17,22 +17,21 @@ def sites(model: str | None = None, /, *, module: ModuleFile = None, json: Flag 
     json
         Print every site of every layer as JSON on stdout, and nothing else.
     """
+    announce(model, module)
     lm = opened(model, module)
     table = lm.sites()
     if json:
-        print_result(
-            [
-                {
-                    "name": site.name,
-                    "dims": site.dims,
-                    "shape": list(site.shape),
-                    "meaning": site.meaning,
-                    "absent": site.absent,
-                }
-                for site in table
-            ],
-            model=lm.name,
-        )
+        found = [
+            {
+                "name": site.name,
+                "dims": site.dims,
+                "shape": list(site.shape),
+                "meaning": site.meaning,
+                "absent": site.absent,
+            }
+            for site in table
+        ]
+        print_result({"sites": found}, model=lm.name)
         return
     # one line for all layers that agree: (kind, shape, reason) -> their layer numbers
     groups: dict[tuple[str, str, str, str], list[int]] = {}

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from cutaway.artifacts.command import current_command
 from cutaway.artifacts.errors import CutawayError
-from cutaway.cli.options import Count, ExistingPath, Flag, Page, Seed, Separator
+from cutaway.cli.options import Count, DType, ExistingPath, Flag, Page, Seed, Separator, announce, opened
 from cutaway.cli.output import deliver
 
 _REFERENCE_ROWS, _REFERENCE_TOKENS = 32, 64
@@ -26,7 +26,7 @@ def attribute(
     document_separator: Separator = None,
     controls: Count = 16,
     seed: Seed = 0,
-    dtype: str | None = None,
+    dtype: DType = None,
     device: str | None = None,
     json: Flag = False,
     html: Page = None,
@@ -65,8 +65,6 @@ def attribute(
         How many random token pairs to measure each part with.
     seed
         Of the random token pairs and the parts drawn as controls.
-    dtype
-        float32, bfloat16 or float16; float32 on a CPU and the checkpoint's own on a GPU if not given.
     device
         cpu, cuda, cuda:1, ...; a GPU if there is one, else the CPU, if not given.
     json
@@ -83,19 +81,20 @@ def attribute(
     if ablate < 0:
         raise CutawayError(f"--ablate {ablate}: give 0 or more parts")
 
-    import cutaway
+    n = len(prompts)
+    if answer and len(answer) not in (1, n):
+        raise CutawayError(f"{len(answer)} answers for {n} prompts: give one --answer, or one per prompt")
+    if wrong and n > 1 and len(wrong) not in (1, n):
+        raise CutawayError(f"{len(wrong)} wrong answers for {n} prompts: give one --wrong, or one per prompt")
+    announce(model)
+
     from cutaway.draw.page import page_html
     from cutaway.observe.attribution.ablation import ablate_parts, ablations_section
     from cutaway.observe.attribution.answers import model_answers
     from cutaway.observe.attribution.attribution import attribute as measure
     from cutaway.observe.attribution.results import attribution_sections, compared
 
-    n = len(prompts)
-    if answer and len(answer) not in (1, n):
-        raise CutawayError(f"{len(answer)} answers for {n} prompts: give one --answer, or one per prompt")
-    if wrong and n > 1 and len(wrong) not in (1, n):
-        raise CutawayError(f"{len(wrong)} wrong answers for {n} prompts: give one --wrong, or one per prompt")
-    lm = cutaway.load(model, dtype=dtype, device=device)
+    lm = opened(model, dtype=dtype, device=device)
     beside = None if against == "nothing" else against
     if wrong:
         beside = [wrong] if n == 1 else [[token] for token in (wrong * n if len(wrong) == 1 else wrong)]

@@ -9,7 +9,18 @@ from cyclopts import Parameter, validators
 
 from cutaway.artifacts.command import current_command
 from cutaway.artifacts.errors import CutawayError
-from cutaway.cli.options import Count, Flag, ModuleFile, Page, Seed, Separator, model_and_prompt, opened
+from cutaway.cli.options import (
+    Count,
+    DType,
+    Flag,
+    ModuleFile,
+    Page,
+    Seed,
+    Separator,
+    announce,
+    model_and_prompt,
+    opened,
+)
 from cutaway.cli.output import deliver
 
 if TYPE_CHECKING:
@@ -47,7 +58,7 @@ def heads(
     length: Count | None = None,
     seed: Seed = 0,
     module: ModuleFile = None,
-    dtype: str | None = None,
+    dtype: DType = None,
     device: str | None = None,
     json: Flag = False,
     html: Page = None,
@@ -87,8 +98,6 @@ def heads(
     module
         Instead of the model, a model of your own: FILE.py:function, which returns a module, (module, description) or
         (module, description, tokenizer).
-    dtype
-        float32, bfloat16 or float16; float32 on a CPU and the checkpoint's own on a GPU if not given.
     device
         cpu, cuda, cuda:1, ...; a GPU if there is one, else the CPU, if not given.
     json
@@ -96,13 +105,6 @@ def heads(
     html
         Write a page: the table, a map of the heads for each kind and each ablation, and the prompt's attention.
     """
-    from cutaway.draw.page import page_html
-    from cutaway.observe.heads.attention_view import attention_view
-    from cutaway.observe.heads.circuits import composition
-    from cutaway.observe.heads.labels import lead, table_sections
-    from cutaway.observe.heads.maps import ON_TEXT
-    from cutaway.observe.heads.table import head_table
-
     model, prompt = model_and_prompt(model, prompt, module)
     if "retrieval" in kind and needle is None:
         raise CutawayError("The retrieval score needs --needle, a piece of the prompt to look for.")
@@ -111,6 +113,15 @@ def heads(
     if document_separator is not None and on is None:
         raise CutawayError("--document-separator is of the text that --on names: give that too")
     files = [item for item in on or () if _is_file(item)]
+    announce(model, module)
+
+    from cutaway.draw.page import page_html
+    from cutaway.observe.heads.attention_view import attention_view
+    from cutaway.observe.heads.circuits import composition
+    from cutaway.observe.heads.labels import lead, table_sections
+    from cutaway.observe.heads.maps import ON_TEXT
+    from cutaway.observe.heads.table import head_table
+
     lm = opened(model, module, dtype=dtype, device=device)
     text = None if on is None else _text_rows(lm, on, files, rows, context, seed, document_separator)
     view = None if prompt is None or html is None else attention_view(lm, prompt)  # refuses too much before the work

@@ -5,7 +5,18 @@ from typing import Any, Literal
 
 from cutaway.artifacts.command import current_command
 from cutaway.artifacts.errors import CutawayError
-from cutaway.cli.options import Count, Flag, ModuleFile, Page, Seed, Separator, model_and_prompt, opened
+from cutaway.cli.options import (
+    Count,
+    DType,
+    Flag,
+    ModuleFile,
+    Page,
+    Seed,
+    Separator,
+    announce,
+    model_and_prompt,
+    opened,
+)
 from cutaway.cli.output import deliver
 
 _WORLD_CHARACTERS = 6_000_000
@@ -33,7 +44,7 @@ def lens(
     seed: Seed = 0,
     overwrite: Flag = False,
     module: ModuleFile = None,
-    dtype: str | None = None,
+    dtype: DType = None,
     device: str | None = None,
     json: Flag = False,
     html: Page = None,
@@ -85,8 +96,6 @@ def lens(
     module
         Instead of the model, a model of your own: FILE.py:function, which returns a module, (module, description) or
         (module, description, tokenizer).
-    dtype
-        float32, bfloat16 or float16; float32 on a CPU and the checkpoint's own on a GPU if not given.
     device
         cpu, cuda, cuda:1, ...; a GPU if there is one, else the CPU, if not given.
     json
@@ -105,6 +114,7 @@ def lens(
         raise CutawayError("--train makes a tuned lens and --tuned reads one: give one of them")
     if mid and (tuned is not None or train is not None):
         raise CutawayError("a tuned lens has no translators between attention and MLP: leave --mid out")
+    announce(model, module)
 
     from cutaway.draw.page import page_html
     from cutaway.model.naming import single_token

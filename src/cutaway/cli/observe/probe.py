@@ -9,13 +9,19 @@ from cyclopts import Parameter
 from cutaway.artifacts.command import current_command
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.files import check_folder
-from cutaway.cli.options import Count, Flag, Page, Seed
+from cutaway.cli.options import Count, DType, Flag, Page, Seed, announce, opened
 from cutaway.cli.output import deliver
 from cutaway.data.labelled.rows import read_rows
 from cutaway.data.labelled.words import without_rare
 
 if TYPE_CHECKING:
     from cutaway.observe.probes.data import ProbeData
+
+
+_NO_ANSWERS = (
+    "--use measures answers: give --answer and --wrong (what the model says for the positive and for the other class), "
+    "or columns answer and wrong."
+)
 
 
 def probe(
@@ -39,7 +45,7 @@ def probe(
     answer: str | None = None,
     wrong: str | None = None,
     save: Path | None = None,
-    dtype: str | None = None,
+    dtype: DType = None,
     device: str | None = None,
     seed: Seed = 0,
     json: Flag = False,
@@ -95,8 +101,6 @@ def probe(
         measured.
     save
         Folder for the probe with the best score, fitted on all rows.
-    dtype
-        float32, bfloat16 or float16; float32 on a CPU and the checkpoint's own on a GPU if not given.
     device
         cpu, cuda, cuda:1, ...; a GPU if there is one, else the CPU, if not given.
     seed
@@ -120,17 +124,24 @@ def probe(
         if rare:
             said = ", ".join(f"{label} ({n})" for label, n in rare.items())
             print(f"cutaway: labels in fewer sentences than {folds} folds need are left out: {said}", file=sys.stderr)
+    if use and kind == "mlp":
+        raise CutawayError("An MLP probe has no one direction to use; take a linear kind.")
+    if use and answer is None and column(rows, "answer", data) is None:
+        raise CutawayError(_NO_ANSWERS)
+    if use and answer is not None and wrong is None:
+        raise CutawayError("--answer is what the model says for one class; give --wrong for the other too.")
     texts = [row["words" if of_words else "text"] for row in rows]
     where = "words" if of_words else place(position, rows, data)
 
-    import cutaway
+    announce(model)
+
     from cutaway.draw.page import page_html
     from cutaway.observe.probes.data import probe_data
     from cutaway.observe.probes.results import sweep_sections, use_section
     from cutaway.observe.probes.sweep import probe_sweep
     from cutaway.observe.probes.usage import answer_tokens, use_in_folds
 
-    lm = cutaway.load(model, dtype=dtype, device=device)
+    lm = opened(model, dtype=dtype, device=device)
     sites = lm.sites().expand_all(site or "blocks.*.resid_post")
     labels = [row["labels" if of_words else "label"] for row in rows]
     groups = column(rows, "group", data)
@@ -139,8 +150,6 @@ def probe(
     metric = chosen = None
     if use:  # what is asked for is checked before anything is fitted
         metric = answer_tokens(lm, texts, *answers(rows, examples, answer, wrong, data))
-        if kind == "mlp":
-            raise CutawayError("An MLP probe has no one direction to use; take a linear kind.")
         chosen = lm.sites().resolve(use_site) if use_site else None
         if chosen is not None and chosen not in sites:
             raise CutawayError(f"--use-site {chosen} is not among the sites that are probed; name it with --site too.")
@@ -222,10 +231,7 @@ def answers(
     own, other = column(rows, "answer", path), column(rows, "wrong", path)
     if answer is None:
         if own is None:
-            raise CutawayError(
-                "--use measures answers: give --answer and --wrong (what the model says for the positive and for the "
-                "other class), or columns answer and wrong."
-            )
+            raise CutawayError(_NO_ANSWERS)
         return [str(a) for a in own], None if other is None else [str(w) for w in other]
     classes = examples.classes
     if classes is None or len(classes) != 2:

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from cutaway.artifacts.command import current_command
 from cutaway.artifacts.errors import CutawayError
-from cutaway.cli.options import Count, Flag, Page, Seed
+from cutaway.cli.options import Count, DType, Flag, Page, Seed, announce, opened
 from cutaway.cli.output import deliver
 
 
@@ -19,7 +19,7 @@ def saliency(
     steps: Count | None = None,
     seeds: Count = 2,
     draws: Count = 20,
-    dtype: str | None = None,
+    dtype: DType = None,
     device: str | None = None,
     seed: Seed = 0,
     json: Flag = False,
@@ -50,8 +50,6 @@ def saliency(
         How many untrained models each map is compared with.
     draws
         How many random sets of tokens stand beside the deletion of the top ones.
-    dtype
-        float32, bfloat16 or float16; float32 on a CPU and the checkpoint's own on a GPU if not given.
     device
         cpu, cuda, cuda:1, ...; a GPU if there is one, else the CPU, if not given.
     seed
@@ -68,7 +66,7 @@ def saliency(
         if given and len(given) not in (1, n):
             raise CutawayError(f"{len(given)} {what} for {n} prompts; give one, or one for each prompt.")
 
-    import cutaway
+    announce(model)
     from cutaway.draw.page import page_html
     from cutaway.observe.attribution.answers import model_answers
     from cutaway.observe.saliency_maps.methods import METHODS
@@ -76,7 +74,7 @@ def saliency(
     from cutaway.observe.saliency_maps.report import saliency as measure
 
     chosen: Any = tuple(dict.fromkeys(method)) if method else METHODS
-    lm = cutaway.load(model, dtype=dtype, device=device)
+    lm = opened(model, dtype=dtype, device=device)
     answers: Any = model_answers(lm, list(prompts)) if not answer else answer * n if len(answer) == 1 else answer
     report = measure(
         lm,
