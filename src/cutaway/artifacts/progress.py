@@ -28,7 +28,7 @@ def shown(label: str, total: int, unit: str, *, least: int = 2) -> Iterator[Call
         yield progress.advance
 
 
-def _is_quiet() -> bool:
+def is_quiet() -> bool:
     """Whether `CUTAWAY_QUIET` asks for silence."""
     return os.environ.get("CUTAWAY_QUIET", "0") not in ("", "0")
 
@@ -54,7 +54,7 @@ class Progress:
 
     def __enter__(self) -> Self:
         self._start = self._last_line = time.monotonic()
-        if not _is_quiet() and sys.stderr.isatty():
+        if not is_quiet() and sys.stderr.isatty():
             self._bar, self._task = _bar(self.label, self.total)
             self._bar.start()
         return self
@@ -62,7 +62,7 @@ class Progress:
     def __exit__(self, kind: object, *_: object) -> None:
         if self._bar is not None:
             self._bar.stop()
-        elif not _is_quiet():
+        elif not is_quiet():
             self._print(final=kind is None)
 
     def advance(self, n: int = 1, *, note: str | None = None) -> None:
@@ -72,7 +72,7 @@ class Progress:
             self.note = note
         if self._bar is not None:
             self._bar.update(self._task, completed=self.done, note=self.line(short=True))
-        elif not _is_quiet() and time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES:
+        elif not is_quiet() and time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES:
             self._print()
 
     def line(self, *, short: bool = False) -> str:
