@@ -87,6 +87,12 @@ def test_the_control_has_unit_random_directions_and_a_fitted_gain() -> None:
     assert not torch.equal(random_dictionary(dictionary, sample, seed=2).W_dec, control.W_dec)
 
 
+def test_the_control_of_weights_in_float16_has_the_gain_of_float32() -> None:
+    sample = torch.randn(30_000, 8, generator=torch.Generator().manual_seed(4)) * 4  # its squares add up to 3.8 M
+    wide, narrow = (random_dictionary(small(dtype=dtype), sample, seed=1) for dtype in (torch.float32, torch.float16))
+    torch.testing.assert_close(narrow.W_enc.float(), wide.W_enc, rtol=0.02, atol=1e-3)
+
+
 def test_wrong_shapes_and_widths_are_named() -> None:
     dictionary = small()
     with pytest.raises(CutawayError, match=r"b_enc has shape \[5\] where \[24\]"):

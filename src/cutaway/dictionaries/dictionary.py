@@ -395,8 +395,9 @@ def random_dictionary(like: Dictionary, sample: Tensor, seed: int, target: Tenso
         writes=like.writes,
         subtract_b_dec=same,
     )
-    centred, written = wanted - mean, control(sample) - mean
-    gain = (centred * written).sum() / written.square().sum().clamp_min(torch.finfo(written.dtype).tiny)
+    # in float64: float16, in which weights are often stored, ends at 65,504
+    centred, written = (values.double() - mean.double() for values in (wanted, control(sample)))
+    gain = ((centred * written).sum() / written.square().sum().clamp_min(1e-300)).item()
     return replace(control, W_enc=control.W_enc * gain, b_enc=control.b_enc * gain)
 
 
