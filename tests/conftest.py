@@ -1,6 +1,7 @@
 """Fixtures that every test may use."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,14 @@ def shared_folder() -> Path | None:
     named = os.environ.get("CUTAWAY_SHARED")
     folder = Path(named) if named else REPOSITORY.parent / "shared"
     return folder if (folder / "models").is_dir() else None
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_status_line() -> Iterator[None]:
+    """Commands that run in this process say nothing about loading; `tests/cli/test_early.py` looks at that line."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cutaway.cli.options.is_quiet", lambda: True)
+        yield
 
 
 @pytest.fixture(scope="session")

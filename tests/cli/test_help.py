@@ -25,7 +25,7 @@ def test_no_option_has_an_empty_or_negative_form(capsys: pytest.CaptureFixture[s
             assert main([*words, name, "--help"]) == 0
             text = capsys.readouterr().out
             assert "--empty-" not in text
-            assert "--no-" not in text.replace("--no-header", "")
+            assert "--no-" not in text.replace("--no-header", "").replace("--no-browser", "")
 
 
 def test_presets_are_listed(capsys: pytest.CaptureFixture[str]) -> None:

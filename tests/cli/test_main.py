@@ -145,6 +145,7 @@ def test_ctrl_c_is_one_line_and_exit_code_130() -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(code)],
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a runner in the background ignores it
+        env={name: value for name, value in os.environ.items() if name != "CUTAWAY_QUIET"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

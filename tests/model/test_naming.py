@@ -118,4 +118,4 @@ def test_a_real_model_of_this_kind(shared: Path, capsys: Any, prompt: str, answe
     folder = str(shared / "models" / "stories260K")
     wanted = token.replace("▁", " ")
     assert main(["attribute", folder, prompt, "--answer", answer, "--json", "--controls", "1"]) == 0
-    assert json.loads(capsys.readouterr().out)["answer"] == [wanted]
+    assert json.loads(capsys.readouterr().out)["figures"]["answer"] == [wanted]

@@ -130,7 +130,7 @@ def test_a_map_for_unknown_names(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
     text = ",".join(f"{role}={name}" for role, name in names.items())
     assert main(["dictionary", "inspect", str(tmp_path), "--map", f"{text},k=4", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    found = json.loads(capsys.readouterr().out)["figures"]
     assert (found["d_in"], found["d_sae"], found["selector"]) == (D, F, "topk k=4")
     assert {one["name"] for one in found["tensors"]} == {*tensors}
     out = tmp_path / "out"

@@ -236,8 +236,7 @@ def answers(
     classes = examples.classes
     if classes is None or len(classes) != 2:
         raise CutawayError("--answer and --wrong are for two classes; give columns answer and wrong instead.")
-    if wrong is None:
-        raise CutawayError(f"--answer is what the model says for {classes[1]!r}; give --wrong for {classes[0]!r} too.")
+    assert wrong is not None  # refused before the model was loaded
     by_text = dict(zip(examples.row.tolist(), examples.labels.tolist(), strict=True))
     positive = [by_text.get(i) == 1 for i in range(len(rows))]
     return [answer if p else wrong for p in positive], [wrong if p else answer for p in positive]

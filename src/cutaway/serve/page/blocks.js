@@ -30,6 +30,7 @@ export const legend = (box, low, high, units, letter = "s") => {
   const strip = make("div", { className: "cw-legend-strip", ariaHidden: "true" });
   for (let i = 0; i < 11; i++) strip.append(make("i", { className: `cw-${letter}${i}` }));
   const numbers = make("div", { className: "cw-legend-ends" }, ...ends.map((end) => make("span", {}, written(end, 2))));
+  [...numbers.children].forEach((number, i) => number.style.setProperty("--at", i / (ends.length - 1)));
   box.className = "cw-legend";
   box.replaceChildren(make("div", { className: "cw-legend-scale" }, strip, numbers), make("span", { className: "cw-legend-units" }, units));
 };
