@@ -189,7 +189,7 @@ def test_nothing_sideways_and_nothing_that_axe_finds(visit: Visit, viewport: Any
     assert page.evaluate("document.documentElement.scrollWidth") <= viewport["width"]
     assert page.evaluate(OUTSIDE) == []
     found = axe.run(page).response["violations"]
-    assert [(one["id"], one["impact"], one["nodes"][0]["html"]) for one in found] == []
+    assert [(one["id"], one["impact"], [node["html"] for node in one["nodes"]]) for one in found] == []
 
 
 def test_the_readers_choice_of_theme_wins(visit: Visit) -> None:

@@ -207,7 +207,7 @@ const drawPattern = () => {
   const cut = (r, c) => changes.some((one) => one.kind === "cut" && one.site === pattern.site && one.head === head[1] && one.position === r && one.key === c);
   byId("_pattern_h").textContent = `Where head ${headName(head)} looks`;
   patternGrid.fill({
-    corner: "",
+    corner: "from",
     columns: names,
     rows: names,
     cells: pattern.values.map((row, r) => row.map((value, c) => c > r && value === 0 ? null : {
