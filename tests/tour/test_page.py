@@ -322,7 +322,7 @@ def test_a_folded_table_opens_from_a_line_that_says_what_it_is() -> None:
     page = Page(render(with_block(table)))
     assert page.problems == []
     assert page.text.index("All <1> rows") < page.text.index("inside")
-    assert ("details", "class", "fold") in page.attributes
-    assert ("details", "class", "fold") not in Page(
+    assert ("details", "class", "cw-fold") in page.attributes
+    assert ("details", "class", "cw-fold") not in Page(
         render(with_block(table.model_copy(update={"fold": ""})))
     ).attributes
