@@ -15,7 +15,6 @@ from cutaway.subjects.atlas.shipped import read_log
 
 CHECKPOINT = "checkpoint.safetensors"
 LOG = "log.jsonl"
-_MOMENTS = {True: ("exp_avg", "exp_avg_sq"), False: ("momentum_buffer",)}  # of AdamW, and of Muon
 
 
 def _owner(optimizers: Sequence[torch.optim.Optimizer], parameter: torch.nn.Parameter) -> torch.optim.Optimizer:
@@ -53,12 +52,13 @@ def load_checkpoint(folder: Path, model: LlamaForCausalLM, optimizers: Sequence[
             with torch.no_grad():
                 for name, parameter in model.named_parameters():
                     optimizer = _owner(optimizers, parameter)
-                    parts = ("value", *_MOMENTS[type(optimizer) is torch.optim.AdamW])
-                    kept = {part: tensors.get_tensor(f"{name}|{part}") for part in parts}
+                    adam = isinstance(optimizer, torch.optim.AdamW)
+                    parts = ("exp_avg", "exp_avg_sq") if adam else ("momentum_buffer",)
+                    kept = {part: tensors.get_tensor(f"{name}|{part}") for part in ("value", *parts)}
                     if any(tensor.shape != parameter.shape for tensor in kept.values()):
                         raise ValueError(f"{name} has another shape")
                     parameter.copy_(kept.pop("value"))
-                    if type(optimizer) is torch.optim.AdamW:
+                    if adam:
                         kept["step"] = torch.tensor(float(step), device=parameter.device)
                     optimizer.state[parameter] = kept
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:

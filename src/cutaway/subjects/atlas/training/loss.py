@@ -9,7 +9,10 @@ from torch import Tensor
 _CHUNK = 2048  # rows whose logits exist at a time
 
 
-def _softmax_loss(logits: Tensor, wanted: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+SoftmaxLoss = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def softmax_loss(logits: Tensor, wanted: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Σ weight · −log softmax(logits)[wanted], and its gradient in the logits: weight · (p − onehot)."""
     wide = logits.float()
     log_sum = wide.logsumexp(-1, keepdim=True)
@@ -23,7 +26,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, dtype: torch.dtype, softmax: Any
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        weights: Tensor,
+        dtype: torch.dtype,
+        softmax: SoftmaxLoss,
     ) -> Tensor:
         narrow = weight.to(dtype)
         total = hidden.new_zeros((), dtype=torch.float32)
@@ -53,14 +62,14 @@ def linear_cross_entropy(
     weights: Tensor,
     dtype: torch.dtype = torch.float32,
     *,
-    compile: Callable[[Any], Any] | None = None,
+    softmax: SoftmaxLoss = softmax_loss,
 ) -> Tensor:
     """Weighted sum of the cross-entropy, in nats, of logits hidden·weightᵀ.
 
     `hidden` [..., d], `weight` [V, d], `targets` int64 [...], `weights` float [...], one per target; where it is zero
-    the target may be anything. Matrix products run in `dtype`; the softmax is in float32. `compile`, such as
-    `torch.compile`, fuses the softmax. Differentiable in `hidden` and `weight`. Memory is O(chunk·V), not O(n·V).
+    the target may be anything. Matrix products run in `dtype`; the softmax is in float32. `softmax` may be
+    `softmax_loss` as `torch.compile` made it. Differentiable in `hidden` and `weight`. Memory is O(chunk·V), not
+    O(n·V).
     """
     flat, wanted, counted = hidden.flatten(0, -2), targets.flatten().clamp_min(0), weights.flatten().float()
-    softmax = _softmax_loss if compile is None else compile(_softmax_loss)
     return _LinearCrossEntropy.apply(flat, weight, wanted, counted, dtype, softmax)  # type: ignore[no-any-return]

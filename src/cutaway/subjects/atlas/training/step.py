@@ -10,7 +10,7 @@ from transformers import LlamaForCausalLM
 
 from cutaway.artifacts.errors import CutawayError
 from cutaway.subjects.atlas.training.batches import target_weights
-from cutaway.subjects.atlas.training.loss import linear_cross_entropy
+from cutaway.subjects.atlas.training.loss import linear_cross_entropy, softmax_loss
 from cutaway.subjects.atlas.training.recipe import Optimizer
 
 BETAS = (0.9, 0.95)
@@ -32,7 +32,7 @@ class Step:
     ) -> None:
         self.model, self.optimizers, self.dtype, self.reply_weight = model, optimizers, dtype, reply_weight
         self.trunk = torch.compile(model.model) if compiled else model.model
-        self.compile = torch.compile if compiled else None
+        self.softmax = torch.compile(softmax_loss) if compiled else softmax_loss
 
     def __call__(self, inputs: Any, targets: Any, *, rate: float) -> float:
         device = self.model.device
@@ -48,7 +48,7 @@ class Step:
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
                 hidden = self.trunk(input_ids=ids[piece], use_cache=False).last_hidden_state
             summed = linear_cross_entropy(
-                hidden, head, wanted[piece], weighing[piece], self.dtype, compile=self.compile
+                hidden, head, wanted[piece], weighing[piece], self.dtype, softmax=self.softmax
             )
             loss = summed / counted
             loss.backward()

@@ -204,7 +204,9 @@ def fit(
     first = load_checkpoint(folder, model, optimizers)
     log = read_records(folder, first)
     if compiled and model.device.type == "cpu":
-        model.set_attn_implementation("eager")  # compiled, it is 1.4 times faster than the flash kernel of processors
+        model.set_attn_implementation(
+            "eager"
+        )  # compiled, it outruns the flash kernel, whose backward pass is slow here
     step_of = Step(model, optimizers, dtype, recipe.reply_weight, compiled)
     tokens_per_step = recipe.rows * recipe.context
     label = "training" if not first else f"training from {first * tokens_per_step / 1e6:.1f}M tokens"
