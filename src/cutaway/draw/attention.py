@@ -9,12 +9,12 @@ import base64
 import struct
 import zlib
 from collections.abc import Sequence
-from importlib.resources import files
 from typing import TypedDict
 
 from markupsafe import Markup
 
 from cutaway.artifacts.errors import CutawayError
+from cutaway.draw.style import asset
 from cutaway.draw.text import escape, number, shorten, token_html, visible
 
 _THUMBNAIL = 72  # least pixels of a pattern's image: small ones are enlarged by whole factors, so that cells stay sharp
@@ -75,7 +75,7 @@ def attention_html(
         if "\n" in token:
             words.append("<br/>")
     return Markup(
-        f'<div class="cw-att{large}" data-p="{len(tokens)}"><style>{_asset("attention.css")}</style>'
+        f'<div class="cw-att{large}" data-p="{len(tokens)}"><style>{asset("attention.css")}</style>'
         f'<div class="cw-att-main"><p class="cw-att-head-name" hidden></p>'
         f'<div class="cw-att-text" aria-label="{escape(title)}">{"".join(words)}</div>'
         '<p class="cw-att-key" hidden><span><i class="cw-s7"></i> where the marked token looks</span> '
@@ -85,7 +85,7 @@ def attention_html(
         f'<div class="cw-att-grid" aria-label="heads">{"".join(rows)}</div>'
         '<p class="cw-small">Each square is one head: a row is a token that looks, a column one that is looked at, the '
         "first token on top and on the left; strong colour is much attention.</p>"
-        f"<script>{_asset('attention.js')}</script></div>"
+        f"<script>{asset('attention.js')}</script></div>"
     )
 
 
@@ -115,10 +115,6 @@ def _check(tokens: Sequence[str], patterns: Sequence[Pattern]) -> None:
                 f"The pattern of L{pattern['layer']}H{pattern['head']} has {len(pattern['values'])} cells; "
                 f"{len(tokens)} tokens need {len(tokens) ** 2}."
             )
-
-
-def _asset(name: str) -> str:
-    return files("cutaway.draw").joinpath(name).read_text(encoding="utf-8").strip()
 
 
 def _thumbnail(pattern: Pattern, tokens: Sequence[str], chosen: bool) -> str:

@@ -8,13 +8,6 @@
   tip.hidden = true;
   document.body.append(tip);
 
-  // Light and dark: the reader's choice wins over the system's.
-  document.querySelector(".theme")?.addEventListener("click", () => {
-    const dark = root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
-    root.dataset.theme = dark ? "light" : "dark";
-    try { localStorage.setItem("cutaway-theme", root.dataset.theme); } catch {}
-  });
-
   // Copy a command line. A page opened from disk may be denied the clipboard, so there is a second way.
   const copied = (button, word) => {
     button.textContent = word;

@@ -5,7 +5,6 @@ import hashlib
 import re
 from collections.abc import Sequence
 from functools import cache
-from importlib.resources import files
 from pathlib import Path
 
 from markupsafe import Markup
@@ -13,23 +12,21 @@ from markupsafe import Markup
 from cutaway import __version__
 from cutaway.artifacts.files import refuse_replacing, write_text
 from cutaway.draw.glossary import Linker
-from cutaway.draw.style import script, stylesheet
+from cutaway.draw.style import asset, script, stylesheet
 from cutaway.draw.text import escape
 
-_THEME = (
-    'document.documentElement.classList.add("js");\ntry { const t = localStorage.getItem("cutaway-theme"); '
-    "if (t) document.documentElement.dataset.theme = t; } catch {}"
-)
 _MARK = (
     '<svg width="22" height="22" viewBox="0 0 22 22" aria-hidden="true"><path d="M11 1.5A9.5 9.5 0 1 0 20.5 11H11z"/>'
     '<path d="M11 5a6 6 0 1 0 6 6M11 8.4A2.6 2.6 0 1 0 13.6 11"/></svg>'
 )
 _SWITCH = (
-    '<button type="button" class="theme needs-js" aria-label="Switch between light and dark">'
+    '<button type="button" class="theme needs-js" aria-label="Light / dark: switch the colours">'
     '<svg width="16" height="16" viewBox="0 0 16 16" aria-hidden="true"><circle cx="8" cy="8" r="6.5"/>'
     '<path d="M8 1.5a6.5 6.5 0 0 1 0 13z"/></svg>'
     "<span>Light / dark</span></button>"
 )
+HEADER = f'<header class="top"><span class="brand">{_MARK}cutaway</span>{_SWITCH}</header>'
+"""The mark, and the switch between light and dark."""
 
 Section = tuple[str, str, Markup]
 """A part of a page: its heading, the text under it, and its drawing."""
@@ -130,25 +127,21 @@ def shell(title: str, body: str) -> str:
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'; "
         f'script-src {_allowed()}; img-src data:">\n<meta name="generator" content="cutaway {__version__}">\n'
         f'<title>{escape(title)}</title>\n<link rel="icon" href="data:,">\n'
-        f"<style>\n{_style()}\n</style>\n<script>{_THEME}</script>\n</head>\n<body>\n"
-        f'<a class="skip" href="#_steps">Skip to the results</a>\n<header class="top"><span class="brand">'
-        f"{_MARK}cutaway</span>{_SWITCH}</header>\n{body}\n<script>{script()}</script>\n</body>\n</html>\n"
+        f"<style>\n{_style()}\n</style>\n<script>{asset('theme.js')}</script>\n</head>\n<body>\n"
+        f'<a class="skip" href="#_steps">Skip to the results</a>\n'
+        f"{HEADER}\n{body}\n<script>{script()}</script>\n</body>\n</html>\n"
     )
-
-
-def _asset(name: str) -> str:
-    return files("cutaway.draw").joinpath(name).read_text(encoding="utf-8").strip()
 
 
 @cache
 def _allowed() -> str:
     """The hashes of the only scripts that a page may run: what a text might smuggle in does not."""
-    hashes = (hashlib.sha256(text.encode()).digest() for text in (_THEME, script(), _asset("attention.js")))
+    hashes = (hashlib.sha256(text.encode()).digest() for text in (asset("theme.js"), script(), asset("attention.js")))
     return " ".join(f"'sha256-{base64.b64encode(one).decode()}'" for one in hashes)
 
 
 @cache
 def _style() -> str:
     """The style sheets without comments and indentation."""
-    css = re.sub(r"/\*.*?\*/", "", f"{stylesheet()}\n{_asset('page.css')}", flags=re.DOTALL)
+    css = re.sub(r"/\*.*?\*/", "", f"{stylesheet()}\n{asset('frame.css')}\n{asset('page.css')}", flags=re.DOTALL)
     return "\n".join(line.strip() for line in css.splitlines() if line.strip())

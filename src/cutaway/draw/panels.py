@@ -79,13 +79,17 @@ def table_html(
     sides = align or [_side([row[c] for row in rows]) for c in range(len(columns))]
     css = ["cw-right" if side == "right" else "cw-left" for side in sides]
     heads = "".join(f'<th scope="col" class="{css[c]}">{escape(name)}</th>' for c, name in enumerate(columns))
-    sided = [' class="cw-right"' if side == "right" else "" for side in sides]
+    most = (
+        max(dict.fromkeys(sides), key=sides.count) if sides else "left"
+    )  # said once: a table may have thousands of cells
+    sided = ["" if side == most else f' class="cw-{side}"' for side in sides]
     body = "".join(
         "<tr>" + "".join(f"<td{sided[c]}>{escape(number(cell))}</td>" for c, cell in enumerate(row)) + "</tr>"
         for row in rows
     )
     head = (
-        f'<table class="cw-table"><caption class="cw-hidden">{escape(title)}</caption><thead><tr>{heads}</tr></thead>'
+        f'<table class="cw-table{" cw-numbers" if most == "right" else ""}"><caption class="cw-hidden">{escape(title)}'
+        f"</caption><thead><tr>{heads}</tr></thead>"
     )
     return wide(Markup(f"{head}<tbody>{body}</tbody></table>"))
 

@@ -5,14 +5,19 @@ from importlib.resources import files
 from markupsafe import Markup
 
 
+def asset(name: str) -> str:
+    """The text of a style sheet or script of this package."""
+    return files("cutaway.draw").joinpath(name).read_text(encoding="utf-8").strip()
+
+
 def stylesheet() -> str:
     """The CSS that every drawing needs, light and dark."""
-    return files("cutaway.draw").joinpath("cutaway.css").read_text(encoding="utf-8")
+    return asset("cutaway.css")
 
 
 def script() -> str:
     """The script of all drawings: values by keyboard and touch, tables that sort. Nothing is missing without it."""
-    return files("cutaway.draw").joinpath("page.js").read_text(encoding="utf-8").strip()
+    return asset("page.js")
 
 
 def standalone(drawing: Markup) -> Markup:

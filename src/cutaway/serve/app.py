@@ -14,7 +14,8 @@ from starlette.requests import Request
 
 from cutaway import __version__
 from cutaway.artifacts.errors import CutawayError
-from cutaway.draw.style import stylesheet
+from cutaway.draw.page import HEADER
+from cutaway.draw.style import asset, stylesheet
 from cutaway.model.language_model import LanguageModel
 from cutaway.serve.guard import Guard
 from cutaway.serve.live import LiveModel
@@ -79,12 +80,13 @@ def _problem(status: int, sentence: str) -> Response:
 def _page() -> APIRouter:
     """The page's files, each at its own name; they are read once."""
     router = APIRouter(include_in_schema=False)
-    texts = {"cutaway.css": stylesheet()}
+    texts = {"cutaway.css": f"{stylesheet()}\n{asset('frame.css')}", "theme.js": asset("theme.js")}
     texts |= {
         file.name: file.read_text(encoding="utf-8")
         for file in files("cutaway.serve").joinpath("page").iterdir()
         if file.name.rpartition(".")[2] in _TYPES
     }
+    texts["index.html"] = texts["index.html"].replace("<header></header>", HEADER)
 
     def serve(path: str, text: str, kind: str) -> None:
         router.add_api_route(path, lambda: Response(text, media_type=_TYPES[kind]), methods=["GET"])
