@@ -146,7 +146,7 @@ def test_use_without_answers_says_what_to_give(tmp_path: Path, capsys: pytest.Ca
     words = ["probe", "atlas", file(tmp_path, "d.csv", ROWS), "--site", "blocks.0.resid_post", "--draws", "1", "--use"]
     for more, says in (
         ([], "give --answer and --wrong"),
-        (["--answer", " yes"], "give --wrong for the other too"),
+        (["--answer", " yes"], "give --wrong for 'a' too"),
         (["--answer", " yes", "--wrong", " yes"], "begin with the same token"),
         (["--use-site", "blocks.1.resid_post", "--answer", " a", "--wrong", " b"], "not among the sites"),
     ):

@@ -128,8 +128,12 @@ def probe(
         raise CutawayError("An MLP probe has no one direction to use; take a linear kind.")
     if use and answer is None and column(rows, "answer", data) is None:
         raise CutawayError(_NO_ANSWERS)
+    labels = [row["labels" if of_words else "label"] for row in rows]
     if use and answer is not None and wrong is None:
-        raise CutawayError("--answer is what the model says for one class; give --wrong for the other too.")
+        from cutaway.observe.probes.data import label_classes
+
+        one, two = _two(None if of_words else label_classes(labels, True if regression else None)[1])
+        raise CutawayError(f"--answer is what the model says for {two!r}; give --wrong for {one!r} too.")
     texts = [row["words" if of_words else "text"] for row in rows]
     where = "words" if of_words else place(position, rows, data)
 
@@ -143,7 +147,6 @@ def probe(
 
     lm = opened(model, dtype=dtype, device=device)
     sites = lm.sites().expand_all(site or "blocks.*.resid_post")
-    labels = [row["labels" if of_words else "label"] for row in rows]
     groups = column(rows, "group", data)
     numbers = True if regression else None
     examples = probe_data(lm, texts, labels, position=where, groups=groups, regression=numbers)
@@ -224,6 +227,12 @@ def place(position: str, rows: list[dict[str, Any]], path: Path) -> Any:
     return int(position) if position.lstrip("-").isdigit() else position
 
 
+def _two(classes: tuple[str, ...] | None) -> tuple[str, str]:
+    if classes is None or len(classes) != 2:
+        raise CutawayError("--answer and --wrong are for two classes; give columns answer and wrong instead.")
+    return classes[0], classes[1]
+
+
 def answers(
     rows: list[dict[str, Any]], examples: "ProbeData", answer: str | None, wrong: str | None, path: Path
 ) -> tuple[list[str], list[str] | None]:
@@ -233,9 +242,7 @@ def answers(
         if own is None:
             raise CutawayError(_NO_ANSWERS)
         return [str(a) for a in own], None if other is None else [str(w) for w in other]
-    classes = examples.classes
-    if classes is None or len(classes) != 2:
-        raise CutawayError("--answer and --wrong are for two classes; give columns answer and wrong instead.")
+    _two(examples.classes)
     assert wrong is not None  # refused before the model was loaded
     by_text = dict(zip(examples.row.tolist(), examples.labels.tolist(), strict=True))
     positive = [by_text.get(i) == 1 for i in range(len(rows))]

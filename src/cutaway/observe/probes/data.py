@@ -146,7 +146,7 @@ def probe_data(
         rule = "words"
     if len(flat) == 0:
         raise CutawayError("There is no labelled token; give at least one label that is not None.")
-    numbers, classes = _classes(flat, regression)
+    numbers, classes = label_classes(flat, regression)
     return ProbeData(
         tokens=tokens,
         row=row,
@@ -202,7 +202,8 @@ def _places(tokens: Tokens, labels: Sequence[Any], position: Position) -> tuple[
     return rows, np.array(at), list(labels), rule
 
 
-def _classes(labels: list[Any], regression: bool | None) -> tuple[np.ndarray, tuple[str, ...] | None]:
+def label_classes(labels: list[Any], regression: bool | None) -> tuple[np.ndarray, tuple[str, ...] | None]:
+    """Labels as numbers, and the classes that they number; None for a regression, which `regression` None decides."""
     for i, label in enumerate(labels):
         empty = label is None or (isinstance(label, str) and not label.strip())
         if empty or (isinstance(label, float) and not np.isfinite(label)):
