@@ -300,6 +300,10 @@ def test_table_aligns_numbers_and_writes_every_cell():
     root = parse(table_html(columns=["a", "b", "c"], rows=[["x", 1.5, True], [None, None, False]], title="T"))
     assert [words(cell) for cell in root.iter("td")] == ["x", "1.5", "yes", "–", "–", "no"]
     assert [cell.get("class") for cell in root.iter("th")] == ["cw-left", "cw-right", "cw-left"]
+    assert [cell.get("class") for cell in root.iter("td")] == [None, "cw-right", None] * 2
+    numbers = parse(table_html(columns=["a", "b", "c"], rows=[["x", 1, 2]], title="T"))
+    assert "cw-numbers" in (next(numbers.iter("table")).get("class") or "")
+    assert [cell.get("class") for cell in numbers.iter("td")] == ["cw-left", None, None]
 
 
 def test_highlights_are_marked_even_when_they_look_like_markup():

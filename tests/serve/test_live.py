@@ -10,7 +10,7 @@ from live_page import CAPITALS, PATCH, Ask
 import cutaway
 from cutaway.model.language_model import LanguageModel
 from cutaway.observe import attribute, logit_lens
-from cutaway.serve.live import DRAWS, LiveModel, counterparts
+from cutaway.serve.live import DRAWS, LiveModel, counterparts, noise_like
 from cutaway.serve.wire import Change, Question, Trial
 
 CLICKS = [
@@ -53,6 +53,14 @@ def test_a_patch_turns_the_answer_and_noise_of_its_size_does_not(ask: Ask) -> No
     assert shift["draws"] == DRAWS
     assert found["touched"][0]["tokens"] == 1
     assert found["lens"]["top"][-1][-1][0]["shown"] == "·Sacramento"
+
+
+def test_the_control_is_as_large_as_the_edit_and_in_its_place(atlas: LanguageModel) -> None:
+    edit = cutaway.zero("blocks.2.resid_post", positions=[5, 8])
+    edited = atlas.run(CAPITALS["text"], edits=[edit], logits=None).receipts[0]
+    noise = atlas.run([CAPITALS["text"]] * DRAWS, edits=[noise_like(edited)], logits=None).receipts[0]
+    assert noise.mean_abs_delta == pytest.approx(edited.mean_abs_delta, rel=0.05)  # 4,096 values, s.e. 1.2 %
+    assert [list(row) for row in noise.positions] == [[5, 8]] * DRAWS
 
 
 @pytest.mark.parametrize("changes", CLICKS, ids=lambda changes: " ".join(one["kind"] for one in changes))

@@ -208,3 +208,7 @@ def test_a_legend_has_its_true_range(visit: Visit) -> None:
     reach = max(map(abs, values))
     ends = page.locator("#parts-legend .cw-legend-ends span").all_inner_texts()
     assert [float(end.replace("−", "-")) for end in ends] == pytest.approx([-reach, 0, reach], abs=0.011)
+    lefts = page.evaluate(
+        "[...document.querySelectorAll('#parts-legend .cw-legend-ends span')].map(e => e.getBoundingClientRect().left)"
+    )
+    assert lefts[0] < lefts[1] < lefts[2]

@@ -15,6 +15,7 @@ from cutaway import __version__
 from cutaway.artifacts.errors import CutawayError, NotSupported, TooLarge
 from cutaway.draw.text import visible
 from cutaway.model.edits import edits as library
+from cutaway.model.edits.edit import Receipt
 from cutaway.model.edits.edits import Edit
 from cutaway.model.language_model import LanguageModel
 from cutaway.model.naming import single_token
@@ -133,14 +134,7 @@ class LiveModel:
             edited = lm.run(asked.tokens, edits=edits, logits="last")
             after = edited.last_logits[0]
             rows = Tokens.whole(asked.tokens.ids.expand(DRAWS, -1), lambda: asked.tokens.spelled * DRAWS)
-            # E|x| of a normal x is σ √(2/π)
-            noise = [
-                library.noise(
-                    receipt.site, receipt.mean_abs_delta * math.sqrt(math.pi / 2), seed=range(DRAWS),
-                    positions=receipt.positions[0], heads=receipt.heads,
-                )
-                for receipt in edited.receipts
-            ]  # fmt: skip
+            noise = [noise_like(receipt) for receipt in edited.receipts]
             controls = lm.run(rows, edits=noise, logits="last").last_logits
             chances = [asked.logits.softmax(-1), after.softmax(-1), controls.softmax(-1).mean(0)]
             ids = dict.fromkeys([asked.answer, asked.rival])
@@ -273,6 +267,17 @@ class _Asked:
             raise CutawayError("A mean is over the values at this text's tokens but the first; choose another site.")
         value = own(site)[0, 1:].mean(0)
         return library.mean(site, value if heads is None else value[heads], positions=position, heads=heads)
+
+
+def noise_like(receipt: Receipt) -> Edit:
+    """Noise where an edit was, with its mean |Δ|, one draw per row: E|x| of a normal x is σ √(2/π)."""
+    return library.noise(
+        receipt.site,
+        receipt.mean_abs_delta * math.sqrt(math.pi / 2),
+        seed=range(DRAWS),
+        positions=receipt.positions[0],
+        heads=receipt.heads,
+    )
 
 
 def counterparts(ids: Sequence[int], others: Sequence[int]) -> list[int | None]:
