@@ -1,9 +1,10 @@
 """Fixtures that every test may use."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -42,6 +43,30 @@ def shared() -> Path:
     if folder is None:
         pytest.skip("the optional folder of real models is absent (set CUTAWAY_SHARED to its path)")
     return folder
+
+
+@pytest.fixture(scope="module")  # there may be one Playwright at a time
+def browser() -> Iterator[Any]:
+    """The system's Chromium, headless; `CUTAWAY_CHROMIUM` names another."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    named = os.environ.get("CUTAWAY_CHROMIUM")
+    path = named or next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if path is None:
+        pytest.skip("no Chromium is installed (set CUTAWAY_CHROMIUM to its path)")
+    quiet = ("quic", "background-networking", "component-update", "sync")
+    with sync_api.sync_playwright() as play:
+        browser = play.chromium.launch(
+            executable_path=path,
+            args=[
+                "--headless",
+                "--no-sandbox",
+                "--disable-gpu",
+                "--no-first-run",
+                *(f"--disable-{one}" for one in quiet),
+            ],
+        )
+        yield browser
+        browser.close()
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,5 @@
 """The live page of atlas: its application, a client that speaks to it, and a browser on a real server."""
 
-import os
-import shutil
 import socket
 import threading
 import time
@@ -54,19 +52,3 @@ def address(app: Any) -> Iterator[str]:
     yield f"http://127.0.0.1:{listening.getsockname()[1]}/"
     server.should_exit = True
     thread.join(10)
-
-
-@pytest.fixture(scope="module")  # there may be one Playwright at a time
-def browser() -> Iterator[Any]:
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    named = os.environ.get("CUTAWAY_CHROMIUM")
-    path = named or next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if path is None:
-        pytest.skip("no Chromium is installed (set CUTAWAY_CHROMIUM to its path)")
-    with sync_api.sync_playwright() as play:
-        browser = play.chromium.launch(
-            executable_path=path,
-            args=["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync"],
-        )
-        yield browser
-        browser.close()

@@ -1,8 +1,5 @@
 """The page in a real browser: nothing overflows, nothing is fetched, and it works with and without its script."""
 
-import os
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,33 +18,7 @@ sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not 
 
 pytestmark = pytest.mark.browser
 
-ARGUMENTS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 WIDE, PHONE = {"width": 1280, "height": 860}, {"width": 360, "height": 844}
-
-
-def _chromium() -> str | None:
-    named = os.environ.get("CUTAWAY_CHROMIUM")
-    return named or next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator:
-    path = _chromium()
-    if path is None:
-        pytest.skip("no Chromium is installed (set CUTAWAY_CHROMIUM to its path)")
-    with sync_api.sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=path, args=ARGUMENTS)
-        yield browser
-        browser.close()
 
 
 def crowded() -> TourResult:

@@ -1,9 +1,7 @@
 """Attention views: the numbers in them, hostile tokens, size, SVG and PNG; in a browser, what is seen and reached."""
 
 import base64
-import os
 import re
-import shutil
 import struct
 import sys
 import zlib
@@ -183,21 +181,6 @@ def test_a_notebook_gets_everything_in_one_piece(view: AttentionView) -> None:
 
 
 # In a browser -------------------------------------------------------------------------------------------------------
-
-ARGUMENTS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync"]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator:
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    named = os.environ.get("CUTAWAY_CHROMIUM")
-    path = named or next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if path is None:
-        pytest.skip("no Chromium is installed (set CUTAWAY_CHROMIUM to its path)")
-    with sync_api.sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=path, args=ARGUMENTS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
