@@ -215,7 +215,7 @@ def axis_range(values: Iterable[float | None]) -> tuple[float, float]:
     known = [float(value) for value in values if value is not None and math.isfinite(value)]
     if not known:
         return 0.0, 1.0
-    low, high = max(min(known), -1e300), min(max(known), 1e300)
+    low, high = (min(max(value, -1e300), 1e300) for value in (min(known), max(known)))
     size = max(abs(low), abs(high))
     if high - low > max(1e-290, 1e-12 * size):
         return low, high
