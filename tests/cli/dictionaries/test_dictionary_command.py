@@ -49,6 +49,18 @@ def test_files_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert json.loads(capsys.readouterr().out)["figures"]["tensors"][0]["name"] == "encoder.weight"
 
 
+def test_a_folder_that_holds_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(a_dictionary(), tmp_path / "run" / "one", "sparsify")
+    assert main(["dictionary", "inspect", str(tmp_path / "run")]) == 0
+    assert "run/one" in capsys.readouterr().out
+    save(a_dictionary(1), tmp_path / "run" / "two", "sparsify")
+    assert main(["dictionary", "inspect", str(tmp_path / "run")]) == 2
+    assert capsys.readouterr().err.endswith("run is no dictionary, but holds 2: name one of one, two\n")
+    (tmp_path / "empty").mkdir()
+    assert main(["dictionary", "inspect", str(tmp_path / "empty")]) == 2
+    assert "empty holds no dictionary: looked for" in capsys.readouterr().err
+
+
 def test_with_a_model_and_a_page(of_tiny: None, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, page = save(a_dictionary(), tmp_path / "d"), tmp_path / "page.html"
     words = ["dictionary", "inspect", str(folder), "--model", "tiny", "--corpus", str(text), "--tokens", "300"]

@@ -112,7 +112,7 @@ def test_saelens_files_that_are_spoiled_are_refused_with_their_name(tmp_path: Pa
     refused(folder, "that is no file of settings")
     cfg_file.unlink()
     (folder / "sae_weights.safetensors").unlink()
-    refused(folder, "no dictionary that is read here: looked for params.npz")
+    refused(folder, "holds no dictionary: looked for params.npz")
     refused(tmp_path / "nothing", "nothing does not exist: name a folder or file, or an address")
 
 
@@ -200,8 +200,21 @@ def test_a_folder_of_folders_says_what_is_in_it(tmp_path: Path) -> None:
     assert list(load_all(tmp_path)) == ["blocks.0.resid_post", "blocks.1.resid_post"]
     assert list(load_all(tmp_path / "blocks.0.resid_post")) == ["blocks.0.resid_post"]
     (tmp_path / "empty").mkdir()
-    with pytest.raises(CutawayError, match="looked for"):
+    with pytest.raises(CutawayError, match="holds no dictionary: looked for"):
         load_all(tmp_path / "empty")
+    with pytest.raises(CutawayError, match="holds no dictionary: looked for"):
+        load(tmp_path / "empty")
+
+
+def test_a_folder_that_holds_one_stands_for_it(tmp_path: Path) -> None:
+    """Wherever it is below: a run's folder, or a release's layer/width/L0."""
+    deep = save(dictionary(), tmp_path / "run" / "layer_3" / "width_16", "sparsify")
+    (tmp_path / "run" / "logs").mkdir()
+    assert torch.equal(load(tmp_path / "run").W_enc, load(deep).W_enc)
+    assert list(load_all(tmp_path / "run")) == ["layer_3/width_16"]
+    save(dictionary(), tmp_path / "run" / "another", "sparsify")
+    with pytest.raises(CutawayError, match=r"holds 2: name one of another, layer_3/width_16$"):
+        load(tmp_path / "run")
 
 
 def cached(cache: Path, repository: str, files: dict[str, Path]) -> None:

@@ -95,8 +95,10 @@ def inspect(
         found = inspected(reading, lms[0] if len(lms) == 1 else lms, rows, site=site, text=text, seed=seed)
     about = found.facts
     verdicts = " ".join(f"{said[0].upper()}{said[1:]}." for said in (found.fit.verdicts if found.fit else ()))
+    here = Path(about["path"])  # a folder that holds one stands for it
+    inside = here if Path(path).expanduser() in here.parents else None
     deliver(
-        text=str(found),
+        text=str(found) if inside is None else f"{inside}\n{found}",
         model=[lm.name for lm in lms],
         figures=found.to_json(),
         page=lambda: page_html(

@@ -90,13 +90,11 @@ def read(where: str | Path, names: Mapping[str, str] | None = None) -> Reading:
     for known in _READ:
         if known.fits(path):
             return known.read(path)
-    below = (
-        sorted(child for child in path.glob("*") if child.is_dir() and any(k.fits(child) for k in _READ))
-        if path.is_dir()
-        else []
-    )
+    below = _below(path)
+    if len(below) == 1:
+        return read(*below.values())
     if below:
-        listed = ", ".join(child.name for child in below[:8])
+        listed = ", ".join(list(below)[:8]) + (", …" if len(below) > 8 else "")
         raise BadFile(f"{path} is no dictionary, but holds {len(below)}: name one of {listed}")
     if by_tensors.recognised(path):
         return by_tensors.read(path)
@@ -104,7 +102,23 @@ def read(where: str | Path, names: Mapping[str, str] | None = None) -> Reading:
         "" if by_tensors.weights_file(path) is None else "; --map W_enc=NAME,W_dec=NAME,... says which tensor is which"
     )
     looked = "; ".join(known.looks_for for known in _READ)
-    raise BadFile(f"{path} is no dictionary that is read here: looked for {looked}{way}")
+    what = "holds no dictionary" if path.is_dir() else "is no dictionary that is read here"
+    raise BadFile(f"{path} {what}: looked for {looked}{way}")
+
+
+def _below(path: Path, depth: int = 3) -> dict[str, Path]:
+    """The folders of dictionaries below a folder, by their path in it; not what lies inside of a dictionary's own."""
+    found: dict[str, Path] = {}
+    if depth == 0 or not path.is_dir():
+        return found
+    for child in sorted(path.iterdir()):
+        if not child.is_dir():
+            continue
+        if any(known.fits(child) for known in _READ):
+            found[child.name] = child
+        else:
+            found |= {f"{child.name}/{name}": place for name, place in _below(child, depth - 1).items()}
+    return found
 
 
 def load(
@@ -121,8 +135,8 @@ def load(
     trusted: pickled objects are refused.
 
     Args:
-        where: A folder or file, "hf://owner/repository/folder", or one that ships with the package, such as
-            "atlas/blocks.3.resid_post".
+        where: A folder or file, a folder that holds one dictionary somewhere below, "hf://owner/repository/folder", or
+            one that ships with the package, such as "atlas/blocks.3.resid_post".
         site: Where it belongs, if the files do not say so, or do wrongly.
         names: Which tensor is what, for files without settings whose tensors are not recognised:
             {"W_enc": "encoder.weight"}.
@@ -175,8 +189,7 @@ def read_all(where: str | Path, names: Mapping[str, str] | None = None) -> dict[
     if known is not None and known.name != "circuit-tracer":
         return {path.stem if path.is_file() else path.name: known.read(path)}
     if known is None:
-        below = sorted(child for child in path.iterdir() if child.is_dir()) if path.is_dir() else []
-        found = {child.name: read(child) for child in below if any(k.fits(child) for k in _READ)}
+        found = {name: read(place) for name, place in _below(path).items()}
         return found or {path.name: read(path)}
     folder = path.parent if path.is_file() else path
     found = {}
