@@ -77,6 +77,12 @@ def test_the_program_makes_the_same_answer(ask: Ask, atlas: LanguageModel, monke
     assert lens["id"] == int(chances.argmax())
 
 
+def test_the_program_loads_a_model_by_its_path(ask: Ask, atlas: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(atlas, "name", "my-gpt")
+    monkeypatch.setattr(atlas, "loaded_from", "/home/x/models/my-gpt")
+    assert "lm = cutaway.load('/home/x/models/my-gpt')" in ask("change", **CAPITALS, changes=[PATCH])["python"]
+
+
 def test_a_cut_look_is_gone_from_the_pattern(ask: Ask) -> None:
     cut = {"kind": "cut", "site": "blocks.2.attn.pattern", "head": 7, "position": 8, "key": 7}
     before = ask("look", **CAPITALS, changes=[], layer=2, head=7)["values"]

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from cutaway.artifacts.errors import BadFile
@@ -26,11 +26,16 @@ class ModelIdentity:
     """Which model."""
 
     id: str
-    """Its name: hub id or folder."""
+    """What it is loaded by: hub id or folder."""
     revision: str | None
     """The hub revision, if there is one."""
     weight_hash: str
     """SHA-256 of its weights."""
+
+    @property
+    def name(self) -> str:
+        """What it is called: a folder by its own name, without the path that leads there; a hub id as it is."""
+        return self.id if self.revision is not None else PurePath(self.id).name or self.id
 
 
 @dataclass(frozen=True)

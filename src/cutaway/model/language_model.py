@@ -33,6 +33,7 @@ from cutaway.model.forward.resume import resume_point
 from cutaway.model.forward.run import CAPTURE_LIMIT, Gradients, Run, check_capture_size
 from cutaway.model.generation.methods import Generates
 from cutaway.model.latents import Capture, sites_of
+from cutaway.model.named import title_of
 from cutaway.model.own.module import PAGE, Description, OwnModel
 from cutaway.model.reading import Inputs
 from cutaway.model.selftest.identities import run_selftest, verify
@@ -52,8 +53,9 @@ class LanguageModel(Weights, Generates):
     Attributes:
         hf: the model, as transformers made it; of a module of your own, a wrapper with the module as `hf.module`.
         tokenizer: its tokenizer, or None.
-        name: the name it was loaded by.
+        name: what it is called in results: the name of its folder, or its hub id.
         identify: a function that gives the identity of its weights, called when a file or a manifest needs it.
+        loaded_from: what `load` takes to load it again: the path as it was given, or the hub id.
         n_layers: number of layers.
         d_model: width of the residual stream.
         n_heads: attention heads per layer.
@@ -72,8 +74,9 @@ class LanguageModel(Weights, Generates):
         tokenizer: PreTrainedTokenizerBase | None,
         name: str,
         identify: Callable[[], ModelIdentity],
+        loaded_from: str | None = None,
     ) -> None:
-        super().__init__(hf, name, identify)
+        super().__init__(hf, name, identify, loaded_from)
         self.tokenizer = tokenizer
         self.family = find_family(hf)
         for layer in self.family.layers:
@@ -385,8 +388,8 @@ class LanguageModel(Weights, Generates):
 
     def __reduce_ex__(self, _protocol: Any) -> Any:
         raise CutawayError(
-            f"A LanguageModel is neither pickled nor copied; load it again by its name ({self.name}), or attach a copy "
-            "of its model."
+            f"A LanguageModel is neither pickled nor copied; load it again by its name ({self.loaded_from}), or "
+            "attach a copy of its model."
         )
 
     def __repr__(self) -> str:
@@ -438,7 +441,7 @@ def load(
         model, dtype=dtype, device=device, revision=revision, device_map=device_map, offload_folder=offload_folder
     )
     loading.check_tokenizer(tokenizer, hf, name)
-    return LanguageModel(hf, tokenizer, name, identify)
+    return LanguageModel(hf, tokenizer, title_of(name), identify, name)
 
 
 def attach(
@@ -459,7 +462,8 @@ def attach(
         tokenizer: its tokenizer; without one, prompts are ids.
         description: where the parts of a module of your own are: a `Description`, or a dict of its fields. The
             self-test checks it (docs/your-own-model.md).
-        name: what it is called in results. Default: the name it was loaded by, or that of its class.
+        name: what it is called in results. Default: the name of the folder it was loaded from, its hub id, or the name
+            of its class.
 
     Returns:
         The model.
@@ -486,7 +490,9 @@ def attach(
             f"{type(hf_model).__name__}; cutaway.load opens a model by its name ({PAGE})."
         )
     kind = hf_model.title if isinstance(hf_model, OwnModel) else type(hf_model).__name__
-    chosen = name or getattr(hf_model.config, "name_or_path", "") or kind
+    known = getattr(hf_model.config, "name_or_path", "")
+    chosen = name or known or kind
+    title = name or title_of(known) or kind
     loading.check_kind(hf_model.config, chosen)
     loading.check_tokenizer(tokenizer, hf_model, chosen)
-    return LanguageModel(hf_model, tokenizer, chosen, lambda: loading.identity_of_parameters(hf_model, chosen))
+    return LanguageModel(hf_model, tokenizer, title, lambda: loading.identity_of_parameters(hf_model, chosen), chosen)

@@ -1,5 +1,6 @@
-"""Models that have a name of their own: atlas, which the package holds, and other weights of it."""
+"""What models are called: folders, hub ids, and the names of those that the package knows."""
 
+import os
 from importlib.resources import files
 from pathlib import Path
 
@@ -9,6 +10,18 @@ SHIPPED = "atlas"
 OTHERS = ("atlas-1", "atlas-2", "atlas-3")
 """Other weights of atlas, kept for comparison in the repository (`models/`), not in the package: those that ship, under
 the name that stays theirs, and trainings that go on from them (docs/atlas-3.md)."""
+
+
+def title_of(name: str) -> str:
+    """What a model is called that is loaded by this name: a folder by its own name, without the path that leads there.
+
+    Args:
+        name: A path, a hub id, or a name known here; the last two stay as they are.
+    """
+    folder = os.path.expanduser(name)
+    if named_folder(name) is not None or not os.path.isdir(folder):
+        return name
+    return os.path.basename(os.path.abspath(folder)) or name
 
 
 def named_folder(name: str) -> Path | None:

@@ -21,8 +21,9 @@ class Weights(Reads):
 
     Args:
         hf: the model, as transformers made it.
-        name: the name it was loaded by.
+        name: what it is called in results.
         identify: a function that gives the identity of its weights, called when a file or a manifest needs it.
+        loaded_from: the name or path that loads it again; its name if None.
     """
 
     family: Family
@@ -30,9 +31,12 @@ class Weights(Reads):
     n_heads: int
     d_model: int
 
-    def __init__(self, hf: PreTrainedModel, name: str, identify: Callable[[], ModelIdentity]) -> None:
+    def __init__(
+        self, hf: PreTrainedModel, name: str, identify: Callable[[], ModelIdentity], loaded_from: str | None = None
+    ) -> None:
         self.hf = hf
         self.name = name
+        self.loaded_from = loaded_from or name
         self._identify = identify
         self._identities: dict[int, ModelIdentity] = {}  # by the state of the weights, see weights_state
         self._states = 0
@@ -76,7 +80,7 @@ class Weights(Reads):
 
     def _changed(self) -> int:
         self._states += 1
-        self._identify = lambda: loading.identity_of_parameters(self.hf, self.name)
+        self._identify = lambda: loading.identity_of_parameters(self.hf, self.loaded_from)
         return self._states
 
     def identity_at(self, state: int) -> Callable[[], ModelIdentity]:

@@ -86,7 +86,7 @@ class LiveModel:
             dtype=str(lm.dtype).removeprefix("torch."),
             version=__version__,
             most_tokens=min(MOST_TOKENS, lm.context_length),
-            examples=[Example(text=a, other=b) for a, b in (_OF_ATLAS if lm.name == "atlas" else _OF_OTHERS)],
+            examples=[Example(text=a, other=b) for a, b in (_OF_ATLAS if lm.loaded_from == "atlas" else _OF_OTHERS)],
         )
 
     def read(self, question: Question) -> Reading:
@@ -157,7 +157,7 @@ class LiveModel:
                     Touched(site=one.site, tokens=one.n_tokens, mean_abs_delta=one.mean_abs_delta)
                     for one in edited.receipts
                 ],
-                python=program(lm.name, trial, asked.origins),
+                python=program(lm.loaded_from, trial, asked.origins),
             )
 
     def look(self, look: Look) -> Pattern:

@@ -11,7 +11,7 @@ def program(model: str, trial: Trial, origins: Origins) -> str:
     """A Python program that asks the model the same under the same edits, and prints its first choices.
 
     Args:
-        model: the name that the model is loaded by.
+        model: the name or path that the model is loaded by.
         trial: the texts and the edits.
         origins: positions of a patch, and where in the other text they come from.
     """

@@ -134,7 +134,7 @@ def test_a_store_is_gone_through_in_one_order_an_epoch(tiny: LanguageModel, rows
 
 
 def test_two_models_read_the_same_tokens(
-    tiny: LanguageModel, other: LanguageModel, rows: Tensor, tmp_path: Path
+    tiny: LanguageModel, other: LanguageModel, rows: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = LiveRows([tiny, other], rows, [STREAM, "tuned:blocks.0.mlp.out"])
     assert list(source.ports) == [f"tiny:{STREAM}", f"tuned:{STREAM}", "tuned:blocks.0.mlp.out"]
@@ -143,6 +143,8 @@ def test_two_models_read_the_same_tokens(
         alone = LiveRows(lm, rows, STREAM).values(torch.arange(8))[STREAM]
         assert torch.equal(values[f"{lm.name}:{STREAM}"], alone)
     assert not torch.equal(values[f"tiny:{STREAM}"], values[f"tuned:{STREAM}"])
+    monkeypatch.setattr(other, "loaded_from", "models/my/tuned")  # a port is named by the model's path too
+    assert list(LiveRows([tiny, other], rows, f"models/my/tuned:{STREAM}").ports) == [f"tuned:{STREAM}"]
     with pytest.raises(CutawayError, match="a model that is not here"):
         LiveRows([tiny, other], rows, f"third:{STREAM}")
 

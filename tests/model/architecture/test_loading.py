@@ -31,8 +31,10 @@ from transformers import (
 
 import cutaway
 from cutaway.artifacts.errors import CutawayError
+from cutaway.artifacts.manifest import ModelIdentity
 from cutaway.model.architecture.families import TESTED
 from cutaway.model.language_model import LanguageModel, attach
+from cutaway.model.named import title_of
 
 
 @pytest.fixture(scope="module")
@@ -84,9 +86,7 @@ def test_a_folder_with_a_tokenizer(saved: Path) -> None:
     assert (lm.bos_id, lm.pad_id, lm.n_layers, lm.d_model, lm.d_vocab) == (0, 1, 3, 32, 20)
     assert lm.generate("the cat", max_new_tokens=2).texts[0]
     assert "float32 on cpu" in repr(lm)
-    assert repr(lm).startswith(
-        f"LanguageModel {saved}: LlamaForCausalLM, 0.0 M parameters, 3 layers x d 32 x 4 heads (2"
-    )
+    assert repr(lm).startswith("LanguageModel tiny: LlamaForCausalLM, 0.0 M parameters, 3 layers x d 32 x 4 heads (2")
 
 
 @pytest.mark.parametrize(
@@ -115,6 +115,31 @@ def test_the_shipped_model(atlas: LanguageModel) -> None:
     assert lm.tokenizer is not None
     assert lm.run("The capital of France is", logits="last").logits is not None
     assert lm.chat([{"role": "user", "content": "Hello"}], max_new_tokens=2).new_ids
+
+
+def test_a_model_is_named_by_its_folder(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever the folder is; where it is stands in the identity, and loads it again."""
+    place = tmp_path / "models" / "my-gpt"
+    shutil.copytree(saved, place)
+    lm = cutaway.load(place)
+    assert (lm.name, lm.loaded_from, lm.identity().id) == ("my-gpt", str(place), str(place))
+    assert lm.identity().name == "my-gpt"
+    assert "my-gpt" in repr(lm)
+    assert str(place) not in repr(lm)
+    with torch.no_grad():
+        next(lm.hf.parameters())[0, 0] += 1e-3
+    assert lm.identity().id == str(place)  # of changed weights too
+    monkeypatch.chdir(place)
+    here = cutaway.load(".")
+    assert (here.name, here.loaded_from) == ("my-gpt", ".")
+    assert attach(here.hf, here.tokenizer).name == "my-gpt"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "atlas").mkdir()  # a folder that is not asked for
+    assert title_of("atlas") == "atlas"
+    assert (title_of("models/my-gpt"), title_of("owner/no-folder"), title_of("~")) == (
+        "my-gpt", "owner/no-folder", Path("~").expanduser().name,
+    )  # fmt: skip
+    assert ModelIdentity("owner/name", "main", "").name == "owner/name"
 
 
 def test_identity_follows_the_weights(saved: Path, folder: Path) -> None:

@@ -248,7 +248,7 @@ class Circuit(Result):
 
     def _head(self) -> str:
         return (
-            f"{self.task} in {self.manifest.model.id if self.manifest.model else 'a model'}: {self.n_edges:,} of "
+            f"{self.task} in {self.manifest.model.name if self.manifest.model else 'a model'}: {self.n_edges:,} of "
             f"{self.graph.n_edges:,} edges ({100 * self.share:.2g} %), {len(self.nodes)} nodes; "
             f"{self.metric.replace('_', ' ')}, "
             f"{self.choices.ablation} ablation"
@@ -334,7 +334,7 @@ def _circuit_drawing(circuit: Circuit) -> Markup:
 
 def lead(circuit: Circuit) -> str:
     """What the page is about, in a sentence."""
-    model = circuit.manifest.model.id if circuit.manifest.model else "a model"
+    model = circuit.manifest.model.name if circuit.manifest.model else "a model"
     return (
         f"{model}, {circuit.task}: {circuit.n_edges:,} of {circuit.graph.n_edges:,} edges "
         f"({100 * circuit.share:.2g} %) between {len(circuit.nodes)} parts of the model and the logits."

@@ -174,8 +174,8 @@ def _rows(
 
     if corpus is not None:
         documents, text = read_corpus(corpus, document_separator=document_separator).documents, str(corpus)
-    elif has_world(lm.name):
-        documents, text = world_text(lm.name, _WORLD_CHARACTERS, f"inspect-{seed}"), f"text of {lm.name}'s world"
+    elif has_world(lm.loaded_from):
+        documents, text = world_text(lm.loaded_from, _WORLD_CHARACTERS, f"inspect-{seed}"), f"text of {lm.name}'s world"
     else:
         from cutaway.data.corpus.python_library import standard_library
 

@@ -82,6 +82,7 @@ def card(lm: Any) -> dict[str, str | int]:
     identity = lm.identity()
     return {
         "model": lm.name,
+        **({} if identity.id == lm.name else {"loaded from": identity.id}),
         "revision": identity.revision or "none",
         "weights": f"sha256 {identity.weight_hash}",
         "architecture": lm.architecture,

@@ -278,7 +278,7 @@ class Store:
         return names
 
     def __repr__(self) -> str:
-        model = "" if self.manifest.model is None else f" of {self.manifest.model.id}"
+        model = "" if self.manifest.model is None else f" of {self.manifest.model.name}"
         shards = "1 shard" if len(self.shards) == 1 else f"{len(self.shards)} shards"
         lines = [f"Store: {len(self):,} tokens{model}, {str(self.dtype).removeprefix('torch.')}, {shards}"]
         lines += [f"  site    {site} {list(shape)}" for site, shape in self.sites.items()]

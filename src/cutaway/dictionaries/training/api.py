@@ -237,11 +237,11 @@ def _live(recipe: Recipe, models: tuple[LanguageModel, ...], corpus: CorpusInput
             seed=seed,
             low_precision=all(job.config.low_precision for job in jobs.values()),
         )
-    names = {} if recipe.module is not None else {"model": recipe.model or models[0].name}
+    names = {} if recipe.module is not None else {"model": recipe.model or models[0].loaded_from}
     if isinstance(given, (str, Path)):
         names["corpus"] = str(given)
     if models[1:]:
-        names["other"] = recipe.other or models[1].name
+        names["other"] = recipe.other or models[1].loaded_from
     return Training(written_out(replace(recipe, **names), jobs), source, jobs, models, held_out)
 
 

@@ -256,17 +256,17 @@ class LiveRows:
 def find_ports(models: Sequence[LanguageModel], sites: str | Sequence[str]) -> dict[str, tuple[int, Port]]:
     """By name the model (a number) and the port that each of some sites or wildcards stands for.
 
-    With several models "MODEL:SITE" names a port of one, and "SITE" that of each. Raises `CutawayError` for a site that
-    a model lacks, one without a vector at each token, a model that is not there.
+    With several models "MODEL:SITE" names a port of one, by its name or its path, and "SITE" that of each. Raises
+    `CutawayError` for a site that a model lacks, one without a vector at each token, a model that is not there.
     """
     labels = _model_labels(models)
     found: dict[str, tuple[int, Port]] = {}
     for pattern in [sites] if isinstance(sites, str) else sites:
         label, colon, site = pattern.rpartition(":")
-        if colon and label not in labels:
+        if colon and label not in (*labels, *(lm.loaded_from for lm in models)):
             raise CutawayError(f"'{pattern}' is of a model that is not here; there are {', '.join(labels)}")
         for number, lm in enumerate(models):
-            if colon and labels[number] != label:
+            if colon and label not in (labels[number], lm.loaded_from):
                 continue
             for name, shape in token_shapes(lm, site if colon else pattern).items():
                 key = name if len(models) == 1 else f"{labels[number]}:{name}"

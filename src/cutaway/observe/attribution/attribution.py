@@ -117,6 +117,6 @@ def attribute(
         raise NotSupported(
             f"The parts by {by} of {lm.name} miss its logit difference by {attribution.relative_error:.1e} of their "
             f"size (allowed {allowed:.0e}): the model adds something that its sites do not account for, so its "
-            f"attribution is not shown. `cutaway check {lm.name}` says where."
+            f"attribution is not shown. `cutaway check {lm.loaded_from}` says where."
         )
     return attribution

@@ -88,7 +88,7 @@ class Probe:
     def __repr__(self) -> str:
         of = "numbers" if self.classes is None else ", ".join(self.classes)
         head = "" if self.head is None else f", head {self.head}"
-        return f"{self.kind} probe of {of} at {self.site}{head} ({self.model.id}, {self.n} examples)"
+        return f"{self.kind} probe of {of} at {self.site}{head} ({self.model.name}, {self.n} examples)"
 
     @property
     def width(self) -> int:
