@@ -30,9 +30,14 @@ def shared_folder() -> Path | None:
 
 @pytest.fixture(autouse=True, scope="session")
 def no_status_line() -> Iterator[None]:
-    """Commands that run in this process say nothing about loading; `tests/cli/test_early.py` looks at that line."""
+    """Commands that run in this process say nothing about loading; `tests/cli/test_early.py` looks at that line.
+
+    Nor do they ask whether the hub answers, since many load a model of the test by a name that could be the hub's;
+    `tests/artifacts/test_hub.py` does.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("cutaway.cli.options.is_quiet", lambda: True)
+        patch.setattr("cutaway.artifacts.hub.answers", lambda: True)
         yield
 
 

@@ -82,14 +82,23 @@ ModuleFile = Annotated[str | None, Parameter(name="--module")]
 def announce(model: str | None, module: str | None = None) -> None:
     """Say on stderr what is loaded: as soon as the options are found to be right, before anything heavy is imported.
 
-    Raises `CutawayError` where no model is named, or two.
+    Raises `CutawayError` where no model is named, or two, or one of the hub while that cannot be reached.
     """
     if (model is None) == (module is None):
         if module is None:
             raise CutawayError("name a model: “atlas”, a folder, a hub id, or a function of yours with --module")
         raise CutawayError(f"--module {module} stands in the place of the model: leave {model!r} out")
+    say_loading(str(module or model))
+    if model is not None:
+        from cutaway.model.named import refuse_out_of_reach
+
+        refuse_out_of_reach(model)
+
+
+def say_loading(name: str) -> None:
+    """Say on stderr that a file or folder is read, or a model."""
     if not is_quiet():
-        print(f"loading {module or Path(str(model)).name}", file=sys.stderr, flush=True)
+        print(f"loading {Path(name).name}", file=sys.stderr, flush=True)
 
 
 def opened(

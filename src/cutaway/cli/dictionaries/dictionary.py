@@ -8,7 +8,7 @@ from cyclopts import App, Parameter
 from cutaway.artifacts.command import current_command
 from cutaway.artifacts.errors import CutawayError
 from cutaway.cli.dictionaries.judge import judge
-from cutaway.cli.options import Count, DType, ExistingPath, Flag, Page, Seed, Separator, announce, opened
+from cutaway.cli.options import Count, DType, ExistingPath, Flag, Page, Seed, Separator, announce, opened, say_loading
 from cutaway.cli.output import deliver, print_result, print_table
 
 if TYPE_CHECKING:
@@ -79,7 +79,9 @@ def inspect(
     """
     if corpus is None and document_separator is not None:
         raise CutawayError("--document-separator is of the text that --corpus names: give that too")
-    for name in model or [path]:
+    if not model:
+        say_loading(path)
+    for name in model or ():
         announce(name)
 
     from cutaway.dictionaries.formats.by_tensors import parse_map

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter, validators
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.cli.options import Count, Flag, ModuleFile, Seed, Separator, announce
+from cutaway.cli.options import Count, Flag, ModuleFile, Seed, Separator, announce, say_loading
 from cutaway.cli.output import print_result, print_table
 
 if TYPE_CHECKING:
@@ -150,8 +150,10 @@ def train(
     """
     if out is None and not (print_recipe or dry_run):
         raise CutawayError("name the folder that the dictionaries go to: --out FOLDER (or look first: --dry-run)")
-    if model or module or store or recipe:
-        announce(str(model or module or store or recipe))
+    if model:
+        announce(model)
+    elif module or store or recipe:
+        say_loading(str(module or store or recipe))
 
     from cutaway.dictionaries.training.recipe import Recipe
 

@@ -3,7 +3,9 @@
 import os
 import re
 from pathlib import Path
+from typing import Any
 
+from cutaway.artifacts import hub
 from cutaway.artifacts.errors import CutawayError
 from cutaway.subjects.atlas.shipped import shipped_dictionary
 
@@ -57,16 +59,13 @@ def _snapshot(repository: str, revision: str | None, inside: str, where: str) ->
     # fnmatch's * goes through folders: everything below is left out, or a whole repository would be fetched
     below = [f"{base}*/*"] if "checkpoints" not in inside else []
     try:
-        folder = Path(
-            snapshot_download(repository, revision=revision, allow_patterns=allowed, ignore_patterns=below or None)
-        )
-        if (folder / inside / "hyperparams.json").is_file():
-            folder = Path(
-                snapshot_download(
-                    repository, revision=revision, allow_patterns=[f"{base}checkpoints/final.safetensors"]
-                )
-            )
-        return folder
+        with hub.reached() as there:
+            options: dict[str, Any] = {"revision": revision, "local_files_only": not there}
+            folder = snapshot_download(repository, allow_patterns=allowed, ignore_patterns=below or None, **options)
+            if Path(folder, inside, "hyperparams.json").is_file():
+                weights = f"{base}checkpoints/final.safetensors"
+                folder = snapshot_download(repository, allow_patterns=[weights], **options)
+            return Path(folder)
     except LocalEntryNotFoundError as error:
         raise CutawayError(f"{where} is not in the cache of the hub's client, and the hub cannot be reached") from error
     except HfHubHTTPError as error:

@@ -7,7 +7,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,13 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import logging as transformers_logging
 
+from cutaway.artifacts import hub
 from cutaway.artifacts.errors import BadFile, CutawayError, MissingExtra, NotSupported
 from cutaway.artifacts.files import read_json
 from cutaway.artifacts.manifest import ModelIdentity, json_hash, weight_hash
 from cutaway.model.architecture.wrapped import parameter_of, unwrap
 from cutaway.model.devices import usable_device
-from cutaway.model.named import named_folder
+from cutaway.model.named import named_folder, refuse_out_of_reach
 
 Parts = tuple[PreTrainedModel, PreTrainedTokenizerBase | None, str, Callable[[], ModelIdentity]]
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
@@ -113,7 +114,9 @@ def load_parts(
         raise CutawayError(f"There is no folder {folder}; check the path.")
     source = str(folder) if local else name
     placed = {} if device_map is None else {"device_map": device_map, "offload_folder": offload_folder}
-    with _quiet():
+    if not local:
+        refuse_out_of_reach(name, revision)
+    with _quiet(), nullcontext() if local else hub.reached():
         hf, tokenizer = _read(
             source,
             name,
@@ -125,7 +128,8 @@ def load_parts(
     if device_map is None and getattr(hf, "hf_quantizer", None) is None:  # what is quantised stays where it was made
         hf = hf.to(place)  # type: ignore[arg-type]
     hf.eval()
-    found = None if local else getattr(hf.config, "_commit_hash", None) or revision
+    snapshot = None if local else hub.cached(name, revision)
+    found = snapshot.name if snapshot is not None else None if local else revision
 
     def identify() -> ModelIdentity:
         if not local:
