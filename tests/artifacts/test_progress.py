@@ -1,15 +1,22 @@
 """Progress goes to stderr: a bar on a terminal, lines in a log, nothing when asked to be quiet."""
 
+import io
 import os
 import pty
+import re
 import subprocess
 import sys
 import textwrap
 
 import pytest
+from rich.console import Console
 
 from cutaway.artifacts import progress as module
-from cutaway.artifacts.progress import Progress, duration
+from cutaway.artifacts.progress import (
+    Progress,
+    _bar,  # pyright: ignore[reportPrivateUsage]
+    duration,
+)
 
 
 class Clock:
@@ -67,6 +74,22 @@ def test_quiet_is_silent(clock: Clock, capsys: pytest.CaptureFixture[str], monke
         clock.now += 60
         progress.advance()
     assert capsys.readouterr() == ("", "")
+
+
+def test_the_bar_stays_at_80_columns() -> None:
+    """Of a long label and a long note the ends go, with a sign."""
+    bar, task = _bar("training a dictionary at blocks.3.mlp.in → blocks.3.mlp.out", 4_000_000)
+    note = "123,456 tokens/s, 2 h 5 min left, loss 0.1234, L0 31.9, variance explained 0.812, dead 0.1%"
+    bar.update(task, completed=1_500_000, note=note)
+    for width in (80, 120):
+        console = Console(width=width, file=io.StringIO(), force_terminal=True, color_system=None)
+        console.print(bar.get_renderable())
+        assert isinstance(console.file, io.StringIO)
+        (line,) = console.file.getvalue().splitlines()
+        assert len(line) <= width
+        assert len(re.findall("[━╸╺]", line)) == 6  # of 16: without colours what is left to do is blank
+        assert "1500000/4000000" in line
+        assert "…" in line
 
 
 def test_a_terminal_gets_a_bar_on_stderr_alone() -> None:

@@ -113,12 +113,17 @@ def _bar(label: str, total: int | None) -> tuple["RichProgress", "TaskID"]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
     from rich.progress import Progress as RichProgress
+    from rich.table import Column
 
-    bar = RichProgress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"),
+    def cut(**options: int) -> Column:
+        return Column(no_wrap=True, overflow="ellipsis", **options)
+
+    bar = RichProgress(  # what does not fit is cut with a sign: first the note, then the label, never the bar
+        TextColumn("{task.description}", table_column=cut(max_width=28)),
+        BarColumn(bar_width=16, table_column=Column(min_width=16)),
+        MofNCompleteColumn(table_column=Column(no_wrap=True)),
+        TextColumn("{task.fields[note]}", table_column=cut(ratio=1)),
         console=Console(stderr=True),
+        expand=True,
     )
     return bar, bar.add_task(label, total=total, note="")

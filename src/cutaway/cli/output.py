@@ -1,9 +1,6 @@
 """What commands print on stdout: JSON, or a table."""
 
 import json
-import shutil
-import sys
-import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +9,7 @@ from cutaway.artifacts.command import current_command
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.files import plain
 from cutaway.cli.asked import current_choices
+from cutaway.cli.fit import say
 
 
 def print_result(figures: Any, model: str | Sequence[str] | None = None) -> None:
@@ -26,17 +24,10 @@ def print_result(figures: Any, model: str | Sequence[str] | None = None) -> None
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print left-aligned columns under their names; on a terminal the last one is wrapped between words."""
+    """Print left-aligned columns under their names."""
     lines = [columns, ["-" * len(column) for column in columns], *rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(columns) - 1)]
-    before = sum(widths) + 2 * len(widths)
-    room = max(shutil.get_terminal_size().columns - before, 20) if sys.stdout.isatty() else None
-    for line in lines:
-        cells = [cell.ljust(width) for cell, width in zip(line, widths, strict=False)]
-        last = [line[-1]] if room is None else textwrap.wrap(line[-1], room, break_long_words=False) or [""]
-        print("  ".join([*cells, last[0]]).rstrip())
-        for more in last[1:]:
-            print(" " * before + more)
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+    say("\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines))
 
 
 def deliver(
@@ -60,6 +51,6 @@ def deliver(
     if as_json:
         print_result(figures, model)
         return
-    print(text)
+    say(text)
     if html is not None:
         print(f"\npage: {html}")

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from cyclopts import App, Parameter, validators
 
+from cutaway.cli.fit import say
 from cutaway.cli.options import Count, ExistingFolder, Flag, Page, Seed, announce
 from cutaway.cli.output import deliver, print_result
 
@@ -155,9 +156,9 @@ def evaluate(
             figures["against"] = {**asdict(compared), "model": against, "better": compared.better}
         print_result(figures, model=lm.name)
         return
-    print(report.as_text(found))
+    say(report.as_text(found))
     if compared is not None and against is not None:
-        print("\n" + report.comparison_text(compared, model, against))
+        say("\n" + report.comparison_text(compared, model, against))
 
 
 def _refuse_unwritable(page: Path) -> None:

@@ -8,6 +8,7 @@ from cyclopts import App, Parameter
 from cutaway.artifacts.command import current_command
 from cutaway.artifacts.errors import CutawayError
 from cutaway.cli.dictionaries.judge import judge
+from cutaway.cli.fit import say
 from cutaway.cli.options import Count, DType, ExistingPath, Flag, Page, Seed, Separator, announce, opened, say_loading
 from cutaway.cli.output import deliver, print_result, print_table
 
@@ -163,7 +164,7 @@ def convert(
         print_result({"folder": str(folder), "format": format, "dictionaries": [repr(one) for one in dictionaries]})
         return
     for dictionary in dictionaries:
-        print(dictionary)
+        say(repr(dictionary))
     print(f"{folder}: {format}")
 
 

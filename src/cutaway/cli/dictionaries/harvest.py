@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
+from cutaway.cli.fit import say
 from cutaway.cli.options import Count, DType, Flag, Separator, announce, opened
 from cutaway.cli.output import print_result
 
@@ -125,7 +126,7 @@ def harvest(
             model=lm.name,
         )
         return
-    print(made)
+    say(str(made))
     print(f"  folder  {out}")
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter, validators
 
 from cutaway.artifacts.errors import CutawayError
+from cutaway.cli.fit import say
 from cutaway.cli.options import Count, Flag, ModuleFile, Seed, Separator, announce, say_loading
 from cutaway.cli.output import print_result, print_table
 
@@ -209,7 +210,7 @@ def train(
         from cutaway.dictionaries.training.estimate import estimate
 
         found = estimate(training)
-        print_result(found.to_json(), model=names) if json else print(found)
+        print_result(found.to_json(), model=names) if json else say(str(found))
         return
     assert out is not None
     done = api.run(training, out, log=log or (), resume=not overwrite)
@@ -233,7 +234,7 @@ def train(
     print_table(columns, rows)
     print(f"\nfolder: {out}  (figures are of the last batch that was trained on)")
     if training.held_out is not None:
-        print(f"\n{_judged(training, done, out)}")
+        say(f"\n{_judged(training, done, out)}")
 
 
 def _judged(training: "Training", done: "Mapping[str, Trained]", out: Path) -> "Frontier":
