@@ -7,6 +7,7 @@ from cyclopts import App, Parameter
 
 from cutaway.artifacts.command import current_command
 from cutaway.artifacts.errors import CutawayError
+from cutaway.cli.dictionaries.banks import banks
 from cutaway.cli.dictionaries.judge import judge
 from cutaway.cli.fit import say
 from cutaway.cli.options import Count, DType, ExistingPath, Flag, Page, Seed, Separator, announce, opened, say_loading
@@ -22,6 +23,7 @@ app = App(
     default_parameter=Parameter(negative=()),  # the documentation does not ask the main program
 )
 app.command(judge)
+app.command(banks)
 
 _WORLD_CHARACTERS = 400_000
 
