@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from cutaway.artifacts.files import (
     write_json,
     write_text,
 )
-from cutaway.artifacts.run_folder import RunFolder
+from cutaway.artifacts.run_folder import RunFolder, goes_on
 
 CONFIGURATION = {"model": "atlas", "seed": 0}
 
@@ -289,3 +290,27 @@ def test_a_finished_step_that_was_changed_since_is_refused(tmp_path: Path) -> No
         folder.file("table").write_bytes(b"again")
         folder.save_step("made", {"loss": 1}, files=("table",))
         assert folder.step("made") == {"loss": 1}
+
+
+def test_an_interrupted_run_says_where_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the folder of the run, not the one in it that holds the checkpoints, and the day it was begun."""
+    monkeypatch.delenv("CUTAWAY_QUIET", raising=False)
+    with RunFolder.open(tmp_path / "x", command="train", configuration={}) as folder:
+        folder.file("checkpoints", "one").write_text("")
+    os.utime(tmp_path / "x" / "run.json", (1_796_083_200, 1_796_083_200))  # noon UTC of a day
+    day = datetime.fromtimestamp(1_796_083_200).date().isoformat()
+    goes_on(tmp_path / "x" / "checkpoints", 1_234_000, 4_000_000, "tokens")
+    goes_on(tmp_path / "x", 3, None, "steps")
+    (tmp_path / "empty").mkdir()
+    goes_on(tmp_path / "empty", 3, 8, "steps")
+    assert capsys.readouterr() == (
+        "",
+        f"goes on at 1,234,000 of 4,000,000 tokens ({tmp_path / 'x'}, begun {day})\n"
+        f"goes on at 3 steps ({tmp_path / 'x'}, begun {day})\n"
+        f"goes on at 3 of 8 steps ({tmp_path / 'empty'})\n",
+    )
+    monkeypatch.setenv("CUTAWAY_QUIET", "1")
+    goes_on(tmp_path / "x", 3, None, "steps")
+    assert capsys.readouterr().err == ""

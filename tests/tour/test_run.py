@@ -196,8 +196,14 @@ def test_a_section_alone_gives_the_same_figures(toured: tuple[Path, TourResult],
 
 
 def test_a_stopped_tour_goes_on_and_ends_the_same(
-    toured: tuple[Path, TourResult], model: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    toured: tuple[Path, TourResult],
+    model: Path,
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.delenv("CUTAWAY_QUIET", raising=False)
     made: list[str] = []
 
     def watched(name: str, step: Any) -> Any:
@@ -215,7 +221,9 @@ def test_a_stopped_tour_goes_on_and_ends_the_same(
     arguments = ["tour", str(model), "--corpus", str(corpus), "--out", str(out)]
     assert main(arguments) == 130
     assert not (out / "index.html").exists()
+    assert "goes on" not in capsys.readouterr().err
     assert main(arguments) == 0
+    assert f"goes on at 5 of 8 steps ({out}, begun " in capsys.readouterr().err
     assert [made.count(name) for name in STEPS] == [1, 1, 1, 1, 2, 1, 1]
     _, whole = toured
     again = TourResult.model_validate_json((out / "figures.json").read_text())

@@ -13,7 +13,9 @@ import contextlib
 import json
 import os
 import re
+import sys
 from collections.abc import Collection, Iterator, Mapping
+from datetime import datetime
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Self
@@ -29,6 +31,7 @@ from cutaway.artifacts.files import (
     write_json,
 )
 from cutaway.artifacts.manifest import code_version, file_hash
+from cutaway.artifacts.progress import is_quiet
 
 _RUN = "run.json"
 _LOCK = ".lock"
@@ -104,6 +107,14 @@ class RunFolder:
             make_folder(path / "steps")
             return cls(path, held.pop_all())
 
+    def has(self, name: str) -> bool:
+        """Whether a step has finished; `step` says whether what it left is whole.
+
+        Args:
+            name: The step's.
+        """
+        return self._step_file(name).exists()
+
     def step(self, name: str) -> Any | None:
         """What the step saved when it finished, None if it has not.
 
@@ -115,7 +126,7 @@ class RunFolder:
         """
         file = self._step_file(name)
         hashes = file.with_suffix(".sha256")
-        if not file.exists():
+        if not self.has(name):
             return None
         if not hashes.exists():  # of an earlier release, or killed before it was written
             return read_json(file)
@@ -205,6 +216,24 @@ class RunFolder:
         if not _STEP_NAME.fullmatch(name):
             raise ValueError(f"{name!r} is not a step's name: letters, digits, '.', '_' and '-'")
         return self.path / "steps" / f"{name}.json"
+
+
+def goes_on(path: Path, done: int, total: int | None, unit: str) -> None:
+    """Say on stderr where an interrupted run goes on, and when it was begun.
+
+    Args:
+        path: The run's folder, or one in it.
+        done: What earlier runs have done.
+        total: What there is to do; None where nobody knows.
+        unit: Of what.
+    """
+    if is_quiet():
+        return
+    path = path.parent if (path.parent / _RUN).is_file() else path
+    times = [file.stat().st_mtime for file in path.iterdir() if file.is_file() and not file.name.startswith(".")]
+    begun = f", begun {datetime.fromtimestamp(min(times)).date().isoformat()}" if times else ""
+    of = "" if total is None else f" of {total:,}"
+    print(f"goes on at {done:,}{of} {unit} ({path}{begun})", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.files import write_json
 from cutaway.artifacts.manifest import Manifest, code_version
 from cutaway.artifacts.progress import Progress
-from cutaway.artifacts.run_folder import RunFolder
+from cutaway.artifacts.run_folder import RunFolder, goes_on
 from cutaway.draw.blocks import Card, Section, Table, TourResult
 from cutaway.model.language_model import LanguageModel, load
 from cutaway.model.selftest.result import SelfTest
@@ -119,6 +119,9 @@ def _configuration(lm: LanguageModel, text: Text, seed: int) -> dict[str, Any]:
 def _run(tour: Tour, only: str | None, started: float, settings: dict[str, Any]) -> TourResult:
     sections = []
     wanted = NAMES if only is None else (only,)
+    done = sum(only is None and tour.folder.has(step) for step in wanted)
+    if 0 < done < len(wanted):
+        goes_on(tour.folder.path, done, len(wanted), "steps")
     with Progress("tour", total=len(wanted), unit="steps") as progress:
         began = time.monotonic()
         test = tour.lm.selftest()

@@ -216,8 +216,9 @@ def stop_after(shards: int, monkeypatch: pytest.MonkeyPatch, call: Any) -> None:
 
 
 def test_an_unfinished_folder_says_so_and_goes_on(
-    tiny: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.delenv("CUTAWAY_QUIET", raising=False)
     given: dict[str, Any] = {"lm": tiny, "corpus": some_texts(), "sites": SITES, "context": 16, "storage": SMALL}
     whole = harvest(out=tmp_path / "whole", **given)
     stop_after(3, monkeypatch, lambda: harvest(out=tmp_path / "cut", **given))
@@ -230,7 +231,9 @@ def test_an_unfinished_folder_says_so_and_goes_on(
     (tmp_path / "cut" / "shard-000003.safetensors").write_bytes(b"under its name, but not in the journal")
     runs: list[int] = []
     counting = Counting(tiny, runs)
+    assert "goes on at" not in capsys.readouterr().err
     harvest(out=tmp_path / "cut", **{**given, "lm": counting})
+    assert f"goes on at {sum(shard.rows for shard in whole.shards[:3])} tokens (" in capsys.readouterr().err
     same_bytes(tmp_path / "cut", tmp_path / "whole")
     assert len(runs) < whole.counts["read"] / 16 / 16  # what was there was not run again
 

@@ -152,7 +152,10 @@ def test_geometric_median_ignores_outliers() -> None:
         assert (x - point - 0.05 * shift).norm(dim=1).sum() >= distance
 
 
-def test_resumes_to_the_same_bits(tmp_path: Path) -> None:
+def test_resumes_to_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("CUTAWAY_QUIET", raising=False)
     _, x = planted(d=24, n_features=40, n_tokens=2_048, active=3, seed=4)
     whole = train_on(x, SMALL)
 
@@ -165,12 +168,15 @@ def test_resumes_to_the_same_bits(tmp_path: Path) -> None:
     for stop in (37, 38, 120):
         with pytest.raises(KeyboardInterrupt):
             train_jobs(Stream(x, partial(interrupted, stop)), {"": Job(SMALL, (SITE,))}, folder=tmp_path)
+    assert f"goes on at {37 * 64:,} of {SMALL.tokens:,} tokens ({tmp_path}, begun " in capsys.readouterr().err
     resumed = train_on(x, SMALL, tmp_path)
+    assert f"goes on at {120 * 64:,} of {SMALL.tokens:,} tokens ({tmp_path}" in capsys.readouterr().err
     assert all(
         torch.equal(weights(whole.dictionary)[name], tensor) for name, tensor in weights(resumed.dictionary).items()
     )
     assert whole.history == resumed.history
     again = train_on(x, SMALL, tmp_path)  # a finished run has nothing left to do
+    assert "goes on" not in capsys.readouterr().err
     assert torch.equal(again.dictionary.W_dec, whole.dictionary.W_dec)
 
 

@@ -138,7 +138,10 @@ def test_training_comes_closer_to_the_final_answer_than_the_logit_lens(llama: La
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-def test_a_stopped_training_goes_on_to_the_same_bits(llama: LanguageModel, tmp_path: Path, optimizer: Any) -> None:
+def test_a_stopped_training_goes_on_to_the_same_bits(
+    llama: LanguageModel, tmp_path: Path, optimizer: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.delenv("CUTAWAY_QUIET", raising=False)
     config = TunedLensConfig(steps=6, tokens_per_step=40, optimizer=optimizer)
     whole = train_tuned_lens(llama, some_rows(), config)
 
@@ -151,6 +154,8 @@ def test_a_stopped_training_goes_on_to_the_same_bits(llama: LanguageModel, tmp_p
     steps: list[int] = []
     resumed = train_tuned_lens(llama, some_rows(), config, folder=tmp_path, after_step=steps.append)
     assert steps == [4, 5, 6]
+    a_step = config.rows_per_step(some_rows()) * some_rows().shape[1]
+    assert f"goes on at {3 * a_step} of {6 * a_step} tokens ({tmp_path}, begun " in capsys.readouterr().err
     assert torch.equal(resumed.weight, whole.weight)
     assert torch.equal(resumed.bias, whole.bias)
     assert resumed.about["history"] == whole.about["history"]

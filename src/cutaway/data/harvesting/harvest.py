@@ -22,6 +22,7 @@ from torch import Tensor
 from cutaway.artifacts.errors import CutawayError
 from cutaway.artifacts.manifest import Manifest, ModelIdentity, code_version
 from cutaway.artifacts.progress import Progress, duration
+from cutaway.artifacts.run_folder import goes_on
 from cutaway.data.corpus.corpus import Tokenizing, rows_hash
 from cutaway.data.corpus.documents import TextSource, documents_of
 from cutaway.data.corpus.rows import Packing, Reading, RowBatch, given_rows, row_batches, text_rows
@@ -116,6 +117,8 @@ def harvest(
     rank, world = _place_among_processes()
     with Folder(Path(out), plan.header, rank, world) as folder:
         if not folder.complete:
+            if folder.done:
+                goes_on(folder.path, sum(one.rows for one in folder.done.values()), plan.limit, "tokens")
             _fill(plan, folder, folder.done)
         return folder.finish(plan.manifest, storage is not None and storage.verify)
 

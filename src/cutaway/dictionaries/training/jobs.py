@@ -24,7 +24,7 @@ from torch import Tensor
 from cutaway.artifacts.errors import CutawayError, TooLarge
 from cutaway.artifacts.manifest import json_hash
 from cutaway.artifacts.progress import Progress
-from cutaway.artifacts.run_folder import locked
+from cutaway.artifacts.run_folder import goes_on, locked
 from cutaway.dictionaries.dictionary import Dictionary, Port
 from cutaway.dictionaries.training.calibrate import calibrate
 from cutaway.dictionaries.training.config import BYTES_PER_PARAMETER, TrainConfig
@@ -203,6 +203,8 @@ def train_jobs(
             stream = itertools.chain(held, stream)
             del held
         first = min(trainer.steps_done for trainer in trainers.values())
+        if folder is not None and 0 < first < longest:
+            goes_on(Path(folder), first * size, longest * size, "tokens")
         if on_begin is not None:
             for name in jobs:
                 on_begin(name, trainers[name])

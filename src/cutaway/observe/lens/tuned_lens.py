@@ -29,6 +29,7 @@ from cutaway.artifacts.errors import BadFile, CutawayError, NotSupported
 from cutaway.artifacts.files import parse_json, write_safetensors
 from cutaway.artifacts.manifest import ModelIdentity, json_hash
 from cutaway.artifacts.progress import Progress
+from cutaway.artifacts.run_folder import goes_on
 from cutaway.data.corpus.corpus import rows_hash
 from cutaway.data.harvesting.activations import as_tokens, counted
 from cutaway.model.architecture.parts import weight_matrix
@@ -389,16 +390,17 @@ def train_tuned_lens(
         trainer.load(path, source)
     every = max(1, config.steps // 100)
     saved = time.monotonic()
-    left = config.steps - trainer.steps_done
-    label = "tuned lens" if left == config.steps else f"tuned lens, from step {trainer.steps_done}"
-    with Progress(label, total=left * per_step * rows.shape[1], unit="tokens") as progress:
+    left, a_step = config.steps - trainer.steps_done, per_step * rows.shape[1]
+    if folder is not None and 0 < trainer.steps_done < config.steps:
+        goes_on(Path(folder), trainer.steps_done * a_step, config.steps * a_step, "tokens")
+    with Progress("tuned lens", total=left * a_step, unit="tokens") as progress:
         try:
             while trainer.steps_done < config.steps:
                 step = trainer.steps_done
                 losses = trainer.step(lm, rows[_batch(len(rows), per_step, step, config.seed).to(rows.device)])
                 if step % every == 0 or step == config.steps - 1:
                     trainer.history.append({"step": step, "kl": float(losses.mean())})
-                progress.advance(per_step * rows.shape[1], note=f"KL {float(losses.mean()):.3f} per layer")
+                progress.advance(a_step, note=f"KL {float(losses.mean()):.3f} per layer")
                 if path is not None and time.monotonic() - saved >= seconds_between_checkpoints:
                     trainer.save(path, source)
                     saved = time.monotonic()
