@@ -257,10 +257,11 @@ STARTED = """
 import sys
 sys.path.insert(0, {here!r})
 import conftest
-import cutaway, torch
+import cutaway, cutaway.artifacts.hub, torch
 torch.set_num_threads(1)
 lm = conftest.tiny.__wrapped__()
 cutaway.load = lambda *_, **__: lm
+cutaway.artifacts.hub.answers = lambda: True  # "tiny" could be a name of the hub's
 from cutaway.cli.main import main
 sys.exit(main({arguments!r}))
 """
