@@ -7,6 +7,7 @@ modules, the same `state_dict`, bit-equal logits when nothing is captured or edi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -93,7 +94,6 @@ class LanguageModel(Weights, Generates):
         self.d_vocab_in = self.family.d_vocab_in
         self.context_length = self.family.context_length
         self.n_parameters = sum(p.numel() for p in hf.parameters())
-        self._sites = site_table(self.n_layers, self.family.sizes, self.family.absent)
         self.layer_forms: dict[nn.Module, Form] = {}  # what the runs so far have shown, see Execution
         self._expanded: dict[tuple[str, ...], tuple[str, ...]] = {}
         self._sizes: dict[tuple[Any, ...], int] = {}
@@ -107,6 +107,10 @@ class LanguageModel(Weights, Generates):
 
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
             return familiar.called(self, *args, **kwargs)
+
+    @cached_property
+    def _sites(self) -> SiteTable:
+        return site_table(self.n_layers, self.family.sizes, self.family.absent)
 
     @property
     def architecture(self) -> str:

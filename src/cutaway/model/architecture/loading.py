@@ -272,7 +272,7 @@ def _read(
             f"{dropped[0]}); they belong to a larger model."
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **where)
+        tokenizer = AutoTokenizer.from_pretrained(source, config=config, **where)
     except Exception as error:
         if "trust_remote_code" in str(error):
             raise _own_code(name) from error
@@ -281,7 +281,7 @@ def _read(
         return hf, None  # no tokenizer files: the model still takes ids
     # without its files transformers makes some families a tokenizer of special tokens alone, which reads no text
     special = {str(token) for token in tokenizer.added_tokens_decoder.values()}
-    return hf, tokenizer if {*tokenizer.get_vocab()} - special else None
+    return hf, tokenizer if len(tokenizer) > len(special) else None
 
 
 def _own_code(name: str) -> CutawayError:
@@ -316,14 +316,14 @@ def weight_versions(hf: PreTrainedModel) -> list[tuple[int, int]]:
     return [(id(p), -1 if p.is_inference() else p._version) for p in there]
 
 
-def weight_sample(hf: PreTrainedModel) -> str:
+def weight_sample(hf: PreTrainedModel) -> bytes:
     """Some entries of every weight: enough to see that a whole one was written through `.data`."""
     found = []
     for parameter in hf.parameters():
         if type(parameter.data) is Tensor and parameter.device.type != "meta" and parameter.is_floating_point():
             flat = parameter.detach().reshape(-1)
-            found.append(flat[:: max(1, len(flat) // 64)].float().tolist())
-    return repr(found)  # as text, in which NaN is itself
+            found.append(_bytes(flat[:: max(1, len(flat) // 64)]))
+    return b"".join(found)  # as bytes, in which NaN is itself
 
 
 def _bytes(value: Any) -> bytes:

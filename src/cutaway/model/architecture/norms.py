@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from cutaway.artifacts.errors import CutawayError
 from cutaway.model.architecture.wrapped import in_force, innermost, parameter_of
 
+_EQUAL = 1e-7  # errors that differ by less are the same
+
 
 @dataclass(frozen=True)
 class Norm:
@@ -108,8 +110,10 @@ def probe_norm(module: nn.Module, d: int) -> Norm:
             y = norm.gain(wide / scale, dtype).double()
             error = float(((y - expected).abs() / (1 + expected.abs())).max())
             # bf16 and fp16 tell the two orders of cast and gain apart, fp32 does not: the first of equals is taken
-            if error <= tolerance and (best is None or error < best[0] - 1e-7):
+            if error <= tolerance and (best is None or error < best[0] - _EQUAL):
                 best = error, norm
+            if best is not None and best[0] <= _EQUAL:
+                break  # no other can be better
     if best is None:
         raise CutawayError(f"its norm {type(module).__name__} computes neither a LayerNorm nor an RMS norm")
     return best[1]
