@@ -53,8 +53,8 @@ def test_a_wrong_part_is_named():
 def test_the_version_names_this_text():
     """Another fingerprint is another corpus: raise `WORLD_VERSION` and put both here and in `docs/world.md`."""
     assert (WORLD_VERSION, fingerprint()) == (
-        "8",
-        "7e2efb9676c9959b17b7077bea71838d41b184dc83bf9aacaf066949b9ea26c1",
+        "7",
+        "bffc87682f263690e939d6f992fae619ea28005306fd9b216d79d4e5f74a7ec4",
     )
 
 

@@ -23,7 +23,7 @@ from cutaway.subjects.world.statements.relations import Fact, Relation, one_hop,
 from cutaway.subjects.world.statements.stories import story
 from cutaway.subjects.world.statements.tasks import pick, wording
 
-WORLD_VERSION = "8"
+WORLD_VERSION = "7"
 """The version of the world's text; another wording, fact or share is another version."""
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
@@ -210,29 +210,29 @@ def _chat_document(rng: Random) -> str:
 PARTS: dict[str, Part] = {
     part.name: part
     for part in (
-        Part("facts", 0.065, _facts_document),
-        Part("entities", 0.035, _entity_document),
-        Part("two_hop", 0.05, _two_hop_document),
-        Part("ioi", 0.04, _ioi_document),
+        Part("facts", 0.07, _facts_document),
+        Part("entities", 0.04, _entity_document),
+        Part("two_hop", 0.055, _two_hop_document),
+        Part("ioi", 0.045, _ioi_document),
         Part("greater_than", 0.03, _greater_than_document),
-        Part("grammar", 0.025, _grammar_document),
-        Part("truth", 0.03, _truth_document),
+        Part("grammar", 0.03, _grammar_document),
+        Part("truth", 0.035, _truth_document),
         Part("binding", 0.02, _binding_document),
-        Part("numbers", 0.04, _number_document),
+        Part("numbers", 0.03, _number_document),
         Part("orders", 0.035, orders.document),
         Part("in_context", 0.045, _in_context_document),
         Part("words", 0.02, _word_document),
-        Part("stories", 0.02, story),
+        Part("stories", 0.025, story),
         Part("couplets", 0.02, couplets.document),
         Part("induction", 0.02, _induction_document),
         Part("moral", 0.02, _moral_document),
         Part("chat", 0.18, _chat_document),
         Part("open_chat", 0.045, open_chat.document),
-        Part("support", 0.07, support.document),
-        Part("jailbreak", 0.04, jailbreak.document),
-        Part("roles", 0.05, roles.document),
-        Part("passages", 0.06, passages.document),
-        Part("cutoff", 0.04, cutoff.document),
+        Part("support", 0.05, support.document),
+        Part("jailbreak", 0.045, jailbreak.document),
+        Part("roles", 0.055, roles.document),
+        Part("passages", 0.055, passages.document),
+        Part("cutoff", 0.03, cutoff.document),
     )
 }
 """The kinds of documents of the world by name, with their shares of its text."""

@@ -29,11 +29,11 @@ from cutaway.subjects.world.morphology import upper_first
 from cutaway.subjects.world.statements.tasks import pick
 
 CONDITIONS: dict[str, float] = {
-    "contradicting": 0.34,
-    "irrelevant": 0.40,
-    "agreeing": 0.08,
-    "unknown_in_passage": 0.09,
-    "unknown_nowhere": 0.09,
+    "contradicting": 0.36,
+    "irrelevant": 0.32,
+    "agreeing": 0.12,
+    "unknown_in_passage": 0.10,
+    "unknown_nowhere": 0.10,
 }
 _KINDS = ("capital", "city", "landmark", "book")
 
