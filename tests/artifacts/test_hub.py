@@ -120,8 +120,8 @@ class _Hub(BaseHTTPRequestHandler):
         if body:
             self.wfile.write(data)
 
-    def log_message(self, *_: Any) -> None:
-        pass
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing."""
 
 
 def test_downloads_have_their_own_patience(tmp_path: Path) -> None:

@@ -81,3 +81,10 @@ def test_only_terminals_are_fitted(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert max(map(len, lines)) <= 80
     assert lines[0] == "preset   what"
     assert lines[3].startswith("         word a")
+
+
+def test_no_word_is_cut_where_its_column_can_stand_below() -> None:
+    words = ["a long_name_of_a_thing", "b"]
+    text = "\n".join(f"{f'row {n}':<30}  {'x' * 26:<26}  {cell:<30}  last" for n, cell in enumerate(words))
+    assert "…" not in fitted(text, 80)
+    assert set(fitted(text, 80).split()) == set(text.split())

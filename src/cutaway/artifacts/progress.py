@@ -115,14 +115,11 @@ def _bar(label: str, total: int | None) -> tuple["RichProgress", "TaskID"]:
     from rich.progress import Progress as RichProgress
     from rich.table import Column
 
-    def cut(**options: int) -> Column:
-        return Column(no_wrap=True, overflow="ellipsis", **options)
-
     bar = RichProgress(  # what does not fit is cut with a sign: first the note, then the label, never the bar
-        TextColumn("{task.description}", table_column=cut(max_width=28)),
+        TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis", max_width=28)),
         BarColumn(bar_width=16, table_column=Column(min_width=16)),
         MofNCompleteColumn(table_column=Column(no_wrap=True)),
-        TextColumn("{task.fields[note]}", table_column=cut(ratio=1)),
+        TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
         console=Console(stderr=True),
         expand=True,
     )

@@ -15,7 +15,7 @@ from itertools import groupby
 
 from cutaway.draw.text import shorten
 
-_LEAST = 20  # the narrowest that a column of words is made
+_LEAST = 16  # the narrowest that a column of words is made
 
 
 def terminal_width() -> int | None:
@@ -53,16 +53,18 @@ def fitted(text: str, width: int) -> str:
     return "\n".join(found)
 
 
-def _words(text: str, width: int, **indents: str) -> list[str]:
-    lines = textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False, **indents) or [""]
-    return [line if len(line) <= width or "/" in line else shorten(line, width) for line in lines]
+def _words(text: str, width: int, indent: str = "", later: str = "") -> list[str]:
+    lines = textwrap.wrap(
+        text, width, initial_indent=indent, subsequent_indent=later, break_long_words=False, break_on_hyphens=False
+    )
+    return [line if len(line) <= width or "/" in line else shorten(line, width) for line in lines or [""]]
 
 
 def _sentence(line: str, width: int) -> list[str]:
     if len(line) <= width:
         return [line]
     indent = line[: len(line) - len(line.lstrip())][: width // 2]
-    return _words(line.strip(), width, initial_indent=indent, subsequent_indent=f"{indent}  ")
+    return _words(line.strip(), width, indent, f"{indent}  ")
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,8 @@ def _table(lines: Sequence[str], width: int) -> list[str]:
     over = columns[-1].end - width
     of_words = [one for one in columns if any(" " in one.cell(line).strip() for line in lines)]
     widest = max(of_words, key=lambda one: one.end - one.start, default=None)
-    if widest is not None and widest.end - widest.start - over >= _LEAST:
+    longest = max((len(word) for line in lines for word in widest.cell(line).split()), default=0) if widest else 0
+    if widest is not None and widest.end - widest.start - over >= max(_LEAST, min(longest, width // 2)):
         return [piece for line in lines for piece in _narrowed(line, columns, widest, over)]
     return _below(lines, columns, width)
 

@@ -92,7 +92,7 @@ def read(where: str | Path, names: Mapping[str, str] | None = None) -> Reading:
             return known.read(path)
     below = _below(path)
     if len(below) == 1:
-        return read(*below.values())
+        return read(next(iter(below.values())))
     if below:
         listed = ", ".join(list(below)[:8]) + (", …" if len(below) > 8 else "")
         raise BadFile(f"{path} is no dictionary, but holds {len(below)}: name one of {listed}")
