@@ -466,8 +466,7 @@ def attach(
         tokenizer: its tokenizer; without one, prompts are ids.
         description: where the parts of a module of your own are: a `Description`, or a dict of its fields. The
             self-test checks it (docs/your-own-model.md).
-        name: what it is called in results. Default: the name of the folder it was loaded from, its hub id, or the name
-            of its class.
+        name: what it is called in results. Default: the name of its folder, its hub id, or the name of its class.
 
     Returns:
         The model.
@@ -494,9 +493,8 @@ def attach(
             f"{type(hf_model).__name__}; cutaway.load opens a model by its name ({PAGE})."
         )
     kind = hf_model.title if isinstance(hf_model, OwnModel) else type(hf_model).__name__
-    known = getattr(hf_model.config, "name_or_path", "")
-    chosen = name or known or kind
-    title = name or title_of(known) or kind
+    chosen = name or getattr(hf_model.config, "name_or_path", "") or kind
+    title = name or title_of(chosen)
     loading.check_kind(hf_model.config, chosen)
     loading.check_tokenizer(tokenizer, hf_model, chosen)
     return LanguageModel(hf_model, tokenizer, title, lambda: loading.identity_of_parameters(hf_model, chosen), chosen)
