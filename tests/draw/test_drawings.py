@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 from markupsafe import Markup
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.draw.charts import axis_range, axis_ticks, bars_html, effect_html, effects_html, line_legend, line_svg
+from cutaway.draw.charts import (
+    axis_range,
+    axis_ticks,
+    bars_html,
+    effect_html,
+    effects_html,
+    line_legend,
+    line_svg,
+    line_table,
+)
 from cutaway.draw.heatmap import heatmap_html, heatmap_svg
 from cutaway.draw.latents import features_html
 from cutaway.draw.panels import compare_html, figures_html, table_html
@@ -416,3 +425,24 @@ def test_a_page_is_whole_and_escapes_what_it_is_given() -> None:
     assert "A &lt;h&gt;" in page
     assert "cutaway &lt;x&gt;" in page
     assert "http://" not in page.replace("http://www.w3.org", "")
+
+
+def test_a_chart_of_curves_has_a_table_of_its_numbers():
+    series = [
+        {"name": "a", "x": [0, 2], "y": [0.5, None], "low": [0.4, None], "high": [0.6, None]},
+        {"name": "b", "x": [1, 2], "y": [3.0, 4.0], "control": True},
+    ]
+    table = parse(line_table(series, "layer"))  # pyright: ignore
+    assert [head.text for head in table.iter("th")] == ["layer", "a", "b (control)"]
+    assert [[cell.text for cell in row.iter("td")] for row in table.iter("tr")][1:] == [
+        ["0", "0.5 [0.4, 0.6]", "–"], ["1", "–", "3"], ["2", "–", "4"],
+    ]  # fmt: skip
+
+
+def test_the_numbers_of_an_axis_stay_inside_the_plot():
+    drawn = bars_html(items=[{"label": "a", "value": -0.25}, {"label": "b", "value": 1.0}])
+    ticks = re.search(r'<div class="cw-bar cw-ticks">(.*?)</div>', drawn)
+    assert ticks is not None
+    anchors = re.findall(r'text-anchor="(\w+)"', ticks[1])
+    assert (anchors[0], anchors[-1]) == ("start", "end")
+    assert set(anchors[1:-1]) == {"middle"}

@@ -17,6 +17,7 @@ from cutaway.draw.blocks import (
     Bar,
     Bars,
     Block,
+    Card,
     Compare,
     Continuation,
     EffectBlock,
@@ -326,3 +327,14 @@ def test_a_folded_table_opens_from_a_line_that_says_what_it_is() -> None:
     assert ("details", "class", "cw-fold") not in Page(
         render(with_block(table.model_copy(update={"fold": ""})))
     ).attributes
+
+
+def test_a_null_result_has_a_neutral_mark():
+    section = Section(
+        id="clamping", title="T", question="Q?", lead="L.", status="no effect", note="Null result.",
+        blocks=(Text(text="t"),),
+    )  # fmt: skip
+    card = Card(name="m", identity="i", parameters=1)
+    page = render(TourResult(title="T", card=card, sections=(section,), version="0", created="2026-01-01"))
+    assert '<span class="badge no-effect">no effect</span>' in page
+    assert ".badge.no-effect::before { background: var(--soft); }" in page

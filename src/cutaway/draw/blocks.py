@@ -310,7 +310,8 @@ class Section(_Data):
         title: Its heading.
         question: What a newcomer asks.
         lead: The answer in two plain sentences.
-        status: "shown"; "fallback": the model was not good enough at the first choice of task; "not shown".
+        status: "shown"; "fallback": the model was not good enough at the first choice of task; "not shown";
+            "no effect": what was measured does not exceed its controls.
         note: One honest line: limits, a null result, why a fallback was used, or "not shown: right on 3 of 20".
         blocks: What is drawn.
         command: Makes the figures again.
@@ -323,7 +324,7 @@ class Section(_Data):
     title: str
     question: str
     lead: str
-    status: Literal["shown", "fallback", "not shown"] = "shown"
+    status: Literal["shown", "fallback", "not shown", "no effect"] = "shown"
     note: str = ""
     blocks: tuple[Block, ...] = ()
     command: str = ""

@@ -8,6 +8,7 @@ from markupsafe import Markup
 
 from cutaway.artifacts.errors import MissingControls
 from cutaway.artifacts.results import Effect
+from cutaway.draw.panels import fold, table_html
 from cutaway.draw.text import escape, interval, number, short
 
 Numbers = Sequence[float | None]
@@ -135,6 +136,27 @@ def line_legend(series: Sequence[Series]) -> Markup:
             f'd="M1 6H29"/>{_marker(look, 15, 6)}</svg>{escape(one["name"])}{word}</li>'
         )
     return Markup(f'<ul class="cw-series">{"".join(items)}</ul>')
+
+
+def line_table(series: Sequence[Series], x_label: str = "") -> Markup:
+    """The numbers of `line_svg`'s curves as a table, folded away: a row per place, a column per curve.
+
+    Args:
+        series: The curves.
+        x_label: What the places are.
+    """
+    written = []
+    for one in series:
+        lows, highs = (one.get(key) or [None] * len(one["x"]) for key in ("low", "high"))
+        cells = zip(one["x"], one["y"], lows, highs, strict=True)
+        written.append({x: y if low is None or high is None else interval(y, low, high) for x, y, low, high in cells})
+    table = table_html(
+        columns=[x_label or "x", *(f"{one['name']}{' (control)' if one.get('control') else ''}" for one in series)],
+        rows=[[x, *(at.get(x) for at in written)] for x in sorted({x for at in written for x in at})],
+        title="Numbers of the curves",
+        align=["right"] * (len(series) + 1),
+    )
+    return fold("As a table", table)
 
 
 def _looks(series: Sequence[Series]) -> list[str]:
@@ -266,10 +288,14 @@ class Axis:
         """Where a number lies, in percent of the width; the ends are free for a mark."""
         return 4.0 + (value - self.low) / (self.high - self.low) * 92.0
 
+    def _anchor(self, tick: float) -> str:
+        """How a tick's number stands to its place: at the ends it grows inwards, so that it stays inside the plot."""
+        return {self.low: "start", self.high: "end"}.get(tick, "middle")
+
     def labels(self) -> str:
         """The numbers of the ticks, for an SVG element as wide as the axis."""
         return "".join(
-            f'<text x="{self.place(tick):.2f}%" y="12" text-anchor="middle">{number(tick)}</text>'
+            f'<text x="{self.place(tick):.2f}%" y="12" text-anchor="{self._anchor(tick)}">{number(tick)}</text>'
             for tick in self.ticks
         )
 

@@ -62,7 +62,8 @@ def draw_block(block: Block, link: Callable[[str], Markup] = lambda text: Markup
             drawn = charts.line_svg(
                 series=series, title=block.caption or block.y_label, x_label=block.x_label, y_label=block.y_label
             )
-            return _figure(charts.line_legend(series) + drawn, link(block.caption))
+            table = charts.line_table(series, block.x_label)
+            return _figure(charts.line_legend(series) + drawn + table, link(block.caption))
         case Bars():
             return _figure(charts.bars_html(**_data(block)), link(block.caption))
         case Tokens():

@@ -111,6 +111,7 @@ def _refusal(tour: Tour, prompts: dict[str, Tokens], refused: float, answered: f
     vectors = {f"{kind} {words}": r.direction.vector for kind, words, r in results}
     write_safetensors(tour.folder.path / "directions.safetensors", vectors)
     clamp = results[1][2]
+    null = _null(results)
     return page.Section(
         **_about(
             tour,
@@ -125,8 +126,10 @@ def _refusal(tour: Tour, prompts: dict[str, Tokens], refused: float, answered: f
             f"Unsteered, {refused:.0%} of harmful requests are refused and {answered:.0%} of harmless ones answered (n "
             f"{_TEST} each, actions never asked about in training). Position, layer and method were chosen on other "
             "requests. Replies "
-            "are judged by their first words, so an answer may still be wrong." + _verdict(results)
+            "are judged by their first words, so an answer may still be wrong."
+            + (f" Null result: {'; '.join(null)}." if null else "")
         ),
+        status="no effect" if len(null) == len(results) else "shown",
         blocks=(
             page.Figures(
                 items=(
@@ -161,8 +164,8 @@ def _refusal(tour: Tour, prompts: dict[str, Tokens], refused: float, answered: f
     )
 
 
-def _verdict(results: Sequence[tuple[str, str, SteeringResult]]) -> str:
-    """Which methods did nothing that random directions do not do: a null result is said."""
+def _null(results: Sequence[tuple[str, str, SteeringResult]]) -> list[str]:
+    """Which methods did nothing that random directions do not do, each in a sentence."""
     failed = []
     for kind, words, result in results:
         label = "answered" if kind == "harmful" else "refused"
@@ -170,7 +173,7 @@ def _verdict(results: Sequence[tuple[str, str, SteeringResult]]) -> str:
         top = max((c.interval or (c.value, c.value))[1] for c in effect.controls)
         if effect.interval is None or effect.interval[0] <= top:
             failed.append(f"the direction {words} does not move {kind} requests beyond its controls")
-    return (" Null result: " + "; ".join(failed) + ".") if failed else ""
+    return failed
 
 
 def _bars(kind: str, words: str, result: SteeringResult) -> page.Bars:
@@ -414,6 +417,7 @@ def _clamping(about: dict[str, Any], match: Matched, words: tuple[str, ...], res
     )
     return page.Section(
         **about,
+        status="no effect" if moved is None else "shown",
         note=note,
         blocks=(
             page.Figures(
