@@ -3,6 +3,7 @@
 import math
 import re
 import xml.etree.ElementTree as ET
+from pathlib import Path
 from xml.etree.ElementTree import Element
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from markupsafe import Markup
 
+import cutaway
 from cutaway.artifacts.errors import CutawayError
 from cutaway.draw.charts import (
     axis_range,
@@ -446,3 +448,12 @@ def test_the_numbers_of_an_axis_stay_inside_the_plot():
     anchors = re.findall(r'text-anchor="(\w+)"', ticks[1])
     assert (anchors[0], anchors[-1]) == ("start", "end")
     assert set(anchors[1:-1]) == {"middle"}
+
+
+def test_no_page_has_curves_without_their_numbers():
+    """Where curves get a legend they get a table: of `line_table`, or one of the result's own."""
+    own = {"charts.py", "evaluation.py", "frontier.py", "probing.py", "faithfulness.py"}
+    sources = [path for path in Path(cutaway.__file__).parent.rglob("*.py") if path.name not in own]
+    drawn = [path for path in sources if "line_legend(" in path.read_text(encoding="utf-8")]
+    assert drawn
+    assert [path.name for path in drawn if "line_table(" not in path.read_text(encoding="utf-8")] == []

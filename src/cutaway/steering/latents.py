@@ -193,7 +193,7 @@ class LatentSteering(Result):
 
     def drawing(self) -> Markup:
         """The probability by dose, beside that under random latents."""
-        from cutaway.draw.charts import Series, line_legend, line_svg
+        from cutaway.draw.charts import Series, line_legend, line_svg, line_table
 
         x = [dose.multiple for dose in self.doses]
         ends = [dose.effect.interval or (None, None) for dose in self.doses]
@@ -218,7 +218,7 @@ class LatentSteering(Result):
             x_label="multiple of the latent's largest activation",
             y_label=f"P({self.concept})",
         )
-        return line_legend(series) + drawn
+        return line_legend(series) + drawn + line_table(series, "multiple of the largest activation")
 
     def __str__(self) -> str:
         return self.summary()

@@ -95,7 +95,7 @@ class Absorption(Result):
         ]  # fmt: skip
 
     def drawing(self) -> Markup:
-        from cutaway.draw.charts import Series, line_legend, line_svg
+        from cutaway.draw.charts import Series, line_legend, line_svg, line_table
 
         series: list[Series] = [
             {"name": f"dictionary {place + 1}", "x": list(range(1, len(curve) + 1)), "y": list(curve)}
@@ -104,7 +104,7 @@ class Absorption(Result):
         svg = line_svg(
             series=series, title=f"F1 of {self.what} by its first latents", x_label="latents", y_label="F1, held out"
         )
-        return svg + line_legend(series) + absorption_table([self])
+        return svg + line_legend(series) + line_table(series, "latents") + absorption_table([self])
 
     def to_json(self) -> dict[str, Any]:
         return {

@@ -111,7 +111,7 @@ def _density_histogram(frequency: Tensor, n_tokens: int) -> tuple[list[tuple[flo
 
 def density_svg(frequencies: Mapping[str, Tensor], n_tokens: int, control: Tensor | None = None) -> Markup:
     """How many latents are active how often, one curve per dictionary [F] and one of its control."""
-    from cutaway.draw.charts import Series, line_legend, line_svg
+    from cutaway.draw.charts import Series, line_legend, line_svg, line_table
 
     series: list[Series] = []
     controls = {} if control is None else {"random directions": control}
@@ -126,7 +126,7 @@ def density_svg(frequencies: Mapping[str, Tensor], n_tokens: int, control: Tenso
         y_label="latents in half a power of ten",
         log_x=True,
     )
-    return drawing + line_legend(series)
+    return drawing + line_legend(series) + line_table(series, "share of tokens")
 
 
 @torch.no_grad()

@@ -91,7 +91,7 @@ class Stability(Result):
         return [{"pair": pair, "cosine": float(one)} for pair, some in enumerate(self.cosines) for one in some]
 
     def drawing(self) -> Markup:
-        from cutaway.draw.charts import Series, line_legend, line_svg
+        from cutaway.draw.charts import Series, line_legend, line_svg, line_table
 
         edges = np.linspace(min(0.0, *(some.min(initial=0.0) for some in self.cosines)), 1, 21)
         series: list[Series] = [
@@ -105,7 +105,7 @@ class Stability(Result):
             )
         ]  # fmt: skip
         svg = line_svg(series=series, title=self.title, x_label="cosine of matched decoder rows", y_label="latents")
-        return svg + line_legend(series) + effects_html(self.effects.values())
+        return svg + line_legend(series) + line_table(series, "cosine") + effects_html(self.effects.values())
 
 
 @torch.no_grad()

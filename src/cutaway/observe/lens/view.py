@@ -8,7 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from cutaway.draw.charts import Series, line_legend, line_svg
+from cutaway.draw.charts import Series, line_legend, line_svg, line_table
 from cutaway.draw.heatmap import heatmap_html, heatmap_scale
 from cutaway.draw.page import Section
 from cutaway.draw.panels import table_html
@@ -134,7 +134,9 @@ def without_first(one: Series) -> Series:
 def _plot(series: list[Series], label: str) -> Markup:
     legend = line_legend(series) if len(series) > 1 or series[0]["name"] not in ("logit lens", "tuned lens") else ""
     drawing = line_svg(series=series, title=label, x_label="layers passed", y_label=label)
-    return Markup(f'<div style="flex:1 1 420px;max-width:520px">{drawing}{legend}</div>')
+    return Markup(
+        f'<div style="flex:1 1 420px;max-width:520px">{drawing}{legend}{line_table(series, "layers passed")}</div>'
+    )
 
 
 def _distance(data: dict[str, Any], other: dict[str, Any] | None) -> Section:

@@ -11,7 +11,7 @@ from markupsafe import Markup
 from cutaway.artifacts.errors import NoSuchSite
 from cutaway.artifacts.results import Control, Effect, interval_text
 from cutaway.artifacts.statistics import false_discovery, wilson_interval
-from cutaway.draw.charts import Series, effect_html, effects_html, line_legend, line_svg
+from cutaway.draw.charts import Series, effect_html, effects_html, line_legend, line_svg, line_table
 from cutaway.draw.page import Section, sections_html
 from cutaway.draw.panels import table_html
 from cutaway.draw.result import Result
@@ -334,7 +334,9 @@ def sweep_sections(sweep: ProbeSweep) -> list[Section]:
     if len(sweep.sites) > 1:
         series = _layer_series(sweep)
         drawing = line_svg(series=series, title=f"{sweep.measure} by site", x_label="layer", y_label=sweep.measure)
-        sections.append((f"{sweep.measure} by site", note, Markup(drawing) + line_legend(series)))
+        sections.append(
+            (f"{sweep.measure} by site", note, Markup(drawing) + line_legend(series) + line_table(series, "layer"))
+        )
         note = "It was chosen by this score, so it flatters itself a little. "
     sections += [
         (f"{best.site} beside its controls", note, effect_html(best.effect.to_json())),
@@ -363,7 +365,7 @@ def _reliability(found: Reliability, site: str) -> Section:
         f"The best probe, out of fold. Expected calibration error {found.ece:.3f}, Brier score {found.brier:.3f}; "
         f"examples in the bins: {', '.join(str(b[2]) for b in bins)}. The band is a 95 % interval."
     )
-    return "Do its probabilities mean what they say?", text, Markup(drawing) + line_legend(drawn)
+    return "Do its probabilities mean what they say?", text, Markup(drawing) + line_legend(drawn) + line_table(drawn, x)
 
 
 def use_section(used: ProbeUse) -> Section:
