@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -26,6 +27,7 @@ from cutaway.draw.blocks import (
     TokenRow,
     TourResult,
 )
+from cutaway.tour.observing import median_place
 
 SECTION = {"id": "a", "title": "t", "question": "q", "lead": "l"}
 
@@ -115,3 +117,8 @@ def test_data_is_frozen():
 def test_what_does_not_fit_is_refused(make, complaint):
     with pytest.raises(ValidationError, match=complaint):
         make()
+
+
+def test_a_sample_is_the_median_one():
+    assert median_place(torch.tensor([0.9, 0.1, 0.5])) == 2
+    assert median_place(torch.tensor([0.4, 0.3, 0.2, 0.1])) == 2

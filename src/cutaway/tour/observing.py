@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from torch import Tensor
+
 from cutaway.artifacts.command import recording
 from cutaway.artifacts.results import Control, Effect
 from cutaway.artifacts.statistics import bootstrap_interval
@@ -114,8 +116,9 @@ def lens(tour: Tour) -> page.Section:
     layers = ["embed", *(f"after layer {i}" for i in range(tour.lm.n_layers))]
     right, wrong = (r.at_last(r.target_probability) for r in (result, other))
     intervals = [bootstrap_interval(p.numpy()) for p in right]
-    example = result.to_json(0)
-    answer = tour.lm.token_strings([int(pairs.answer[0])])[0]
+    shown = median_place(right[-1])
+    example = result.to_json(shown)
+    answer = tour.lm.token_strings([int(pairs.answer[shown])])[0]
     top1 = task.task.criterion == "top1"
     ahead = result.at_last(result.target_rank) < (1 if top1 else other.at_last(other.target_rank))
     on_top = ahead.float().mean(1).tolist()
@@ -158,7 +161,10 @@ def lens(tour: Tour) -> page.Section:
                 tokens=tuple(example["tokens"]),
                 top=tuple(map(tuple, example["top"])),
                 probability=tuple(map(tuple, example["probability"])),
-                caption=f"One prompt. Each cell has the most probable next token; the answer is `{answer.strip()}`.",
+                caption=(
+                    "The median prompt by the probability of the right answer. Each cell has the most probable next "
+                    f"token; the answer is `{answer.strip()}`."
+                ),
             ),
             page.Line(
                 series=(
@@ -183,6 +189,11 @@ def lens(tour: Tour) -> page.Section:
         ),
         effects=(effect.to_json(),),
     )
+
+
+def median_place(values: Tensor) -> int:
+    """The place of the (lower) median of `values` [n]: the sample that a mean over all of them speaks of."""
+    return int(values.argsort(stable=True)[(len(values) - 1) // 2])
 
 
 def heads(tour: Tour) -> page.Section:
