@@ -90,6 +90,7 @@ def main() -> None:
     rows = token_rows(lm, world_text(1_000_000, "text-1"), 256, limit=JUDGED_ROWS)
     for site, result in trained.items():
         folder = options.out / site
+        (folder / "card.json").unlink(missing_ok=True)  # of the dictionary before: `save` replaces only what it writes
         save(result.dictionary.to(dtype=torch.float16), folder, overwrite=folder.exists())
         stored = load(folder, dtype=torch.float32)
         with recording(COMMAND):
