@@ -118,8 +118,8 @@ def test_training_gets_every_option(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     calls: list[tuple[Any, ...]] = []
     monkeypatch.setattr(training, "train_command", lambda *given, **options: calls.append((*given, options)))
 
-    words = "subjects train atlas --tokens 5000 --seed 2 --device cpu --rows 4 --context 64 --processes 1 --compiled"
-    words += " --from atlas-1 --rate 0.001 --optimizer muon --reply-weight 3"
+    words = "subjects train atlas --tokens 5000 --seed 2 --device cpu --batch 4 --context 64 --processes 1 --compiled"
+    words += " --from atlas-1 --lr 0.001 --optimizer muon --reply-weight 3"
     assert main([*words.split(), "--overwrite", "--out", "o", "--corpus", "c"]) == 0
     recipe = Recipe(tokens=5000, seed=2, rows=4, context=64, peak=0.001, optimizer="muon", reply_weight=3.0)
     options = {"start": "atlas-1", "corpus": Path("c"), "machine": Machine("cpu", 1, True), "overwrite": True}

@@ -86,7 +86,7 @@ def test_the_line_is_on_stderr_and_silence_can_be_asked_for(
         ("tasks atlas --task chess", "no task is called"),
         ("patch atlas --task chess", "no task is called"),
         ("patch atlas --task ioi --metric loss", "metric"),
-        ("trace atlas --answer x", "needs --prompt"),
+        ("trace atlas --answer x", "needs a prompt"),
         ("trace atlas --noise 0", "hides nothing"),
         ("circuit atlas --task chess", "no task is called"),
         ("circuit atlas --task ioi --metric loss", "metric"),

@@ -36,7 +36,7 @@ SLOW = [
     ["probe", "atlas", "rows.csv", "--site", "blocks.3.resid_post", "--folds", "3", "--draws", "2"],
     ["tasks", "atlas", "--task", "two hop", "--n", "4"],
     ["patch", "atlas", "--task", "two hop", "--n", "8", "--layer", "3"],
-    ["trace", "atlas", "--prompt", PROMPT, "--subject", "Dallas", "--answer", " Austin"],
+    ["trace", "atlas", PROMPT, "--subject", "Dallas", "--answer", " Austin"],
     ["circuit", "atlas", "--task", "two hop", "--size", "30", "--n", "8", "--quick"],
     ["train", "atlas", "--site", "blocks.1.resid_post", "--corpus", "text.txt", "--out", "t", "--tokens", "4096",
      "--d-sae", "64"],

@@ -60,9 +60,9 @@ def contents(folder: Path) -> dict[str, bytes]:
         ["attribute", "atlas", "text", "--html"],
         ["saliency", "atlas", "text", "--html"],
         ["probe", "atlas", "data.csv", "--html"],
-        ["probe", "atlas", "data.csv", "--save"],
+        ["probe", "atlas", "data.csv", "--out"],
         ["tasks", "atlas", "--html"],
-        ["tasks", "atlas", "--task", "ioi", "--write"],
+        ["tasks", "atlas", "--task", "ioi", "--out"],
         ["patch", "atlas", "--pairs", "pairs.json", "--html"],
         ["trace", "atlas", "--html"],
         ["circuit", "atlas", "--pairs", "pairs.json", "--html"],
@@ -70,7 +70,7 @@ def contents(folder: Path) -> dict[str, bytes]:
         ["dictionary", "inspect", "atlas/blocks.3.resid_post", "--html"],
         ["dictionary", "judge", "atlas/blocks.3.resid_post", "--model", "atlas", "--corpus", "notes.md", "--html"],
         ["dictionary", "convert", "--overwrite", "atlas/blocks.3.resid_post"],
-        ["subjects", "superposition", "--out"],
+        ["subjects", "superposition", "--html"],
         ["subjects", "evaluate", "atlas", "--out"],
         ["subjects", "text", "atlas", "--out"],
     ],
@@ -99,8 +99,8 @@ def test_what_circuit_reads_is_not_what_it_writes(
     words += [] if option == "--pairs" else [option, "c.json"]
     assert main([*words, "--out", "../in/./c.json"]) == 2
     assert f"{option} and --out both name" in capsys.readouterr().err
-    assert main(["tasks", "atlas", "--task", "pairs.json", "--write", "./pairs.json"]) == 2
-    assert "--task and --write both name" in capsys.readouterr().err
+    assert main(["tasks", "atlas", "--task", "pairs.json", "--out", "./pairs.json"]) == 2
+    assert "--task and --out both name" in capsys.readouterr().err
 
 
 def test_our_own_page_is_replaced(tmp_path: Path) -> None:

@@ -62,21 +62,22 @@ def test_each_command_takes_it(name: str, program: Path, tmp_path: Path, capsys:
     assert json.dumps(pairs[0]["answer"]) in json.dumps(lens["logit_lens"])
 
     page = tmp_path / "heads.html"
-    table = run(["heads", prompt, *own, "--length", "3", "--sequences", "4", "--html", str(page)], capsys)
+    table = run(["heads", prompt, *own, "--length", "3", "--n", "4", "--html", str(page)], capsys)
     assert "previous" in table
     assert page.stat().st_size > 5_000
 
     pairs_of = ["--pairs", str(tmp_path / "pairs.json")]
     assert "blocks.{l}.resid_post" in run(["patch", *own, *pairs_of], capsys)
     circuit = tmp_path / "circuit.json"
-    options = ["--size", "60%", "--random", "5", "--quick", "--out", str(circuit)]
+    options = ["--size", "60%", "--draws", "5", "--quick", "--out", str(circuit)]
     assert "circuit" in run(["circuit", *own, *pairs_of, *options], capsys)
-    again = run(["circuit", *own, *pairs_of, "--evaluate", str(circuit), "--random", "5", "--quick"], capsys)
+    again = run(["circuit", *own, *pairs_of, "--evaluate", str(circuit), "--draws", "5", "--quick"], capsys)
     assert "faithfulness" in again
 
     folder = tmp_path / "sae"
     words = ["train", *own, "--site", "blocks.0.mlp.out", "--corpus", str(tmp_path / "corpus.txt"), "--context", "8"]
-    words += ["--d-sae", "24", "--k", "4", "--tokens", "2048", "--batch", "64", "--judge", "16", "--out", str(folder)]
+    words += ["--d-sae", "24", "--k", "4", "--tokens", "2048", "--batch", "64", "--held-out", "16"]
+    words += ["--out", str(folder)]
     assert "variance explained" in run(words, capsys)
     assert json.loads((folder / "judged.json").read_text())["judged"]
     assert main(["train", "--recipe", str(folder / "recipe.toml"), "--out", str(tmp_path / "other")]) == 2

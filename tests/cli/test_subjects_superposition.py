@@ -35,7 +35,7 @@ _toy_study, _recovery_study = study.toy_study, recovery.recovery_study
 @pytest.mark.usefixtures("quick")
 def test_it_prints_and_leaves_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = tmp_path / "page.html"
-    assert main(["subjects", "superposition", "--out", str(page)]) == 0
+    assert main(["subjects", "superposition", "--html", str(page)]) == 0
     said = capsys.readouterr().out
     assert "trained and optimal agree in" in said
     assert "linear, control" in said
@@ -62,7 +62,7 @@ def test_json_has_every_figure(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.usefixtures("quick")
 def test_dictionaries_are_trained_when_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = tmp_path / "page.html"
-    assert main(["subjects", "superposition", "--recovery", "--out", str(page)]) == 0
+    assert main(["subjects", "superposition", "--recovery", "--html", str(page)]) == 0
     said = capsys.readouterr().out
     assert "Recovered of 32 signed features by dimensions" in said
     assert said.count("random directions") >= 6
@@ -73,5 +73,5 @@ def test_dictionaries_are_trained_when_asked_for(tmp_path: Path, capsys: pytest.
 
 
 def test_a_folder_is_not_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["subjects", "superposition", "--out", str(tmp_path)]) == 2
+    assert main(["subjects", "superposition", "--html", str(tmp_path)]) == 2
     assert "is a folder" in capsys.readouterr().err

@@ -67,13 +67,13 @@ def write_inputs(folder: Path) -> None:
 def commands(folder: Path) -> dict[str, Callable[[Path], list[str]]]:
     """Words of each command, from the folder it writes into."""
     model, pairs = str(folder / "model"), str(folder / "pairs.json")
-    quick = ["--pairs", pairs, "--force", "--quick", "--random", "5", "--size", "20%"]
+    quick = ["--pairs", pairs, "--force", "--quick", "--draws", "5", "--size", "20%"]
     return {
         "circuit": lambda out: [
             "circuit", model, *quick, "--out", str(out / "circuit.json"), "--html", str(out / "page.html"),
         ],
         "tasks": lambda out: [
-            "tasks", model, "--task", pairs, "--split", "search", "--write", str(out / "written.json"),
+            "tasks", model, "--task", pairs, "--split", "search", "--out", str(out / "written.json"),
             "--html", str(out / "page.html"),
         ],
         "tour": lambda out: ["tour", model, "--corpus", str(folder / "corpus.txt"), "--out", str(out / "tour")],

@@ -117,5 +117,5 @@ def test_a_token_spelled_like_an_id_is_written_with_a_backslash(spaced: Language
 def test_a_real_model_of_this_kind(shared: Path, capsys: Any, prompt: str, answer: str, token: str) -> None:
     folder = str(shared / "models" / "stories260K")
     wanted = token.replace("▁", " ")
-    assert main(["attribute", folder, prompt, "--answer", answer, "--json", "--controls", "1"]) == 0
+    assert main(["attribute", folder, prompt, "--answer", answer, "--json", "--draws", "1"]) == 0
     assert json.loads(capsys.readouterr().out)["figures"]["answer"] == [wanted]

@@ -31,6 +31,7 @@ from cutaway.cli.causal.trace import trace
 from cutaway.cli.dictionaries.dictionary import app as dictionary
 from cutaway.cli.dictionaries.harvest import harvest
 from cutaway.cli.dictionaries.train import train
+from cutaway.cli.help import MODELS, lay_out
 from cutaway.cli.live import open_page
 from cutaway.cli.model.check import check
 from cutaway.cli.model.sites import sites
@@ -53,7 +54,7 @@ app = App(
     result_action="return_value",
     default_parameter=Parameter(negative=()),  # no --no-..., no --empty-...
     suppress_keyboard_interrupt=False,
-    help_epilogue="MODEL is “atlas” (the model that comes along), a Hugging Face folder, or a hub id.",
+    help_epilogue=MODELS,
 )
 for command in (
     tour,
@@ -75,6 +76,7 @@ for command in (
 ):
     app.command(command)
 app.command(open_page, name="open")
+lay_out(app)
 app.register_install_completion_command(
     add_to_startup=False, help="Write the completion of commands and options for your shell, and say how to turn it on."
 )

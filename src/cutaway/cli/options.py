@@ -23,6 +23,9 @@ Count = Annotated[int, Parameter(validator=validators.Number(gte=1, lt=2**53))]
 Separator = Annotated[str | None, Parameter(allow_leading_hyphen=True)]
 """What stands between the documents of a corpus, such as `<|endoftext|>` or `---`."""
 
+MetricName = Literal["logit_difference", "probability", "probability_difference", "kl", "nll", "rank"]
+"""What an effect is measured in: the names of `cutaway.causal.METRICS`, which is not imported for help."""
+
 Seed = Annotated[int, Parameter(validator=validators.Number(gte=0, lt=2**32))]
 
 

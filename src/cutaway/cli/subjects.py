@@ -22,12 +22,12 @@ def train(
     out: Path = Path("runs/atlas"),
     tokens: Count = 130_000_000,
     start: Annotated[str | None, Parameter(name="--from")] = None,
-    rate: Annotated[float, Parameter(validator=validators.Number(gt=0))] = 2.5e-3,
+    lr: Annotated[float, Parameter(validator=validators.Number(gt=0))] = 2.5e-3,
     optimizer: Literal["adamw", "muon"] = "adamw",
     reply_weight: Annotated[float, Parameter(validator=validators.Number(gt=0))] = 1.0,
     seed: Seed = 0,
     device: str | None = None,
-    rows: Count | None = None,
+    batch: Count | None = None,
     context: Count = 256,
     corpus: Path | None = None,
     processes: Count | None = None,
@@ -46,7 +46,7 @@ def train(
         How many tokens of the generated corpus to train on.
     start
         Weights to go on from, with their tokenizer: atlas, atlas-1, or a folder that training left.
-    rate
+    lr
         Peak of the learning rate for steps of 128 texts; it goes with the square root of their number.
     optimizer
         AdamW for all, or Muon for the layers' matrices (torch 2.9 and later).
@@ -56,7 +56,7 @@ def train(
         Of the corpus and of the initial weights.
     device
         cpu, cuda, ...; a GPU if there is one, when not given.
-    rows
+    batch
         Texts in a step; 128 on a GPU and 16 elsewhere if not given.
     context
         Tokens in a text.
@@ -81,8 +81,8 @@ def train(
             tokens=tokens,
             seed=seed,
             context=context,
-            rows=rows or (PEAK_ROWS if device.startswith("cuda") else ROWS_ON_CPU),
-            peak=rate,
+            rows=batch or (PEAK_ROWS if device.startswith("cuda") else ROWS_ON_CPU),
+            peak=lr,
             optimizer=optimizer,
             reply_weight=reply_weight,
         ),
@@ -241,19 +241,19 @@ def samples(part: str, /, *, n: Count = 10, seed: Seed = 0) -> None:
 
 
 @app.command
-def superposition(*, recovery: Flag = False, out: Page = None, seed: Seed = 0, json: Flag = False) -> None:
+def superposition(*, recovery: Flag = False, seed: Seed = 0, json: Flag = False, html: Page = None) -> None:
     """Train the toy models of superposition and show what they do: geometry, polytopes, phase diagram (a minute).
 
     Parameters
     ----------
     recovery
         Also train dictionaries on features that are known: where are they found, and where not? (Minutes.)
-    out
-        Write a page with the drawings.
     seed
         Of initial weights and samples.
     json
         Print every figure as JSON on stdout, and nothing else.
+    html
+        Write a page with the drawings.
     """
     from cutaway.artifacts.command import current_command
     from cutaway.dictionaries.evaluation.recovery import recovery_sections, recovery_study
@@ -273,5 +273,5 @@ def superposition(*, recovery: Flag = False, out: Page = None, seed: Seed = 0, j
         figures={**study.to_json(), "recovery": found.to_json() if found else None},
         page=page,
         as_json=json,
-        html=out,
+        html=html,
     )

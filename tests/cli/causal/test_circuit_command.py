@@ -38,7 +38,7 @@ def pairs(tmp_path: Path) -> Path:
     return path
 
 
-QUICK = ["--force", "--quick", "--random", "5"]
+QUICK = ["--force", "--quick", "--draws", "5"]
 
 
 def test_the_file_the_json_and_the_page(pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -130,7 +130,7 @@ def test_bad_input_is_one_sentence(pairs: Path, tmp_path: Path, capsys: pytest.C
     )
     assert "--held-out goes with --pairs" in refused(["--task", "ioi", "--held-out", str(pairs)], capsys)
     assert "100 or more" in refused([*given, "--resamples", "20"], capsys)
-    assert "no metric is called 'beauty'" in refused([*given, "--metric", "beauty"], capsys)
+    assert 'Choose from: "logit_difference"' in refused([*given, "--metric", "beauty"], capsys)
     assert "use logit_difference" in refused([*given, "--metric", "kl", "--scorer", "eap", *QUICK], capsys)
     assert "pairs to search with, too few for an interval" in refused(["--pairs", str(few), *QUICK], capsys)
     assert "clean and corrupt must have the same number of tokens: 5 and 2" in refused(

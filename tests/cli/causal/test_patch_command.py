@@ -185,7 +185,7 @@ def test_the_readmes_example_is_of_a_task_that_the_model_can_do(capsys: pytest.C
 def test_without_one_wording_the_roles_are_the_columns(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["patch", "atlas", "--task", "world indirect object", "--n", "8", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["figures"]["columns"] == ["IO", "S1", "S2", "last"]
-    assert main(["patch", "atlas", "--task", "world indirect object", "--n", "12", "--tokens", "--json"]) == 0
+    assert main(["patch", "atlas", "--task", "world indirect object", "--n", "12", "--by-token", "--json"]) == 0
     data = json.loads(capsys.readouterr().out)["figures"]
     assert data["columns"][0].startswith("0 ")
     assert data["evaluation"].endswith("of one wording")
@@ -206,8 +206,8 @@ def test_without_one_wording_the_roles_are_the_columns(capsys: pytest.CaptureFix
         (["--pairs", "FILE", "--over", "heads", "--role", "city"], "--at says where"),
         (["--pairs", "FILE", "--at", "city"], "name --role"),
         (["--pairs", "FILE", "--over", "heads", "--ablation", "zero"], "take direction 'noise'"),
-        (["--pairs", "FILE", "--ablation", "median"], "no ablation is called 'median'"),
-        (["--pairs", "FILE", "--metric", "accuracy"], "no metric is called 'accuracy'; there are logit_difference"),
+        (["--pairs", "FILE", "--ablation", "median"], 'Invalid value "median"'),
+        (["--pairs", "FILE", "--metric", "accuracy"], 'Choose from: "logit_difference"'),
         (["--pairs", "FILE", "--over", "rows"], "Choose from"),
         (["--pairs", "FILE", "--metric", "nll", "--direction", "noise", "--ablation", "mean_by_template"], "template"),
     ],

@@ -48,7 +48,7 @@ def test_json_and_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 def test_own_pairs_and_what_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "own.json"
-    assert main(["tasks", "atlas", "--task", "two hop", "--n", "10", "--write", str(file)]) == 0
+    assert main(["tasks", "atlas", "--task", "two hop", "--n", "10", "--out", str(file)]) == 0
     found = read_pair_file(file)
     assert (found.name, len(found.pairs), len(found.held_out)) == ("two-hop capitals", 10, 10)
     capsys.readouterr()
@@ -66,7 +66,7 @@ def test_own_pairs_and_what_is_written(tmp_path: Path, capsys: pytest.CaptureFix
     [
         (["--task", "chess"], "no task is called 'chess'"),
         (["--task", "absent.json"], "there is no file absent.json"),
-        (["--write", "x.json"], "--write takes the pairs of one task"),
+        (["--out", "x.json"], "--out takes the pairs of one task"),
         (["--threshold", "1.5"], "threshold"),
         (["--n", "1"], "--n"),
     ],

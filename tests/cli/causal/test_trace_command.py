@@ -11,7 +11,7 @@ from cutaway.cli.main import main
 from cutaway.model.language_model import LanguageModel
 
 PROMPT = "The capital of the state containing Dallas is"
-DALLAS = ["--prompt", PROMPT, "--subject", "Dallas"]
+DALLAS = [PROMPT, "--subject", "Dallas"]
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +27,7 @@ def test_one_prompt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*words, "--json", "--html", str(page)]) == 0
     printed = json.loads(capsys.readouterr().out)
     found = printed["figures"]
-    assert printed["command"].startswith("cutaway trace atlas --prompt 'The capital")
+    assert printed["command"].startswith("cutaway trace atlas 'The capital")
     assert (found["n"], found["draws"], found["noise_in_sigma"]) == (1, 3, 3.0)
     assert found["total_effect"]["value"] > 0.4
     assert found["prompts"][0]["tokens"] == [" Dallas", " is"]
@@ -89,14 +89,14 @@ def test_without_prompts_it_traces_landmarks(capsys: pytest.CaptureFixture[str])
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--prompt", PROMPT], "needs --prompt and --subject"),
-        (["--subject", "Dallas"], "needs --prompt and --subject"),
-        (["--prompt", PROMPT, "--subject", "Tampa"], "'Tampa' does not stand in the prompt"),
+        ([PROMPT], "needs a prompt and --subject"),
+        (["--subject", "Dallas"], "needs a prompt and --subject"),
+        ([PROMPT, "--subject", "Tampa"], "'Tampa' does not stand in the prompt"),
         ([*DALLAS, "--answer", " Boston"], "atlas answers no prompt rightly"),
         ([*DALLAS, "--window", "99"], "a window of 99 layers"),
         ([*DALLAS, "--noise", "0"], "hides nothing"),
         ([*DALLAS, "--draws", "0"], "draws"),
-        ([*DALLAS, "--prompts", "FILE"], "leave --prompt"),
+        ([*DALLAS, "--prompts", "FILE"], "leave the prompt"),
         (["--prompts", "FILE"], "prompt 1 of"),
         (["--prompts", "NOWHERE"], "NOWHERE"),
         (["--prompts", "EMPTY"], "holds no list"),

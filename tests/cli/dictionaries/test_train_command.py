@@ -102,7 +102,7 @@ def test_it_judges_on_rows_that_it_kept_out(
     model: str, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "a"
-    grid = ["--preset", "batchtopk", "--k", "2", "4", "--seed", "0", "1", "--judge", "8"]
+    grid = ["--preset", "batchtopk", "--k", "2", "4", "--seed", "0", "1", "--held-out", "8"]
     assert main(command(model, corpus, out, *grid)) == 0
     said = capsys.readouterr().out
     assert "FVU" in said

@@ -75,7 +75,7 @@ def test_a_tuned_lens_is_trained_judged_read_again_and_kept_from_other_models(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     out, page = tmp_path / "lens", tmp_path / "page.html"
-    train = ["lens", "tiny", "--train", str(text), "--out", str(out), "--steps", "4", "--tokens-per-step", "64"]
+    train = ["lens", "tiny", "--train", str(text), "--out", str(out), "--steps", "4", "--batch", "64"]
     train += ["--context", "16", "--held-out", "4"]
     assert main([*train, "--html", str(page)]) == 0
     printed = capsys.readouterr().out

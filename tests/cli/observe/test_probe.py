@@ -49,7 +49,7 @@ def test_a_held_out_fact_is_read_and_used(regions: Path, tmp_path: Path, capsys:
         "--json",
         "--html",
         str(page),
-        "--save",
+        "--out",
         str(tmp_path / "p"),
     ]
     assert main([*words, *options]) == 0

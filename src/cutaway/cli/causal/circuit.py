@@ -11,6 +11,7 @@ from cutaway.cli.options import (
     DType,
     ExistingPath,
     Flag,
+    MetricName,
     ModuleFile,
     Output,
     Page,
@@ -34,13 +35,13 @@ def circuit(
     steps: Count = 5,
     size: str | None = None,
     faithfulness: float | None = None,
-    metric: str | None = None,
+    metric: MetricName | None = None,
     select: Literal["greedy", "top"] = "greedy",
     by: Literal["absolute", "signed"] = "absolute",
     ablation: Literal["resample", "zero", "mean", "mean_by_position", "mean_by_template"] | None = None,
     grouped: Flag = False,
     n: Count = 48,
-    random: Count = 20,
+    draws: Count = 20,
     resamples: Count = 100,
     quick: Flag = False,
     force: Flag = False,
@@ -75,8 +76,7 @@ def circuit(
     faithfulness
         Find the smallest circuit that reaches this on the search pairs; 0.85 if neither this nor --size is given.
     metric
-        logit_difference (the default), probability, probability_difference, nll, kl, ...; with --evaluate the
-        circuit's own if not given.
+        What the circuit is to bring about; logit_difference if not given, with --evaluate the circuit's own.
     select
         greedy: grow the circuit from the logits; top: take the highest scores and prune.
     by
@@ -87,7 +87,7 @@ def circuit(
         Treat keys and values that heads share as one.
     n
         Pairs of each split that are drawn of a task.
-    random
+    draws
         Random circuits of the same size to compare with.
     resamples
         Bootstrap draws of the pairs for the stability.
@@ -134,15 +134,12 @@ def circuit(
     announce(model, module)
 
     from cutaway.causal.circuits.circuit import Circuit, refuse_no_circuit
-    from cutaway.causal.metrics import named_metric
     from cutaway.data.tasks.registry import known_task
 
     if out is not None:
         refuse_no_circuit(out)
     if task is not None:
         known_task(task)
-    if metric is not None:
-        named_metric(metric)
     known = None if evaluate is None else Circuit.load(evaluate)
     searched, judged = _read(pairs, held_out)
 
@@ -152,7 +149,7 @@ def circuit(
     from cutaway.draw.page import page_html
 
     lm = opened(model, module, dtype=dtype, device=device)
-    evaluation = Evaluation(draws=random, resamples=resamples, deep=not quick)
+    evaluation = Evaluation(draws=draws, resamples=resamples, deep=not quick)
     if known is not None:
         found = evaluate_circuit(
             lm, known, task or [*(searched or ()), *(judged or ())], metric=metric, ablation=ablation,

@@ -3,7 +3,18 @@
 from typing import TYPE_CHECKING, Any, Literal
 
 from cutaway.artifacts.errors import CutawayError
-from cutaway.cli.options import Count, DType, ExistingPath, Flag, ModuleFile, Page, Seed, announce, opened
+from cutaway.cli.options import (
+    Count,
+    DType,
+    ExistingPath,
+    Flag,
+    MetricName,
+    ModuleFile,
+    Page,
+    Seed,
+    announce,
+    opened,
+)
 from cutaway.cli.output import deliver
 
 if TYPE_CHECKING:
@@ -23,14 +34,14 @@ def patch(
     site: str | None = None,
     role: list[str] | None = None,
     at: list[str] | None = None,
-    tokens: Flag = False,
+    by_token: Flag = False,
     layer: list[int] | None = None,
     head: list[int] | None = None,
     neuron: list[int] | None = None,
     direction: Literal["denoise", "noise"] = "denoise",
-    ablation: str = "resample",
+    ablation: Literal["resample", "zero", "mean", "mean_by_position", "mean_by_template", "noise"] = "resample",
     std: float = 3.0,
-    metric: str = "logit_difference",
+    metric: MetricName = "logit_difference",
     n: Count = 32,
     top: Count = 10,
     only_right: Flag = False,
@@ -67,7 +78,7 @@ def patch(
     at
         Over heads, components and neurons: patch at this role only; may be repeated, then at all of them together. At
         every token if not given.
-    tokens
+    by_token
         Over positions: take the pairs of the commonest wording alone, so that the columns are its tokens.
     layer
         Only this layer; may be repeated.
@@ -78,12 +89,11 @@ def patch(
     direction
         denoise: clean activations into the corrupt run (what suffices?); noise: out of the clean run (what is needed?).
     ablation
-        With noise, what takes an activation's place: resample (the corrupt run's), zero, mean, mean_by_position,
-        mean_by_template, noise.
+        With noise, what takes an activation's place; resample is the corrupt run's.
     std
         Of the ablation noise, in standard deviations of the site.
     metric
-        logit_difference, probability, probability_difference, kl, nll or rank.
+        What the effect is measured in.
     n
         How many pairs to take.
     top
@@ -108,20 +118,19 @@ def patch(
     """
     if (task is None) == (pairs is None):
         raise CutawayError("name the prompt pairs: either --task NAME or --pairs FILE.json")
-    if over != "positions" and (role or tokens):
+    if over != "positions" and (role or by_token):
         raise CutawayError(
-            "--role and --tokens are columns over positions; over parts, --at says where they are patched"
+            "--role and --by-token are columns over positions; over parts, --at says where they are patched"
         )
     if over == "positions" and (at or neuron):
         raise CutawayError("--at and --neuron go with --over heads, components or neurons; over positions name --role")
-    if role and tokens:
-        raise CutawayError("--role and --tokens both choose the columns: give one of them")
+    if role and by_token:
+        raise CutawayError("--role and --by-token both choose the columns: give one of them")
     announce(model, module)
 
     from cutaway.artifacts.command import current_command
     from cutaway.causal.ablations import Ablation
     from cutaway.causal.accuracy import task_accuracy
-    from cutaway.causal.metrics import named_metric
     from cutaway.causal.patching.grid import LEAST_PAIRS
     from cutaway.causal.patching.patch import Parts, PatchOptions, patch_grid
     from cutaway.causal.patching.self_repair import self_repair as measure_repair
@@ -129,12 +138,11 @@ def patch(
     from cutaway.data.tasks.registry import known_task
     from cutaway.draw.page import page_html
 
-    named_metric(metric)
     if task is not None:
         known_task(task)
-    choice = Ablation(ablation, std=std, seed=seed)  # type: ignore[arg-type]
+    choice = Ablation(ablation, std=std, seed=seed)
     lm = opened(model, module, dtype=dtype, device=device)
-    aligned, criterion, about = _pairs(lm, task, pairs, n, seed, tokens)
+    aligned, criterion, about = _pairs(lm, task, pairs, n, seed, by_token)
     refused = aligned.refused
     accuracy = task_accuracy(lm, aligned, criterion=criterion)
     if only_right:

@@ -25,7 +25,7 @@ def tasks(
     n: Annotated[int, Parameter(validator=validators.Number(gte=2))] = 60,
     threshold: Annotated[float, Parameter(validator=validators.Number(gt=0, lte=1))] = 0.8,
     least: Count = 8,
-    write: Output = None,
+    out: Output = None,
     dtype: DType = None,
     device: str | None = None,
     seed: Seed = 0,
@@ -51,7 +51,7 @@ def tasks(
         The share of pairs a model must be right on to be able.
     least
         With fewer readable pairs than this a task is not judged.
-    write
+    out
         Write the pairs of the one task to this .json file, to read or to change.
     device
         cpu, cuda, cuda:1, ...; a GPU if there is one, else the CPU, if not given.
@@ -62,10 +62,10 @@ def tasks(
     html
         Write a page with the figures to this file.
     """
-    if write is not None and (task is None or len(task) != 1):
-        raise CutawayError("--write takes the pairs of one task; name it with --task")
-    file = task[0] if write is not None and task and task[0].endswith(_PAIR_FILES) else None
-    keep_apart({"--write": write, "--html": html}, {"--task": file})
+    if out is not None and (task is None or len(task) != 1):
+        raise CutawayError("--out takes the pairs of one task; name it with --task")
+    file = task[0] if out is not None and task and task[0].endswith(_PAIR_FILES) else None
+    keep_apart({"--out": out, "--html": html}, {"--task": file})
 
     announce(model)
     from cutaway.artifacts.command import current_command
@@ -75,8 +75,8 @@ def tasks(
     from cutaway.data.tasks.registry import all_tasks, known_task
     from cutaway.draw.page import page_html
 
-    if write is not None:
-        refuse_other_pairs(write)
+    if out is not None:
+        refuse_other_pairs(out)
     chosen = all_tasks() if task is None else tuple(known_task(name) for name in task)
     splits: dict[str, tuple[Split, ...]] = {
         "search": ("search",), "held-out": ("held_out",), "both": ("search", "held_out")
@@ -89,12 +89,12 @@ def tasks(
             tried.append(try_task(lm, one, n=n, threshold=threshold, least=least, seed=seed, split=part))
             progress.advance(note=one.name)
     results = TaskResults(lm.name, tuple(tried), threshold)
-    if write is not None:
+    if out is not None:
         found = {result.split: result.pairs.pairs if result.pairs is not None else () for result in results}
         if not any(found.values()):
             raise CutawayError(f"there is nothing to write: {results[0].reason}")
         pairs, held_out = found.get("search", ()), found.get("held_out", ())
-        write_pairs(write, pairs, name=chosen[0].name, held_out=held_out, replace=False)
+        write_pairs(out, pairs, name=chosen[0].name, held_out=held_out, replace=False)
     deliver(
         text=str(results),
         model=lm.name,

@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 def trace(
     model: str,
+    prompt: str | None = None,
     /,
     *,
-    prompt: str | None = None,
     subject: str | None = None,
     answer: str | None = None,
     prompts: ExistingPath | None = None,
@@ -64,9 +64,9 @@ def trace(
         Write a page with the heatmaps to this file.
     """
     if prompts is not None and (prompt or subject or answer):
-        raise CutawayError("--prompts has subjects and answers of its own: leave --prompt, --subject and --answer out")
+        raise CutawayError("--prompts has its own subjects and answers: leave the prompt, --subject and --answer out")
     if (prompt is None) != (subject is None) or (answer is not None and prompt is None):
-        raise CutawayError("a fact needs --prompt and --subject, the text in the prompt that is to be hidden")
+        raise CutawayError("a fact needs a prompt and --subject, the text in it that is to be hidden")
     if not noise > 0:
         raise CutawayError(f"--noise {noise:g} hides nothing; give more than 0 standard deviations")
 

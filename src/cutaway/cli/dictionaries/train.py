@@ -55,7 +55,7 @@ def train(
     field: str | None = None,
     split: str | None = None,
     document_separator: Separator = None,
-    judge: Count | None = None,
+    held_out: Count | None = None,
     data_seed: Seed | None = None,
     log: Annotated[list[Literal["wandb", "tensorboard"]] | None, Several] = None,
     print_recipe: Flag = False,
@@ -134,7 +134,7 @@ def train(
     document_separator
         What stands between documents in the text, such as “<|endoftext|>” (wherever it is) or “---” (alone on a line);
         .txt files are cut at blank lines if not given.
-    judge
+    held_out
         Keep so many rows out of training, and judge on them in the end: a table here, OUT/judged.html and .json.
     data_seed
         Shuffles documents, rows and tokens.
@@ -195,7 +195,7 @@ def train(
         field=field,
         split=split,
         document_separator=document_separator,
-        held_out=judge,
+        held_out=held_out,
         data_seed=data_seed,
     )
 

@@ -24,7 +24,7 @@ def attribute(
     ablate: int = 0,
     reference: ExistingPath | None = None,
     document_separator: Separator = None,
-    controls: Count = 16,
+    draws: Count = 16,
     seed: Seed = 0,
     dtype: DType = None,
     device: str | None = None,
@@ -61,7 +61,7 @@ def attribute(
     document_separator
         What stands between documents in the text, such as “<|endoftext|>” (wherever it is) or “---” (alone on a line);
         .txt files are cut at blank lines if not given.
-    controls
+    draws
         How many random token pairs to measure each part with.
     seed
         Of the random token pairs and the parts drawn as controls.
@@ -100,7 +100,7 @@ def attribute(
         beside = [wrong] if n == 1 else [[token] for token in (wrong * n if len(wrong) == 1 else wrong)]
     answers = answer or model_answers(lm, list(prompts), position)
     answers = answers * n if len(answers) == 1 else answers
-    result = measure(lm, list(prompts), answers, beside, position=position, by=by, controls=controls, seed=seed)
+    result = measure(lm, list(prompts), answers, beside, position=position, by=by, controls=draws, seed=seed)
     means = None if reference is None else _reference(lm, reference, seed, document_separator)
     ablated = ablate_parts(lm, result, ablate, reference=means, seed=seed) if ablate else ()
     figures = result.to_json(top if by in ("neuron", "source") else None)

@@ -54,7 +54,7 @@ def heads(
     rows: Count = 32,
     context: Annotated[int, Parameter(validator=validators.Number(gte=2))] = 128,
     document_separator: Separator = None,
-    sequences: Count = 8,
+    n: Count = 8,
     length: Count | None = None,
     seed: Seed = 0,
     module: ModuleFile = None,
@@ -89,7 +89,7 @@ def heads(
     document_separator
         What stands between documents in the text, such as “<|endoftext|>” (wherever it is) or “---” (alone on a line);
         .txt files are cut at blank lines if not given.
-    sequences
+    n
         How many random sequences.
     length
         Random tokens in one copy; 50, or what fits, if not given.
@@ -131,7 +131,7 @@ def heads(
         prompt,
         needle=needle,
         on=text,
-        n=sequences,
+        n=n,
         length=length,
         ablations=ablations[ablate],  # type: ignore[arg-type]
         seed=seed,

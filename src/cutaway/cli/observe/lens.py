@@ -36,10 +36,10 @@ def lens(
     document_separator: Separator = None,
     out: Path | None = None,
     steps: Count = 250,
-    tokens_per_step: Count = 4096,
+    batch: Count = 4096,
     context: Count = 128,
     optimizer: Literal["sgd", "adam"] = "sgd",
-    learning_rate: float | None = None,
+    lr: float | None = None,
     held_out: Count = 64,
     seed: Seed = 0,
     overwrite: Flag = False,
@@ -79,13 +79,13 @@ def lens(
         Folder for the trained lens; needed with --train.
     steps
         Steps of training.
-    tokens_per_step
+    batch
         Tokens in a step of training. The paper takes 262,144; a small model is content with less.
     context
         Tokens in a row of the training text.
     optimizer
         sgd (Nesterov momentum 0.9, the paper's) or adam.
-    learning_rate
+    lr
         1.0 for sgd and 0.001 for adam if not given; it falls linearly to 0.
     held_out
         Rows of the text that are kept from training, to judge the lens on.
@@ -134,9 +134,9 @@ def lens(
         assert out is not None
         options = {
             "steps": steps,
-            "tokens_per_step": tokens_per_step,
+            "tokens_per_step": batch,
             "optimizer": optimizer,
-            "learning_rate": learning_rate,
+            "learning_rate": lr,
             "seed": seed,
         }
         translators, evaluation = _train(lm, train, out, options, context, held_out, overwrite, document_separator)

@@ -44,7 +44,7 @@ def probe(
     use_site: str | None = None,
     answer: str | None = None,
     wrong: str | None = None,
-    save: Path | None = None,
+    out: Path | None = None,
     dtype: DType = None,
     device: str | None = None,
     seed: Seed = 0,
@@ -99,7 +99,7 @@ def probe(
     wrong
         The same for the other class. With neither --wrong nor a column of that name, the answer's probability is
         measured.
-    save
+    out
         Folder for the probe with the best score, fitted on all rows.
     device
         cpu, cuda, cuda:1, ...; a GPU if there is one, else the CPU, if not given.
@@ -110,10 +110,10 @@ def probe(
     html
         Write a page with the figures and drawings to this file.
     """
-    if save is not None:
+    if out is not None:
         from cutaway.observe.probes.probe import FILES
 
-        check_folder(save, "probe", FILES)
+        check_folder(out, "probe", FILES)
     rows = read_rows(data, text=text_column, label=label_column, header=not no_header)
     of_words = "words" in rows[0]
     if of_words and (position != "last" or use):
@@ -170,10 +170,10 @@ def probe(
     used = None
     if metric is not None:
         used = use_in_folds(lm, sweep, chosen or sweep.best.site, metric, seed=seed)
-    if save is not None:
-        sweep.best.probe.save(save)
+    if out is not None:
+        sweep.best.probe.save(out)
     text = str(sweep) + ("" if used is None else f"\n\n{used}")
-    text += "" if save is None else f"\n\nprobe: {save} ({sweep.best.site})"
+    text += "" if out is None else f"\n\nprobe: {out} ({sweep.best.site})"
 
     def page() -> str:
         return page_html(
