@@ -143,7 +143,7 @@ def test_evaluation_measures_both_models_alike_and_writes_the_page(
     monkeypatch.setattr(report, "as_text", lambda _: "figures")
     monkeypatch.setattr(report, "comparison_text", lambda *words: " ".join(words))
     out = tmp_path / "atlas.md"
-    words = f"subjects evaluate atlas --model m --n 5 --quick --outside {tmp_path} --against atlas --out {out}"
+    words = f"subjects evaluate atlas --model m --quick --outside {tmp_path} --against atlas --n 5 --out {out}"
     assert main(words.split()) == 0
     options = {"n": 24, "causal": False, "outside": tmp_path}
     assert calls == [("m", options), ("atlas", options)]

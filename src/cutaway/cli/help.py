@@ -16,7 +16,7 @@ ASKED, METHOD, RUN, OUTPUT = (
 )
 GROUPS: dict[Group, tuple[str, ...]] = {
     ASKED: (
-        "task", "split", "pairs", "data", "prompts", "subject", "answer", "wrong", "target", "position", "site", "to",
+        "model", "task", "split", "pairs", "data", "prompts", "subject", "answer", "wrong", "target", "position", "site", "to",
         "corpus", "document_separator", "module",
     ),
     RUN: ("n", "tokens", "rows", "context", "steps", "batch", "lr", "draws", "seed", "dtype", "device"),

@@ -43,7 +43,7 @@ def test_json_has_everything_and_its_command(capsys: pytest.CaptureFixture[str])
     assert found["effects"] == {}
     assert found["composition"]["top"]["k"][0][1].startswith("L7")
     assert printed["command"] == (
-        "cutaway heads atlas 'Dallas is in Texas' --ablate none --needle Dallas --n 3 --length 12"
+        "cutaway heads atlas 'Dallas is in Texas' --ablate none --needle Dallas --length 12 --n 3"
     )
 
 
@@ -77,8 +77,9 @@ def test_heads_are_scored_on_files_and_texts(tmp_path: Path, capsys: pytest.Capt
     html = page.read_text(encoding="utf-8")
     assert "induction (text) heads" in html
     assert "and on 4 sequences of text" in html
-    shown = f"--on {corpus} --rows 4 --context 32 --document-separator=--- --n 3 --length 12"
+    shown = f"--on {corpus} --length 12 --n 3 --rows 4 --context 32"
     assert shown in html
+    assert "--document-separator=---" in html
     assert main([*words[:-1], str(corpus), *options, "--on", STORY, "--on", STORY[:40], "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["figures"]["kinds"]
     assert found["induction (text)"]["n"] == 6
