@@ -16,8 +16,8 @@ ASKED, METHOD, RUN, OUTPUT = (
 )
 GROUPS: dict[Group, tuple[str, ...]] = {
     ASKED: (
-        "model", "task", "split", "pairs", "data", "prompts", "subject", "answer", "wrong", "target", "position", "site",
-        "to", "corpus", "document_separator", "module",
+        "model", "task", "split", "pairs", "data", "prompts", "subject", "answer", "wrong", "target", "position",
+        "site", "to", "corpus", "document_separator", "module",
     ),
     RUN: ("n", "tokens", "rows", "context", "steps", "batch", "lr", "draws", "seed", "dtype", "device"),
     OUTPUT: ("out", "html", "json", "overwrite"),
