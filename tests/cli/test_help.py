@@ -113,7 +113,11 @@ def test_descriptions_are_wrapped_by_the_terminal_alone(
     assert "All if not given; the table shows the last one read." in line
 
 
-def test_the_choices_of_a_metric_are_the_metrics() -> None:
+def test_choices_that_help_names_are_those_of_the_library() -> None:
     from cutaway.causal import METRICS
+    from cutaway.causal.ablations import AblationKind
+    from cutaway.cli.causal.patch import patch
 
     assert get_args(MetricName) == tuple(METRICS)
+    (ablation, *_) = get_args(patch.__annotations__["ablation"])  # beside its group in help
+    assert get_args(ablation) == get_args(AblationKind)
