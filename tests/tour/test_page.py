@@ -5,6 +5,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 from html_check import Page
@@ -42,6 +43,7 @@ from cutaway.draw.fragments import draw_block
 from cutaway.draw.glossary import TERMS, Linker
 from cutaway.draw.text import visible
 from cutaway.tour.page import render, write_tour
+from cutaway.tour.steering import _null
 
 
 @pytest.fixture(scope="module")
@@ -338,3 +340,11 @@ def test_a_null_result_has_a_neutral_mark():
     page = render(TourResult(title="T", card=card, sections=(section,), version="0", created="2026-01-01"))
     assert '<span class="badge no-effect">no effect</span>' in page
     assert ".badge.no-effect::before { background: var(--soft); }" in page
+
+
+@pytest.mark.parametrize(("low", "controls", "is_null"), [(0.5, (0.1, 0.4), False), (0.4, (0.1, 0.4), True)])
+def test_a_method_is_null_where_its_interval_reaches_a_control(low: float, controls: tuple[float, ...], is_null: bool):
+    beside = tuple(SimpleNamespace(interval=None, value=value) for value in controls)
+    result = SimpleNamespace(effects={"answered": SimpleNamespace(interval=(low, 0.9), controls=beside)})
+    said = _null([("harmful", "of the request", result)])  # type: ignore[list-item]
+    assert bool(said) is is_null
